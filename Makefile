@@ -1,0 +1,59 @@
+# Two commands matter: `make run` (train the tiny model, see what it does) and `make test`.
+# Each sets up .venv by itself; the set-up is repeated only when a dependency file changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev
+# With local wheels (PIP_FIND_LINKS), PyTorch comes from there; else uv picks the build that fits
+# this machine: CUDA where the driver is found, the CPU build where it is not.
+TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend auto)
+INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(TORCH_SOURCE) -c constraints.txt
+
+.PHONY: help run test test-fast check format docs docs-serve clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/uv:
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/uv
+	@$(INSTALL) -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/uv
+	@$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.train
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
+	@$(INSTALL) -e '.[train,docs]'
+	@touch $@
+
+run: $(VENV)/.train  ## train the tiny model on real text (about 8 minutes on 2 cores) and show what it does
+	@$(BIN)/nemotron3 pretrain tiny
+
+test: $(VENV)/.dev  ## every test
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(VENV)/.dev  ## the tests without those marked slow
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+check: $(VENV)/.dev  ## format, lint, types and layers, as CI holds them
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+	@$(BIN)/pyright
+
+format: $(VENV)/.dev  ## put the code into the house format
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## build the documentation into site/
+	@$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs  ## read the documentation while writing it
+	@$(BIN)/mkdocs serve
+
+clean:  ## remove what the build made (not runs/)
+	@rm -rf $(VENV) site dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+"""Nemotron 3 in one readable package.
+
+The names people type stand here; they are loaded on first use, so that `import nemotron3` and
+`nemotron3 --help` cost nothing.
+
+    from nemotron3 import LanguageModel, ModelConfig
+    model = LanguageModel.from_config(ModelConfig.preset("tiny"))
+    logits = model(tokens)  # [batch, seq] -> [batch, seq, vocab]
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemotron3.models.config import ModelConfig
+    from nemotron3.models.nemotron_h import LanguageModel
+
+__all__ = ["LanguageModel", "ModelConfig", "__version__"]
+__version__ = version("nemotron3")
+
+_HOMES = {
+    "LanguageModel": "nemotron3.models.nemotron_h",
+    "ModelConfig": "nemotron3.models.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home module on first use (PEP 562)."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Bytes on disk: sharded safetensors, atomic checkpoints, retention and merging."""

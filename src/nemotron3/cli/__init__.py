@@ -1,0 +1,1 @@
+"""The verbs of the `nemotron3` command."""

@@ -1,0 +1,34 @@
+"""The named errors of the package.
+
+Each is also the standard error that a reader would expect, so `except ValueError` keeps working. They
+are raised at borders (command line, files, configuration) and their message has three parts: the
+thing, the value that was found, and the remedy. Inside the package `assert` states invariants instead.
+"""
+
+
+class Nemotron3Error(Exception):
+    """The parent of every error raised on purpose, for callers who want to catch them all."""
+
+
+class ConfigError(Nemotron3Error, ValueError):
+    """A configuration that cannot be built: unknown preset, impossible pattern, uneven sizes."""
+
+
+class CheckpointError(Nemotron3Error, RuntimeError):
+    """A checkpoint that cannot be read: a tensor missing, extra, truncated or mis-shaped."""
+
+
+class StorageError(Nemotron3Error, OSError):
+    """Bytes that could not be written: a full disk, a folder that may not be written to."""
+
+
+class DataError(Nemotron3Error, ValueError):
+    """Text or tokens that cannot be used: not UTF-8, no documents, a wrong column, a broken index."""
+
+
+class BackendUnavailableError(Nemotron3Error, RuntimeError):
+    """A device or kernel that was asked for by name and is not there."""
+
+
+class DependencyMissingError(Nemotron3Error, ImportError):
+    """An optional package that the requested feature needs; the message holds the install line."""

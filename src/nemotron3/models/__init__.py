@@ -1,0 +1,1 @@
+"""Nemotron-H language models: configuration, modules, and the published checkpoint layout."""

@@ -1,0 +1,1 @@
+"""Named runs, each a Python function that returns the whole configuration."""

@@ -1,0 +1,1 @@
+"""Batches to weights: losses, optimizer, schedule, step, and the loop."""
