@@ -1,8 +1,8 @@
 """The named errors of the package.
 
-Each is also the standard error that a reader would expect, so `except ValueError` keeps working. They
-are raised at borders (command line, files, configuration) and their message has three parts: the
-thing, the value that was found, and the remedy. Inside the package `assert` states invariants instead.
+Each is also the standard error that a reader would expect, so `except ValueError` keeps working.
+They are raised at borders (command line, files, configuration) and their message has three parts:
+the thing, the value that was found, and the remedy. Inside the package `assert` states invariants.
 """
 
 
@@ -23,7 +23,7 @@ class StorageError(Nemotron3Error, OSError):
 
 
 class DataError(Nemotron3Error, ValueError):
-    """Text or tokens that cannot be used: not UTF-8, no documents, a wrong column, a broken index."""
+    """Text or tokens that cannot be used: not UTF-8, no documents, a wrong column, a bad index."""
 
 
 class BackendUnavailableError(Nemotron3Error, RuntimeError):

@@ -1,1 +1,1 @@
-"""Text to batches: documents, token files, blends, and a loader whose state is a seed and counters."""
+"""Text to batches: documents, token files, blends, and a loader that is a seed and counters."""

@@ -1,1 +1,1 @@
-"""Pure tensor functions: a folder per operation, each with a reference, faster files, and one door (`api.py`)."""
+"""Pure tensor functions: a folder per operation, with a reference, faster files and one door."""

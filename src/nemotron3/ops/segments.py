@@ -2,8 +2,8 @@
 
 Tokens of many sequences lie one after another in tensors of shape [total_tokens, ...]; `Segments`
 holds the lengths. Every operation that looks along time (state-space scan, convolution, attention,
-shifts) takes one, and none of them ever mixes two segments. Lengths are host integers, because shapes
-and loops are decided from them; the index tensors are made on demand, once per device.
+shifts) takes one, and none of them ever mixes two segments. Lengths are host integers, because
+shapes and loops are decided from them; the index tensors are made on demand, once per device.
 
     segments = Segments((3, 5))           # two sequences, 8 tokens in all
     segments.cu_seqlens(device)           # tensor([0, 3, 8])
