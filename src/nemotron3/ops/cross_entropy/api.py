@@ -1,0 +1,44 @@
+"""The door to the cross-entropy of the output layer."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.cross_entropy.chunked import linear_cross_entropy_chunked
+from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
+
+_LOSSES = {"reference": linear_cross_entropy_reference, "torch": linear_cross_entropy_chunked}
+
+
+class TokenLosses(NamedTuple):
+    """What the output layer says of a stream of tokens."""
+
+    total: Float[Tensor, ""]
+    """Sum of loss times token weight, in nats: the part that carries gradients."""
+    per_token: Float[Tensor, " tokens"]
+    """Loss of every token, in nats, detached and unweighted."""
+    correct: Bool[Tensor, " tokens"]
+    """Whether the most probable token was the target."""
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    targets: Int[Tensor, " tokens"],
+    token_weights: Float[Tensor, " tokens"],
+    *,
+    max_logits: int = 1 << 22,
+    backend: Backend = "auto",
+) -> TokenLosses:
+    """Cross-entropy of softmax(hidden weight^T) against `targets`, each token with its own weight.
+
+    A token that should not count has weight 0 and any valid target. At most `max_logits` logits
+    (float32: 16 MB by default) exist at a time. `token_weights` carries no gradient.
+    """
+    return TokenLosses(
+        *resolve("cross_entropy", backend, _LOSSES)(
+            hidden, weight, targets, token_weights, max_logits
+        )
+    )

@@ -1,0 +1,38 @@
+"""The two activations of expert and dense feed-forward layers, with their derivatives.
+
+Squared ReLU (So et al., arXiv 2109.08668) is what Nemotron uses, between two matrices; SwiGLU
+(Shazeer, arXiv 2002.05202) is what the transformer it is compared with uses, and takes the gate and
+the value from the two halves of a first matrix that is twice as tall.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["relu2", "swiglu"]
+
+
+def up_factor(activation: Activation) -> int:
+    """Rows of the first matrix per hidden unit."""
+    return 2 if activation == "swiglu" else 1
+
+
+def activate(h: Tensor, activation: Activation) -> Tensor:
+    """The hidden units [..., width] from the first product [..., width * up_factor]."""
+    if activation == "relu2":
+        return F.relu(h).square()
+    gate, value = h.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def activation_backward(h: Tensor, grad: Tensor, activation: Activation) -> Tensor:
+    """Gradient of the first product, given the gradient of the hidden units."""
+    if activation == "relu2":
+        return F.relu(h).mul_(2).mul_(grad)
+    gate, value = h.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = grad * value * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat([d_gate, grad * silu], dim=-1)

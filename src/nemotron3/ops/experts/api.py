@@ -1,0 +1,34 @@
+"""The door to the routed experts."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.experts.activations import Activation, activate
+from nemotron3.ops.experts.grouped import routed_experts_grouped
+from nemotron3.ops.experts.reference import routed_experts_reference
+
+__all__ = ["Activation", "activate", "routed_experts"]
+
+_EXPERTS = {"reference": routed_experts_reference, "torch": routed_experts_grouped}
+
+
+def routed_experts(
+    x: Float[Tensor, "tokens d_in"],
+    indices: Int[Tensor, "tokens choice"],
+    weights: Float[Tensor, "tokens choice"],
+    up: Float[Tensor, "expert up_width d_in"],
+    down: Float[Tensor, "expert d_in width"],
+    *,
+    activation: Activation,
+    backend: Backend = "auto",
+) -> Float[Tensor, "tokens d_in"]:
+    """Weighted sum of each token's chosen experts, `down act(up x)`.
+
+    With `swiglu` the first matrix holds the gate's rows and then the value's, so `up_width` is
+    twice `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token at
+    all.
+    """
+    return resolve("experts", backend, _EXPERTS)(
+        x, indices, weights.to(x.dtype), up, down, activation
+    )

@@ -1,0 +1,5 @@
+"""Root-mean-square norms: plain, and gated in groups as Mamba-2 has it."""
+
+from nemotron3.ops.norm.api import gated_group_norm, rms_norm
+
+__all__ = ["gated_group_norm", "rms_norm"]

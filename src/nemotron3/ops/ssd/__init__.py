@@ -1,0 +1,5 @@
+"""State-space duality: the scan at the heart of Mamba-2."""
+
+from nemotron3.ops.ssd.api import ssd
+
+__all__ = ["ssd"]

@@ -1,0 +1,49 @@
+"""Attention against the written-out one, with and without remembered keys."""
+
+import pytest
+import torch
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT64
+
+from nemotron3.ops.attention import attention
+from nemotron3.ops.segments import Segments
+
+
+def attend(queries, keys, backend):
+    return lambda q, k, v: [
+        attention(q, k, v, queries=Segments(queries), keys=Segments(keys), backend=backend)
+    ]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ((5,), (5,)),
+        ((1,), (1,)),
+        ((3, 3), (3, 3)),
+        ((2, 7, 2), (2, 7, 2)),
+        ((1, 1), (4, 9)),
+        ((1, 1), (6, 6)),
+        ((3,), (8,)),
+        ((3, 1, 4), (8, 1, 4)),
+    ],
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
+def test_equals_reference(queries, keys, heads, kv_heads, assert_close):
+    inputs = [
+        randn(sum(queries), heads, 8),
+        randn(sum(keys), kv_heads, 8),
+        randn(sum(keys), kv_heads, 8),
+    ]
+    expected = outputs_and_gradients(attend(queries, keys, "reference"), inputs)
+    actual = outputs_and_gradients(attend(queries, keys, "torch"), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, FLOAT64)
+
+
+def test_gradcheck():
+    inputs = [randn(5, 2, 3), randn(7, 1, 3), randn(7, 1, 3)]
+    assert torch.autograd.gradcheck(
+        attend((2, 3), (4, 3), "torch"), [t.requires_grad_() for t in inputs]
+    )

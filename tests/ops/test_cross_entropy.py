@@ -1,0 +1,72 @@
+"""The fused loss against the plain one, and that it never holds all logits."""
+
+import pytest
+import torch
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT64
+
+from nemotron3.ops.cross_entropy import linear_cross_entropy
+
+
+def operands(tokens=11, d=4, vocab=9):
+    targets = torch.randint(vocab, (tokens,))
+    weights = torch.rand(tokens, dtype=torch.float64)
+    weights[2] = 0.0
+    return targets, weights, [randn(tokens, d), randn(vocab, d)]
+
+
+def loss(targets, weights, backend, max_logits=1 << 22):
+    return lambda h, w: linear_cross_entropy(
+        h, w, targets, weights, max_logits=max_logits, backend=backend
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("max_logits", [1, 18, 40, 1 << 22])
+def test_equals_reference(max_logits, assert_close):
+    targets, weights, inputs = operands()
+    expected = outputs_and_gradients(loss(targets, weights, "reference"), inputs)
+    actual = outputs_and_gradients(loss(targets, weights, "torch", max_logits), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, FLOAT64)
+
+
+def test_best_guess_is_counted():
+    targets, weights, (h, w) = operands()
+    expected = loss(targets, weights, "reference")(h, w).correct
+    assert torch.equal(loss(targets, weights, "torch")(h, w).correct, expected)
+
+
+def test_gradcheck():
+    targets, weights, inputs = operands(tokens=5)
+    call = loss(targets, weights, "torch", max_logits=18)
+    assert torch.autograd.gradcheck(
+        lambda h, w: call(h, w).total * 3, [t.requires_grad_() for t in inputs]
+    )
+
+
+def test_at_most_the_asked_logits_exist(monkeypatch):
+    seen = []
+    logsumexp = torch.Tensor.logsumexp
+
+    def spy(logits, *args, **kwargs):
+        seen.append(logits.numel())
+        return logsumexp(logits, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", spy)
+    targets, weights, inputs = operands(tokens=50)
+    loss(targets, weights, "torch", max_logits=30)(*inputs)
+    assert max(seen) <= 30
+    assert sum(seen) == 50 * 9
+
+
+def test_bfloat16_accumulates_the_weight_gradient_in_float32():
+    """Many small contributions survive: summed in bfloat16 they would be lost."""
+    tokens = 4096
+    h = torch.full((tokens, 2), 1.0).bfloat16()
+    w = torch.zeros(3, 2, requires_grad=True)
+    targets = torch.zeros(tokens, dtype=torch.long)
+    weights = torch.full((tokens,), 0.01)
+    linear_cross_entropy(h, w, targets, weights, max_logits=3).total.backward()
+    assert w.grad is not None
+    assert w.grad[0, 0].item() == pytest.approx(-tokens * 0.01 * 2 / 3, rel=1e-2)

@@ -1,0 +1,102 @@
+"""The scan: chunks and steps against the recurrence, at lengths that do not fit the chunk."""
+
+import pytest
+import torch
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT32, FLOAT64
+
+from nemotron3.ops.segments import Segments
+from nemotron3.ops.ssd import ssd
+
+LENGTHS = [(1,), (7,), (16, 16), (9, 9), (5, 1, 33, 16), (1, 1, 1), (8, 3)]
+
+
+def operands(lengths, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.float64):
+    tokens = sum(lengths)
+    return [
+        randn(tokens, heads, head_dim, dtype=dtype),
+        torch.rand(tokens, heads, dtype=dtype) * 0.5,
+        -torch.rand(heads, dtype=dtype) * 8 - 1,
+        randn(tokens, groups, d_state, dtype=dtype),
+        randn(tokens, groups, d_state, dtype=dtype),
+        randn(heads, dtype=dtype),
+        randn(len(lengths), heads, head_dim, d_state, dtype=dtype),
+    ]
+
+
+def scan(lengths, backend):
+    segments = Segments(lengths)
+    return lambda *t: ssd(
+        *t[:6], segments=segments, chunk_size=8, initial_states=t[6], backend=backend
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)]
+)
+def test_chunks_equal_the_recurrence(lengths, dtype, tolerance, assert_close):
+    inputs = operands(lengths, dtype=dtype)
+    exact = [t.double() for t in inputs]
+    expected = outputs_and_gradients(scan(lengths, "reference"), exact)
+    actual = outputs_and_gradients(scan(lengths, "torch"), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a.double(), e, tolerance)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 3), (8,)])
+def test_decoding_steps_equal_the_recurrence(lengths, assert_close):
+    inputs = operands(lengths)
+    expected = outputs_and_gradients(scan(lengths, "reference"), inputs)
+    actual = outputs_and_gradients(scan(lengths, "auto"), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, FLOAT64)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (6, 1), (6, 6), (6, 3)])
+def test_heads_share_groups(heads, groups, assert_close):
+    inputs = operands((11, 4), heads=heads, groups=groups)
+    expected, _ = scan((11, 4), "reference")(*inputs)
+    actual, _ = scan((11, 4), "torch")(*inputs)
+    assert_close(actual, expected, FLOAT64)
+
+
+def test_halves_chained_through_the_state_equal_the_whole(assert_close):
+    x, dt, A, B, C, D, h = operands((21,))
+    whole, final = ssd(x, dt, A, B, C, D, segments=Segments((21,)), chunk_size=8, initial_states=h)
+    first, middle = ssd(
+        x[:10], dt[:10], A, B[:10], C[:10], D,
+        segments=Segments((10,)), chunk_size=8, initial_states=h,
+    )  # fmt: skip
+    second, last = ssd(
+        x[10:], dt[10:], A, B[10:], C[10:], D,
+        segments=Segments((11,)), chunk_size=8, initial_states=middle,
+    )  # fmt: skip
+    assert_close(torch.cat([first, second]), whole, FLOAT64)
+    assert_close(last, final, FLOAT64)
+
+
+def test_a_neighbour_changes_no_bit():
+    inputs = operands((13, 20), dtype=torch.float32)
+    before, _ = scan((13, 20), "torch")(*inputs)
+    inputs[0][12] += 1.0
+    inputs[1][12] *= 3.0
+    after, _ = scan((13, 20), "torch")(*inputs)
+    assert not torch.equal(before[:13], after[:13])
+    assert torch.equal(before[13:], after[13:])
+
+
+def test_strong_decay_over_a_long_chunk_stays_finite():
+    inputs = operands((256,), dtype=torch.float32)
+    inputs[1] = torch.full_like(inputs[1], 50.0)
+    results = outputs_and_gradients(
+        lambda *t: ssd(*t[:6], segments=Segments((256,)), chunk_size=256), inputs
+    )
+    assert all(torch.isfinite(r).all() for r in results)
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (4, 4)])
+def test_gradcheck(lengths):
+    inputs = [t.requires_grad_() for t in operands(lengths, heads=2, head_dim=2, d_state=2)]
+    assert torch.autograd.gradcheck(scan(lengths, "torch"), inputs)
