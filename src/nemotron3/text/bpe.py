@@ -1,0 +1,108 @@
+"""Byte-level BPE in the family's layout: assembled from merges, or learned from text.
+
+The Rust library learns the merges; what is done here is the layout. Its trainer numbers the bytes
+by the characters that stand for them, so the merges are taken out and the vocabulary is numbered
+again in the family's order (see `vocabulary.py`). Learning is deterministic: same text, same file.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from nemotron3.errors import ConfigError, DataError
+from nemotron3.text.vocabulary import (
+    MIN_SPECIAL_TOKENS,
+    NUM_BYTES,
+    PRE_TOKENIZER_PATTERN,
+    byte_characters,
+    special_tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+Merge = tuple[str, str]
+
+
+def assemble(
+    merges: Sequence[Merge],
+    *,
+    num_special_tokens: int,
+    pattern: str = PRE_TOKENIZER_PATTERN,
+    ignore_merges: bool = False,
+) -> Backend:
+    """A byte-level BPE from its merges, in order, in byte characters.
+
+    `ignore_merges` takes a piece that is a vocabulary entry as that entry, without merging: how
+    rank-based vocabularies (Tekken, tiktoken) are read.
+    """
+    specials = special_tokens(num_special_tokens)
+    entries = [*specials, *byte_characters(), *(left + right for left, right in merges)]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    assert len(vocabulary) == len(entries), "two merges make the same entry"
+    model = models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=ignore_merges)
+    backend = Backend(model)
+    backend.pre_tokenizer = _pre_tokenizer(pattern)
+    backend.decoder = decoders.ByteLevel()
+    added = [AddedToken(token, special=True, normalized=False) for token in specials]
+    backend.add_special_tokens(added)  # pyright: ignore[reportUnknownMemberType]
+    return backend
+
+
+def learn(
+    documents: Iterable[str], *, vocab_size: int, num_special_tokens: int, min_frequency: int
+) -> Backend:
+    """Learn merges from documents until the vocabulary has `vocab_size` entries."""
+    if num_special_tokens < MIN_SPECIAL_TOKENS:
+        raise ConfigError(
+            f"num_special_tokens = {num_special_tokens}: the family's special tokens need "
+            f"{MIN_SPECIAL_TOKENS} or more (32 for a small vocabulary, 1000 as published)"
+        )
+    num_fixed = num_special_tokens + NUM_BYTES
+    if vocab_size < num_fixed:
+        raise ConfigError(
+            f"vocab_size = {vocab_size} is below {num_fixed}, the special tokens and 256 bytes; "
+            f"raise vocab_size or lower num_special_tokens"
+        )
+    learner = Backend(models.BPE())
+    learner.pre_tokenizer = _pre_tokenizer(PRE_TOKENIZER_PATTERN)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - num_special_tokens,
+        min_frequency=min_frequency,
+        initial_alphabet=byte_characters(),
+        show_progress=False,
+    )
+    num_documents = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal num_documents
+        for document in documents:
+            num_documents += 1
+            yield document
+
+    learner.train_from_iterator(counted(), trainer)
+    if num_documents == 0:
+        raise DataError("no documents to learn a vocabulary from: check the data path")
+    learned = json.loads(learner.to_str())["model"]["merges"]
+    backend = assemble(
+        [(left, right) for left, right in learned], num_special_tokens=num_special_tokens
+    )
+    if backend.get_vocab_size() < vocab_size:
+        logger.warning(
+            "the text yields a vocabulary of %d entries, %d were asked for; "
+            "more text or a lower min_frequency gives more",
+            backend.get_vocab_size(),
+            vocab_size,
+        )
+    return backend
+
+
+def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
