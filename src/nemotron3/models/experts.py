@@ -1,0 +1,119 @@
+"""The mixture-of-experts layer, standard or latent.
+
+White paper, section 2.2. With x the normed input of width d and l the latent width:
+
+    s   = sigmoid(W_r x)                    scores, in float32, from the full width
+    T   = the k experts with the largest s + b     the bias b balances load and only selects
+    g_i = scale * s_i / sum over T of s
+    y   = W_up sum over T of g_i E_i(W_down x) + shared(x)
+
+The latent projections stand around the whole mixture: one down-projection before the tokens go to
+their experts and one up-projection after their results are summed, so that what travels and what
+the experts read is l wide. Without a latent width they are absent and the experts work at width d.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nemotron3.models.config import MoEConfig
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.linear import Linear
+from nemotron3.models.mlp import MLP
+from nemotron3.ops.experts import routed_experts
+from nemotron3.ops.experts.activations import up_factor
+
+
+class Routing(NamedTuple):
+    """What a router decided: enough to balance it, to measure it, and to replay it."""
+
+    indices: Int[Tensor, "tokens choice"]
+    """Chosen experts."""
+    weights: Float[Tensor, "tokens choice"]
+    """Their weights in the sum."""
+    scores: Float[Tensor, "tokens expert"]
+    """Scores of all experts, without the selection bias."""
+
+
+class Router(nn.Module):
+    """Chooses experts for each token, in float32 whatever the model runs in."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, hidden_size))
+        self.e_score_correction_bias: Tensor
+        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts))
+
+    def forward(self, x: Float[Tensor, "tokens d_model"]) -> Routing:
+        """Score all experts, choose the best, weigh them."""
+        c = self.config
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        scores = logits.sigmoid() if c.scoring == "sigmoid" else logits.softmax(-1)
+        selection = scores.detach() + self.e_score_correction_bias
+        indices = selection.topk(c.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(-1, indices)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(indices, weights * c.routed_scaling_factor, scores)
+
+
+class RoutedExperts(nn.Module):
+    """The experts' matrices, stacked."""
+
+    def __init__(self, config: MoEConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.moe_intermediate_size
+        rows = hidden * up_factor(config.activation)
+        self.up_proj = nn.Parameter(torch.empty(config.n_routed_experts, rows, width))
+        self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, width, hidden))
+
+    def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Tensor:
+        """Weighted sum of each token's experts."""
+        return routed_experts(
+            x,
+            routing.indices,
+            routing.weights,
+            self.up_proj.to(x.dtype),
+            self.down_proj.to(x.dtype),
+            activation=self.config.activation,
+        )
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts, and the shared expert that every token passes."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int) -> None:
+        super().__init__()
+        width = config.moe_latent_size or hidden_size
+        self.gate = Router(config, hidden_size)
+        self.experts = RoutedExperts(config, width)
+        self.shared_experts = (
+            MLP(hidden_size, config.moe_shared_expert_intermediate_size, config.activation)
+            if config.moe_shared_expert_intermediate_size
+            else None
+        )
+        latent = config.moe_latent_size is not None
+        self.fc1_latent_proj = Linear(hidden_size, width) if latent else None
+        self.fc2_latent_proj = Linear(width, hidden_size) if latent else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        layout: SequenceLayout | None = None,  # noqa: ARG002 - a mixer like any other
+        state: None = None,  # noqa: ARG002
+    ) -> tuple[Float[Tensor, "tokens d_model"], Routing]:
+        """Send each token through its experts; also returns what the router decided."""
+        routing = self.gate(x)
+        payload = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
+        y = self.experts(payload, routing)
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, routing

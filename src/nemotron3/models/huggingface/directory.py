@@ -1,0 +1,185 @@
+"""Model directories in the published layout: config.json, generation_config.json, safetensors.
+
+A dialect lists every tensor of the checkpoint under its published name as a view of the model's own
+tensor. Writing streams the views; reading copies into them. Names and shapes are compared before
+the model gets its memory, so whatever is missing, extra or mis-shaped is an error that names the
+tensor and costs nothing.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
+from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.huggingface import native, nemotron_h, qwen3_moe
+from nemotron3.models.huggingface.fields import Fields
+
+_DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
+"""First to last choice for writing; the last can express every model."""
+_ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")
+"""Parameters of the scan and the selection bias: rounding them changes states and choices."""
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
+
+
+def read_config(path: Path | str) -> ModelConfig:
+    """The configuration of a model directory."""
+    file = Path(path) / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file} does not exist; name a directory that holds config.json and *.safetensors"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); fetch or save it again") from error
+    for nested in ("llm_config", "text_config"):
+        fields = fields.get(nested) or fields
+    if fields.get("quantization_config"):
+        raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
+    return _dialect_of(fields.get("model_type"), file).config_from(Fields(fields, str(file)))
+
+
+def write_config(config: ModelConfig, path: Path | str, *, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json."""
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = str(dtype).removeprefix("torch.")
+    fields = _dialect_for(config).config_to(config) | {"dtype": name, "torch_dtype": name}
+    _write_json(directory / "config.json", fields)
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    _write_json(
+        directory / "generation_config.json",
+        {"_from_model_config": True} | {token: getattr(config, token) for token in tokens},
+    )
+
+
+def read_weights(
+    model: nn.Module, path: Path | str, *, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Fill a model on the meta device from a directory, one tensor at a time."""
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    dialect = _dialect_for(config)
+    reader = ShardedReader(path)
+    stored = {dialect.our_spelling(name): name for name in reader.names}
+    shapes = dict(dialect.published_views(model, config))
+    stacked = _stacked_names(shapes, stored)
+    _compare(reader, stored, shapes, stacked)
+    parameter_dtype = dtype or _stored_dtype(reader, stored)
+    _allocate(model, device, parameter_dtype)
+    destinations = dict(dialect.published_views(model, config))
+    ours = {name: spelling for spelling, name in stored.items()}
+    with torch.no_grad():
+        for name, tensor in reader.tensors():
+            spelling = ours[name]
+            for part, destination in stacked.get(spelling, ((None, spelling),)):
+                destinations[destination].copy_(tensor if part is None else tensor[part])
+
+
+def write_weights(model: nn.Module, path: Path | str, *, max_shard_bytes: int) -> None:
+    """Write the model's tensors under their published names, in shards."""
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    views = list(_dialect_for(config).published_views(model, config))
+    total = sum(tensor.nbytes for _, tensor in views)
+    with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
+        for name, tensor in views:
+            writer.add(name, tensor)
+
+
+def _dialect_of(model_type: Any, file: Path) -> ModuleType:
+    for dialect in _DIALECTS:
+        if model_type == dialect.MODEL_TYPE:
+            return dialect
+    known = ", ".join(dialect.MODEL_TYPE for dialect in _DIALECTS)
+    raise ConfigError(f"{file}: model_type is {model_type!r}; readable are {known}")
+
+
+def _dialect_for(config: ModelConfig) -> ModuleType:
+    return next(dialect for dialect in _DIALECTS if dialect.unsupported(config) is None)
+
+
+def _stacked_names(
+    shapes: dict[str, Tensor], stored: dict[str, str]
+) -> dict[str, list[tuple[int, str]]]:
+    """Tensors that hold all experts at once, as transformers keeps them in memory."""
+    stacked: dict[str, list[tuple[int, str]]] = {}
+    for name in shapes:
+        match = _EXPERT.fullmatch(name)
+        if match and f"{match[1]}.{match[3]}" in stored:
+            stacked.setdefault(f"{match[1]}.{match[3]}", []).append((int(match[2]), name))
+    return stacked
+
+
+def _compare(
+    reader: ShardedReader,
+    stored: dict[str, str],
+    shapes: dict[str, Tensor],
+    stacked: dict[str, list[tuple[int, str]]],
+) -> None:
+    covered = {name for parts in stacked.values() for _, name in parts}
+    missing = [name for name in shapes if name not in stored and name not in covered]
+    extra = [name for name in stored if name not in shapes and name not in stacked]
+    if missing:
+        raise CheckpointError(
+            f"{reader.directory} lacks {len(missing)} tensors that config.json calls for, first "
+            f"{missing[0]!r}; the download is incomplete or config.json is of another model"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{reader.directory} holds {len(extra)} tensors that config.json does not call for, "
+            f"first {extra[0]!r}; config.json is of another model"
+        )
+    for spelling, name in stored.items():
+        info = reader.info(name)
+        if spelling in stacked:
+            parts = stacked[spelling]
+            expected = (len(parts), *shapes[parts[0][1]].shape)
+        else:
+            expected = tuple(shapes[spelling].shape)
+        if info.shape != expected:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} has shape {info.shape}, but config.json calls for "
+                f"{expected}; one of the two is of another model"
+            )
+        if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} is stored as {info.dtype}, a quantized format; only "
+                "float32, float16 and bfloat16 weights are read"
+            )
+
+
+def _stored_dtype(reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
+    return next(
+        reader.info(name).dtype
+        for spelling, name in stored.items()
+        if not spelling.endswith(_ALWAYS_FLOAT32)
+    )
+
+
+def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every meta tensor memory, in the dtype it is kept in."""
+    for module in model.modules():
+        for name, tensor in _own_tensors(module):
+            kept = torch.promote_types(dtype, torch.float32) if name in _ALWAYS_FLOAT32 else dtype
+            memory = torch.zeros if name == "e_score_correction_bias" else torch.empty
+            fresh = memory(tensor.shape, dtype=kept, device=device)
+            if isinstance(tensor, nn.Parameter):
+                setattr(module, name, nn.Parameter(fresh))
+            else:
+                module.register_buffer(name, fresh)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from list(module.named_parameters(recurse=False))
+    yield from list(module.named_buffers(recurse=False))
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

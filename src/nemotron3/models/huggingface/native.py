@@ -1,0 +1,38 @@
+"""Our own dialect, for models that no published layout can express.
+
+Comparison models mix what the published families keep apart: a hybrid with SwiGLU experts, a
+transformer with multi-token prediction. Their config.json holds our record as it is, under a model
+type that no other reader will mistake for one it knows; tensors are named as in `nemotron_h`.
+"""
+
+from typing import Any
+
+from nemotron3.config.record import from_record, to_record
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.huggingface.fields import Fields
+from nemotron3.models.huggingface.nemotron_h import our_spelling, published_views
+
+__all__ = [
+    "MODEL_TYPE",
+    "config_from",
+    "config_to",
+    "our_spelling",
+    "published_views",
+    "unsupported",
+]
+
+MODEL_TYPE = "nemotron3"
+
+
+def config_from(fields: Fields) -> ModelConfig:
+    """Our record as it was written."""
+    return from_record(ModelConfig, fields.raw("model", default={}))
+
+
+def config_to(config: ModelConfig) -> dict[str, Any]:
+    """Our record as it is."""
+    return {"model_type": MODEL_TYPE, "model": to_record(config)}
+
+
+def unsupported(config: ModelConfig) -> None:
+    """Everything can be expressed."""

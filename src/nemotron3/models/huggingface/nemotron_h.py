@@ -1,0 +1,250 @@
+"""The `nemotron_h` dialect: config.json and tensor names of Nemotron 3 and its relatives.
+
+Three spellings of the layer list are in circulation: Megatron's pattern string (Nano, Super), lists
+of `mamba / moe / attention / mlp` (Ultra), and lists of `linear_attention / moe / full_attention /
+mlp` (whatever transformers 5 has saved). Written are the first two, which every engine reads.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.config import (
+    AttentionConfig,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
+from nemotron3.models.huggingface.fields import Fields, number
+from nemotron3.models.pattern import LayerKind
+
+MODEL_TYPE = "nemotron_h"
+
+_BLOCK_TYPES = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+_WRITTEN_BLOCK_TYPES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+
+
+def config_from(fields: Fields) -> ModelConfig:
+    """Our record from the fields of a config.json."""
+    _refuse_other_arithmetic(fields)
+    main = _pattern(fields, "hybrid_override_pattern", "layers_block_type", "layer_types")
+    depths = fields.get(int, "num_mtp_depths", "num_nextn_predict_layers", default=0)
+    mtp = ""
+    if depths:
+        mtp = _pattern(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type", default="*E")
+    kinds = {LayerKind(c) for c in main + mtp if c in _WRITTEN_BLOCK_TYPES}
+    layers = fields.raw("num_hidden_layers")
+    if layers is not None and layers != len(main):
+        raise ConfigError(
+            f"{fields.where}: num_hidden_layers is {layers}, but the layer list {main!r} has "
+            f"{len(main)}"
+        )
+    return ModelConfig(
+        hybrid_override_pattern="/".join([main] + [mtp] * depths),
+        vocab_size=fields.get(int, "vocab_size"),
+        hidden_size=fields.get(int, "hidden_size"),
+        mamba=_mamba(fields) if LayerKind.MAMBA in kinds else None,
+        attention=_attention(fields) if LayerKind.ATTENTION in kinds else None,
+        moe=_moe(fields) if LayerKind.EXPERTS in kinds else None,
+        mlp=MLPConfig(intermediate_size=fields.get(int, "intermediate_size"))
+        if LayerKind.MLP in kinds
+        else None,
+        layer_norm_epsilon=fields.get(float, "layer_norm_epsilon", "norm_eps", default=1e-5),
+        tie_word_embeddings=fields.get(bool, "tie_word_embeddings", default=False),
+        initializer_range=fields.get(float, "initializer_range", default=0.02),
+        max_position_embeddings=fields.get(int, "max_position_embeddings", default=262_144),
+        **_special_tokens(fields),
+    )
+
+
+def config_to(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config.json, in the spellings that most readers understand."""
+    main = "".join(kind.value for kind in config.pattern.main)
+    mtp = "".join(kind.value for kind in config.pattern.mtp)
+    fields: dict[str, Any] = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["NemotronHForCausalLM"],
+        "hybrid_override_pattern": main,
+        "layers_block_type": [_WRITTEN_BLOCK_TYPES[c] for c in main],
+        "num_hidden_layers": len(main),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.init_std,
+        "max_position_embeddings": config.max_position_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": True,
+        "num_logits_to_keep": 1,
+        "num_nextn_predict_layers": 1 if mtp else 0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "mamba_proj_bias": False,
+        # JSON has no infinity, and this number is read as one everywhere.
+        "time_step_limit": [0.0, 1e30],
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    if mtp:
+        fields |= {
+            "mtp_hybrid_override_pattern": mtp,
+            "mtp_layers_block_type": [_WRITTEN_BLOCK_TYPES[c] for c in mtp],
+            # How many depths share the one physical block; no published file says it.
+            "num_mtp_depths": config.pattern.num_mtp_depths,
+        }
+    if config.mamba is not None:
+        m = config.mamba
+        names = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
+        names += ("chunk_size", "time_step_min", "time_step_max", "time_step_floor")
+        fields |= {name: getattr(m, name) for name in names}
+    if config.attention is not None:
+        a = config.attention
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        fields |= {name: getattr(a, name) for name in names}
+    if config.moe is not None:
+        e = config.moe
+        names = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+        names += ("moe_shared_expert_intermediate_size", "moe_latent_size")
+        names += ("routed_scaling_factor", "norm_topk_prob")
+        fields |= {name: getattr(e, name) for name in names}
+        fields["n_shared_experts"] = 1 if e.moe_shared_expert_intermediate_size else 0
+        fields["intermediate_size"] = e.moe_intermediate_size
+    if config.mlp is not None:
+        fields["intermediate_size"] = config.mlp.intermediate_size
+    return fields
+
+
+def unsupported(config: ModelConfig) -> str | None:
+    """Why this dialect cannot express `config`, or None where it can."""
+    moe, attention, mlp = config.moe, config.attention, config.mlp
+    if moe is not None and (moe.activation != "relu2" or moe.scoring != "sigmoid"):
+        return "its experts are not squared ReLU under a sigmoid router"
+    if moe is not None and not moe.moe_shared_expert_intermediate_size:
+        return "its mixtures have no shared expert"
+    if attention is not None and (attention.rope_theta is not None or attention.qk_norm):
+        return "its attention has rotary positions or QK norm"
+    if mlp is not None and mlp.activation != "relu2":
+        return "its dense layers are not squared ReLU"
+    return None
+
+
+def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint under its published name, as a view of the model's own."""
+    last_mtp = len(config.pattern.mtp) - 1
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        published = name.replace("mtp.input.", "mtp.layers.0.").replace(
+            "mtp.final_layernorm.", f"mtp.layers.{last_mtp}.final_layernorm."
+        )
+        stem, _, projection = published.rpartition(".")
+        if stem.endswith("mixer.experts"):
+            for expert, matrix in enumerate(tensor.detach()):
+                yield f"{stem}.{expert}.{projection}.weight", matrix
+        else:
+            yield published, tensor.detach()
+
+
+def our_spelling(name: str) -> str:
+    """A stored tensor's name as we publish it, without the prefixes that wrappers add."""
+    name = name.removeprefix("language_model.")
+    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def _pattern(fields: Fields, *names: str, default: str | None = None) -> str:
+    value = fields.raw(*names, default=default)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ConfigError(f"{fields.where} has no layer list under {', '.join(names)}")
+    unknown = [kind for kind in value if kind not in _BLOCK_TYPES]
+    if unknown:
+        raise ConfigError(
+            f"{fields.where}: layer type {unknown[0]!r} is not one of {', '.join(_BLOCK_TYPES)}"
+        )
+    return "".join(_BLOCK_TYPES[kind] for kind in value)
+
+
+def _mamba(fields: Fields) -> MambaConfig:
+    return MambaConfig(
+        mamba_num_heads=fields.get(int, "mamba_num_heads"),
+        mamba_head_dim=fields.get(int, "mamba_head_dim"),
+        ssm_state_size=fields.get(int, "ssm_state_size"),
+        n_groups=fields.get(int, "n_groups", "mamba_n_groups", "mamba_ngroups"),
+        conv_kernel=fields.get(int, "conv_kernel", "mamba_d_conv", default=4),
+        chunk_size=fields.get(int, "chunk_size", "mamba_chunk_size", default=128),
+        time_step_min=fields.get(float, "time_step_min", "mamba_dt_min", default=0.001),
+        time_step_max=fields.get(float, "time_step_max", "mamba_dt_max", default=0.1),
+        time_step_floor=fields.get(float, "time_step_floor", "mamba_dt_init_floor", default=1e-4),
+    )
+
+
+def _attention(fields: Fields) -> AttentionConfig:
+    heads = fields.get(int, "num_attention_heads")
+    return AttentionConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=fields.get(int, "num_key_value_heads", default=heads),
+        head_dim=fields.get(
+            int, "head_dim", "attention_head_dim", default=fields.get(int, "hidden_size") // heads
+        ),
+    )
+
+
+def _moe(fields: Fields) -> MoEConfig:
+    latent = fields.raw("moe_latent_size")
+    shared = fields.get(int, "n_shared_experts", default=1)
+    return MoEConfig(
+        n_routed_experts=fields.get(int, "n_routed_experts", "num_local_experts"),
+        num_experts_per_tok=fields.get(int, "num_experts_per_tok"),
+        moe_intermediate_size=fields.get(int, "moe_intermediate_size"),
+        moe_shared_expert_intermediate_size=(
+            fields.get(int, "moe_shared_expert_intermediate_size") if shared else 0
+        ),
+        moe_latent_size=None if latent is None else fields.get(int, "moe_latent_size"),
+        routed_scaling_factor=fields.get(float, "routed_scaling_factor", default=1.0),
+        norm_topk_prob=fields.get(bool, "norm_topk_prob", default=True),
+    )
+
+
+def _special_tokens(fields: Fields) -> dict[str, int]:
+    eos = fields.raw("eos_token_id", default=2)
+    return {
+        "bos_token_id": fields.get(int, "bos_token_id", default=1),
+        "eos_token_id": eos[0] if isinstance(eos, list) else eos,
+        "pad_token_id": fields.get(int, "pad_token_id", default=0),
+    }
+
+
+def _refuse_other_arithmetic(fields: Fields) -> None:
+    for name in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias", "residual_in_fp32"):
+        fields.require(name, False, "no released model of the family has it")
+    fields.require("use_conv_bias", True, "the convolution has a bias in every released model")
+    fields.require("mlp_hidden_act", "relu2", "experts and dense layers are squared ReLU")
+    fields.require("mamba_hidden_act", "silu", "the convolution is followed by SiLU")
+    fields.require("n_group", 1, "experts are chosen from all at once")
+    fields.require("topk_group", 1, "experts are chosen from all at once")
+    if fields.raw("sliding_window") is not None:
+        raise ConfigError(
+            f"{fields.where}: sliding_window is set, but attention here sees everything"
+        )
+    limit = fields.raw("time_step_limit", "mamba_dt_limit", default=[0.0, 1e30])
+    if [number(bound) for bound in limit] != [0.0, float("inf")]:
+        raise ConfigError(
+            f"{fields.where}: time_step_limit is {limit!r}; only no limit ([0, inf]) is supported, "
+            "which is what the released models were trained with"
+        )

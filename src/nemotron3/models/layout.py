@@ -1,0 +1,75 @@
+"""The layout of a batch: where sequences begin in the packed stream, and what came before them.
+
+Training on packed documents, prefill of many prompts, prefill in chunks, decoding and the check of
+drafted tokens are the same forward pass with another layout. A layout is an argument, never a
+global.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.ops.segments import Segments
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Sequences in a packed stream, and how much of each the carried state holds already."""
+
+    segments: Segments
+    """The tokens of this call."""
+    context: tuple[int, ...] = ()
+    """Tokens of each sequence in the state before this call; empty where there is no state."""
+    slots: tuple[int, ...] = field(default=())
+    """Row of the state that belongs to each sequence; empty where there is no state."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "slots"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.segments):
+                raise ConfigError(
+                    f"layout has {len(self.segments)} sequences but {len(given)} entries of {name}"
+                )
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "SequenceLayout":
+        """The layout of an ordinary [batch, seq] tensor of tokens, without state."""
+        batch, length = tokens.shape
+        return cls(Segments.uniform(batch, length))
+
+    @classmethod
+    def packed(cls, lengths: tuple[int, ...] | list[int]) -> "SequenceLayout":
+        """The layout of documents that lie one after another, without state."""
+        return cls(Segments(lengths))
+
+    @property
+    def keys(self) -> Segments:
+        """What attention looks at: remembered tokens and those of this call."""
+        if not any(self.context):
+            return self.segments
+        return Segments(
+            old + new for old, new in zip(self.context, self.segments.lengths, strict=True)
+        )
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each token within its whole sequence, int64 [tokens]."""
+        positions = self.segments.positions(device)
+        if any(self.context):
+            offset = torch.tensor(self.context, device=device)
+            positions = positions + offset[self.segments.ids(device)]
+        return positions
+
+
+def shift_left(values: Tensor, segments: Segments, by: int) -> tuple[Tensor, Tensor]:
+    """Each token's value `by` places later in its own sequence, and whether there is one.
+
+    Where the sequence ends sooner the value is 0 and the mask False. This is Megatron's roll for
+    multi-token prediction, which likewise stops at document boundaries.
+    """
+    positions = segments.positions(values.device)
+    lengths = torch.tensor(segments.lengths, device=values.device)[segments.ids(values.device)]
+    valid = positions + by < lengths
+    shifted = torch.roll(values, -by, dims=0)
+    return shifted.masked_fill(~valid, 0), valid

@@ -1,0 +1,26 @@
+"""The door through which every dense product of the model goes.
+
+Weights keep the dtype they are stored in (float32 masters in training, bfloat16 in inference), and
+the product runs in the dtype of the activations. Number formats that quantize operands plug in
+here.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Module):
+    """A product with a weight matrix, without bias: no layer of the family has one."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """x W^T in the dtype of `x`."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

@@ -1,0 +1,85 @@
+"""The Mamba-2 mixer: projection, short convolution, selective scan, gated norm, projection.
+
+Dao & Gu, *Transformers are SSMs* (arXiv 2405.21060), figure 6 (the form with parallel projections),
+with the gated norm taken after the gate and within groups. The inner width is heads times head size
+and not a multiple of the model's width. Positions enter the model here and nowhere else.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nemotron3.models.config import MambaConfig
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.linear import Linear
+from nemotron3.models.norm import GatedGroupNorm
+from nemotron3.models.state import MambaState
+from nemotron3.ops.conv import causal_conv
+from nemotron3.ops.ssd import ssd
+
+
+class CausalConv1d(nn.Module):
+    """Weights of the depthwise convolution over x, B and C."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        # The middle axis is the published layout's: input channels per group, which is one.
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, tails: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution and SiLU; returns outputs [tokens, channel] and new tails."""
+        weight, bias = self.weight.squeeze(1).to(x.dtype), self.bias.to(x.dtype)
+        return causal_conv(x, weight, bias, segments=layout.segments, tails=tails)
+
+
+class Mamba2Mixer(nn.Module):
+    """Mixes along time through a state of fixed size."""
+
+    def __init__(self, config: MambaConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.config = config
+        heads, inner = config.mamba_num_heads, config.inner_size
+        # Rows of in_proj: gate z, then what is convolved (x, B, C), then the steps dt.
+        self.in_proj = Linear(hidden_size, inner + config.conv_channels + heads)
+        self.conv1d = CausalConv1d(config.conv_channels, config.conv_kernel)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.norm = GatedGroupNorm(inner, config.n_groups, eps)
+        self.out_proj = Linear(inner, hidden_size)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        layout: SequenceLayout,
+        state: MambaState | None = None,
+    ) -> Float[Tensor, "tokens d_model"]:
+        """Mix each sequence along time, continuing from `state` where there is one."""
+        c = self.config
+        z, xBC, dt = self.in_proj(x).split(
+            [c.inner_size, c.conv_channels, c.mamba_num_heads], dim=-1
+        )
+        tails, states = (None, None) if state is None else state.read(layout)
+        xBC, tails = self.conv1d(xBC, layout, tails)
+        state_width = c.n_groups * c.ssm_state_size
+        x_, B, C = xBC.split([c.inner_size, state_width, state_width], dim=-1)
+        # Steps, decay and state in float32 at least: they accumulate over the whole sequence.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y, states = ssd(
+            x_.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
+            F.softplus(dt.to(wide) + self.dt_bias.to(wide)),
+            -torch.exp(self.A_log.to(wide)),
+            B.unflatten(-1, (c.n_groups, c.ssm_state_size)),
+            C.unflatten(-1, (c.n_groups, c.ssm_state_size)),
+            self.D.to(wide),
+            segments=layout.segments,
+            chunk_size=c.chunk_size,
+            initial_states=states,
+        )
+        if state is not None:
+            state.write(layout, tails, states)
+        return self.out_proj(self.norm(y.flatten(-2), z))

@@ -1,0 +1,67 @@
+"""Multi-token prediction: one small block, applied once per further token.
+
+Super report, section 2.1.2; wiring as in Megatron-LM's hybrid stack. Depth k predicts, at position
+i, token i + k + 1 (the main head predicts i + 1):
+
+    h_0 = the backbone's output after its final norm
+    c   = W_eh [ norm_e(embedding of token i + k) ; norm_h(h_{k-1}) ]     embedding half first
+    h_k = final_norm(block(c))                                           here `*E`, own attention
+    logits = the backbone's own output layer (h_k)
+
+All depths share the block's weights, so it can be applied more often than it was trained to be; the
+embedding and the output layer are the backbone's. Keys are named as in the published checkpoints:
+the first layer holds the two input norms and the projection, the last one the final norm.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nemotron3.models.block import Block
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.experts import Routing
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.linear import Linear
+from nemotron3.models.norm import RMSNorm
+
+
+class MTPInput(nn.Module):
+    """Joins the embedding of the next token with the hidden state so far."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.enorm = RMSNorm(width, eps)
+        self.hnorm = RMSNorm(width, eps)
+        self.eh_proj = Linear(2 * width, width)
+
+    def forward(
+        self, embedding: Float[Tensor, "tokens d_model"], hidden: Float[Tensor, "tokens d_model"]
+    ) -> Float[Tensor, "tokens d_model"]:
+        """Norm both halves and project them to the model's width."""
+        return self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
+
+
+class MultiTokenPredictor(nn.Module):
+    """The shared block of all depths."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input = MTPInput(config)
+        self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.mtp)
+        self.final_layernorm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(
+        self,
+        embedding: Float[Tensor, "tokens d_model"],
+        hidden: Float[Tensor, "tokens d_model"],
+        layout: SequenceLayout,
+    ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
+        """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k."""
+        x = self.input(embedding, hidden)
+        routings = []
+        for layer in self.layers:
+            x, routing = layer(x, layout)
+            if routing is not None:
+                routings.append(routing)
+        return self.final_layernorm(x), routings

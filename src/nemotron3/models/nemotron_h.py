@@ -1,0 +1,202 @@
+"""The language model: embedding, a stack of blocks, a final norm, an output layer, and MTP.
+
+The same forward pass trains, evaluates and generates; what differs is the layout of the batch and
+whether a state is carried.
+
+    model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0) logits = model(tokens)
+    # [batch, seq] -> [batch, seq, vocab] logits = model(stream, layout=SequenceLayout.packed([5,
+    3]))  # [8] -> [8, vocab], two documents
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemotron3.errors import ConfigError
+from nemotron3.models import huggingface
+from nemotron3.models.block import Block
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.experts import Routing
+from nemotron3.models.generation import GenerationConfig, generate
+from nemotron3.models.initialization import initialize
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.linear import Linear
+from nemotron3.models.mtp import MultiTokenPredictor
+from nemotron3.models.norm import RMSNorm
+from nemotron3.models.state import HybridCache
+
+
+class BackboneOutput(NamedTuple):
+    """What the stack of blocks yields."""
+
+    hidden: Float[Tensor, "tokens d_model"]
+    """The residual stream after the final norm."""
+    routings: list[Routing]
+    """Decisions of the routers, first mixture to last."""
+    residual_rms: list[Tensor]
+    """Root mean square of the residual stream after each block, where it was asked for."""
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.main)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        layout: SequenceLayout,
+        state: HybridCache | None = None,
+        *,
+        recompute: bool = False,
+        measure: bool = False,
+    ) -> BackboneOutput:
+        """Run all blocks on embedded tokens.
+
+        `recompute` trades time for memory: only the inputs of blocks are kept for the backward
+        pass. `measure` records the size of the residual stream after each block.
+        """
+        routings: list[Routing] = []
+        residual_rms: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[index]
+            if recompute:
+                x, routing = checkpoint(
+                    layer, x, layout, layer_state, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, routing = layer(x, layout, layer_state)
+            if routing is not None:
+                routings.append(routing)
+            if measure:
+                residual_rms.append(x.detach().float().square().mean().sqrt())
+        if state is not None:
+            state.advance(layout)
+        return BackboneOutput(self.norm_f(x), routings, residual_rms)
+
+
+class LanguageModel(nn.Module):
+    """A hybrid Mamba-2 / attention / mixture-of-experts language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Modules with uninitialised parameters; use `from_config` or `from_pretrained`."""
+        super().__init__()
+        self.config = config
+        self.activation_dtype: torch.dtype | None = None
+        """What products run in; None for the dtype of the parameters."""
+        self.backbone = Backbone(config)
+        self.lm_head = (
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        )
+        self.mtp = MultiTokenPredictor(config) if config.pattern.mtp else None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "LanguageModel":
+        """A new model with initial weights drawn from `seed`."""
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        initialize(model, config, torch.Generator(device=device).manual_seed(seed))
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "LanguageModel":
+        """A model from a directory in the published layout (config.json and safetensors).
+
+        Weights stream onto `device` shard by shard, in `dtype` where it is given and as they are
+        stored where not; the scan's own parameters and the router's bias stay float32.
+        """
+        config = huggingface.read_config(path)
+        with torch.device("meta"):
+            model = cls(config)
+        huggingface.read_weights(model, path, device=torch.device(device), dtype=dtype)
+        return model
+
+    def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write the published directory layout, which Hugging Face and other engines read."""
+        huggingface.write_config(self.config, path, dtype=self.output_weight.dtype)
+        huggingface.write_weights(self, path, max_shard_bytes=max_shard_bytes)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's matrix [vocab, d_model]."""
+        return self.backbone.embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.output_weight.device
+
+    def embed(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
+        """Embeddings, in the dtype that activations have."""
+        x = self.backbone.embeddings(tokens)
+        return x if self.activation_dtype is None else x.to(self.activation_dtype)
+
+    def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of hidden states, in float32 at least."""
+        logits = nn.functional.linear(hidden, self.output_weight.to(hidden.dtype))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "*batch seq"],
+        *,
+        layout: SequenceLayout | None = None,
+        state: HybridCache | None = None,
+    ) -> Float[Tensor, "*batch seq vocab"]:
+        """Logits for each token, of a [batch, seq] tensor or of a packed stream with its layout."""
+        if layout is None:
+            if tokens.dim() != 2:
+                raise ConfigError(
+                    f"tokens have shape {tuple(tokens.shape)}; without a layout they must be "
+                    "[batch, seq], and a packed stream needs layout=SequenceLayout.packed(lengths)"
+                )
+            batch, length = tokens.shape
+            layout = SequenceLayout.of(tokens) if state is None else state.layout([length] * batch)
+        if layout.segments.total != tokens.numel():
+            raise ConfigError(
+                f"the layout describes {layout.segments.total} tokens, "
+                f"but {tokens.numel()} were given"
+            )
+        hidden = self.backbone(self.embed(tokens.flatten()), layout, state).hidden
+        return self.logits(hidden).unflatten(0, tokens.shape)
+
+    def new_state(self, slots: int) -> HybridCache:
+        """An empty state for `slots` sequences."""
+        dtype = self.activation_dtype or self.output_weight.dtype
+        return HybridCache(
+            self.config, self.config.pattern.main, slots=slots, dtype=dtype, device=self.device
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig | None = None,
+        *,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts of token ids; returns the new tokens of each."""
+        config = config or GenerationConfig(stop_token_ids=(self.config.eos_token_id,))
+        return generate(self, prompts, config, on_token=on_token)

@@ -1,0 +1,21 @@
+"""Rotary positions (Su et al., arXiv 2104.09864), the two halves of a head turned together.
+
+Only the comparison models use them. There is one implementation: it is its own reference.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def rotate(
+    x: Float[Tensor, "tokens head head_dim"], positions: Int[Tensor, " tokens"], theta: float
+) -> Float[Tensor, "tokens head head_dim"]:
+    """Turn channel pair (i, i + head_dim / 2) by the angle position * theta^(-2 i / head_dim)."""
+    half = x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    exponent = torch.arange(half, device=x.device, dtype=wide) / half
+    angle = positions.to(wide)[:, None, None] * theta**-exponent
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
