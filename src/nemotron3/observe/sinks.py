@@ -1,0 +1,78 @@
+"""Where metrics go: a JSON line per step, always, and TensorBoard where it is installed.
+
+A sink is opened with the step that the run logs next. What a killed run had logged from that step
+on is taken back, since the resumed run logs it again: an interrupted and resumed run leaves exactly
+the metrics of an uninterrupted one.
+"""
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemotron3.observe.metrics import decode_line, encode_line
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one line per step, handed to the system before the next step begins."""
+
+    def __init__(self, path: Path, *, next_step: int) -> None:
+        """Keep the lines before `next_step`, cut the rest; with 0 the file begins anew."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            os.truncate(path, _end_of_kept(path, next_step))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line."""
+        self._file.write(encode_line(step, metrics))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars as TensorBoard shows them; steps of a killed run are hidden on resume."""
+
+    def __init__(self, directory: Path, *, next_step: int) -> None:
+        """Open an event file in `directory`."""
+        try:
+            tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
+            raise ImportError(
+                "writing TensorBoard events needs the package tensorboard: "
+                "pip install 'nemotron3[train]'"
+            ) from error
+        self._writer = tensorboard.SummaryWriter(str(directory), purge_step=next_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one point to each curve."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        """Write out the last events and close the file."""
+        self._writer.close()
+
+
+def _end_of_kept(path: Path, next_step: int) -> int:
+    """The length up to the first line that is half-written or not before `next_step`."""
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step, _ = decode_line(line)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is not a step ({error}); "
+                    "repair the file, or move it away to begin anew"
+                ) from error
+            if step >= next_step:
+                break
+            end += len(line)
+    return end
