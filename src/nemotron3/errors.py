@@ -32,3 +32,7 @@ class BackendUnavailableError(Nemotron3Error, RuntimeError):
 
 class DependencyMissingError(Nemotron3Error, ImportError):
     """An optional package that the requested feature needs; the message holds the install line."""
+
+
+class DivergenceError(Nemotron3Error, ArithmeticError):
+    """A training run whose loss or gradient is no longer a number."""

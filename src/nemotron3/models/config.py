@@ -10,7 +10,7 @@ construction.
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.pattern import LayerKind, LayerPattern, parse_pattern
@@ -25,10 +25,19 @@ def _require_positive(owner: object, *names: str) -> None:
             raise ConfigError(f"{type(owner).__name__}.{name} is {value}; it must be positive")
 
 
-def _require_divides(what: str, whole: int, by: str, part: int) -> None:
-    if whole % part:
+def _require_divides(owner: Any, whole: str, part: str) -> None:
+    if getattr(owner, whole) % getattr(owner, part):
         raise ConfigError(
-            f"{what} = {whole} is not divisible by {by} = {part}; change one of the two"
+            f"{whole} = {getattr(owner, whole)} is not divisible by {part} = "
+            f"{getattr(owner, part)}; change one of the two"
+        )
+
+
+def _require_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ConfigError(
+            f"{type(owner).__name__}.{name} is {value!r}; choose from {', '.join(choices)}"
         )
 
 
@@ -59,10 +68,16 @@ class MambaConfig:
         _require_positive(
             self, "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "chunk_size"
         )
-        _require_divides("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
+        _require_divides(self, "mamba_num_heads", "n_groups")
         if self.conv_kernel < 2:
             raise ConfigError(
                 f"conv_kernel is {self.conv_kernel}; a convolution needs at least 2 taps"
+            )
+        _require_positive(self, "time_step_min", "time_step_floor")
+        if self.time_step_min > self.time_step_max:
+            raise ConfigError(
+                f"time_step_min is {self.time_step_min} and time_step_max {self.time_step_max}; "
+                "initial steps are drawn between the two, so the first must not be larger"
             )
 
     @property
@@ -93,15 +108,14 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
-        _require_divides(
-            "num_attention_heads",
-            self.num_attention_heads,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-        )
+        _require_divides(self, "num_attention_heads", "num_key_value_heads")
         if self.rope_theta is not None:
             _require_positive(self, "rope_theta")
-            _require_divides("head_dim with rotary positions", self.head_dim, "two", 2)
+            if self.head_dim % 2:
+                raise ConfigError(
+                    f"head_dim is {self.head_dim}; rotary positions turn channels in pairs, so it "
+                    "must be even"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +154,8 @@ class MoEConfig:
             )
         if self.moe_latent_size is not None:
             _require_positive(self, "moe_latent_size")
+        _require_choice(self, "activation", get_args(Activation))
+        _require_choice(self, "scoring", ("sigmoid", "softmax"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +169,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "intermediate_size")
+        _require_choice(self, "activation", get_args(Activation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +207,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size", "hidden_size", "layer_norm_epsilon")
+        if self.initializer_range is not None:
+            _require_positive(self, "initializer_range")
         parts = {
             LayerKind.MAMBA: self.mamba,
             LayerKind.ATTENTION: self.attention,

@@ -49,7 +49,9 @@ class GenerationConfig:
 class CausalModel(Protocol):
     """What generation needs of a model."""
 
-    def __call__(self, tokens: Tensor, *, layout: SequenceLayout, state: HybridCache) -> Tensor: ...
+    def next_logits(
+        self, tokens: Tensor, *, layout: SequenceLayout, state: HybridCache
+    ) -> Tensor: ...
 
     def new_state(self, slots: int) -> HybridCache: ...
 
@@ -81,9 +83,8 @@ def generate(
     for _ in range(config.max_new_tokens):
         layout = state.layout([len(tokens) for tokens in fed], running)
         stream = torch.tensor([token for tokens in fed for token in tokens], device=model.device)
-        logits = model(stream, layout=layout, state=state)
-        last = logits[layout.segments.last_indices(logits.device)]
-        chosen = sample(last.float().cpu(), config, generator).tolist()
+        logits = model.next_logits(stream, layout=layout, state=state)
+        chosen = sample(logits.float().cpu(), config, generator).tolist()
         still: list[tuple[int, int]] = []
         for index, token in zip(running, chosen, strict=True):
             if token in config.stop_token_ids:

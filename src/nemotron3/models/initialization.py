@@ -34,7 +34,6 @@ def initialize(model: nn.Module, config: ModelConfig, generator: torch.Generator
                 scale = residual_std if module in writes_residual else std
                 module.weight.normal_(0.0, scale, generator=generator)
             case RoutedExperts():
-                # In a latent mixture the up-projection is what writes to the residual stream.
                 scale = residual_std if module in writes_residual else std
                 module.up_proj.normal_(0.0, std, generator=generator)
                 module.down_proj.normal_(0.0, scale, generator=generator)

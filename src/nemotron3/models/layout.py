@@ -5,7 +5,8 @@ drafted tokens are the same forward pass with another layout. A layout is an arg
 global.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class SequenceLayout:
     """The tokens of this call."""
     context: tuple[int, ...] = ()
     """Tokens of each sequence in the state before this call; empty where there is no state."""
-    slots: tuple[int, ...] = field(default=())
+    slots: tuple[int, ...] = ()
     """Row of the state that belongs to each sequence; empty where there is no state."""
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class SequenceLayout:
         """The layout of documents that lie one after another, without state."""
         return cls(Segments(lengths))
 
-    @property
+    @cached_property
     def keys(self) -> Segments:
         """What attention looks at: remembered tokens and those of this call."""
         if not any(self.context):

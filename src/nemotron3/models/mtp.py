@@ -9,8 +9,8 @@ i, token i + k + 1 (the main head predicts i + 1):
     logits = the backbone's own output layer (h_k)
 
 All depths share the block's weights, so it can be applied more often than it was trained to be; the
-embedding and the output layer are the backbone's. Keys are named as in the published checkpoints:
-the first layer holds the two input norms and the projection, the last one the final norm.
+embedding and the output layer are the backbone's. In published checkpoints the input
+part belongs to the first layer and the final norm to the last; `models/huggingface` translates.
 """
 
 import torch

@@ -3,9 +3,9 @@
 The same forward pass trains, evaluates and generates; what differs is the layout of the batch and
 whether a state is carried.
 
-    model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0) logits = model(tokens)
-    # [batch, seq] -> [batch, seq, vocab] logits = model(stream, layout=SequenceLayout.packed([5,
-    3]))  # [8] -> [8, vocab], two documents
+    model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0)
+    model(tokens)                                             # [batch, seq] -> [batch, seq, vocab]
+    model(stream, layout=SequenceLayout.packed([5, 3]))       # [8] -> [8, vocab], two documents
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
+from nemotron3.models.allocation import allocate
 from nemotron3.models.block import Block
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.experts import Routing
+from nemotron3.models.experts import Router, Routing
 from nemotron3.models.generation import GenerationConfig, generate
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout
@@ -62,9 +63,12 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
-        `recompute` trades time for memory: only the inputs of blocks are kept for the backward
+        With a `state` the call continues what its slots hold. `recompute` trades time for memory: only the inputs of blocks are kept for the backward
         pass. `measure` records the size of the residual stream after each block.
         """
+        assert state is None or not recompute, "a recomputed pass would advance the state twice"
+        if state is not None:
+            state.check(layout)
         routings: list[Routing] = []
         residual_rms: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -108,10 +112,13 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageModel":
-        """A new model with initial weights drawn from `seed`."""
+        """A new model with initial weights drawn from `seed`.
+
+        Parameters are kept in `dtype`; the scan's own and the router's bias always in float32.
+        """
         with torch.device("meta"):
             model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
+        allocate(model, torch.device(device), dtype)
         initialize(model, config, torch.Generator(device=device).manual_seed(seed))
         return model
 
@@ -143,6 +150,11 @@ class LanguageModel(nn.Module):
     def output_weight(self) -> Tensor:
         """The output layer's matrix [vocab, d_model]."""
         return self.backbone.embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def routers(self) -> list[Router]:
+        """Every router, the backbone's first to last and then those of the MTP block."""
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     @property
     def device(self) -> torch.device:
@@ -180,8 +192,19 @@ class LanguageModel(nn.Module):
                 f"the layout describes {layout.segments.total} tokens, "
                 f"but {tokens.numel()} were given"
             )
+        if state is None and any(layout.context):
+            raise ConfigError(
+                f"the layout continues sequences of {layout.context} tokens; give the state too"
+            )
         hidden = self.backbone(self.embed(tokens.flatten()), layout, state).hidden
         return self.logits(hidden).unflatten(0, tokens.shape)
+
+    def next_logits(
+        self, tokens: Int[Tensor, " tokens"], *, layout: SequenceLayout, state: HybridCache
+    ) -> Float[Tensor, "sequences vocab"]:
+        """Logits after the last token of each sequence: of a long prompt no others are made."""
+        hidden = self.backbone(self.embed(tokens), layout, state).hidden
+        return self.logits(hidden[layout.segments.last_indices(hidden.device)])
 
     def new_state(self, slots: int) -> HybridCache:
         """An empty state for `slots` sequences."""

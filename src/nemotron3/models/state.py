@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nemotron3.errors import ConfigError
 from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.pattern import LayerKind
@@ -47,8 +48,8 @@ class MambaState:
     def write(self, layout: SequenceLayout, tails: Tensor, states: Tensor) -> None:
         """Keep the tails and states after the call."""
         rows = list(layout.slots)
-        self.tails[rows] = tails.to(self.tails.dtype)
-        self.states[rows] = states
+        self.tails[rows] = tails.detach().to(self.tails.dtype)
+        self.states[rows] = states.detach()
 
 
 class AttentionState:
@@ -64,15 +65,18 @@ class AttentionState:
     def extend(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the call's keys and values; returns all of each sequence, packed."""
         self._reserve(layout.keys.max_length)
-        remembered: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for index, slot in enumerate(layout.slots):
-            old, end = layout.context[index], layout.keys.lengths[index]
-            rows = slice(layout.segments.starts[index], layout.segments.starts[index + 1])
-            for buffer, new, out in zip((self.keys, self.values), (k, v), remembered, strict=True):
-                buffer[slot, old:end] = new[rows].to(buffer.dtype)
-                out.append(buffer[slot, :end])
-        keys, values = (torch.cat(parts).to(k.dtype) for parts in remembered)
+        keys, values = (
+            self._extend(buffer, layout, new) for buffer, new in ((self.keys, k), (self.values, v))
+        )
         return keys, values
+
+    def _extend(self, buffer: Tensor, layout: SequenceLayout, new: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        spans = zip(layout.slots, layout.context, new.split(layout.segments.lengths), strict=True)
+        for slot, old, arriving in spans:
+            buffer[slot, old : old + len(arriving)] = arriving.detach()
+            parts += [buffer[slot, :old].to(new.dtype), arriving]
+        return torch.cat(parts)
 
     def _reserve(self, length: int) -> None:
         have = self.keys.shape[1]
@@ -87,7 +91,10 @@ LayerState = MambaState | AttentionState
 
 
 class HybridCache:
-    """The carried state of a whole model for a number of sequences."""
+    """The carried state of a whole model for a number of sequences.
+
+    It carries values and no gradients: what an earlier call left behind is a constant to the next.
+    """
 
     def __init__(
         self,
@@ -116,6 +123,20 @@ class HybridCache:
         return SequenceLayout(
             Segments(lengths), context=tuple(self.lengths[s] for s in slots), slots=slots
         )
+
+    def check(self, layout: SequenceLayout) -> None:
+        """Refuse a layout that does not continue what the slots hold."""
+        if len(set(layout.slots)) < len(layout.segments):
+            raise ConfigError(
+                f"the layout has {len(layout.segments)} sequences in slots {layout.slots}; with a "
+                "state each needs a slot of its own, as in layout=state.layout(lengths)"
+            )
+        held = tuple(self.lengths[slot] for slot in layout.slots)
+        if layout.context != held:
+            raise ConfigError(
+                f"the layout continues sequences of {layout.context} tokens, but the state holds "
+                f"{held}; make a new layout for each call with state.layout(lengths)"
+            )
 
     def advance(self, layout: SequenceLayout) -> None:
         """Count the tokens of a finished call."""

@@ -8,7 +8,6 @@ tensor and costs nothing.
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.allocation import ALWAYS_FLOAT32, allocate
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface import native, nemotron_h, qwen3_moe
 from nemotron3.models.huggingface.fields import Fields
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
 """First to last choice for writing; the last can express every model."""
-_ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")
-"""Parameters of the scan and the selection bias: rounding them changes states and choices."""
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 
@@ -40,9 +39,12 @@ def read_config(path: Path | str) -> ModelConfig:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON ({error}); fetch or save it again") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds no JSON object; fetch or save it again")
+    quantized = bool(fields.get("quantization_config"))
     for nested in ("llm_config", "text_config"):
         fields = fields.get(nested) or fields
-    if fields.get("quantization_config"):
+    if quantized or fields.get("quantization_config"):
         raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
     return _dialect_of(fields.get("model_type"), file).config_from(Fields(fields, str(file)))
 
@@ -73,7 +75,7 @@ def read_weights(
     stacked = _stacked_names(shapes, stored)
     _compare(reader, stored, shapes, stacked)
     parameter_dtype = dtype or _stored_dtype(reader, stored)
-    _allocate(model, device, parameter_dtype)
+    allocate(model, device, parameter_dtype)
     destinations = dict(dialect.published_views(model, config))
     ours = {name: spelling for spelling, name in stored.items()}
     with torch.no_grad():
@@ -123,62 +125,56 @@ def _compare(
     shapes: dict[str, Tensor],
     stacked: dict[str, list[tuple[int, str]]],
 ) -> None:
+    # Quantized files also have extra and mis-shaped tensors, so their own error comes first.
+    for name in reader.names:
+        info = reader.info(name)
+        if info.dtype not in _READABLE:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} is stored as {info.dtype}, a quantized format; only "
+                "float32, float16 and bfloat16 weights are read"
+            )
     covered = {name for parts in stacked.values() for _, name in parts}
     missing = [name for name in shapes if name not in stored and name not in covered]
     extra = [name for name in stored if name not in shapes and name not in stacked]
     if missing:
         raise CheckpointError(
             f"{reader.directory} lacks {len(missing)} tensors that config.json calls for, first "
-            f"{missing[0]!r}; the download is incomplete or config.json is of another model"
+            f"{missing[0]!r}; {_why_missing(missing)}"
         )
     if extra:
         raise CheckpointError(
             f"{reader.directory} holds {len(extra)} tensors that config.json does not call for, "
-            f"first {extra[0]!r}; config.json is of another model"
+            f"first {stored[extra[0]]!r}; config.json is of another model"
         )
     for spelling, name in stored.items():
-        info = reader.info(name)
         if spelling in stacked:
             parts = stacked[spelling]
             expected = (len(parts), *shapes[parts[0][1]].shape)
         else:
             expected = tuple(shapes[spelling].shape)
+        info = reader.info(name)
         if info.shape != expected:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} has shape {info.shape}, but config.json calls for "
                 f"{expected}; one of the two is of another model"
             )
-        if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r} is stored as {info.dtype}, a quantized format; only "
-                "float32, float16 and bfloat16 weights are read"
-            )
+
+
+def _why_missing(names: list[str]) -> str:
+    if all(name.startswith("mtp.") for name in names):
+        return (
+            "Hugging Face transformers drops the multi-token-prediction block on saving; take the "
+            "original files, or set num_nextn_predict_layers to 0 to do without it"
+        )
+    return "the download is incomplete or config.json is of another model"
 
 
 def _stored_dtype(reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
     return next(
         reader.info(name).dtype
         for spelling, name in stored.items()
-        if not spelling.endswith(_ALWAYS_FLOAT32)
+        if not spelling.endswith(ALWAYS_FLOAT32)
     )
-
-
-def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every meta tensor memory, in the dtype it is kept in."""
-    for module in model.modules():
-        for name, tensor in _own_tensors(module):
-            kept = torch.promote_types(dtype, torch.float32) if name in _ALWAYS_FLOAT32 else dtype
-            memory = torch.zeros if name == "e_score_correction_bias" else torch.empty
-            fresh = memory(tensor.shape, dtype=kept, device=device)
-            if isinstance(tensor, nn.Parameter):
-                setattr(module, name, nn.Parameter(fresh))
-            else:
-                module.register_buffer(name, fresh)
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from list(module.named_parameters(recurse=False))
-    yield from list(module.named_buffers(recurse=False))
 
 
 def _write_json(file: Path, fields: dict[str, Any]) -> None:

@@ -199,9 +199,8 @@ def _attention(fields: Fields) -> AttentionConfig:
     return AttentionConfig(
         num_attention_heads=heads,
         num_key_value_heads=fields.get(int, "num_key_value_heads", default=heads),
-        head_dim=fields.get(
-            int, "head_dim", "attention_head_dim", default=fields.get(int, "hidden_size") // heads
-        ),
+        # Nothing to guess: in this family it is not hidden_size / num_attention_heads.
+        head_dim=fields.get(int, "head_dim", "attention_head_dim"),
     )
 
 

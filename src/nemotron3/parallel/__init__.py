@@ -1,0 +1,1 @@
+"""Devices and, later, meshes: the only room that names one."""

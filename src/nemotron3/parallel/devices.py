@@ -1,0 +1,58 @@
+"""Which device a run uses, decided once at its start."""
+
+import time
+from typing import Literal
+
+import torch
+
+from nemotron3.errors import BackendUnavailableError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+def resolve_device(name: DeviceName) -> torch.device:
+    """The device to run on; `auto` takes a GPU where there is one."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        build = "has no CUDA" if torch.version.cuda is None else "finds no working driver or GPU"
+        raise BackendUnavailableError(
+            f"device {name!r} was asked for, but this PyTorch ({torch.__version__}) {build}; "
+            "use --device cpu, or install a CUDA build of PyTorch on a machine with a GPU"
+        )
+    return torch.device("cuda")
+
+
+def describe_device(device: torch.device) -> str:
+    """A device in words, for the record of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_product_rate(
+    device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
+) -> float:
+    """FLOP/s of a square matrix product: the peak that a run's own rate is held against.
+
+    Measured, not looked up, since what a machine grants (cores, clocks, neighbours) is not on its
+    label. The best of several short trials counts.
+    """
+    size = size if device.type == "cpu" else 8 * size
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            torch.mm(a, a)
+        synchronize(device)
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    return best

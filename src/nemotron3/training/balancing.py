@@ -1,0 +1,80 @@
+"""Keeping experts evenly used: a bias that only selects, and a weak loss per sequence.
+
+Two mechanisms work together, as in all three Nemotron 3 runs (reports, pre-training sections):
+
+* Loss-free balancing (Wang et al., arXiv 2408.15664). After each global batch the selection bias of
+an
+  expert moves by a fixed step towards the mean load: b_i += rate * sign(mean load - load_i). It
+  never enters a weight, so it leaves no trace in the gradients.
+* A sequence-level loss, so small that it only forbids extremes within one sequence:
+  L = E sum_i f_i P_i, with P_i the mean over tokens of the score normalised over all experts, and
+  f_i the share of choices that expert i would get without the bias. Megatron's `seq_aux_loss`.
+
+A packed stream has sequences of many lengths; their losses are averaged by length, which is the
+plain mean where lengths agree (docs/decisions/0003).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.experts import Router, Routing
+from nemotron3.ops.segments import Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """How strongly experts are balanced; the defaults are those of the reports."""
+
+    bias_update_rate: float = 1e-3
+    """Step of each expert's selection bias per batch; 0 leaves the biases alone."""
+    sequence_loss: float = 1e-4
+    """Factor of the sequence-level loss; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        for name in ("bias_update_rate", "sequence_loss"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+def sequence_balance_loss(routing: Routing, segments: Segments) -> Float[Tensor, ""]:
+    """Sum over tokens of the balance loss of their sequence.
+
+    A sum, to be divided by the number of tokens of the global batch, because a batch is spread over
+    microbatches and only their total has the right mean.
+    """
+    scores = routing.scores
+    tokens, experts = scores.shape
+    choices = routing.indices.shape[1]
+    shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    # Membership as a matrix: a product adds up each sequence in a fixed order on any device.
+    member = scores.new_zeros(len(segments), tokens)
+    member[segments.ids(scores.device), torch.arange(tokens, device=scores.device)] = 1.0
+    lengths = member.sum(-1, keepdim=True)
+    unbiased = scores.detach().topk(choices, dim=-1).indices
+    chosen = torch.zeros_like(scores).scatter_(-1, unbiased, 1.0)
+    frequency = member @ chosen / (lengths * choices)
+    probability = member @ shares / lengths
+    per_sequence = experts * (frequency * probability).sum(-1, keepdim=True)
+    return (per_sequence * lengths).sum()
+
+
+def expert_load(routing: Routing) -> Float[Tensor, " expert"]:
+    """How many tokens chose each expert."""
+    return torch.bincount(
+        routing.indices.detach().flatten(), minlength=routing.scores.shape[1]
+    ).float()
+
+
+@torch.no_grad()
+def update_selection_bias(router: Router, load: Float[Tensor, " expert"], rate: float) -> None:
+    """Move each expert's bias by `rate` towards the mean load; call it once per global batch."""
+    router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
+
+def max_violation(load: Float[Tensor, " expert"]) -> float:
+    """MaxVio: how far the busiest expert is above the mean, 0 when all are even."""
+    return (load.max() / load.mean() - 1).item()
