@@ -1,0 +1,342 @@
+"""One HTML file that shows a run: no network, no scripts, readable in ten years.
+
+It is made from `metrics.jsonl` and a summary, after the run or in the middle of it. What was not
+measured is left out of the page, not drawn empty. Every string from the run is escaped: samples of
+a language model are untrusted text.
+
+    write_report(run_dir, summary=ReportSummary(title="tiny", command="make run"))
+"""
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron3.observe.metrics import read_metrics
+from nemotron3.observe.plots import Figure, Series, bars, depth_lines, heat_map, lines
+
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"
+Metrics = dict[str, Series]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSample:
+    """What the model wrote after a prompt."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSummary:
+    """What a report says that is not in the metrics."""
+
+    title: str
+    """Headline, such as "Pre-training: tiny"."""
+    command: str
+    """The line that runs this again."""
+    lead: str = ""
+    """A sentence under the headline: what was trained, on what, where."""
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Tiles beside those from the metrics, as label to text ("parameters": "4.2 M")."""
+    model_name: str = "this model"
+    """The model's label among the baselines."""
+    baselines: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Held-out bits per byte of what the model is compared with."""
+    samples: Sequence[TextSample] = ()
+    """Text written by the model."""
+    sources: Sequence[Mapping[str, str | int | float]] = ()
+    """The corpus, a row per source; the keys of the first are the columns (source, licence, …)."""
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The resolved configuration as a record."""
+
+
+def write_report(run_dir: Path, *, summary: ReportSummary) -> Path:
+    """Write `report.html` beside `metrics.jsonl`, and return its path."""
+    metrics = load_series(run_dir / METRICS_FILE)
+    path = run_dir / REPORT_FILE
+    partial = path.with_suffix(".html.tmp")
+    partial.write_text(_page(metrics, summary), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def load_series(path: Path) -> Metrics:
+    """Every metric as a curve, by name; empty where no step was logged."""
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    if path.exists():
+        for step, metrics in read_metrics(path):
+            for name, value in metrics.items():
+                steps, values = points.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return {
+        name: Series(
+            label=name, steps=np.array(steps, dtype=float), values=np.array(values, dtype=float)
+        )
+        for name, (steps, values) in points.items()
+    }
+
+
+def _page(metrics: Metrics, summary: ReportSummary) -> str:
+    style = resources.files("nemotron3.observe").joinpath("report.css").read_text(encoding="utf-8")
+    title = html.escape(summary.title)
+    lead = f"<p>{html.escape(summary.lead)}</p>" if summary.lead else ""
+    sections = "".join(
+        [
+            _tiles(metrics, summary),
+            _section("Quality", _quality(metrics, summary)),
+            _section("Optimisation", _optimisation(metrics)),
+            _section("Inside the model", _inside(metrics)),
+            _section("Speed", _speed(metrics)),
+            _samples(summary.samples),
+            _sources(summary.sources),
+            _run(summary),
+        ]
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>{title}</h1>{lead}</header>\n{sections}"
+        f"<footer>Written by nemotron3 from {METRICS_FILE}.</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _quality(metrics: Metrics, summary: ReportSummary) -> list[str]:
+    main = _named(metrics, {"train/loss": "next token"})
+    mtp = _numbered(metrics, r"train/loss_mtp_(\d+)", "{} further ahead")
+    held_out = _named(metrics, {"eval/bits_per_byte": "held-out"})
+    compared = dict(summary.baselines)
+    if (final := _last(metrics, "eval/bits_per_byte")) is not None:
+        compared[summary.model_name] = final
+    best = min(summary.baselines.items(), key=lambda item: item[1], default=None)
+    accuracy = _numbered(metrics, r"train/mtp_accuracy_(\d+)", "{} further ahead")
+    return [
+        _figure(
+            "Training loss",
+            "Cross-entropy in nats per token: of the next token, and of the tokens after it that "
+            "the multi-token prediction heads guess.",
+            lines([*main, *mtp], y_label="nats per token", scale="log"),
+        ),
+        _figure(
+            "Held-out text, bits per byte",
+            "How many bits the model needs for a byte of text it was not trained on; less is "
+            "better, and the tokenizer does not matter.",
+            bars(compared, highlighted=summary.model_name),
+        ),
+        _figure(
+            "Held-out bits per byte while training",
+            "The dashed line is the best baseline.",
+            lines(held_out, y_label="bits per byte", reference=best, is_smoothed=False),
+        ),
+        _figure(
+            "Multi-token prediction accuracy",
+            "How often the first choice of each depth is the token that came; this is what a "
+            "draft for speculative decoding lives on.",
+            lines(accuracy, y_label="first choice is right", is_percent=True),
+        ),
+    ]
+
+
+def _optimisation(metrics: Metrics) -> list[str]:
+    return [
+        _figure(
+            "Learning rate",
+            "Warm-up, plateau and decay as they were applied.",
+            lines(
+                _named(metrics, {"optim/lr": "learning rate"}),
+                y_label="learning rate",
+                is_smoothed=False,
+            ),
+        ),
+        _figure(
+            "Gradient norm",
+            "Before clipping; spikes here come before spikes of the loss.",
+            lines(
+                _named(metrics, {"optim/grad_norm": "gradient norm"}),
+                y_label="norm",
+                scale="log",
+            ),
+        ),
+    ]
+
+
+def _inside(metrics: Metrics) -> list[str]:
+    violation = _numbered(metrics, r"moe/max_vio_layer_(\d+)", "layer {}")
+    residual = _numbered(metrics, r"model/residual_norm_layer_(\d+)", "layer {}")
+    return [
+        _figure(
+            "Expert imbalance by layer (MaxVio)",
+            "By how much the busiest expert exceeds an even share of tokens: 0 is balanced, 1 is "
+            "twice its share. A stronger shade is more; the router's bias should fade it out.",
+            heat_map(violation, value_label="MaxVio"),
+        ),
+        _figure(
+            "Expert imbalance, mean over layers",
+            "The same number averaged over the layers with experts.",
+            lines(_named(metrics, {"moe/max_vio": "MaxVio"}), y_label="MaxVio"),
+        ),
+        _figure(
+            "Residual stream by layer",
+            "Norm of what each layer leaves in the residual stream; later layers are drawn "
+            "stronger. Growth without end foretells divergence.",
+            depth_lines(residual, y_label="norm"),
+        ),
+        _figure(
+            "Auxiliary balance loss",
+            "The sequence-level term that keeps every expert in use.",
+            lines(_named(metrics, {"train/aux_loss": "auxiliary loss"}), y_label="loss"),
+        ),
+    ]
+
+
+def _speed(metrics: Metrics) -> list[str]:
+    flops, fraction = (_values(metrics, f"perf/{n}") for n in ("flops_per_s", "peak_fraction"))
+    share = ""
+    if len(flops) and len(fraction) and np.median(fraction) > 0:
+        peak = np.median(flops) / np.median(fraction)
+        share = (
+            f" The median is {100 * np.median(fraction):.3g}% of this machine's peak, "
+            f"{peak / 1e9:,.0f} GFLOP/s."
+        )
+    return [
+        _figure(
+            "Tokens per second",
+            "Training tokens through forward, backward and update.",
+            lines(_named(metrics, {"perf/tokens_per_s": "tokens/s"}), y_label="tokens per second"),
+        ),
+        _figure(
+            "Achieved arithmetic",
+            f"Floating-point operations per second that the model needs.{share}",
+            lines(_named(metrics, {"perf/flops_per_s": "FLOP/s"}), y_label="FLOP per second"),
+        ),
+    ]
+
+
+def _tiles(metrics: Metrics, summary: ReportSummary) -> str:
+    tiles: dict[str, str] = {}
+    if len(loss := _values(metrics, "train/loss")):
+        tiles["training loss, last 20 steps"] = f"{loss[-20:].mean():.3f}"
+    if (bits := _last(metrics, "eval/bits_per_byte")) is not None:
+        tiles["held-out bits per byte"] = f"{bits:.3f}"
+    if len(speed := _values(metrics, "perf/tokens_per_s")):
+        tiles["tokens per second, median"] = f"{np.median(speed):,.0f}"
+    if len(fraction := _values(metrics, "perf/peak_fraction")):
+        tiles["of the machine's peak, median"] = f"{100 * np.median(fraction):.3g}%"
+    tiles.update(summary.facts)
+    cells = "".join(
+        f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+        for label, value in tiles.items()
+    )
+    return f'<div class="tiles">{cells}</div>\n' if cells else ""
+
+
+def _section(title: str, figures: Sequence[str]) -> str:
+    body = "".join(figures)
+    return f'<section><h2>{title}</h2><div class="figures">{body}</div></section>\n' if body else ""
+
+
+def _figure(title: str, caption: str, figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    legend = "".join(
+        f'<span><i style="background:var(--{colour})"></i>{html.escape(label)}</span>'
+        for colour, label in figure.legend
+    )
+    legend = f'<div class="legend">{legend}</div>' if legend else ""
+    text = f"{caption} {figure.note}".strip()
+    return (
+        f"<figure><figcaption><h3>{title}</h3><p>{html.escape(text)}</p></figcaption>"
+        f"{legend}{figure.svg}</figure>\n"
+    )
+
+
+def _samples(samples: Sequence[TextSample]) -> str:
+    if not samples:
+        return ""
+    body = "".join(
+        f'<div class="sample"><mark>{html.escape(sample.prompt)}</mark>'
+        f"{html.escape(sample.text)}</div>\n"
+        for sample in samples
+    )
+    return f"<section><h2>What it writes</h2>{body}</section>\n"
+
+
+def _sources(sources: Sequence[Mapping[str, str | int | float]]) -> str:
+    if not sources:
+        return ""
+    rows = [[source.get(column, "") for column in sources[0]] for source in sources]
+    return f"<section><h2>Corpus</h2>{_table(list(sources[0]), rows)}</section>\n"
+
+
+def _run(summary: ReportSummary) -> str:
+    command = f"<pre>{html.escape(summary.command)}</pre>"
+    config = ""
+    if summary.config:
+        rows = [[path, json.dumps(value)] for path, value in _leaves(summary.config)]
+        table = _table(["setting", "value"], rows)
+        config = f"<details><summary>Configuration, {len(rows)} settings</summary>{table}</details>"
+    return f"<section><h2>Run it again</h2>{command}{config}</section>\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
+    def cell(tag: str, value: str | int | float, *, is_number: bool) -> str:
+        text = value if isinstance(value, str) else f"{value:,}"
+        kind = ' class="number"' if is_number else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
+
+    numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))]
+    head = "".join(cell("th", c, is_number=n) for c, n in zip(columns, numeric, strict=True))
+    body = "".join(
+        "<tr>"
+        + "".join(cell("td", v, is_number=n) for v, n in zip(row, numeric, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="table"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _leaves(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The settings of a nested record by dotted path."""
+    found: list[tuple[str, Any]] = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _named(metrics: Metrics, labels: Mapping[str, str]) -> list[Series]:
+    """The metrics of these names that exist, with labels for a reader."""
+    found = [(metrics[name], label) for name, label in labels.items() if name in metrics]
+    return [Series(label=label, steps=one.steps, values=one.values) for one, label in found]
+
+
+def _numbered(metrics: Metrics, pattern: str, label: str) -> list[Series]:
+    """The metrics whose name holds a number, in its order."""
+    matches = [(re.fullmatch(pattern, name), one) for name, one in metrics.items()]
+    numbered = sorted(((int(m[1]), one) for m, one in matches if m), key=lambda pair: pair[0])
+    return [Series(label=label.format(n), steps=o.steps, values=o.values) for n, o in numbered]
+
+
+def _values(metrics: Metrics, name: str) -> Any:
+    """The finite values of a metric, empty where it is missing."""
+    values = metrics[name].values if name in metrics else np.array([])
+    return values[np.isfinite(values)]
+
+
+def _last(metrics: Metrics, name: str) -> float | None:
+    values = _values(metrics, name)
+    return float(values[-1]) if len(values) else None
