@@ -12,8 +12,8 @@ interval: the value at its end would give the newest checkpoint no weight at all
 at zero), the value at its start the oldest one none. For an increment that grows evenly within its
 interval the mean is exact.
 
-Merging streams tensor by tensor in float64: one tensor of each checkpoint is in memory, never a
-model.
+Merging streams tensor by tensor in float64: beside the shard that is being written, one tensor of a
+checkpoint is in memory at a time, and its running sum.
 """
 
 import math
