@@ -1,0 +1,207 @@
+"""What a corpus is: its sources, its tokenizer, its split; and the folder it becomes.
+
+A `CorpusConfig` is turned into a folder by `preparation.prepare_corpus`, and read through
+`PreparedCorpus`:
+
+    manifest.json              what it is, and how much
+    tokenizer/                 tokenizer.json and its companions
+    train/NAME.bin, .idx       a pair for each source
+    held_out/NAME.bin, .idx
+    held_out/NAME.jsonl        the held-out text itself, for baselines and for reading
+
+A document is its ids and `</s>`; special tokens that a document spells out are text.
+
+    corpus = prepare_corpus(shakespeare_and_python())
+    corpus.train["shakespeare"].num_tokens
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nemotron3.data.documents import Document
+from nemotron3.data.manifest import Manifest
+from nemotron3.data.sources import PinnedConfig
+from nemotron3.data.text_sources import SourceConfig
+from nemotron3.data.token_files import TokenFile
+from nemotron3.errors import ConfigError, DataError
+from nemotron3.text import Tokenizer
+
+TRAIN = "train"
+HELD_OUT = "held_out"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig:
+    """Learn a byte-level BPE from the corpus."""
+
+    kind: Literal["train"] = "train"
+
+    vocab_size: int = 4096
+    """Entries, special tokens included."""
+
+    num_special_tokens: int = 32
+    """Ids kept for special tokens: 32 for small vocabularies, 1000 as published."""
+
+    sample_bytes: int = 16_000_000
+    """How much of the text trained on is learned from, drawn evenly over all sources."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size <= 0 or self.sample_bytes <= 0:
+            raise ConfigError(
+                f"vocab_size = {self.vocab_size}, sample_bytes = {self.sample_bytes}: "
+                f"both must be positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadTokenizerConfig:
+    """Use the tokenizer of a model directory."""
+
+    kind: Literal["load"] = "load"
+
+    path: str
+    """A directory with tokenizer.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TekkenTokenizerConfig:
+    """Use the family's 131,072 entries, built from mistral-common."""
+
+    kind: Literal["tekken"] = "tekken"
+
+
+TokenizerConfig = TrainTokenizerConfig | LoadTokenizerConfig | TekkenTokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Which text, cut how, in which vocabulary."""
+
+    sources: tuple[SourceConfig, ...]
+    """The text, each source under its own name."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TrainTokenizerConfig)
+    """The vocabulary."""
+
+    held_out_fraction: float = 0.05
+    """Share of the documents that is never trained on."""
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise ConfigError("sources is empty: name at least one source of text")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"sources are called {names}: each needs a name of its own")
+        if not 0 < self.held_out_fraction < 1:
+            raise ConfigError(f"held_out_fraction = {self.held_out_fraction}: it lies in (0, 1)")
+
+
+def shakespeare_and_python(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfig:
+    """The default corpus, about 12 MB: English and Python, with pip alone."""
+    return CorpusConfig(
+        sources=(
+            PinnedConfig(name="shakespeare"),
+            PinnedConfig(name="sympy", max_bytes=4_000_000),
+            PinnedConfig(name="networkx", max_bytes=3_000_000),
+        ),
+        tokenizer=tokenizer or TrainTokenizerConfig(),
+    )
+
+
+def english_and_code(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfig:
+    """The larger corpus, about 78 MB: for machines with Debian's and npm's package tools."""
+    return CorpusConfig(
+        sources=tuple(
+            PinnedConfig(name=name)
+            for name in (
+                "shakespeare",
+                "state-of-the-union",
+                "python-docs",
+                "perl-docs",
+                "sympy",
+                "networkx",
+                "go",
+            )
+        ),
+        tokenizer=tokenizer or TrainTokenizerConfig(vocab_size=16_384),
+        held_out_fraction=0.02,
+    )
+
+
+class PreparedCorpus:
+    """A corpus on disk, opened: token files by source, the tokenizer, the manifest."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.manifest = Manifest.read(self.directory)
+        self.train = self._open(TRAIN)
+        self.held_out = self._open(HELD_OUT)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids."""
+        tokenizer = Tokenizer.from_directory(self.directory / TOKENIZER)
+        if tokenizer.fingerprint != self.manifest.tokenizer:
+            raise DataError(
+                f"{self.directory / TOKENIZER} is not the tokenizer that made the ids; "
+                f"delete {self.directory} and prepare the corpus again"
+            )
+        return tokenizer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources, in the order of the config."""
+        return tuple(source.name for source in self.manifest.sources)
+
+    def held_out_documents(self, name: str) -> Iterator[Document]:
+        """The held-out documents of a source as text."""
+        self.manifest.source(name)
+        with (self.directory / HELD_OUT / f"{name}.jsonl").open(encoding="utf-8") as stream:
+            for line in stream:
+                row = json.loads(line)
+                yield Document(text=row["text"], source=row["source"])
+
+    def train_text(self, name: str, *, max_bytes: int) -> list[str]:
+        """About `max_bytes` of a source's text to train on: documents drawn evenly, decoded."""
+        self.manifest.source(name)
+        file = self.train[name]
+        texts: list[str] = []
+        left = max_bytes
+        for index in np.random.default_rng(0).permutation(len(file)):
+            if left <= 0:
+                break
+            # A token of text has at least one byte, so no more tokens than bytes are wanted.
+            ids = file.document(int(index))[: left + 1].tolist()
+            texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
+            left -= len(texts[-1].encode())
+        return texts
+
+    def train_sample(self, *, max_bytes: int) -> list[str]:
+        """About `max_bytes` of all sources by their size, documents shuffled: for baselines."""
+        total = sum(source.train.bytes for source in self.manifest.sources)
+        share = min(1.0, max_bytes / total)
+        texts = [
+            text
+            for source in self.manifest.sources
+            for text in self.train_text(source.name, max_bytes=int(share * source.train.bytes))
+        ]
+        return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+
+    def _open(self, split: str) -> Mapping[str, TokenFile]:
+        files: dict[str, TokenFile] = {}
+        for source in self.manifest.sources:
+            file = files[source.name] = TokenFile(self.directory / split / source.name)
+            size = source.train if split == TRAIN else source.held_out
+            if (len(file), file.num_tokens) != (size.documents, size.tokens):
+                raise DataError(
+                    f"{file.bin_path} has {file.num_tokens} tokens, the manifest tells of "
+                    f"{size.tokens}: delete {self.directory} and prepare the corpus again"
+                )
+        return files

@@ -1,0 +1,372 @@
+"""Text to token files, once.
+
+Three passes over the text, so that no corpus has to fit in memory: *survey* takes the hash and the
+size of every document and decides the split; *learn* gives the tokenizer a sample of the documents
+trained on, never of those held out; *encode* writes the ids.
+
+The folder is made under a temporary name and renamed when it is whole, so preparation that was
+killed is never taken for finished. In the cache it is called by a digest of the config and of the
+files behind it, so the same request is answered at once. Several processes may prepare the same
+corpus at the same time: one result stands, the others' work is lost.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from nemotron3.config import to_record
+from nemotron3.data.corpus import (
+    HELD_OUT,
+    TOKENIZER,
+    TRAIN,
+    CorpusConfig,
+    LoadTokenizerConfig,
+    PreparedCorpus,
+    TekkenTokenizerConfig,
+    TrainTokenizerConfig,
+)
+from nemotron3.data.documents import Document, ReadReport
+from nemotron3.data.manifest import FORMAT, MANIFEST_FILE, Manifest, SourceManifest, SplitSize
+from nemotron3.data.origins import cache_directory
+from nemotron3.data.splits import Selection, Survey, cut_document, document_key
+from nemotron3.data.text_sources import TextSource, open_source, source_identity
+from nemotron3.data.token_files import TokenFileWriter
+from nemotron3.errors import ConfigError, DataError, StorageError
+from nemotron3.text import Tokenizer
+from nemotron3.text.tekken import tekken_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the bytes of text done, and the bytes in all (0 while unknown)."""
+
+_BATCH_BYTES = 1 << 21
+_STALE_S = 24 * 3600
+
+
+def prepare_corpus(
+    config: CorpusConfig,
+    *,
+    directory: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> PreparedCorpus:
+    """The prepared corpus of a config: opened where it stands, made where it does not.
+
+    `directory` is where it goes, by default a folder of the cache (`origins.cache_directory`).
+    """
+    cache_folder = Path(cache) if cache is not None else cache_directory()
+    key = corpus_key(config)
+    folder = Path(directory) if directory is not None else cache_folder / "corpora" / key[:16]
+    if (folder / MANIFEST_FILE).is_file():
+        prepared = PreparedCorpus(folder)
+        if prepared.manifest.key != key:
+            raise ConfigError(
+                f"{folder} holds a corpus of another config, version or state of the files; "
+                f"delete it or give another directory"
+            )
+        return prepared
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and no prepared corpus; give another directory")
+    sources = [open_source(source, cache=cache_folder) for source in config.sources]
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _remove_stale(temporary)
+        _prepare(config, key, sources, temporary, progress or _no_progress)
+        _put_in_place(temporary, folder)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"{folder} could not be written ({error}); free space, or set NEMOTRON3_CACHE to a "
+            f"folder that can be written to"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return PreparedCorpus(folder)
+
+
+def corpus_key(config: CorpusConfig) -> str:
+    """Digest of a config and of what it points at."""
+    identity = {
+        "format": FORMAT,
+        "config": to_record(config),
+        "sources": [source_identity(source) for source in config.sources],
+        "tokenizer": _tokenizer_identity(config),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_identity(config: CorpusConfig) -> str:
+    match config.tokenizer:
+        case TrainTokenizerConfig() | TekkenTokenizerConfig():
+            return version("tokenizers")  # what learns and what cuts
+        case LoadTokenizerConfig(path=path):
+            return Tokenizer.from_directory(path).fingerprint
+
+
+@dataclass(kw_only=True)
+class _Surveyed:
+    """A source with the decision about its documents."""
+
+    source: TextSource
+    report: ReadReport
+    sha256: str
+    total_bytes: int
+    selection: Selection | None
+    """None where the source is one document, which is then cut."""
+    held_out_fraction: float
+
+    def documents(self) -> Iterator[tuple[str, Document, bool]]:
+        """Split, document, and whether the tokenizer learns from it."""
+        digest = hashlib.sha256()
+        for document in self.source.documents(ReadReport()):
+            _update(digest, document)
+            if self.selection is None:
+                yield from self._cut(document)
+                return
+            key = document_key(document.text)
+            if self.selection.takes(key):
+                split = HELD_OUT if self.selection.holds_out(key) else TRAIN
+                yield split, document, self.selection.samples(key)
+        if digest.hexdigest() != self.sha256:
+            raise DataError(f"{self.source.origin} changed while it was read; prepare it again")
+
+    def _cut(self, document: Document) -> Iterator[tuple[str, Document, bool]]:
+        front, end = cut_document(
+            document.text,
+            held_out_fraction=self.held_out_fraction,
+            max_bytes=self.source.max_bytes,
+        )
+        if not front or not end:
+            raise DataError(
+                f"{document.source} has {len(document.text)} characters, too few to hold a part "
+                f"out; give more text"
+            )
+        yield TRAIN, Document(text=front, source=document.source), True
+        yield HELD_OUT, Document(text=end, source=document.source), False
+
+
+def _prepare(
+    config: CorpusConfig,
+    key: str,
+    sources: Sequence[TextSource],
+    folder: Path,
+    progress: Progress,
+) -> None:
+    surveyed = _survey(config, sources, progress)
+    tokenizer = _make_tokenizer(config, surveyed, progress)
+    tokenizer.save(folder / TOKENIZER)
+    # What was saved is what will be loaded, so its fingerprint is the one that counts.
+    tokenizer = Tokenizer.from_directory(folder / TOKENIZER)
+    total = sum(one.total_bytes for one in surveyed)
+    done = 0
+    manifests: list[SourceManifest] = []
+    for one in surveyed:
+        writer = _SplitWriters(folder, one.source.name, tokenizer)
+        with writer:
+            for split, document, _ in one.documents():
+                writer.add(split, document)
+                if writer.has_flushed:
+                    progress("encode", done + writer.bytes_written, total)
+        done += writer.bytes_written
+        progress("encode", done, total)
+        manifests.append(_source_manifest(one, writer.sizes))
+    Manifest(
+        format=FORMAT,
+        key=key,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        held_out_fraction=config.held_out_fraction,
+        sources=tuple(manifests),
+    ).write(folder)
+
+
+def _survey(
+    config: CorpusConfig, sources: Sequence[TextSource], progress: Progress
+) -> list[_Surveyed]:
+    read: list[tuple[TextSource, ReadReport, str, Survey]] = []
+    done = 0
+    for source in sources:
+        report, survey, digest = ReadReport(), Survey(), hashlib.sha256()
+        for document in source.documents(report):
+            size = _update(digest, document)
+            survey.add(document_key(document.text), size)
+            done += size
+        progress("survey", done, 0)
+        if report.bad:
+            logger.warning("%s: left out %s", source.name, report.summary())
+        read.append((source, report, digest.hexdigest(), survey))
+    sample_fraction = 1.0
+    if isinstance(config.tokenizer, TrainTokenizerConfig):
+        wanted = sum(
+            min(source.max_bytes or survey.total_bytes, survey.total_bytes)
+            for source, _, _, survey in read
+        )
+        sample_fraction = min(1.0, config.tokenizer.sample_bytes / wanted)
+    return [
+        _Surveyed(
+            source=source,
+            report=report,
+            sha256=digest,
+            total_bytes=min(source.max_bytes or survey.total_bytes, survey.total_bytes),
+            selection=None
+            if survey.num_distinct == 1
+            else survey.select(
+                held_out_fraction=config.held_out_fraction,
+                max_bytes=source.max_bytes,
+                sample_fraction=sample_fraction,
+            ),
+            held_out_fraction=config.held_out_fraction,
+        )
+        for source, report, digest, survey in read
+    ]
+
+
+def _make_tokenizer(
+    config: CorpusConfig, surveyed: Sequence[_Surveyed], progress: Progress
+) -> Tokenizer:
+    match config.tokenizer:
+        case LoadTokenizerConfig(path=path):
+            return Tokenizer.from_directory(path)
+        case TekkenTokenizerConfig():
+            return tekken_tokenizer()
+        case TrainTokenizerConfig() as wanted:
+            progress("learn", 0, 0)
+            return Tokenizer.train(
+                (
+                    document.text
+                    for one in surveyed
+                    for _, document, is_sampled in one.documents()
+                    if is_sampled
+                ),
+                vocab_size=wanted.vocab_size,
+                num_special_tokens=wanted.num_special_tokens,
+            )
+
+
+@dataclass
+class _Count:
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _SplitWriters:
+    """The files of one source, both splits, filled in batches that the tokenizer spreads."""
+
+    folder: Path
+    name: str
+    tokenizer: Tokenizer
+    bytes_written: int = 0
+    has_flushed: bool = False
+    _counts: dict[str, _Count] = field(
+        default_factory=lambda: {TRAIN: _Count(), HELD_OUT: _Count()}
+    )
+    _waiting: list[tuple[str, str]] = field(default_factory=list)
+    _waiting_bytes: int = 0
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "_SplitWriters":
+        vocab_size = self.tokenizer.vocab_size
+        self._files = {
+            split: self._stack.enter_context(
+                TokenFileWriter(self.folder / split / self.name, vocab_size=vocab_size)
+            )
+            for split in (TRAIN, HELD_OUT)
+        }
+        text_file = self.folder / HELD_OUT / f"{self.name}.jsonl"
+        self._held_out_text = self._stack.enter_context(text_file.open("w", encoding="utf-8"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._flush()
+        self._stack.__exit__(*error)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def sizes(self) -> dict[str, SplitSize]:
+        return {
+            split: SplitSize(documents=c.documents, bytes=c.bytes, tokens=c.tokens)
+            for split, c in self._counts.items()
+        }
+
+    def add(self, split: str, document: Document) -> None:
+        size = len(document.text.encode())
+        self._counts[split].documents += 1
+        self._counts[split].bytes += size
+        self._waiting.append((split, document.text))
+        self._waiting_bytes += size
+        if split == HELD_OUT:
+            row = {"text": document.text, "source": document.source}
+            self._held_out_text.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.has_flushed = self._waiting_bytes >= _BATCH_BYTES
+        if self.has_flushed:
+            self._flush()
+
+    def _flush(self) -> None:
+        texts = [text for _, text in self._waiting]
+        encoded = self.tokenizer.encode_batch(texts, parse_special=False)
+        for (split, _), ids in zip(self._waiting, encoded, strict=True):
+            ids.append(self.tokenizer.eos_id)
+            self._files[split].add(ids)
+            self._counts[split].tokens += len(ids)
+        self.bytes_written += self._waiting_bytes
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+
+def _source_manifest(one: _Surveyed, sizes: dict[str, SplitSize]) -> SourceManifest:
+    return SourceManifest(
+        name=one.source.name,
+        licence=one.source.licence,
+        origin=one.source.origin,
+        version=one.source.version,
+        sha256=one.source.sha256 or one.sha256,
+        train=sizes[TRAIN],
+        held_out=sizes[HELD_OUT],
+        bad_rows={str(reason): count for reason, count in one.report.bad.items()},
+        first_bad_rows={str(reason): place for reason, place in one.report.first_bad.items()},
+        skipped_files=dict(one.report.skipped_files),
+    )
+
+
+def _update(digest: "hashlib._Hash", document: Document) -> int:
+    """Add a document to a digest; returns its size in bytes."""
+    raw = document.text.encode()
+    digest.update(len(raw).to_bytes(8, "little"))
+    digest.update(raw)
+    return len(raw)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    try:
+        temporary.rename(folder)
+    except OSError:
+        # Another process was faster, and its corpus is the same one.
+        if not (folder / MANIFEST_FILE).is_file():
+            raise
+
+
+def _remove_stale(temporary: Path) -> None:
+    """Remove what killed preparations of the same corpus left a day or more ago."""
+    stem = temporary.name.rsplit(".", 2)[0]
+    for folder in temporary.parent.glob(f"{stem}.*.tmp"):
+        if folder != temporary and time.time() - folder.stat().st_mtime > _STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    del stage, done, total

@@ -1,0 +1,95 @@
+"""One face for all kinds of sources: a name, a licence, and documents that can be read repeatedly.
+
+Preparation reads a source three times (see `corpus.py`), so what it holds is not a stream of
+documents but the way to start one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron3.data.documents import (
+    BadRow,
+    Document,
+    FilesConfig,
+    ReadReport,
+    find_files,
+    read_documents,
+)
+from nemotron3.data.origins import PackageText, PythonPackage, installed_version
+from nemotron3.data.sources import CorpusSource, PinnedConfig, find_source, read_source
+
+SourceConfig = PinnedConfig | FilesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A source that is ready to be read."""
+
+    name: str
+    licence: str
+    origin: str
+    version: str
+    sha256: str | None
+    """The pinned digest; None where the text is the user's own."""
+    max_bytes: int | None
+    documents: Callable[[ReadReport], Iterator[Document]]
+    """Starts reading from the beginning and fills the report."""
+
+
+def open_source(config: SourceConfig, *, cache: Path) -> TextSource:
+    """Find the text of a source, fetching it where it has to be fetched."""
+    match config:
+        case PinnedConfig():
+            return _open_pinned(config, find_source(config.name), cache)
+        case FilesConfig():
+            return TextSource(
+                name=config.name,
+                licence=config.licence,
+                origin=config.path,
+                version="",
+                sha256=None,
+                max_bytes=config.max_bytes,
+                documents=lambda report: read_documents(config, report),
+            )
+
+
+def source_identity(config: SourceConfig) -> list[str]:
+    """What a source's text hangs on beside its config: digests, or files with size and date."""
+    match config:
+        case PinnedConfig():
+            source = find_source(config.name)
+            identity = [source.sha256]
+            if config.accept_changed and isinstance(source.origin, PythonPackage):
+                identity.append(installed_version(source.origin.package))
+            return identity
+        case FilesConfig():
+            found = [(file.resolve(), file.stat()) for file in find_files(config.path)]
+            return [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in found]
+
+
+def _open_pinned(config: PinnedConfig, source: CorpusSource, cache: Path) -> TextSource:
+    text = read_source(source, accept_changed=config.accept_changed, cache=cache)
+    return TextSource(
+        name=source.name,
+        licence=source.licence,
+        origin=source.origin.label,
+        version=text.version,
+        sha256=source.sha256 if not config.accept_changed else None,
+        max_bytes=config.max_bytes,
+        documents=lambda report: _package_documents(text, report),
+    )
+
+
+def _package_documents(text: PackageText, report: ReadReport) -> Iterator[Document]:
+    for path, raw in text.files.items():
+        try:
+            content = raw.decode()
+        except UnicodeDecodeError as error:
+            report.add_bad(BadRow.NOT_UTF8, f"{path}, byte {error.start}")
+            continue
+        if not content.strip():
+            report.add_bad(BadRow.EMPTY, path)
+            continue
+        report.documents += 1
+        yield Document(text=content, source=path)
