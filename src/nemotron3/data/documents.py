@@ -23,8 +23,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Literal
 
 from nemotron3.data.parquet import parquet_rows
 from nemotron3.errors import ConfigError, DataError
@@ -267,10 +268,8 @@ def _read_bytes(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read ({error}); check its permissions") from error
 
 
-def _open_lines(file: Path) -> BinaryIO:
+def _open_lines(file: Path) -> BufferedIOBase:
     try:
-        if file.suffix == ".gz":
-            return cast(BinaryIO, gzip.GzipFile(file, "rb"))
-        return file.open("rb")
+        return gzip.GzipFile(file, "rb") if file.suffix == ".gz" else file.open("rb")
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error}); check its permissions") from error

@@ -114,6 +114,23 @@ def _tokenizer_identity(config: CorpusConfig) -> str:
             return Tokenizer.from_directory(path).fingerprint
 
 
+class _TextDigest:
+    """SHA-256 over documents in the order they are read, each with its length in front."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, document: Document) -> int:
+        """Take a document in; returns its size in bytes."""
+        raw = document.text.encode()
+        self._hash.update(len(raw).to_bytes(8, "little"))
+        self._hash.update(raw)
+        return len(raw)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
 @dataclass(kw_only=True)
 class _Surveyed:
     """A source with the decision about its documents."""
@@ -128,9 +145,9 @@ class _Surveyed:
 
     def documents(self) -> Iterator[tuple[str, Document, bool]]:
         """Split, document, and whether the tokenizer learns from it."""
-        digest = hashlib.sha256()
+        digest = _TextDigest()
         for document in self.source.documents(ReadReport()):
-            _update(digest, document)
+            digest.add(document)
             if self.selection is None:
                 yield from self._cut(document)
                 return
@@ -197,9 +214,9 @@ def _survey(
     read: list[tuple[TextSource, ReadReport, str, Survey]] = []
     done = 0
     for source in sources:
-        report, survey, digest = ReadReport(), Survey(), hashlib.sha256()
+        report, survey, digest = ReadReport(), Survey(), _TextDigest()
         for document in source.documents(report):
-            size = _update(digest, document)
+            size = digest.add(document)
             survey.add(document_key(document.text), size)
             done += size
         progress("survey", done, 0)
@@ -339,14 +356,6 @@ def _source_manifest(one: _Surveyed, sizes: dict[str, SplitSize]) -> SourceManif
         first_bad_rows={str(reason): place for reason, place in one.report.first_bad.items()},
         skipped_files=dict(one.report.skipped_files),
     )
-
-
-def _update(digest: "hashlib._Hash", document: Document) -> int:
-    """Add a document to a digest; returns its size in bytes."""
-    raw = document.text.encode()
-    digest.update(len(raw).to_bytes(8, "little"))
-    digest.update(raw)
-    return len(raw)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
