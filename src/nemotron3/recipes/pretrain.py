@@ -1,0 +1,150 @@
+"""Pre-training: from text to a model directory, a report, and numbers that mean something.
+
+A recipe is a function that returns a whole `PretrainRun`; a variation of one is
+`dataclasses.replace`. `nemotron3.recipes.pretraining.pretrain` carries it out.
+
+    run = tiny()
+    longer = replace(run, name="longer", training=replace(run.training, steps=4000))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nemotron3.checkpoint.retention import RetentionConfig
+from nemotron3.data import (
+    BaselinesConfig,
+    CorpusConfig,
+    PhaseConfig,
+    TrainTokenizerConfig,
+    english_and_code,
+    shakespeare_and_python,
+)
+from nemotron3.errors import ConfigError
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.generation import GenerationConfig
+from nemotron3.models.precision import PrecisionConfig
+from nemotron3.parallel.devices import DeviceName
+from nemotron3.training.optimizers import AdamWConfig
+from nemotron3.training.schedules import WSD
+from nemotron3.training.trainer import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRun:
+    """Everything that decides what a pre-training run does."""
+
+    name: str
+    """The run's folder is runs/NAME; a run that was interrupted goes on from there."""
+    model: ModelConfig
+    """The model."""
+    corpus: CorpusConfig
+    """The text, its split, and the tokenizer."""
+    training: TrainingConfig
+    """Steps, batch, optimizer, schedule, loss."""
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    """Blends of the sources, one after another; the last one ends at 1.0."""
+    device: DeviceName = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    """Which checkpoints are kept."""
+    evaluation_rows: int = 24
+    """Held-out windows of each source that are looked at during training; the end reads all."""
+    final_evaluation_rows: int | None = None
+    """Held-out windows of each source that are looked at in the end; null for all."""
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    """The simple models that the result stands beside."""
+    prompts: tuple[str, ...] = ()
+    """Beginnings that the finished model continues."""
+    sampling: GenerationConfig = field(
+        default_factory=lambda: GenerationConfig(max_new_tokens=120, temperature=0.7, top_p=0.95)
+    )
+    """How it continues them."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(
+                f"name is {self.name!r}; it names a folder, so no slash or leading dot"
+            )
+        tokenizer = self.corpus.tokenizer
+        if isinstance(tokenizer, TrainTokenizerConfig) and (
+            tokenizer.vocab_size > self.model.vocab_size
+        ):
+            raise ConfigError(
+                f"corpus.tokenizer.vocab_size is {tokenizer.vocab_size}, more than "
+                f"model.vocab_size {self.model.vocab_size}; make them equal"
+            )
+
+
+def tiny() -> PretrainRun:
+    """5.7M parameters on Shakespeare and Python: everything Super has, minutes on two CPU cores."""
+    steps = 420
+    return PretrainRun(
+        name="tiny",
+        model=ModelConfig.preset("tiny"),
+        corpus=shakespeare_and_python(),
+        phases=(
+            PhaseConfig(weights={"shakespeare": 0.5, "sympy": 0.25, "networkx": 0.25}, until=0.8),
+            PhaseConfig(weights={"shakespeare": 0.6, "sympy": 0.1, "networkx": 0.3}),
+        ),
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=8,
+            microbatch_size=8,
+            seq_len=256,
+            optimizer=AdamWConfig(lr=4e-3),
+            schedule=WSD(total_steps=steps, warmup_steps=20, decay_steps=140),
+        ),
+        prompts=("ROMEO", "To be, or not to", "def ", "class Graph"),
+    )
+
+
+def tiny_books() -> PretrainRun:
+    """The tiny model for an hour on 78 MB of English and code (needs apt-get and npm)."""
+    run = tiny()
+    steps = 6000
+    return PretrainRun(
+        name="tiny-books",
+        model=run.model,
+        corpus=english_and_code(tokenizer=TrainTokenizerConfig(vocab_size=4096)),
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=8,
+            microbatch_size=8,
+            seq_len=256,
+            optimizer=AdamWConfig(lr=3e-3),
+            schedule=WSD(total_steps=steps, warmup_steps=200, decay_steps=1500),
+        ),
+        evaluation_rows=12,
+        final_evaluation_rows=200,
+        prompts=run.prompts,
+    )
+
+
+def small() -> PretrainRun:
+    """107M parameters in bfloat16 for one GPU, on 78 MB of English and code."""
+    steps = 4000
+    return PretrainRun(
+        name="small",
+        model=ModelConfig.preset("small"),
+        corpus=english_and_code(tokenizer=TrainTokenizerConfig(vocab_size=32_768)),
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=32,
+            microbatch_size=8,
+            seq_len=2048,
+            optimizer=AdamWConfig(lr=1e-3),
+            schedule=WSD(total_steps=steps, warmup_steps=100, decay_steps=800),
+            precision=PrecisionConfig(activations="bfloat16"),
+        ),
+        prompts=tiny().prompts,
+    )
+
+
+RECIPES: dict[str, Callable[[], PretrainRun]] = {
+    "tiny": tiny,
+    "tiny-books": tiny_books,
+    "small": small,
+}
+"""The recipes that the command line knows by name."""
