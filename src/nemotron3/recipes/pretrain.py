@@ -78,7 +78,7 @@ class PretrainRun:
 
 
 def tiny() -> PretrainRun:
-    """5.7M parameters on Shakespeare and Python: everything Super has, minutes on two CPU cores."""
+    """5.7M parameters on Shakespeare and Python, minutes on two CPU cores; has all parts of Super."""
     steps = 420
     return PretrainRun(
         name="tiny",

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nemotron3.checkpoint.store import CheckpointStore
+from torch import Tensor
+
+from nemotron3.checkpoint.store import Checkpoint, CheckpointStore
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.accounting import forward_flops_per_token
 from nemotron3.models.nemotron_h import LanguageModel
@@ -125,9 +127,8 @@ class Trainer:
             return 0
         checkpoint = self._store.load()
         tensors = checkpoint.tensors
-        weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
         try:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(model_weights(checkpoint))
         except RuntimeError as error:
             raise CheckpointError(
                 f"the checkpoint in {self._store.directory} is of another model ({error}); "
@@ -188,3 +189,12 @@ class Trainer:
             "perf/flops_per_s": rate,
             "perf/peak_fraction": rate / self._peak_flops,
         }
+
+
+def model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The model's tensors in a training checkpoint, by their names in the model."""
+    return {
+        name.removeprefix(_MODEL): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(_MODEL)
+    }

@@ -1,0 +1,99 @@
+"""`nemotron3 info`: what a model is and costs, before anyone pays for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemotron3.models.accounting import (
+    ModelCosts,
+    forward_flops_per_token,
+    kv_bytes_per_token,
+    model_costs,
+    state_bytes_per_sequence,
+)
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.huggingface import read_config
+from nemotron3.models.pattern import LayerKind
+
+
+def info(model: str, *, context: int, as_json: bool) -> int:
+    """Print a preset's or a directory's parameters, state and FLOPs."""
+    config = read_config(model) if Path(model).is_dir() else ModelConfig.preset(model)
+    facts = model_facts(model, config, context)
+    print(json.dumps(facts, indent=2) if as_json else _page(facts, config, model_costs(config)))
+    return 0
+
+
+def model_facts(name: str, config: ModelConfig, context: int) -> dict[str, Any]:
+    """Everything that `info` prints, as a record."""
+    costs = model_costs(config)
+    states, tails = state_bytes_per_sequence(config)
+    kv = kv_bytes_per_token(config)
+    return {
+        "model": name,
+        "pattern": config.hybrid_override_pattern,
+        "layers": {
+            kind.name.lower(): config.pattern.main.count(kind)
+            for kind in LayerKind
+            if kind in config.pattern.main
+        },
+        "parameters": costs.parameters,
+        "active_parameters": costs.active,
+        "total": costs.total,
+        "total_active": costs.total_active,
+        "mtp": {
+            "depths": config.pattern.num_mtp_depths,
+            "parameters": costs.mtp_parameters,
+            "active": costs.mtp_active,
+        },
+        "bytes": {
+            "kv_per_token_bf16": kv,
+            "ssm_state_per_sequence_fp32": states,
+            "conv_state_per_sequence_bf16": tails,
+            "sequence_at_context": context * kv + states + tails,
+        },
+        "context": context,
+        "forward_flops_per_token": forward_flops_per_token(config, context=context),
+        "training_flops_per_token": 3
+        * forward_flops_per_token(config, context=context, with_mtp=True),
+    }
+
+
+def _page(facts: dict[str, Any], config: ModelConfig, costs: ModelCosts) -> str:
+    layers = ", ".join(f"{count} {kind}" for kind, count in facts["layers"].items())
+    lines = [
+        f"{facts['model']}: {config.num_layers} layers ({layers}), width {config.hidden_size:,}, "
+        f"vocabulary {config.vocab_size:,}",
+        f"  {config.hybrid_override_pattern}",
+        "",
+        f"{'parameters':<22}{'all':>18}{'active per token':>20}",
+    ]
+    lines += [
+        f"  {part:<20}{count:>18,}{costs.active.get(part, 0):>20,}"
+        for part, count in costs.parameters.items()
+    ]
+    lines += [
+        f"  {'total':<20}{costs.total:>18,}{costs.total_active:>20,}",
+        "  (active: with the output layer, without the input table)",
+    ]
+    if costs.mtp_parameters:
+        lines.append(
+            f"  {'MTP block':<20}{costs.mtp_parameters:>18,}{costs.mtp_active:>20,}"
+            f"   shared by {facts['mtp']['depths']} depths, not in the total"
+        )
+    bytes_ = facts["bytes"]
+    lines += [
+        "",
+        f"{'state of a sequence':<22}",
+        f"  {'keys and values':<20}{bytes_['kv_per_token_bf16']:>18,} bytes per token (bfloat16)",
+        f"  {'state-space':<20}{bytes_['ssm_state_per_sequence_fp32']:>18,} bytes (float32)",
+        f"  {'convolution':<20}{bytes_['conv_state_per_sequence_bf16']:>18,} bytes (bfloat16)",
+        f"  {'at ' + format(facts['context'], ',') + ' tokens':<20}"
+        f"{bytes_['sequence_at_context']:>18,} bytes",
+        "",
+        f"{'arithmetic':<22}at {facts['context']:,} tokens",
+        f"  {'forward':<20}{facts['forward_flops_per_token'] / 1e9:>18,.3f} GFLOP per token",
+        f"  {'training':<20}{facts['training_flops_per_token'] / 1e9:>18,.3f} GFLOP per token"
+        + (", MTP included" if costs.mtp_parameters else ""),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""The `nemotron3` command: parse, call, print.
+
+Every verb imports what it needs when it runs, so that `nemotron3 --help` answers at once and works
+where PyTorch is not installed yet.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from nemotron3.errors import Nemotron3Error
+
+_EPILOG = """\
+start here:
+  nemotron3 info nano                 look at a model before paying for it
+  nemotron3 pretrain tiny             train a small one on real text, in minutes on a CPU
+  nemotron3 generate runs/tiny/model "To be, or not to"
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.verb != "pretrain":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if known.verb is None:
+        parser.print_help()
+        return 0
+    try:
+        return _run(known, rest)
+    except Nemotron3Error as error:
+        print(f"nemotron3: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nnemotron3: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    match known.verb:
+        case "info":
+            from nemotron3.cli.info import info
+
+            return info(known.model, context=known.context, as_json=known.json)
+        case "pretrain":
+            from nemotron3.cli.pretrain import pretrain_command
+
+            return pretrain_command(known, rest)
+        case "show":
+            from nemotron3.cli.pretrain import show
+
+            return show(known.recipe)
+        case "generate":
+            from nemotron3.cli.generate import generate_command
+
+            return generate_command(known)
+        case "merge":
+            from nemotron3.cli.merge import merge_command
+
+            return merge_command(known)
+    raise AssertionError(f"no verb {known.verb}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nemotron3",
+        description="Nemotron 3: train, look at and run hybrid Mamba-2 / attention / "
+        "mixture-of-experts language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("nemotron3"))
+    verbs = parser.add_subparsers(dest="verb", metavar="verb")
+    _add_info(verbs)
+    _add_pretrain(verbs)
+    _add_show(verbs)
+    _add_generate(verbs)
+    _add_merge(verbs)
+    return parser
+
+
+def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    info = verbs.add_parser(
+        "info",
+        help="a model's parameters, state and arithmetic, without allocating it",
+        description="Parameters by part, bytes that a sequence keeps, and FLOPs per token.",
+    )
+    info.add_argument("model", help="nano, super, ultra, small, tiny, qwen3-moe, or a directory")
+    info.add_argument(
+        "--context", type=int, default=8192, help="sequence length to count for (default 8192)"
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    pretrain = verbs.add_parser(
+        "pretrain",
+        add_help=False,
+        help="train a model from text",
+        description="Train a model by a named recipe, or by your own: a Python file whose function "
+        "`recipe` returns a PretrainRun. An interrupted run goes on when the command is repeated.",
+        epilog="Every value of the recipe is an option, such as --training.optimizer.lr 1e-3; "
+        "`nemotron3 pretrain RECIPE --help` lists them.",
+    )
+    pretrain.add_argument("recipe", nargs="?", help="tiny, tiny-books, small, or a Python file")
+    pretrain.add_argument(
+        "--data",
+        action="append",
+        metavar="PATH",
+        help="train on your own text instead: a file, folder or glob of plain text, JSON lines or "
+        "Parquet (may be repeated)",
+    )
+    pretrain.add_argument(
+        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
+    )
+    pretrain.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
+    )
+    pretrain.add_argument("-h", "--help", action="store_true", help="show the options")
+
+
+def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    show = verbs.add_parser("show", help="a recipe, resolved, as JSON")
+    show.add_argument("recipe", help="tiny, tiny-books, small, or a Python file")
+
+
+def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = verbs.add_parser("generate", help="continue a text with a model")
+    generate.add_argument("path", type=Path, help="a model directory, such as runs/tiny/model")
+    generate.add_argument("prompt", help="the beginning of the text")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="default 200")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
+    )
+    generate.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    generate.add_argument("--top-k", type=int, default=0, help="default 0: all tokens")
+    generate.add_argument("--seed", type=int, default=0, help="default 0")
+    generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    merge = verbs.add_parser(
+        "merge",
+        help="average a run's checkpoints instead of decaying the learning rate",
+        description="Weighted average of the checkpoints in a window of steps, with weights that "
+        "emulate a decay of the learning rate (Super report, checkpoint merging).",
+    )
+    merge.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
+    merge.add_argument("out", type=Path, help="model directory to write")
+    merge.add_argument(
+        "--window-steps", type=int, help="steps before the last checkpoint (default: all kept)"
+    )
+    merge.add_argument("--kind", choices=("minus_sqrt", "linear", "uniform"), default="minus_sqrt")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

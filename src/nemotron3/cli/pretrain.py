@@ -1,0 +1,91 @@
+"""`nemotron3 pretrain` and `nemotron3 show`: recipes by name, from a file, or from a record."""
+
+import argparse
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from nemotron3.cli.overrides import override
+from nemotron3.cli.progress import watch
+from nemotron3.config import read_run, to_record
+from nemotron3.data import FilesConfig, PhaseConfig
+from nemotron3.errors import ConfigError
+from nemotron3.recipes.load import load_recipe
+from nemotron3.recipes.pretrain import RECIPES, PretrainRun
+from nemotron3.recipes.pretraining import PretrainSummary, pretrain
+
+
+def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
+    """Train by a recipe, with the values that the command line changes."""
+    run = _base_run(known)
+    if run is None:
+        return 0
+    if known.data:
+        run = _with_own_text(run, known.data)
+    options = [*rest, "--help"] if known.help else rest
+    run = override(run, options, prog=f"nemotron3 pretrain {known.recipe or ''}".rstrip())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with watch() as watcher:
+        summary = pretrain(run, runs=known.runs, watcher=watcher)
+    print(_result(summary, run, known.runs / run.name))
+    return 0
+
+
+def show(recipe: str) -> int:
+    """Print a recipe's whole configuration."""
+    print(json.dumps(to_record(load_recipe(recipe)), indent=2))
+    return 0
+
+
+def _base_run(known: argparse.Namespace) -> PretrainRun | None:
+    if known.replay is not None:
+        if known.recipe is not None:
+            raise ConfigError("give a recipe or --from RUN.JSON, not both")
+        return read_run(known.replay, PretrainRun)
+    if known.recipe is None:
+        print("usage: nemotron3 pretrain RECIPE [--data PATH] [--option value ...]\n\nrecipes:")
+        for name, recipe in RECIPES.items():
+            print(f"  {name:<12}{(recipe.__doc__ or '').splitlines()[0]}")
+        print("\n`nemotron3 pretrain RECIPE --help` lists every option of a recipe.")
+        return None
+    return load_recipe(known.recipe)
+
+
+def _with_own_text(run: PretrainRun, paths: list[str]) -> PretrainRun:
+    names = ["own-text"] if len(paths) == 1 else [f"own-text-{n + 1}" for n in range(len(paths))]
+    sources = tuple(
+        FilesConfig(path=path, name=name) for path, name in zip(paths, names, strict=True)
+    )
+    # A blend names the recipe's sources, and the prompts are in their manner.
+    return replace(
+        run,
+        name=f"{run.name}-own-text",
+        corpus=replace(run.corpus, sources=sources),
+        phases=(PhaseConfig(),),
+    )
+
+
+def _result(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str:
+    lines = [""]
+    for sample in summary.samples:
+        text = (sample["prompt"] + "\u2502" + sample["text"]).rstrip()
+        lines += ["  \u2502 " + line for line in text.splitlines()[:9]] + [""]
+    compared = summary.baselines | {f"{run.name} (this model)": summary.bits_per_byte}
+    lines.append("bits per byte of held-out text (less is better)")
+    widest = max(compared.values())
+    for name, bits in sorted(compared.items(), key=lambda item: -item[1]):
+        bar = "\u2588" * round(32 * bits / widest)
+        lines.append(f"  {name:<24}{bits:6.3f}  {bar}")
+    lines += [
+        "",
+        f"{summary.parameters / 1e6:.1f}M parameters "
+        f"({summary.active_parameters / 1e6:.1f}M active), "
+        f"{summary.tokens / 1e6:.2f}M tokens, {summary.seconds / 60:.1f} minutes",
+        f"  model    {folder / 'model'}",
+        f"  metrics  {folder / 'metrics.jsonl'}",
+        f"  report   {folder / 'report.html'}",
+        "",
+        f'try: nemotron3 generate {folder / "model"} "Once more"',
+    ]
+    return "\n".join(lines)
