@@ -193,7 +193,14 @@ def test_no_documents_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"path": ""}, {"name": "a/b"}, {"name": ""}, {"max_bytes": 0}, {"max_bad_fraction": 1.5}],
+    [
+        {"path": ""},
+        {"name": "a/b"},
+        {"name": ".."},
+        {"name": ""},
+        {"max_bytes": 0},
+        {"max_bad_fraction": 1.5},
+    ],
 )
 def test_config_checks(options):
     with pytest.raises(ConfigError):

@@ -18,6 +18,7 @@ mark goes. Order is the sorted order of paths, then rows, so a corpus reads the 
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -119,8 +120,10 @@ class FilesConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("path is empty: name a file, a directory or a glob pattern")
-        if not self.name or "/" in self.name:
-            raise ConfigError(f"name = {self.name!r}: it names files, so no slash and not empty")
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ConfigError(
+                f"name = {self.name!r}: it names files, so letters, digits, and . + - _ inside"
+            )
         if self.max_bytes is not None and self.max_bytes <= 0:
             raise ConfigError(f"max_bytes = {self.max_bytes}: it must be positive, or None for all")
         if not 0 <= self.max_bad_fraction <= 1:

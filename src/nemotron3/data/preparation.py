@@ -221,7 +221,9 @@ def _survey(
             done += size
         progress("survey", done, 0)
         if report.bad:
-            logger.warning("%s: left out %s", source.name, report.summary())
+            # Of pinned text the bad rows are known (empty __init__.py); of the user's own, news.
+            level = logging.WARNING if source.sha256 is None else logging.INFO
+            logger.log(level, "%s: left out %s", source.name, report.summary())
         read.append((source, report, digest.hexdigest(), survey))
     sample_fraction = 1.0
     if isinstance(config.tokenizer, TrainTokenizerConfig):
