@@ -5,6 +5,7 @@ where PyTorch is not installed yet.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Nemotron3Error as error:
         print(f"nemotron3: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             "\nnemotron3: interrupted; the same command goes on from the last checkpoint",
