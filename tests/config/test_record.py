@@ -186,3 +186,14 @@ def test_members_that_json_cannot_tell_apart_are_refused():
 def test_values_without_a_json_form_are_refused():
     with pytest.raises(ConfigError, match="has no place in a record"):
         to_record({"generator": object()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NamedLikeAnArgument:
+    path: str
+    make: str
+
+
+def test_fields_may_be_called_like_the_decoder_s_own_arguments():
+    config = _NamedLikeAnArgument(path="a", make="b")
+    assert from_record(_NamedLikeAnArgument, to_record(config)) == config

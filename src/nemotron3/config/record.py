@@ -202,7 +202,7 @@ def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
     return _build(cls, path, **fields)
 
 
-def _build(make: Callable[..., Any], path: str, *args: Any, **fields: Any) -> Any:
+def _build(make: Callable[..., Any], path: str, /, *args: Any, **fields: Any) -> Any:
     """Call a constructor, and put the path in front of what it has to say."""
     try:
         return make(*args, **fields)
