@@ -49,3 +49,8 @@ def test_tokens_round_up_to_whole_steps():
 def test_negative_durations_are_refused():
     with pytest.raises(ConfigError, match="-1 steps is negative"):
         Steps(-1)
+
+
+def test_counts_of_any_size_are_exact():
+    count = 10**28 + 1
+    assert Tokens.parse(str(Tokens(count))) == Tokens(count)

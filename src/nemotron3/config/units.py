@@ -11,7 +11,7 @@ start. A duration that carries its unit cannot be misread, and its text form (`"
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from typing import ClassVar, Self, TypeAlias
 
 from nemotron3.errors import ConfigError
@@ -29,9 +29,9 @@ def _split(text: str) -> tuple[int, str | None]:
             "unit, for example '200 steps' or '1.5M tokens'"
         )
     digits, suffix, unit = match.groups()
-    count = Decimal(re.sub("[_,]", "", digits)) * _SUFFIXES[suffix]
-    if count != int(count):
-        raise ConfigError(f"duration {text!r} is {count}, which is not a whole number")
+    count = Fraction(re.sub("[_,]", "", digits)) * _SUFFIXES[suffix]
+    if count.denominator != 1:
+        raise ConfigError(f"duration {text!r} is {float(count)}, which is not a whole number")
     return int(count), unit and unit.rstrip("s") + "s"
 
 
