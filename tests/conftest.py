@@ -8,7 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+# CI repeats the same examples, so that a change is judged by what it changed; a developer's run
+# explores. Deadlines would time a shared machine, not the code.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("developer", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 
 @pytest.fixture(autouse=True)
