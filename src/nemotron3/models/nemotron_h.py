@@ -63,8 +63,9 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
-        With a `state` the call continues what its slots hold. `recompute` trades time for memory: only the inputs of blocks are kept for the backward
-        pass. `measure` records the size of the residual stream after each block.
+        With a `state` the call continues what its slots hold. `recompute` trades time for memory:
+        only the inputs of blocks are kept for the backward pass. `measure` records the size of the
+        residual stream after each block.
         """
         assert state is None or not recompute, "a recomputed pass would advance the state twice"
         if state is not None:
@@ -143,8 +144,7 @@ class LanguageModel(nn.Module):
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write the published directory layout, which Hugging Face and other engines read."""
-        huggingface.write_config(self.config, path, dtype=self.output_weight.dtype)
-        huggingface.write_weights(self, path, max_shard_bytes=max_shard_bytes)
+        huggingface.write_model(self, path, max_shard_bytes=max_shard_bytes)
 
     @property
     def output_weight(self) -> Tensor:

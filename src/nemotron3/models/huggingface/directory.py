@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemotron3.checkpoint.files import full_disk_named, write_file
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.allocation import ALWAYS_FLOAT32, allocate
@@ -30,37 +31,25 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 def read_config(path: Path | str) -> ModelConfig:
     """The configuration of a model directory."""
-    file = Path(path) / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} does not exist; name a directory that holds config.json and *.safetensors"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); fetch or save it again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds no JSON object; fetch or save it again")
-    quantized = bool(fields.get("quantization_config"))
-    for nested in ("llm_config", "text_config"):
-        fields = fields.get(nested) or fields
-    if quantized or fields.get("quantization_config"):
-        raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
-    return _dialect_of(fields.get("model_type"), file).config_from(Fields(fields, str(file)))
+    dialect, fields = _read_fields(path)
+    return dialect.config_from(fields)
 
 
-def write_config(config: ModelConfig, path: Path | str, *, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json."""
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    name = str(dtype).removeprefix("torch.")
-    fields = _dialect_for(config).config_to(config) | {"dtype": name, "torch_dtype": name}
-    _write_json(directory / "config.json", fields)
+def write_model(model: nn.Module, path: Path | str, *, max_shard_bytes: int) -> None:
+    """Write config.json, generation_config.json, and the tensors in shards."""
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    dialect = next(d for d in _DIALECTS if d.unsupported(model, config) is None)
+    dtype = str(model.backbone.embeddings.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    fields = dialect.config_to(config) | {"dtype": dtype, "torch_dtype": dtype}
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    _write_json(
-        directory / "generation_config.json",
-        {"_from_model_config": True} | {token: getattr(config, token) for token in tokens},
-    )
+    generation = {"_from_model_config": True} | {name: getattr(config, name) for name in tokens}
+    views = list(dialect.published_views(model, config))
+    total = sum(tensor.nbytes for _, tensor in views)
+    with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
+        for name, tensor in views:
+            writer.add(name, tensor)
+    _write_json(Path(path) / "config.json", fields)
+    _write_json(Path(path) / "generation_config.json", generation)
 
 
 def read_weights(
@@ -68,7 +57,7 @@ def read_weights(
 ) -> None:
     """Fill a model on the meta device from a directory, one tensor at a time."""
     config: ModelConfig = model.config  # type: ignore[assignment]
-    dialect = _dialect_for(config)
+    dialect, _ = _read_fields(path)
     reader = ShardedReader(path)
     stored = {dialect.our_spelling(name): name for name in reader.names}
     shapes = dict(dialect.published_views(model, config))
@@ -85,26 +74,30 @@ def read_weights(
                 destinations[destination].copy_(tensor if part is None else tensor[part])
 
 
-def write_weights(model: nn.Module, path: Path | str, *, max_shard_bytes: int) -> None:
-    """Write the model's tensors under their published names, in shards."""
-    config: ModelConfig = model.config  # type: ignore[assignment]
-    views = list(_dialect_for(config).published_views(model, config))
-    total = sum(tensor.nbytes for _, tensor in views)
-    with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
-        for name, tensor in views:
-            writer.add(name, tensor)
-
-
-def _dialect_of(model_type: Any, file: Path) -> ModuleType:
+def _read_fields(path: Path | str) -> tuple[ModuleType, Fields]:
+    """The fields of config.json, where the language model's are, and the dialect they are in."""
+    file = Path(path) / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file} does not exist; name a directory that holds config.json and *.safetensors"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); fetch or save it again") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds no JSON object; fetch or save it again")
+    quantized = bool(fields.get("quantization_config"))
+    for nested in ("llm_config", "text_config"):
+        fields = fields.get(nested) or fields
+    if quantized or fields.get("quantization_config"):
+        raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
+    model_type = fields.get("model_type")
     for dialect in _DIALECTS:
         if model_type == dialect.MODEL_TYPE:
-            return dialect
+            return dialect, Fields(fields, str(file))
     known = ", ".join(dialect.MODEL_TYPE for dialect in _DIALECTS)
     raise ConfigError(f"{file}: model_type is {model_type!r}; readable are {known}")
-
-
-def _dialect_for(config: ModelConfig) -> ModuleType:
-    return next(dialect for dialect in _DIALECTS if dialect.unsupported(config) is None)
 
 
 def _stacked_names(
@@ -178,4 +171,6 @@ def _stored_dtype(reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
 
 
 def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    content = json.dumps(fields, indent=2).encode() + b"\n"
+    with full_disk_named(file.parent, len(content)):
+        write_file(file, [content])

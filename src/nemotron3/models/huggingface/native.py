@@ -7,6 +7,8 @@ type that no other reader will mistake for one it knows; tensors are named as in
 
 from typing import Any
 
+from torch import nn
+
 from nemotron3.config.record import from_record, to_record
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface.fields import Fields
@@ -34,5 +36,5 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     return {"model_type": MODEL_TYPE, "model": to_record(config)}
 
 
-def unsupported(config: ModelConfig) -> None:
+def unsupported(model: nn.Module, config: ModelConfig) -> None:
     """Everything can be expressed."""

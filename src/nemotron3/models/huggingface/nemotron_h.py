@@ -38,9 +38,9 @@ def config_from(fields: Fields) -> ModelConfig:
     """Our record from the fields of a config.json."""
     _refuse_other_arithmetic(fields)
     main = _pattern(fields, "hybrid_override_pattern", "layers_block_type", "layer_types")
-    depths = fields.get(int, "num_mtp_depths", "num_nextn_predict_layers", default=0)
-    mtp = ""
+    depths, mtp = fields.get(int, "num_nextn_predict_layers", default=0), ""
     if depths:
+        depths = fields.get(int, "num_mtp_depths", default=depths)
         mtp = _pattern(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type", default="*E")
     kinds = {LayerKind(c) for c in main + mtp if c in _WRITTEN_BLOCK_TYPES}
     layers = fields.raw("num_hidden_layers")
@@ -60,7 +60,7 @@ def config_from(fields: Fields) -> ModelConfig:
         if LayerKind.MLP in kinds
         else None,
         layer_norm_epsilon=fields.get(float, "layer_norm_epsilon", "norm_eps", default=1e-5),
-        tie_word_embeddings=fields.get(bool, "tie_word_embeddings", default=False),
+        tie_word_embeddings=False,
         initializer_range=fields.get(float, "initializer_range", default=0.02),
         max_position_embeddings=fields.get(int, "max_position_embeddings", default=262_144),
         **_special_tokens(fields),
@@ -80,7 +80,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "layer_norm_epsilon": config.layer_norm_epsilon,
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "tie_word_embeddings": False,
         "initializer_range": config.init_std,
         "max_position_embeddings": config.max_position_embeddings,
         "bos_token_id": config.bos_token_id,
@@ -131,9 +131,11 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def unsupported(config: ModelConfig) -> str | None:
-    """Why this dialect cannot express `config`, or None where it can."""
+def unsupported(model: nn.Module, config: ModelConfig) -> str | None:  # noqa: ARG001
+    """Why this dialect cannot express `model`, or None where it can."""
     moe, attention, mlp = config.moe, config.attention, config.mlp
+    if config.tie_word_embeddings:
+        return "its output layer is the embedding matrix"
     if moe is not None and (moe.activation != "relu2" or moe.scoring != "sigmoid"):
         return "its experts are not squared ReLU under a sigmoid router"
     if moe is not None and not moe.moe_shared_expert_intermediate_size:
@@ -232,6 +234,9 @@ def _special_tokens(fields: Fields) -> dict[str, int]:
 def _refuse_other_arithmetic(fields: Fields) -> None:
     for name in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias", "residual_in_fp32"):
         fields.require(name, False, "no released model of the family has it")
+    fields.require(
+        "tie_word_embeddings", False, "transformers never ties this family, whatever the field says"
+    )
     fields.require("use_conv_bias", True, "the convolution has a bias in every released model")
     fields.require("mlp_hidden_act", "relu2", "experts and dense layers are squared ReLU")
     fields.require("mamba_hidden_act", "silu", "the convolution is followed by SiLU")

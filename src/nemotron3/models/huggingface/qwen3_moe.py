@@ -14,6 +14,8 @@ from nemotron3.models.huggingface.fields import Fields
 
 MODEL_TYPE = "qwen3_moe"
 
+_SELECTION_BIAS = "e_score_correction_bias"
+
 
 def config_from(fields: Fields) -> ModelConfig:
     """Our record from the fields of a config.json."""
@@ -92,8 +94,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def unsupported(config: ModelConfig) -> str | None:
-    """Why this dialect cannot express `config`, or None where it can."""
+def unsupported(model: nn.Module, config: ModelConfig) -> str | None:
+    """Why this dialect cannot express `model`, or None where it can."""
     attention, moe = config.attention, config.moe
     if str(config.pattern) != "*E" * (config.num_layers // 2):
         return "its layers are not attention and mixture by turns"
@@ -107,6 +109,8 @@ def unsupported(config: ModelConfig) -> str | None:
         return "its mixtures have a latent width or a shared expert"
     if moe.routed_scaling_factor != 1.0:
         return "its mixtures are scaled"
+    if any(bias.any() for name, bias in model.named_buffers() if name.endswith(_SELECTION_BIAS)):
+        return "its routers have learnt a selection bias"
     return None
 
 
@@ -116,7 +120,7 @@ def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str
     hidden = config.moe.moe_intermediate_size
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor = tensor.detach()
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(_SELECTION_BIAS):
             continue
         if not name.startswith("backbone.layers."):
             yield _OUTSIDE[name], tensor
