@@ -42,7 +42,8 @@ def test_the_record_says_what_ran_where():
 
 def test_versions_are_those_installed():
     torch = pytest.importorskip("torch")
-    assert package_versions()["torch"] == torch.__version__
+    # A wheel from the registry leaves its build (+cu130) out of its metadata.
+    assert torch.__version__.startswith(package_versions()["torch"])
 
 
 def test_no_git_means_no_revision(monkeypatch):
