@@ -2,6 +2,7 @@
 
 from nemotron3.data.baselines import BaselinesConfig, baseline_bits_per_byte
 from nemotron3.data.corpus import (
+    Corpus,
     CorpusConfig,
     LoadTokenizerConfig,
     PreparedCorpus,
@@ -17,11 +18,13 @@ from nemotron3.data.mixture import Blend, PhaseConfig, PhaseSchedule
 from nemotron3.data.preparation import prepare_corpus
 from nemotron3.data.sources import PinnedConfig
 from nemotron3.data.token_files import TokenFile, TokenFileWriter
+from nemotron3.data.tokenized import TokenizedConfig, TokenizedSource, open_tokenized
 
 __all__ = [
     "BaselinesConfig",
     "Batch",
     "Blend",
+    "Corpus",
     "CorpusConfig",
     "FilesConfig",
     "LoadTokenizerConfig",
@@ -35,10 +38,13 @@ __all__ = [
     "TekkenTokenizerConfig",
     "TokenFile",
     "TokenFileWriter",
+    "TokenizedConfig",
+    "TokenizedSource",
     "TrainTokenizerConfig",
     "baseline_bits_per_byte",
     "english_and_code",
     "held_out_batches",
+    "open_tokenized",
     "prepare_corpus",
     "read_documents",
     "shakespeare_and_python",

@@ -11,6 +11,8 @@ A `CorpusConfig` is turned into a folder by `preparation.prepare_corpus`, and re
 
 A document is its ids and `</s>`; special tokens that a document spells out are text.
 
+Text that is tokens already takes another way to the same face: `tokenized.py`.
+
     corpus = prepare_corpus(shakespeare_and_python())
     corpus.train["shakespeare"].num_tokens
 """
@@ -18,7 +20,6 @@ A document is its ids and `</s>`; special tokens that a document spells out are 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +85,8 @@ TokenizerConfig = TrainTokenizerConfig | LoadTokenizerConfig | TekkenTokenizerCo
 class CorpusConfig:
     """Which text, cut how, in which vocabulary."""
 
+    kind: Literal["text"] = "text"
+
     sources: tuple[SourceConfig, ...]
     """The text, each source under its own name."""
 
@@ -135,25 +138,21 @@ def english_and_code(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfi
     )
 
 
-class PreparedCorpus:
-    """A corpus on disk, opened: token files by source, the tokenizer, the manifest."""
+class Corpus:
+    """Text as tokens, ready to train on and to judge by."""
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.manifest = Manifest.read(self.directory)
-        self.train = self._open(TRAIN)
-        self.held_out = self._open(HELD_OUT)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the ids."""
-        tokenizer = Tokenizer.from_directory(self.directory / TOKENIZER)
-        if tokenizer.fingerprint != self.manifest.tokenizer:
-            raise DataError(
-                f"{self.directory / TOKENIZER} is not the tokenizer that made the ids; "
-                f"delete {self.directory} and prepare the corpus again"
-            )
-        return tokenizer
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        *,
+        train: Mapping[str, TokenFile],
+        held_out: Mapping[str, TokenFile],
+    ) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.train = train
+        self.held_out = held_out
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,10 +162,11 @@ class PreparedCorpus:
     def held_out_documents(self, name: str) -> Iterator[Document]:
         """The held-out documents of a source as text."""
         self.manifest.source(name)
-        with (self.directory / HELD_OUT / f"{name}.jsonl").open(encoding="utf-8") as stream:
-            for line in stream:
-                row = json.loads(line)
-                yield Document(text=row["text"], source=row["source"])
+        file = self.held_out[name]
+        for index in range(len(file)):
+            ids = file.document(index).tolist()
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            yield Document(text=text, source=f"{file.prefix}, document {index}")
 
     def train_text(self, name: str, *, max_bytes: int) -> list[str]:
         """About `max_bytes` of a source's text to train on: documents drawn evenly, decoded."""
@@ -194,9 +194,33 @@ class PreparedCorpus:
         ]
         return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
 
-    def _open(self, split: str) -> Mapping[str, TokenFile]:
+
+class PreparedCorpus(Corpus):
+    """A corpus that was prepared from text: a folder, opened."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        manifest = Manifest.read(self.directory)
+        train, held_out = self._open(manifest, TRAIN), self._open(manifest, HELD_OUT)
+        tokenizer = Tokenizer.from_directory(self.directory / TOKENIZER)
+        if tokenizer.fingerprint != manifest.tokenizer:
+            raise DataError(
+                f"{self.directory / TOKENIZER} is not the tokenizer that made the ids; "
+                f"delete {self.directory} and prepare the corpus again"
+            )
+        super().__init__(manifest, tokenizer, train=train, held_out=held_out)
+
+    def held_out_documents(self, name: str) -> Iterator[Document]:
+        """The held-out documents of a source as text."""
+        self.manifest.source(name)
+        with (self.directory / HELD_OUT / f"{name}.jsonl").open(encoding="utf-8") as stream:
+            for line in stream:
+                row = json.loads(line)
+                yield Document(text=row["text"], source=row["source"])
+
+    def _open(self, manifest: Manifest, split: str) -> Mapping[str, TokenFile]:
         files: dict[str, TokenFile] = {}
-        for source in self.manifest.sources:
+        for source in manifest.sources:
             file = files[source.name] = TokenFile(self.directory / split / source.name)
             size = source.train if split == TRAIN else source.held_out
             if (len(file), file.num_tokens) != (size.documents, size.tokens):
