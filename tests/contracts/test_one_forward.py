@@ -114,7 +114,8 @@ def test_packed_loss_and_gradients_are_the_unpacked_ones(assert_close):
     assert_close(total.detach(), sum(parts).detach(), FLOAT64)
     expected = named_gradients(alone)
     for name, gradient in named_gradients(packed).items():
-        assert_close(gradient, expected[name], FLOAT64)
+        scale = expected[name].abs().max()
+        assert_close(gradient / scale, expected[name] / scale, FLOAT64)
 
 
 SIZES = {
