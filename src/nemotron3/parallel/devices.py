@@ -1,17 +1,24 @@
 """Which device a run uses, decided once at its start."""
 
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from nemotron3.errors import BackendUnavailableError
+from nemotron3.errors import BackendUnavailableError, ConfigError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
+FUSED_OPTIMIZER_DEVICES = frozenset({"cpu", "cuda"})
+"""Where PyTorch updates all parameters in one pass."""
 
-def resolve_device(name: DeviceName) -> torch.device:
-    """The device to run on; `auto` takes a GPU where there is one."""
+
+def resolve_device(name: str) -> torch.device:
+    """The device to run on, a `DeviceName`; `auto` takes a GPU where there is one."""
+    if name not in get_args(DeviceName):
+        raise ConfigError(
+            f"device is {name!r}; it must be one of {', '.join(get_args(DeviceName))}"
+        )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -45,7 +52,7 @@ def measure_product_rate(
     label. The best of several short trials counts.
     """
     size = size if device.type == "cpu" else 8 * size
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     best = 0.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -3,8 +3,7 @@
 Two mechanisms work together, as in all three Nemotron 3 runs (reports, pre-training sections):
 
 * Loss-free balancing (Wang et al., arXiv 2408.15664). After each global batch the selection bias of
-an
-  expert moves by a fixed step towards the mean load: b_i += rate * sign(mean load - load_i). It
+  an expert moves by a fixed step towards the mean load: b_i += rate * sign(mean load - load_i). It
   never enters a weight, so it leaves no trace in the gradients.
 * A sequence-level loss, so small that it only forbids extremes within one sequence:
   L = E sum_i f_i P_i, with P_i the mean over tokens of the score normalised over all experts, and
@@ -36,7 +35,7 @@ class BalanceConfig:
 
     def __post_init__(self) -> None:
         for name in ("bias_update_rate", "sequence_loss"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from nemotron3.errors import DataError
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.cross_entropy import linear_cross_entropy
@@ -30,6 +31,10 @@ def evaluate(
         count += batch.mask.sum().item()
         num_bytes += (token_bytes[batch.targets] * batch.mask).sum().item()
         correct += (scored.correct * batch.mask).sum().item()
+    if not num_bytes:
+        raise DataError(
+            "no held-out token follows another one; give more text, or longer documents"
+        )
     return {
         "eval/loss": nats / count,
         "eval/accuracy": correct / count,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.experts import Routing
@@ -34,7 +35,7 @@ class LossConfig:
     """Balancing of experts."""
 
     def __post_init__(self) -> None:
-        if self.mtp_loss_scaling < 0:
+        if not self.mtp_loss_scaling >= 0:
             raise ConfigError(f"mtp_loss_scaling is {self.mtp_loss_scaling}; it must be 0 or more")
 
 
@@ -110,7 +111,13 @@ def loss_terms(
         tokens, targets, mask = batch.at_depth(depth)
         if depth > 0:
             assert mtp is not None
-            hidden, routed = mtp(model.embed(tokens), hidden, layout)
+            embedded = model.embed(tokens)
+            if recompute:
+                hidden, routed = checkpoint(
+                    mtp, embedded, hidden, layout, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, routed = mtp(embedded, hidden, layout)
             mtp_routings.append(routed)
         count = max(counts[depth], 1.0)
         scored = linear_cross_entropy(hidden, model.output_weight, targets, mask / count)

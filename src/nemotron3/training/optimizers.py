@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.parallel.devices import FUSED_OPTIMIZER_DEVICES
 
 _STATE_SPACE_NAMES = frozenset({"A_log", "D", "dt_bias"})
 _STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
-_FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=devices <= _FUSED_DEVICES,
+        fused=devices <= FUSED_OPTIMIZER_DEVICES,
     )
 
 

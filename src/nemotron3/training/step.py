@@ -1,5 +1,6 @@
 """One optimizer update from the microbatches of one global batch."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from nemotron3.errors import DivergenceError
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.pattern import LayerKind
 from nemotron3.training.balancing import max_violation, update_selection_bias
 from nemotron3.training.losses import LossConfig, LossTerms, Targets, loss_terms
 from nemotron3.training.optimizers import clip_gradients, set_learning_rate
@@ -52,10 +54,11 @@ def training_step(
     metrics |= {"optim/lr": learning_rate, "optim/grad_norm": norm}
     if measure:
         metrics |= _residual_metrics(parts)
-    if norm != norm or norm == float("inf"):
+    if not math.isfinite(norm):
         raise DivergenceError(
             f"the gradient norm is {norm} and the loss {metrics['train/loss']}; the weights were "
-            "not updated. Lower --training.optimizer.lr or lengthen the warm-up, and resume"
+            "not updated. Train with a lower --training.optimizer.lr or a longer warm-up, under "
+            "another --name"
         )
     for router, load in zip(model.routers, loads, strict=True):
         update_selection_bias(router, load, loss.balance.bias_update_rate)
@@ -97,8 +100,11 @@ def _residual_metrics(parts: Sequence[LossTerms]) -> dict[str, float]:
 
 
 def router_names(model: LanguageModel) -> list[str]:
-    """A name for each router, `layer_07` in the backbone and `mtp_1` in the MTP block."""
-    main, mtp = model.config.pattern.main, model.config.pattern.mtp
-    return [f"layer_{index:02d}" for index, kind in enumerate(main) if kind.value == "E"] + [
-        f"mtp_{index}" for index, kind in enumerate(mtp) if kind.value == "E"
+    """A name for each router, `layer_07` in the backbone and `mtp_layer_01` in the MTP block."""
+    pattern = model.config.pattern
+    return [
+        f"{prefix}layer_{index:02d}"
+        for prefix, kinds in (("", pattern.main), ("mtp_", pattern.mtp))
+        for index, kind in enumerate(kinds)
+        if kind is LayerKind.EXPERTS
     ]

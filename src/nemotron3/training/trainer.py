@@ -126,23 +126,8 @@ class Trainer:
         if self._store.latest() is None:
             return 0
         checkpoint = self._store.load()
-        tensors = checkpoint.tensors
-        try:
-            self.model.load_state_dict(model_weights(checkpoint))
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the checkpoint in {self._store.directory} is of another model ({error}); "
-                "name another run, or train with the configuration that made it"
-            ) from error
-        load_optimizer_tensors(
-            self._optimizer,
-            self.model,
-            {
-                name.removeprefix(_OPTIMIZER): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(_OPTIMIZER)
-            },
-        )
+        self._load_weights(model_weights(checkpoint))
+        load_optimizer_tensors(self._optimizer, self.model, _part(checkpoint, _OPTIMIZER))
         self.step = checkpoint.step
         _log.info("resumed at step %d", self.step)
         return self.step
@@ -167,6 +152,21 @@ class Trainer:
         moments = optimizer_tensors(self._optimizer, self.model)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in moments.items()}
         self._store.save(self.step, tensors=tensors, state={})
+
+    def _load_weights(self, saved: dict[str, Tensor]) -> None:
+        ours = self.model.state_dict()
+        differing = sorted(
+            name
+            for name in saved.keys() | ours.keys()
+            if name not in saved or name not in ours or saved[name].shape != ours[name].shape
+        )
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint in {self._store.directory} is of another model ({len(differing)} "
+                f"tensors differ, first {differing[0]!r}); name another run, or train with the "
+                "configuration that made it"
+            )
+        self.model.load_state_dict(saved)
 
     def _timed_step(self) -> dict[str, float]:
         config = self.config
@@ -193,8 +193,12 @@ class Trainer:
 
 def model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The model's tensors in a training checkpoint, by their names in the model."""
+    return _part(checkpoint, _MODEL)
+
+
+def _part(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     return {
-        name.removeprefix(_MODEL): tensor
+        name.removeprefix(prefix): tensor
         for name, tensor in checkpoint.tensors.items()
-        if name.startswith(_MODEL)
+        if name.startswith(prefix)
     }

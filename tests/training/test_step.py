@@ -1,0 +1,159 @@
+"""One update: what changes, once, and what stays when the gradient is no number."""
+
+import copy
+
+import pytest
+import torch
+
+from nemotron3.errors import DivergenceError
+from nemotron3.training.balancing import BalanceConfig
+from nemotron3.training.losses import LossConfig
+from nemotron3.training.optimizers import AdamWConfig, build_optimizer
+from nemotron3.training.step import router_names, training_step
+from tests.tiny import tiny_config, tiny_model
+from tests.tolerances import FLOAT32
+from tests.training.batches import documents, pack
+
+PATTERN = "ME*-E/*E/*E"
+
+
+def update(model, microbatches, *, lr=1e-3, clip=1.0, **options):
+    optimizer = build_optimizer(model, AdamWConfig(lr=1.0))
+    loss = options.pop("loss", LossConfig())
+    metrics = training_step(
+        model,
+        optimizer,
+        microbatches,
+        loss=loss,
+        learning_rate=lr,
+        clip_grad_norm=clip,
+        **options,
+    )
+    return metrics, optimizer
+
+
+def test_microbatches_give_the_update_and_the_metrics_of_the_whole_batch(assert_close):
+    parts = documents(9, 4, 17, 1, 6, 2)
+    one, many = tiny_model(PATTERN), tiny_model(PATTERN)
+    # After one AdamW step a gradient of rounding size would move a weight as far as any other;
+    # so gradients are compared.
+    wanted, _ = update(one, [pack(parts)], lr=0.0, measure=True)
+    found, _ = update(many, [pack([part]) for part in parts], lr=0.0, measure=True)
+    assert found.keys() == wanted.keys()
+    residual = {name for name in found if name.startswith("model/")}  # a mean over microbatches
+    assert len(residual) == 5
+    for name in found.keys() - residual:
+        assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
+    for (name, p), q in zip(many.named_parameters(), one.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert_close(p.grad, q.grad, FLOAT32)
+    for router, other in zip(many.routers, one.routers, strict=True):
+        assert torch.equal(router.e_score_correction_bias, other.e_score_correction_bias)
+
+
+def test_biases_move_once_per_global_batch_by_the_rate():
+    model = tiny_model(PATTERN)
+    before = [router.e_score_correction_bias.clone() for router in model.routers]
+    loss = LossConfig(balance=BalanceConfig(bias_update_rate=0.125))
+    update(model, [pack([part]) for part in documents(30, 31, 33)], loss=loss)
+    assert len(model.routers) == 3
+    for router, old in zip(model.routers, before, strict=True):
+        moved = (router.e_score_correction_bias - old).abs()
+        assert moved.max() == pytest.approx(0.125)
+        assert all(m == 0 or m == pytest.approx(0.125) for m in moved.tolist())
+
+
+def test_metrics_say_everything_and_name_every_router():
+    model = tiny_model(PATTERN)
+    metrics, _ = update(model, [pack(documents(20))], lr=3e-4, measure=True)
+    assert router_names(model) == ["layer_01", "layer_04", "mtp_layer_01"]
+    assert set(metrics) == {
+        "train/loss",
+        "train/loss_mtp_1",
+        "train/loss_mtp_2",
+        "train/accuracy",
+        "train/mtp_accuracy_1",
+        "train/mtp_accuracy_2",
+        "train/aux_loss",
+        "moe/max_vio",
+        "moe/max_vio_layer_01",
+        "moe/max_vio_layer_04",
+        "moe/max_vio_mtp_layer_01",
+        "optim/lr",
+        "optim/grad_norm",
+        *(f"model/residual_norm_layer_{n:02d}" for n in range(5)),
+    }
+    assert metrics["optim/lr"] == 3e-4
+    assert metrics["moe/max_vio"] == max(
+        metrics[f"moe/max_vio_{name}"] for name in router_names(model)
+    )
+
+
+def test_a_model_without_experts_or_further_heads_has_fewer_metrics():
+    metrics, _ = update(tiny_model("M*"), [pack(documents(20))])
+    assert set(metrics) == {
+        "train/loss",
+        "train/accuracy",
+        "train/aux_loss",
+        "optim/lr",
+        "optim/grad_norm",
+    }
+    assert metrics["train/aux_loss"] == 0
+
+
+def test_the_residual_norm_is_that_of_the_stream_after_each_block():
+    model = tiny_model(PATTERN)
+    batch = pack(documents(12))
+    seen = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, __, output: seen.append(output[0].square().mean().sqrt().item())
+        )
+        for layer in model.backbone.layers
+    ]
+    metrics, _ = update(model, [batch], measure=True)
+    for hook in hooks:
+        hook.remove()
+    for index, value in enumerate(seen):
+        assert metrics[f"model/residual_norm_layer_{index:02d}"] == pytest.approx(value)
+
+
+def test_clipping_scales_the_update_and_the_metric_keeps_the_norm():
+    free, clipped = tiny_model(PATTERN), tiny_model(PATTERN)
+    wanted, _ = update(free, [pack(documents(12))], clip=None)
+    found, _ = update(clipped, [pack(documents(12))], clip=0.01)
+    assert found["optim/grad_norm"] == wanted["optim/grad_norm"] > 0.01
+    norm = torch.stack([p.grad.norm() for p in clipped.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_that_is_no_number_leaves_everything_as_it_was(bad, clip):
+    model = tiny_model(PATTERN)
+    optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
+    with torch.no_grad():
+        model.backbone.layers[2].mixer.o_proj.weight[0, 0] = bad
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        DivergenceError, match=r"gradient norm is (nan|inf) and the loss .*optimizer"
+    ):
+        training_step(
+            model,
+            optimizer,
+            [pack(documents(12)), pack(documents(5))],
+            loss=LossConfig(),
+            learning_rate=1e-3,
+            clip_grad_norm=clip,
+        )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+    assert not optimizer.state
+
+
+def test_a_pattern_of_each_kind_trains_every_parameter():
+    config = tiny_config(PATTERN)
+    model = tiny_model(config)
+    update(model, [pack(documents(60, 70))])
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
