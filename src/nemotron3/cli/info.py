@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.accounting import (
     ModelCosts,
     forward_flops_per_token,
@@ -18,7 +19,12 @@ from nemotron3.models.pattern import LayerKind
 
 def info(model: str, *, context: int, as_json: bool) -> int:
     """Print a preset's or a directory's parameters, state and FLOPs."""
-    config = read_config(model) if Path(model).is_dir() else ModelConfig.preset(model)
+    if context < 1:
+        raise ConfigError(f"--context is {context}; it must be 1 or more")
+    path = Path(model)
+    if not path.is_dir() and (path.exists() or "/" in model):
+        raise CheckpointError(f"{model} is no directory; name a model's directory, or a preset")
+    config = read_config(path) if path.is_dir() else ModelConfig.preset(model)
     facts = model_facts(model, config, context)
     print(json.dumps(facts, indent=2) if as_json else _page(facts, config, model_costs(config)))
     return 0

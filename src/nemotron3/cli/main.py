@@ -5,6 +5,7 @@ where PyTorch is not installed yet.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -40,9 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        place = f": {error.filename}" if error.filename else ""
         print(
-            "\nnemotron3: interrupted; the same command goes on from the last checkpoint",
+            f"nemotron3: {error.strerror}{place}; free some space or choose another folder, and "
+            "repeat the command",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from the last checkpoint"
+        print(
+            f"\nnemotron3: interrupted{goes_on if known.verb == 'pretrain' else ''}",
             file=sys.stderr,
         )
         return 130
@@ -105,16 +117,20 @@ def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    # The recipe is no argument of this parser: it would take the value of an option for one.
     pretrain = verbs.add_parser(
         "pretrain",
         add_help=False,
+        allow_abbrev=False,
+        usage="nemotron3 pretrain RECIPE [--data PATH] [--runs PATH] [--option value ...]\n"
+        "       nemotron3 pretrain --from RUN.JSON [--runs PATH] [--option value ...]",
         help="train a model from text",
         description="Train a model by a named recipe, or by your own: a Python file whose function "
         "`recipe` returns a PretrainRun. An interrupted run goes on when the command is repeated.",
         epilog="Every value of the recipe is an option, such as --training.optimizer.lr 1e-3; "
         "`nemotron3 pretrain RECIPE --help` lists them.",
     )
-    pretrain.add_argument("recipe", nargs="?", help="tiny, tiny-books, small, or a Python file")
+    pretrain.set_defaults(page=pretrain.format_help)
     pretrain.add_argument(
         "--data",
         action="append",
@@ -147,7 +163,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     generate.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     generate.add_argument("--top-k", type=int, default=0, help="default 0: all tokens")
     generate.add_argument("--seed", type=int, default=0, help="default 0")
-    generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    generate.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
 
 
 def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

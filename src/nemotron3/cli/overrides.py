@@ -27,5 +27,7 @@ def override(run: Run, arguments: Sequence[str], *, prog: str) -> Run:
         default=run,
         args=list(arguments),
         prog=prog,
+        description="The values of the recipe. `nemotron3 pretrain --help` tells of --data, --from "
+        "and --runs.",
         config=(tyro.conf.AvoidSubcommands,),
     )

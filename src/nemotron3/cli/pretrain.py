@@ -18,13 +18,19 @@ from nemotron3.recipes.pretraining import PretrainSummary, pretrain
 
 def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     """Train by a recipe, with the values that the command line changes."""
-    run = _base_run(known)
-    if run is None:
+    recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if recipe is None and known.replay is None:
+        if rest or known.data:
+            raise ConfigError(
+                "no recipe; name it first, as in: nemotron3 pretrain tiny --name mine"
+            )
+        print(_page(known.page()))
         return 0
+    run = _base_run(recipe, known.replay)
     if known.data:
         run = _with_own_text(run, known.data)
     options = [*rest, "--help"] if known.help else rest
-    run = override(run, options, prog=f"nemotron3 pretrain {known.recipe or ''}".rstrip())
+    run = override(run, options, prog=f"nemotron3 pretrain {recipe or '--from RUN.JSON'}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with watch() as watcher:
         summary = pretrain(run, runs=known.runs, watcher=watcher)
@@ -38,18 +44,20 @@ def show(recipe: str) -> int:
     return 0
 
 
-def _base_run(known: argparse.Namespace) -> PretrainRun | None:
-    if known.replay is not None:
-        if known.recipe is not None:
-            raise ConfigError("give a recipe or --from RUN.JSON, not both")
-        return read_run(known.replay, PretrainRun)
-    if known.recipe is None:
-        print("usage: nemotron3 pretrain RECIPE [--data PATH] [--option value ...]\n\nrecipes:")
-        for name, recipe in RECIPES.items():
-            print(f"  {name:<12}{(recipe.__doc__ or '').splitlines()[0]}")
-        print("\n`nemotron3 pretrain RECIPE --help` lists every option of a recipe.")
-        return None
-    return load_recipe(known.recipe)
+def _base_run(recipe: str | None, replay: Path | None) -> PretrainRun:
+    if replay is None:
+        assert recipe is not None
+        return load_recipe(recipe)
+    if recipe is not None:
+        raise ConfigError(f"give a recipe ({recipe!r}) or --from {replay}, not both")
+    return read_run(replay, PretrainRun)
+
+
+def _page(options: str) -> str:
+    recipes = [
+        f"  {name:<12}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
+    ]
+    return "\n".join([options, "recipes:", *recipes])
 
 
 def _with_own_text(run: PretrainRun, paths: list[str]) -> PretrainRun:
@@ -57,12 +65,13 @@ def _with_own_text(run: PretrainRun, paths: list[str]) -> PretrainRun:
     sources = tuple(
         FilesConfig(path=path, name=name) for path, name in zip(paths, names, strict=True)
     )
-    # A blend names the recipe's sources, and the prompts are in their manner.
+    # A blend names the recipe's sources, and the prompts are in the manner of their text.
     return replace(
         run,
         name=f"{run.name}-own-text",
         corpus=replace(run.corpus, sources=sources),
         phases=(PhaseConfig(),),
+        prompts=(),
     )
 
 

@@ -16,7 +16,7 @@ from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.pretrain import TOKENIZER_FOLDER, PretrainRun
 from nemotron3.training.trainer import model_weights
 
 
@@ -25,7 +25,7 @@ def merge_run(folder: Path, out: Path, *, window_steps: int | None, kind: MergeK
     run = read_run(folder, PretrainRun)
     store = CheckpointStore(folder / "checkpoints", retention=run.retention)
     steps = store.steps()
-    if window_steps is not None:
+    if window_steps is not None and steps:
         steps = [step for step in steps if step >= steps[-1] - window_steps]
     _require_even(steps, folder)
     model = LanguageModel.from_config(run.model, seed=run.seed)
@@ -36,8 +36,7 @@ def merge_run(folder: Path, out: Path, *, window_steps: int | None, kind: MergeK
             merged[name] = merged[name] + part if name in merged else part
     model.load_state_dict({name: tensor.float() for name, tensor in merged.items()})
     model.save_pretrained(out)
-    for file in (folder / "model").glob("*token*"):
-        shutil.copy(file, out)
+    shutil.copytree(folder / TOKENIZER_FOLDER, out, dirs_exist_ok=True)
     return steps
 
 

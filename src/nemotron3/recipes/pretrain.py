@@ -28,6 +28,9 @@ from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import TrainingConfig
 
+TOKENIZER_FOLDER = "tokenizer"
+"""Part of a run's folder: what any model of the run needs beside its weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRun:
@@ -56,7 +59,7 @@ class PretrainRun:
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     """The simple models that the result stands beside."""
     prompts: tuple[str, ...] = ()
-    """Beginnings that the finished model continues."""
+    """Beginnings that the finished model continues; empty takes those of held-out documents."""
     sampling: GenerationConfig = field(
         default_factory=lambda: GenerationConfig(max_new_tokens=120, temperature=0.7, top_p=0.95)
     )

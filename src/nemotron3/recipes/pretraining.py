@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,16 @@ from nemotron3.data import (
     held_out_batches,
     prepare_corpus,
 )
-from nemotron3.errors import ConfigError
+from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.models.accounting import model_costs
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.observe.metrics import MetricLog
+from nemotron3.observe.metrics import MetricLog, MetricSink
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.observe.sinks import JsonlSink, TensorBoardSink
 from nemotron3.ops.backends import chosen_backends
 from nemotron3.ops.segments import Segments
 from nemotron3.parallel.devices import describe_device, measure_product_rate, resolve_device
-from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.pretrain import TOKENIZER_FOLDER, PretrainRun
 from nemotron3.training.evaluation import evaluate
 from nemotron3.training.losses import Targets
 from nemotron3.training.trainer import StepReport, Trainer
@@ -42,6 +43,7 @@ from nemotron3.training.trainer import StepReport, Trainer
 SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
+_NUM_PROMPTS, _PROMPT_CHARACTERS = 3, 24
 
 
 class Watcher:
@@ -105,16 +107,18 @@ def pretrain(
         )
     found = {"device": describe_device(device), "corpus": to_record(corpus.manifest)}
     write_run(folder, run, extra=found)
+    corpus.tokenizer.save(folder / TOKENIZER_FOLDER)
 
     model = _train(run, folder, corpus, device, watcher)
-    write_run(folder, run, extra=found | {"backends": chosen_backends()})
 
     watcher.stage("Writing the model")
     model.save_pretrained(folder / MODEL_FOLDER)
     corpus.tokenizer.save(folder / MODEL_FOLDER)
     summary = _look(run, corpus, model, watcher, started)
-    _write_summary(folder, summary)
+    write_run(folder, run, extra=found | {"backends": chosen_backends()})
     write_report(folder, summary=_report(run, corpus, summary, device))
+    # Last, because a run with a summary is finished.
+    _write_summary(folder, summary)
     return summary
 
 
@@ -174,6 +178,12 @@ def _train(
 
     model = LanguageModel.from_config(run.model, seed=run.seed, device=device)
     watcher.stage(f"Training on {describe_device(device)}")
+    horizon = getattr(config.schedule, "total_steps", config.steps)
+    if horizon != config.steps:
+        watcher.stage(
+            f"The learning rate is scheduled for {horizon} steps and training ends after "
+            f"{config.steps}; --training.schedule.total-steps changes the former"
+        )
     trainer = Trainer(
         model,
         config,
@@ -183,13 +193,17 @@ def _train(
         peak_flops=measure_product_rate(device, run.training.precision.dtype),
     )
     next_step = trainer.resume() + 1
-    sinks = [
-        JsonlSink(folder / METRICS_FILE, next_step=next_step),
-        TensorBoardSink(folder / "tensorboard", next_step=next_step),
-    ]
-    with MetricLog(sinks) as log:
+    with MetricLog(_sinks(folder, next_step)) as log:
         trainer.fit(log, on_step=lambda report: watcher.trained(report, run))
     return model
+
+
+def _sinks(folder: Path, next_step: int) -> list[MetricSink]:
+    try:
+        tensorboard = TensorBoardSink(folder / "tensorboard", next_step=next_step)
+    except ImportError as error:
+        raise DependencyMissingError(str(error)) from error
+    return [JsonlSink(folder / METRICS_FILE, next_step=next_step), tensorboard]
 
 
 def _targets(batch: Batch, device: torch.device) -> Targets:
@@ -258,15 +272,20 @@ def _look(
 def _write_samples(
     run: PretrainRun, corpus: PreparedCorpus, model: LanguageModel
 ) -> tuple[dict[str, str], ...]:
-    if not run.prompts:
-        return ()
     tokenizer = corpus.tokenizer
-    sampling = replace(run.sampling, stop_token_ids=(tokenizer.eos_id,))
-    written = model.generate([tokenizer.encode(prompt) for prompt in run.prompts], sampling)
+    prompts = run.prompts or _held_out_beginnings(corpus)
+    stops = (*run.sampling.stop_token_ids, tokenizer.eos_id)
+    sampling = replace(run.sampling, stop_token_ids=stops)
+    written = model.generate([tokenizer.encode(prompt) for prompt in prompts], sampling)
     return tuple(
         {"prompt": prompt, "text": tokenizer.decode(tokens, skip_special_tokens=True)}
-        for prompt, tokens in zip(run.prompts, written, strict=True)
+        for prompt, tokens in zip(prompts, written, strict=True)
     )
+
+
+def _held_out_beginnings(corpus: PreparedCorpus) -> tuple[str, ...]:
+    documents = (document for name in corpus.names for document in corpus.held_out_documents(name))
+    return tuple(document.text[:_PROMPT_CHARACTERS] for document in islice(documents, _NUM_PROMPTS))
 
 
 def _write_summary(folder: Path, summary: PretrainSummary) -> None:

@@ -1,0 +1,348 @@
+"""The command: quick to help, and plain when something is wrong."""
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nemotron3.cli.info
+from nemotron3.cli.main import main
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.text import Tokenizer
+from tests.small_run import write_text
+from tests.tiny import tiny_config
+
+
+def fails(capsys, *arguments):
+    """The message of a command line that ends with status 2, wrapped lines joined."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "latin1.txt").write_bytes("Müller wohnt in Köln".encode("latin1"))
+    (folder / "empty").mkdir()
+    (folder / "blank.txt").write_text("  \n", encoding="utf-8")
+    (folder / "cut.json").write_text('{"config": ', encoding="utf-8")
+    (folder / "other.jsonl").write_text('{"body": "text"}\n' * 9, encoding="utf-8")
+    (folder / "no-config").mkdir()
+    (folder / "no-config" / "README.md").write_text("nothing", encoding="utf-8")
+    return folder
+
+
+BAD_INPUT = {
+    "unknown verb": (["bake"], ["invalid choice: 'bake'", "pretrain"]),
+    "unknown preset": (["info", "nan"], ["no preset 'nan'", "did you mean 'nano'"]),
+    "unknown option of info": (["info", "nano", "--jso", "--bogus"], ["--bogus"]),
+    "context of nothing": (["info", "nano", "--context", "0"], ["--context is 0", "1 or more"]),
+    "no such model folder": (["info", "runs/none/model"], ["runs/none/model is no directory"]),
+    "a folder without a model": (
+        ["info", "{bad}/no-config"],
+        ["config.json does not exist", "name a directory"],
+    ),
+    "unknown recipe": (["pretrain", "tinyy"], ["no recipe 'tinyy'", "did you mean 'tiny'"]),
+    "unknown recipe to show": (["show", "tinyy"], ["no recipe 'tinyy'", "did you mean 'tiny'"]),
+    "no recipe before options": (["pretrain", "--name", "x"], ["no recipe; name it first"]),
+    "no recipe with data": (["pretrain", "--data", "x"], ["no recipe; name it first"]),
+    "recipe and record": (["pretrain", "tiny", "--from", "r.json"], ["'tiny'", "not both"]),
+    "no such record": (["pretrain", "--from", "none.json"], ["none.json cannot be read"]),
+    "a record cut short": (["pretrain", "--from", "{bad}/cut.json"], ["is not JSON", "cut short"]),
+    "impossible pattern": (
+        ["pretrain", "tiny", "--model.hybrid-override-pattern", "MEQ"],
+        ["'MEQ' has 'Q' at position 2", "allowed are M (mamba)"],
+    ),
+    "heads that do not divide": (
+        ["pretrain", "tiny", "--model.mamba.mamba-num-heads", "7"],
+        ["mamba_num_heads = 7 is not divisible by n_groups = 2", "change one"],
+    ),
+    "no whole microbatches": (
+        ["pretrain", "tiny", "--training.microbatch-size", "3"],
+        ["batch_size is 8 and microbatch_size 3"],
+    ),
+    "a word for a number": (
+        ["pretrain", "tiny", "--training.steps", "many"],
+        ["--training.steps", "'many'"],
+    ),
+    "unknown option": (["pretrain", "tiny", "--training.stepz", "3"], ["--training.stepz"]),
+    "a kind is not a value": (
+        ["pretrain", "tiny", "--training.schedule.kind", "cosine"],
+        ["--training.schedule.kind"],
+    ),
+    "no GPU": (
+        ["pretrain", "tiny", "--device", "cuda"],
+        ["'cuda' was asked for", "use --device cpu"],
+    ),
+    "no GPU to write with": (
+        ["generate", "{bad}/no-config", "Hi", "--device", "cuda"],
+        ["'cuda' was asked for", "use --device cpu"],
+    ),
+    "no such device": (["generate", "x", "Hi", "--device", "tpu"], ["'tpu'", "auto, cpu, cuda"]),
+    "no such text": (["pretrain", "tiny", "--data", "{bad}/none"], ["no such file", "name a file"]),
+    "an empty folder": (["pretrain", "tiny", "--data", "{bad}/empty"], ["no text files in it"]),
+    "blank text": (["pretrain", "tiny", "--data", "{bad}/blank.txt"], ["1 of 1 rows", "empty"]),
+    "text that is not UTF-8": (
+        ["pretrain", "tiny", "--data", "{bad}/latin1.txt"],
+        ["is not UTF-8 at byte 1 (value 0xfc)", "iconv -f LATIN1"],
+    ),
+    "a column that is not there": (
+        ["pretrain", "tiny", "--data", "{bad}/other.jsonl"],
+        ["9 of 9 rows", "no such column", "column = 'text'"],
+    ),
+    "no model to write with": (
+        ["generate", "{bad}/none", "Hi"],
+        ["holds no tokenizer.json", "directory of a model"],
+    ),
+    "no run to merge": (["merge", "{bad}/none", "{bad}/out"], ["cannot be read", "run.json"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_answered_with_the_value_and_the_remedy(
+    capsys, bad_files, tmp_path, monkeypatch, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEMOTRON3_CACHE", str(tmp_path / "cache"))
+    message = fails(capsys, *(argument.format(bad=bad_files) for argument in arguments))
+    for part in said:
+        assert part in message
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model with a tokenizer that knows two languages' worth of bytes, and no more."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train(["hello world " * 9], vocab_size=300, num_special_tokens=32)
+    tokenizer.save(folder)
+    config = tiny_config(vocab_size=300, hidden_size=32)
+    LanguageModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys; from nemotron3.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'tyro', 'rich', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        times.append(time.monotonic() - started)
+        assert done.returncode == 0, done.stderr
+    assert min(times) < 1.0
+    for verb in ("info", "pretrain", "show", "generate", "merge"):
+        assert f"\n    {verb} " in done.stdout
+
+
+def test_no_verb_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "start here:" in capsys.readouterr().out
+
+
+def test_pretrain_without_a_recipe_shows_recipes_and_options(capsys):
+    for arguments in (["pretrain"], ["pretrain", "--help"]):
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        for part in ("--data PATH", "--from RUN.JSON", "--runs", "tiny-books", "5.7M parameters"):
+            assert part in shown
+
+
+def test_help_of_a_recipe_lists_its_values(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "tiny", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--training.optimizer.lr" in shown
+    assert "Peak learning rate" in shown
+    assert "--data" in shown
+
+
+def test_show_prints_a_recipe_that_can_be_read_back(capsys):
+    from nemotron3.config import from_record  # noqa: PLC0415
+    from nemotron3.recipes.pretrain import PretrainRun, tiny  # noqa: PLC0415
+
+    assert main(["show", "tiny"]) == 0
+    assert from_record(PretrainRun, json.loads(capsys.readouterr().out)) == tiny()
+
+
+def test_a_closed_pipe_is_the_end_and_no_error():
+    command = f"{sys.executable} -m nemotron3.cli.main show tiny | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission")]
+)
+def test_a_disk_that_takes_no_more_is_named(capsys, monkeypatch, number, said):
+    def full(*_, **__):
+        raise OSError(number, said, "runs/tiny/summary.json.tmp")
+
+    monkeypatch.setattr(nemotron3.cli.info, "info", full)
+    message = fails(capsys, "info", "nano")
+    assert said in message
+    assert "runs/tiny/summary.json.tmp; free some space or choose another folder" in message
+
+
+def test_other_errors_of_the_system_are_not_dressed_up(monkeypatch):
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(nemotron3.cli.info, "info", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        main(["info", "nano"])
+
+
+@pytest.mark.parametrize(("verb", "goes_on"), [("info", False), ("pretrain", True)])
+def test_an_interruption_says_how_to_go_on_where_one_can(capsys, monkeypatch, verb, goes_on):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemotron3.cli.main._run", interrupted)
+    assert main([verb, "tiny"]) == 130
+    assert ("last checkpoint" in capsys.readouterr().err) is goes_on
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving(tmp_path, capsys, monkeypatch):
+    """A real small file system, where this machine lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs rights that are not given here")
+    try:
+        monkeypatch.setenv("NEMOTRON3_CACHE", str(tmp_path / "cache"))
+        text = write_text(tmp_path / "text", documents=20)
+        recipe = tmp_path / "recipe.py"
+        recipe.write_text(
+            "from pathlib import Path\nfrom tests.small_run import small_run\n"
+            f"def recipe():\n    return small_run(Path({str(text)!r}), training={{'steps': 40}})\n",
+            encoding="utf-8",
+        )
+        message = fails(capsys, "pretrain", recipe, "--runs", disk / "runs")
+        assert "MB free and this save needs" in message or "No space left" in message
+        assert "free some space" in message
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "kv", "states_mb"),
+    [
+        ("nano", 31_577_937_344, 3_227_751_872, 6144, 48.2),
+        ("super", 120_668_687_360, None, 8192, 167.8),
+        ("ultra", 549_308_968_960, None, 12288, 402.7),
+    ],
+)
+def test_info_as_json(capsys, name, total, active, kv, states_mb):
+    assert main(["info", name, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["total"] == total == sum(facts["parameters"].values())
+    assert active is None or facts["total_active"] == active
+    assert facts["bytes"]["kv_per_token_bf16"] == kv
+    assert facts["bytes"]["ssm_state_per_sequence_fp32"] / 1e6 == pytest.approx(states_mb, abs=0.05)
+    per_sequence = sum(
+        facts["bytes"][part]
+        for part in ("ssm_state_per_sequence_fp32", "conv_state_per_sequence_bf16")
+    )
+    assert facts["bytes"]["sequence_at_context"] == 8192 * kv + per_sequence
+    assert facts["mtp"]["depths"] == (0 if name == "nano" else 2)
+    assert facts["training_flops_per_token"] >= 3 * facts["forward_flops_per_token"]
+
+
+def test_info_page_shows_the_json_numbers(capsys):
+    main(["info", "super", "--context", "4096"])
+    page = capsys.readouterr().out
+    for part in ("120,668,687,360", "88 layers", "40 mamba", "shared by 2 depths", "4,096 tokens"):
+        assert part in page
+
+
+def test_info_of_a_directory(capsys, model_folder):
+    assert main(["info", str(model_folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    model = LanguageModel.from_pretrained(model_folder)
+    every = sum(p.numel() for p in model.parameters())
+    assert facts["total"] + facts["mtp"]["parameters"] == every
+    assert facts["pattern"] == "MEM*E/*E/*E"
+
+
+def test_every_preset_can_be_looked_at(capsys):
+    from nemotron3.models.presets import PRESETS  # noqa: PLC0415
+
+    for name in PRESETS:
+        assert main(["info", name]) == 0
+        assert ModelConfig.preset(name).hybrid_override_pattern in capsys.readouterr().out
+
+
+def test_generate_shows_the_prompt_and_stops(capsys, model_folder):
+    arguments = ["generate", str(model_folder), "hello", "--max-new-tokens", "12"]
+    assert main([*arguments, "--temperature", "0"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("hello")
+    assert first.endswith("\n")
+    assert main([*arguments, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--temperature", "5", "--seed", "1"]) == 0
+    assert capsys.readouterr().out != first
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--top-p", "0"], "top_p is 0.0"),
+        (["--top-k", "-3"], "top_k is -3"),
+    ],
+)
+def test_generate_refuses_values_that_mean_nothing(capsys, model_folder, option, said):
+    assert said in fails(capsys, "generate", model_folder, "hello", *option)
+
+
+def test_generate_refuses_an_empty_prompt(capsys, model_folder):
+    assert "every prompt needs at least one token" in fails(capsys, "generate", model_folder, "")
+
+
+def test_characters_cut_between_tokens_are_shown_whole(capsys, model_folder, monkeypatch):
+    """Every byte of these characters is a token of its own; none is shown before its last."""
+    tokenizer = Tokenizer.from_directory(model_folder)
+    tokens = tokenizer.encode("é→🙂 ok")
+    assert len(tokens) > 9
+    shown = []
+
+    def write(self, prompts, config, *, on_token):
+        assert config.stop_token_ids == tokenizer.stop_ids
+        for token in tokens:
+            on_token(0, token)
+            shown.append(capsys.readouterr().out)
+        return [tokens]
+
+    monkeypatch.setattr(LanguageModel, "generate", write)
+    assert main(["generate", str(model_folder), "hello"]) == 0
+    assert "".join(shown) == "helloé→🙂 ok"
+    assert not any("\ufffd" in part for part in shown)
+    assert capsys.readouterr().out == "\n"
+
+
+def test_paths_in_errors_are_the_users(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    assert "here/config.json" in fails(capsys, "info", "here")

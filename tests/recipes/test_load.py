@@ -1,0 +1,51 @@
+"""Recipes by name or from a file, and a plain answer where there is none."""
+
+import pytest
+
+from nemotron3.errors import ConfigError
+from nemotron3.recipes.load import load_recipe
+from nemotron3.recipes.pretrain import RECIPES, PretrainRun
+
+OWN = """
+from dataclasses import replace
+from nemotron3.recipes.pretrain import tiny
+
+def recipe():
+    return replace(tiny(), name="mine")
+"""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_by_its_name(name):
+    run = load_recipe(name)
+    assert isinstance(run, PretrainRun)
+    assert run.name == name
+
+
+def test_a_recipe_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "mine.py")).name == "mine"
+
+
+def test_a_misspelt_name_gets_a_suggestion():
+    with pytest.raises(
+        ConfigError, match=r"no recipe 'tini' \(did you mean 'tiny'\?\).*tiny-books"
+    ):
+        load_recipe("tini")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("recipe = 3", "has no function `recipe` that returns a PretrainRun"),
+        ("def recipe():\n    return 3", "has no function `recipe` that returns a PretrainRun"),
+        ("", "has no function `recipe`"),
+    ],
+)
+def test_a_file_without_a_recipe_is_refused(tmp_path, content, message):
+    file = tmp_path / "mine.py"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(file))
