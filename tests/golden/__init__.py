@@ -1,0 +1,55 @@
+"""What must not change unseen: the resolved recipes, and the names and shapes of parameters.
+
+`tests/contracts/test_records.py` compares. After an intended change, write the files anew and read
+the difference before it is committed:
+
+    python -m tests.golden
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron3.config import to_record
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.recipes.pretrain import RECIPES
+
+FOLDER = Path(__file__).parent
+
+
+def golden_records() -> dict[str, Any]:
+    """The content of each file by its name."""
+    records = {f"recipe-{name}.json": to_record(recipe()) for name, recipe in RECIPES.items()}
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig.preset("tiny"))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return records | {"parameters-tiny.json": shapes}
+
+
+def read(name: str) -> Any:
+    """The content of a file as it was committed."""
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def write() -> None:
+    """Write every file anew."""
+    for name, record in golden_records().items():
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        # Shapes and other lists of numbers on one line: a page of commas shows no difference.
+        text = _on_one_line(text)
+        (FOLDER / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _on_one_line(text: str) -> str:
+    lines: list[str] = []
+    depth = 0
+    for line in text.splitlines():
+        if depth:
+            lines[-1] += line.strip() + (" " if line.endswith(",") else "")
+        else:
+            lines.append(line)
+        depth += line.rstrip().endswith("[") - line.strip().startswith("]")
+    return "\n".join(line.rstrip() for line in lines)
