@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from nemotron3.data import FilesConfig, LoadTokenizerConfig
+from nemotron3.config import from_record, to_record
+from nemotron3.data import FilesConfig, LoadTokenizerConfig, TokenizedConfig, TokenizedSource
 from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.recipes import pretraining
-from nemotron3.recipes.pretrain import RECIPES, tiny
+from nemotron3.recipes.pretrain import RECIPES, PretrainRun, tiny
 from nemotron3.recipes.pretraining import Watcher, pretrain
 from tests.small_run import small_run, with_leaf, write_text
 
@@ -148,3 +149,22 @@ def test_bits_per_byte_of_all_text_is_the_mean_by_bytes(text, tmp_path):
     mean = sum(summary.by_source[name] * size for name, size in sizes.items()) / sum(sizes.values())
     assert summary.bits_per_byte == pytest.approx(mean)
     assert summary.by_source.keys() == sizes.keys() == {"one", "two"}
+
+
+def test_token_files_train_as_the_text_they_were_made_from(text, tmp_path):
+    run = small_run(text, training={"steps": 2})
+    wanted = pretrain(run, runs=tmp_path / "runs")
+    (prepared,) = (tmp_path / "cache" / "corpora").iterdir()
+    source = TokenizedSource(
+        name="own-text",
+        train=str(prepared / "train" / "own-text"),
+        held_out=str(prepared / "held_out" / "own-text"),
+    )
+    corpus = TokenizedConfig(
+        sources=(source,), tokenizer=LoadTokenizerConfig(path=str(prepared / "tokenizer"))
+    )
+    again = replace(run, name="tokens", corpus=corpus)
+    assert from_record(PretrainRun, to_record(again)) == again
+    found = pretrain(again, runs=tmp_path / "runs")
+    assert found.bits_per_byte == wanted.bits_per_byte
+    assert found.baselines["gzip"] == wanted.baselines["gzip"]

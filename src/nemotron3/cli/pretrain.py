@@ -9,7 +9,7 @@ from pathlib import Path
 from nemotron3.cli.overrides import override
 from nemotron3.cli.progress import watch
 from nemotron3.config import read_run, to_record
-from nemotron3.data import FilesConfig, PhaseConfig
+from nemotron3.data import CorpusConfig, FilesConfig, PhaseConfig
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.pretrain import RECIPES, PretrainRun
@@ -65,11 +65,14 @@ def _with_own_text(run: PretrainRun, paths: list[str]) -> PretrainRun:
     sources = tuple(
         FilesConfig(path=path, name=name) for path, name in zip(paths, names, strict=True)
     )
+    corpus = run.corpus
+    if not isinstance(corpus, CorpusConfig):
+        corpus = CorpusConfig(sources=sources, tokenizer=corpus.tokenizer)
     # A blend names the recipe's sources, and the prompts are in the manner of their text.
     return replace(
         run,
         name=f"{run.name}-own-text",
-        corpus=replace(run.corpus, sources=sources),
+        corpus=replace(corpus, sources=sources),
         phases=(PhaseConfig(),),
         prompts=(),
     )

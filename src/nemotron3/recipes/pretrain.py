@@ -15,6 +15,7 @@ from nemotron3.data import (
     BaselinesConfig,
     CorpusConfig,
     PhaseConfig,
+    TokenizedConfig,
     TrainTokenizerConfig,
     english_and_code,
     shakespeare_and_python,
@@ -40,8 +41,8 @@ class PretrainRun:
     """The run's folder is runs/NAME; a run that was interrupted goes on from there."""
     model: ModelConfig
     """The model."""
-    corpus: CorpusConfig
-    """The text, its split, and the tokenizer."""
+    corpus: CorpusConfig | TokenizedConfig
+    """The text, its split, and the tokenizer; or token files that stand already."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule, loss."""
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)

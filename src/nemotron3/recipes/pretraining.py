@@ -19,11 +19,14 @@ from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.config import from_record, read_run, to_record, write_run
 from nemotron3.data import (
     Batch,
+    Corpus,
+    CorpusConfig,
     Loader,
     PhaseSchedule,
-    PreparedCorpus,
+    TokenizedConfig,
     baseline_bits_per_byte,
     held_out_batches,
+    open_tokenized,
     prepare_corpus,
 )
 from nemotron3.errors import ConfigError, DependencyMissingError
@@ -98,7 +101,7 @@ def pretrain(
         return read_summary(folder)
 
     watcher.stage("Preparing the corpus")
-    corpus = prepare_corpus(run.corpus, progress=watcher.progress)
+    corpus = _open_corpus(run.corpus, watcher)
     vocabulary = corpus.tokenizer.vocab_size
     if vocabulary > run.model.vocab_size:
         raise ConfigError(
@@ -151,10 +154,18 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, s
         yield path, str(before), str(now)
 
 
+def _open_corpus(config: CorpusConfig | TokenizedConfig, watcher: Watcher) -> Corpus:
+    match config:
+        case CorpusConfig():
+            return prepare_corpus(config, progress=watcher.progress)
+        case TokenizedConfig():
+            return open_tokenized(config)
+
+
 def _train(
     run: PretrainRun,
     folder: Path,
-    corpus: PreparedCorpus,
+    corpus: Corpus,
     device: torch.device,
     watcher: Watcher,
 ) -> LanguageModel:
@@ -217,7 +228,7 @@ def _targets(batch: Batch, device: torch.device) -> Targets:
 
 
 def _bits(
-    run: PretrainRun, corpus: PreparedCorpus, model: LanguageModel, rows: int | None
+    run: PretrainRun, corpus: Corpus, model: LanguageModel, rows: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Held-out metrics over all sources, by their share of the held-out bytes; bits by source."""
     token_bytes = torch.tensor(corpus.tokenizer.byte_lengths(), device=model.device)
@@ -242,7 +253,7 @@ def _bits(
 
 def _look(
     run: PretrainRun,
-    corpus: PreparedCorpus,
+    corpus: Corpus,
     model: LanguageModel,
     watcher: Watcher,
     started: float,
@@ -270,7 +281,7 @@ def _look(
 
 
 def _write_samples(
-    run: PretrainRun, corpus: PreparedCorpus, model: LanguageModel
+    run: PretrainRun, corpus: Corpus, model: LanguageModel
 ) -> tuple[dict[str, str], ...]:
     tokenizer = corpus.tokenizer
     prompts = run.prompts or _held_out_beginnings(corpus)
@@ -283,7 +294,7 @@ def _write_samples(
     )
 
 
-def _held_out_beginnings(corpus: PreparedCorpus) -> tuple[str, ...]:
+def _held_out_beginnings(corpus: Corpus) -> tuple[str, ...]:
     documents = (document for name in corpus.names for document in corpus.held_out_documents(name))
     return tuple(document.text[:_PROMPT_CHARACTERS] for document in islice(documents, _NUM_PROMPTS))
 
@@ -295,7 +306,7 @@ def _write_summary(folder: Path, summary: PretrainSummary) -> None:
 
 
 def _report(
-    run: PretrainRun, corpus: PreparedCorpus, summary: PretrainSummary, device: torch.device
+    run: PretrainRun, corpus: Corpus, summary: PretrainSummary, device: torch.device
 ) -> ReportSummary:
     sources = [
         {
