@@ -7,7 +7,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.generation import GenerationConfig, sample
 from tests.tiny import tiny_config, tiny_model, tokens_for
 
-GREEDY = GenerationConfig(max_new_tokens=9, temperature=0)
+GREEDY = GenerationConfig(max_new_tokens=9, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_finished_prompt_leaves_the_batch_and_the_others_go_on(model, prompts,
             rows.append(len(layout.segments)) or next_logits(tokens, layout=layout, state=state)
         ),
     )
-    config = GenerationConfig(max_new_tokens=9, temperature=0, stop_token_ids=(stop,))
+    config = GenerationConfig(max_new_tokens=9, temperature=0.0, stop_token_ids=(stop,))
     stopped = model.generate(prompts, config)
     for full, short in zip(plain, stopped, strict=True):
         assert short == (full[: full.index(stop)] if stop in full else full)
@@ -93,7 +93,7 @@ def frequencies(**choice):
     ("choice", "expected"),
     [
         ({}, [0.4, 0.3, 0.2, 0.1]),
-        ({"temperature": 0}, [1.0, 0, 0, 0]),
+        ({"temperature": 0.0}, [1.0, 0, 0, 0]),
         ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
         ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
         ({"top_k": 9}, [0.4, 0.3, 0.2, 0.1]),

@@ -274,7 +274,7 @@ def test_greedy_generation_agrees(pair):
     expected = theirs.generate(
         prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours_new = ours.generate(prompt.tolist(), GenerationConfig(max_new_tokens=12, temperature=0))
+    ours_new = ours.generate(prompt.tolist(), GenerationConfig(max_new_tokens=12, temperature=0.0))
     assert ours_new == [expected[0, 11:].tolist()]
 
 

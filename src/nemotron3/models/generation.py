@@ -6,7 +6,7 @@ running. The engine for serving many requests is another matter; this one is to 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class GenerationConfig:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
 
 
+@runtime_checkable
 class CausalModel(Protocol):
     """What generation needs of a model."""
 
