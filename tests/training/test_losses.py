@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
-from nemotron3.training.balancing import BalanceConfig
+from nemotron3.training.balancing import BalanceConfig, sequence_balance_loss
 from nemotron3.training.losses import LossConfig, loss_terms
 from tests.tiny import tiny_config, tiny_model
 from tests.tolerances import FLOAT32, FLOAT64
@@ -90,6 +90,26 @@ def test_documents_too_short_for_a_depth_have_no_targets_there():
     assert term.losses[0] > 0
     assert term.losses[1] > 0
     assert term.losses[2] == 0
+
+
+def test_balance_counts_each_router_once_and_the_shared_one_as_the_mean_of_its_depths():
+    model = tiny_model(tiny_config("ME*-E/*E/*E"), dtype=torch.float64)
+    batch = pack(documents(*LENGTHS))
+    seen = {router: [] for router in model.routers}
+    hooks = [
+        router.register_forward_hook(lambda router, _, routing: seen[router].append(routing))
+        for router in model.routers
+    ]
+    (term,), _ = accumulate(model, [batch], CONFIG)
+    for hook in hooks:
+        hook.remove()
+    assert [len(routings) for routings in seen.values()] == [1, 1, 2]
+    wanted = sum(
+        sequence_balance_loss(routing, batch.segments).item() / len(routings)
+        for routings in seen.values()
+        for routing in routings
+    )
+    assert term.balance == pytest.approx(wanted / batch.segments.total)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

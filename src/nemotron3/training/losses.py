@@ -56,10 +56,10 @@ class Targets:
         """Inputs, targets and mask of an MTP depth; depth 0 is the main head's."""
         if depth == 0:
             return self.tokens, self.targets, self.mask
-        tokens, valid = shift_left(self.tokens, self.segments, depth)
+        tokens, _ = shift_left(self.tokens, self.segments, depth)
         targets, _ = shift_left(self.targets, self.segments, depth)
-        mask, _ = shift_left(self.mask, self.segments, depth)
-        return tokens, targets, mask * valid
+        mask, _ = shift_left(self.mask, self.segments, depth)  # 0 where a sequence has ended
+        return tokens, targets, mask
 
     def counts(self, depths: int) -> list[float]:
         """Number of targets of the main head and of each depth."""
