@@ -1,0 +1,36 @@
+"""The examples do what they say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from nemotron3.recipes.load import load_recipe
+from nemotron3.training.schedules import Constant
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.name)
+def test_an_example_fits_on_a_page(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 100
+
+
+def test_look_inside(capsys):
+    runpy.run_path(str(EXAMPLES / "look_inside.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "changes nothing: True" in shown
+    assert float(shown.rsplit(maxsplit=1)[1]) < 1e-4
+
+
+def test_train_by_hand_learns():
+    model, history = runpy.run_path(str(EXAMPLES / "train_by_hand.py"))["train"](steps=20)
+    assert history[-1]["train/loss"] < 0.5 * history[0]["train/loss"]
+    assert len(model.generate([[100, 101, 102]])[0]) > 0
+
+
+def test_own_recipe_keeps_what_a_merge_needs():
+    run = load_recipe(str(EXAMPLES / "own_recipe.py"))
+    assert isinstance(run.training.schedule, Constant)
+    assert run.retention.keep_every_steps == run.training.checkpoint_every_steps
+    assert run.training.steps % run.training.checkpoint_every_steps == 0
