@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.ops.contract import outputs_and_gradients, randn
-from tests.tolerances import FLOAT64
 
 from nemotron3.ops.attention import attention
 from nemotron3.ops.segments import Segments
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT64
 
 
 def attend(queries, keys, backend):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.ops.contract import outputs_and_gradients, randn
-from tests.tolerances import FLOAT64
 
 from nemotron3.ops.cross_entropy import linear_cross_entropy
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT64
 
 
 def operands(tokens=11, d=4, vocab=9):
@@ -70,3 +70,12 @@ def test_bfloat16_accumulates_the_weight_gradient_in_float32():
     linear_cross_entropy(h, w, targets, weights, max_logits=3).total.backward()
     assert w.grad is not None
     assert w.grad[0, 0].item() == pytest.approx(-tokens * 0.01 * 2 / 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_evaluation_makes_no_gradients(off, monkeypatch):
+    targets, weights, (h, w) = operands()
+    w.requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "exp_", None)
+    with off():
+        assert torch.isfinite(loss(targets, weights, "torch")(h, w).total)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.ops.contract import outputs_and_gradients, randn
-from tests.tolerances import FLOAT64
 
 from nemotron3.errors import BackendUnavailableError
 from nemotron3.ops.experts import routed_experts
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT64
 
 
 def operands(tokens, experts, k, d=6, width=5, up_rows=1):

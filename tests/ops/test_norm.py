@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.ops.contract import outputs_and_gradients, randn
-from tests.tolerances import FLOAT64
 
 from nemotron3.ops.norm import gated_group_norm, rms_norm
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT64
 
 
 def test_rms_norm_equals_reference(assert_close):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.ops.contract import outputs_and_gradients, randn
-from tests.tolerances import FLOAT32, FLOAT64
 
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd import ssd
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.tolerances import FLOAT32, FLOAT64
 
 LENGTHS = [(1,), (7,), (16, 16), (9, 9), (5, 1, 33, 16), (1, 1, 1), (8, 3)]
 

@@ -21,6 +21,10 @@ def linear_cross_entropy_chunked(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of losses, each token's loss, and whether its best guess was right."""
+    # Inside a Function gradients are always off, and what the inputs would need says nothing of
+    # whether anyone asked; only here is that known.
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, max_logits)
 
 
