@@ -151,6 +151,24 @@ def test_a_gradient_that_is_no_number_leaves_everything_as_it_was(bad, clip):
     assert not optimizer.state
 
 
+def test_a_norm_that_overflows_is_no_number_either():
+    model = tiny_model(PATTERN)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DivergenceError, match="gradient norm is inf"):
+        update(model, [pack(documents(12))], loss=LossConfig(mtp_loss_scaling=1e37), clip=None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-4, 3e-3])
+def test_the_update_has_the_rate_it_was_given(lr):
+    """AdamW's first step is the rate times the gradient's sign; the optimizer was built with 1."""
+    model = tiny_model(PATTERN)
+    before = model.backbone.norm_f.weight.detach().clone()
+    update(model, [pack(documents(30))], lr=lr)
+    moved = (model.backbone.norm_f.weight - before).abs()
+    assert moved.median().item() == pytest.approx(lr, rel=1e-2)
+
+
 def test_a_pattern_of_each_kind_trains_every_parameter():
     config = tiny_config(PATTERN)
     model = tiny_model(config)
