@@ -159,7 +159,13 @@ def test_pretrain_without_a_recipe_shows_recipes_and_options(capsys):
     for arguments in (["pretrain"], ["pretrain", "--help"]):
         assert main(arguments) == 0
         shown = capsys.readouterr().out
-        for part in ("--data PATH", "--from RUN.JSON", "--runs", "tiny-books", "5.7M parameters"):
+        for part in (
+            "--data PATH",
+            "--from RUN.JSON",
+            "--runs",
+            "tiny-books",
+            "parameters with all parts",
+        ):
             assert part in shown
 
 
