@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemotron3.models.attention import Attention
 from nemotron3.models.config import MambaConfig, ModelConfig
 from nemotron3.models.experts import MixtureOfExperts, RoutedExperts, Router
-from nemotron3.models.linear import Linear
+from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mamba2 import CausalConv1d, Mamba2Mixer
 from nemotron3.models.mlp import MLP
 from nemotron3.models.norm import GatedGroupNorm, RMSNorm
@@ -40,7 +40,7 @@ def initialize(model: nn.Module, config: ModelConfig, generator: torch.Generator
             case Router():
                 module.weight.normal_(0.0, std, generator=generator)
                 module.e_score_correction_bias.zero_()
-            case nn.Embedding():
+            case Embedding():
                 module.weight.normal_(0.0, std, generator=generator)
             case RMSNorm() | GatedGroupNorm():
                 module.weight.fill_(1.0)

@@ -1,4 +1,4 @@
-"""The door through which every dense product of the model goes.
+"""The embedding table, and the door through which every dense product of the model goes.
 
 Weights keep the dtype they are stored in (float32 masters in training, bfloat16 in inference), and
 the product runs in the dtype of the activations. Number formats that quantize operands plug in
@@ -6,7 +6,7 @@ here.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,3 +24,19 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class Embedding(nn.Module):
+    """A vector for each token.
+
+    Not `nn.Embedding`: that one draws initial values even where there is no memory to draw them in,
+    and loads PyTorch's decompositions to do so, seconds at the start of every command.
+    """
+
+    def __init__(self, num_embeddings: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, size))
+
+    def forward(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
+        """The vectors of `tokens`."""
+        return F.embedding(tokens, self.weight)

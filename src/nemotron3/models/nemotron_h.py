@@ -26,7 +26,7 @@ from nemotron3.models.experts import Router, Routing
 from nemotron3.models.generation import GenerationConfig, generate
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.linear import Linear
+from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.state import HybridCache
@@ -48,7 +48,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.main)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 

@@ -82,8 +82,8 @@ class PretrainRun:
 
 
 def tiny() -> PretrainRun:
-    """5.7M parameters with all parts of Super, on Shakespeare and Python: minutes on two cores."""
-    steps = 420
+    """2.9M parameters with all parts of Super, on Shakespeare and Python: minutes on two cores."""
+    steps = 1000
     return PretrainRun(
         name="tiny",
         model=ModelConfig.preset("tiny"),
@@ -97,9 +97,10 @@ def tiny() -> PretrainRun:
             batch_size=8,
             microbatch_size=8,
             seq_len=256,
-            optimizer=AdamWConfig(lr=4e-3),
-            schedule=WSD(total_steps=steps, warmup_steps=20, decay_steps=140),
+            optimizer=AdamWConfig(lr=5e-3),
+            schedule=WSD(total_steps=steps, warmup_steps=30, decay_steps=350),
         ),
+        retention=RetentionConfig(keep_last=4),
         prompts=("ROMEO", "To be, or not to", "def ", "class Graph"),
     )
 
