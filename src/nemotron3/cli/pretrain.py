@@ -34,7 +34,7 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with watch() as watcher:
         summary = pretrain(run, runs=known.runs, watcher=watcher)
-    print(_result(summary, run, known.runs / run.name))
+    print(result_text(summary, run, known.runs / run.name))
     return 0
 
 
@@ -78,7 +78,8 @@ def _with_own_text(run: PretrainRun, paths: list[str]) -> PretrainRun:
     )
 
 
-def _result(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str:
+def result_text(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str:
+    """What a finished run has to show, for a terminal."""
     lines = [""]
     for sample in summary.samples:
         text = (sample["prompt"] + "\u2502" + sample["text"]).rstrip()
