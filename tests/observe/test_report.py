@@ -1,6 +1,7 @@
 import html.parser
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_the_whole_report_stands_alone(tmp_path):
         "Gradient norm",
         "Inside the model",
         "Expert imbalance by layer (MaxVio)",
-        "Expert imbalance, mean over layers",
+        "Expert imbalance, worst layer",
         "Residual stream by layer",
         "Auxiliary balance loss",
         "Speed",
@@ -176,3 +177,9 @@ def test_writing_again_replaces_the_report(tmp_path):
     page = report(tmp_path, [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5})])
     assert "0.750" in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
+
+
+def test_the_final_figure_goes_before_the_last_look_in_training(tmp_path):
+    page = report(tmp_path, [(5, every_metric(5))], replace(SUMMARY, bits_per_byte=2.125))
+    assert "2.125" in page
+    assert "2.500" not in page

@@ -48,6 +48,8 @@ class ReportSummary:
     """Tiles beside those from the metrics, as label to text ("parameters": "4.2 M")."""
     model_name: str = "this model"
     """The model's label among the baselines."""
+    bits_per_byte: float | None = None
+    """On all held-out text; null takes the last look during training, which may be at a part."""
     baselines: Mapping[str, float] = field(default_factory=dict[str, float])
     """Held-out bits per byte of what the model is compared with."""
     samples: Sequence[TextSample] = ()
@@ -115,7 +117,7 @@ def _quality(metrics: Metrics, summary: ReportSummary) -> list[str]:
     mtp = _numbered(metrics, r"train/loss_mtp_(\d+)", "{} further ahead")
     held_out = _named(metrics, {"eval/bits_per_byte": "held-out"})
     compared = dict(summary.baselines)
-    if (final := _last(metrics, "eval/bits_per_byte")) is not None:
+    if (final := _final_bits(metrics, summary)) is not None:
         compared[summary.model_name] = final
     best = min(summary.baselines.items(), key=lambda item: item[1], default=None)
     accuracy = _numbered(metrics, r"train/mtp_accuracy_(\d+)", "{} further ahead")
@@ -169,6 +171,12 @@ def _optimisation(metrics: Metrics) -> list[str]:
     ]
 
 
+def _final_bits(metrics: Metrics, summary: ReportSummary) -> float | None:
+    if summary.bits_per_byte is not None:
+        return summary.bits_per_byte
+    return _last(metrics, "eval/bits_per_byte")
+
+
 def _inside(metrics: Metrics) -> list[str]:
     violation = _numbered(metrics, r"moe/max_vio_layer_(\d+)", "layer {}")
     residual = _numbered(metrics, r"model/residual_norm_layer_(\d+)", "layer {}")
@@ -180,8 +188,8 @@ def _inside(metrics: Metrics) -> list[str]:
             heat_map(violation, value_label="MaxVio"),
         ),
         _figure(
-            "Expert imbalance, mean over layers",
-            "The same number averaged over the layers with experts.",
+            "Expert imbalance, worst layer",
+            "The same number of the layer where it is largest, the MTP block's included.",
             lines(_named(metrics, {"moe/max_vio": "MaxVio"}), y_label="MaxVio"),
         ),
         _figure(
@@ -225,7 +233,7 @@ def _tiles(metrics: Metrics, summary: ReportSummary) -> str:
     tiles: dict[str, str] = {}
     if len(loss := _values(metrics, "train/loss")):
         tiles["training loss, last 20 steps"] = f"{loss[-20:].mean():.3f}"
-    if (bits := _last(metrics, "eval/bits_per_byte")) is not None:
+    if (bits := _final_bits(metrics, summary)) is not None:
         tiles["held-out bits per byte"] = f"{bits:.3f}"
     if len(speed := _values(metrics, "perf/tokens_per_s")):
         tiles["tokens per second, median"] = f"{np.median(speed):,.0f}"

@@ -335,6 +335,7 @@ def _report(
             "minutes": f"{summary.seconds / 60:.1f}",
         },
         model_name=run.name,
+        bits_per_byte=summary.bits_per_byte,
         baselines=summary.baselines,
         samples=[TextSample(prompt=s["prompt"], text=s["text"]) for s in summary.samples],
         sources=sources,

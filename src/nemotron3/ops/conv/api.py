@@ -27,6 +27,6 @@ def causal_conv(
     """
     if tails is None:
         tails = x.new_zeros(len(segments), weight.shape[1] - 1, x.shape[1])
-    return resolve("conv", backend, _CONVOLUTIONS)(
+    return resolve("conv", backend, _CONVOLUTIONS, x.device)(
         x, weight, bias, segments=segments, tails=tails.to(x.dtype)
     )

@@ -38,7 +38,7 @@ def linear_cross_entropy(
     (float32: 16 MB by default) exist at a time. `token_weights` carries no gradient.
     """
     return TokenLosses(
-        *resolve("cross_entropy", backend, _LOSSES)(
+        *resolve("cross_entropy", backend, _LOSSES, hidden.device)(
             hidden, weight, targets, token_weights, max_logits
         )
     )

@@ -43,7 +43,7 @@ def ssd(
             x, dt, A, B, C, D, segments=segments, initial_states=initial_states.to(compute)
         )
     else:
-        y, final = resolve("ssd", backend, _SCANS)(
+        y, final = resolve("ssd", backend, _SCANS, x.device)(
             x,
             dt,
             A,
