@@ -3,12 +3,16 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.conv.reference import causal_conv_reference
 from nemotron3.ops.conv.shifted import causal_conv_shifted
 from nemotron3.ops.segments import Segments
 
-_CONVOLUTIONS = {"reference": causal_conv_reference, "torch": causal_conv_shifted}
+_CONVOLUTIONS = {
+    "reference": causal_conv_reference,
+    "torch": causal_conv_shifted,
+    "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
+}
 
 
 def causal_conv(

@@ -1,0 +1,326 @@
+"""The short causal convolution and its SiLU in one pass over memory.
+
+The sum of shifted copies reads and writes the stream once per tap; here a program reads a block of
+tokens and channels, reaches the tokens before it through the cache, and writes only the result. The
+backward pass recomputes the convolution, which costs a few multiply-adds and spares a stored
+tensor: it reads inputs and gradients once and writes the gradient of the inputs once.
+
+Boundaries come from the index of each token's segment; a tap that reaches before a segment's first
+token reads the segment's tail. Gradients of weight and bias are summed by each program over its own
+span of tokens, and over programs in a fixed order, so that no sum depends on timing.
+"""
+
+# Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
+# many as it takes.
+# ruff: noqa: ANN001, ANN202, PLR0913
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron3.ops.kernels import require_kernel_dtypes, rows_of
+from nemotron3.ops.segments import Segments
+
+_BLOCK_TOKENS = 32
+_BLOCK_CHANNELS = 128
+_PROGRAMS = 2048
+"""Programs that fill a large GPU a few times over; more would only make more partial sums."""
+
+
+def causal_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, tails: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Convolve all segments at once; shapes as in `nemotron3.ops.conv.api.causal_conv`."""
+    require_kernel_dtypes("conv", x, weight, bias)
+    return _CausalConv.apply(x, weight, bias, tails, segments)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tails: Tensor,
+        segments: Segments,
+    ) -> tuple[Tensor, Tensor]:
+        x, weight, tails = rows_of(x), weight.contiguous(), tails.contiguous()
+        total, channels = x.shape
+        ids, starts = segments.ids(x.device), segments.cu_seqlens(x.device)
+        y = torch.empty(total, channels, dtype=x.dtype, device=x.device)
+        new_tails = torch.empty_like(tails)
+        blocks = triton.cdiv(channels, _BLOCK_CHANNELS)
+        sizes = _sizes(weight, bias)
+        _forward_kernel[(triton.cdiv(total, _BLOCK_TOKENS), blocks)](
+            x, weight, bias, tails, ids, starts, y,
+            total, channels, x.stride(0), BLOCK_TOKENS=_BLOCK_TOKENS, **sizes,
+        )  # fmt: skip
+        if tails.numel():
+            _tails_kernel[(len(segments), blocks)](
+                x, tails, starts, new_tails,
+                channels, x.stride(0), ROWS=_tail_rows(weight),
+                TAPS=sizes["TAPS"], BLOCK_CHANNELS=_BLOCK_CHANNELS,
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, tails)
+        ctx.segments = segments
+        ctx.set_materialize_grads(False)
+        return y, new_tails
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, tails_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, tails = ctx.saved_tensors
+        segments: Segments = ctx.segments
+        total, channels = x.shape
+        ids, starts = segments.ids(x.device), segments.cu_seqlens(x.device)
+        grad = torch.zeros_like(x) if grad is None else rows_of(grad)
+        tails_grad = None if tails_grad is None else tails_grad.contiguous()
+        blocks = triton.cdiv(channels, _BLOCK_CHANNELS)
+        tiles = triton.cdiv(total, _BLOCK_TOKENS)
+        span = triton.cdiv(tiles * blocks, _PROGRAMS)
+        spans = triton.cdiv(tiles, span)
+        sizes = _sizes(weight, bias)
+        dx = torch.empty(total, channels, dtype=x.dtype, device=x.device)
+        d_weights = x.new_empty(spans, channels, sizes["TAPS"], dtype=torch.float32)
+        d_biases = x.new_empty(spans, channels, dtype=torch.float32)
+        _backward_kernel[(spans, blocks)](
+            x, weight, bias, tails, ids, starts, grad, tails_grad, dx, d_weights, d_biases,
+            total, channels, span, x.stride(0), grad.stride(0),
+            HAS_TAILS_GRAD=tails_grad is not None, BLOCK_TOKENS=_BLOCK_TOKENS,
+            ROWS=triton.next_power_of_2(sizes["TAPS"]), **sizes,
+        )  # fmt: skip
+        d_tails = None
+        if ctx.needs_input_grad[3] and tails.numel():
+            d_tails = torch.empty_like(tails)
+            _tails_backward_kernel[(len(segments), blocks)](
+                x, weight, bias, tails, starts, grad, tails_grad, d_tails,
+                channels, x.stride(0), grad.stride(0),
+                HAS_TAILS_GRAD=tails_grad is not None, ROWS=_tail_rows(weight), **sizes,
+            )  # fmt: skip
+        d_weight = d_weights.sum(0).to(weight.dtype)
+        d_bias = None if bias is None else d_biases.sum(0).to(bias.dtype)
+        return dx, d_weight, d_bias, d_tails, None
+
+
+def _sizes(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
+    return {
+        "TAPS": weight.shape[1],
+        "HAS_BIAS": bias is not None,
+        "BLOCK_CHANNELS": _BLOCK_CHANNELS,
+    }
+
+
+def _tail_rows(weight: Tensor) -> int:
+    return triton.next_power_of_2(weight.shape[1] - 1)
+
+
+@triton.jit
+def _input_at(
+    x_ptr, tails_ptr, start, position, segment, channel, mask, channels, stride_x,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """x at `position` of its segment, [token, channel]: the stream from 0 on, the tail before."""
+    column = channel[None, :]
+    token = start + position
+    kept = segment * (TAPS - 1) + (TAPS - 1) + position
+    inside = (channel < channels)[None, :]
+    here = (mask & (position >= 0))[:, None] & inside
+    before = (mask & (position < 0))[:, None] & inside
+    x = tl.load(x_ptr + token[:, None] * stride_x + column, mask=here, other=0.0)
+    tail = tl.load(tails_ptr + kept[:, None] * channels + column, mask=before, other=0.0)
+    return x.to(tl.float32) + tail.to(tl.float32)
+
+
+@triton.jit
+def _tap(weight_ptr, tap, channel, channels, TAPS: tl.constexpr):
+    """Weight of one tap for a block of channels, as a row."""
+    weight = tl.load(weight_ptr + channel * TAPS + tap, mask=channel < channels, other=0.0)
+    return weight.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _preactivation(
+    x_ptr, weight_ptr, bias_ptr, tails_ptr, start, position, segment, channel, mask,
+    channels, stride_x,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """z_t = bias + sum_j weight_j x_{t - (K - 1) + j}."""
+    z = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    for tap in tl.static_range(TAPS):
+        x = _input_at(
+            x_ptr, tails_ptr, start, position - (TAPS - 1) + tap, segment, channel, mask,
+            channels, stride_x, TAPS,
+        )  # fmt: skip
+        z += _tap(weight_ptr, tap, channel, channels, TAPS) * x
+    return z
+
+
+@triton.jit
+def _preactivation_gradient(
+    x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, start, position, segment, channel, mask,
+    channels, stride_x, stride_grad,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """dz = dy s (1 + z (1 - s)) with s = sigmoid(z); zero where `mask` is false."""
+    z = _preactivation(
+        x_ptr, weight_ptr, bias_ptr, tails_ptr, start, position, segment, channel, mask,
+        channels, stride_x, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
+    )  # fmt: skip
+    at = (start + position)[:, None] * stride_grad + channel[None, :]
+    grad = tl.load(grad_ptr + at, mask=mask[:, None] & (channel < channels)[None, :], other=0.0)
+    s = tl.sigmoid(z)
+    return grad.to(tl.float32) * s * (1 + z * (1 - s))
+
+
+@triton.jit
+def _gradient_from_later(
+    x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, tails_grad_ptr,
+    start, position, segment, length, channel, mask, channels, stride_x, stride_grad,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What an input gets from the K - 1 outputs after its own, and from the new tail.
+
+    sum_{o >= 1} weight_{K - 1 - o} dz_{t + o} within the segment, + d_tail where x_t is kept.
+    """
+    dx = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
+    for ahead in tl.static_range(1, TAPS):
+        later = position + ahead
+        dz = _preactivation_gradient(
+            x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, start, later, segment, channel,
+            mask & (later >= 0) & (later < length),
+            channels, stride_x, stride_grad, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
+        )  # fmt: skip
+        dx += _tap(weight_ptr, TAPS - 1 - ahead, channel, channels, TAPS) * dz
+    if HAS_TAILS_GRAD:
+        row = position - length + (TAPS - 1)
+        at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
+        kept = (mask & (row >= 0))[:, None] & (channel < channels)[None, :]
+        dx += tl.load(tails_grad_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    return dx
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, tails_ptr, ids_ptr, starts_ptr, y_ptr,
+    total, channels, stride_x,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y = z sigmoid(z) for one block of tokens and channels."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask = token < total
+    segment = tl.load(ids_ptr + token, mask=mask, other=0)
+    start = tl.load(starts_ptr + segment)
+    z = _preactivation(
+        x_ptr, weight_ptr, bias_ptr, tails_ptr, start, token - start, segment, channel, mask,
+        channels, stride_x, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
+    )  # fmt: skip
+    y = z * tl.sigmoid(z)
+    at = token[:, None] * channels + channel[None, :]
+    inside = mask[:, None] & (channel < channels)[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tails_kernel(
+    x_ptr, tails_ptr, starts_ptr, new_tails_ptr, channels, stride_x,
+    ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The last K - 1 inputs of one segment; a short one keeps the end of its old tail."""
+    row = tl.arange(0, ROWS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    segment = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts_ptr + segment)
+    position = tl.load(starts_ptr + segment + 1) - start - (TAPS - 1) + row
+    mask = row < TAPS - 1
+    kept = _input_at(
+        x_ptr, tails_ptr, start, position, segment, channel, mask, channels, stride_x, TAPS
+    )
+    at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
+    inside = mask[:, None] & (channel < channels)[None, :]
+    tl.store(new_tails_ptr + at, kept.to(new_tails_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr, weight_ptr, bias_ptr, tails_ptr, ids_ptr, starts_ptr, grad_ptr, tails_grad_ptr,
+    dx_ptr, d_weights_ptr, d_biases_ptr, total, channels, span, stride_x, stride_grad,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx of `span` blocks of tokens, and their sums of dw_j = dz_t x_{t - (K - 1) + j}, db = dz."""
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    taps = tl.arange(0, ROWS)[:, None]
+    d_weight = tl.zeros((ROWS, BLOCK_CHANNELS), dtype=tl.float32)
+    d_bias = tl.zeros((BLOCK_CHANNELS,), dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * span * BLOCK_TOKENS
+    for block in range(span):
+        token = first + block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        mask = token < total
+        segment = tl.load(ids_ptr + token, mask=mask, other=0)
+        start = tl.load(starts_ptr + segment)
+        length = tl.load(starts_ptr + segment + 1) - start
+        position = token - start
+        dz = _preactivation_gradient(
+            x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, start, position, segment, channel,
+            mask, channels, stride_x, stride_grad, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
+        )  # fmt: skip
+        dx = _tap(weight_ptr, TAPS - 1, channel, channels, TAPS) * dz
+        dx += _gradient_from_later(
+            x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, tails_grad_ptr,
+            start, position, segment, length, channel, mask, channels, stride_x, stride_grad,
+            TAPS, HAS_BIAS, HAS_TAILS_GRAD, BLOCK_TOKENS, BLOCK_CHANNELS,
+        )  # fmt: skip
+        at = token[:, None] * channels + channel[None, :]
+        inside = mask[:, None] & (channel < channels)[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        d_bias += tl.sum(dz, axis=0)
+        for tap in tl.static_range(TAPS):
+            x = _input_at(
+                x_ptr, tails_ptr, start, position - (TAPS - 1) + tap, segment, channel, mask,
+                channels, stride_x, TAPS,
+            )  # fmt: skip
+            d_weight += tl.where(taps == tap, tl.sum(dz * x, axis=0)[None, :], 0.0)
+    row = tl.program_id(0).to(tl.int64) * channels + channel
+    tl.store(d_biases_ptr + row, d_bias, mask=channel < channels)
+    at = row[None, :] * TAPS + taps
+    tl.store(d_weights_ptr + at, d_weight, mask=(taps < TAPS) & (channel < channels)[None, :])
+
+
+@triton.jit
+def _tails_backward_kernel(
+    x_ptr, weight_ptr, bias_ptr, tails_ptr, starts_ptr, grad_ptr, tails_grad_ptr, d_tails_ptr,
+    channels, stride_x, stride_grad,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one segment's tail: of inputs at the positions -(K - 1) to -1."""
+    row = tl.arange(0, ROWS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    segment = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts_ptr + segment)
+    length = tl.load(starts_ptr + segment + 1) - start
+    mask = row < TAPS - 1
+    d_tail = _gradient_from_later(
+        x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, tails_grad_ptr,
+        start, row - (TAPS - 1), segment, length, channel, mask, channels, stride_x, stride_grad,
+        TAPS, HAS_BIAS, HAS_TAILS_GRAD, ROWS, BLOCK_CHANNELS,
+    )  # fmt: skip
+    at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
+    inside = mask[:, None] & (channel < channels)[None, :]
+    tl.store(d_tails_ptr + at, d_tail.to(d_tails_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,30 @@
+"""What all Triton kernels ask of the machine and of their operands.
+
+Kernels compute in float32 whatever they read and write. Float64 operands are refused rather than
+rounded: who asks for float64 wants its digits.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import BackendUnavailableError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, whose products of bfloat16 are not to be trusted."""
+
+
+def require_kernel_dtypes(operation: str, *operands: Tensor | None) -> None:
+    """Refuse what the kernels would round."""
+    for operand in operands:
+        if operand is not None and operand.dtype == torch.float64:
+            raise BackendUnavailableError(
+                f"the triton backend of {operation!r} computes in float32, and an operand is "
+                "float64; use backend='torch'"
+            )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` itself where its last axis is contiguous (a slice of columns is), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
