@@ -1,15 +1,35 @@
 """The door to the state-space scan."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd.chunked import ssd_chunked
 from nemotron3.ops.ssd.reference import ssd_reference
 from nemotron3.ops.ssd.step import ssd_steps
 
-_SCANS = {"reference": ssd_reference, "torch": ssd_chunked}
+
+def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`scan` in the dtype of its steps; kernels widen operands as they read, and need no copies."""
+
+    def widened(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        y, final = scan(x.to(dt.dtype), dt, A, B.to(dt.dtype), C.to(dt.dtype), D, **rest)
+        return y.to(x.dtype), final
+
+    return widened
+
+
+_SCANS = {
+    "reference": _widened(ssd_reference),
+    "torch": _widened(ssd_chunked),
+    "triton": Kernel("nemotron3.ops.ssd.triton", "ssd_triton"),
+}
 _FEW_TOKENS = 8
 """Up to this many new tokens per segment the recurrence beats a chunk (see ops/ssd/step.py)."""
 
@@ -32,26 +52,17 @@ def ssd(
     `dt` is the step after softplus, `A` is negative. Without `initial_states` every segment starts
     from zero. States are kept in the dtype of `dt` (float32 in the model), whatever that of `x` is.
     """
-    dtype, compute = x.dtype, dt.dtype
-    x, B, C = x.to(compute), B.to(compute), C.to(compute)
     continues = initial_states is not None
     if initial_states is None:
-        initial_states = x.new_zeros(len(segments), x.shape[1], x.shape[2], B.shape[2])
+        initial_states = dt.new_zeros(len(segments), x.shape[1], x.shape[2], B.shape[2])
+    initial_states = initial_states.to(dt.dtype)
     uniform = segments.uniform_length
     if backend == "auto" and continues and uniform is not None and uniform <= _FEW_TOKENS:
-        y, final = ssd_steps(
-            x, dt, A, B, C, D, segments=segments, initial_states=initial_states.to(compute)
+        return _widened(ssd_steps)(
+            x, dt, A, B, C, D, segments=segments, initial_states=initial_states
         )
-    else:
-        y, final = resolve("ssd", backend, _SCANS, x.device)(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            segments=segments,
-            initial_states=initial_states.to(compute),
-            chunk_size=chunk_size,
-        )
-    return y.to(dtype), final
+    scan = resolve("ssd", backend, _SCANS, x.device)
+    return scan(
+        x, dt, A, B, C, D,
+        segments=segments, initial_states=initial_states, chunk_size=chunk_size,
+    )  # fmt: skip

@@ -1,0 +1,431 @@
+"""The scan as Triton kernels: three passes forward, three backward, one kernel for decoding steps.
+
+The mathematics of `ops/ssd/chunked.py` (Dao & Gu, *Transformers are SSMs*, arXiv 2405.21060,
+section 6), arranged for a processor whose memory is slow and whose matrix units are fast. Within a
+chunk, with T the running sum of dt A, E its last value and h the state before the chunk:
+
+    y_t    = sum_{s<=t} (C_t . B_s) exp(T_t - T_s) dt_s x_s  +  exp(T_t) h C_t  +  D x_t
+    h_next = exp(E) h  +  sum_s exp(E - T_s) dt_s x_s B_s^T
+
+1. `_decay_kernel` writes T, and dt beside it, with time running fastest.
+2. `_states_kernel` walks a segment's chunks with the state in registers and writes h before each.
+   Fusing what a chunk adds with the walk moves a quarter of the bytes that two kernels would.
+3. `_scan_kernel` owns a chunk of a group: it makes C B^T once and walks the heads that share it.
+
+Backward repeats 1 and 2 rather than keep their results. The gradient of the states obeys the same
+recurrence with time reversed, so kernel 2 runs again with its arrow turned, after which
+`_scan_backward_kernel` has all it needs for a chunk of a group. A program sums over its group's
+heads in order and no two programs write one number, so results repeat bit for bit.
+
+A chunk is a tile: a power of two, never across two segments, its tail masked rather than padded.
+Operands of products are rounded to the dtype of `x`; sums and carried states are float32, and
+float64 is refused. Tiles are shorter where operands are float32, to fit in shared memory.
+"""
+
+# ruff: noqa: ANN001, ANN202
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron3.ops.kernels import INTERPRETED, require_kernel_dtypes
+from nemotron3.ops.segments import Segments
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_NARROW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_ENOUGH_PROGRAMS = 264
+"""Twice the multiprocessors of an H100: below this, work is cut finer."""
+
+
+@triton.jit
+def _product(a, b, NARROW: tl.constexpr):
+    """The matrix product in float32 of operands rounded to the dtype that the inputs came in."""
+    a = a.to(NARROW)
+    b = b.to(NARROW)
+    if _INTERPRETED:  # whose dot misreads bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _decay_kernel(
+    dt, A, chunks, total, dt_by_head,
+    stride_dt, tokens, heads,
+    L: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """total[head, t] = sum over s <= t of the chunk of dt_s A, and dt with time running fastest."""
+    start = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    length = tl.load(chunks + 2 * tl.program_id(0) + 1)
+    t = tl.arange(0, L)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = (t < length)[:, None] & (head < heads)[None, :]
+    token = start + t
+    step = tl.load(dt + token[:, None] * stride_dt + head[None, :], mask=inside, other=0.0)
+    step = step.to(tl.float32)
+    rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
+    running = tl.cumsum(step * rate[None, :], axis=0)
+    where = head.to(tl.int64)[None, :] * tokens + token[:, None]
+    tl.store(total + where, running, mask=inside)
+    tl.store(dt_by_head + where, step, mask=inside)
+
+
+@triton.jit
+def _states_kernel(
+    a, b, total, dt, bounds, initial, states, final,
+    stride_a, stride_b, tokens, heads, per_group,
+    HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, REVERSE: tl.constexpr, NARROW: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Carry a state over the chunks of one segment for one head, and write it before each chunk.
+
+    Forward:   h <- exp(E) h + sum_s exp(E - T_s) dt_s x_s B_s^T     (a = x, b = B)
+    In reverse: g <- exp(E) g + sum_t exp(T_t) dy_t C_t^T            (a = dy, b = C)
+    """
+    segment = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    begin = tl.load(bounds + 3 * segment).to(tl.int64)
+    end = tl.load(bounds + 3 * segment + 1).to(tl.int64)
+    first = tl.load(bounds + 3 * segment + 2).to(tl.int64)
+    t = tl.arange(0, L)
+    p = tl.arange(0, P)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cell = p[:, None] * D_STATE + n[None, :]
+    exists = (p < HEAD_DIM)[:, None] & (n < D_STATE)[None, :]
+    whole = (segment * heads + head) * HEAD_DIM * D_STATE
+    a += head * HEAD_DIM
+    b += head // per_group * D_STATE
+    total += head * tokens
+    dt += head * tokens
+
+    carry = tl.load(initial + whole + cell, mask=exists, other=0.0).to(tl.float32)
+    count = tl.cdiv(end - begin, L)
+    for i in range(count):
+        c = i
+        if REVERSE:
+            c = count - 1 - i
+        token = begin + c * L + t
+        inside = token < end
+        running = tl.load(total + token, mask=inside, other=0.0)
+        last = tl.load(total + tl.minimum(begin + c * L + L, end) - 1)
+        if REVERSE:
+            weight = tl.exp(running)
+        else:
+            weight = tl.exp(last - running) * tl.load(dt + token, mask=inside, other=0.0)
+        a_ = tl.load(
+            a + token[None, :] * stride_a + p[:, None],
+            mask=inside[None, :] & (p < HEAD_DIM)[:, None],
+            other=0.0,
+        )  # p t
+        b_ = tl.load(
+            b + token[:, None] * stride_b + n[None, :],
+            mask=inside[:, None] & (n < D_STATE)[None, :],
+            other=0.0,
+        )  # t n
+        before = ((first + c) * heads + head) * HEAD_DIM * D_STATE
+        tl.store(states + before + cell, carry.to(NARROW), mask=exists)
+        carry = carry * tl.exp(last) + _product(a_.to(tl.float32) * weight[None, :], b_, NARROW)
+    tl.store(final + whole + cell, carry, mask=exists)
+
+
+@triton.jit
+def _scan_kernel(
+    x, B, C, D, total, dt, chunks, states, y,
+    stride_x, stride_b, stride_c, tokens, heads, per_group,
+    HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, HEADS: tl.constexpr, NARROW: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """y = (C B^T * decay * dt) x + exp(T) C h^T + D x, for HEADS heads of one chunk."""
+    chunk = tl.program_id(0).to(tl.int64)
+    start = tl.load(chunks + 2 * chunk).to(tl.int64)
+    length = tl.load(chunks + 2 * chunk + 1)
+    head = tl.program_id(1).to(tl.int64) * HEADS
+    group = head // per_group
+    t = tl.arange(0, L)
+    p = tl.arange(0, P)
+    n = tl.arange(0, N)
+    token = start + t
+    inside = t < length
+    C_ = tl.load(
+        C + group * D_STATE + token[:, None] * stride_c + n[None, :],
+        mask=inside[:, None] & (n < D_STATE)[None, :],
+        other=0.0,
+    )  # t n
+    B_ = tl.load(
+        B + group * D_STATE + token[None, :] * stride_b + n[:, None],
+        mask=inside[None, :] & (n < D_STATE)[:, None],
+        other=0.0,
+    )  # n s
+    scores = _product(C_, B_, NARROW)  # t s
+    sees = (t[:, None] >= t[None, :]) & inside[:, None]
+    tile = inside[:, None] & (p < HEAD_DIM)[None, :]
+
+    for h in range(head, head + HEADS):
+        by_head = h * tokens + token
+        running = tl.load(total + by_head, mask=inside, other=0.0)
+        step = tl.load(dt + by_head, mask=inside, other=0.0)
+        x_ = tl.load(
+            x + token[:, None] * stride_x + h * HEAD_DIM + p[None, :], mask=tile, other=0.0
+        )  # s p
+        state = tl.load(
+            states + (chunk * heads + h) * HEAD_DIM * D_STATE + p[None, :] * D_STATE + n[:, None],
+            mask=(p < HEAD_DIM)[None, :] & (n < D_STATE)[:, None],
+            other=0.0,
+        )  # n p
+        decay = tl.exp(tl.where(sees, running[:, None] - running[None, :], -float("inf")))
+        out = _product(C_, state, NARROW) * tl.exp(running)[:, None]
+        out += _product(scores * decay * step[None, :], x_, NARROW)
+        out += tl.load(D + h).to(tl.float32) * x_.to(tl.float32)
+        where = (token[:, None] * heads + h) * HEAD_DIM + p[None, :]
+        tl.store(y + where, out.to(y.dtype.element_ty), mask=tile)
+
+
+@triton.jit
+def _scan_backward_kernel(  # noqa: PLR0915
+    x, B, C, D, A, dy, total, dt, chunks, states, gradients,
+    dx, ddt, dB, dC, dA, dD,
+    stride_x, stride_b, stride_c, stride_dy, tokens, heads, per_group,
+    HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, NARROW: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk of one group, given h before it and the gradient g of h after it.
+
+    With S = C B^T, M = decay from s to t, and sums over the group's heads for dB and dC:
+
+        u_s   = sum_{t>=s} S_ts M_ts dy_t  +  exp(E - T_s) g B_s          dx = D dy + dt u
+        dS_ts = sum_heads M_ts dt_s (dy_t . x_s)
+        dC    = dS B    + sum_heads exp(T) dy h                            dB likewise, dS^T C
+        d(dt A)_k = sum_{s<k<=t} of M_ts S_ts dt_s (dy_t . x_s)            pairs around k
+                  + sum_{t>=k} exp(T_t) dy_t . h C_t                       h, read from k on
+                  + sum_{s<k} exp(E - T_s) dt_s x_s . g B_s                before k, carried out
+                  + exp(E) <g, h>                                          h, carried out
+        ddt   = x . u + A d(dt A),   dA = sum_k dt_k d(dt A)_k,   dD = sum_t dy_t . x_t
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    start = tl.load(chunks + 2 * chunk).to(tl.int64)
+    length = tl.load(chunks + 2 * chunk + 1)
+    group = tl.program_id(1).to(tl.int64)
+    t = tl.arange(0, L)
+    p = tl.arange(0, P)
+    n = tl.arange(0, N)
+    token = start + t
+    inside = t < length
+    tile = inside[:, None] & (p < HEAD_DIM)[None, :]
+    wide = inside[:, None] & (n < D_STATE)[None, :]
+    cell = p[:, None] * D_STATE + n[None, :]
+    exists = (p < HEAD_DIM)[:, None] & (n < D_STATE)[None, :]
+    along_n = group * D_STATE + n[None, :]
+    B_ = tl.load(B + token[:, None] * stride_b + along_n, mask=wide, other=0.0)  # s n
+    C_ = tl.load(C + token[:, None] * stride_c + along_n, mask=wide, other=0.0)  # t n
+    scores = _product(C_, tl.trans(B_), NARROW)  # t s
+    sees = (t[:, None] >= t[None, :]) & inside[:, None]
+    earlier = t[:, None] > t[None, :]
+    dscores = tl.zeros((L, L), dtype=tl.float32)
+    dB_ = tl.zeros((L, N), dtype=tl.float32)
+    dC_ = tl.zeros((L, N), dtype=tl.float32)
+
+    for h in range(group * per_group, group * per_group + per_group):
+        by_head = h * tokens + token
+        running = tl.load(total + by_head, mask=inside, other=0.0)
+        last = tl.load(total + h * tokens + start + length - 1)
+        step = tl.load(dt + by_head, mask=inside, other=0.0)
+        along_p = h * HEAD_DIM + p[None, :]
+        x_ = tl.load(x + token[:, None] * stride_x + along_p, mask=tile, other=0.0)  # s p
+        dy_ = tl.load(dy + token[:, None] * stride_dy + along_p, mask=tile, other=0.0)  # t p
+        where = (chunk * heads + h) * HEAD_DIM * D_STATE + cell
+        state = tl.load(states + where, mask=exists, other=0.0)  # p n
+        gradient = tl.load(gradients + where, mask=exists, other=0.0)  # p n
+        from_start = tl.exp(running)
+        to_end = tl.exp(last - running)
+        decay = tl.exp(tl.where(sees, running[:, None] - running[None, :], -float("inf")))
+
+        carried = _product(B_, tl.trans(gradient), NARROW) * to_end[:, None]  # s p
+        u = _product(tl.trans(scores * decay), dy_, NARROW) + carried
+        wide_x = x_.to(tl.float32)
+        wide_dy = dy_.to(tl.float32)
+        dx_ = tl.load(D + h).to(tl.float32) * wide_dy + step[:, None] * u
+        tl.store(
+            dx + (token[:, None] * heads) * HEAD_DIM + along_p,
+            dx_.to(dx.dtype.element_ty),
+            mask=tile,
+        )
+        tl.store(dD + chunk * heads + h, tl.sum(tl.sum(wide_dy * wide_x, axis=1), axis=0))
+
+        pairs = _product(dy_, tl.trans(x_), NARROW) * decay * step[None, :]  # t s
+        dscores += pairs
+        dB_ += _product(wide_x * (step * to_end)[:, None], gradient, NARROW)
+        read = _product(wide_dy * from_start[:, None], state, NARROW)  # t n
+        dC_ += read
+
+        pairs = tl.where(earlier, pairs * scores, 0.0)
+        out = step * tl.sum(wide_x * carried, axis=1)
+        later = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+        later += tl.sum(read * C_.to(tl.float32), axis=1)
+        kept = tl.sum(tl.sum(state.to(tl.float32) * gradient.to(tl.float32), axis=1), axis=0)
+        # Running sums, the first taken from the end.
+        slope = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(out, axis=0) - out
+        slope += tl.exp(last) * kept
+        ddt_ = tl.sum(wide_x * u, axis=1) + tl.load(A + h).to(tl.float32) * slope
+        tl.store(ddt + by_head, ddt_, mask=inside)
+        tl.store(dA + chunk * heads + h, tl.sum(step * slope, axis=0))
+
+    dC_ += _product(dscores, B_, NARROW)
+    dB_ += _product(tl.trans(dscores), C_, NARROW)
+    groups = heads // per_group
+    where = (token[:, None] * groups) * D_STATE + along_n
+    tl.store(dC + where, dC_.to(dC.dtype.element_ty), mask=wide)
+    tl.store(dB + where, dB_.to(dB.dtype.element_ty), mask=wide)
+
+
+class _Plan(NamedTuple):
+    """How a stream is cut into tiles: tables on the device, int32."""
+
+    L: int
+    count: int
+    chunks: Tensor  # first token and length of each chunk
+    bounds: Tensor  # first token, end and first chunk of each segment
+
+
+@lru_cache(maxsize=64)
+def _plan(segments: Segments, chunk_size: int, device: torch.device) -> _Plan:
+    L = max(16, triton.next_power_of_2(min(chunk_size, segments.max_length)))
+    chunks: list[tuple[int, int]] = []
+    bounds: list[tuple[int, int, int]] = []
+    for start, length in zip(segments.starts, segments.lengths, strict=False):
+        end = start + length
+        bounds.append((start, end, len(chunks)))
+        chunks += [(i, min(L, end - i)) for i in range(start, end, L)]
+    return _Plan(
+        L,
+        len(chunks),
+        torch.tensor(chunks, dtype=torch.int32).to(device),
+        torch.tensor(bounds, dtype=torch.int32).to(device),
+    )
+
+
+def _tile(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` with only its token stride free, so that a slice of a wider projection is not copied."""
+    dense = t.stride(-1) == 1 and (t.dim() == 2 or t.stride(1) == t.shape[2])
+    return t if dense else t.contiguous()
+
+
+def _decays(plan: _Plan, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, heads = dt.shape
+    total, dt_by_head = (dt.new_empty(heads, tokens, dtype=torch.float32) for _ in range(2))
+    grid = (plan.count, triton.cdiv(heads, 16))
+    _decay_kernel[grid](
+        dt, A, plan.chunks, total, dt_by_head, dt.stride(0), tokens, heads, L=plan.L, BLOCK_H=16
+    )
+    return total, dt_by_head
+
+
+def _states(
+    plan: _Plan, a: Tensor, b: Tensor, decays: tuple[Tensor, Tensor], initial: Tensor,
+    *, reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The carried state before each chunk, in the operands' dtype, and the last, in float32."""
+    (tokens, heads, head_dim), (_, groups, d_state) = a.shape, b.shape
+    states = a.new_empty(plan.count, heads, head_dim, d_state)
+    final = torch.empty_like(initial, dtype=torch.float32)
+    rows, block_n = len(plan.bounds) * heads, _tile(d_state)
+    while block_n > 32 and rows * triton.cdiv(d_state, block_n) < _ENOUGH_PROGRAMS:
+        block_n //= 2
+    _states_kernel[(rows, triton.cdiv(d_state, block_n))](
+        a, b, *decays, plan.bounds, initial, states, final,
+        a.stride(0), b.stride(0), tokens, heads, heads // groups,
+        HEAD_DIM=head_dim, D_STATE=d_state, REVERSE=reverse, NARROW=_NARROW[a.dtype],
+        L=plan.L, P=_tile(head_dim), BLOCK_N=block_n, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return states, final
+
+
+def _scan(
+    plan: _Plan, x: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    decays: tuple[Tensor, Tensor], states: Tensor,
+) -> Tensor:  # fmt: skip
+    (tokens, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    per_program = heads // groups
+    while per_program % 2 == 0 and plan.count * heads // per_program < _ENOUGH_PROGRAMS:
+        per_program //= 2
+    _scan_kernel[(plan.count, heads // per_program)](
+        x, B, C, D, *decays, plan.chunks, states, y,
+        x.stride(0), B.stride(0), C.stride(0), tokens, heads, heads // groups,
+        HEAD_DIM=head_dim, D_STATE=d_state, HEADS=per_program, NARROW=_NARROW[x.dtype],
+        L=plan.L, P=_tile(head_dim), N=_tile(d_state),
+        num_warps=8 if plan.L > 64 else 4, num_stages=2,
+    )  # fmt: skip
+    return y
+
+
+class _Scan(torch.autograd.Function):
+    """The scan and its gradient; keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+        x, dt, A, B, C, D, initial, segments, chunk_size = operands
+        wide = x.dtype == torch.float32
+        plan = _plan(segments, min(chunk_size, 64 if wide else 128), x.device)
+        decays = _decays(plan, dt, A)
+        states, final = _states(plan, x, B, decays, initial, reverse=False)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial)
+        ctx.cut = segments, min(chunk_size, 32 if wide else 64)
+        return _scan(plan, x, B, C, D, decays, states), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, initial = ctx.saved_tensors
+        (tokens, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
+        dy, dfinal = _rows(dy), dfinal.contiguous()
+        plan = _plan(*ctx.cut, x.device)
+        decays = _decays(plan, dt, A)
+        states, _ = _states(plan, x, B, decays, initial, reverse=False)
+        gradients, dinitial = _states(plan, dy, C, decays, dfinal, reverse=True)
+        dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
+        ddt = torch.empty(heads, tokens, dtype=torch.float32, device=x.device)
+        dA, dD = (ddt.new_empty(plan.count, heads) for _ in range(2))
+        _scan_backward_kernel[(plan.count, groups)](
+            x, B, C, D, A, dy, *decays, plan.chunks, states, gradients,
+            dx, ddt, dB, dC, dA, dD,
+            x.stride(0), B.stride(0), C.stride(0), dy.stride(0), tokens, heads, heads // groups,
+            HEAD_DIM=head_dim, D_STATE=d_state, NARROW=_NARROW[x.dtype],
+            L=plan.L, P=_tile(head_dim), N=_tile(d_state), num_warps=8, num_stages=2,
+        )  # fmt: skip
+        dA, dD = dA.sum(0).to(A.dtype), dD.sum(0).to(D.dtype)
+        return dx, ddt.t().to(dt.dtype), dA, dB, dC, dD, dinitial.to(initial.dtype), None, None
+
+
+def ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    segments: Segments,
+    initial_states: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Scan each segment in tiles; shapes as in `nemotron3.ops.ssd.api.ssd`.
+
+    `chunk_size` is an upper bound, rounded up to a power of two; the kernels have bounds of their
+    own. `x`, `B` and `C` share a dtype, which is that of `y`; final states are float32.
+    """
+    require_kernel_dtypes("ssd", x, dt, A, B, C, D, initial_states)
+    x, B, C = (_rows(t) for t in (x, B.to(x.dtype), C.to(x.dtype)))
+    initial = initial_states.contiguous()
+    return _Scan.apply(
+        x, _rows(dt), A.contiguous(), B, C, D.contiguous(), initial, segments, chunk_size
+    )
