@@ -9,7 +9,7 @@ EXTRAS ?= dev
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend auto)
 INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(TORCH_SOURCE) -c constraints.txt
 
-.PHONY: help run test test-fast check format docs docs-serve clean
+.PHONY: help run test test-fast bench-cpu check format docs docs-serve clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,6 +39,12 @@ test: $(VENV)/.dev  ## every test
 
 test-fast: $(VENV)/.dev  ## the tests without those marked slow
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+bench-cpu: $(VENV)/.dev  ## measure speed on this machine, beside transformers, into docs/speed.md
+	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks.profile_layers
+	@$(BIN)/python -m benchmarks.scaling
+	@$(BIN)/python -m benchmarks.page
 
 check: $(VENV)/.dev  ## format, lint, types and layers, as CI holds them
 	@$(BIN)/ruff format --check .

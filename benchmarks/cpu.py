@@ -1,0 +1,267 @@
+"""Speed on this CPU beside transformers, and llama.cpp where it is given, in one run.
+
+    python -m benchmarks.cpu                                  # about 30M parameters, both forms
+    python -m benchmarks.cpu --large                          # and about 150M
+    python -m benchmarks.cpu --llama-cpp build/bin/llama-bench
+
+Float32, the same weights and tokens, on the threads that PyTorch takes (OMP_NUM_THREADS). First the
+programs must agree (benchmarks/models.py); where they do not, nothing is timed. Peers then take
+turns, and what is printed are medians with lowest and highest, ratios of medians, and the share of
+what the machine can do at most (benchmarks/limits.py). Results go to benchmarks/results/.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks import limits, llama_cpp, machine, memory, workloads
+from benchmarks.models import TOLERANCE, Pair, build_pair, configs, parity, tokens_of
+from benchmarks.timing import Contestant, Sample, interleave
+
+from nemotron3.models.accounting import model_costs
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of each workload."""
+
+    train_batch: int = 4
+    train_length: int = 512
+    prefill_lengths: tuple[int, ...] = (512, 4096)
+    decode_batches: tuple[int, ...] = (1, 8)
+    decode_steps: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One figure: who competes, for how many tokens, against which limit."""
+
+    name: str
+    tokens: int
+    limit: str
+    """Which of the machine's limits binds."""
+    demand: float
+    """What one token asks of it: FLOPs or bytes."""
+    peers: dict[str, Contestant] = field(default_factory=dict)
+
+
+def workload_list(pair: Pair, sizes: Sizes, llama: Path | None) -> Iterator[Workload]:
+    """Everything that is timed for a model; made one by one, so that memory is not held."""
+    yield train_workload(pair, sizes)
+    for model in (pair.ours, pair.theirs):
+        model.zero_grad(set_to_none=True)
+    gguf = llama_cpp.write_gguf(llama, pair) if llama else None
+    for length in sizes.prefill_lengths:
+        yield prefill_workload(pair, length, llama, gguf)
+    for batch in sizes.decode_batches:
+        yield decode_workload(pair, batch, sizes.decode_steps, llama, gguf)
+
+
+def train_workload(pair: Pair, sizes: Sizes) -> Workload:
+    """Forward, backward and update."""
+    tokens = tokens_of(pair.ours.config, sizes.train_batch, sizes.train_length)
+    return Workload(
+        name="train",
+        tokens=tokens.numel(),
+        limit="product_flops_per_s",
+        demand=limits.training_flops(pair.ours.config, length=sizes.train_length),
+        peers={
+            "ours": workloads.training(pair.ours, tokens),
+            "transformers": workloads.training(pair.theirs, tokens),
+        },
+    )
+
+
+def prefill_workload(pair: Pair, length: int, llama: Path | None, gguf: Path | None) -> Workload:
+    """One prompt."""
+    tokens = tokens_of(pair.ours.config, 1, length)
+    peers = {
+        "ours": workloads.our_prefill(pair.ours, tokens),
+        "transformers": workloads.their_prefill(pair.theirs, tokens),
+    }
+    if llama and gguf:
+        peers["llama.cpp"] = llama_cpp.prefill(llama, gguf, length)
+    return Workload(
+        name=f"prefill {length}",
+        tokens=length,
+        limit="product_flops_per_s",
+        demand=limits.prefill_flops(pair.ours.config, length=length),
+        peers=peers,
+    )
+
+
+def decode_workload(
+    pair: Pair, batch: int, steps: int, llama: Path | None, gguf: Path | None
+) -> Workload:
+    """A token at a time, of one sequence or several."""
+    config = pair.ours.config
+    prompts = tokens_of(config, batch, workloads.PROMPT)
+    peers = {
+        "ours": workloads.our_decode(pair.ours, prompts, steps),
+        "transformers": workloads.their_decode(pair.theirs, prompts, steps),
+    }
+    if llama and gguf:
+        third = llama_cpp.decode(llama, gguf, batch, steps)
+        peers |= {"llama.cpp": third} if third else {}
+    context = workloads.PROMPT + steps // 2
+    return Workload(
+        name=f"decode, batch {batch}",
+        tokens=batch * steps,
+        limit="read_bytes_per_s",
+        demand=limits.decode_bytes(config, batch=batch, context=context) / batch,
+        peers=peers,
+    )
+
+
+def measure_model(name: str, sizes: Sizes, *, repeats: int, llama: Path | None) -> dict[str, Any]:
+    """All figures of one model; only the parity where it fails."""
+    config = configs()[name]
+    costs = model_costs(config)
+    with tempfile.TemporaryDirectory() as folder:
+        pair = build_pair(config, Path(folder))
+        differences = parity(pair)
+        result: dict[str, Any] = {
+            "parameters": costs.total,
+            "active": costs.total_active,
+            "parity": differences,
+            "figures": [],
+        }
+        print(
+            f"{name}: {costs.total / 1e6:.1f}M parameters, {costs.total_active / 1e6:.1f}M active"
+        )
+        print("  parity  " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
+        if not max(differences.values()) <= TOLERANCE:
+            print(f"  NOT COMPARED: a difference is above {TOLERANCE:.0e} of the scale")
+            return result
+        for workload in workload_list(pair, sizes, llama):
+            samples = interleave(workload.peers, repeats=repeats)
+            result["figures"].append(as_figure(workload, samples))
+            print(f"  {figure_line(result['figures'][-1])}", flush=True)
+        result["train_memory_bytes"] = measure_memory(pair.folder, sizes)
+    return result
+
+
+def measure_memory(folder: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Peak memory of a training step of either program."""
+    used = {
+        program: memory.measure(
+            program,
+            folder,
+            batch=sizes.train_batch,
+            length=sizes.train_length,
+            threads=torch.get_num_threads(),
+        )
+        for program in ("ours", "transformers")
+    }
+    cells = ", ".join(f"{m} {u['total'] / 1e6:.0f} MB" for m, u in used.items())
+    ratio = used["ours"]["total"] / used["transformers"]["total"]
+    print(f"  {'train, memory':18}{cells}   {ratio:.2f} of transformers'\n", flush=True)
+    return used
+
+
+def as_figure(workload: Workload, samples: dict[str, Sample]) -> dict[str, Any]:
+    """One figure as it is stored; a ratio above 1 says how many times faster ours is."""
+    ours = samples["ours"].median
+    return {
+        "name": workload.name,
+        "limit": workload.limit,
+        "demand_per_token": workload.demand,
+        "tokens_per_s": {name: s.rate(workload.tokens) for name, s in samples.items()},
+        "ratio": {name: s.median / ours for name, s in samples.items() if name != "ours"},
+    }
+
+
+def figure_line(figure: dict[str, Any]) -> str:
+    """One figure in words."""
+    cells = [
+        f"{name} {rate['median']:.0f} ({rate['min']:.0f}-{rate['max']:.0f})"
+        for name, rate in figure["tokens_per_s"].items()
+    ]
+    ratios = [f"{ratio:.2f}x {name}" for name, ratio in figure["ratio"].items()]
+    return f"{figure['name']:18}{', '.join(cells)} tokens/s   {', '.join(ratios)}"
+
+
+def shares(result: dict[str, Any], at_most: dict[str, float]) -> None:
+    """Add to each figure the share of the machine's limit that each program reaches."""
+    for model in result["models"].values():
+        for figure in model["figures"]:
+            limit = at_most[figure["limit"]] / figure["demand_per_token"]
+            figure["share_of_limit"] = {
+                name: rate["median"] / limit for name, rate in figure["tokens_per_s"].items()
+            }
+
+
+def measure(
+    names: list[str], sizes: Sizes, *, repeats: int, llama: Path | None = None
+) -> dict[str, Any]:
+    """Everything, as it is stored."""
+    load = machine.load_average()
+    machine.warn_if_busy(load)
+    before = machine.limits()
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": machine.description(),
+        "models": {n: measure_model(n, sizes, repeats=repeats, llama=llama) for n in names},
+    }
+    result["machine"]["load_before"], result["machine"]["load_after"] = load, machine.load_average()
+    result["limits"] = machine.best_of(before, machine.limits())
+    shares(result, result["limits"])
+    return result
+
+
+def print_shares(result: dict[str, Any]) -> None:
+    at_most = result["limits"]
+    words = (
+        f"product {at_most['product_flops_per_s'] / 1e9:.0f} GFLOP/s, "
+        f"read {at_most['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"copy {at_most['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    )
+    print(f"share of the machine's limit ({words})")
+    for name, model in result["models"].items():
+        for figure in model["figures"]:
+            cells = [f"{who} {share:.0%}" for who, share in figure["share_of_limit"].items()]
+            limit = figure["limit"].partition("_")[0]
+            print(f"  {name:16}{figure['name']:18}{limit:9}{', '.join(cells)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(configs()), help="only these")
+    parser.add_argument("--large", action="store_true", help="also about 150M parameters")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a built llama-bench")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    llama = options.llama_cpp
+    if llama is None or not llama.exists():
+        missing = (
+            f"{llama} does not exist" if llama else "no --llama-cpp PATH to a built llama-bench"
+        )
+        print(f"llama.cpp is left out: {missing}\n")
+        llama = None
+    names = options.models or ["30m-latent", "30m-standard"]
+    names += ["150m-latent", "150m-standard"] if options.large else []
+    result = measure(names, Sizes(), repeats=options.repeats, llama=llama)
+    print_shares(result)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"cpu-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

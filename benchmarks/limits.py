@@ -1,0 +1,55 @@
+"""The least that each workload must do: FLOPs where products bind, bytes where memory does.
+
+Products are counted by `nemotron3.models.accounting`; a training step does three times those of a
+forward pass, and a prefill makes logits for its last token alone. A decoding step must at least
+read the weights that its tokens pass, and read and write their states. Of the routed experts, a
+batch of b tokens that choose evenly touches 1 - (1 - k/E)^b.
+"""
+
+from dataclasses import replace
+
+from nemotron3.models.accounting import (
+    forward_flops_per_token,
+    kv_bytes_per_token,
+    model_costs,
+    state_bytes_per_sequence,
+)
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.pattern import LayerKind
+
+_PARTS = {LayerKind.MAMBA: "mamba", LayerKind.ATTENTION: "attention", LayerKind.EXPERTS: "moe"}
+
+
+def training_flops(config: ModelConfig, *, length: int) -> float:
+    """FLOPs per token of a training step."""
+    return 3 * forward_flops_per_token(config, context=length)
+
+
+def prefill_flops(config: ModelConfig, *, length: int) -> float:
+    """FLOPs per token of a prompt."""
+    output = 2 * config.vocab_size * config.hidden_size
+    return forward_flops_per_token(config, context=length) - output * (1 - 1 / length)
+
+
+def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int = 4) -> float:
+    """Bytes per step of `batch` sequences."""
+    costs = model_costs(config)
+    weights = float(costs.total_active)
+    if config.moe is not None:
+        chosen = config.moe.num_experts_per_tok / config.moe.n_routed_experts
+        touched = 1 - (1 - chosen) ** batch
+        weights += costs.parameters["routed experts"] * (touched - chosen)
+    state = 2 * sum(state_bytes_per_sequence(config, conv_itemsize=itemsize))
+    keys = kv_bytes_per_token(config, itemsize=itemsize) * context
+    return weights * itemsize + batch * (state + keys)
+
+
+def mixing_flops(config: ModelConfig, kind: LayerKind, *, context: int) -> float:
+    """FLOPs per token of all layers of a kind that are not products with weights."""
+    others = {part: None for other, part in _PARTS.items() if other is not kind}
+    pattern = kind.value * config.pattern.main.count(kind)
+    if not pattern:
+        return 0.0
+    alone = replace(config, hybrid_override_pattern=pattern, mlp=None, **others)
+    flops = forward_flops_per_token(alone, context=context)
+    return flops - 2 * model_costs(alone).total_active

@@ -1,0 +1,89 @@
+"""llama.cpp as an optional peer for inference, by its own benchmark programs.
+
+Given a built `llama-bench`; `llama-batched-bench` is taken from beside it where it is. The weights
+are the same, converted by llama.cpp's converter (docs/guides/llama-cpp-oracle.md); the oracle there
+is what shows that it computes the same model. Starting the program and loading do not count: it
+reports the time of its own work.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from benchmarks.models import Pair
+from benchmarks.timing import Contestant
+from benchmarks.workloads import PROMPT
+from tests.oracles import llama_cpp as oracle
+
+
+def write_gguf(binary: Path, pair: Pair) -> Path:
+    """Convert the pair's weights, in a process of its own: the converter is talkative."""
+    path = pair.folder / "model.gguf"
+    words = [sources_of(binary), pair.folder, path, pair.ours.config.vocab_size]
+    command = [sys.executable, "-m", "benchmarks.llama_cpp", *map(str, words)]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"llama.cpp's converter failed:\n{run.stderr[-2000:]}")
+    return path
+
+
+def sources_of(binary: Path) -> Path:
+    """The source folder that a binary was built from, as its build folder remembers it."""
+    for folder in binary.resolve().parents:
+        cache = folder / "CMakeCache.txt"
+        if cache.exists():
+            lines = cache.read_text().splitlines()
+            marks = [line for line in lines if line.startswith("CMAKE_HOME_DIRECTORY:")]
+            return Path(marks[0].partition("=")[2])
+    raise SystemExit(f"{binary} is not in a build folder of cmake; its sources cannot be found")
+
+
+def prefill(binary: Path, gguf: Path, length: int) -> Contestant:
+    """Seconds to read a prompt."""
+    command = [binary, "-m", gguf, "-p", length, "-n", 0, "-r", 1, "-o", "json", *_threads()]
+    command += ["-b", length, "-ub", min(length, 512)]
+    return lambda: json.loads(_output(command))[0]["avg_ns"] / 1e9
+
+
+def decode(binary: Path, gguf: Path, batch: int, steps: int) -> Contestant | None:
+    """Seconds to write `steps` tokens of each sequence; None where the program is missing."""
+    if batch > 1:
+        return _decode_batch(binary.with_name("llama-batched-bench"), gguf, batch, steps)
+    command = [binary, "-m", gguf, "-p", 0, "-n", steps, "-d", PROMPT, "-r", 1, "-o", "json"]
+    command += _threads()
+    return lambda: json.loads(_output(command))[0]["avg_ns"] / 1e9
+
+
+def _decode_batch(program: Path, gguf: Path, batch: int, steps: int) -> Contestant | None:
+    if not program.exists():
+        return None
+    room = batch * (PROMPT + steps)
+    command = [program, "-m", gguf, "-npp", PROMPT, "-ntg", steps, "-npl", batch, "-c", room]
+    command += ["--output-format", "jsonl", *_threads(), "-tb", torch.get_num_threads()]
+
+    def run() -> float:
+        lines = [line for line in _output(command).splitlines() if line.startswith("{")]
+        return json.loads(lines[-1])["t_tg"]
+
+    return run
+
+
+def _threads() -> list:
+    return ["-t", torch.get_num_threads()]
+
+
+def _output(command: list) -> str:
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{run.stderr[-2000:]}")
+    return run.stdout
+
+
+if __name__ == "__main__":
+    folder, checkpoint, target = map(Path, sys.argv[1:4])
+    oracle.VOCAB = int(sys.argv[4])  # of the tokenizer that it writes
+    oracle.write_tokenizer(checkpoint)
+    oracle.convert(folder, checkpoint, target)

@@ -1,0 +1,93 @@
+"""What the machine can do at most, and what else it was doing.
+
+Every speed is held against a limit that is measured in the same run: the rate of a large matrix
+product where arithmetic binds, the bandwidth of reading memory where it does. Both change with the
+neighbours of a virtual machine, so they are taken before and after, and the best counts.
+"""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron3.parallel.devices import measure_product_rate
+
+BUSY = 1.5
+"""Load average from which measurements are called noisy."""
+
+
+def limits(*, megabytes: int = 256, seconds: float = 1.0) -> dict[str, float]:
+    """FLOP/s of a product, bytes/s of reading and of copying (a copy counts both ways)."""
+    values = torch.ones(megabytes << 18)
+    target = torch.empty_like(values)
+    size = values.numel() * values.element_size()
+    return {
+        "product_flops_per_s": measure_product_rate(
+            torch.device("cpu"), torch.float32, seconds=seconds
+        ),
+        "read_bytes_per_s": size / _best_s(lambda: values.sum(), seconds),
+        "copy_bytes_per_s": 2 * size / _best_s(lambda: target.copy_(values), seconds),
+    }
+
+
+def best_of(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """The better of two measurements of each limit."""
+    return {name: max(value, b[name]) for name, value in a.items()}
+
+
+def description() -> dict[str, Any]:
+    """The machine and the programs, in words."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "commit": _commit(),
+    }
+
+
+def load_average() -> float:
+    """Processes that wanted to run, averaged over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def warn_if_busy(load: float) -> None:
+    """Say so when others use the machine."""
+    if load > BUSY:
+        print(f"WARNING: the load average is {load}; figures of a busy machine are noise\n")
+
+
+def _best_s(action: Callable[[], object], seconds: float) -> float:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    """The revision, with a plus where the package's files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("diff", "HEAD", "--", "../src") else ""
+    )

@@ -1,0 +1,162 @@
+"""The models that speed is measured on, and the proof that two programs run the same one.
+
+Sizes are those at which two CPU cores take seconds: about 30M and 150M parameters, of which a token
+passes a third. Every width is a multiple of what llama.cpp's converter asks for. A ratio of speeds
+means something only between equals, so `parity` compares logits, loss and gradient first.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tests.oracles import huggingface
+from torch import Tensor, nn
+
+from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.ops.segments import Segments
+from nemotron3.training.losses import LossConfig, Targets, loss_terms
+
+TOLERANCE = 1e-4
+"""Largest difference between the two programs, relative to the scale of what is compared."""
+
+
+def _config(
+    pattern: str, mamba: MambaConfig, attention: AttentionConfig, moe: MoEConfig, *, width: int
+) -> ModelConfig:
+    return ModelConfig(
+        hybrid_override_pattern=pattern,
+        vocab_size=32 * width,
+        hidden_size=width,
+        mamba=mamba,
+        attention=attention,
+        moe=moe,
+    )
+
+
+def _moe(width: int, *, experts: int, active: int, shared: int, latent: int | None) -> MoEConfig:
+    return MoEConfig(
+        n_routed_experts=experts,
+        num_experts_per_tok=active,
+        moe_intermediate_size=width,
+        moe_shared_expert_intermediate_size=shared,
+        moe_latent_size=latent,
+        routed_scaling_factor=2.5,
+    )
+
+
+def configs() -> dict[str, ModelConfig]:
+    """The measured models by name; the latent form has twice the experts at half their width."""
+    toy = MambaConfig(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, n_groups=2)
+    mamba = MambaConfig(mamba_num_heads=16, mamba_head_dim=32, ssm_state_size=64, n_groups=4)
+    wide = MambaConfig(mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=128, n_groups=8)
+    heads = [
+        AttentionConfig(num_attention_heads=8, num_key_value_heads=2, head_dim=size)
+        for size in (8, 32, 64)
+    ]
+    standard = _moe(256, experts=32, active=6, shared=512, latent=None)
+    latent = _moe(256, experts=64, active=12, shared=512, latent=128)
+    wide_standard = _moe(448, experts=32, active=6, shared=1024, latent=None)
+    wide_latent = _moe(448, experts=64, active=12, shared=1024, latent=256)
+    small, large = "MEMEM*EMEME", "MEMEM*EMEMEM*EMEME"
+    return {
+        "toy": _config(
+            "ME*E",
+            toy,
+            heads[0],
+            _moe(32, experts=4, active=2, shared=32, latent=32),
+            width=64,
+        ),
+        "30m-latent": _config(small, mamba, heads[1], latent, width=256),
+        "30m-standard": _config(small, mamba, heads[1], standard, width=256),
+        "150m-latent": _config(large, wide, heads[2], wide_latent, width=512),
+        "150m-standard": _config(large, wide, heads[2], wide_standard, width=512),
+    }
+
+
+def tokens_of(config: ModelConfig, *shape: int, seed: int = 1) -> Tensor:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One set of weights in both programs."""
+
+    ours: LanguageModel
+    theirs: nn.Module
+    folder: Path
+    """Where the weights lie in the published layout, for programs that read it."""
+
+
+def build_pair(config: ModelConfig, folder: Path) -> Pair:
+    """A new model, written, and read by transformers with the floor under dt removed."""
+    ours = LanguageModel.from_config(config, seed=0)
+    ours.save_pretrained(folder)
+    return Pair(ours=ours, theirs=load_theirs(folder), folder=folder)
+
+
+def load_theirs(folder: Path) -> nn.Module:
+    """transformers' model; it runs in plain PyTorch, and need not say so in every process."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return huggingface.load(folder)
+
+
+def our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Mean next-token loss of [batch, seq] tokens, with the statistics that training takes."""
+    batch = targets(tokens)
+    counts = batch.counts(0)
+    return loss_terms(model, batch, counts, LossConfig(), total_tokens=tokens.numel()).total
+
+
+def their_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The same by transformers."""
+    return model(tokens, labels=tokens, use_cache=False).loss
+
+
+def targets(tokens: Tensor) -> Targets:
+    """Each token predicts the next of its row; the last predicts nothing."""
+    mask = torch.ones(tokens.shape)
+    mask[:, -1] = 0
+    return Targets(
+        tokens=tokens.flatten(),
+        targets=tokens.roll(-1, dims=1).flatten(),
+        mask=mask.flatten(),
+        segments=Segments.uniform(*tokens.shape),
+    )
+
+
+def parity(pair: Pair, *, length: int = 300, steps: int = 8) -> dict[str, float]:
+    """Largest differences of logits (whole, and decoded) and of a gradient, by their scale."""
+    tokens = tokens_of(pair.ours.config, 2, length, seed=2)
+    with torch.no_grad():
+        ours = pair.ours(tokens, layout=SequenceLayout.of(tokens))
+        theirs = pair.theirs(tokens, use_cache=False).logits
+        state = pair.ours.new_state(2)
+        decoded = [pair.ours(part, state=state) for part in _prompt_and_steps(tokens, steps)]
+    differences = {
+        "logits": _difference(ours, theirs),
+        "decoded logits": _difference(torch.cat(decoded, dim=1), theirs),
+    }
+    our_loss(pair.ours, tokens).backward()
+    their_loss(pair.theirs, tokens).backward()
+    theirs_by_name = dict(pair.theirs.named_parameters())
+    differences["gradient"] = _difference(
+        pair.ours.output_weight.grad, theirs_by_name["lm_head.weight"].grad
+    )
+    pair.ours.zero_grad()
+    pair.theirs.zero_grad()
+    return differences
+
+
+def _prompt_and_steps(tokens: Tensor, steps: int) -> list[Tensor]:
+    return [tokens[:, :-steps], *tokens[:, -steps:].split(1, dim=1)]
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> float:
+    assert a is not None
+    assert b is not None
+    return ((a - b).abs().max() / b.abs().max()).item()

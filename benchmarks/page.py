@@ -1,0 +1,144 @@
+"""Put the newest committed results into docs/speed.md.
+
+    python -m benchmarks.page
+
+writes the text between the marks of that page, and its drawing. No figure stands there that this
+did not put there; where there is no result it says that nothing has been measured.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu import RESULTS
+from benchmarks.profile_layers import decoding_table, training_table
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "speed.md"
+DRAWING = ROOT / "docs" / "assets" / "scaling.svg"
+NOTHING = "Not measured yet.\n"
+_GIGABYTE, _GIGAFLOP = 1e9, 1e9
+
+
+def render(text: str, results: Path) -> str:
+    """The page with every marked block filled from a folder of results."""
+    blocks = {
+        "cpu": "\n".join(_cpu(path) for path in _newest(results, "cpu-*.json")),
+        "profile": "\n".join(
+            _profile(path)
+            for model in ("30m-latent", "30m-standard", "150m-latent", "150m-standard")
+            for path in _newest(results, f"profile-{model}-*.json")
+        ),
+        "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
+    }
+    for name, block in blocks.items():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert marks.search(text), f"the page has no marks for {name}"
+        text = marks.sub(lambda m, block=block: m[1] + (block or NOTHING) + m[2], text)
+    return text
+
+
+def _newest(results: Path, pattern: str) -> list[Path]:
+    return sorted(results.glob(pattern))[-1:]
+
+
+def _cpu(path: Path) -> str:
+    result = json.loads(path.read_text())
+    return _origin(result) + "".join(
+        _cpu_model(name, model) for name, model in result["models"].items()
+    )
+
+
+def _cpu_model(name: str, model: dict[str, Any]) -> str:
+    size = f"{model['parameters'] / 1e6:.1f}M parameters, {model['active'] / 1e6:.1f}M active"
+    text = f"\n**{name}** ({size})\n\n"
+    if not model["figures"]:
+        return text + "Not compared: the programs disagree.\n"
+    names = list(dict.fromkeys(n for f in model["figures"] for n in f["tokens_per_s"]))
+    peers = [n for n in names if n != "ours"]
+    head = ["", *names, *(f"against {n}" for n in peers), "of the limit"]
+    rows = [head]
+    for figure in model["figures"]:
+        rates = figure["tokens_per_s"]
+        limit = figure["limit"].partition("_")[0]
+        rows.append(
+            [
+                figure["name"],
+                *(_rate(rates[n]) if n in rates else "" for n in names),
+                *(f"{figure['ratio'][n]:.2f}x" if n in rates else "" for n in peers),
+                f"{figure['share_of_limit']['ours']:.0%} of {limit}",
+            ]
+        )
+    memory = model["train_memory_bytes"]
+    used = {n: f"{bytes_['total'] / 1e6:,.0f} MB" for n, bytes_ in memory.items()}
+    ratio = memory["ours"]["total"] / memory["transformers"]["total"]
+    compared = {"transformers": f"{ratio:.2f} of it"}
+    rows.append(
+        [
+            "train, peak memory",
+            *(used.get(n, "") for n in names),
+            *(compared.get(n, "") for n in peers),
+            "",
+        ]
+    )
+    return text + _table(rows)
+
+
+def _rate(rate: dict[str, float]) -> str:
+    return f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
+
+
+def _profile(path: Path) -> str:
+    result = json.loads(path.read_text())
+    train = result["train"]
+    return (
+        _origin(result)
+        + f"\n**{result['model']}**, training step, {train['batch']} x {train['length']} tokens\n\n"
+        + _table(training_table(result))
+        + f"\n**{result['model']}**, a decoding step\n\n"
+        + _table(decoding_table(result))
+    )
+
+
+def _scaling(path: Path) -> str:
+    result = json.loads(path.read_text())
+    title = f"{result['model']}, {result['tokens']:,} tokens per step"
+    return f"{_origin(result)}\n![Training speed: {title}](assets/{DRAWING.name})\n"
+
+
+def _origin(result: dict[str, Any]) -> str:
+    """Command, commit and machine."""
+    machine = result["machine"]
+    words = (
+        f"`{result['command']}` at commit {machine['commit']}, {result['date']}: {machine['cpu']}, "
+        f"{machine['threads']} threads of {machine['cores']} cores, PyTorch {machine['torch']}, "
+        f"transformers {machine['transformers']}; load average {machine['load_before']} before and "
+        f"{machine['load_after']} after."
+    )
+    if limits := result.get("limits"):
+        words += (
+            f" Measured limits: product {limits['product_flops_per_s'] / _GIGAFLOP:.0f} GFLOP/s, "
+            f"read {limits['read_bytes_per_s'] / _GIGABYTE:.1f} GB/s, "
+            f"copy {limits['copy_bytes_per_s'] / _GIGABYTE:.1f} GB/s."
+        )
+    return words + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rest))
+
+
+def main() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    for drawing in _newest(RESULTS, "scaling-*.svg"):
+        shutil.copy(drawing, DRAWING)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

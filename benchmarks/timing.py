@@ -1,0 +1,56 @@
+"""Timing side by side: peers take turns, so that a slow minute of the machine hits all of them.
+
+A contestant is a callable that does its work once and returns the seconds it took. It times itself,
+since what must not count (a prompt before decoding, the start of another program) differs.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Contestant = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one thing, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    def rate(self, amount: float) -> dict[str, float]:
+        """Amount per second: median, lowest and highest."""
+        rates = [amount / s for s in self.seconds]
+        return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def interleave(
+    contestants: Mapping[str, Contestant], *, repeats: int, warmups: int = 1
+) -> dict[str, Sample]:
+    """Run all in turn, `repeats` times after warming up, each round with another one first."""
+    for _ in range(warmups):
+        for run in contestants.values():
+            run()
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(repeats):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(contestants[name]())
+    return {name: Sample(tuple(values)) for name, values in seconds.items()}
+
+
+def timed(action: Callable[[], object]) -> Contestant:
+    """A contestant all of whose work counts."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    return run

@@ -1,0 +1,93 @@
+"""What is timed, the same for both programs: a training step, a prefill, decoding.
+
+* Training: forward, loss, backward and AdamW. The optimizer is the same object for both, and its
+  rate so small that weights stay equal. Ours takes its statistics of loss and balance along.
+* Prefill: from a prompt to the carried state and the logits after its last token.
+* Decoding: tokens chosen greedily, one at a time, after a short prompt that does not count.
+"""
+
+import time
+
+import torch
+from benchmarks.models import our_loss, their_loss
+from benchmarks.timing import Contestant, timed
+from torch import Tensor, nn
+
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.training.optimizers import AdamWConfig, build_optimizer
+
+OPTIMIZER = AdamWConfig(lr=1e-12, weight_decay=0.0)
+PROMPT = 64
+"""Tokens before the decoded ones."""
+
+
+def training(model: nn.Module, tokens: Tensor) -> Contestant:
+    """A step on [batch, seq] tokens, by either program."""
+    optimizer = build_optimizer(model, OPTIMIZER)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        ours = isinstance(model, LanguageModel)
+        loss = our_loss(model, tokens) if ours else their_loss(model, tokens)
+        loss.backward()
+        optimizer.step()
+
+    return timed(step)
+
+
+def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:
+    """Read [batch, seq] prompts into a new state."""
+
+    @torch.inference_mode()
+    def read() -> None:
+        _our_prompt(model, tokens)
+
+    return timed(read)
+
+
+def their_prefill(model: nn.Module, tokens: Tensor) -> Contestant:
+    """The same by transformers."""
+
+    @torch.inference_mode()
+    def read() -> None:
+        model(tokens, use_cache=True, logits_to_keep=1)
+
+    return timed(read)
+
+
+def our_decode(model: LanguageModel, prompts: Tensor, steps: int) -> Contestant:
+    """Choose `steps` tokens for each of the prompts."""
+
+    @torch.inference_mode()
+    def run() -> float:
+        state, chosen = _our_prompt(model, prompts)
+        start = time.perf_counter()
+        for _ in range(steps):
+            layout = state.layout([1] * len(chosen))
+            chosen = model.next_logits(chosen, layout=layout, state=state).argmax(-1)
+        return time.perf_counter() - start
+
+    return run
+
+
+def their_decode(model: nn.Module, prompts: Tensor, steps: int) -> Contestant:
+    """The same by transformers."""
+
+    @torch.inference_mode()
+    def run() -> float:
+        out = model(prompts, use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        for _ in range(steps):
+            chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = model(chosen, past_key_values=out.past_key_values, use_cache=True)
+        out.logits[:, -1].argmax(-1)
+        return time.perf_counter() - start
+
+    return run
+
+
+def _our_prompt(model: LanguageModel, tokens: Tensor) -> tuple:
+    state = model.new_state(len(tokens))
+    layout = state.layout([tokens.shape[1]] * len(tokens))
+    logits = model.next_logits(tokens.flatten(), layout=layout, state=state)
+    return state, logits.argmax(-1)

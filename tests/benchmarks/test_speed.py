@@ -1,0 +1,145 @@
+"""The measuring programs run, at toy size, and measure what they say; no figure is judged here."""
+
+import json
+import sys
+
+import pytest
+import torch
+from benchmarks.layers import clocked, flops_per_token, profiled
+from benchmarks.models import TOLERANCE, build_pair, configs, our_loss, parity, tokens_of
+from benchmarks.timing import interleave
+
+from benchmarks import cpu, limits, machine, page, profile_layers, scaling
+from nemotron3.models.accounting import forward_flops_per_token, model_costs
+from nemotron3.models.nemotron_h import LanguageModel
+
+SIZES = cpu.Sizes(
+    train_batch=2, train_length=16, prefill_lengths=(16,), decode_batches=(1, 2), decode_steps=2
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick_limits(monkeypatch):
+    fake = {"product_flops_per_s": 1e11, "read_bytes_per_s": 1e10, "copy_bytes_per_s": 1e10}
+    monkeypatch.setattr(machine, "limits", lambda: fake)
+
+
+@pytest.fixture
+def model():
+    return LanguageModel.from_config(configs()["toy"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_comparison_fills_the_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cpu, "Sizes", lambda: SIZES)
+    cpu.main(["--models", "toy", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("cpu-*.json")
+    toy = json.loads(path.read_text())["models"]["toy"]
+    names = ["train", "prefill 16", "decode, batch 1", "decode, batch 2"]
+    assert [figure["name"] for figure in toy["figures"]] == names
+    assert all(figure["ratio"]["transformers"] > 0 for figure in toy["figures"])
+    assert toy["train_memory_bytes"]["ours"]["total"] > 0
+    assert "llama.cpp is left out" in capsys.readouterr().out
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| decode, batch 2 |" in text
+
+
+def test_no_ratio_while_the_programs_disagree(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "parity", lambda _: {"logits": 10 * TOLERANCE})
+    result = cpu.measure_model("toy", SIZES, repeats=1, llama=None)
+    assert result["figures"] == []
+    out = capsys.readouterr().out
+    assert "NOT COMPARED" in out
+    assert "tokens/s" not in out
+
+
+def test_parity_sees_a_changed_weight(tmp_path):
+    pair = build_pair(configs()["toy"], tmp_path)
+    assert max(parity(pair, length=24, steps=2).values()) < TOLERANCE
+    with torch.no_grad():
+        pair.ours.backbone.layers[0].mixer.D.add_(0.1)
+    assert max(parity(pair, length=24, steps=2).values()) > TOLERANCE
+
+
+def test_profile_has_every_part(tmp_path):
+    sizes = ["--batch", "1", "--length", "16", "--repeats", "1"]
+    profile_layers.main(["--model", "toy", *sizes, "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("profile-*.json")
+    result = json.loads(path.read_text())
+    parts = result["train"]["parts"]
+    for part in ("mamba: scan", "routed experts", "latent projections", "attention: projections"):
+        assert parts[part]["forward_s"] > 0
+        assert parts[part]["backward_s"] > 0
+        assert parts[part]["flops"] > 0
+    assert parts["optimizer"]["forward_s"] > 0
+    assert set(result["decode"]) == {"1", "8"}
+
+
+def test_parts_add_up_to_the_step(model):
+    tokens = tokens_of(model.config, 2, 16)
+    step = profiled(model, lambda: our_loss(model, tokens), lambda: None)
+    assert step["backward"].keys() <= step["forward"].keys()
+    seconds = clocked(model, lambda: model(tokens))
+    assert seconds.keys() >= {"embedding", "router", "shared expert", "mamba: gated norm"}
+
+
+def test_flops_of_the_parts_are_those_of_the_model(model):
+    parts = flops_per_token(model, context=64)
+    assert sum(parts.values()) == pytest.approx(_products(model.config, 64))
+
+
+def _products(config, context):
+    """The accounting, without what it counts as two FLOPs though no product has it."""
+    count = 0
+    for name, parameter in LanguageModel.from_config(config).named_parameters():
+        if (
+            "norm" in name
+            or "conv1d" in name
+            or name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+        ):
+            count += parameter.numel()
+    return forward_flops_per_token(config, context=context) - 2 * count
+
+
+def test_a_batch_reads_more_experts_but_no_more_than_there_are():
+    config = configs()["30m-latent"]
+    one, eight, many = (
+        limits.decode_bytes(config, batch=batch, context=0) for batch in (1, 8, 4096)
+    )
+    state = one - 4 * model_costs(config).total_active
+    whole = 4 * (model_costs(config).total - model_costs(config).parameters["embedding"])
+    assert one < eight < many
+    assert many == pytest.approx(whole + 4096 * state, rel=1e-3)
+
+
+def test_scaling_draws_every_axis(tmp_path):
+    axes = {"sequence length": (8, 16), "experts": (4, 8), "experts per token": (1, 2)}
+    scaling_arguments = ["--model", "toy", "--tokens", "512", "--repeats", "1"]
+    scaling.main([*scaling_arguments, "--out", str(tmp_path)], axes)
+    (path,) = tmp_path.glob("scaling-*.json")
+    result = json.loads(path.read_text())
+    assert [len(points) for points in result["axes"].values()] == [2, 2, 2]
+    assert path.with_suffix(".svg").stat().st_size > 1000
+
+
+def test_peers_take_turns():
+    order = []
+
+    def contestant(name, seconds):
+        def run():
+            order.append(name)
+            return seconds
+
+        return run
+
+    samples = interleave({"a": contestant("a", 2.0), "b": contestant("b", 1.0)}, repeats=2)
+    assert order == ["a", "b", "a", "b", "b", "a"]
+    assert samples["a"].median == 2.0
+    assert samples["b"].rate(8) == {"median": 8.0, "min": 8.0, "max": 8.0}
+
+
+def test_the_page_shows_the_committed_results():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.render(text, cpu.RESULTS) == text, "run: python -m benchmarks.page"
+    for drawing in sorted(cpu.RESULTS.glob("scaling-*.svg"))[-1:]:
+        assert page.DRAWING.read_bytes() == drawing.read_bytes()
