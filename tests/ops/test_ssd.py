@@ -24,6 +24,24 @@ def operands(lengths, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.floa
     ]
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("lengths", [(16,), (7, 20)])
+def test_steep_and_gentle_decay_side_by_side(lengths, assert_close):
+    """Some heads forget within a token, some not within a chunk; each chunk is computed its way."""
+    inputs = operands(lengths)
+    inputs[1] *= torch.tensor([0.01, 1.0, 30.0, 1000.0])
+    inputs[1][3:9] *= 0.1
+    expected = outputs_and_gradients(scan(lengths, "reference"), inputs)
+    actual = outputs_and_gradients(scan(lengths, "torch"), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, FLOAT64)
+    # The gradient of A is a difference of huge numbers here, in float32 for any order of summing.
+    single = outputs_and_gradients(scan(lengths, "torch"), [t.float() for t in inputs])
+    for a, e in zip(single[:2], expected[:2], strict=True):
+        assert_close(a.double(), e, FLOAT32)
+    assert all(torch.isfinite(t).all() for t in single)
+
+
 def scan(lengths, backend):
     segments = Segments(lengths)
     return lambda *t: ssd(

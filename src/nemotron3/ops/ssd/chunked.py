@@ -2,12 +2,19 @@
 
 Dao & Gu, *Transformers are SSMs* (arXiv 2405.21060), section 6. Within a chunk of L tokens the scan
 is a masked matrix product, which is what processors are good at; between chunks only one state per
-segment and head is carried on. Four products, and B and C are never expanded from groups to heads:
+segment and head is carried on. With a_l the log decay from the chunk's start to token l:
 
-    scores = C B^T                                within a chunk, once per group
-    y      = (scores * decay * dt) x              each token from its own chunk
-    local  = (decay to the chunk's end * dt * x)^T B   what a chunk adds to the state
-    y     += decay from the chunk's start * (C state)  each token from all earlier chunks
+    scores = C B^T                              within a chunk, once per group
+    y_l    = sum_s scores_ls e^(a_l - a_s) dt_s x_s    each token from its own chunk
+    local  = sum_s e^(a_L - a_s) dt_s x_s B_s^T        what a chunk adds to the state
+    y_l   += e^(a_l) C_l state                         each token from all earlier chunks
+
+Written so, the decay is a matrix per head and costs more than the products. But e^(a_l - a_s) is
+e^(a_l - m) e^(m - a_s) for any m, which scales the rows of x before the product and those of y
+after it: one product serves all heads of a group, and B and C are never expanded to heads. With m
+in the middle of the chunk's range both factors stay finite while the whole range is below 2 * 80.
+Where a head forgets faster than that (e^-160 over one chunk), its chunk is computed with the
+matrix, and the choice is made for each chunk and head by itself.
 
 Every segment starts a chunk of its own, and a segment's last chunk is padded with dt = 0, which is
 a step that changes nothing. So no product ever sees two segments, and what one segment holds cannot
@@ -23,6 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron3.ops.segments import Segments
+
+_EXPONENT = 80.0
+"""Largest exponent of a factor: e^80 times anything a model holds is finite in float32."""
 
 
 class _Chunks(NamedTuple):
@@ -84,35 +94,56 @@ def ssd_chunked(
     groups, per_group = B.shape[1], heads // B.shape[1]
     chunks = _cut(segments, chunk_size, x.device)
 
-    # chunk group token ...
-    xc = chunks.split(x).unflatten(2, (groups, per_group)).permute(0, 2, 3, 1, 4)  # c g r l p
-    dtc = chunks.split(dt).unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # c g r l
+    xc = chunks.split(x).unflatten(2, (groups, per_group)).transpose(1, 2)  # c g l r p
+    dtc = chunks.split(dt).unflatten(2, (groups, per_group)).transpose(1, 2)  # c g l r
     Bc = chunks.split(B).transpose(1, 2)  # c g l n
     Cc = chunks.split(C).transpose(1, 2)
 
-    total = torch.cumsum(dtc * A.view(groups, per_group, 1), dim=-1)  # log decay since chunk start
-    xdt = xc * dtc.unsqueeze(-1)
-
-    within = total.unsqueeze(-1) - total.unsqueeze(-2)  # c g r l s: log decay from s to l
-    future = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=x.device).triu(1)
-    decay = within.masked_fill(future, -torch.inf).exp()
+    total = torch.cumsum(dtc * A.view(groups, 1, per_group), dim=2)  # log decay since chunk start
+    half = total[:, :, -1:] / 2
+    centred = (total - half).clamp(-_EXPONENT, _EXPONENT)
+    scaled = (xc * (dtc * torch.exp(-centred)).unsqueeze(-1)).flatten(3)  # c g l (r p)
     scores = Cc @ Bc.transpose(-1, -2)  # c g l s
-    y = (scores.unsqueeze(2) * decay) @ xdt  # c g r l p
+    y = (scores.tril() @ scaled).unflatten(3, (per_group, head_dim))
+    y = y * torch.exp(centred).unsqueeze(-1)  # c g l r p
 
-    to_end = torch.exp(total[..., -1:] - total)
-    added = (xdt * to_end.unsqueeze(-1)).transpose(-1, -2)  # c g r p l
-    local = added.flatten(2, 3) @ Bc  # c g (r p) n
-    local = local.unflatten(2, (per_group, head_dim)).flatten(1, 2)  # c h p n
-    chunk_decay = total[..., -1].exp().flatten(1, 2)  # c h
+    local = (scaled.transpose(-1, -2) @ Bc).unflatten(2, (per_group, head_dim))  # c g r p n
+    local = local * torch.exp(half).transpose(2, 3).unsqueeze(-1)
 
-    states, final = _pass_states(local, chunk_decay, initial_states, chunks.counts)
-    states = states.unflatten(1, (groups, per_group))  # c g r p n
-    from_before = Cc @ states.flatten(2, 3).transpose(-1, -2)  # c g l (r p)
-    from_before = from_before.unflatten(3, (per_group, head_dim)).transpose(2, 3)  # c g r l p
-    y = y + from_before * total.exp().unsqueeze(-1)
+    steep = half.squeeze(2) < -_EXPONENT  # c g r
+    if steep.any():
+        c, g, r = steep.nonzero(as_tuple=True)
+        y_steep, local_steep = _steep(
+            xc[c, g, :, r], dtc[c, g, :, r], total[c, g, :, r], Bc[c, g], scores[c, g]
+        )
+        y = y.transpose(2, 3).index_put((c, g, r), y_steep).transpose(2, 3)
+        local = local.index_put((c, g, r), local_steep)
 
-    y = chunks.join(y.permute(0, 3, 1, 2, 4).flatten(2, 3))
-    return y + D.unsqueeze(-1) * x, final
+    chunk_decay = total[:, :, -1].exp().flatten(1, 2)  # c h
+    states, final = _pass_states(local.flatten(1, 2), chunk_decay, initial_states, chunks.counts)
+    states = states.unflatten(1, (groups, per_group)).flatten(2, 3)  # c g (r p) n
+    from_before = (Cc @ states.transpose(-1, -2)).unflatten(3, (per_group, head_dim))
+    y = torch.addcmul(y, from_before, total.exp().unsqueeze(-1))
+
+    y = chunks.join(y.transpose(1, 2).flatten(2, 3))
+    return torch.addcmul(y, x, D.unsqueeze(-1)), final
+
+
+def _steep(
+    x: Tensor, dt: Tensor, total: Tensor, B: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output within the chunk and addition to the state, for (chunk, head) pairs of steep decay.
+
+    x [pair, l, p], dt and total [pair, l], B [pair, l, n], scores [pair, l, s]. Here the decay from
+    s to l is taken as one exponential of a difference, which can only underflow.
+    """
+    length = x.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    within = (total.unsqueeze(2) - total.unsqueeze(1)).masked_fill(future, -torch.inf)
+    xdt = x * dt.unsqueeze(-1)
+    y = (scores * within.exp()) @ xdt
+    to_end = torch.exp(total[:, -1:] - total)
+    return y, (xdt * to_end.unsqueeze(-1)).transpose(1, 2) @ B
 
 
 def _pass_states(
@@ -122,23 +153,35 @@ def _pass_states(
 
     Walks over chunk positions and carries all segments that reach so far at once.
     """
-    first = torch.tensor([sum(counts[:i]) for i in range(len(counts))])
-    # Longest segments first, so that those still running are always a prefix.
+    decay = decay[..., None, None]
+    if len(set(counts)) == 1:
+        shape = (len(counts), counts[0])
+        steps = zip(
+            local.unflatten(0, shape).unbind(1), decay.unflatten(0, shape).unbind(1), strict=True
+        )
+        state, before = initial, []
+        for added, kept in steps:
+            before.append(state)
+            state = torch.addcmul(added, state, kept)
+        return torch.stack(before, dim=1).flatten(0, 1), state
+
+    # Longest segments first, so that those still running are always a prefix; and chunks by their
+    # position, so that what a step needs lies together.
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
-    first, state = first[order], initial[order] if len(order) > 1 else initial
-    before, where, finished = [], [], []
-    running = len(order)
-    for step in range(counts[order[0]]):
-        still = sum(counts[i] > step for i in order)
-        if still < running:
-            finished.append(state[still:running])
-            state, running = state[:still], still
-        rows = (first[:running] + step).to(local.device)
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    running = [sum(count > step for count in counts) for step in range(max(counts))]
+    place = torch.tensor(
+        [first[i] + step for step, still in enumerate(running) for i in order[:still]],
+        device=local.device,
+    )
+    state, before, finished = initial[order], [], []
+    pairs = zip(local[place].split(running), decay[place].split(running), strict=True)
+    for still, (added, kept) in zip(running, pairs, strict=True):
+        finished.append(state[still:])
+        state = state[:still]
         before.append(state)
-        where.append(rows)
-        state = state * decay[rows, :, None, None] + local[rows]
+        state = torch.addcmul(added, state, kept)
     finished.append(state)
-    restore = torch.argsort(torch.cat(where))
-    final = torch.cat(finished[::-1])
-    back = torch.argsort(torch.tensor(order)).to(local.device)
-    return torch.cat(before)[restore], final[back] if len(order) > 1 else final
+    final = torch.cat(finished[::-1])  # in the order of `order`
+    back = torch.tensor(order, device=local.device).argsort()
+    return torch.cat(before)[place.argsort()], final[back]
