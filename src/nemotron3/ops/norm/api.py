@@ -3,12 +3,20 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.norm.fused import gated_group_norm_fused, rms_norm_fused
 from nemotron3.ops.norm.reference import gated_group_norm_reference, rms_norm_reference
 
-_NORMS = {"reference": rms_norm_reference, "torch": rms_norm_fused}
-_GATED_NORMS = {"reference": gated_group_norm_reference, "torch": gated_group_norm_fused}
+_NORMS = {
+    "reference": rms_norm_reference,
+    "torch": rms_norm_fused,
+    "triton": Kernel("nemotron3.ops.norm.triton", "rms_norm_triton"),
+}
+_GATED_NORMS = {
+    "reference": gated_group_norm_reference,
+    "torch": gated_group_norm_fused,
+    "triton": Kernel("nemotron3.ops.norm.triton", "gated_group_norm_triton"),
+}
 
 
 def rms_norm(
