@@ -5,11 +5,15 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.cross_entropy.chunked import linear_cross_entropy_chunked
 from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
 
-_LOSSES = {"reference": linear_cross_entropy_reference, "torch": linear_cross_entropy_chunked}
+_LOSSES = {
+    "reference": linear_cross_entropy_reference,
+    "torch": linear_cross_entropy_chunked,
+    "triton": Kernel("nemotron3.ops.cross_entropy.triton", "linear_cross_entropy_triton"),
+}
 
 
 class TokenLosses(NamedTuple):

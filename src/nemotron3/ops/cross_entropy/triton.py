@@ -1,0 +1,132 @@
+"""Cross-entropy over chunks of tokens, a chunk's logits turned into gradients where they lie.
+
+The plan is that of `chunked.py`: a chunk's logits are made, turned into losses and at once into
+gradients, and dropped. The three products stay with the matrix library. Between them stood half a
+dozen passes over the logits in float32; here one program takes one token's row, reads it for the
+normalizer and again, mostly from cache, to write the gradient in its place. Logits stay in the
+dtype of the product, half the memory in bfloat16, while every sum is float32.
+
+Whether the best guess was right needs no search for the best guess: it was unless some logit beats
+the target's, ties going to the earlier entry. The output matrix's gradient is summed in float32
+whatever the products run in, for the reason that `chunked.py` gives.
+"""
+
+# Triton reads a kernel's arguments its own way: pointers and numbers without annotation.
+# ruff: noqa: ANN001, ANN202
+# pyright: reportOperatorIssue=false
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron3.ops.kernels import require_kernel_dtypes
+
+jit: Any = triton.jit
+_BLOCK = 4096
+"""Entries of the vocabulary that a program reads at a time."""
+
+
+def linear_cross_entropy_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of losses, each token's loss, and whether its best guess was right."""
+    require_kernel_dtypes("cross_entropy", hidden, weight)
+    # Inside a Function gradients are always off; only here is known whether anyone wants them.
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, max_logits)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        max_logits: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, vocab = len(hidden), weight.shape[0]
+        product_weight = weight.to(hidden.dtype)
+        targets, token_weights = targets.contiguous(), token_weights.contiguous()
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        chunk = max(1, max_logits // vocab)
+        block = min(_BLOCK, triton.next_power_of_2(vocab))
+        for start in range(0, tokens, chunk):
+            rows = slice(start, start + chunk)
+            logits = hidden[rows] @ product_weight.T
+            _row_kernel[(len(logits),)](
+                logits, targets[rows], token_weights[rows], losses[rows], correct[rows], vocab,
+                MAKE_GRADIENT=needs_hidden or needs_weight, BLOCK=block,
+                num_warps=max(1, min(16, block // 256)),
+            )  # fmt: skip
+            if d_hidden is not None:
+                torch.mm(logits, product_weight, out=d_hidden[rows])
+            if d_weight is not None:
+                if hidden.dtype == torch.float32:
+                    d_weight.addmm_(logits.T, hidden[rows])
+                else:
+                    d_weight += logits.T @ hidden[rows]
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(losses, correct)
+        return torch.dot(losses, token_weights.to(torch.float32)), losses, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * grad.to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * grad).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None
+
+
+@jit
+def _row_kernel(
+    logits_ptr, targets_ptr, token_weights_ptr, losses_ptr, correct_ptr, vocab,
+    MAKE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one token: loss = log sum_v exp(l_v) - l_y, and l_v <- w (softmax(l)_v - [v = y])."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * vocab
+    target = tl.load(targets_ptr + row)
+    target_logit = tl.load(logits_ptr + target).to(tl.float32)
+    # The target's own logit is a maximum to start from: it is finite, and the first rescaling of an
+    # empty sum is then harmless.
+    highest = target_logit
+    total = 0.0
+    beaten = 0
+    for first in range(0, vocab, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        mask = entry < vocab
+        logits = tl.load(logits_ptr + entry, mask=mask, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(logits, axis=0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher), axis=0)
+        highest = higher
+        better = (logits > target_logit) | ((logits == target_logit) & (entry < target))
+        beaten += tl.sum((better & mask).to(tl.int32), axis=0)
+    normalizer = highest + tl.log(total)
+    tl.store(losses_ptr + row, normalizer - target_logit)
+    tl.store(correct_ptr + row, beaten == 0)
+    if MAKE_GRADIENT:
+        token_weight = tl.load(token_weights_ptr + row).to(tl.float32)
+        for first in range(0, vocab, BLOCK):
+            entry = first + tl.arange(0, BLOCK)
+            mask = entry < vocab
+            logits = tl.load(logits_ptr + entry, mask=mask, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(logits - normalizer) - tl.where(entry == target, 1.0, 0.0)
+            gradient *= token_weight
+            tl.store(logits_ptr + entry, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
