@@ -45,13 +45,16 @@ _ENOUGH_PROGRAMS = 264
 
 @triton.jit
 def _product(a, b, NARROW: tl.constexpr):
-    """The matrix product in float32 of operands rounded to the dtype that the inputs came in."""
+    """The matrix product in float32 of operands rounded to the dtype that the inputs came in.
+
+    Float32 operands are split in three for the matrix units, which is exact to about 1e-6.
+    """
     a = a.to(NARROW)
     b = b.to(NARROW)
     if _INTERPRETED:  # whose dot misreads bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -110,21 +113,21 @@ def _states_kernel(
         c = i
         if REVERSE:
             c = count - 1 - i
-        token = begin + c * L + t
-        inside = token < end
-        running = tl.load(total + token, mask=inside, other=0.0)
-        last = tl.load(total + tl.minimum(begin + c * L + L, end) - 1)
+        start = begin + c * L
+        inside = t < end - start
+        running = tl.load(total + start + t, mask=inside, other=0.0)
+        last = tl.load(total + tl.minimum(start + L, end) - 1)
         if REVERSE:
             weight = tl.exp(running)
         else:
-            weight = tl.exp(last - running) * tl.load(dt + token, mask=inside, other=0.0)
+            weight = tl.exp(last - running) * tl.load(dt + start + t, mask=inside, other=0.0)
         a_ = tl.load(
-            a + token[None, :] * stride_a + p[:, None],
+            a + start * stride_a + t[None, :] * stride_a + p[:, None],
             mask=inside[None, :] & (p < HEAD_DIM)[:, None],
             other=0.0,
         )  # p t
         b_ = tl.load(
-            b + token[:, None] * stride_b + n[None, :],
+            b + start * stride_b + t[:, None] * stride_b + n[None, :],
             mask=inside[:, None] & (n < D_STATE)[None, :],
             other=0.0,
         )  # t n
@@ -150,15 +153,14 @@ def _scan_kernel(
     t = tl.arange(0, L)
     p = tl.arange(0, P)
     n = tl.arange(0, N)
-    token = start + t
     inside = t < length
     C_ = tl.load(
-        C + group * D_STATE + token[:, None] * stride_c + n[None, :],
+        C + start * stride_c + group * D_STATE + t[:, None] * stride_c + n[None, :],
         mask=inside[:, None] & (n < D_STATE)[None, :],
         other=0.0,
     )  # t n
     B_ = tl.load(
-        B + group * D_STATE + token[None, :] * stride_b + n[:, None],
+        B + start * stride_b + group * D_STATE + t[None, :] * stride_b + n[:, None],
         mask=inside[None, :] & (n < D_STATE)[:, None],
         other=0.0,
     )  # n s
@@ -167,12 +169,11 @@ def _scan_kernel(
     tile = inside[:, None] & (p < HEAD_DIM)[None, :]
 
     for h in range(head, head + HEADS):
-        by_head = h * tokens + token
+        by_head = h * tokens + start + t
         running = tl.load(total + by_head, mask=inside, other=0.0)
         step = tl.load(dt + by_head, mask=inside, other=0.0)
-        x_ = tl.load(
-            x + token[:, None] * stride_x + h * HEAD_DIM + p[None, :], mask=tile, other=0.0
-        )  # s p
+        x_at = x + start * stride_x + h * HEAD_DIM
+        x_ = tl.load(x_at + t[:, None] * stride_x + p[None, :], mask=tile, other=0.0)  # s p
         state = tl.load(
             states + (chunk * heads + h) * HEAD_DIM * D_STATE + p[None, :] * D_STATE + n[:, None],
             mask=(p < HEAD_DIM)[None, :] & (n < D_STATE)[:, None],
@@ -182,8 +183,8 @@ def _scan_kernel(
         out = _product(C_, state, NARROW) * tl.exp(running)[:, None]
         out += _product(scores * decay * step[None, :], x_, NARROW)
         out += tl.load(D + h).to(tl.float32) * x_.to(tl.float32)
-        where = (token[:, None] * heads + h) * HEAD_DIM + p[None, :]
-        tl.store(y + where, out.to(y.dtype.element_ty), mask=tile)
+        y_at = y + (start * heads + h) * HEAD_DIM + t[:, None] * heads * HEAD_DIM + p[None, :]
+        tl.store(y_at, out.to(y.dtype.element_ty), mask=tile)
 
 
 @triton.jit
@@ -214,33 +215,35 @@ def _scan_backward_kernel(  # noqa: PLR0915
     t = tl.arange(0, L)
     p = tl.arange(0, P)
     n = tl.arange(0, N)
-    token = start + t
     inside = t < length
     tile = inside[:, None] & (p < HEAD_DIM)[None, :]
     wide = inside[:, None] & (n < D_STATE)[None, :]
     cell = p[:, None] * D_STATE + n[None, :]
     exists = (p < HEAD_DIM)[:, None] & (n < D_STATE)[None, :]
-    along_n = group * D_STATE + n[None, :]
-    B_ = tl.load(B + token[:, None] * stride_b + along_n, mask=wide, other=0.0)  # s n
-    C_ = tl.load(C + token[:, None] * stride_c + along_n, mask=wide, other=0.0)  # t n
+    n_16 = tl.arange(0, 16)
+    cell_16 = p[:, None] * D_STATE + n_16[None, :]
+    exists_16 = (p < HEAD_DIM)[:, None]
+    B += start * stride_b + group * D_STATE
+    C += start * stride_c + group * D_STATE
+    B_ = tl.load(B + t[:, None] * stride_b + n[None, :], mask=wide, other=0.0)  # s n
+    C_ = tl.load(C + t[:, None] * stride_c + n[None, :], mask=wide, other=0.0)  # t n
     scores = _product(C_, tl.trans(B_), NARROW)  # t s
     sees = (t[:, None] >= t[None, :]) & inside[:, None]
     earlier = t[:, None] > t[None, :]
     dscores = tl.zeros((L, L), dtype=tl.float32)
-    dB_ = tl.zeros((L, N), dtype=tl.float32)
-    dC_ = tl.zeros((L, N), dtype=tl.float32)
 
     for h in range(group * per_group, group * per_group + per_group):
-        by_head = h * tokens + token
-        running = tl.load(total + by_head, mask=inside, other=0.0)
-        last = tl.load(total + h * tokens + start + length - 1)
-        step = tl.load(dt + by_head, mask=inside, other=0.0)
-        along_p = h * HEAD_DIM + p[None, :]
-        x_ = tl.load(x + token[:, None] * stride_x + along_p, mask=tile, other=0.0)  # s p
-        dy_ = tl.load(dy + token[:, None] * stride_dy + along_p, mask=tile, other=0.0)  # t p
-        where = (chunk * heads + h) * HEAD_DIM * D_STATE + cell
-        state = tl.load(states + where, mask=exists, other=0.0)  # p n
-        gradient = tl.load(gradients + where, mask=exists, other=0.0)  # p n
+        by_head = h * tokens + start
+        running = tl.load(total + by_head + t, mask=inside, other=0.0)
+        last = tl.load(total + by_head + length - 1)
+        step = tl.load(dt + by_head + t, mask=inside, other=0.0)
+        x_at = x + start * stride_x + h * HEAD_DIM
+        x_ = tl.load(x_at + t[:, None] * stride_x + p[None, :], mask=tile, other=0.0)  # s p
+        dy_at = dy + start * stride_dy + h * HEAD_DIM
+        dy_ = tl.load(dy_at + t[:, None] * stride_dy + p[None, :], mask=tile, other=0.0)  # t p
+        whole = (chunk * heads + h) * HEAD_DIM * D_STATE
+        state = tl.load(states + whole + cell, mask=exists, other=0.0)  # p n
+        gradient = tl.load(gradients + whole + cell, mask=exists, other=0.0)  # p n
         from_start = tl.exp(running)
         to_end = tl.exp(last - running)
         decay = tl.exp(tl.where(sees, running[:, None] - running[None, :], -float("inf")))
@@ -250,37 +253,54 @@ def _scan_backward_kernel(  # noqa: PLR0915
         wide_x = x_.to(tl.float32)
         wide_dy = dy_.to(tl.float32)
         dx_ = tl.load(D + h).to(tl.float32) * wide_dy + step[:, None] * u
-        tl.store(
-            dx + (token[:, None] * heads) * HEAD_DIM + along_p,
-            dx_.to(dx.dtype.element_ty),
-            mask=tile,
-        )
+        dx_at = dx + (start * heads + h) * HEAD_DIM + t[:, None] * heads * HEAD_DIM + p[None, :]
+        tl.store(dx_at, dx_.to(dx.dtype.element_ty), mask=tile)
         tl.store(dD + chunk * heads + h, tl.sum(tl.sum(wide_dy * wide_x, axis=1), axis=0))
 
         pairs = _product(dy_, tl.trans(x_), NARROW) * decay * step[None, :]  # t s
         dscores += pairs
-        dB_ += _product(wide_x * (step * to_end)[:, None], gradient, NARROW)
-        read = _product(wide_dy * from_start[:, None], state, NARROW)  # t n
-        dC_ += read
-
         pairs = tl.where(earlier, pairs * scores, 0.0)
         out = step * tl.sum(wide_x * carried, axis=1)
         later = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-        later += tl.sum(read * C_.to(tl.float32), axis=1)
-        kept = tl.sum(tl.sum(state.to(tl.float32) * gradient.to(tl.float32), axis=1), axis=0)
+        later += from_start * tl.sum(wide_dy * _product(C_, tl.trans(state), NARROW), axis=1)
+        kept = tl.zeros((P,), dtype=tl.float32)
+        for some in tl.static_range(0, N, 16):  # whole tiles would not fit in registers
+            piece = cell_16 + some
+            here = exists_16 & (some + n_16 < D_STATE)[None, :]
+            old = tl.load(states + whole + piece, mask=here, other=0.0).to(tl.float32)
+            new = tl.load(gradients + whole + piece, mask=here, other=0.0).to(tl.float32)
+            kept += tl.sum(old * new, axis=1)
         # Running sums, the first taken from the end.
         slope = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(out, axis=0) - out
-        slope += tl.exp(last) * kept
+        slope += tl.exp(last) * tl.sum(kept, axis=0)
         ddt_ = tl.sum(wide_x * u, axis=1) + tl.load(A + h).to(tl.float32) * slope
-        tl.store(ddt + by_head, ddt_, mask=inside)
+        tl.store(ddt + by_head + t, ddt_, mask=inside)
         tl.store(dA + chunk * heads + h, tl.sum(step * slope, axis=0))
 
-    dC_ += _product(dscores, B_, NARROW)
-    dB_ += _product(tl.trans(dscores), C_, NARROW)
+    # A second walk, because the sums of both walks would not fit in registers at once.
+    dC_ = _product(dscores, B_, NARROW)
+    dB_ = _product(tl.trans(dscores), C_, NARROW)
+    for h in range(group * per_group, group * per_group + per_group):
+        by_head = h * tokens + start
+        running = tl.load(total + by_head + t, mask=inside, other=0.0)
+        last = tl.load(total + by_head + length - 1)
+        step = tl.load(dt + by_head + t, mask=inside, other=0.0)
+        whole = (chunk * heads + h) * HEAD_DIM * D_STATE
+        dy_at = dy + start * stride_dy + h * HEAD_DIM
+        dy_ = tl.load(dy_at + t[:, None] * stride_dy + p[None, :], mask=tile, other=0.0)
+        dy_ = dy_.to(tl.float32) * tl.exp(running)[:, None]
+        state = tl.load(states + whole + cell, mask=exists, other=0.0)
+        dC_ += _product(dy_, state, NARROW)
+        x_at = x + start * stride_x + h * HEAD_DIM
+        x_ = tl.load(x_at + t[:, None] * stride_x + p[None, :], mask=tile, other=0.0)
+        x_ = x_.to(tl.float32) * (step * tl.exp(last - running))[:, None]
+        gradient = tl.load(gradients + whole + cell, mask=exists, other=0.0)
+        dB_ += _product(x_, gradient, NARROW)
     groups = heads // per_group
-    where = (token[:, None] * groups) * D_STATE + along_n
-    tl.store(dC + where, dC_.to(dC.dtype.element_ty), mask=wide)
-    tl.store(dB + where, dB_.to(dB.dtype.element_ty), mask=wide)
+    own = (start * groups + group) * D_STATE
+    cell = t[:, None] * groups * D_STATE + n[None, :]
+    tl.store(dC + own + cell, dC_.to(dC.dtype.element_ty), mask=wide)
+    tl.store(dB + own + cell, dB_.to(dB.dtype.element_ty), mask=wide)
 
 
 class _Plan(NamedTuple):
