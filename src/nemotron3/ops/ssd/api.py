@@ -30,6 +30,10 @@ _SCANS = {
     "torch": _widened(ssd_chunked),
     "triton": Kernel("nemotron3.ops.ssd.triton", "ssd_triton"),
 }
+_STEPS = {
+    "torch": _widened(ssd_steps),
+    "triton": Kernel("nemotron3.ops.ssd.decoding.triton", "ssd_steps_triton"),
+}
 _FEW_TOKENS = 8
 """Up to this many new tokens per segment the recurrence beats a chunk (see ops/ssd/step.py)."""
 
@@ -58,9 +62,8 @@ def ssd(
     initial_states = initial_states.to(dt.dtype)
     uniform = segments.uniform_length
     if backend == "auto" and continues and uniform is not None and uniform <= _FEW_TOKENS:
-        return _widened(ssd_steps)(
-            x, dt, A, B, C, D, segments=segments, initial_states=initial_states
-        )
+        steps = resolve("ssd_steps", backend, _STEPS, x.device)
+        return steps(x, dt, A, B, C, D, segments=segments, initial_states=initial_states)
     scan = resolve("ssd", backend, _SCANS, x.device)
     return scan(
         x, dt, A, B, C, D,

@@ -24,6 +24,7 @@ float64 is refused. Tiles are shorter where operands are float32, to fit in shar
 
 # ruff: noqa: ANN001, ANN202
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from functools import lru_cache
 from typing import Any, NamedTuple
