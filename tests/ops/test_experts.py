@@ -68,7 +68,10 @@ def test_gradcheck(activation):
     assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in inputs])
 
 
-def test_asking_for_a_missing_backend_is_an_error():
+def test_asking_for_a_missing_backend_is_an_error(monkeypatch):
     indices, inputs = operands(2, 2, 1)
-    with pytest.raises(BackendUnavailableError, match=r"'experts' has no backend 'triton'.*torch"):
+    with pytest.raises(BackendUnavailableError, match=r"'experts' has no backend 'tpu'.*torch"):
+        mixture(indices, "relu2", "tpu")(*inputs)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailableError, match="triton backend of 'experts' needs"):
         mixture(indices, "relu2", "triton")(*inputs)

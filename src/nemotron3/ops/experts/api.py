@@ -3,14 +3,18 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.experts.activations import Activation, activate
 from nemotron3.ops.experts.grouped import routed_experts_grouped
 from nemotron3.ops.experts.reference import routed_experts_reference
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
-_EXPERTS = {"reference": routed_experts_reference, "torch": routed_experts_grouped}
+_EXPERTS = {
+    "reference": routed_experts_reference,
+    "torch": routed_experts_grouped,
+    "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
+}
 
 
 def routed_experts(
