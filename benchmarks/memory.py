@@ -24,6 +24,11 @@ from nemotron3.models.huggingface import read_config
 from nemotron3.models.nemotron_h import LanguageModel
 
 
+def can_measure() -> bool:
+    """Whether this system tells a process its peak memory, and lets it start anew."""
+    return Path("/proc/self/clear_refs").exists()
+
+
 def measure(program: str, folder: Path, *, batch: int, length: int, threads: int) -> dict:
     """Run this file as a command."""
     words = [program, folder, "--batch", batch, "--length", length, "--threads", threads]

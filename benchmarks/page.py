@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import RESULTS
+from benchmarks.machine import BUSY
 from benchmarks.profile_layers import decoding_table, training_table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
 DRAWING = ROOT / "docs" / "assets" / "scaling.svg"
 NOTHING = "Not measured yet.\n"
-_GIGABYTE, _GIGAFLOP = 1e9, 1e9
 
 
 def render(text: str, results: Path) -> str:
@@ -72,19 +72,19 @@ def _cpu_model(name: str, model: dict[str, Any]) -> str:
                 f"{figure['share_of_limit']['ours']:.0%} of {limit}",
             ]
         )
-    memory = model["train_memory_bytes"]
-    used = {n: f"{bytes_['total'] / 1e6:,.0f} MB" for n, bytes_ in memory.items()}
-    ratio = memory["ours"]["total"] / memory["transformers"]["total"]
-    compared = {"transformers": f"{ratio:.2f} of it"}
-    rows.append(
-        [
-            "train, peak memory",
-            *(used.get(n, "") for n in names),
-            *(compared.get(n, "") for n in peers),
-            "",
-        ]
-    )
+    if memory := model["train_memory_bytes"]:
+        rows.append(_memory_row(memory, names, peers))
     return text + _table(rows)
+
+
+def _memory_row(memory: dict[str, dict[str, int]], names: list[str], peers: list[str]) -> list[str]:
+    used = {name: f"{peak['total'] / 1e6:,.0f} MB" for name, peak in memory.items()}
+    ratios = {
+        name: f"{memory['ours']['total'] / peak['total']:.2f} of it"
+        for name, peak in memory.items()
+    }
+    cells = [*(used.get(name, "") for name in names), *(ratios.get(name, "") for name in peers)]
+    return ["train, peak memory", *cells, ""]
 
 
 def _rate(rate: dict[str, float]) -> str:
@@ -118,11 +118,13 @@ def _origin(result: dict[str, Any]) -> str:
         f"transformers {machine['transformers']}; load average {machine['load_before']} before and "
         f"{machine['load_after']} after."
     )
+    if machine["load_before"] > BUSY:
+        words += " **The machine was busy: these figures are noise.**"
     if limits := result.get("limits"):
         words += (
-            f" Measured limits: product {limits['product_flops_per_s'] / _GIGAFLOP:.0f} GFLOP/s, "
-            f"read {limits['read_bytes_per_s'] / _GIGABYTE:.1f} GB/s, "
-            f"copy {limits['copy_bytes_per_s'] / _GIGABYTE:.1f} GB/s."
+            f" Measured limits: product {limits['product_flops_per_s'] / 1e9:.0f} GFLOP/s, "
+            f"read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+            f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s."
         )
     return words + "\n"
 
