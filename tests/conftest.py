@@ -11,6 +11,11 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+# Without a GPU the kernels run in Triton's interpreter, which has to be said before anything that
+# the tests import brings Triton in.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # CI repeats the same examples, so that a change is judged by what it changed; a developer's run
 # explores. Deadlines would time a shared machine, not the code.
 settings.register_profile("ci", derandomize=True, deadline=None)
