@@ -115,8 +115,8 @@ class _CausalConv(torch.autograd.Function):
 def _grid(rows: int, channels: int, block: dict[str, int]) -> tuple[int, int]:
     """Programs over rows (tokens, or segments one by one) and over channels."""
     return (
-        triton.cdiv(rows, block.get("BLOCK_TOKENS", 1)),
-        triton.cdiv(channels, block["BLOCK_CHANNELS"]),
+        int(triton.cdiv(rows, block.get("BLOCK_TOKENS", 1))),
+        int(triton.cdiv(channels, block["BLOCK_CHANNELS"])),
     )
 
 
@@ -125,7 +125,7 @@ def _taps(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
 
 
 def _tail_rows(weight: Tensor) -> int:
-    return triton.next_power_of_2(weight.shape[1] - 1)
+    return int(triton.next_power_of_2(weight.shape[1] - 1))
 
 
 @jit

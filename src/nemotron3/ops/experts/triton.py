@@ -114,7 +114,7 @@ class _RoutedExperts(torch.autograd.Function):
         dh = torch.empty_like(h)
         if ctx.activation == "relu2":
             a = torch.empty_like(h)
-            parts = triton.cdiv(h.shape[1], _blocks(x.dtype).columns)
+            parts = int(triton.cdiv(h.shape[1], _blocks(x.dtype).columns))
             d_row_weights = torch.empty(len(h), parts, dtype=torch.float32, device=h.device)
             _product(
                 grad, down, dh, plan, gather=True, epilogue=_ACTIVATE_BACKWARD,

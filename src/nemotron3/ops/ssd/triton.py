@@ -315,7 +315,7 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _plan(segments: Segments, chunk_size: int, device: torch.device) -> _Plan:
-    L = max(16, triton.next_power_of_2(min(chunk_size, segments.max_length)))
+    L = max(16, int(triton.next_power_of_2(min(chunk_size, segments.max_length))))
     chunks: list[tuple[int, int]] = []
     bounds: list[tuple[int, int, int]] = []
     for start, length in zip(segments.starts, segments.lengths, strict=False):
@@ -331,7 +331,7 @@ def _plan(segments: Segments, chunk_size: int, device: torch.device) -> _Plan:
 
 
 def _tile(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _rows(t: Tensor) -> Tensor:
