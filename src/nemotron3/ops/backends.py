@@ -1,9 +1,9 @@
 """Which implementation of an operation runs, decided once and said aloud.
 
 Every operation offers `reference` (the executable specification) and `torch` (vectorised, any
-device); some offer `triton` (kernels for CUDA devices). A caller passes `backend="auto"` and gets
-the best one for the device that its tensors are on; asking by name for one that is not there is an
-error, never a silent substitute.
+device); some offer `native` (C++ for float32 on the CPU, see ops/native) and `triton` (kernels for
+CUDA devices). A caller passes `backend="auto"` and gets the best one for the device and dtype of
+its tensors; asking by name for one that is not there is an error, never a silent substitute.
 
 Triton is imported when a kernel is first wanted, since most machines do without. With
 TRITON_INTERPRET=1 its kernels run on CPU tensors when asked for by name: slowly, for tests.
@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
+from torch import Tensor
 
 from nemotron3.errors import BackendUnavailableError
+from nemotron3.ops import native
 
-Backend = Literal["auto", "reference", "torch", "triton"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
 
 _log = logging.getLogger(__name__)
 _chosen: dict[str, str] = {}
@@ -43,17 +44,19 @@ Implementations = Mapping[str, Callable[..., Any] | Kernel]
 
 
 def resolve(
-    operation: str, backend: str, implementations: Implementations, device: torch.device
+    operation: str, backend: str, implementations: Implementations, like: Tensor
 ) -> Callable[..., Any]:
-    """The implementation of `operation` to run on `device`."""
-    name = _fastest(implementations, device) if backend == "auto" else backend
+    """The implementation of `operation` to run on tensors like `like`."""
+    name = _fastest(implementations, like) if backend == "auto" else backend
     if name not in implementations:
         raise BackendUnavailableError(
             f"operation {operation!r} has no backend {backend!r}; choose from "
             f"auto, {', '.join(implementations)}"
         )
     if name == "triton":
-        _require_triton(operation, device)
+        _require_triton(operation, like)
+    elif name == "native" and backend != "auto":
+        _require_native(operation, like)
     if _chosen.get(operation) != name:
         _chosen[operation] = name
         _log.info("%s runs on the %s backend", operation, name)
@@ -66,8 +69,10 @@ def chosen_backends() -> dict[str, str]:
     return dict(_chosen)
 
 
-def _fastest(implementations: Implementations, device: torch.device) -> str:
-    if "triton" in implementations and device.type == "cuda" and _has_triton():
+def _fastest(implementations: Implementations, like: Tensor) -> str:
+    if "native" in implementations and native.serves(like) and native.available():
+        return "native"
+    if "triton" in implementations and like.device.type == "cuda" and _has_triton():
         return "triton"
     return "torch"
 
@@ -76,14 +81,28 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _require_triton(operation: str, device: torch.device) -> None:
+def _require_triton(operation: str, like: Tensor) -> None:
     if not _has_triton():
         raise BackendUnavailableError(
             f"the triton backend of {operation!r} needs the package triton: "
             "pip install 'nemotron3[gpu]'"
         )
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if like.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendUnavailableError(
-            f"the triton backend of {operation!r} needs tensors on a CUDA device, not {device}; "
-            "use backend='auto', or set TRITON_INTERPRET=1 to run its kernels slowly on a CPU"
+            f"the triton backend of {operation!r} needs tensors on a CUDA device, not "
+            f"{like.device}; use backend='auto', or set TRITON_INTERPRET=1 to run its kernels "
+            "slowly on a CPU"
+        )
+
+
+def _require_native(operation: str, like: Tensor) -> None:
+    if not native.serves(like):
+        raise BackendUnavailableError(
+            f"the native backend of {operation!r} computes in float32 on the CPU, and was given "
+            f"{like.dtype} on {like.device}; use backend='auto'"
+        )
+    if not native.available():
+        raise BackendUnavailableError(
+            f"the native backend of {operation!r} needs Linux and a C++ compiler (CXX, c++, g++ or "
+            "clang++), and NEMOTRON3_NATIVE not set to 0; use backend='auto'"
         )

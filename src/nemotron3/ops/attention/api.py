@@ -25,4 +25,4 @@ def attention(
     `queries` and `keys` cut their streams into the same number of sequences. Where a sequence has
     more keys than queries, the extra keys come first: they are what a cache remembers.
     """
-    return resolve("attention", backend, _ATTENTIONS, q.device)(q, k, v, queries=queries, keys=keys)
+    return resolve("attention", backend, _ATTENTIONS, q)(q, k, v, queries=queries, keys=keys)

@@ -31,6 +31,6 @@ def causal_conv(
     """
     if tails is None:
         tails = x.new_zeros(len(segments), weight.shape[1] - 1, x.shape[1])
-    return resolve("conv", backend, _CONVOLUTIONS, x.device)(
+    return resolve("conv", backend, _CONVOLUTIONS, x)(
         x, weight, bias, segments=segments, tails=tails.to(x.dtype)
     )

@@ -42,7 +42,7 @@ def linear_cross_entropy(
     (float32: 16 MB by default) exist at a time. `token_weights` carries no gradient.
     """
     return TokenLosses(
-        *resolve("cross_entropy", backend, _LOSSES, hidden.device)(
+        *resolve("cross_entropy", backend, _LOSSES, hidden)(
             hidden, weight, targets, token_weights, max_logits
         )
     )

@@ -33,6 +33,6 @@ def routed_experts(
     twice `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token at
     all.
     """
-    return resolve("experts", backend, _EXPERTS, x.device)(
+    return resolve("experts", backend, _EXPERTS, x)(
         x, indices, weights.to(x.dtype), up, down, activation
     )

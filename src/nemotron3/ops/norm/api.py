@@ -27,7 +27,7 @@ def rms_norm(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d"]:
     """Root-mean-square norm over the last axis, in float32 inside, in the dtype of `x` outside."""
-    return resolve("rms_norm", backend, _NORMS, x.device)(x, weight, eps)
+    return resolve("rms_norm", backend, _NORMS, x)(x, weight, eps)
 
 
 def gated_group_norm(
@@ -40,6 +40,4 @@ def gated_group_norm(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d"]:
     """RMS norm of `x * SiLU(gate)` within each of `groups` equal parts of the last axis."""
-    return resolve("gated_group_norm", backend, _GATED_NORMS, x.device)(
-        x, gate, weight, groups, eps
-    )
+    return resolve("gated_group_norm", backend, _GATED_NORMS, x)(x, gate, weight, groups, eps)

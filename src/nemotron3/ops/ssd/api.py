@@ -62,9 +62,9 @@ def ssd(
     initial_states = initial_states.to(dt.dtype)
     uniform = segments.uniform_length
     if backend == "auto" and continues and uniform is not None and uniform <= _FEW_TOKENS:
-        steps = resolve("ssd_steps", backend, _STEPS, x.device)
+        steps = resolve("ssd_steps", backend, _STEPS, x)
         return steps(x, dt, A, B, C, D, segments=segments, initial_states=initial_states)
-    scan = resolve("ssd", backend, _SCANS, x.device)
+    scan = resolve("ssd", backend, _SCANS, x)
     return scan(
         x, dt, A, B, C, D,
         segments=segments, initial_states=initial_states, chunk_size=chunk_size,

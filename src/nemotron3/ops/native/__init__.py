@@ -1,0 +1,12 @@
+"""Operations in C++, compiled on the machine that runs them.
+
+PyTorch does each elementary operation in a pass of its own over memory, at several microseconds of
+overhead. On a CPU that is what training and decoding of small models are held by, so the operations
+the model spends its time in have a third implementation beside `reference` and `torch`: a file
+`native.cpp` in the operation's folder, without headers of PyTorch, called through ctypes.
+"""
+
+from nemotron3.ops.native.build import available
+from nemotron3.ops.native.calls import NativeFunction, contiguous_rows, serves
+
+__all__ = ["NativeFunction", "available", "contiguous_rows", "serves"]

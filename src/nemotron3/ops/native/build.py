@@ -1,0 +1,125 @@
+"""Compiling the C++ sources of operations, once per machine.
+
+The compiler is that of the system (`CXX`, else c++, g++ or clang++), the target its own processor.
+Libraries are kept under ~/.cache/nemotron3 (XDG_CACHE_HOME), named by a digest of the sources, the
+command, the compiler and the processor, so that none is ever used that was made from or for
+something else. Without a compiler, or with NEMOTRON3_NATIVE=0, `auto` takes PyTorch's operations.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nemotron3.errors import BackendUnavailableError
+
+HEADERS = Path(__file__).parent
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wno-psabi",
+)
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether C++ can be compiled here; false with NEMOTRON3_NATIVE=0."""
+    if os.environ.get("NEMOTRON3_NATIVE") == "0" or sys.platform != "linux":
+        return False
+    return _compiler() is not None
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL:
+    """The library of a C++ source, compiled where that has not been done yet."""
+    compiler = _compiler()
+    if compiler is None:
+        raise BackendUnavailableError(
+            f"{source} needs a C++ compiler, and neither CXX nor c++, g++ or clang++ names one; "
+            "install g++, or use backend='torch'"
+        )
+    path = _cache() / f"{source.parent.name}-{_digest(source, compiler)}.so"
+    if not path.exists():
+        _log.info("compiling %s for this processor, once", source)
+        _compile(compiler, source, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    """Compile into a temporary file first: processes that start together do not disturb another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, f"-I{HEADERS}", "-o", str(made), str(source)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise BackendUnavailableError(
+                f"{source} does not compile; set NEMOTRON3_NATIVE=0 to do without. "
+                f"{' '.join(command)}:\n{run.stderr[-2000:]}"
+            )
+        made.replace(path)
+
+
+@functools.cache
+def _compiler() -> str | None:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def _cache() -> Path:
+    """A folder that can be written: the user's cache, else one that lives as long as the system."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron3"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        home = Path(tempfile.gettempdir()) / f"nemotron3-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        if home.stat().st_uid != os.getuid():
+            raise BackendUnavailableError(
+                f"{home} belongs to someone else; set XDG_CACHE_HOME to a folder of yours"
+            ) from None
+    return home
+
+
+def _digest(source: Path, compiler: str) -> str:
+    digest = hashlib.sha256()
+    for path in [source, *sorted(HEADERS.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    digest.update(" ".join([compiler, *FLAGS]).encode())
+    digest.update(_version(compiler).encode())
+    digest.update(_processor().encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=False
+    ).stdout
+
+
+@functools.cache
+def _processor() -> str:
+    """What `-march=native` looks at: the model and the abilities of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join([platform.machine(), *told[:2]])

@@ -1,0 +1,108 @@
+// Small matrix products on one thread: C = A B, for operands that stay in the cache.
+//
+// B is read in vectors along its rows and A an element at a time, so A may have any strides: a
+// transposed A costs nothing, a transposed B has to be turned first (simd.h). Every element of C is
+// summed over t in the same order whatever the shapes around it, so a row's result does not depend
+// on how many rows there are.
+#pragma once
+#include "simd.h"
+
+namespace detail {
+constexpr int ROWS = LANES == 8 ? 3 : 6;  // with VECTORS, what the registers hold
+constexpr int VECTORS = 4;
+
+// R rows and V vectors of C; `tail` is the number of elements in the last vector.
+template <int R, int V, bool ADD>
+INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                 int64_t ldb, float* c, int64_t ldc, int64_t tail) {
+  vec sums[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      const float* at = c + r * ldc + v * LANES;
+      if (!ADD) sums[r][v] = vec{};
+      else sums[r][v] = v + 1 < V || tail == LANES ? load(at) : load_part(at, tail);
+    }
+  if (tail == LANES) {
+    for (int64_t t = 0; t < depth; t++) {
+      vec row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) row[v] = load(b + t * ldb + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const vec x = splat(a[r * a_row + t * a_depth]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sums[r][v] += x * row[v];
+      }
+    }
+  } else {
+    for (int64_t t = 0; t < depth; t++) {
+      vec row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++)
+        row[v] = v + 1 < V ? load(b + t * ldb + v * LANES) : load_part(b + t * ldb + v * LANES, tail);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const vec x = splat(a[r * a_row + t * a_depth]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sums[r][v] += x * row[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      float* at = c + r * ldc + v * LANES;
+      if (v + 1 < V || tail == LANES) store(at, sums[r][v]);
+      else store_part(at, sums[r][v], tail);
+    }
+}
+
+template <int V, bool ADD>
+static void strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+                  const float* b, int64_t ldb, float* c, int64_t ldc, int64_t tail) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS)
+    tile<ROWS, V, ADD>(depth, a + r * a_row, a_row, a_depth, b, ldb, c + r * ldc, ldc, tail);
+  a += r * a_row;
+  c += r * ldc;
+  switch (rows - r) {
+    case 5: tile<5, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
+    case 4: tile<4, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
+    case 3: tile<3, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
+    case 2: tile<2, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
+    case 1: tile<1, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
+  }
+}
+
+template <bool ADD>
+static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                  int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  for (int64_t n = 0; n < columns; n += VECTORS * LANES) {
+    const int64_t left = columns - n < VECTORS * LANES ? columns - n : VECTORS * LANES;
+    const int64_t vectors = (left + LANES - 1) / LANES, tail = left - (vectors - 1) * LANES;
+    const float* bn = b + n;
+    float* cn = c + n;
+    switch (vectors) {
+      case 4: strip<4, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
+      case 3: strip<3, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
+      case 2: strip<2, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
+      case 1: strip<1, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
+    }
+  }
+}
+}  // namespace detail
+
+// C[m][n] = sum over t of A[m * a_row + t * a_depth] * B[t * ldb + n], added to C where `add`.
+static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                        int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
+                        bool add = false) {
+  constexpr int64_t DEPTH = 128;  // of B, so many rows of a strip stay in the first cache
+  for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
+    const int64_t n = depth - t < DEPTH ? depth - t : DEPTH;
+    if (add || t) detail::block<true>(rows, columns, n, a + t * a_depth, a_row, a_depth, b + t * ldb, ldb, c, ldc);
+    else detail::block<false>(rows, columns, n, a, a_row, a_depth, b, ldb, c, ldc);
+  }
+}
