@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nemotron3.models.config import MoEConfig
 from nemotron3.models.layout import SequenceLayout
@@ -25,6 +24,7 @@ from nemotron3.models.linear import Linear
 from nemotron3.models.mlp import MLP
 from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.experts.activations import up_factor
+from nemotron3.ops.linear import linear
 
 
 class Routing(NamedTuple):
@@ -52,7 +52,7 @@ class Router(nn.Module):
         """Score all experts, choose the best, weigh them."""
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        logits = linear(x.to(wide), self.weight.to(wide))
         scores = logits.sigmoid() if c.scoring == "sigmoid" else logits.softmax(-1)
         selection = scores.detach() + self.e_score_correction_bias
         indices = selection.topk(c.num_experts_per_tok, dim=-1).indices

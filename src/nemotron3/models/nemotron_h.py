@@ -30,6 +30,7 @@ from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.state import HybridCache
+from nemotron3.ops.linear import linear
 
 
 class BackboneOutput(NamedTuple):
@@ -168,7 +169,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
-        logits = nn.functional.linear(hidden, self.output_weight.to(hidden.dtype))
+        logits = linear(hidden, self.output_weight.to(hidden.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(

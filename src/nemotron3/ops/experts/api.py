@@ -13,6 +13,7 @@ __all__ = ["Activation", "activate", "routed_experts"]
 _EXPERTS = {
     "reference": routed_experts_reference,
     "torch": routed_experts_grouped,
+    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
 }
 

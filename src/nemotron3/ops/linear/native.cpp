@@ -1,0 +1,68 @@
+// Dense products with a weight matrix [out, in]: y = x W^T, and its two gradients.
+//
+// Many rows go through gemm.h in blocks, each of which belongs to one thread. The forward pass turns
+// a strip of W at a time, so that its vectors run along the outputs; the gradients need no turning.
+// A few rows (decoding) go through rows.h, which reads W once, as it lies.
+#include "gemm.h"
+#include "rows.h"
+
+namespace {
+constexpr int64_t STRIP = detail::VECTORS * LANES;
+constexpr int64_t BLOCK = 240;             // rows of a task: a multiple of every tile's
+constexpr int64_t WORTH_THREADS = 1 << 15;  // multiply-adds below which a second thread costs more
+
+}  // namespace
+
+extern "C" {
+
+// y [rows, outputs] = x [rows, inputs] W^T.
+void linear_forward(const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
+                    int64_t inputs, int64_t ldx, int64_t threads) {
+  if (rows <= FEW_ROWS) {
+    const int64_t block = 64, blocks = (outputs + block - 1) / block;
+#pragma omp parallel for num_threads(threads) if (outputs * inputs > WORTH_THREADS)
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t last = (b + 1) * block < outputs ? (b + 1) * block : outputs;
+      few_rows(rows, x, ldx, w, b * block, last, inputs, y, outputs);
+    }
+    return;
+  }
+  const int64_t strips = (outputs + STRIP - 1) / STRIP, blocks = (rows + BLOCK - 1) / BLOCK;
+#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
+  {
+    float* turned = new float[STRIP * inputs];
+    int64_t held = -1;
+#pragma omp for
+    for (int64_t task = 0; task < strips * blocks; task++) {
+      const int64_t strip = task / blocks, row = task % blocks * BLOCK, n = strip * STRIP;
+      const int64_t width = outputs - n < STRIP ? outputs - n : STRIP;
+      if (strip != held) transpose(w + n * inputs, inputs, width, inputs, turned, STRIP);
+      held = strip;
+      gemm(rows - row < BLOCK ? rows - row : BLOCK, width, inputs, x + row * ldx, ldx, 1, turned,
+           STRIP, y + row * outputs + n, outputs);
+    }
+    delete[] turned;
+  }
+}
+
+// dx [rows, inputs] = dy [rows, outputs] W.
+void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,
+                           int64_t outputs, int64_t inputs, int64_t lddy, int64_t threads) {
+  const int64_t block = rows >= BLOCK * threads ? BLOCK : (rows + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
+  for (int64_t row = 0; row < rows; row += block)
+    gemm(rows - row < block ? rows - row : block, inputs, outputs, dy + row * lddy, lddy, 1, w,
+         inputs, dx + row * inputs, inputs);
+}
+
+// dW [outputs, inputs] = dy^T x, added to dW where `add`.
+void linear_backward_weight(const float* dy, const float* x, float* dw, int64_t rows,
+                            int64_t outputs, int64_t inputs, int64_t lddy, int64_t ldx, int64_t add,
+                            int64_t threads) {
+  const int64_t block = outputs >= BLOCK * threads ? BLOCK : (outputs + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
+  for (int64_t n = 0; n < outputs; n += block)
+    gemm(outputs - n < block ? outputs - n : block, inputs, rows, dy + n, 1, lddy, x, ldx,
+         dw + n * inputs, inputs, add);
+}
+}

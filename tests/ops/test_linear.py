@@ -1,0 +1,62 @@
+"""Dense products against the sum that defines them."""
+
+import pytest
+import torch
+
+from nemotron3.ops.linear import linear
+from tests.ops.contract import outputs_and_gradients, randn
+from tests.ops.native import assert_native_equals_reference, needs_compiler
+from tests.tolerances import FLOAT64
+
+
+def product(backend):
+    return lambda x, w: [linear(x, w, backend=backend)]
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_equals_reference(shape, assert_close):
+    inputs = [randn(*shape), randn(5, 7)]
+    expected = outputs_and_gradients(product("reference"), inputs)
+    for a, e in zip(outputs_and_gradients(product("torch"), inputs), expected, strict=True):
+        assert_close(a, e, FLOAT64)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 241])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (5, 7), (16, 16), (67, 129), (130, 300)])
+def test_native_equals_reference(rows, outputs, inputs, assert_close):
+    operands = [randn(rows, inputs), randn(outputs, inputs)]
+    assert_native_equals_reference(product, operands, assert_close)
+
+
+@needs_compiler
+def test_native_takes_columns_of_a_wider_tensor():
+    wide, weight = torch.randn(20, 50), torch.randn(12, 30)
+    view = wide[:, 7:37]
+    assert torch.equal(linear(view, weight), linear(view.clone(), weight))
+    turned = torch.randn(30, 20).T
+    assert torch.equal(linear(turned, weight), linear(turned.contiguous(), weight))
+    batched = torch.randn(2, 20, 50)[:, :, 7:37]
+    assert torch.equal(linear(batched, weight), linear(batched.contiguous(), weight))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [2, 8, 12, 500])
+def test_company_changes_no_bit(rows):
+    """A row's result is that which it has among others, few or many."""
+    x, weight = torch.randn(rows, 96), torch.randn(80, 96)
+    others = torch.cat([x[:1], torch.randn(rows - 1, 96)])
+    assert torch.equal(linear(x, weight)[0], linear(others, weight)[0])
+    if rows <= 8:
+        assert torch.equal(linear(x, weight)[:1], linear(x[:1], weight))
+
+
+@needs_compiler
+def test_nan_and_infinity_arrive():
+    x, weight = torch.ones(10, 40), torch.ones(20, 40)
+    x[3, 5], x[4, 5] = torch.nan, torch.inf
+    y = linear(x, weight)
+    assert y[3].isnan().all()
+    assert y[4].isinf().all()
+    assert (y[:3] == 40).all()
