@@ -5,6 +5,7 @@ import torch
 
 from nemotron3.ops.cross_entropy import linear_cross_entropy
 from tests.ops.contract import outputs_and_gradients, randn
+from tests.ops.native import assert_native_equals_reference, needs_compiler
 from tests.tolerances import FLOAT64
 
 
@@ -79,3 +80,34 @@ def test_evaluation_makes_no_gradients(off, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exp_", None)
     with off():
         assert torch.isfinite(loss(targets, weights, "torch")(h, w).total)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("max_logits", [1, 300, 1 << 22])
+@pytest.mark.parametrize(("tokens", "d", "vocab"), [(3, 4, 1), (11, 4, 9), (40, 33, 150)])
+def test_native_equals_reference(max_logits, tokens, d, vocab, assert_close):
+    targets, weights, inputs = operands(tokens, d, vocab)
+    assert_native_equals_reference(
+        lambda backend: loss(targets, weights, backend, max_logits), inputs, assert_close
+    )
+
+
+@needs_compiler
+def test_native_scales_what_comes_from_above():
+    targets, weights, inputs = operands(40, 33, 150)
+    h, w = (t.float().requires_grad_() for t in inputs)
+    total = loss(targets, weights.float(), "native")(h, w).total
+    once = torch.autograd.grad(total, (h, w), retain_graph=True)
+    thrice = torch.autograd.grad(total * 3, (h, w))
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+@needs_compiler
+def test_native_says_when_there_is_no_number():
+    targets, weights, inputs = operands(40, 33, 150)
+    h, w = (t.float() for t in inputs)
+    h[7] = torch.nan
+    losses = loss(targets, weights.float(), "native")(h, w).per_token
+    assert losses.isnan().nonzero().tolist() == [[7]]

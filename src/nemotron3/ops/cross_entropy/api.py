@@ -12,6 +12,7 @@ from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
 _LOSSES = {
     "reference": linear_cross_entropy_reference,
     "torch": linear_cross_entropy_chunked,
+    "native": Kernel("nemotron3.ops.cross_entropy.native", "linear_cross_entropy_native"),
     "triton": Kernel("nemotron3.ops.cross_entropy.triton", "linear_cross_entropy_triton"),
 }
 

@@ -34,22 +34,22 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy [rows, d_out] W, for a contiguous W [d_out, d_in]."""
+def input_gradient(dy: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """dy [rows, d_out] W, for a contiguous W [d_out, d_in]; written `into` where it is given."""
     dy = contiguous_rows(dy)
     outputs, inputs = weight.shape
-    dx = dy.new_empty(dy.shape[0], inputs)
+    dx = dy.new_empty(dy.shape[0], inputs) if into is None else into
     _backward_input(dy, weight, dx, dy.shape[0], outputs, inputs, dy.stride(0))
     return dx
 
 
-def weight_gradient(dy: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-    """dy^T x [d_out, d_in], added to `into` where it is given."""
+def weight_gradient(dy: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """dy^T x [d_out, d_in], added to `add_to` where it is given."""
     dy, x = contiguous_rows(dy), contiguous_rows(x)
     rows, outputs, inputs = dy.shape[0], dy.shape[1], x.shape[1]
-    dw = dy.new_empty(outputs, inputs) if into is None else into
+    dw = dy.new_empty(outputs, inputs) if add_to is None else add_to
     strides = (dy.stride(0), x.stride(0))
-    _backward_weight(dy, x, dw, rows, outputs, inputs, *strides, int(into is not None))
+    _backward_weight(dy, x, dw, rows, outputs, inputs, *strides, int(add_to is not None))
     return dw
 
 

@@ -1,0 +1,74 @@
+// The softmax of cross-entropy: rows of logits to losses and, in place, to their gradients.
+#include "simd.h"
+
+namespace {
+struct Largest {
+  float value;
+  int64_t index;
+};
+
+Largest largest(const float* row, int64_t n) {
+  // Four runs at a time, since each waits for its own last comparison.
+  constexpr int64_t RUNS = 4;
+  vec most[RUNS];
+  for (int64_t i = 0; i < RUNS; i++) most[i] = splat(-__builtin_inff());
+  int64_t j = 0;
+  for (; j + RUNS * LANES <= n; j += RUNS * LANES)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < RUNS; i++) most[i] = max(load(row + j + i * LANES), most[i]);
+  float lanes[RUNS * LANES];
+  memcpy(lanes, most, sizeof lanes);
+  float value = -__builtin_inff();
+  for (float lane : lanes) value = lane > value ? lane : value;
+  for (; j < n; j++) value = row[j] > value ? row[j] : value;
+  int64_t index = 0;
+  while (index < n - 1 && row[index] != value) index++;
+  return {value, index};
+}
+
+// Each element becomes e^(element - shift); returns their sum.
+float exponentials(float* row, int64_t n, float shift) {
+  constexpr int64_t RUNS = 4;
+  vec total[RUNS]{};
+  int64_t j = 0;
+  for (; j + RUNS * LANES <= n; j += RUNS * LANES)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < RUNS; i++) {
+      const vec e = exp(load(row + j + i * LANES) - shift);
+      total[i] += e;
+      store(row + j + i * LANES, e);
+    }
+  for (; j < n; j += LANES) {
+    const int64_t left = n - j < LANES ? n - j : LANES;
+    vec e = exp(load_part(row + j, left) - shift);
+    store_part(row + j, e, left);
+    e = load_part(row + j, left);  // zero beyond the row
+    total[0] += e;
+  }
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+}  // namespace
+
+extern "C" {
+
+// losses [rows] and correct [rows] (bytes) of logits [rows, n] against targets. The logits are
+// overwritten: with weight * (softmax - one_hot(target)) where `weights` is given.
+void cross_entropy_rows(float* logits, const int64_t* targets, const float* weights, float* losses,
+                        uint8_t* correct, int64_t rows, int64_t n, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    float* row = logits + r * n;
+    const float at_target = row[targets[r]];
+    const Largest best = largest(row, n);
+    const float total = exponentials(row, n, best.value);
+    losses[r] = __builtin_logf(total) + (best.value - at_target);
+    correct[r] = best.index == targets[r];
+    if (!weights) continue;
+    const float scale = weights[r] / total;
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) store(row + j, load(row + j) * scale);
+    for (; j < n; j++) row[j] *= scale;
+    row[targets[r]] -= weights[r];
+  }
+}
+}
