@@ -41,15 +41,25 @@ class MambaState:
         )
 
     def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Tails and states of the layout's sequences."""
+        """Tails and states of the layout's sequences; to be read only."""
+        if self._is_whole(layout):
+            return self.tails, self.states
         rows = list(layout.slots)
         return self.tails[rows], self.states[rows]
 
     def write(self, layout: SequenceLayout, tails: Tensor, states: Tensor) -> None:
         """Keep the tails and states after the call."""
+        if self._is_whole(layout):
+            self.tails.copy_(tails.detach())
+            self.states.copy_(states.detach())
+            return
         rows = list(layout.slots)
         self.tails[rows] = tails.detach().to(self.tails.dtype)
         self.states[rows] = states.detach()
+
+    def _is_whole(self, layout: SequenceLayout) -> bool:
+        """Whether a layout has every slot in its place, so that nothing needs to be picked."""
+        return layout.slots == tuple(range(len(self.tails)))
 
 
 class AttentionState:

@@ -9,6 +9,7 @@ Triton is imported when a kernel is first wanted, since most machines do without
 TRITON_INTERPRET=1 its kernels run on CPU tensors when asked for by name: slowly, for tests.
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -35,6 +36,7 @@ class Kernel:
     module: str
     function: str
 
+    @functools.cache  # noqa: B019 - there are a dozen, and they live as long as the process
     def load(self) -> Callable[..., Any]:
         """Import it."""
         return getattr(importlib.import_module(self.module), self.function)
@@ -53,9 +55,9 @@ def resolve(
             f"operation {operation!r} has no backend {backend!r}; choose from "
             f"auto, {', '.join(implementations)}"
         )
-    if name == "triton":
+    if backend == "triton":
         _require_triton(operation, like)
-    elif name == "native" and backend != "auto":
+    elif backend == "native":
         _require_native(operation, like)
     if _chosen.get(operation) != name:
         _chosen[operation] = name
@@ -77,6 +79,7 @@ def _fastest(implementations: Implementations, like: Tensor) -> str:
     return "torch"
 
 
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
