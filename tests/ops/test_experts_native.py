@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemotron3.ops.experts import routed_experts
+from nemotron3.ops.experts import activate, routed_experts
+from tests.ops.contract import randn
 from tests.ops.native import assert_native_equals_reference, needs_compiler
 from tests.ops.test_experts import mixture, operands
 
@@ -63,3 +64,14 @@ def test_a_broken_token_breaks_no_other():
     assert broken[3].isnan().all()
     others = torch.arange(20) != 3
     assert torch.equal(whole[others], broken[others])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shape", [(2,), (1, 18), (7, 64), (2, 300, 130)])
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_activations_equal_reference(shape, activation, assert_close):
+    assert_native_equals_reference(
+        lambda backend: lambda h: [activate(h, activation, backend=backend)],
+        [randn(*shape)],
+        assert_close,
+    )

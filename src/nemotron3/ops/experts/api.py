@@ -4,7 +4,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
-from nemotron3.ops.experts.activations import Activation, activate
+from nemotron3.ops.experts import activations
+from nemotron3.ops.experts.activations import Activation
 from nemotron3.ops.experts.grouped import routed_experts_grouped
 from nemotron3.ops.experts.reference import routed_experts_reference
 
@@ -16,6 +17,18 @@ _EXPERTS = {
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
 }
+_ACTIVATIONS = {
+    "reference": activations.activate,
+    "torch": activations.activate,
+    "native": Kernel("nemotron3.ops.experts.native", "activate_native"),
+}
+
+
+def activate(
+    h: Float[Tensor, "*batch up_width"], activation: Activation, *, backend: Backend = "auto"
+) -> Float[Tensor, "*batch width"]:
+    """The hidden units of an expert or a dense layer from its first product."""
+    return resolve("activation", backend, _ACTIVATIONS, h)(h, activation)
 
 
 def routed_experts(

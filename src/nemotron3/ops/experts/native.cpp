@@ -10,6 +10,7 @@
 
 namespace {
 constexpr int64_t BLOCK = 126;  // rows at a time: a multiple of every tile's
+constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
 
 enum Activation { RELU2, SWIGLU };
 
@@ -233,6 +234,32 @@ void experts_backward(const float* x, const float* weights, const float* up, con
       for (int64_t t = 0; t < tokens; t++) combine(dxs, places, choices, width, t, dx);
     }
     delete[] scratch;
+  }
+}
+
+// a [rows, hidden] = act(h), row by row.
+void activate_forward(const float* h, float* a, int64_t rows, int64_t hidden, int64_t activation,
+                      int64_t threads) {
+  const int64_t wide = activation == SWIGLU ? 2 * hidden : hidden;
+#pragma omp parallel for num_threads(threads) if (rows * hidden > WORTH_THREADS)
+  for (int64_t r = 0; r < rows; r++)
+    activate(h + r * wide, hidden, activation, 1.0f, a + r * hidden);
+}
+
+// dh of act(h), given the gradient of its result.
+void activate_backward_rows(const float* h, const float* grad, float* dh, int64_t rows,
+                            int64_t hidden, int64_t activation, int64_t threads) {
+  const int64_t wide = activation == SWIGLU ? 2 * hidden : hidden;
+#pragma omp parallel num_threads(threads) if (rows * hidden > WORTH_THREADS)
+  {
+    float* unused = new float[hidden];
+#pragma omp for
+    for (int64_t r = 0; r < rows; r++) {
+      float* to = dh + r * wide;
+      memcpy(to, h + r * wide, 4 * wide);
+      activate_backward(to, grad + r * hidden, hidden, activation, 1.0f, unused);
+    }
+    delete[] unused;
   }
 }
 }

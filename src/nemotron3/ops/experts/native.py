@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron3.ops.experts.activations import Activation
+from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.native import NativeFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = NativeFunction(_SOURCE, "experts_order", "pppp ii")
 _forward = NativeFunction(_SOURCE, "experts_forward", "ppppppppp iiiiiii")
 _backward = NativeFunction(_SOURCE, "experts_backward", "ppppppppppppp iiiiiiii")
+_activate = NativeFunction(_SOURCE, "activate_forward", "pp iii")
+_activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 
 _Order = tuple[Tensor, Tensor, Tensor]
@@ -85,3 +87,35 @@ class _RoutedExperts(torch.autograd.Function):
             *sizes, x.stride(0), grad.stride(0),
         )  # fmt: skip
         return dx, d_weights, d_up, d_down, None, None
+
+
+def activate_native(h: Tensor, activation: Activation) -> Tensor:
+    """Hidden units from the first product, in one pass over memory."""
+    h = h.contiguous()
+    if torch.is_grad_enabled() and h.requires_grad:
+        return _Activate.apply(h, activation)
+    return _hidden_units(h, activation)
+
+
+def _hidden_units(h: Tensor, activation: Activation) -> Tensor:
+    hidden = h.shape[-1] // up_factor(activation)
+    a = h.new_empty(*h.shape[:-1], hidden)
+    _activate(h, a, a.numel() // hidden, hidden, _ACTIVATIONS[activation])
+    return a
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.activation = activation
+        return _hidden_units(h, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (h,) = ctx.saved_tensors
+        grad, dh = grad.contiguous(), torch.empty_like(h)
+        hidden = grad.shape[-1]
+        rows = grad.numel() // hidden
+        _activate_backward(h, grad, dh, rows, hidden, _ACTIVATIONS[ctx.activation])
+        return dh, None
