@@ -40,10 +40,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         losses = hidden.new_empty(len(hidden))
         correct = torch.empty(len(hidden), dtype=torch.bool)
-        chunk = max(1, max_logits // weight.shape[0])
+        chunk = min(max(1, max_logits // weight.shape[0]), len(hidden))
+        room = hidden.new_empty(chunk, weight.shape[0])
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = product(hidden[rows], weight)
+            logits = product(hidden[rows], weight, into=room[: len(hidden) - start])
             wanted = token_weights[rows] if needs_hidden or needs_weight else None
             _rows(logits, targets[rows], wanted, losses[rows], correct[rows], *logits.shape)
             if d_hidden is not None:

@@ -25,11 +25,11 @@ def linear_native(x: Tensor, weight: Tensor) -> Tensor:
     return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, d_in] W^T, for a contiguous W [d_out, d_in]."""
+def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """x [rows, d_in] W^T, for a contiguous W [d_out, d_in]; written `into` where it is given."""
     x = contiguous_rows(x)
     outputs, inputs = weight.shape
-    y = x.new_empty(x.shape[0], outputs)
+    y = x.new_empty(x.shape[0], outputs) if into is None else into
     _forward(x, weight, y, x.shape[0], outputs, inputs, x.stride(0))
     return y
 
