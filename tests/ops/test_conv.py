@@ -51,3 +51,13 @@ def test_without_bias(assert_close):
 def test_gradcheck():
     inputs = [t.requires_grad_() for t in operands((3, 5), channels=2)]
     assert torch.autograd.gradcheck(convolution((3, 5), "torch"), inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_half_precision_is_rounded_once(backend):
+    """Taps are summed in float32 whatever the operands are; outputs keep the dtype of x."""
+    inputs = [t.bfloat16() for t in operands((5, 2))]
+    exact = convolution((5, 2), backend)(*(t.float() for t in inputs))
+    for a, e in zip(convolution((5, 2), backend)(*inputs), exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, e.bfloat16())

@@ -32,12 +32,9 @@ class CausalConv1d(nn.Module):
         self, x: Tensor, layout: SequenceLayout, tails: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Convolution and SiLU; returns outputs [tokens, channel] and new tails."""
-        # Taps are summed in float32, as kernels do: a rounding per tap is a fifth of all that
-        # bfloat16 costs a stack of Mamba layers (docs/lab-notes/bf16.md).
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.squeeze(1).to(wide), self.bias.to(wide)
-        y, tails = causal_conv(x.to(wide), weight, bias, segments=layout.segments, tails=tails)
-        return y.to(x.dtype), tails
+        return causal_conv(
+            x, self.weight.squeeze(1), self.bias, segments=layout.segments, tails=tails
+        )
 
 
 class Mamba2Mixer(nn.Module):

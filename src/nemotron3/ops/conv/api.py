@@ -1,5 +1,8 @@
 """The door to the causal convolution."""
 
+from collections.abc import Callable
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -8,9 +11,30 @@ from nemotron3.ops.conv.reference import causal_conv_reference
 from nemotron3.ops.conv.shifted import causal_conv_shifted
 from nemotron3.ops.segments import Segments
 
+
+def _widened(conv: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`conv` in float32 at least; kernels widen operands as they read, and need no copies.
+
+    A rounding per tap is a fifth of all that bfloat16 costs a stack of Mamba layers
+    (docs/lab-notes/bf16.md).
+    """
+
+    def widened(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, tails: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bias = None if bias is None else bias.to(wide)
+        y, new_tails = conv(
+            x.to(wide), weight.to(wide), bias, segments=segments, tails=tails.to(wide)
+        )
+        return y.to(x.dtype), new_tails.to(x.dtype)
+
+    return widened
+
+
 _CONVOLUTIONS = {
-    "reference": causal_conv_reference,
-    "torch": causal_conv_shifted,
+    "reference": _widened(causal_conv_reference),
+    "torch": _widened(causal_conv_shifted),
     "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
 }
 
@@ -27,7 +51,8 @@ def causal_conv(
     """Depthwise causal convolution and SiLU over packed sequences.
 
     `tails` holds the last `tap - 1` inputs before each segment (zeros where omitted: new
-    sequences). Returns the outputs and the tails to hand to the next call.
+    sequences). Returns the outputs and the tails to hand to the next call, both in the dtype of
+    `x`; taps are summed in float32 at least, whatever the operands are.
     """
     if tails is None:
         tails = x.new_zeros(len(segments), weight.shape[1] - 1, x.shape[1])
