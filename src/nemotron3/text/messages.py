@@ -1,0 +1,261 @@
+"""What is said in a conversation, as types: four kinds of message, tool calls, tools.
+
+The wire is OpenAI's: dictionaries with `role` and `content`. `parse_messages` and `parse_tools`
+read them once, at the border, and from then on a conversation is well formed: contents are
+strings, arguments are objects, a tool's answer follows something. What cannot be read is refused
+with the place where it stands (`messages[3].tool_calls[0].function.arguments`), because a message
+that is quietly dropped changes what a model answers and nobody sees why.
+
+Taken as the same thing: `reasoning` and `reasoning_content`; a text and a list of text parts; the
+roles `developer` and `system`; arguments as an object and as JSON text. Images and sound are
+refused: the family's text models have no place for them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from nemotron3.errors import DataError
+
+Json = Any
+"""A JSON value: None, bool, int, float, str, a list or a mapping with string keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemMessage:
+    """What the model is told before and beside the conversation."""
+
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserMessage:
+    """What the user says."""
+
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """One call of a function, with its arguments as an object."""
+
+    name: str
+    arguments: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistantMessage:
+    """What the model says: its reasoning, its answer, the functions that it calls.
+
+    `is_trained` and `is_reasoning_cut` matter for training alone: a message may be context only,
+    and where the reasoning was cut off to teach a budget, its `</think>` is not a target (the
+    model would learn to stop early).
+    """
+
+    content: str = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    is_trained: bool = True
+    is_reasoning_cut: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolMessage:
+    """What a function answered."""
+
+    content: str
+    tool_call_id: str | None = None
+
+
+Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """A function that the model may call; `parameters` is a JSON schema of type object.
+
+    `extra` holds the fields of the description that have no name here (`strict`, `returns`, …):
+    the family's template lists them all.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Json] | None = None
+    extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+    def parameter_schema(self, name: str) -> Mapping[str, Json] | None:
+        """The JSON schema of one parameter, or None where the tool does not describe it."""
+        properties = (self.parameters or {}).get("properties")
+        if not isinstance(properties, Mapping):
+            return None
+        schema = cast(Mapping[str, Json], properties).get(name)
+        return cast(Mapping[str, Json], schema) if isinstance(schema, Mapping) else None
+
+
+def parse_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
+    """Read OpenAI-style dictionaries; messages that are typed already pass through.
+
+    Raises `DataError` with the place of what is wrong.
+    """
+    if not _is_list(messages):
+        raise DataError(f"messages is {_kind(messages)}, a list of messages was expected")
+    parsed = tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+    start = 1 if parsed and isinstance(parsed[0], SystemMessage) else 0
+    if len(parsed) > start and isinstance(parsed[start], ToolMessage):
+        raise DataError(
+            f"messages[{start}] is a tool's answer and nothing was asked before it; "
+            f"a message of the user or of the assistant must come first"
+        )
+    return parsed
+
+
+def parse_tools(tools: Sequence[Any] | None) -> tuple[Tool, ...]:
+    """Read OpenAI-style tools, with or without the `{"type": "function"}` around them."""
+    if tools is None:
+        return ()
+    if not _is_list(tools):
+        raise DataError(f"tools is {_kind(tools)}, a list of tools was expected")
+    return tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
+
+
+def _message(value: Any, where: str) -> Message:
+    if isinstance(value, SystemMessage | UserMessage | AssistantMessage | ToolMessage):
+        return value
+    message = _object(value, where)
+    role = message.get("role")
+    if role in ("system", "developer"):
+        return SystemMessage(content=_content(message, where))
+    if role == "user":
+        return UserMessage(content=_content(message, where))
+    if role == "tool":
+        return ToolMessage(
+            content=_content(message, where),
+            tool_call_id=_optional_text(message.get("tool_call_id"), f"{where}.tool_call_id"),
+        )
+    if role == "assistant":
+        return _assistant(message, where)
+    raise DataError(
+        f"{where}.role is {role!r}; the roles are system, developer, user, assistant, tool"
+    )
+
+
+def _assistant(message: Mapping[str, Any], where: str) -> AssistantMessage:
+    calls = message.get("tool_calls") or ()
+    if not _is_list(calls):
+        raise DataError(f"{where}.tool_calls is {_kind(calls)}, a list was expected")
+    reasoning = message.get("reasoning_content")
+    if reasoning is None:
+        reasoning = message.get("reasoning")
+    content = message.get("content")
+    return AssistantMessage(
+        content="" if content is None else _content(message, where),
+        reasoning=_optional_text(reasoning, f"{where}.reasoning_content"),
+        tool_calls=tuple(_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)),
+        is_trained=_flag(message, "is_trained", where, default=True),
+        is_reasoning_cut=_flag(message, "is_reasoning_cut", where, default=False),
+    )
+
+
+def _call(value: Any, where: str) -> ToolCall:
+    if isinstance(value, ToolCall):
+        return value
+    outer = _object(value, where)
+    inner = "function" in outer
+    call = _object(outer["function"], f"{where}.function") if inner else outer
+    at = f"{where}.function" if inner else where
+    arguments: Any = call.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{at}.arguments is not JSON ({error.msg} at character {error.pos}); "
+                f"give an object, or the JSON text of one"
+            ) from error
+    return ToolCall(
+        name=_name(call, at),
+        arguments=_object(arguments, f"{at}.arguments"),
+        id=_optional_text(outer.get("id"), f"{where}.id"),
+    )
+
+
+def _tool(value: Any, where: str) -> Tool:
+    if isinstance(value, Tool):
+        return value
+    outer = _object(value, where)
+    inner = "function" in outer
+    tool = _object(outer["function"], f"{where}.function") if inner else outer
+    at = f"{where}.function" if inner else where
+    kind = outer.get("type", "function")
+    if kind != "function":
+        raise DataError(f"{where}.type is {kind!r}; only functions can be offered")
+    parameters = tool.get("parameters")
+    named = ("type", "name", "description", "parameters")
+    return Tool(
+        name=_name(tool, at),
+        description=_optional_text(tool.get("description"), f"{at}.description"),
+        parameters=None if parameters is None else _object(parameters, f"{at}.parameters"),
+        extra={key: field for key, field in tool.items() if key not in named},
+    )
+
+
+def _content(message: Mapping[str, Any], where: str) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if not _is_list(content):
+        raise DataError(
+            f"{where}.content is {_kind(content)}, a text or a list of text parts was expected"
+        )
+    texts: list[str] = []
+    for i, part in enumerate(cast(Sequence[Any], content)):
+        at = f"{where}.content[{i}]"
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        fields = _object(part, at)
+        if fields.get("type") not in ("text", "input_text", "output_text"):
+            raise DataError(f"{at}.type is {fields.get('type')!r}; only text parts can be read")
+        text = fields.get("text")
+        if not isinstance(text, str):
+            raise DataError(f"{at}.text is {_kind(text)}, a text was expected")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _name(fields: Mapping[str, Any], where: str) -> str:
+    name = fields.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{where}.name is {name!r}, the name of a function was expected")
+    if any(character in name for character in "<>\n"):
+        raise DataError(f"{where}.name is {name!r}; a name holds no '<', '>' or line end")
+    return name
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is {_kind(value)}, an object was expected")
+    return cast(Mapping[str, Any], value)
+
+
+def _optional_text(value: Any, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise DataError(f"{where} is {_kind(value)}, a text was expected")
+
+
+def _flag(fields: Mapping[str, Any], key: str, where: str, *, default: bool) -> bool:
+    value = fields.get(key, default)
+    if not isinstance(value, bool):
+        raise DataError(f"{where}.{key} is {_kind(value)}, true or false was expected")
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"
