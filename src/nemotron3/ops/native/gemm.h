@@ -106,3 +106,38 @@ static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const floa
     else detail::block<false>(rows, columns, n, a, a_row, a_depth, b, ldb, c, ldc);
   }
 }
+
+// Products with a lower triangle, a tile of rows at a time. TILE_ROWS is the height of a tile: where
+// the triangle is read, the rows of a tile have to be zero beyond the diagonal up to the tile's end.
+constexpr int64_t TILE_ROWS = detail::ROWS;
+
+// C = A B for a lower triangle A [rows, rows].
+static inline void gemm_lower(int64_t rows, int64_t columns, const float* a, int64_t lda,
+                              const float* b, int64_t ldb, float* c, int64_t ldc,
+                              bool add = false) {
+  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+    const int64_t n = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+    gemm(n, columns, r + n, a + r * lda, lda, 1, b, ldb, c + r * ldc, ldc, add);
+  }
+}
+
+// C = A^T B for a lower triangle A [rows, rows].
+static inline void gemm_lower_turned(int64_t rows, int64_t columns, const float* a, int64_t lda,
+                                     const float* b, int64_t ldb, float* c, int64_t ldc,
+                                     bool add = false) {
+  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+    const int64_t n = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+    gemm(n, columns, rows - r, a + r * lda + r, 1, lda, b + r * ldb, ldb, c + r * ldc, ldc, add);
+  }
+}
+
+// The lower triangle of C [rows, rows] = A B, and of what is beyond it whatever whole vectors
+// bring: rows of B and C have to have room for them.
+static inline void gemm_to_lower(int64_t rows, int64_t depth, const float* a, int64_t lda,
+                                 const float* b, int64_t ldb, float* c, int64_t ldc) {
+  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+    const int64_t n = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+    const int64_t columns = (r + n + LANES - 1) / LANES * LANES;
+    gemm(n, columns, depth, a + r * lda, lda, 1, b, ldb, c + r * ldc, ldc);
+  }
+}

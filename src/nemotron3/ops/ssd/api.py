@@ -9,6 +9,7 @@ from torch import Tensor
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd.chunked import ssd_chunked
+from nemotron3.ops.ssd.native import ssd_native, ssd_steps_native
 from nemotron3.ops.ssd.reference import ssd_reference
 from nemotron3.ops.ssd.step import ssd_steps
 
@@ -19,6 +20,8 @@ def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     def widened(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any
     ) -> tuple[Tensor, Tensor]:
+        if x.dtype == dt.dtype == B.dtype == C.dtype:
+            return scan(x, dt, A, B, C, D, **rest)
         y, final = scan(x.to(dt.dtype), dt, A, B.to(dt.dtype), C.to(dt.dtype), D, **rest)
         return y.to(x.dtype), final
 
@@ -28,10 +31,12 @@ def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 _SCANS = {
     "reference": _widened(ssd_reference),
     "torch": _widened(ssd_chunked),
+    "native": _widened(ssd_native),
     "triton": Kernel("nemotron3.ops.ssd.triton", "ssd_triton"),
 }
 _STEPS = {
     "torch": _widened(ssd_steps),
+    "native": _widened(ssd_steps_native),
     "triton": Kernel("nemotron3.ops.ssd.decoding.triton", "ssd_steps_triton"),
 }
 _FEW_TOKENS = 8
@@ -62,9 +67,9 @@ def ssd(
     initial_states = initial_states.to(dt.dtype)
     uniform = segments.uniform_length
     if backend == "auto" and continues and uniform is not None and uniform <= _FEW_TOKENS:
-        steps = resolve("ssd_steps", backend, _STEPS, x)
+        steps = resolve("ssd_steps", backend, _STEPS, dt)
         return steps(x, dt, A, B, C, D, segments=segments, initial_states=initial_states)
-    scan = resolve("ssd", backend, _SCANS, x)
+    scan = resolve("ssd", backend, _SCANS, dt)
     return scan(
         x, dt, A, B, C, D,
         segments=segments, initial_states=initial_states, chunk_size=chunk_size,

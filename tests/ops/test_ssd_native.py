@@ -1,0 +1,88 @@
+"""The compiled scan against the recurrence, at lengths and widths that fit no tile."""
+
+import pytest
+import torch
+
+from nemotron3.ops.segments import Segments
+from nemotron3.ops.ssd import ssd
+from tests.ops.contract import randn
+from tests.ops.native import assert_native_equals_reference, needs_compiler
+from tests.ops.test_ssd import operands
+from tests.tolerances import FLOAT32
+
+pytestmark = needs_compiler
+
+LENGTHS = [(1,), (47,), (48,), (63,), (64,), (65,), (200,), (5, 1, 97, 49)]
+
+
+def scan(lengths, backend):
+    segments = Segments(lengths)
+    return lambda *t: ssd(
+        *t[:6], segments=segments, chunk_size=8, initial_states=t[6], backend=backend
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (3, 3), (8, 2), (3, 1)])
+@pytest.mark.parametrize(("head_dim", "d_state"), [(1, 3), (5, 16), (16, 65), (33, 16)])
+def test_equals_the_recurrence(lengths, heads, groups, head_dim, d_state, assert_close):
+    inputs = operands(lengths, heads, head_dim, groups, d_state)
+    assert_native_equals_reference(lambda b: scan(lengths, b), inputs, assert_close)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_wide_blocks_of_heads_equal_the_recurrence(assert_close):
+    """More columns than one block of heads holds."""
+    inputs = operands((70, 3), heads=7, head_dim=64, groups=1, d_state=4)
+    assert_native_equals_reference(lambda b: scan((70, 3), b), inputs, assert_close)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_steps_of_zero_change_nothing(assert_close):
+    inputs = operands((100,))
+    inputs[1][:60] = 0
+    assert_native_equals_reference(lambda b: scan((100,), b), inputs, assert_close)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 3), (8,)])
+@pytest.mark.parametrize(("head_dim", "d_state"), [(1, 3), (8, 16), (33, 65)])
+def test_few_tokens_equal_the_recurrence(lengths, head_dim, d_state, assert_close):
+    inputs = operands(lengths, head_dim=head_dim, d_state=d_state)
+    narrow = [t.float() for t in inputs]
+    expected = scan(lengths, "reference")(*inputs)
+    for a, e in zip(scan(lengths, "auto")(*narrow), expected, strict=True):
+        assert_close(a.double(), e, FLOAT32)
+
+
+def test_few_tokens_at_once_or_one_by_one_give_the_same_bits():
+    x, dt, A, B, C, D, h = (t.float() for t in operands((4,), head_dim=33, d_state=65))
+    whole, final = scan((4,), "auto")(x, dt, A, B, C, D, h)
+    for t in range(4):
+        y, h = scan((1,), "auto")(x[t : t + 1], dt[t : t + 1], A, B[t : t + 1], C[t : t + 1], D, h)
+        assert torch.equal(y[0], whole[t])
+    assert torch.equal(h, final)
+
+
+def test_slices_of_wider_rows_are_read_in_place():
+    x, dt, A, B, C, D, h = (t.float() for t in operands((70,), heads=4, groups=2, d_state=5))
+    rows = torch.cat([x.flatten(1), B.flatten(1), C.flatten(1), dt], dim=1)
+    x_, B_, C_, dt_ = rows.split([12, 10, 10, 4], dim=1)
+    sliced = scan((70,), "native")(
+        x_.unflatten(1, (4, 3)), dt_, A, B_.unflatten(1, (2, 5)), C_.unflatten(1, (2, 5)), D, h
+    )
+    for a, e in zip(sliced, scan((70,), "native")(x, dt, A, B, C, D, h), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_other_dtypes_keep_their_meaning():
+    inputs = operands((20,))
+    exact, _ = scan((20,), "torch")(*inputs)
+    assert torch.equal(scan((20,), "auto")(*inputs)[0], exact)
+    inputs[0] = inputs[0].float()  # steps, and so the states, stay float64
+    y, final = scan((20,), "auto")(*inputs)
+    assert (y.dtype, final.dtype) == (torch.float32, torch.float64)
+    narrow = [t.float() for t in inputs]
+    narrow[0] = randn(20, 4, 3, dtype=torch.bfloat16)
+    y, final = scan((20,), "auto")(*narrow)
+    assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
