@@ -12,6 +12,7 @@
 // cache. Units are cut by shapes alone, and a segment's never see another's, so no bit depends on
 // threads or neighbours.
 #include <cstdlib>
+#include <vector>
 
 #include "gemm.h"
 #include "rows.h"
@@ -227,6 +228,262 @@ void scan(const Shape& s, const Operands& o, const Unit& u, const ForwardRoom& r
   transpose(room.state, room.ldw, N, width, final + at_state, N);
 }
 
+// out[r] = the products of row r of a with row r of b, summed.
+void row_dots(int64_t rows, int64_t columns, const float* a, int64_t lda, const float* b,
+              int64_t ldb, float* out) {
+  for (int64_t first = 0; first < rows; first += LANES) {
+    const int64_t n = smaller(LANES, rows - first);
+    vec totals[LANES]{};
+    for (int64_t r = 0; r < n; r++) {
+      const float *x = a + (first + r) * lda, *y = b + (first + r) * ldb;
+      int64_t i = 0;
+      for (; i + LANES <= columns; i += LANES) totals[r] += load(x + i) * load(y + i);
+      if (i < columns) totals[r] += load_part(x + i, columns - i) * load_part(y + i, columns - i);
+    }
+    store_part(out + first, detail::sums(totals), n);
+  }
+}
+
+// to += from * factor, n elements.
+INLINE void add_scaled(const float* from, float factor, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load(to + i) + load(from + i) * factor);
+  for (; i < n; i++) to[i] += from[i] * factor;
+}
+
+// What a head's decayed scores become, and their gradients from `products` (dy_l . x_s). The
+// diagonal does not decay, so it is left out of the gradients of decays, where it would cancel.
+struct Changes {
+  float rows[CHUNK];      // of a_l, from what token l takes of earlier ones
+  float columns[CHUNK];   // of dt_s (times dt_s: of -a_s), from what later tokens take of s
+  float diagonal[CHUNK];  // of dt_l, from what token l takes of itself
+};
+
+template <bool STEEP>
+void differentiate(int64_t n, const float* scores, const float* products, const Decay& d, float D,
+                   bool add, float* weights, float* d_scores, Changes& changes) {
+  memset(changes.columns, 0, sizeof changes.columns);
+  for (int64_t first = 0; first < n; first += LANES) {
+    vec totals[LANES]{};
+    for (int64_t l = first; l < smaller(first + LANES, n); l++) {
+      const int64_t end = smaller(l / TILE_ROWS * TILE_ROWS + TILE_ROWS, n), row = l * SQUARE;
+      vec total{};
+      for (int64_t s = 0; s < end; s += LANES) {
+        const vec score = until(l, s, load(scores + row + s));
+        const vec product = until(l, s, load(products + row + s));
+        const vec decay = decay_between<STEEP>(d, l, s), step = load(d.step + s);
+        const vec change = until(l - 1, s, score * decay * product);
+        store(changes.columns + s, load(changes.columns + s) + change);
+        total += change * step;
+        store(weights + row + s, score * decay * step);
+        const vec earlier = add ? load(d_scores + row + s) : vec{};
+        store(d_scores + row + s, earlier + product * decay * step);
+      }
+      totals[l - first] = total;
+      weights[row + l] += D;
+      changes.diagonal[l] = scores[row + l] * products[row + l];
+    }
+    store(changes.rows + first, detail::sums(totals));
+  }
+}
+
+struct Gradients {
+  const float *dy, *dfinal;  // dfinal may be null, which is zero
+  int64_t lddy;
+  float *dx, *ddt, *dB, *dC, *dinitial;  // all but ddt may be null, for what is not wanted
+  double *dA, *dD;                       // [segments, heads]
+  int64_t tokens, ldB;  // of dB and dC, which have a plane of all tokens for each block
+};
+
+struct BackwardRoom {
+  int64_t ldw, ldn;
+  float *x, *late_x, *dy, *early_dy, *late_dx;     // [CHUNK, ldw]
+  float *B, *C, *dC, *from_state;                  // [CHUNK, ldn]
+  float *scores, *d_scores, *products, *weights;   // [CHUNK, SQUARE]
+  float *x_turned, *B_turned;                      // [head_dim and d_state, SQUARE]
+  float *later, *later_turned;                     // gradient of the state: [width, ldn] and turned
+  float* states;                                   // before each chunk: [chunks, width, ldn]
+  Decay* decays;
+  static int64_t floats(const Shape& s, int64_t chunks) {
+    const int64_t width = s.block() * s.head_dim, ldw = pitch(width), ldn = pitch(s.d_state);
+    return CHUNK * (5 * ldw + 4 * ldn + 4 * SQUARE) + (s.head_dim + s.d_state) * SQUARE +
+           (chunks + 1) * width * ldn + s.d_state * ldw + s.block() * (int64_t)sizeof(Decay) / 4;
+  }
+  BackwardRoom(const Shape& s, int64_t chunks, Scratch& scratch)
+      : ldw(pitch(s.block() * s.head_dim)), ldn(pitch(s.d_state)) {
+    for (float** piece : {&x, &late_x, &dy, &early_dy, &late_dx}) *piece = scratch.take(CHUNK, ldw);
+    for (float** piece : {&B, &C, &dC, &from_state}) *piece = scratch.take(CHUNK, ldn);
+    for (float** piece : {&scores, &d_scores, &products, &weights})
+      *piece = scratch.take(CHUNK, SQUARE);
+    const int64_t width = s.block() * s.head_dim;
+    B_turned = scratch.take(s.d_state, SQUARE);
+    later = scratch.take(width, ldn);
+    later_turned = scratch.take(s.d_state, ldw);
+    states = scratch.take(chunks * width, ldn);
+    decays = (Decay*)scratch.take(s.block(), sizeof(Decay) / 4);
+    x_turned = scratch.take(s.head_dim, SQUARE);
+  }
+};
+
+// A chunk's tokens, from its place in a segment.
+struct Span {
+  int64_t first, n;
+  Span(const Unit& u, int64_t chunk)
+      : first(u.first + chunk * CHUNK), n(smaller(CHUNK, u.tokens - chunk * CHUNK)) {}
+};
+
+// to = factor_h * from for the rows of each head h; of a state, with heads along the rows.
+void decay_state(const Shape& s, const Unit& u, const BackwardRoom& room, const float* from,
+                 float* to) {
+  for (int64_t h = 0; h < u.heads; h++)
+    for (int64_t p = h * s.head_dim; p < (h + 1) * s.head_dim; p++)
+      scale(from + p * room.ldn, room.decays[h].whole, s.d_state, to + p * room.ldn);
+}
+
+// The state before each chunk, again: as [columns of all heads, d_state]. Returns whether the first
+// is other than zero.
+bool rescan(const Shape& s, const Operands& o, const Unit& u, const BackwardRoom& room,
+            int64_t chunks) {
+  const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, size = width * room.ldn;
+  const float* initial = o.initial + (u.segment * s.heads + u.head) * P * N;
+  const bool continues = !is_zero(initial, width * N);
+  copy_rows(initial, N, width, N, room.states, room.ldn);
+  for (int64_t c = 0; c + 1 < chunks; c++) {
+    const Span span(u, c);
+    copy_rows(o.B + span.first * o.ldB + u.group * N, o.ldB, span.n, N, room.B, room.ldn);
+    for (int64_t h = 0; h < u.heads; h++) {
+      Decay& d = room.decays[h];
+      const int64_t head = u.head + h;
+      decay_of(o.dt + span.first * o.lddt + head, o.lddt, o.A[head], span.n, d);
+      for (int64_t l = 0; l < span.n; l++)
+        scale(o.x + (span.first + l) * o.ldx + head * P, d.step[l] * d.to_end[l], P,
+              room.late_x + l * room.ldw + h * P);
+    }
+    float *before = room.states + c * size, *after = before + size;
+    const bool add = c || continues;
+    if (add) decay_state(s, u, room, before, after);
+    gemm(width, N, span.n, room.late_x, 1, room.ldw, room.B, room.ldn, after, room.ldn, add);
+  }
+  return continues;
+}
+
+// One head of one chunk. `early`: the state before the chunk is not zero; `late`: the gradient of
+// the state after it is not.
+void scan_back_head(const Shape& s, const Operands& o, const Gradients& g, const Unit& u,
+                    const BackwardRoom& room, const Span& span, int64_t h, const float* state,
+                    bool early, bool late) {
+  const int64_t P = s.head_dim, N = s.d_state, n = span.n, head = u.head + h, ldw = room.ldw;
+  const float *x = room.x + h * P, *dy = room.dy + h * P, *late_dx = room.late_dx + h * P;
+  const Decay& d = room.decays[h];
+  float early_change[CHUNK]{}, late_change[CHUNK]{};
+  Changes changes;
+  transpose(x, ldw, n, P, room.x_turned, SQUARE);
+  gemm_to_lower(n, P, dy, ldw, room.x_turned, SQUARE, room.products, SQUARE);
+  (d.steep ? differentiate<true> : differentiate<false>)(
+      n, room.scores, room.products, d, o.D[head], h > 0, room.weights, room.d_scores, changes);
+  float* dx = g.dx ? g.dx + span.first * s.heads * P + head * P : nullptr;
+  if (dx) gemm_lower_turned(n, P, room.weights, SQUARE, dy, ldw, dx, s.heads * P);
+  if (late) row_dots(n, P, x, ldw, late_dx, ldw, late_change);
+  for (int64_t l = 0; l < n; l++) {
+    const float late_weight = d.step[l] * d.to_end[l];
+    scale(x + l * ldw, late_weight, P, room.late_x + l * ldw + h * P);
+    scale(dy + l * ldw, d.since_start[l], P, room.early_dy + l * ldw + h * P);
+    if (late && dx) add_scaled(late_dx + l * ldw, late_weight, P, dx + l * s.heads * P);
+  }
+  double at_end = 0;  // gradient of a_end
+  if (early) {
+    state += h * P * room.ldn;
+    gemm(n, N, P, room.early_dy + h * P, ldw, 1, state, room.ldn, room.from_state, room.ldn);
+    row_dots(n, N, room.from_state, room.ldn, room.C, room.ldn, early_change);
+    for (int64_t l = 0; l < n && g.dC; l++)
+      add_scaled(room.from_state + l * room.ldn, 1.0f, N, room.dC + l * room.ldn);
+    if (late)
+      for (int64_t p = 0; p < P; p += CHUNK) {
+        float sums[CHUNK];
+        const int64_t rows = smaller(CHUNK, P - p);
+        row_dots(rows, N, state + p * room.ldn, room.ldn, room.later + (h * P + p) * room.ldn,
+                 room.ldn, sums);
+        for (int64_t r = 0; r < rows; r++) at_end += d.whole * sums[r];
+      }
+  }
+  for (int64_t l = 0; l < n; l++) at_end += d.step[l] * d.to_end[l] * late_change[l];
+  // The step of token l moves the running sum of this token and all after it.
+  double sum = at_end, dA = 0, dD = 0;
+  float* ddt = g.ddt + span.first * s.heads + head;
+  for (int64_t l = n - 1; l >= 0; l--) {
+    const float late_dt = d.to_end[l] * late_change[l];
+    const float earlier = changes.rows[l] + early_change[l];
+    sum += (double)earlier - (double)(d.step[l] * (changes.columns[l] + late_dt));
+    if (d.step[l] * o.A[head] < GONE) sum = 0;  // nothing passed this step: the rest is rounding
+    ddt[l * s.heads] =
+        (float)(sum * o.A[head] + changes.columns[l] + changes.diagonal[l] + late_dt);
+    dA += sum * d.step[l];
+    dD += room.products[l * SQUARE + l];
+  }
+  g.dA[u.segment * s.heads + head] += dA;
+  g.dD[u.segment * s.heads + head] += dD;
+}
+
+// All gradients of a unit, chunk by chunk from the last to the first.
+void scan_back(const Shape& s, const Operands& o, const Gradients& g, const Unit& u,
+               const BackwardRoom& room) {
+  const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P;
+  const int64_t chunks = (u.tokens + CHUNK - 1) / CHUNK;
+  const int64_t at_state = (u.segment * s.heads + u.head) * P * N;
+  const bool continues = rescan(s, o, u, room, chunks);
+  if (g.dfinal) copy_rows(g.dfinal + at_state, N, width, N, room.later, room.ldn);
+  bool late = g.dfinal;
+  for (int64_t c = chunks - 1; c >= 0; c--) {
+    const Span span(u, c);
+    const int64_t n = span.n;
+    const bool early = c || continues;
+    const float* state = room.states + c * width * room.ldn;
+    copy_rows(o.B + span.first * o.ldB + u.group * N, o.ldB, n, N, room.B, room.ldn);
+    copy_rows(o.C + span.first * o.ldC + u.group * N, o.ldC, n, N, room.C, room.ldn);
+    copy_rows(o.x + span.first * o.ldx + u.head * P, o.ldx, n, width, room.x, room.ldw);
+    copy_rows(g.dy + span.first * g.lddy + u.head * P, g.lddy, n, width, room.dy, room.ldw);
+    transpose(room.B, room.ldn, n, N, room.B_turned, SQUARE);
+    gemm_to_lower(n, N, room.C, room.ldn, room.B_turned, SQUARE, room.scores, SQUARE);
+    if (late) {
+      transpose(room.later, room.ldn, width, N, room.later_turned, room.ldw);
+      gemm(n, width, N, room.B, room.ldn, 1, room.later_turned, room.ldw, room.late_dx, room.ldw);
+    }
+    memset(room.dC, 0, 4 * n * room.ldn);
+    for (int64_t h = 0; h < u.heads; h++) {
+      const int64_t head = u.head + h;
+      decay_of(o.dt + span.first * o.lddt + head, o.lddt, o.A[head], n, room.decays[h]);
+      scan_back_head(s, o, g, u, room, span, h, state, early, late);
+    }
+    const int64_t at_group = (u.block * g.tokens + span.first) * g.ldB + u.group * N;
+    if (g.dC) {
+      gemm_lower(n, N, room.d_scores, SQUARE, room.B, room.ldn, room.dC, room.ldn, true);
+      copy_rows(room.dC, room.ldn, n, N, g.dC + at_group, g.ldB);
+    }
+    if (g.dB) {
+      float* dB = g.dB + at_group;
+      if (late)
+        gemm(n, N, width, room.late_x, room.ldw, 1, room.later, room.ldn, dB, g.ldB);
+      gemm_lower_turned(n, N, room.d_scores, SQUARE, room.C, room.ldn, dB, g.ldB, late);
+    }
+    if (c || g.dinitial) {
+      if (late) decay_state(s, u, room, room.later, room.later);
+      gemm(width, N, n, room.early_dy, 1, room.ldw, room.C, room.ldn, room.later, room.ldn, late);
+      late = true;
+    }
+  }
+  if (g.dinitial) copy_rows(room.later, room.ldn, width, N, g.dinitial + at_state, N);
+}
+
+// to [n] = the sum of `planes` rows of n.
+void add_planes(const float* planes, int64_t count, int64_t n, float* to, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < n; i++) {
+    float total = planes[i];
+    for (int64_t k = 1; k < count; k++) total += planes[k * n + i];
+    to[i] = total;
+  }
+}
+
 // One token of R consecutive rows of a head's state: h = decay h + x B^T, y = h C + D x.
 template <int R>
 INLINE void step_rows(int64_t N, const float* h, float* to, float decay, float dt, float D,
@@ -308,6 +565,56 @@ void ssd_forward(const float* x, const float* dt, const float* A, const float* B
     const ForwardRoom room(s, scratch);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < units; i++) scan(s, o, Unit(s, bounds, i), room, y, final);
+  }
+}
+
+// Gradients from those of y and of the final states (which may be null): dx [tokens, heads,
+// head_dim], ddt [tokens, heads], dA and dD [heads], dB and dC [tokens, groups, d_state], dinitial.
+// dx, dB, dC and dinitial may be null.
+void ssd_backward(const float* x, const float* dt, const float* A, const float* B, const float* C,
+                  const float* D, const float* initial, const int64_t* bounds, const float* dy,
+                  const float* dfinal, float* dx, float* ddt, float* dA, float* dB, float* dC,
+                  float* dD, float* dinitial, int64_t segments, int64_t heads, int64_t head_dim,
+                  int64_t groups, int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB,
+                  int64_t ldC, int64_t lddy, int64_t threads) {
+  const Shape s{heads, head_dim, groups, d_state};
+  const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
+  const int64_t tokens = bounds[segments], units = segments * groups * s.blocks();
+  const int64_t width = groups * d_state, planes = s.blocks() > 1 ? s.blocks() * tokens * width : 0;
+  std::vector<float> dB_planes(dB ? planes : 0), dC_planes(dC ? planes : 0);
+  std::vector<double> dA_parts(segments * heads), dD_parts(segments * heads);
+  const Gradients g{dy,
+                    dfinal,
+                    lddy,
+                    dx,
+                    ddt,
+                    dB && planes ? dB_planes.data() : dB,
+                    dC && planes ? dC_planes.data() : dC,
+                    dinitial,
+                    dA_parts.data(),
+                    dD_parts.data(),
+                    tokens,
+                    width};
+  int64_t longest = 0;
+  for (int64_t i = 0; i < segments; i++)
+    if (bounds[i + 1] - bounds[i] > longest) longest = bounds[i + 1] - bounds[i];
+  const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
+  const bool worth = units > 1 && tokens * heads * head_dim * d_state > WORTH_THREADS;
+#pragma omp parallel num_threads(threads) if (worth)
+  {
+    Scratch scratch(BackwardRoom::floats(s, chunks));
+    const BackwardRoom room(s, chunks, scratch);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < units; i++) scan_back(s, o, g, Unit(s, bounds, i), room);
+  }
+  if (planes && dB) add_planes(g.dB, s.blocks(), tokens * width, dB, threads);
+  if (planes && dC) add_planes(g.dC, s.blocks(), tokens * width, dC, threads);
+  for (int64_t h = 0; h < heads; h++) {
+    double a = 0, d = 0;
+    for (int64_t i = 0; i < segments; i++) a += dA_parts[i * heads + h];
+    for (int64_t i = 0; i < segments; i++) d += dD_parts[i * heads + h];
+    dA[h] = (float)a;
+    dD[h] = (float)d;
   }
 }
 }

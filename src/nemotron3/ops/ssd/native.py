@@ -1,18 +1,24 @@
-"""The scan in C++ (native.cpp says how)."""
+"""The scan in C++ (native.cpp says how). The backward pass keeps nothing but the inputs: it carries
+the states through the chunks again, a seventh of the arithmetic, instead of holding them all.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.native import NativeFunction
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.ssd.chunked import ssd_chunked
 from nemotron3.ops.ssd.step import ssd_steps
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = NativeFunction(_SOURCE, "ssd_forward", "pppppppppp iiiiiiiii")
+_backward = NativeFunction(_SOURCE, "ssd_backward", "ppppppppppppppppp iiiiiiiiii")
 _steps = NativeFunction(_SOURCE, "ssd_steps", "ppppppppp iiiiiiiiii")
+
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def ssd_native(
@@ -25,16 +31,13 @@ def ssd_native(
     *,
     segments: Segments,
     initial_states: Tensor,
-    chunk_size: int,
+    chunk_size: int,  # noqa: ARG001 - how long its chunks are, the processor's cache decides
 ) -> tuple[Tensor, Tensor]:
     """Scan each segment; shapes as in `nemotron3.ops.ssd.api.ssd`."""
-    operands = (x, dt, A, B, C, D, initial_states)
+    operands = _laid_out(x, dt, A, B, C, D, initial_states)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        return ssd_chunked(
-            x, dt, A, B, C, D,
-            segments=segments, initial_states=initial_states, chunk_size=chunk_size,
-        )  # fmt: skip
-    return _scan(*_laid_out(*operands), segments)
+        return _Scan.apply(*operands, segments)
+    return _scan(operands, segments)
 
 
 def ssd_steps_native(
@@ -52,31 +55,75 @@ def ssd_steps_native(
     operands = (x, dt, A, B, C, D, initial_states)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         return ssd_steps(x, dt, A, B, C, D, segments=segments, initial_states=initial_states)
-    x, dt, A, B, C, D, initial = _laid_out(*operands)
-    y, final = x.new_empty(x.shape), torch.empty_like(initial)
+    operands = _laid_out(*operands)
+    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), _like(initial_states)
     rows = len(segments)
-    _steps(x, dt, A, B, C, D, initial, y, final, rows, segments.total // rows, *_sizes(x, dt, B, C))
+    _steps(*operands, y, final, rows, segments.total // rows, *_sizes(operands))
     return y, final
 
 
 def _laid_out(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor
-) -> tuple[Tensor, ...]:
+) -> _Operands:
     """The operands as C++ reads them: only the stride of tokens is free, as slices have it."""
-    x, B, C = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (x, B, C))
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
-    return x, dt, A.contiguous(), B, C, D.contiguous(), initial.contiguous()
+    rest = (A.contiguous(), _rows(B), _rows(C), D.contiguous(), initial.contiguous())
+    return (_rows(x), dt, *rest)
 
 
-def _sizes(x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
-    return (*x.shape[1:], *B.shape[1:], x.stride(0), dt.stride(0), B.stride(0), C.stride(0))
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 
-def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor,
-    segments: Segments,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y, final = x.new_empty(x.shape), torch.empty_like(initial)
-    bounds = segments.cu_seqlens(x.device)
-    _forward(x, dt, A, B, C, D, initial, bounds, y, final, len(segments), *_sizes(x, dt, B, C))
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _sizes(operands: _Operands) -> tuple[int, ...]:
+    x, dt, _, B, C, _, _ = operands
+    _, heads, head_dim = x.shape
+    _, groups, d_state = B.shape
+    strides = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0))
+    return (heads, head_dim, groups, d_state, *strides)
+
+
+def _scan(operands: _Operands, segments: Segments) -> tuple[Tensor, Tensor]:
+    y, final = _like(operands[0]), _like(operands[-1])
+    bounds = segments.cu_seqlens(y.device)
+    _forward(*operands, bounds, y, final, len(segments), *_sizes(operands))
     return y, final
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        initial: Tensor,
+        segments: Segments,
+    ) -> tuple[Tensor, Tensor]:
+        operands = (x, dt, A, B, C, D, initial)
+        ctx.save_for_backward(*operands)
+        ctx.segments = segments
+        ctx.set_materialize_grads(False)
+        return _scan(operands, segments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands: _Operands = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        dy = torch.zeros_like(operands[0]) if dy is None else _rows(dy)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        always = (1, 2, 5)  # gradients of dt, A and D come with the others
+        gradients = [_like(t) if wanted[i] or i in always else None for i, t in enumerate(operands)]
+        _backward(
+            *operands, ctx.segments.cu_seqlens(dy.device), dy, dfinal, *gradients,
+            len(ctx.segments), *_sizes(operands), dy.stride(0),
+        )  # fmt: skip
+        return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), None)
