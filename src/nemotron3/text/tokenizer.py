@@ -23,7 +23,7 @@ No ids are added that the text does not hold: neither `<s>` nor `</s>`.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,6 +137,25 @@ class Tokenizer:
         """The id of a vocabulary entry, or None where there is no such entry."""
         return self._backend.token_to_id(token)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text behind an id: its own name for a special token, none beyond the end.
+
+        Models may have more rows than the vocabulary has entries; such an id stands for nothing.
+        """
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        byte_of = _byte_of_character()
+        if all(character in byte_of for character in token):
+            return bytes(byte_of[character] for character in token)
+        return token.encode()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens, the unused ones included."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
     def byte_lengths(self) -> list[int]:
         """Number of bytes of text behind each id; 0 for special tokens.
 
@@ -144,11 +163,7 @@ class Tokenizer:
         divided by their summed byte lengths.
         """
         lengths = [0] * self.vocab_size
-        special = {
-            token_id
-            for token_id, token in self._backend.get_added_tokens_decoder().items()
-            if token.special
-        }
+        special = self.special_ids
         for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
             # One character of a byte-level entry stands for one byte.
             lengths[token_id] = 0 if token_id in special else len(token)
@@ -239,6 +254,11 @@ class Tokenizer:
                 f"it is not of the Nemotron 3 family; train one or load a published one"
             )
         return token_id
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(vocabulary.byte_characters())}
 
 
 def _default_settings() -> dict[str, Any]:
