@@ -1,0 +1,127 @@
+"""From generated ids to what a client gets: reasoning, content, tool calls, piece by piece.
+
+One `ResponseParser` per answer joins the three readers of a stream: ids to text without half
+characters, reasoning from answer, calls out of the answer. Special tokens act as what they are and
+are not shown: `</s>` and `<|im_end|>` end the answer, the tags are the readers' business.
+
+    parser = ResponseParser(tokenizer, is_reasoning_open=prompt.is_reasoning_open, tools=tools)
+    for ids in stream:
+        for delta in parser.push(ids): ...
+    parser.finish()
+    parser.response(), parser.num_reasoning_tokens
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nemotron3.text.detokenize import IncrementalDetokenizer
+from nemotron3.text.messages import Tool
+from nemotron3.text.reasoning import TAGS, ReasoningSplitter, Span
+from nemotron3.text.tokenizer import Tokenizer
+from nemotron3.text.tool_calls import CallDelta, ContentDelta, ParsedCall, ToolCallParser
+from nemotron3.text.vocabulary import TOOL_CALL_END, TOOL_RESPONSE_END, TOOL_RESPONSE_START
+
+_SHOWN = (TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPONSE_END)  # to the readers; no tags to them
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """A part of the reasoning."""
+
+    text: str
+
+
+ResponseDelta = ReasoningDelta | ContentDelta | CallDelta
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A whole answer. `tool_calls` may end with one that is not complete: never run that."""
+
+    reasoning: str
+    content: str
+    tool_calls: tuple[ParsedCall, ...]
+
+
+class ResponseParser:
+    """Reads one stream of generated ids.
+
+    Tags are taken by their ids; a vocabulary that lacks one of them is read by its characters.
+    Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that were generated
+    while the reasoning was open, tags not included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        is_reasoning_open: bool,
+        tools: Sequence[Tool] = (),
+        keep_whitespace: bool = False,
+        force_nonempty_content: bool = False,
+    ) -> None:
+        ids = {tokenizer.token_to_id(tag): tag for tag in TAGS}
+        in_text = None in ids
+        self._tags: dict[int | None, str] = {} if in_text else ids
+        shown = {tokenizer.token_to_id(token) for token in _SHOWN}
+        self._hidden = tokenizer.special_ids - shown - set(ids)
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._splitter = ReasoningSplitter(
+            is_open=is_reasoning_open,
+            tags_in_text=in_text,
+            has_tools=bool(tools),
+            keep_whitespace=keep_whitespace,
+            force_nonempty_content=force_nonempty_content,
+        )
+        self._calls = ToolCallParser(tools, tags_in_text=False) if tools else None
+        self._content: list[str] = []
+        self.num_reasoning_tokens = 0
+
+    def push(self, ids: Iterable[int]) -> list[ResponseDelta]:
+        """Take generated ids; what they make certain comes back."""
+        deltas: list[ResponseDelta] = []
+        for token_id in ids:
+            if token_id in self._hidden:
+                continue
+            tag = self._tags.get(token_id)
+            if tag is None:
+                self.num_reasoning_tokens += self._splitter.is_reasoning_open
+                spans = self._splitter.push(self._detokenizer.push([token_id]))
+            else:
+                spans = self._splitter.push(self._detokenizer.finish())
+                spans += self._splitter.push_tag(tag)
+            deltas += self._read(spans)
+        return deltas
+
+    def finish(self) -> list[ResponseDelta]:
+        """End the stream; what was held back comes."""
+        deltas = self._read(self._splitter.push(self._detokenizer.finish()))
+        deltas += self._read(self._splitter.finish())
+        if self._calls is not None:
+            deltas += self._keep(self._calls.finish())
+        return deltas
+
+    def response(self) -> Response:
+        """The whole answer, once the stream is over."""
+        return Response(
+            reasoning="" if self._splitter.was_swapped else self._splitter.reasoning,
+            content="".join(self._content),
+            tool_calls=tuple(self._calls.calls) if self._calls is not None else (),
+        )
+
+    def _read(self, spans: Iterable[Span]) -> list[ResponseDelta]:
+        deltas: list[ResponseDelta] = []
+        for span in spans:
+            if span.is_reasoning:
+                deltas.append(ReasoningDelta(span.text))
+            elif self._calls is None:
+                deltas += self._keep([ContentDelta(span.text)])
+            elif span.is_tag:
+                deltas += self._keep(self._calls.push_tag())
+            else:
+                deltas += self._keep(self._calls.push(span.text))
+        return deltas
+
+    def _keep(self, deltas: Sequence[ContentDelta | CallDelta]) -> Sequence[ResponseDelta]:
+        self._content += [delta.text for delta in deltas if isinstance(delta, ContentDelta)]
+        return deltas
