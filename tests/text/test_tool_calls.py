@@ -105,6 +105,7 @@ def test_value_on_the_line_of_its_tag():
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
         '<tool_call>\n<function=f>\n{"a": 1}\n</function>\n</tool_call>',
         "<tool_call>\n<function=>\n</function>\n</tool_call>",
+        f"<tool_call>\n<function={'a' * 300}>\n</function>\n</tool_call>",
         "<tool_call>\n<function=a\nb>\n</function>\n</tool_call>",
         "<tool_call>\n<function=f>\n<parameter=a<b>\n1\n</parameter>\n</function>\n</tool_call>",
         "<tool_call>\n<function=f",

@@ -77,7 +77,7 @@ class ReasoningSplitter:
         self._spans: list[Span] = []
         self._unread = ""  # may still become a tag (tags_in_text)
         self._perhaps_call = ""  # after a `<tool_call>` in the reasoning
-        self._blanks = ""  # at the end of the reasoning so far
+        self._blanks: str = ""  # at the end of the reasoning so far
         self._is_at_start = True  # of a block of reasoning
         self._reasoning: list[str] = []
         self._has_answer = False

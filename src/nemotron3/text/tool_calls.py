@@ -43,6 +43,7 @@ from nemotron3.text.vocabulary import TOOL_CALL_END, TOOL_CALL_START
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _NAME_END = re.compile(r"[<>\n]")
+_MAX_NAME = 256  # characters; OpenAI allows 64
 
 
 @dataclass(frozen=True)
@@ -298,9 +299,11 @@ class ToolCallParser:
 
     def _name(self, at: int) -> tuple[str, int] | None:
         """The name between `at` and the next `>`, and where that ends."""
-        found = _NAME_END.search(self._buffer, at)
-        if found is None:
+        found = _NAME_END.search(self._buffer, at, at + _MAX_NAME)
+        if found is None and len(self._buffer) < at + _MAX_NAME:
             raise _UndecidedError
+        if found is None:
+            return None
         name = self._buffer[at : found.start()]
         return (name, found.end()) if found[0] == ">" and name else None
 
