@@ -42,7 +42,7 @@ class MambaState:
 
     def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """Tails and states of the layout's sequences; to be read only."""
-        if self._is_whole(layout):
+        if self._is_whole(layout) and not torch.is_grad_enabled():
             return self.tails, self.states
         rows = list(layout.slots)
         return self.tails[rows], self.states[rows]

@@ -1,5 +1,7 @@
-"""Routed experts in C++ (native.cpp says how). The backward pass keeps nothing but the inputs: it
-does the first product again, a sixth of the arithmetic, instead of holding its result for all rows.
+"""Routed experts in C++ (native.cpp says how).
+
+The backward pass keeps nothing but the inputs: it does the first product again, a sixth of the
+arithmetic, instead of holding its result for all rows.
 """
 
 from pathlib import Path

@@ -1,5 +1,7 @@
-"""The scan in C++ (native.cpp says how). The backward pass keeps nothing but the inputs: it carries
-the states through the chunks again, a seventh of the arithmetic, instead of holding them all.
+"""The scan in C++ (native.cpp says how).
+
+The backward pass keeps nothing but the inputs: it carries the states through the chunks again, a
+seventh of the arithmetic, instead of holding them all.
 """
 
 from pathlib import Path
