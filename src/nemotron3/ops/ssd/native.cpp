@@ -158,9 +158,12 @@ INLINE void scale(const float* from, float factor, int64_t n, float* to) {
   for (; i < n; i++) to[i] = from[i] * factor;
 }
 
-bool is_zero(const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; i++)
-    if (from[i] != 0) return false;
+bool is_zero(const float* from, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++) {
+    bool other = false;  // looked at once a row, so that the loop is one of vectors
+    for (int64_t i = 0; i < columns; i++) other |= from[r * columns + i] != 0;
+    if (other) return false;
+  }
   return true;
 }
 
@@ -193,7 +196,7 @@ void scan(const Shape& s, const Operands& o, const Unit& u, const ForwardRoom& r
           float* final) {
   const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, ldy = s.heads * P;
   const int64_t at_state = (u.segment * s.heads + u.head) * P * N;
-  bool carries = !is_zero(o.initial + at_state, width * N);
+  bool carries = !is_zero(o.initial + at_state, width, N);
   transpose(o.initial + at_state, N, width, N, room.state, room.ldw);
   for (int64_t first = u.first; first < u.first + u.tokens; first += CHUNK) {
     const int64_t n = smaller(CHUNK, u.first + u.tokens - first);
@@ -346,7 +349,7 @@ bool rescan(const Shape& s, const Operands& o, const Unit& u, const BackwardRoom
             int64_t chunks) {
   const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, size = width * room.ldn;
   const float* initial = o.initial + (u.segment * s.heads + u.head) * P * N;
-  const bool continues = !is_zero(initial, width * N);
+  const bool continues = !is_zero(initial, width, N);
   copy_rows(initial, N, width, N, room.states, room.ldn);
   for (int64_t c = 0; c + 1 < chunks; c++) {
     const Span span(u, c);
