@@ -36,3 +36,7 @@ class DependencyMissingError(Nemotron3Error, ImportError):
 
 class DivergenceError(Nemotron3Error, ArithmeticError):
     """A training run whose loss or gradient is no longer a number."""
+
+
+class OverloadedError(Nemotron3Error, RuntimeError):
+    """More requests than may wait; the same request can be tried again later."""

@@ -1,0 +1,1 @@
+"""The inference engine: requests in, tokens out, by the same forward pass that trains."""
