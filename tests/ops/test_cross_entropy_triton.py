@@ -89,6 +89,25 @@ def test_evaluation_makes_no_gradients(off, monkeypatch):
         assert torch.isfinite(loss(targets, weights.float(), "triton")(h, w).total)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "max_logits", "sizes"),
+    [(11, 33 * 5, [4, 4, 3]), (11, 1, [1] * 11), (11, None, [11]), (0, None, [])],
+)
+def test_chunks_are_as_few_and_as_equal_as_the_room_allows(tokens, max_logits, sizes, monkeypatch):
+    targets, weights, (h, w) = operands(vocab=33)
+    seen, products = [], torch.Tensor.__matmul__
+
+    def spy(a, b):
+        seen.append(len(a))
+        return products(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    scored = loss(targets[:tokens], weights[:tokens].float(), "triton", max_logits=max_logits)
+    with torch.no_grad():
+        assert scored(h[:tokens].float(), w.float()).per_token.shape == (tokens,)
+    assert seen == sizes
+
+
 def test_float64_is_refused():
     targets, weights, inputs = operands()
     with pytest.raises(BackendUnavailableError, match="'cross_entropy' computes in float32"):

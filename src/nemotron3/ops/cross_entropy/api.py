@@ -34,13 +34,14 @@ def linear_cross_entropy(
     targets: Int[Tensor, " tokens"],
     token_weights: Float[Tensor, " tokens"],
     *,
-    max_logits: int = 1 << 22,
+    max_logits: int | None = None,
     backend: Backend = "auto",
 ) -> TokenLosses:
     """Cross-entropy of softmax(hidden weight^T) against `targets`, each token with its own weight.
 
     A token that should not count has weight 0 and any valid target. At most `max_logits` logits
-    (float32: 16 MB by default) exist at a time. `token_weights` carries no gradient.
+    exist at a time; None leaves the number to the backend: what a CPU's cache holds, or a small
+    share of a GPU's memory. `token_weights` carries no gradient.
     """
     return TokenLosses(
         *resolve("cross_entropy", backend, _LOSSES, hidden)(

@@ -16,15 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CACHED_LOGITS = 1 << 22
+"""Logits at a time by default: 16 MB in float32, so that they are still in a CPU's cache when they
+are turned into gradients."""
+
 
 def linear_cross_entropy_chunked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of losses, each token's loss, and whether its best guess was right."""
     # Inside a Function gradients are always off, and what the inputs would need says nothing of
     # whether anyone asked; only here is that known.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
+    max_logits = max_logits or CACHED_LOGITS
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, max_logits)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron3.ops.cross_entropy.chunked import CACHED_LOGITS
 from nemotron3.ops.linear.native import input_gradient, product, weight_gradient
 from nemotron3.ops.native import NativeFunction
 
@@ -13,14 +14,13 @@ _rows = NativeFunction(Path(__file__).with_name("native.cpp"), "cross_entropy_ro
 
 
 def linear_cross_entropy_native(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of losses, each token's loss, and whether its best guess was right."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(
-        hidden, weight.to(hidden.dtype).contiguous(), targets, token_weights.float(), max_logits
-    )
+    matrix, max_logits = weight.to(hidden.dtype).contiguous(), max_logits or CACHED_LOGITS
+    return _LinearCrossEntropy.apply(hidden, matrix, targets, token_weights.float(), max_logits)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

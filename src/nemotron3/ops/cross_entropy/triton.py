@@ -6,6 +6,10 @@ dozen passes over the logits in float32; here one program takes one token's row,
 normalizer and again, mostly from cache, to write the gradient in its place. Logits stay in the
 dtype of the product, half the memory in bfloat16, while every sum is float32.
 
+Every chunk passes over the whole gradient of the output matrix once more, which at 131,072 entries
+takes as long as the products of some hundred tokens. So chunks are as large as a small share of the
+device's memory allows, and of equal size.
+
 Whether the best guess was right needs no search for the best guess: it was unless some logit beats
 the target's, ties going to the earlier entry. The output matrix's gradient is summed in float32
 whatever the products run in, for the reason that `chunked.py` gives.
@@ -23,21 +27,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron3.ops.cross_entropy.chunked import CACHED_LOGITS
 from nemotron3.ops.kernels import require_kernel_dtypes
 
 jit: Any = triton.jit
+_SHARE_OF_MEMORY = 1 / 64
+"""What a chunk's logits may take of the device: 1.3 GB of 80, 4,800 tokens of the large models."""
 _BLOCK = 4096
 """Entries of the vocabulary that a program reads at a time."""
 
 
 def linear_cross_entropy_triton(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of losses, each token's loss, and whether its best guess was right."""
     require_kernel_dtypes("cross_entropy", hidden, weight)
     # Inside a Function gradients are always off; only here is known whether anyone wants them.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
+    max_logits = max_logits or _logits_with_room(hidden)
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, max_logits)
 
 
@@ -59,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
-        chunk = max(1, max_logits // vocab)
+        chunk = _chunk(tokens, max(1, max_logits // vocab))
         block = min(_BLOCK, triton.next_power_of_2(vocab))
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
@@ -92,6 +100,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None
+
+
+def _logits_with_room(hidden: Tensor) -> int:
+    if hidden.device.type != "cuda":  # the interpreter's
+        return CACHED_LOGITS
+    memory = torch.cuda.get_device_properties(hidden.device).total_memory
+    return int(memory * _SHARE_OF_MEMORY / hidden.element_size())
+
+
+def _chunk(tokens: int, most: int) -> int:
+    """Tokens per chunk, so that all chunks but the last are of one size and the last nearly."""
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
 
 
 @jit
