@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from nemotron3.models.config import ModelConfig
     from nemotron3.models.nemotron_h import LanguageModel
 
+    __version__: str
+
 __all__ = ["LanguageModel", "ModelConfig", "__version__"]
-__version__ = version("nemotron3")
 
 _HOMES = {
     "LanguageModel": "nemotron3.models.nemotron_h",
@@ -27,6 +28,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its home module on first use (PEP 562)."""
+    if name == "__version__":  # only an installed package has one; sources on a path run without
+        return version("nemotron3")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
