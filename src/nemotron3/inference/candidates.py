@@ -1,0 +1,86 @@
+"""Drawing tokens from logits: temperature, min-p, top-k, top-p, then noise.
+
+The order is vLLM's. Tokens that are equally probable stay or go together, so that no sort's order
+of equals decides what may be said: top-k keeps what is at least as probable as the k-th, top-p what
+has less than p of probability strictly above it.
+
+Nothing sorts 131,072 numbers where it need not. Top-p looks at the `PREFIX` most probable tokens
+and sorts a whole row only where they do not reach p, which takes a nearly flat distribution.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from nemotron3.inference.noise import gumbel
+
+PREFIX = 512
+"""Tokens that top-p looks at before it sorts them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How one row is drawn from; `key` is that of its position."""
+
+    key: int
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Tensor, " rows"]:
+    """One token per row."""
+    device = logits.device
+    kept = truncate(logits, draws)
+    keys = torch.tensor([row.key for row in draws], dtype=torch.int64, device=device)
+    rows, tokens = (kept > -torch.inf).nonzero(as_tuple=True)
+    scores = torch.full_like(kept, -torch.inf, dtype=torch.float64)
+    scores[rows, tokens] = kept[rows, tokens].double() + gumbel(keys[rows], tokens)
+    return scores.argmax(-1)
+
+
+def truncate(
+    logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]
+) -> Float[Tensor, "rows vocab"]:
+    """Logits over temperature, minus infinity for the tokens that may not be drawn."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+
+    kept = logits / column([row.temperature for row in draws])
+    if any(row.min_p for row in draws):
+        floor = kept.amax(-1, keepdim=True) + column([row.min_p for row in draws]).log()
+        kept = kept.masked_fill(kept < floor, -torch.inf)
+    vocab = logits.shape[-1]
+    if any(0 < row.top_k < vocab for row in draws):
+        widths = [min(row.top_k or vocab, vocab) for row in draws]
+        limited = torch.tensor([i for i, width in enumerate(widths) if width < vocab])
+        limited = limited.to(logits.device)
+        last = torch.tensor([width - 1 for width in widths if width < vocab]).to(logits.device)
+        rows = kept[limited]
+        floor = rows.topk(int(last.max()) + 1).values.gather(-1, last[:, None])
+        kept[limited] = rows.masked_fill(rows < floor, -torch.inf)
+    nuclear = [i for i, row in enumerate(draws) if row.top_p < 1]
+    if nuclear:
+        limited = torch.tensor(nuclear, device=logits.device)
+        kept[limited] = _nucleus(kept[limited], column([draws[i].top_p for i in nuclear]).double())
+    return kept
+
+
+def _nucleus(kept: Tensor, top_p: Tensor, width: int = PREFIX) -> Tensor:
+    probabilities = kept.softmax(-1)
+    width = min(width, kept.shape[-1])
+    ordered = probabilities.topk(width).values
+    mass = ordered.double().cumsum(-1)
+    num_kept = 1 + (mass[:, :-1] < top_p).sum(-1, keepdim=True)
+    floor = ordered.gather(-1, num_kept - 1)
+    result = kept.masked_fill(probabilities < floor, -torch.inf)
+    if width < kept.shape[-1]:
+        beyond = (num_kept == width).squeeze(-1).nonzero().squeeze(-1)
+        if len(beyond):
+            result[beyond] = _nucleus(kept[beyond], top_p[beyond], kept.shape[-1])
+    return result

@@ -1,0 +1,254 @@
+"""Choosing the next tokens, a window at a time, so that speculation changes nothing.
+
+A step of the engine gives each answer 1 + d rows of logits: after its last token, and after each of
+d drafted ones. For every row the token is worked out that plain decoding would choose there, given
+the drafts before it; a draft stands while it is that token, and the first that is not gives way to
+it. Nothing is accepted by chance: the noise belongs to the position (`noise.py`), so an answer has
+the same tokens with and without drafts, whoever drafted. Drafts are drawn with the same noise from
+the draft head's logits, which makes them coincide with the choice as often as the two distributions
+allow (a maximal coupling would agree a little more often, and would make tokens depend on drafts).
+
+    chooser = TokenChooser(params, prompt=ids, seed=7, index=0, stop_ids=stop_ids, vocab_size=V)
+    choose([chooser], logits, [[]])          # logits [1, V]: [[token]]
+    choose([chooser], logits, [[4, 8]])      # logits [3, V]: [[4, 9]] where 8 was not the choice
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron3.inference.candidates import Draw, draw
+from nemotron3.inference.logit_rules import LogitRules
+from nemotron3.inference.noise import position_key
+from nemotron3.inference.requests import SamplingParams, TokenConstraint, TokenLogprob
+from nemotron3.inference.thinking_budget import ThinkingBudget
+
+COLDEST = 1e-5
+"""Temperatures below this take the most probable token: dividing by them would overflow."""
+
+
+class TokenChooser:
+    """What one answer needs to choose its tokens, and what it has chosen so far.
+
+    `seed` and `index` (which of the n answers) fix the noise. `stop_ids` end the answer; they are
+    kept back before `min_tokens`, and nothing of a window is accepted after one. `constraint` and
+    `budget` belong to this chooser, which reports every accepted token to them.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        prompt: Sequence[int],
+        seed: int,
+        index: int,
+        stop_ids: frozenset[int],
+        vocab_size: int,
+        constraint: TokenConstraint | None = None,
+        budget: ThinkingBudget | None = None,
+    ) -> None:
+        self.params = params
+        self.budget = budget
+        self.num_tokens = 0
+        self.stop_ids = stop_ids
+        self._seed, self._index = seed, index
+        self._constraint = constraint
+        self._rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids, vocab_size=vocab_size)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most probable token."""
+        return self.params.temperature < COLDEST
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token from here on is the argmax of the model's logits."""
+        return (
+            self.is_greedy
+            and self._constraint is None
+            and self.budget is None
+            and not self._rules.apply_at(self.num_tokens)
+        )
+
+    def forced(self, ahead: int = 0) -> int | None:
+        """The token that will be chosen so many tokens after the next one, where it is known."""
+        return self.budget.forced(ahead) if self.budget is not None else None
+
+    def accept(self, token: int) -> None:
+        """Take a token of the answer; `choose` does it for those it returns."""
+        self.num_tokens += 1
+        self._rules.accept(token)
+        if self.budget is not None:
+            self.budget.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+
+    def rows(self, drafts: Sequence[int], logits: Float[Tensor, "rows vocab"]) -> "list[_Row]":
+        """How to decide the rows after 0, 1, … drafts, of which `logits` holds the last ones.
+
+        They end early behind a draft that cannot be chosen: no later row matters then.
+        """
+        first = len(drafts) + 1 - logits.shape[0]
+        budget, constraint = self.budget, self._constraint
+        if drafts:
+            budget = budget.fork() if budget is not None else None
+            constraint = constraint.fork() if constraint is not None else None
+        rows: list[_Row] = []
+        for ahead in range(len(drafts) + 1):
+            forced = budget.forced() if budget is not None else None
+            mask = constraint.mask() if constraint is not None and forced is None else None
+            if ahead >= first:
+                rows.append(self._row(logits[ahead - first], drafts[:ahead], forced, mask))
+            if ahead == len(drafts) or not _may_be(drafts[ahead], forced, mask, self.stop_ids):
+                break
+            if budget is not None:
+                budget.accept(drafts[ahead])
+            if constraint is not None:
+                constraint.accept(drafts[ahead])
+        return rows
+
+    def _row(
+        self, logits: Tensor, drafts: Sequence[int], forced: int | None, mask: Tensor | None
+    ) -> "_Row":
+        if forced is not None:
+            return _Row(forced=forced)
+        position = self.num_tokens + len(drafts)
+        changed = None
+        if mask is not None or self._rules.apply_at(position):
+            changed = self._rules.apply(logits, position=position, drafts=drafts, mask=mask)
+        if self.is_greedy:
+            return _Row(changed=changed)
+        params = self.params
+        how = Draw(
+            key=position_key(self._seed, self._index, position),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+        )
+        return _Row(changed=changed, draw=how)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """How one row is decided: forced, drawn, or by argmax; `changed` are its logits under rules."""
+
+    changed: Tensor | None = None
+    forced: int | None = None
+    draw: Draw | None = None
+
+
+def choose(
+    choosers: Sequence[TokenChooser],
+    logits: Float[Tensor, "rows vocab"],
+    windows: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """The tokens that each answer gains: the agreed beginning of its drafts, and one more.
+
+    `logits` (float32) has the rows of the first window, then those of the second, and so on; a
+    window is the drafts that the rows were computed after. A token of `stop_ids` is the last one.
+    The choosers are advanced by what is returned.
+    """
+    sizes = [len(drafts) + 1 for drafts in windows]
+    assert logits.shape[0] == sum(sizes), f"{logits.shape[0]} rows for windows of {sizes}"
+    spans = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    if all(chooser.is_plain for chooser in choosers):
+        chosen = dict(enumerate(_tokens(logits.argmax(-1))))
+    else:
+        rows: dict[int, _Row] = {}
+        for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
+            decided = chooser.rows(drafts, logits[span.start : span.stop])
+            rows |= zip(span, decided, strict=False)  # there may be fewer
+        chosen = _decide(rows, logits)
+    gains: list[list[int]] = []
+    for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
+        gain = _agreed([chosen[i] for i in span if i in chosen], drafts, chooser.stop_ids)
+        for token in gain:
+            chooser.accept(token)
+        gains.append(gain)
+    return gains
+
+
+def draft(
+    choosers: Sequence[TokenChooser],
+    logits: Float[Tensor, "rows vocab"],
+    windows: Sequence[Sequence[int]],
+) -> list[int]:
+    """One more draft for each answer, from a draft head's logits after the drafts so far.
+
+    It is what `choose` would take if these were the model's logits, rules and noise included. The
+    choosers stay where they are.
+    """
+    if all(chooser.is_plain for chooser in choosers):
+        return _tokens(logits.argmax(-1))
+    rows: dict[int, _Row] = {}
+    for i, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
+        # No row is left behind a draft that cannot stand; what follows it cannot matter.
+        rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
+    chosen = _decide(rows, logits)
+    return [chosen[i] for i in range(len(choosers))]
+
+
+def token_logprobs(
+    logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], top: int
+) -> list[TokenLogprob]:
+    """The log-probability of one token per row, its rank, and the `top` most probable ones.
+
+    They are the model's own, so `logits` are those that it gave, before temperature and rules. The
+    rank counts equals, as vLLM's does: of two most probable tokens both are second.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = _tokens((logprobs >= chosen).sum(-1))
+    best = logprobs.topk(min(top, logprobs.shape[-1]))
+    result: list[TokenLogprob] = []
+    for row, token in enumerate(tokens):
+        others = zip(_tokens(best.indices[row]), map(float, best.values[row]), strict=True)
+        result.append(TokenLogprob(token, float(chosen[row]), ranks[row], tuple(others)))
+    return result
+
+
+def _may_be(token: int, forced: int | None, mask: Tensor | None, stop_ids: frozenset[int]) -> bool:
+    """Whether a draft can be accepted with more to come after it."""
+    if forced is not None:
+        return token == forced
+    return token not in stop_ids and (mask is None or bool(mask[token]))
+
+
+def _agreed(tokens: Sequence[int], drafts: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    gain: list[int] = []
+    for token, drafted in zip_longest(tokens, drafts):
+        gain.append(token)
+        if token != drafted or token in stop_ids:
+            break
+    return gain
+
+
+def _decide(rows: dict[int, _Row], logits: Tensor) -> dict[int, int]:
+    chosen = {i: row.forced for i, row in rows.items() if row.forced is not None}
+    greedy = [i for i, row in rows.items() if row.forced is None and row.draw is None]
+    if greedy:
+        chosen |= zip(greedy, _tokens(_gathered(rows, greedy, logits).argmax(-1)), strict=True)
+    drawn = {i: row.draw for i, row in rows.items() if row.draw is not None}
+    if drawn:
+        tokens = draw(_gathered(rows, list(drawn), logits), list(drawn.values()))
+        chosen |= zip(drawn, _tokens(tokens), strict=True)
+    return chosen
+
+
+def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> Tensor:
+    """The logits of some rows, with those in place that rules have changed."""
+    result = logits[torch.tensor(wanted, device=logits.device)]
+    for place, i in enumerate(wanted):
+        if (changed := rows[i].changed) is not None:
+            result[place] = changed
+    return result
+
+
+def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` does not say of what
+    return ids.tolist()
