@@ -32,6 +32,7 @@ every_precision = pytest.mark.parametrize(
 @every_precision
 @every_model
 @pytest.mark.parametrize("splits", [(29,), (1, 28), (28, 1), (3, 8, 9, 1, 1, 7), (16, 13)])
+@torch.no_grad()
 def test_chunked_prefill_is_the_full_pass(assert_close, config, dtype, tolerance, splits):
     model = tiny_model(config, dtype=dtype)
     tokens = tokens_for(config, 2, sum(splits))
@@ -43,6 +44,7 @@ def test_chunked_prefill_is_the_full_pass(assert_close, config, dtype, tolerance
 
 @every_precision
 @every_model
+@torch.no_grad()
 def test_decoding_token_by_token_is_the_full_pass(assert_close, config, dtype, tolerance):
     model = tiny_model(config, dtype=dtype)
     tokens = tokens_for(config, 1, 37)
@@ -64,6 +66,7 @@ def test_packed_documents_are_separate_sequences(assert_close, config, dtype, to
 
 @every_precision
 @every_model
+@torch.no_grad()
 def test_sequences_decode_packed_at_their_own_positions(assert_close, config, dtype, tolerance):
     """Prompts of unequal length, then steps with slots permuted, left out, and several tokens."""
     model = tiny_model(config, dtype=dtype)

@@ -63,15 +63,6 @@ def test_chunks_equal_the_recurrence(lengths, dtype, tolerance, assert_close):
         assert_close(a.double(), e, tolerance)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 3), (8,)])
-def test_decoding_steps_equal_the_recurrence(lengths, assert_close):
-    inputs = operands(lengths)
-    expected = outputs_and_gradients(scan(lengths, "reference"), inputs)
-    actual = outputs_and_gradients(scan(lengths, "auto"), inputs)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, FLOAT64)
-
-
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (6, 1), (6, 6), (6, 3)])
 def test_heads_share_groups(heads, groups, assert_close):
     inputs = operands((11, 4), heads=heads, groups=groups)

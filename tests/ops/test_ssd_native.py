@@ -113,25 +113,6 @@ def test_only_what_is_wanted(wanted, output, assert_close):
             assert_close(actual.double(), expected.double(), FLOAT32)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 3), (8,)])
-@pytest.mark.parametrize(("head_dim", "d_state"), [(1, 3), (8, 16), (33, 65)])
-def test_few_tokens_equal_the_recurrence(lengths, head_dim, d_state, assert_close):
-    inputs = operands(lengths, head_dim=head_dim, d_state=d_state)
-    narrow = [t.float() for t in inputs]
-    expected = scan(lengths, "reference")(*inputs)
-    for a, e in zip(scan(lengths, "auto")(*narrow), expected, strict=True):
-        assert_close(a.double(), e, FLOAT32)
-
-
-def test_few_tokens_at_once_or_one_by_one_give_the_same_bits():
-    x, dt, A, B, C, D, h = (t.float() for t in operands((4,), head_dim=33, d_state=65))
-    whole, final = scan((4,), "auto")(x, dt, A, B, C, D, h)
-    for t in range(4):
-        y, h = scan((1,), "auto")(x[t : t + 1], dt[t : t + 1], A, B[t : t + 1], C[t : t + 1], D, h)
-        assert torch.equal(y[0], whole[t])
-    assert torch.equal(h, final)
-
-
 def test_slices_of_wider_rows_are_read_in_place():
     x, dt, A, B, C, D, h = (t.float() for t in operands((70,), heads=4, groups=2, d_state=5))
     rows = torch.cat([x.flatten(1), B.flatten(1), C.flatten(1), dt], dim=1)

@@ -7,7 +7,6 @@ import tests.ops.interpreter  # noqa: F401 - before any kernel is imported
 from nemotron3.errors import BackendUnavailableError
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd import ssd
-from nemotron3.ops.ssd.decoding.triton import ssd_steps_triton
 from tests.ops.contract import outputs_and_gradients
 from tests.ops.test_ssd import operands
 from tests.tolerances import FLOAT32
@@ -103,44 +102,6 @@ def test_strong_decay_over_a_long_chunk_stays_finite():
     inputs[1] = torch.full_like(inputs[1], 50.0)
     results = outputs_and_gradients(scan((64,), "triton", chunk_size=64), inputs)
     assert all(torch.isfinite(r).all() for r in results)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1), (2, 5)])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)]
-)
-def test_steps_leave_the_state_after_every_token(rows, length, dtype, tolerance, assert_close):
-    segments = Segments.uniform(rows, length)
-    *tokens, initial = narrowed(operands(segments.lengths, 4, 20, 2, 24), dtype)
-    given = {"segments": segments, "initial_states": initial}
-    y, last = ssd_steps_triton(*tokens, **given)
-    y_again, every = ssd_steps_triton(*tokens, **given, every_state=True)
-    assert torch.equal(y, y_again)
-    assert torch.equal(every[:, -1], last)
-    assert y.dtype == dtype
-
-    exact = [t.double() for t in (*tokens, initial)]
-    expected, _ = scan(segments.lengths, "reference")(*exact)
-    assert_close(y.double(), expected, tolerance)
-    for kept in range(1, length + 1):
-        x, dt, A, B, C, D, h = exact
-        x, dt, B, C = (
-            t.unflatten(0, (rows, length))[:, :kept].flatten(0, 1) for t in (x, dt, B, C)
-        )
-        _, state = scan((kept,) * rows, "reference")(x, dt, A, B, C, D, h)
-        assert_close(every[:, kept - 1].double(), state, FLOAT32)
-
-
-def test_steps_that_want_a_gradient_get_it(assert_close):
-    inputs = operands((3, 3), dtype=torch.float32)
-    segments = Segments((3, 3))
-    actual = outputs_and_gradients(
-        lambda *t: ssd_steps_triton(*t[:6], segments=segments, initial_states=t[6]), inputs
-    )
-    expected = outputs_and_gradients(scan((3, 3), "reference"), [t.double() for t in inputs])
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a.double(), e, FLOAT32)
 
 
 def test_float64_is_refused():

@@ -4,6 +4,7 @@ The published configurations carry `rope_theta`, but the models were trained wit
 positions; reading that field as a wish for them ruins the model (white paper, section 2.5).
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.state import AttentionState
-from nemotron3.ops.attention import attention
+from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.rotary import rotate
 
 
@@ -45,7 +46,14 @@ class Attention(nn.Module):
         if c.rope_theta is not None:
             positions = layout.positions(x.device)
             q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
-        if state is not None:
-            k, v = state.extend(layout, k, v)
-        y = attention(q, k, v, queries=layout.segments, keys=layout.keys)
+        if state is not None and layout.is_step and not torch.is_grad_enabled():
+            y = attention_steps(
+                q, k, v,
+                keys=state.keys, values=state.values, table=state.table.tensor,
+                slots=layout.slot_index(x.device), context=layout.context_lengths(x.device),
+            )  # fmt: skip
+        else:
+            if state is not None:
+                k, v = state.extend(layout, k, v)
+            y = attention(q, k, v, queries=layout.segments, keys=layout.keys)
         return self.o_proj(y.flatten(-2))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.state import HybridCache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,24 @@ global.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
 from nemotron3.ops.segments import Segments
+
+MAX_STEPS = 16
+"""Up to this many new tokens of each sequence are steps: the state is read and written in place."""
+
+
+class Places(NamedTuple):
+    """Where the sequences of a call are, for kernels."""
+
+    slots: Int[Tensor, " sequence"]
+    context: Int[Tensor, " sequence"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,10 @@ class SequenceLayout:
     """Tokens of each sequence in the state before this call; empty where there is no state."""
     slots: tuple[int, ...] = ()
     """Row of the state that belongs to each sequence; empty where there is no state."""
+    is_tentative: bool = False
+    """Whether the state must stay as it is until it is said how many of the tokens stand."""
+    places: "Places | None" = None
+    """`context` and `slots` as tensors, where whoever made the layout keeps them."""
 
     def __post_init__(self) -> None:
         for name in ("context", "slots"):
@@ -46,6 +62,33 @@ class SequenceLayout:
         return cls(Segments(lengths))
 
     @cached_property
+    def is_step(self) -> bool:
+        """Whether every sequence of a state goes on by the same few tokens."""
+        length = self.segments.uniform_length
+        return bool(self.slots) and length is not None and length <= MAX_STEPS
+
+    def slot_index(self, device: torch.device) -> Tensor:
+        """`slots` as a tensor, int64 [sequences]."""
+        return self._places(device).slots
+
+    def context_lengths(self, device: torch.device) -> Tensor:
+        """`context` as a tensor, int64 [sequences]."""
+        return self._places(device).context
+
+    def _places(self, device: torch.device) -> "Places":
+        if self.places is not None:
+            return self.places
+        if device not in self._made:
+            self._made[device] = Places(
+                torch.tensor(self.slots, device=device), torch.tensor(self.context, device=device)
+            )
+        return self._made[device]
+
+    @cached_property
+    def _made(self) -> dict[torch.device, "Places"]:
+        return {}
+
+    @cached_property
     def keys(self) -> Segments:
         """What attention looks at: remembered tokens and those of this call."""
         if not any(self.context):
@@ -57,9 +100,8 @@ class SequenceLayout:
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token within its whole sequence, int64 [tokens]."""
         positions = self.segments.positions(device)
-        if any(self.context):
-            offset = torch.tensor(self.context, device=device)
-            positions = positions + offset[self.segments.ids(device)]
+        if any(self.context) or self.places is not None:
+            positions = positions + self.context_lengths(device)[self.segments.ids(device)]
         return positions
 
 

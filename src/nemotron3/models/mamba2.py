@@ -15,8 +15,8 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.state import MambaState
-from nemotron3.ops.conv import causal_conv
-from nemotron3.ops.ssd import ssd
+from nemotron3.ops.conv import causal_conv, causal_conv_steps
+from nemotron3.ops.ssd import ssd, ssd_steps
 
 
 class CausalConv1d(nn.Module):
@@ -34,6 +34,14 @@ class CausalConv1d(nn.Module):
         """Convolution and SiLU; returns outputs [tokens, channel] and new tails."""
         return causal_conv(
             x, self.weight.squeeze(1), self.bias, segments=layout.segments, tails=tails
+        )
+
+    def steps(
+        self, x: Tensor, tails: Tensor, slots: Tensor, trail: Tensor | None
+    ) -> Float[Tensor, "tokens channel"]:
+        """The same for a few tokens behind the tails of `slots`, which go on in place."""
+        return causal_conv_steps(
+            x, self.weight.squeeze(1), self.bias, tails=tails, slots=slots, trail=trail
         )
 
 
@@ -64,23 +72,42 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self.in_proj(x).split(
             [c.inner_size, c.conv_channels, c.mamba_num_heads], dim=-1
         )
-        tails, states = (None, None) if state is None else state.read(layout)
-        xBC, tails = self.conv1d(xBC, layout, tails)
-        state_width = c.n_groups * c.ssm_state_size
-        x_, B, C = xBC.split([c.inner_size, state_width, state_width], dim=-1)
         # Steps, decay and state in float32 at least: they accumulate over the whole sequence.
         wide = torch.promote_types(x.dtype, torch.float32)
-        y, states = ssd(
-            x_.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
-            F.softplus(dt.to(wide) + self.dt_bias.to(wide)),
-            -torch.exp(self.A_log.to(wide)),
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        A, D = -torch.exp(self.A_log.to(wide)), self.D.to(wide)
+        if state is not None and layout.is_step and not torch.is_grad_enabled():
+            slots = layout.slot_index(x.device)
+            tail_trail, state_trail = state.trails(layout)
+            xBC = self.conv1d.steps(xBC, state.tails, slots, tail_trail)
+            operands = self._operands(xBC, dt, A, D)
+            y = ssd_steps(*operands, state.states, slots, trail=state_trail)
+        else:
+            assert not layout.is_tentative, "a tentative call takes few tokens and no gradients"
+            tails, states = (None, None) if state is None else state.read(layout)
+            xBC, tails = self.conv1d(xBC, layout, tails)
+            y, states = ssd(
+                *self._operands(xBC, dt, A, D),
+                segments=layout.segments,
+                chunk_size=c.chunk_size,
+                initial_states=states,
+            )
+            if state is not None:
+                state.write(layout, tails, states)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _operands(
+        self, xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan reads: x, dt, A, B, C, D."""
+        c = self.config
+        state_width = c.n_groups * c.ssm_state_size
+        x, B, C = xBC.split([c.inner_size, state_width, state_width], dim=-1)
+        return (
+            x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
+            dt,
+            A,
             B.unflatten(-1, (c.n_groups, c.ssm_state_size)),
             C.unflatten(-1, (c.n_groups, c.ssm_state_size)),
-            self.D.to(wide),
-            segments=layout.segments,
-            chunk_size=c.chunk_size,
-            initial_states=states,
+            D,
         )
-        if state is not None:
-            state.write(layout, tails, states)
-        return self.out_proj(self.norm(y.flatten(-2), z))

@@ -21,6 +21,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.allocation import allocate
 from nemotron3.models.block import Block
+from nemotron3.models.cache import HybridCache
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Router, Routing
 from nemotron3.models.generation import GenerationConfig, generate
@@ -29,7 +30,6 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.state import HybridCache
 from nemotron3.ops.linear import linear
 
 
@@ -210,9 +210,7 @@ class LanguageModel(nn.Module):
     def new_state(self, slots: int) -> HybridCache:
         """An empty state for `slots` sequences."""
         dtype = self.activation_dtype or self.output_weight.dtype
-        return HybridCache(
-            self.config, self.config.pattern.main, slots=slots, dtype=dtype, device=self.device
-        )
+        return HybridCache(self.config, slots=slots, dtype=dtype, device=self.device)
 
     def generate(
         self,

@@ -1,28 +1,24 @@
-"""What a model carries between calls: keys and values, convolution tails, state-space states.
+"""What one layer carries between calls: keys and values, or a convolution tail and a scan's state.
 
-One `HybridCache` serves a number of sequences, each in a slot of its own. A call says in its layout
-which slots its sequences use and how much they hold already; each layer then reads and writes its
-own part, and the model advances the lengths when the call is done.
-
-    cache = model.new_state(slots=2)
-    model(prompt, layout=cache.layout([7, 3]), state=cache)   # two prompts, packed
-    model(tokens, layout=cache.layout([1, 1]), state=cache)   # one more token each
+Both kinds are rows for slots. A call's layout says which slots its sequences use; the mixer asks
+its state to continue them. `HybridCache` (cache.py) holds the states of all layers and is the only
+one who gives slots, pages and lengths away.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nemotron3.errors import ConfigError
-from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig
+from nemotron3.models.config import AttentionConfig, MambaConfig
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.pattern import LayerKind
-from nemotron3.ops.segments import Segments
+from nemotron3.models.pages import PageTable
 
 
 class MambaState:
-    """Convolution tails and state-space states of one Mamba layer, one row per slot."""
+    """Convolution tails and state-space states of one Mamba layer, one row per slot.
+
+    A tentative call (see `SequenceLayout`) changes neither: what they would be after each of its
+    tokens goes into the trails, and `accept` takes from there what came true.
+    """
 
     def __init__(
         self, config: MambaConfig, slots: int, dtype: torch.dtype, device: torch.device
@@ -39,116 +35,100 @@ class MambaState:
             dtype=torch.promote_types(dtype, torch.float32),
             device=device,
         )
+        self._tail_trail = self.tails.new_empty(0, 0, *self.tails.shape[1:])
+        self._state_trail = self.states.new_empty(0, 0, *self.states.shape[1:])
 
     def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Tails and states of the layout's sequences; to be read only."""
-        if self._is_whole(layout) and not torch.is_grad_enabled():
-            return self.tails, self.states
-        rows = list(layout.slots)
-        return self.tails[rows], self.states[rows]
+        """Tails and states of the layout's sequences."""
+        slots = layout.slot_index(self.tails.device)
+        return self.tails[slots], self.states[slots]
 
     def write(self, layout: SequenceLayout, tails: Tensor, states: Tensor) -> None:
         """Keep the tails and states after the call."""
-        if self._is_whole(layout):
-            self.tails.copy_(tails.detach())
-            self.states.copy_(states.detach())
-            return
-        rows = list(layout.slots)
-        self.tails[rows] = tails.detach().to(self.tails.dtype)
-        self.states[rows] = states.detach()
+        slots = layout.slot_index(self.tails.device)
+        self.tails[slots] = tails.detach().to(self.tails.dtype)
+        self.states[slots] = states.detach()
 
-    def _is_whole(self, layout: SequenceLayout) -> bool:
-        """Whether a layout has every slot in its place, so that nothing needs to be picked."""
-        return layout.slots == tuple(range(len(self.tails)))
+    def trails(self, layout: SequenceLayout) -> tuple[Tensor | None, Tensor | None]:
+        """Where a tentative call leaves tails and states after each token; else None."""
+        if not layout.is_tentative:
+            return None, None
+        rows, steps = len(layout.segments), layout.segments.max_length
+        if rows > self._tail_trail.shape[0] or steps > self._tail_trail.shape[1]:
+            room = (
+                max(rows, self._tail_trail.shape[0]),
+                max(steps, self._tail_trail.shape[1]),
+            )
+            self._tail_trail = self.tails.new_empty(*room, *self.tails.shape[1:])
+            self._state_trail = self.states.new_empty(*room, *self.states.shape[1:])
+        return self._tail_trail[:rows, :steps], self._state_trail[:rows, :steps]
+
+    def accept(self, slots: Tensor, rows: Tensor, last: Tensor) -> None:
+        """After a tentative call, let row `rows[i]` of it have ended with its token `last[i]`."""
+        self.tails[slots] = self._tail_trail[rows, last]
+        self.states[slots] = self._state_trail[rows, last]
+
+    def clear(self, slot: int) -> None:
+        """Make a slot the beginning of a sequence."""
+        self.tails[slot].zero_()
+        self.states[slot].zero_()
+
+    def copy(self, slot: int) -> tuple[Tensor, Tensor]:
+        """What a slot holds, as tensors of their own."""
+        return self.tails[slot].clone(), self.states[slot].clone()
+
+    def put(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
+        """Let a slot hold what `copy` returned."""
+        self.tails[slot].copy_(kept[0])
+        self.states[slot].copy_(kept[1])
 
 
 class AttentionState:
-    """Keys and values of one attention layer, one row per slot, growing by doubling."""
+    """Keys and values of one attention layer, in pages that the cache hands out."""
 
     def __init__(
-        self, config: AttentionConfig, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: AttentionConfig,
+        pages: int,
+        table: PageTable,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape = (slots, 0, config.num_key_value_heads, config.head_dim)
+        self.table = table
+        shape = (pages, table.page_size, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def extend(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the call's keys and values; returns all of each sequence, packed."""
-        self._reserve(layout.keys.max_length)
-        keys, values = (
-            self._extend(buffer, layout, new) for buffer, new in ((self.keys, k), (self.values, v))
+        keys, values = ([], [])
+        sequences = zip(
+            layout.slots,
+            layout.context,
+            k.split(layout.segments.lengths),
+            v.split(layout.segments.lengths),
+            strict=True,
         )
-        return keys, values
+        for slot, old, new_k, new_v in sequences:
+            places = self.table.positions(slot, 0, old + len(new_k))
+            for pool, new, parts in ((self.keys, new_k, keys), (self.values, new_v, values)):
+                flat = pool.flatten(0, 1)
+                flat[places[old:]] = new.detach().to(pool.dtype)
+                parts += [flat[places[:old]].to(new.dtype), new] if old else [new]
+        return torch.cat(keys), torch.cat(values)
 
-    def _extend(self, buffer: Tensor, layout: SequenceLayout, new: Tensor) -> Tensor:
-        parts: list[Tensor] = []
-        spans = zip(layout.slots, layout.context, new.split(layout.segments.lengths), strict=True)
-        for slot, old, arriving in spans:
-            buffer[slot, old : old + len(arriving)] = arriving.detach()
-            parts += [buffer[slot, :old].to(new.dtype), arriving]
-        return torch.cat(parts)
-
-    def _reserve(self, length: int) -> None:
-        have = self.keys.shape[1]
-        if length > have:
-            more = max(length, 2 * have) - have
-            grow = (0, 0, 0, 0, 0, more)
+    def grow(self, pages: int) -> None:
+        """Make room for so many pages in all."""
+        more = pages - len(self.keys)
+        if more > 0:
+            grow = (0, 0, 0, 0, 0, 0, 0, more)
             self.keys = torch.nn.functional.pad(self.keys, grow)
             self.values = torch.nn.functional.pad(self.values, grow)
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy what a page holds into another."""
+        self.keys[target] = self.keys[source]
+        self.values[target] = self.values[source]
+
 
 LayerState = MambaState | AttentionState
-
-
-class HybridCache:
-    """The carried state of a whole model for a number of sequences.
-
-    It carries values and no gradients: what an earlier call left behind is a constant to the next.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        kinds: Sequence[LayerKind],
-        *,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.lengths = [0] * slots
-        self.layers: list[LayerState | None] = []
-        for kind in kinds:
-            state: LayerState | None = None
-            if kind is LayerKind.MAMBA:
-                assert config.mamba is not None
-                state = MambaState(config.mamba, slots, dtype, device)
-            elif kind is LayerKind.ATTENTION:
-                assert config.attention is not None
-                state = AttentionState(config.attention, slots, dtype, device)
-            self.layers.append(state)
-
-    def layout(self, lengths: Sequence[int], slots: Sequence[int] | None = None) -> SequenceLayout:
-        """The layout of a call that brings `lengths` new tokens to `slots` (all, where omitted)."""
-        slots = tuple(range(len(self.lengths))) if slots is None else tuple(slots)
-        return SequenceLayout(
-            Segments(lengths), context=tuple(self.lengths[s] for s in slots), slots=slots
-        )
-
-    def check(self, layout: SequenceLayout) -> None:
-        """Refuse a layout that does not continue what the slots hold."""
-        if len(set(layout.slots)) < len(layout.segments):
-            raise ConfigError(
-                f"the layout has {len(layout.segments)} sequences in slots {layout.slots}; with a "
-                "state each needs a slot of its own, as in layout=state.layout(lengths)"
-            )
-        held = tuple(self.lengths[slot] for slot in layout.slots)
-        if layout.context != held:
-            raise ConfigError(
-                f"the layout continues sequences of {layout.context} tokens, but the state holds "
-                f"{held}; make a new layout for each call with state.layout(lengths)"
-            )
-
-    def advance(self, layout: SequenceLayout) -> None:
-        """Count the tokens of a finished call."""
-        for slot, length in zip(layout.slots, layout.segments.lengths, strict=True):
-            self.lengths[slot] += length

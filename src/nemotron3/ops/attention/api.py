@@ -1,14 +1,19 @@
 """The door to attention."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.attention.reference import attention_reference
 from nemotron3.ops.attention.sdpa import attention_sdpa
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.attention.steps import attention_steps_torch
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
 
 _ATTENTIONS = {"reference": attention_reference, "torch": attention_sdpa}
+_STEPS = {
+    "torch": attention_steps_torch,
+    "native": Kernel("nemotron3.ops.attention.native", "attention_steps_native"),
+}
 
 
 def attention(
@@ -26,3 +31,24 @@ def attention(
     more keys than queries, the extra keys come first: they are what a cache remembers.
     """
     return resolve("attention", backend, _ATTENTIONS, q)(q, k, v, queries=queries, keys=keys)
+
+
+def attention_steps(
+    q: Float[Tensor, "tokens head head_dim"],
+    k: Float[Tensor, "tokens kv_head head_dim"],
+    v: Float[Tensor, "tokens kv_head head_dim"],
+    *,
+    keys: Float[Tensor, "page place kv_head head_dim"],
+    values: Float[Tensor, "page place kv_head head_dim"],
+    table: Int[Tensor, "slot pages"],
+    slots: Int[Tensor, " sequence"],
+    context: Int[Tensor, " sequence"],
+    backend: Backend = "auto",
+) -> Float[Tensor, "tokens head head_dim"]:
+    """The same for the same few new tokens of each sequence, without gradients.
+
+    Sequence i has `context[i]` tokens in the pages that row `slots[i]` of `table` lists; the new
+    ones are written behind them, in place. No shape depends on how long a sequence is.
+    """
+    steps = resolve("attention_steps", backend, _STEPS, q)
+    return steps(q, k, v, keys=keys, values=values, table=table, slots=slots, context=context)

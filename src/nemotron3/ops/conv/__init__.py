@@ -1,5 +1,5 @@
 """Causal depthwise convolution with SiLU."""
 
-from nemotron3.ops.conv.api import causal_conv
+from nemotron3.ops.conv.api import causal_conv, causal_conv_steps
 
-__all__ = ["causal_conv"]
+__all__ = ["causal_conv", "causal_conv_steps"]

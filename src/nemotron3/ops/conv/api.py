@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.conv.reference import causal_conv_reference
 from nemotron3.ops.conv.shifted import causal_conv_shifted
+from nemotron3.ops.conv.steps import causal_conv_steps_torch
 from nemotron3.ops.segments import Segments
 
 
@@ -37,6 +38,7 @@ _CONVOLUTIONS = {
     "torch": _widened(causal_conv_shifted),
     "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
 }
+_STEPS = {"torch": causal_conv_steps_torch}
 
 
 def causal_conv(
@@ -59,3 +61,22 @@ def causal_conv(
     return resolve("conv", backend, _CONVOLUTIONS, x)(
         x, weight, bias, segments=segments, tails=tails.to(x.dtype)
     )
+
+
+def causal_conv_steps(
+    x: Float[Tensor, "tokens channel"],
+    weight: Float[Tensor, "channel tap"],
+    bias: Float[Tensor, " channel"] | None,
+    *,
+    tails: Float[Tensor, "slot tap-1 channel"],
+    slots: Int[Tensor, " sequence"],
+    trail: Float[Tensor, "sequence step tap-1 channel"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "tokens channel"]:
+    """The same for the same few tokens of each sequence, without gradients.
+
+    Sequence i goes on from row `slots[i]` of `tails`, which is written in place. With a `trail` the
+    tails stay as they are, and the trail gets what they would be after each token.
+    """
+    steps = resolve("conv_steps", backend, _STEPS, x)
+    return steps(x, weight, bias, tails=tails, slots=slots, trail=trail)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
@@ -11,7 +11,7 @@ from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd.chunked import ssd_chunked
 from nemotron3.ops.ssd.native import ssd_native, ssd_steps_native
 from nemotron3.ops.ssd.reference import ssd_reference
-from nemotron3.ops.ssd.step import ssd_steps
+from nemotron3.ops.ssd.step import ssd_steps_torch
 
 
 def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -34,13 +34,25 @@ _SCANS = {
     "native": _widened(ssd_native),
     "triton": Kernel("nemotron3.ops.ssd.triton", "ssd_triton"),
 }
+
+
+def _widened_steps(steps: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def widened(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: Any, **more: Any
+    ) -> Tensor:
+        if x.dtype == dt.dtype == B.dtype == C.dtype:
+            return steps(x, dt, A, B, C, D, *rest, **more)
+        y = steps(x.to(dt.dtype), dt, A, B.to(dt.dtype), C.to(dt.dtype), D, *rest, **more)
+        return y.to(x.dtype)
+
+    return widened
+
+
 _STEPS = {
-    "torch": _widened(ssd_steps),
-    "native": _widened(ssd_steps_native),
+    "torch": ssd_steps_torch,
+    "native": _widened_steps(ssd_steps_native),
     "triton": Kernel("nemotron3.ops.ssd.decoding.triton", "ssd_steps_triton"),
 }
-_FEW_TOKENS = 8
-"""Up to this many new tokens per segment the recurrence beats a chunk (see ops/ssd/step.py)."""
 
 
 def ssd(
@@ -61,16 +73,33 @@ def ssd(
     `dt` is the step after softplus, `A` is negative. Without `initial_states` every segment starts
     from zero. States are kept in the dtype of `dt` (float32 in the model), whatever that of `x` is.
     """
-    continues = initial_states is not None
     if initial_states is None:
         initial_states = dt.new_zeros(len(segments), x.shape[1], x.shape[2], B.shape[2])
     initial_states = initial_states.to(dt.dtype)
-    uniform = segments.uniform_length
-    if backend == "auto" and continues and uniform is not None and uniform <= _FEW_TOKENS:
-        steps = resolve("ssd_steps", backend, _STEPS, dt)
-        return steps(x, dt, A, B, C, D, segments=segments, initial_states=initial_states)
     scan = resolve("ssd", backend, _SCANS, dt)
     return scan(
         x, dt, A, B, C, D,
         segments=segments, initial_states=initial_states, chunk_size=chunk_size,
     )  # fmt: skip
+
+
+def ssd_steps(
+    x: Float[Tensor, "tokens head head_dim"],
+    dt: Float[Tensor, "tokens head"],
+    A: Float[Tensor, " head"],
+    B: Float[Tensor, "tokens group d_state"],
+    C: Float[Tensor, "tokens group d_state"],
+    D: Float[Tensor, " head"],
+    states: Float[Tensor, "slot head head_dim d_state"],
+    slots: Int[Tensor, " sequence"],
+    *,
+    trail: Float[Tensor, "sequence step head head_dim d_state"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "tokens head head_dim"]:
+    """The same for the same few tokens of each sequence, without gradients.
+
+    Sequence i goes on from row `slots[i]` of `states`, which is written in place. With a `trail`
+    the states stay as they are, and the trail gets what they would be after each token.
+    """
+    steps = resolve("ssd_steps", backend, _STEPS, dt)
+    return steps(x, dt, A, B, C, D, states, slots, trail=trail)

@@ -515,15 +515,22 @@ INLINE void step_rows(int64_t N, const float* h, float* to, float decay, float d
   for (int r = 0; r < R; r++) y[r] = sums[r] + D * x[r];
 }
 
-// The recurrence, token by token; only the first reads `initial`, the others find in the cache what
-// the one before has written.
-void steps(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head, float* y,
-           float* final) {
+// Where the states of a sequence's tokens are: the first reads `from`, each writes `to` and the next
+// reads that; `stride` lies between the places of two tokens (0 where each replaces the last).
+struct Trail {
+  const float* from;
+  float* to;
+  int64_t stride;
+};
+
+// The recurrence, token by token; only the first reads what is far away, the others find in the cache
+// what the one before has written.
+void steps(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head,
+           const Trail& trail, float* y) {
   const int64_t P = s.head_dim, N = s.d_state, group = head / s.per_group();
-  const int64_t at_state = (row * s.heads + head) * P * N;
-  const float* from = o.initial + at_state;
-  float* to = final + at_state;
-  for (int64_t t = row * length; t < (row + 1) * length; t++, from = to) {
+  const float* from = trail.from;
+  float* to = trail.to;
+  for (int64_t t = row * length; t < (row + 1) * length; t++, from = to, to += trail.stride) {
     const float dt = o.dt[t * o.lddt + head], D = o.D[head];
     const float decay = decayed(splat(dt * o.A[head]))[0];
     const float *x = o.x + t * o.ldx + head * P, *B = o.B + t * o.ldB + group * N;
@@ -540,16 +547,25 @@ void steps(const Shape& s, const Operands& o, int64_t row, int64_t length, int64
 
 extern "C" {
 
-// As ssd_forward, for `rows` segments of `length` tokens each.
+// As ssd_forward, for `length` tokens of each of `rows` sequences, which go on from states[slots[r]]
+// [heads, head_dim, d_state]. Those are written in place, unless there is a trail [rows, length, ...],
+// with `ldtrail` between its rows, for the states after each token.
 void ssd_steps(const float* x, const float* dt, const float* A, const float* B, const float* C,
-               const float* D, const float* initial, float* y, float* final, int64_t rows,
-               int64_t length, int64_t heads, int64_t head_dim, int64_t groups, int64_t d_state,
-               int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC, int64_t threads) {
+               const float* D, float* states, const int64_t* slots, float* trail, float* y,
+               int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
+               int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC,
+               int64_t ldtrail, int64_t threads) {
   const Shape s{heads, head_dim, groups, d_state};
-  const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
-#pragma omp parallel for num_threads(threads) if (rows * heads * head_dim * d_state > WORTH_THREADS)
-  for (int64_t i = 0; i < rows * heads; i++)
-    steps(s, o, i / heads, length, i % heads, y, final);
+  const Operands o{x, dt, A, B, C, D, states, ldx, lddt, ldB, ldC};
+  const int64_t of_head = head_dim * d_state, size = heads * of_head;
+#pragma omp parallel for num_threads(threads) if (rows * size > WORTH_THREADS)
+  for (int64_t i = 0; i < rows * heads; i++) {
+    const int64_t row = i / heads, head = i % heads;
+    float* state = states + slots[row] * size + head * of_head;
+    const Trail kept = trail ? Trail{state, trail + row * ldtrail + head * of_head, size}
+                             : Trail{state, state, 0};
+    steps(s, o, row, length, head, kept, y);
+  }
 }
 
 // y [tokens, heads, head_dim] and the states after each segment.

@@ -13,12 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.native import NativeFunction
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.ssd.step import ssd_steps
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = NativeFunction(_SOURCE, "ssd_forward", "pppppppppp iiiiiiiii")
 _backward = NativeFunction(_SOURCE, "ssd_backward", "ppppppppppppppppp iiiiiiiiii")
-_steps = NativeFunction(_SOURCE, "ssd_steps", "ppppppppp iiiiiiiiii")
+_steps = NativeFunction(_SOURCE, "ssd_steps", "pppppppppp iiiiiiiiiii")
 
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -49,19 +48,20 @@ def ssd_steps_native(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    states: Tensor,
+    slots: Tensor,
     *,
-    segments: Segments,
-    initial_states: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Advance every segment by its few tokens; gradients are those of PyTorch's operations."""
-    operands = (x, dt, A, B, C, D, initial_states)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        return ssd_steps(x, dt, A, B, C, D, segments=segments, initial_states=initial_states)
-    operands = _laid_out(*operands)
-    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), _like(initial_states)
-    rows = len(segments)
-    _steps(*operands, y, final, rows, segments.total // rows, *_sizes(operands))
-    return y, final
+    trail: Tensor | None,
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.ssd.api.ssd_steps`."""
+    assert states.is_contiguous(), "a pool of states is never a slice"
+    operands = _laid_out(x, dt, A, B, C, D, states)
+    y, rows = _like(x), len(slots)
+    _steps(
+        *operands, slots, trail, y, rows, len(x) // rows, *_sizes(operands),
+        0 if trail is None else trail.stride(0),
+    )  # fmt: skip
+    return y
 
 
 def _laid_out(

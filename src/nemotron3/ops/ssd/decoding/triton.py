@@ -1,9 +1,9 @@
 """Decoding steps of the scan as a Triton kernel: the state is read once, advanced, written once.
 
 A few tokens against a carried state cost what moving the state costs, so a program keeps a slice of
-one head's state in registers while it takes all k tokens of a segment. Drafted tokens may be
-refused: with `every_state` the state after each token is written, and whoever refuses a draft picks
-the one after the last token that stands.
+one head's state in registers while it takes all k tokens of a sequence. Drafted tokens may be
+refused: with a trail the state after each token is written there and the pool stays, and whoever
+refuses a draft picks the one after the last token that stands.
 
     h <- exp(dt_t A) h + dt_t x_t B_t^T,    y_t = h C_t + D x_t
 """
@@ -17,8 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nemotron3.ops.kernels import require_kernel_dtypes
-from nemotron3.ops.segments import Segments
-from nemotron3.ops.ssd.triton import ssd_triton
 
 _BLOCK_P = 16
 """Rows of a head's state in a program: few, so that one sequence alone fills a large GPU."""
@@ -26,13 +24,13 @@ _BLOCK_P = 16
 
 @triton.jit
 def _steps_kernel(
-    x, dt, A, B, C, D, initial, y, states,
-    stride_x_t, stride_x_h, stride_dt, stride_b_t, stride_b_g, stride_c_t, stride_c_g,
+    x, dt, A, B, C, D, states, slots, trail, y,
+    stride_trail, stride_x_t, stride_x_h, stride_dt, stride_b_t, stride_b_g, stride_c_t, stride_c_g,
     heads, per_group,
     LENGTH: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, EVERY: tl.constexpr,
     BLOCK_P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """LENGTH tokens of one segment for BLOCK_P rows of one head's state."""
+    """LENGTH tokens of one sequence for BLOCK_P rows of one head's state."""
     segment = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
@@ -41,8 +39,8 @@ def _steps_kernel(
     cell = p[:, None] * D_STATE + n[None, :]
     exists = (p < HEAD_DIM)[:, None] & (n < D_STATE)[None, :]
     size = HEAD_DIM * D_STATE
-    state = tl.load(initial + (segment * heads + head) * size + cell, mask=exists, other=0.0)
-    state = state.to(tl.float32)
+    place = states + (tl.load(slots + segment) * heads + head) * size + cell
+    state = tl.load(place, mask=exists, other=0.0).to(tl.float32)
     rate = tl.load(A + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
     for t in range(LENGTH):
@@ -60,9 +58,10 @@ def _steps_kernel(
             y + (token * heads + head) * HEAD_DIM + p, out.to(y.dtype.element_ty), mask=p < HEAD_DIM
         )
         if EVERY:
-            tl.store(states + (token * heads + head) * size + cell, state, mask=exists)
+            after = trail + segment * stride_trail + (t * heads + head) * size + cell
+            tl.store(after, state.to(trail.dtype.element_ty), mask=exists)
     if not EVERY:
-        tl.store(states + (segment * heads + head) * size + cell, state, mask=exists)
+        tl.store(place, state.to(states.dtype.element_ty), mask=exists)
 
 
 def ssd_steps_triton(
@@ -72,36 +71,25 @@ def ssd_steps_triton(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    states: Tensor,
+    slots: Tensor,
     *,
-    segments: Segments,
-    initial_states: Tensor,
-    every_state: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Advance every segment by its k tokens; shapes as in `nemotron3.ops.ssd.api.ssd`.
-
-    With `every_state` the states are [segment, k, head, head_dim, d_state], one after each token.
-    The kernel has no gradient: where one is wanted, the scan does the work.
-    """
-    require_kernel_dtypes("ssd", x, dt, A, B, C, D, initial_states)
-    rows, length = len(segments), segments.uniform_length
-    assert length is not None, "decoding steps need segments of one length"
-    operands = (x, dt, A, B, C, D, initial_states)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        assert not every_state, "snapshots are for decoding, which takes no gradients"
-        return ssd_triton(
-            x, dt, A, B, C, D,
-            segments=segments, initial_states=initial_states, chunk_size=length,
-        )  # fmt: skip
+    trail: Tensor | None,
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.ssd.api.ssd_steps`."""
+    require_kernel_dtypes("ssd", x, dt, A, B, C, D, states)
+    assert states.is_contiguous(), "a pool of states is never a slice"
+    rows = len(slots)
     (_, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
     x, dt, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    each = (rows, length) if every_state else (rows,)
-    states = torch.empty(*each, heads, head_dim, d_state, dtype=torch.float32, device=x.device)
     _steps_kernel[(rows * heads, triton.cdiv(head_dim, _BLOCK_P))](
-        x, dt, A.contiguous(), B, C, D.contiguous(), initial_states.contiguous(), y, states,
+        x, dt, A.contiguous(), B, C, D.contiguous(), states, slots,
+        states if trail is None else trail, y,
+        0 if trail is None else trail.stride(0),
         x.stride(0), x.stride(1), dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
         heads, heads // groups,
-        LENGTH=length, HEAD_DIM=head_dim, D_STATE=d_state, EVERY=every_state,
+        LENGTH=len(x) // rows, HEAD_DIM=head_dim, D_STATE=d_state, EVERY=trail is not None,
         BLOCK_P=_BLOCK_P, N=triton.next_power_of_2(d_state), num_warps=4,
     )  # fmt: skip
-    return y, states
+    return y

@@ -1,0 +1,228 @@
+"""The carried state of a whole model, and the verbs by which everything else handles it.
+
+One `HybridCache` serves a number of sequences, each in a slot of its own. A call says in its layout
+which slots its sequences use and how much they hold already; each layer then reads and writes its
+own part, and the model advances the lengths when the call is done.
+
+    cache = model.new_state(slots=2)
+    model(prompt, layout=cache.layout([7, 3]), state=cache)   # two prompts, packed
+    model(tokens, layout=cache.layout([1, 1]), state=cache)   # one more token each
+
+Sequences come and go by four verbs, whatever their layers keep: `snapshot` keeps what a slot holds,
+`restore` lets a slot hold it again, `fork` lets a slot hold what another does, `free` empties one.
+Prefix caching, several answers to one prompt and preemption are made of these. A fifth pair serves
+drafts that may be refused: a tentative call changes nothing until `accept` says how far it stands.
+
+Keys and values lie in shared pages, so a snapshot costs no more than the Mamba layers' states: some
+megabytes, however long the sequence is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.pages import PagePool, PageTable
+from nemotron3.models.pattern import LayerKind
+from nemotron3.models.state import AttentionState, LayerState, MambaState
+from nemotron3.ops.segments import Segments
+
+PAGE_SIZE = 64
+"""Tokens of a page: long runs for kernels, and little lost in the last page of a sequence."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a slot held at one moment; give it back with `HybridCache.drop`."""
+
+    length: int
+    draft_length: int
+    pages: tuple[int, ...]
+    states: tuple[tuple[Tensor, Tensor], ...]
+    """Of the Mamba layers, first to last."""
+    hidden: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its own, without the pages that it shares."""
+        return sum(tail.nbytes + state.nbytes for tail, state in self.states)
+
+
+class HybridCache:
+    """States of all layers for a number of slots.
+
+    It carries values and no gradients: what an earlier call left behind is a constant to the next.
+    With `pages` the memory of keys and values is fixed, and `layout` raises OverloadedError when
+    it is used up; without, it grows. `max_length` fixes the width of the page table likewise.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int = PAGE_SIZE,
+        pages: int | None = None,
+        max_length: int = 0,
+        drafts: bool = False,
+    ) -> None:
+        self.lengths = [0] * slots
+        self.draft_lengths = [0] * slots
+        """How much of each sequence the multi-token-prediction block has read."""
+        self.pool = PagePool(pages)
+        self.table = PageTable(slots, page_size, -(-max_length // page_size), device)
+
+        def build(kind: LayerKind) -> LayerState | None:
+            if kind is LayerKind.MAMBA:
+                assert config.mamba is not None
+                return MambaState(config.mamba, slots, dtype, device)
+            if kind is LayerKind.ATTENTION:
+                assert config.attention is not None
+                return AttentionState(config.attention, pages or 0, self.table, dtype, device)
+            return None
+
+        self.layers = [build(kind) for kind in config.pattern.main]
+        self.draft_layers = [build(kind) for kind in config.pattern.mtp] if drafts else []
+        self.hidden = (
+            torch.zeros(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
+        )
+        """Last hidden state of each sequence: what its next draft begins with."""
+        self._mamba = [layer for layer in self.layers if isinstance(layer, MambaState)]
+        self._attention = [
+            layer
+            for layer in (*self.layers, *self.draft_layers)
+            if isinstance(layer, AttentionState)
+        ]
+
+    def layout(
+        self,
+        lengths: Sequence[int],
+        slots: Sequence[int] | None = None,
+        *,
+        is_tentative: bool = False,
+    ) -> SequenceLayout:
+        """The layout of a call that brings `lengths` new tokens to `slots` (all, where omitted).
+
+        Takes the pages that the call will fill.
+        """
+        slots = tuple(range(len(self.lengths))) if slots is None else tuple(slots)
+        context = tuple(self.lengths[s] for s in slots)
+        if len(set(slots)) == len(slots):
+            for slot, new in zip(slots, lengths, strict=True):
+                self.reserve(slot, new)
+        return SequenceLayout(
+            Segments(lengths), context=context, slots=slots, is_tentative=is_tentative
+        )
+
+    def missing_pages(self, slot: int, new_tokens: int) -> int:
+        """Pages that must be taken before a slot can hold so many more tokens."""
+        if not self._attention:
+            return 0
+        more = self.table.pages_for(self.lengths[slot] + new_tokens) - len(self.table.rows[slot])
+        return max(more, 0) + len(self._shared_places(slot))
+
+    def reserve(self, slot: int, new_tokens: int) -> None:
+        """Take the pages for so many more tokens; all or none."""
+        missing = self.missing_pages(slot, new_tokens)
+        if missing <= 0:
+            return
+        taken = self.pool.take(missing)
+        for layer in self._attention:
+            layer.grow(len(self.pool))
+        for place in self._shared_places(slot):
+            shared, copy = self.table.rows[slot][place], taken.pop()
+            for layer in self._attention:
+                layer.copy_page(shared, copy)
+            self.table.replace(slot, place, copy)
+            self.pool.release([shared])
+        self.table.extend(slot, taken)
+
+    def check(self, layout: SequenceLayout) -> None:
+        """Refuse a layout that does not continue what the slots hold."""
+        if len(set(layout.slots)) < len(layout.segments):
+            raise ConfigError(
+                f"the layout has {len(layout.segments)} sequences in slots {layout.slots}; with a "
+                "state each needs a slot of its own, as in layout=state.layout(lengths)"
+            )
+        held = tuple(self.lengths[slot] for slot in layout.slots)
+        if layout.context != held:
+            raise ConfigError(
+                f"the layout continues sequences of {layout.context} tokens, but the state holds "
+                f"{held}; make a new layout for each call with state.layout(lengths)"
+            )
+
+    def advance(self, layout: SequenceLayout) -> None:
+        """Count the tokens of a finished call; of a tentative one, `accept` counts them."""
+        if layout.is_tentative:
+            return
+        for slot, length in zip(layout.slots, layout.segments.lengths, strict=True):
+            self.lengths[slot] += length
+
+    def accept(self, layout: SequenceLayout, counts: Sequence[int]) -> None:
+        """Let the first `counts` tokens (one at least) of each sequence stand, after a try."""
+        assert layout.is_tentative, "only what is tentative can be accepted in part"
+        for slot, count, length in zip(layout.slots, counts, layout.segments.lengths, strict=True):
+            assert 1 <= count <= length, f"{count} of {length} tokens cannot stand"
+            self.lengths[slot] += count
+        if self._mamba:
+            device = self._mamba[0].tails.device
+            last = torch.tensor(counts, device=device) - 1
+            rows = torch.arange(len(counts), device=device)
+            for layer in self._mamba:
+                layer.accept(layout.slot_index(device), rows, last)
+
+    def free(self, slot: int) -> None:
+        """Empty a slot."""
+        self.pool.release(self.table.rows[slot])
+        self.table.set(slot, [])
+        self.lengths[slot] = self.draft_lengths[slot] = 0
+        for layer in self._mamba:
+            layer.clear(slot)
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """Keep what a slot holds."""
+        pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
+        self.pool.share(pages)
+        return Snapshot(
+            self.lengths[slot],
+            self.draft_lengths[slot],
+            pages,
+            tuple(layer.copy(slot) for layer in self._mamba),
+            None if self.hidden is None else self.hidden[slot].clone(),
+        )
+
+    def restore(self, slot: int, snapshot: Snapshot) -> None:
+        """Let a slot hold what a snapshot kept; the snapshot stays."""
+        self.pool.share(snapshot.pages)
+        self.pool.release(self.table.rows[slot])
+        self.table.set(slot, snapshot.pages)
+        self.lengths[slot] = snapshot.length
+        self.draft_lengths[slot] = snapshot.draft_length
+        for layer, kept in zip(self._mamba, snapshot.states, strict=True):
+            layer.put(slot, kept)
+        if self.hidden is not None and snapshot.hidden is not None:
+            self.hidden[slot] = snapshot.hidden
+
+    def drop(self, snapshot: Snapshot) -> None:
+        """Give a snapshot's pages back; it must not be used again."""
+        self.pool.release(snapshot.pages)
+
+    def fork(self, source: int, target: int) -> None:
+        """Let slot `target` hold what `source` does."""
+        snapshot = self.snapshot(source)
+        self.restore(target, snapshot)
+        self.drop(snapshot)
+
+    def _shared_places(self, slot: int) -> list[int]:
+        """Places of the pages that the next call writes into and someone else holds too."""
+        is_behind = self.draft_layers and self.draft_lengths[slot] < self.lengths[slot]
+        start = self.draft_lengths[slot] if is_behind else self.lengths[slot]
+        row = self.table.rows[slot]
+        first = start // self.table.page_size
+        return [place for place in range(first, len(row)) if self.pool.is_shared(row[place])]

@@ -1,0 +1,33 @@
+"""Attention of a few new tokens in C++ (native.cpp says how)."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from nemotron3.ops.native import NativeFunction
+
+_steps = NativeFunction(
+    Path(__file__).with_name("native.cpp"), "attention_steps", "ppppppppp iiiiiiiiii"
+)
+
+
+def attention_steps_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    context: Tensor,
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.attention.api.attention_steps`."""
+    assert keys.is_contiguous(), "a pool of keys is never a slice"
+    tokens, heads, head_dim = q.shape
+    q, k, v = (t if t.stride()[1:] == (head_dim, 1) else t.contiguous() for t in (q, k, v))
+    y = q.new_empty(q.shape)
+    sizes = (len(slots), tokens // len(slots), heads, k.shape[1], head_dim, keys.shape[1])
+    strides = (table.shape[1], q.stride(0), k.stride(0), v.stride(0))
+    _steps(q, k, v, keys, values, table, slots, context, y, *sizes, *strides)
+    return y
