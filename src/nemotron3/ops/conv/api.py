@@ -36,6 +36,7 @@ def _widened(conv: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 _CONVOLUTIONS = {
     "reference": _widened(causal_conv_reference),
     "torch": _widened(causal_conv_shifted),
+    "native": Kernel("nemotron3.ops.conv.native", "causal_conv_native"),
     "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
 }
 _STEPS = {"torch": causal_conv_steps_torch}

@@ -10,11 +10,13 @@ from nemotron3.ops.norm.reference import gated_group_norm_reference, rms_norm_re
 _NORMS = {
     "reference": rms_norm_reference,
     "torch": rms_norm_fused,
+    "native": Kernel("nemotron3.ops.norm.native", "rms_norm_native"),
     "triton": Kernel("nemotron3.ops.norm.triton", "rms_norm_triton"),
 }
 _GATED_NORMS = {
     "reference": gated_group_norm_reference,
     "torch": gated_group_norm_fused,
+    "native": Kernel("nemotron3.ops.norm.native", "gated_group_norm_native"),
     "triton": Kernel("nemotron3.ops.norm.triton", "gated_group_norm_triton"),
 }
 

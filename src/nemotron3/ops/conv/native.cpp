@@ -1,0 +1,201 @@
+// The causal convolution with SiLU, and its gradients, each in one pass over memory.
+//
+// A task is a span of one segment's tokens. It walks them token by token with all channels, so that
+// memory is read in order and the rows that a token's taps look back at are still in the cache. The
+// backward pass convolves again, which costs a few multiply-adds and spares a stored tensor. It
+// walks a span from its last token to its first and keeps the gradients of as many preactivations
+// as there are taps; those of the tokens after its span it makes once more. Spans are cut by their
+// segment alone, and their parts of the weight's gradient added in order, so no bit depends on
+// threads or neighbours.
+#include <memory>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+constexpr int64_t SPAN = 128;
+constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+
+struct Conv {
+  const float *x, *tails;
+  int64_t taps, channels, ldx;
+  int64_t pitch;               // of rows of scratch: whole vectors
+  std::vector<float> weights;  // [taps, pitch], then the bias
+
+  Conv(const float* x, const float* weight, const float* bias, const float* tails, int64_t taps,
+       int64_t channels, int64_t ldx)
+      : x(x), tails(tails), taps(taps), channels(channels), ldx(ldx),
+        pitch((channels + LANES - 1) / LANES * LANES), weights((taps + 1) * pitch) {
+    transpose(weight, taps, channels, taps, weights.data(), pitch);
+    if (bias) memcpy(weights.data() + taps * pitch, bias, 4 * channels);
+  }
+
+  // The input at a position of a segment; before the first stands the tail.
+  const float* input(int64_t segment, int64_t first, int64_t position) const {
+    if (position >= 0) return x + (first + position) * ldx;
+    return tails + (segment * (taps - 1) + taps - 1 + position) * channels;
+  }
+};
+
+struct Span {
+  int64_t segment;
+  int64_t first, length;  // of the segment
+  int64_t begin, end;     // positions in it
+};
+
+std::vector<Span> spans_of(const int64_t* bounds, int64_t segments) {
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < segments; i++) {
+    const int64_t length = bounds[i + 1] - bounds[i];
+    for (int64_t at = 0; at < length; at += SPAN)
+      spans.push_back({i, bounds[i], length, at, smaller(at + SPAN, length)});
+  }
+  return spans;
+}
+
+// TAPS is their number, or 0 where it is known at run time only.
+template <int TAPS>
+INLINE vec preactivation(const Conv& c, const float* const* rows, int64_t channel, int64_t n) {
+  const float* weights = c.weights.data() + channel;
+  const int64_t taps = TAPS ? TAPS : c.taps;
+  vec z = load(weights + taps * c.pitch);
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < taps; j++) z += load(weights + j * c.pitch) * read(rows[j] + channel, n);
+  return z;
+}
+
+template <int TAPS>
+void convolve(const Conv& c, const Span& span, float* y) {
+  const int64_t taps = TAPS ? TAPS : c.taps;
+  std::vector<const float*> rows(taps);
+  for (int64_t t = span.begin; t < span.end; t++) {
+    for (int64_t j = 0; j < taps; j++) rows[j] = c.input(span.segment, span.first, t - taps + 1 + j);
+    float* to = y + (span.first + t) * c.channels;
+    for (int64_t i = 0; i < c.channels; i += LANES) {
+      const vec z = preactivation<TAPS>(c, rows.data(), i, c.channels - i);
+      write(to + i, z * sigmoid(z), c.channels - i);
+    }
+  }
+}
+
+struct Gradients {
+  const float *dy, *d_new_tails;
+  int64_t lddy;
+  float *dx, *d_tails;
+};
+
+// dz = dy SiLU'(z) at one position. Where `parts` is given, its share of the gradients of weight
+// and bias is added there, laid out as `Conv::weights`.
+template <int TAPS>
+void preactivation_gradient(const Conv& c, const float* const* rows, const float* dy, float* dz,
+                            float* parts) {
+  const int64_t taps = TAPS ? TAPS : c.taps;
+  for (int64_t i = 0; i < c.channels; i += LANES) {
+    const int64_t n = c.channels - i;
+    const vec z = preactivation<TAPS>(c, rows, i, n), s = sigmoid(z);
+    const vec d = read(dy + i, n) * s * (1.0f + z * (1.0f - s));
+    store(dz + i, d);
+    if (!parts) continue;
+    float* part = parts + i;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < taps; j++, part += c.pitch)
+      store(part, load(part) + d * read(rows[j] + i, n));
+    store(part, load(part) + d);
+  }
+}
+
+// The gradient of one input, from those of the preactivations that it is part of: `later[i]` of the
+// i-th token after it. `added` may be null.
+template <int TAPS>
+void input_gradient(const Conv& c, const float* const* later, const float* added, float* dx) {
+  const int64_t taps = TAPS ? TAPS : c.taps;
+  for (int64_t i = 0; i < c.channels; i += LANES) {
+    const int64_t n = c.channels - i;
+    vec d = added ? read(added + i, n) : vec{};
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < taps; j++)
+      d += load(c.weights.data() + (taps - 1 - j) * c.pitch + i) * load(later[j] + i);
+    write(dx + i, d, n);
+  }
+}
+
+template <int TAPS>
+void convolve_back(const Conv& c, const Gradients& g, const Span& span, float* parts) {
+  const int64_t taps = TAPS ? TAPS : c.taps, before = taps - 1;
+  std::vector<float> ring(taps * c.pitch);  // dz of the last positions; zero outside the segment
+  std::vector<const float*> rows(taps);
+  const auto kept = [&](int64_t t) { return ring.data() + (t + before) % taps * c.pitch; };
+  const int64_t start = span.begin ? span.begin : -before;
+  for (int64_t t = smaller(span.end + before, span.length) - 1; t >= start; t--) {
+    if (t >= 0) {
+      for (int64_t j = 0; j < taps; j++) rows[j] = c.input(span.segment, span.first, t - before + j);
+      preactivation_gradient<TAPS>(c, rows.data(), g.dy + (span.first + t) * g.lddy, kept(t),
+                                   t < span.end ? parts : nullptr);
+    } else {
+      memset(kept(t), 0, 4 * c.pitch);
+    }
+    float* dx = t >= 0 ? g.dx : g.d_tails;
+    if (t >= span.end || !dx) continue;
+    dx += (t >= 0 ? span.first + t : span.segment * before + before + t) * c.channels;
+    for (int64_t j = 0; j < taps; j++) rows[j] = kept(t + j);
+    const int64_t in_tail = t - (span.length - before);  // row of the new tail that this input is
+    const bool leaves = g.d_new_tails && in_tail >= 0;
+    const float* added = g.d_new_tails + (span.segment * before + in_tail) * c.channels;
+    input_gradient<TAPS>(c, rows.data(), leaves ? added : nullptr, dx);
+  }
+}
+
+// [taps + 1, pitch] of each span, added up in order: to dw [channels, taps] and db [channels].
+void add_parts(const Conv& c, const float* parts, int64_t spans, float* dw, float* db) {
+  const int64_t size = (c.taps + 1) * c.pitch;
+  std::vector<float> total(parts, parts + size);
+  for (int64_t k = 1; k < spans; k++)
+    for (int64_t i = 0; i < size; i += LANES)
+      store(&total[i], load(&total[i]) + load(parts + k * size + i));
+  transpose(total.data(), c.pitch, c.taps, c.channels, dw, c.taps);
+  if (db) memcpy(db, &total[c.taps * c.pitch], 4 * c.channels);
+}
+}  // namespace
+
+extern "C" {
+
+// y [tokens, channels] and new_tails [segments, taps - 1, channels]; bias may be null.
+void conv_forward(const float* x, const float* weight, const float* bias, const float* tails,
+                  const int64_t* bounds, float* y, float* new_tails, int64_t segments, int64_t taps,
+                  int64_t channels, int64_t ldx, int64_t threads) {
+  const Conv c(x, weight, bias, tails, taps, channels, ldx);
+  const std::vector<Span> spans = spans_of(bounds, segments);
+  const auto run = taps == 4 ? convolve<4> : convolve<0>;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (bounds[segments] * channels > WORTH_THREADS)
+  for (size_t i = 0; i < spans.size(); i++) run(c, spans[i], y);
+  for (int64_t s = 0; s < segments; s++)
+    for (int64_t r = 0; r < taps - 1; r++)
+      memcpy(new_tails + (s * (taps - 1) + r) * channels,
+             c.input(s, bounds[s], bounds[s + 1] - bounds[s] - (taps - 1) + r), 4 * channels);
+}
+
+// Gradients from those of y and of the new tails (which may be null): dx [tokens, channels],
+// dw [channels, taps], db [channels], d_tails [segments, taps - 1, channels]. dx, db and d_tails
+// may be null.
+void conv_backward(const float* x, const float* weight, const float* bias, const float* tails,
+                   const int64_t* bounds, const float* dy, const float* d_new_tails, float* dx,
+                   float* dw, float* db, float* d_tails, int64_t segments, int64_t taps,
+                   int64_t channels, int64_t ldx, int64_t lddy, int64_t threads) {
+  const Conv c(x, weight, bias, tails, taps, channels, ldx);
+  const Gradients g{dy, d_new_tails, lddy, dx, d_tails};
+  const std::vector<Span> spans = spans_of(bounds, segments);
+  const auto run = taps == 4 ? convolve_back<4> : convolve_back<0>;
+  const int64_t size = (taps + 1) * c.pitch;
+  const std::unique_ptr<float[]> parts(new float[spans.size() * size]);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (bounds[segments] * channels > WORTH_THREADS)
+  for (size_t i = 0; i < spans.size(); i++) {
+    memset(parts.get() + i * size, 0, 4 * size);
+    run(c, g, spans[i], parts.get() + i * size);
+  }
+  add_parts(c, parts.get(), spans.size(), dw, db);
+}
+}

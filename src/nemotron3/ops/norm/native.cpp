@@ -1,0 +1,125 @@
+// Both norms, and their gradients, each in one pass over memory: a row's second reading, which the
+// mean makes necessary, is from the cache. The plain norm is the gated one without a gate and with
+// one group.
+//
+// The backward pass computes the scale of a row again instead of keeping it. Rows are cut into
+// spans, and the spans' parts of the weight's gradient added in order, so no bit depends on
+// threads; a row's own results depend on nothing but the row.
+#include <cmath>
+#include <memory>
+
+#include "simd.h"
+
+namespace {
+constexpr int64_t SPAN = 64;
+constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
+
+INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+
+struct Shape {
+  int64_t rows, width, groups;
+  float eps;
+  int64_t group() const { return width / groups; }
+};
+
+// u = x SiLU(gate) of one group, kept in `u`; returns (mean(u^2) + eps)^(-1/2).
+template <bool GATED>
+float scale_of(const Shape& s, const float* x, const float* gate, float* u) {
+  vec total{};
+  for (int64_t i = 0; i < s.group(); i += LANES) {
+    const int64_t n = s.group() - i;
+    vec value = read(x + i, n);
+    if (GATED) {
+      const vec g = read(gate + i, n);
+      value *= g * sigmoid(g);
+      write(u + i, value, n);
+    }
+    total += value * value;
+  }
+  return 1.0f / std::sqrt(sum(total) / s.group() + s.eps);
+}
+
+template <bool GATED>
+void norm_row(const Shape& s, const float* x, const float* gate, const float* weight, float* y) {
+  for (int64_t at = 0; at < s.width; at += s.group()) {
+    const float scale = scale_of<GATED>(s, x + at, gate + at, y + at);
+    const float* u = GATED ? y : x;
+    for (int64_t i = at; i < at + s.group(); i += LANES) {
+      const int64_t n = at + s.group() - i;
+      write(y + i, read(weight + i, n) * (read(u + i, n) * scale), n);
+    }
+  }
+}
+
+// With n = u r and g = w dy: du = r (g - n mean(g n)), dx = du SiLU(gate) and, with the sigmoid s,
+// dgate = du x s (1 + gate (1 - s)). dw = dy n is added to `d_weight`. `u` is room for a group.
+template <bool GATED>
+void norm_row_back(const Shape& s, const float* x, const float* gate, const float* weight,
+                   const float* dy, float* dx, float* d_gate, float* d_weight, float* u) {
+  for (int64_t at = 0; at < s.width; at += s.group()) {
+    const float scale = scale_of<GATED>(s, x + at, gate + at, u);
+    const float* values = GATED ? u : x + at;
+    vec total{};
+    for (int64_t i = 0; i < s.group(); i += LANES) {
+      const int64_t n = s.group() - i;
+      const vec change = read(dy + at + i, n) * (read(values + i, n) * scale);
+      total += read(weight + at + i, n) * change;
+      write(d_weight + at + i, read(d_weight + at + i, n) + change, n);
+    }
+    const float mean = sum(total) / s.group();
+    for (int64_t i = 0; i < s.group(); i += LANES) {
+      const int64_t n = s.group() - i;
+      const vec g = read(weight + at + i, n) * read(dy + at + i, n);
+      vec du = scale * (g - read(values + i, n) * (scale * mean));
+      if (GATED) {
+        const vec z = read(gate + at + i, n), sigma = sigmoid(z);
+        const vec d = du * read(x + at + i, n) * sigma * (1.0f + z * (1.0f - sigma));
+        write(d_gate + at + i, d, n);
+        du *= z * sigma;
+      }
+      write(dx + at + i, du, n);
+    }
+  }
+}
+}  // namespace
+
+extern "C" {
+
+// y [rows, width] = weight * normed; gate may be null.
+void norm_forward(const float* x, const float* gate, const float* weight, float* y, int64_t rows,
+                  int64_t width, int64_t groups, int64_t ldx, int64_t ldgate, float eps,
+                  int64_t threads) {
+  const Shape s{rows, width, groups, eps};
+  const auto run = gate ? norm_row<true> : norm_row<false>;
+#pragma omp parallel for num_threads(threads) if (rows * width > WORTH_THREADS)
+  for (int64_t r = 0; r < rows; r++)
+    run(s, x + r * ldx, gate ? gate + r * ldgate : x, weight, y + r * width);
+}
+
+// dx and dgate [rows, width], dw [width]; gate and dgate may be null.
+void norm_backward(const float* x, const float* gate, const float* weight, const float* dy,
+                   float* dx, float* d_gate, float* d_weight, int64_t rows, int64_t width,
+                   int64_t groups, int64_t ldx, int64_t ldgate, int64_t lddy, float eps,
+                   int64_t threads) {
+  const Shape s{rows, width, groups, eps};
+  const auto run = gate ? norm_row_back<true> : norm_row_back<false>;
+  const int64_t spans = (rows + SPAN - 1) / SPAN;
+  const std::unique_ptr<float[]> parts(new float[spans * width]);
+#pragma omp parallel num_threads(threads) if (rows * width > WORTH_THREADS)
+  {
+    const std::unique_ptr<float[]> u(new float[s.group()]);
+#pragma omp for
+    for (int64_t k = 0; k < spans; k++) {
+      float* part = parts.get() + k * width;
+      memset(part, 0, 4 * width);
+      for (int64_t r = k * SPAN; r < rows && r < (k + 1) * SPAN; r++)
+        run(s, x + r * ldx, gate ? gate + r * ldgate : x, weight, dy + r * lddy, dx + r * width,
+            gate ? d_gate + r * width : dx, part, u.get());
+    }
+  }
+  memset(d_weight, 0, 4 * width);
+  for (int64_t k = 0; k < spans; k++)
+    for (int64_t i = 0; i < width; i++) d_weight[i] += parts[k * width + i];
+}
+}

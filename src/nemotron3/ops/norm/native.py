@@ -1,0 +1,69 @@
+"""Both norms in C++ (native.cpp says how)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron3.ops.native import NativeFunction, contiguous_rows
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_forward = NativeFunction(_SOURCE, "norm_forward", "pppp iiiii f")
+_backward = NativeFunction(_SOURCE, "norm_backward", "ppppppp iiiiii f")
+
+
+def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis."""
+    return _apply(x, None, weight, 1, eps)
+
+
+def gated_group_norm_native(
+    x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float
+) -> Tensor:
+    """RMS norm of x SiLU(gate) within each of `groups` equal parts of the last axis."""
+    return _apply(x, gate, weight, groups, eps)
+
+
+def _apply(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
+    shape = x.shape
+    x, weight = _rows(x), weight.contiguous()
+    gate = None if gate is None else _rows(gate)
+    learns = any(t is not None and t.requires_grad for t in (x, gate, weight))
+    norm = _Norm.apply if torch.is_grad_enabled() and learns else _norm
+    return norm(x, gate, weight, groups, eps).view(shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return contiguous_rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+
+
+def _norm(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
+    y = x.new_empty(x.shape)
+    strides = (x.stride(0), 0 if gate is None else gate.stride(0))
+    _forward(x, gate, weight, y, *x.shape, groups, *strides, eps)
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, gate, weight)
+        ctx.groups, ctx.eps = groups, eps
+        return _norm(x, gate, weight, groups, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight = ctx.saved_tensors
+        dy = contiguous_rows(dy)
+        dx, d_weight = x.new_empty(x.shape), torch.empty_like(weight)
+        d_gate = None if gate is None else x.new_empty(x.shape)
+        strides = (x.stride(0), 0 if gate is None else gate.stride(0), dy.stride(0))
+        _backward(
+            x, gate, weight, dy, dx, d_gate, d_weight, *x.shape, ctx.groups, *strides, ctx.eps
+        )
+        return dx, d_gate, d_weight, None, None
