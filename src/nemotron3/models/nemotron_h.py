@@ -167,6 +167,16 @@ class LanguageModel(nn.Module):
         x = self.backbone.embeddings(tokens)
         return x if self.activation_dtype is None else x.to(self.activation_dtype)
 
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, " tokens"],
+        *,
+        layout: SequenceLayout,
+        state: HybridCache | None = None,
+    ) -> Float[Tensor, "tokens d_model"]:
+        """The residual stream after the final norm: what `logits` reads."""
+        return self.backbone(self.embed(tokens), layout, state).hidden
+
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
         logits = linear(hidden, self.output_weight.to(hidden.dtype))
@@ -197,14 +207,14 @@ class LanguageModel(nn.Module):
             raise ConfigError(
                 f"the layout continues sequences of {layout.context} tokens; give the state too"
             )
-        hidden = self.backbone(self.embed(tokens.flatten()), layout, state).hidden
+        hidden = self.hidden_states(tokens.flatten(), layout=layout, state=state)
         return self.logits(hidden).unflatten(0, tokens.shape)
 
     def next_logits(
         self, tokens: Int[Tensor, " tokens"], *, layout: SequenceLayout, state: HybridCache
     ) -> Float[Tensor, "sequences vocab"]:
         """Logits after the last token of each sequence: of a long prompt no others are made."""
-        hidden = self.backbone(self.embed(tokens), layout, state).hidden
+        hidden = self.hidden_states(tokens, layout=layout, state=state)
         return self.logits(hidden[layout.segments.last_indices(hidden.device)])
 
     def new_state(self, slots: int) -> HybridCache:

@@ -1,0 +1,78 @@
+"""Decoding steps: a few new tokens of each of some sequences, again and again.
+
+Whoever decodes (generation.py, the engine) calls `StepRunner.run` and need not know how the step is
+carried out.
+
+    steps = StepRunner(model, cache)
+    out = steps.run([[token_of_3], [token_of_0]], [3, 0])
+    out.logits[:, -1].argmax(-1)                              # next tokens of slots 3 and 0
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.cache import HybridCache
+from nemotron3.models.layout import MAX_STEPS, SequenceLayout
+
+
+class SteppingModel(Protocol):
+    """What a step asks of a model."""
+
+    def hidden_states(
+        self, tokens: Tensor, *, layout: SequenceLayout, state: HybridCache
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class StepOutput(NamedTuple):
+    """What a step yields; its tensors are good until the next step of as many rows and tokens."""
+
+    hidden: Float[Tensor, "sequence step d_model"]
+    """The residual stream after the final norm."""
+    logits: Float[Tensor, "sequence step vocab"]
+    layout: SequenceLayout
+    """For `HybridCache.accept` after a tentative step."""
+
+
+class StepRunner:
+    """Runs the steps of one model on one cache."""
+
+    def __init__(self, model: SteppingModel, cache: HybridCache) -> None:
+        self.model, self.cache = model, cache
+
+    def run(
+        self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_tentative: bool = False
+    ) -> StepOutput:
+        """Feed each slot its tokens, the same number (at most `MAX_STEPS`) for all.
+
+        The cache takes the pages it needs; where it has none left, no slot has gone on. Gradients
+        have to be off: in inference mode, if the cache is used in that, else by no_grad.
+        """
+        assert not torch.is_grad_enabled(), "steps have no gradients"
+        rows, length = len(tokens), len(tokens[0]) if tokens else 0
+        if any(len(part) != length for part in tokens) or not 0 < length <= MAX_STEPS:
+            raise ConfigError(
+                f"a step brings sequences of {[len(part) for part in tokens]} tokens; it takes as "
+                f"many from each, from 1 to {MAX_STEPS}: call the model for anything else"
+            )
+        layout = self.cache.layout([length] * rows, slots, is_tentative=is_tentative)
+        flat = torch.tensor([token for part in tokens for token in part], device=self.model.device)
+        hidden, logits = self._step(flat, layout)
+        return StepOutput(
+            hidden.unflatten(0, (rows, length)), logits.unflatten(0, (rows, length)), layout
+        )
+
+    def _step(
+        self, tokens: Int[Tensor, " tokens"], layout: SequenceLayout
+    ) -> tuple[Float[Tensor, "tokens d_model"], Float[Tensor, "tokens vocab"]]:
+        hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
+        return hidden, self.model.logits(hidden)

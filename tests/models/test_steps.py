@@ -1,0 +1,95 @@
+"""Steps through the runner are the model's own forward pass."""
+
+import pytest
+import torch
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.steps import StepRunner
+from tests.tiny import tiny_config, tiny_model, tokens_for
+
+CONFIG = tiny_config("MEM*E")
+SLOTS = 4
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(CONFIG)
+
+
+def fed(model, lengths):
+    """A state whose slots hold prompts of these lengths."""
+    cache = model.new_state(len(lengths))
+    prompts = tokens_for(CONFIG, sum(lengths), seed=7)
+    model(prompts, layout=cache.layout(lengths), state=cache)
+    return cache
+
+
+def drawn(rows, steps, seed):
+    return tokens_for(CONFIG, rows, steps, seed=seed).tolist()
+
+
+def plainly(model, cache, tokens, slots, *, is_tentative=False):
+    """The same step by the model itself."""
+    lengths = [len(part) for part in tokens]
+    layout = cache.layout(lengths, slots, is_tentative=is_tentative)
+    flat = torch.tensor(tokens).flatten()
+    hidden = model.hidden_states(flat, layout=layout, state=cache)
+    shape = len(slots), lengths[0]
+    return hidden.unflatten(0, shape), model.logits(hidden).unflatten(0, shape), layout
+
+
+def assert_same(ours, theirs):
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_steps_are_those_of_the_model_bit_for_bit(model):
+    """Whatever the slots, their order, their number and how much they hold."""
+    lengths = [5, 1, 17, 70]
+    ours, theirs = fed(model, lengths), fed(model, lengths)
+    runner = StepRunner(model, ours)
+    calls = [[0, 1, 2, 3], [2], [3, 1], [1, 3], [0], [2], [0, 1, 2, 3], [3, 2, 1], [1, 3]]
+    for steps in (1, 3):
+        for seed, slots in enumerate(calls):
+            tokens = drawn(len(slots), steps, seed)
+            assert_same(runner.run(tokens, slots), plainly(model, theirs, tokens, slots))
+    assert ours.lengths == theirs.lengths
+
+
+def test_steps_go_on_as_sequences_take_pages(model):
+    """Through several growths of a state that began with little."""
+    ours, theirs = fed(model, [3, 60]), fed(model, [3, 60])
+    runner = StepRunner(model, ours)
+    for seed in range(40):
+        tokens = drawn(2, 16, seed)
+        assert_same(runner.run(tokens, [0, 1]), plainly(model, theirs, tokens, [0, 1]))
+
+
+def test_a_tentative_step_stands_as_far_as_it_is_accepted(model):
+    ours, theirs = fed(model, [5, 9, 2]), fed(model, [5, 9, 2])
+    runner = StepRunner(model, ours)
+    for seed, (steps, slots) in enumerate([(3, [0, 2]), (1, [1]), (5, [2, 1, 0]), (3, [1, 2])] * 2):
+        tokens = drawn(len(slots), steps, seed)
+        out = runner.run(tokens, slots, is_tentative=True)
+        other = plainly(model, theirs, tokens, slots, is_tentative=True)
+        assert_same(out, other)
+        counts = [1 + (seed + slot) % steps for slot in slots]
+        ours.accept(out.layout, counts)
+        theirs.accept(other[2], counts)
+        assert_same(
+            runner.run(drawn(3, 1, seed), [0, 1, 2]),
+            plainly(model, theirs, drawn(3, 1, seed), [0, 1, 2]),
+        )
+
+
+@pytest.mark.parametrize("tokens", [[], [[]], [[1, 2], [3]], [[1] * 17]])
+def test_what_is_no_step_is_refused(model, tokens):
+    runner = StepRunner(model, fed(model, [5, 9]))
+    with pytest.raises(ConfigError, match="as many from each, from 1 to 16"):
+        runner.run(tokens, list(range(len(tokens))))
