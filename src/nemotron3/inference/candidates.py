@@ -33,14 +33,14 @@ class Draw:
 
 
 def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Tensor, " rows"]:
-    """One token per row."""
+    """One token per row, -1 where the logits are no numbers or leave nothing to draw."""
     device = logits.device
     kept = truncate(logits, draws)
     keys = torch.tensor([row.key for row in draws], dtype=torch.int64, device=device)
     rows, tokens = (kept > -torch.inf).nonzero(as_tuple=True)
     scores = torch.full_like(kept, -torch.inf, dtype=torch.float64)
     scores[rows, tokens] = kept[rows, tokens].double() + gumbel(keys[rows], tokens)
-    return scores.argmax(-1)
+    return scores.argmax(-1).masked_fill(~(logits.amax(-1) > -torch.inf), -1)
 
 
 def truncate(

@@ -68,7 +68,7 @@ class LogitRules:
         if self._counts is not None:
             row = self._penalized(row, self._counts, drafts)
         if mask is not None:
-            row = row.masked_fill(~mask, -torch.inf)
+            row = row.masked_fill(~mask.to(row.device), -torch.inf)
         if position < self._params.min_tokens and len(self._stop_ids):
             longer = row.index_fill(0, self._stop_ids, -torch.inf)
             if mask is None or bool((longer > -torch.inf).any()):

@@ -15,13 +15,14 @@ allow (a maximal coupling would agree a little more often, and would make tokens
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nemotron3.errors import DataError
 from nemotron3.inference.candidates import Draw, draw
 from nemotron3.inference.logit_rules import LogitRules
 from nemotron3.inference.noise import position_key
@@ -53,11 +54,13 @@ class TokenChooser:
         budget: ThinkingBudget | None = None,
     ) -> None:
         self.params = params
-        self.budget = budget
         self.num_tokens = 0
         self.stop_ids = stop_ids
+        self.error: str | None = None
+        """Why the last choice failed, where it did: the answer cannot go on."""
         self._seed, self._index = seed, index
-        self._constraint = constraint
+        self._here = _Followed(budget, constraint)
+        self._ahead: list[tuple[int, _Followed]] = []  # after each of the last drafts
         self._rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids, vocab_size=vocab_size)
 
     @property
@@ -70,10 +73,14 @@ class TokenChooser:
         """Whether every token from here on is the argmax of the model's logits."""
         return (
             self.is_greedy
-            and self._constraint is None
-            and self.budget is None
+            and not self._here.is_anything
             and not self._rules.apply_at(self.num_tokens)
         )
+
+    @property
+    def budget(self) -> ThinkingBudget | None:
+        """The budget as it stands after the tokens chosen."""
+        return self._here.budget
 
     def forced(self, ahead: int = 0) -> int | None:
         """The token that will be chosen so many tokens after the next one, where it is known."""
@@ -83,10 +90,11 @@ class TokenChooser:
         """Take a token of the answer; `choose` does it for those it returns."""
         self.num_tokens += 1
         self._rules.accept(token)
-        if self.budget is not None:
-            self.budget.accept(token)
-        if self._constraint is not None:
-            self._constraint.accept(token)
+        if self._ahead and self._ahead[0][0] == token:
+            self._here = self._ahead.pop(0)[1]
+        else:
+            self._ahead = []
+            self._here.accept(token)
 
     def rows(self, drafts: Sequence[int], logits: Float[Tensor, "rows vocab"]) -> "list[_Row]":
         """How to decide the rows after 0, 1, … drafts, of which `logits` holds the last ones.
@@ -94,23 +102,33 @@ class TokenChooser:
         They end early behind a draft that cannot be chosen: no later row matters then.
         """
         first = len(drafts) + 1 - logits.shape[0]
-        budget, constraint = self.budget, self._constraint
-        if drafts:
-            budget = budget.fork() if budget is not None else None
-            constraint = constraint.fork() if constraint is not None else None
         rows: list[_Row] = []
         for ahead in range(len(drafts) + 1):
-            forced = budget.forced() if budget is not None else None
-            mask = constraint.mask() if constraint is not None and forced is None else None
+            here = self._after(drafts[:ahead])
+            forced = here.forced()
+            try:
+                mask = here.mask() if forced is None else None
+            except DataError as error:
+                if ahead == 0:
+                    self.error = str(error)
+                break
             if ahead >= first:
                 rows.append(self._row(logits[ahead - first], drafts[:ahead], forced, mask))
             if ahead == len(drafts) or not _may_be(drafts[ahead], forced, mask, self.stop_ids):
                 break
-            if budget is not None:
-                budget.accept(drafts[ahead])
-            if constraint is not None:
-                constraint.accept(drafts[ahead])
         return rows
+
+    def _after(self, drafts: Sequence[int]) -> "_Followed":
+        """What is followed, after drafts of which all but the last have been looked at."""
+        if not drafts or not self._here.is_anything:
+            return self._here
+        ahead = len(drafts) - 1
+        if ahead >= len(self._ahead) or self._ahead[ahead][0] != drafts[-1]:
+            del self._ahead[ahead:]
+            followed = (self._ahead[-1][1] if self._ahead else self._here).fork()
+            followed.accept(drafts[-1])
+            self._ahead.append((drafts[-1], followed))
+        return self._ahead[ahead][1]
 
     def _row(
         self, logits: Tensor, drafts: Sequence[int], forced: int | None, mask: Tensor | None
@@ -134,6 +152,36 @@ class TokenChooser:
         return _Row(changed=changed, draw=how)
 
 
+@dataclass(frozen=True)
+class _Followed:
+    """What has to see every token, at one point of an answer."""
+
+    budget: ThinkingBudget | None
+    constraint: TokenConstraint | None
+
+    @property
+    def is_anything(self) -> bool:
+        return self.budget is not None or self.constraint is not None
+
+    def forced(self) -> int | None:
+        return self.budget.forced() if self.budget is not None else None
+
+    def mask(self) -> Tensor | None:
+        return self.constraint.mask() if self.constraint is not None else None
+
+    def accept(self, token: int) -> None:
+        if self.budget is not None:
+            self.budget.accept(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
+
+    def fork(self) -> "_Followed":
+        return _Followed(
+            self.budget.fork() if self.budget is not None else None,
+            self.constraint.fork() if self.constraint is not None else None,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     """How one row is decided: forced, drawn, or by argmax; `changed` are its logits under rules."""
@@ -152,13 +200,14 @@ def choose(
 
     `logits` (float32) has the rows of the first window, then those of the second, and so on; a
     window is the drafts that the rows were computed after. A token of `stop_ids` is the last one.
-    The choosers are advanced by what is returned.
+    The choosers are advanced by what is returned. An answer that cannot go on gains nothing and its
+    chooser's `error` says why; the others are not concerned.
     """
     sizes = [len(drafts) + 1 for drafts in windows]
     assert logits.shape[0] == sum(sizes), f"{logits.shape[0]} rows for windows of {sizes}"
     spans = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     if all(chooser.is_plain for chooser in choosers):
-        chosen = dict(enumerate(_tokens(logits.argmax(-1))))
+        chosen = dict(enumerate(_most_probable(logits)))
     else:
         rows: dict[int, _Row] = {}
         for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
@@ -170,6 +219,8 @@ def choose(
         gain = _agreed([chosen[i] for i in span if i in chosen], drafts, chooser.stop_ids)
         for token in gain:
             chooser.accept(token)
+        if not gain and chooser.error is None:
+            chooser.error = "the model's logits are no numbers, or leave no token to choose"
         gains.append(gain)
     return gains
 
@@ -185,13 +236,14 @@ def draft(
     choosers stay where they are.
     """
     if all(chooser.is_plain for chooser in choosers):
-        return _tokens(logits.argmax(-1))
-    rows: dict[int, _Row] = {}
-    for i, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
-        # No row is left behind a draft that cannot stand; what follows it cannot matter.
-        rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
-    chosen = _decide(rows, logits)
-    return [chosen[i] for i in range(len(choosers))]
+        chosen = dict(enumerate(_most_probable(logits)))
+    else:
+        rows: dict[int, _Row] = {}
+        for i, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
+            # No row is left behind a draft that cannot stand; what follows it cannot matter.
+            rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
+        chosen = _decide(rows, logits)
+    return [max(chosen[i], 0) for i in range(len(choosers))]  # a bad draft is only a bad draft
 
 
 def token_logprobs(
@@ -222,18 +274,21 @@ def _may_be(token: int, forced: int | None, mask: Tensor | None, stop_ids: froze
 
 def _agreed(tokens: Sequence[int], drafts: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
     gain: list[int] = []
-    for token, drafted in zip_longest(tokens, drafts):
+    for i, token in enumerate(tokens):
+        if token < 0:
+            break
         gain.append(token)
-        if token != drafted or token in stop_ids:
+        if token in stop_ids or i == len(drafts) or token != drafts[i]:
             break
     return gain
 
 
 def _decide(rows: dict[int, _Row], logits: Tensor) -> dict[int, int]:
+    """The token of each row, -1 where there is none."""
     chosen = {i: row.forced for i, row in rows.items() if row.forced is not None}
     greedy = [i for i, row in rows.items() if row.forced is None and row.draw is None]
     if greedy:
-        chosen |= zip(greedy, _tokens(_gathered(rows, greedy, logits).argmax(-1)), strict=True)
+        chosen |= zip(greedy, _most_probable(_gathered(rows, greedy, logits)), strict=True)
     drawn = {i: row.draw for i, row in rows.items() if row.draw is not None}
     if drawn:
         tokens = draw(_gathered(rows, list(drawn), logits), list(drawn.values()))
@@ -248,6 +303,12 @@ def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> T
         if (changed := rows[i].changed) is not None:
             result[place] = changed
     return result
+
+
+def _most_probable(logits: Tensor) -> list[int]:
+    best = logits.argmax(-1, keepdim=True)
+    is_number = logits.gather(-1, best) > -torch.inf  # NaN counts as the largest
+    return _tokens(best.masked_fill(~is_number, -1).squeeze(-1))
 
 
 def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` does not say of what

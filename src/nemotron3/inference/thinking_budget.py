@@ -33,9 +33,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
 
 from nemotron3.errors import ConfigError
+from nemotron3.inference.vocabulary import ReasoningStyle, Vocabulary
 
 CALL_OPENING = 8
 """Most tokens that are waited for after `<tool_call>`, for `<function=` to come."""
@@ -66,39 +66,7 @@ class BudgetIds:
         return self.closing[-1]
 
 
-class BudgetVocabulary(Protocol):
-    """What `budget_ids` asks of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def think_start_id(self) -> int: ...
-    @property
-    def think_end_id(self) -> int: ...
-    @property
-    def tool_call_start_id(self) -> int: ...
-    @property
-    def tool_call_end_id(self) -> int: ...
-    @property
-    def tool_response_start_id(self) -> int: ...
-    @property
-    def tool_response_end_id(self) -> int: ...
-    @property
-    def special_ids(self) -> frozenset[int]: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def encode(self, text: str) -> list[int]: ...
-
-
-class ReasoningStyle(Protocol):
-    """What `budget_ids` asks of a chat style."""
-
-    @property
-    def reasoning_end(self) -> str:
-        """What the template writes after reasoning, `</think>` in it."""
-        ...
-
-
-def budget_ids(tokenizer: BudgetVocabulary, style: ReasoningStyle) -> BudgetIds:
+def budget_ids(tokenizer: Vocabulary, style: ReasoningStyle) -> BudgetIds:
     """The ids for a tokenizer and what its chat style writes after reasoning.
 
     It looks at every entry of the vocabulary, so an engine does it once.
