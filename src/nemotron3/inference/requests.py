@@ -169,6 +169,15 @@ class TokenLogprob:
     """The most probable tokens and their log-probabilities, where they were asked for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptReport:
+    """What the engine did with a request's prompt."""
+
+    num_cached_tokens: int = 0
+    logprobs: Sequence[TokenLogprob | None] = ()
+    """Of each prompt token (the first has none), where they were asked for."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What one step of the engine brought to one answer."""
@@ -182,12 +191,9 @@ class Progress:
     error: str | None = None
     stop_token: int | None = None
     """The token that ended the answer, where one did; it is the last of `tokens`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptReport:
-    """What the engine did with a request's prompt."""
-
-    num_cached_tokens: int = 0
-    logprobs: Sequence[TokenLogprob | None] = ()
-    """Of each prompt token (the first has none), where they were asked for."""
+    prompt: PromptReport | None = None
+    """With the first tokens: what was done with the prompt."""
+    num_drafted: int = 0
+    """Tokens drafted for this answer so far."""
+    num_accepted: int = 0
+    """Drafts that stood so far."""

@@ -191,7 +191,8 @@ class HybridCache:
         self.pool.share(pages)
         return Snapshot(
             self.lengths[slot],
-            self.draft_lengths[slot],
+            # What the draft block read last depends on the token that comes next.
+            max(min(self.draft_lengths[slot], self.lengths[slot] - 1), 0),
             pages,
             tuple(layer.copy(slot) for layer in self._mamba),
             None if self.hidden is None else self.hidden[slot].clone(),

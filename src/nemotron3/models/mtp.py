@@ -13,6 +13,8 @@ embedding and the output layer are the backbone's. In published checkpoints the 
 part belongs to the first layer and the final norm to the last; `models/huggingface` translates.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from nemotron3.models.experts import Routing
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import RMSNorm
+from nemotron3.models.state import LayerState
 
 
 class MTPInput(nn.Module):
@@ -56,12 +59,16 @@ class MultiTokenPredictor(nn.Module):
         embedding: Float[Tensor, "tokens d_model"],
         hidden: Float[Tensor, "tokens d_model"],
         layout: SequenceLayout,
+        states: Sequence[LayerState | None] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
-        """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k."""
+        """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k.
+
+        With the `states` of its layers the block continues what the layout's slots hold.
+        """
         x = self.input(embedding, hidden)
         routings = []
-        for layer in self.layers:
-            x, routing = layer(x, layout)
+        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
+            x, routing = layer(x, layout, state)
             if routing is not None:
                 routings.append(routing)
         return self.final_layernorm(x), routings

@@ -1,6 +1,8 @@
 """Which device a run uses, decided once at its start."""
 
+import os
 import time
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -65,3 +67,15 @@ def measure_product_rate(
         synchronize(device)
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that could be taken on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    # Systems that say no more than how much there is: take half of it for free.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,52 @@
+"""How much an engine may hold and do at a time."""
+
+from dataclasses import dataclass
+
+from nemotron3.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The engine's limits. None means what fits the model and the machine."""
+
+    max_num_seqs: int = 32
+    """Sequences that run at the same time."""
+    max_num_waiting: int = 256
+    """Answers that may wait for their turn; beyond that requests are refused."""
+    max_num_batched_tokens: int = 2048
+    """Prompt tokens read in one step; longer prompts are read in chunks, between others' steps."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; None for the model's own limit."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values; None for what `max_num_seqs` long sequences want, at most a
+    quarter of the memory that is free."""
+    page_size: int = 64
+    """Tokens of a page of keys and values."""
+    prefix_cache_bytes: int = 1 << 30
+    """Memory for states kept for prompts that begin alike; 0 keeps none."""
+    prefix_interval: int = 512
+    """A state is kept whenever a prompt has been read this far, and at its messages' ends."""
+    max_draft_tokens: int | None = None
+    """Most tokens drafted ahead by multi-token prediction; None for the depths it was trained at,
+    0 for none. How many are drafted in a step depends on what is accepted and on the batch."""
+    adapts_drafts: bool = True
+    """Whether the number of drafts follows what they bring; else it is always the most."""
+    seed: int = 0
+    """Seed of the seeds that requests without one get."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_num_seqs": 1,
+            "max_num_waiting": 0,
+            "max_num_batched_tokens": 1,
+            "max_model_len": 1,
+            "kv_cache_bytes": 1,
+            "page_size": 1,
+            "prefix_cache_bytes": 0,
+            "prefix_interval": 1,
+            "max_draft_tokens": 0,
+        }
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be {least} or more")

@@ -1,0 +1,62 @@
+"""How many tokens to draft, from what drafts have brought and what steps have cost.
+
+A step with d drafts yields 1 + a_1 + a_1 a_2 + … tokens, where a_i is how often draft i stands when
+those before it do, and takes as long as it takes: on a GPU with a small batch about as long as one
+without, on a busy one almost d times as much. Both are measured while the engine runs, and the
+number with the most tokens per second is taken. Every so often a neighbour is tried, so that what
+was slow once is not given up forever. None of this changes a token, only when it comes.
+"""
+
+from collections.abc import Iterable
+
+_FORGET = 0.05
+"""Weight of a new observation."""
+_TRY_EVERY = 32
+"""Steps between two that try another number."""
+
+
+class DraftLength:
+    """Chooses the number of drafts for batches of each size."""
+
+    def __init__(self, most: int, *, adapts: bool) -> None:
+        self.most = most
+        self._adapts = adapts
+        self._stands = [0.7] * most
+        self._seconds: dict[tuple[int, int], float] = {}
+        self._steps = 0
+
+    def choose(self, rows: int) -> int:
+        """The number of drafts for the next step of so many sequences."""
+        if not self._adapts or self.most == 0:
+            return self.most
+        bucket = rows.bit_length()
+        for count in range(self.most, -1, -1):
+            if (bucket, count) not in self._seconds:
+                return count
+        best = max(range(self.most + 1), key=lambda d: self.yields(d) / self._seconds[bucket, d])
+        self._steps += 1
+        if self._steps % _TRY_EVERY == 0:
+            side = 1 if (self._steps // _TRY_EVERY) % 2 else -1
+            return min(max(best + side, 0), self.most)
+        return best
+
+    def yields(self, count: int) -> float:
+        """Tokens expected of a step with so many drafts."""
+        total, all_stand = 1.0, 1.0
+        for rate in self._stands[:count]:
+            all_stand *= rate
+            total += all_stand
+        return total
+
+    def record(self, count: int, accepted: Iterable[int], seconds: float) -> None:
+        """Take what a step brought: the number of drafts that stood for each of its sequences."""
+        accepted = list(accepted)
+        for place in range(count):
+            tried = sum(a >= place for a in accepted)
+            if tried:
+                rate = sum(a > place for a in accepted) / tried
+                weight = 1 - (1 - _FORGET) ** tried
+                self._stands[place] += weight * (rate - self._stands[place])
+        key = (len(accepted).bit_length(), count)
+        before = self._seconds.get(key)
+        self._seconds[key] = seconds if before is None else before + 0.2 * (seconds - before)

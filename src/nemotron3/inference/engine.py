@@ -1,0 +1,393 @@
+"""The engine: many requests at once through one model, a step at a time.
+
+A step decodes one token, or the window of its drafts, for every sequence that has read its prompt,
+then reads on in the prompts of those that have not. Both are the forward pass that trains, over
+packed sequences and a carried state. Which requests share a step changes none of their tokens.
+
+    engine = Engine(model, EngineConfig())
+    engine.add(EngineRequest(request_id="a", prompt=(1, 2, 3), params=SamplingParams()))
+    while engine.has_work:
+        for progress in engine.step(): ...
+
+Token ids only: text, chat and stop strings are `llm.py`'s. Not safe for threads; `async_llm.py`
+gives an engine a thread of its own.
+"""
+
+import random
+import time
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import ConfigError, OverloadedError
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.draft_length import DraftLength
+from nemotron3.inference.memory import longest_sequence, num_pages
+from nemotron3.inference.passes import Passes
+from nemotron3.inference.prefix_cache import PrefixCache
+from nemotron3.inference.requests import FinishReason, Progress, PromptReport, TokenLogprob
+from nemotron3.inference.sampler import TokenChooser, choose, token_logprobs
+from nemotron3.inference.scheduler import Scheduler
+from nemotron3.inference.sequences import EngineRequest, Sequence
+from nemotron3.inference.speculative import Drafter, most_drafts
+from nemotron3.models.cache import HybridCache
+from nemotron3.models.layout import MAX_STEPS, SequenceLayout
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.steps import StepRunner
+
+_LOGIT_ROWS = 256
+"""Rows of logits made at a time for a prompt's log-probabilities."""
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done so far, and what it holds now."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    """Share of the pages that are held."""
+    prefix_bytes: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up among kept prefixes."""
+    prefix_hits: int = 0
+    """Prompt tokens found there."""
+    prompt_tokens: int = 0
+    """Prompt tokens read, the found ones not included."""
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    draft_length: int = 0
+
+
+class Engine:
+    """Runs requests on a model."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: EngineConfig | None = None,
+        *,
+        stop_ids: frozenset[int] | None = None,
+    ) -> None:
+        """`stop_ids` end every answer; the model's own end token where they are not given."""
+        self.model = model.eval()
+        self.config = config or EngineConfig()
+        wanted = self.config.max_model_len or model.config.max_position_embeddings
+        pages = num_pages(model, self.config, wanted)
+        self.max_model_len = longest_sequence(self.config, wanted, pages)
+        self.stop_ids = frozenset({model.config.eos_token_id}) if stop_ids is None else stop_ids
+        drafts = most_drafts(model, self.config.max_draft_tokens)
+        with torch.inference_mode():
+            self.cache = HybridCache(
+                model.config,
+                slots=self.config.max_num_seqs,
+                dtype=model.activation_dtype or model.output_weight.dtype,
+                device=model.device,
+                page_size=self.config.page_size,
+                pages=pages,
+                max_length=self.max_model_len + MAX_STEPS,
+                drafts=drafts > 0,
+            )
+        self.prefixes = PrefixCache(self.cache, max_bytes=self.config.prefix_cache_bytes)
+        self.scheduler = Scheduler(self.cache, self.prefixes, self.config)
+        self._steps = StepRunner(model, self.cache)
+        self._passes = Passes(model, self.cache)
+        self._drafter = Drafter(self._passes) if drafts else None
+        self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
+        self._stats = EngineStats()
+        self._seeds = random.Random(self.config.seed)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._num_added = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anyone runs or waits."""
+        return bool(self._requests)
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuse what can never be answered, before anything runs."""
+        length, params, vocab = len(request.prompt), request.params, self.model.config.vocab_size
+        if length == 0:
+            raise ConfigError("the prompt has no tokens; an empty prompt cannot be continued")
+        if length >= self.max_model_len:
+            raise ConfigError(
+                f"the prompt has {length} tokens, and prompt and answer together may have "
+                f"{self.max_model_len}; shorten it"
+            )
+        if params.max_tokens is not None and length + params.max_tokens > self.max_model_len:
+            raise ConfigError(
+                f"max_tokens is {params.max_tokens} and the prompt has {length} tokens; together "
+                f"they may have {self.max_model_len}"
+            )
+        named = {"the prompt": request.prompt, "stop_token_ids": params.stop_token_ids,
+                 "logit_bias": params.logit_bias}  # fmt: skip
+        for name, tokens in named.items():
+            wrong = [token for token in tokens if not 0 <= token < vocab]
+            if wrong:
+                raise ConfigError(f"{name} has token {wrong[0]}; the vocabulary has {vocab}")
+
+    def add(self, request: EngineRequest) -> None:
+        """Let a request wait for its turn."""
+        self.check(request)
+        if request.request_id in self._requests:
+            raise ConfigError(f"request {request.request_id!r} is being answered already")
+        waiting, n = len(self.scheduler.waiting), request.params.n
+        if waiting + n > max(self.config.max_num_waiting, n):
+            raise OverloadedError(
+                f"{waiting} answers wait already and {self.config.max_num_waiting} may; try later"
+            )
+        seed = request.params.seed
+        seed = self._seeds.getrandbits(62) if seed is None else seed
+        sequences = [self._sequence(request, index, seed) for index in range(n)]
+        self._requests[request.request_id] = sequences
+        self.scheduler.add(sequences)
+
+    @torch.inference_mode()
+    def abort(self, request_id: str) -> list[Progress]:
+        """Stop answering a request; of one that is over already, nothing."""
+        progress: list[Progress] = []
+        for sequence in list(self._requests.get(request_id, ())):
+            self._end(sequence, FinishReason.ABORT)
+            progress.append(
+                Progress(request_id, sequence.index, (), finish_reason=FinishReason.ABORT)
+            )
+        return progress
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """Do one step of work; returns what it brought."""
+        self.scheduler.admit()
+        self._stats.steps += 1
+        progress: list[Progress] = []
+        decoding = self.scheduler.decoding
+        if decoding:
+            progress += self._decode(decoding)
+        chunks = self.scheduler.chunks()
+        if chunks:
+            progress += self._prefill(chunks)
+        return progress
+
+    def stats(self) -> EngineStats:
+        """What has been done so far, and what is held now."""
+        stats, pool = self._stats, self.cache.pool
+        stats.num_running, stats.num_waiting = (
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+        )
+        stats.kv_usage = 1 - pool.num_free / len(pool) if len(pool) else 0.0
+        stats.prefix_bytes = self.prefixes.nbytes
+        stats.preemptions = self.scheduler.num_preemptions
+        return EngineStats(**vars(stats))
+
+    def weights_changed(self) -> None:
+        """Forget what other weights have computed; running requests go on with their states."""
+        self.prefixes.forget()
+
+    def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
+        params = request.params
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.stop_ids
+        self._num_added += 1
+        room = self.max_model_len - len(request.prompt)
+        return Sequence(
+            request=request,
+            index=index,
+            chooser=TokenChooser(
+                params,
+                prompt=request.prompt,
+                seed=seed,
+                index=index,
+                stop_ids=stop_ids,
+                vocab_size=self.model.config.vocab_size,
+                constraint=request.make_constraint(),
+                budget=request.make_budget(),
+            ),
+            stop=request.make_stop(),
+            tokens=list(request.prompt),
+            order=self._num_added,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            prompt_logprobs=[None] if params.prompt_logprobs is not None else [],
+        )
+
+    def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Progress]:
+        for sequence, count in chunks:
+            self.scheduler.make_room(sequence, count)
+        chunks = [chunk for chunk in chunks if chunk[0].slot is not None]
+        slots = [_slot(sequence) for sequence, _ in chunks]
+        tokens: list[list[int]] = []
+        for (sequence, count), slot in zip(chunks, slots, strict=True):
+            start = self.cache.lengths[slot]
+            if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
+                self._stats.prefix_queries += len(sequence.tokens)
+                self._stats.prefix_hits += start
+            tokens.append(sequence.tokens[start : start + count])
+        if not chunks:
+            return []
+        hidden, layout = self._passes.prefill(tokens, slots)
+        self._stats.prompt_tokens += layout.segments.total
+        starts = layout.segments.starts
+        for (sequence, count), start in zip(chunks, starts, strict=False):
+            part = hidden[start : start + count]
+            if sequence.wants_prompt_logprobs:
+                self._score_prompt(sequence, part, count)
+        if self._drafter is not None:
+            self._drafter.read(chunks, hidden)
+        for sequence, _ in chunks:
+            self.scheduler.after_chunk(sequence)
+        done = [
+            (sequence, starts[i + 1] - 1)
+            for i, (sequence, _) in enumerate(chunks)
+            if self.cache.lengths[slots[i]] == len(sequence.tokens)
+        ]
+        if not done:
+            return []
+        sequences = [sequence for sequence, _ in done]
+        for sequence in sequences:
+            sequence.is_prefilled = True
+        last = hidden[torch.tensor([at for _, at in done], device=hidden.device)].unsqueeze(1)
+        return self._choose(sequences, last, self.model.logits(last))
+
+    def _decode(self, sequences: list[Sequence]) -> list[Progress]:
+        count = min(len(sequence.drafts) for sequence in sequences)
+        for sequence in sequences:
+            self.scheduler.make_room(sequence, 1 + count)
+        rows = [sequence for sequence in sequences if sequence.slot is not None]
+        if not rows:
+            return []
+        start = time.perf_counter()
+        for sequence in rows:
+            del sequence.drafts[count:]
+        tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
+        slots = [_slot(sequence) for sequence in rows]
+        out = self._steps.run(tokens, slots, is_tentative=count > 0)
+        before = [sequence.num_accepted for sequence in rows]
+        progress = self._choose(rows, out.hidden, out.logits, tried=out.layout if count else None)
+        accepted = [s.num_accepted - b for s, b in zip(rows, before, strict=True)]
+        self._draft_length.record(count, accepted, time.perf_counter() - start)
+        self._stats.draft_length = count
+        return progress
+
+    def _choose(
+        self,
+        sequences: list[Sequence],
+        hidden: Tensor,
+        logits: Tensor,
+        *,
+        tried: SequenceLayout | None = None,
+    ) -> list[Progress]:
+        """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones."""
+        windows = [sequence.drafts for sequence in sequences]
+        choosers = [sequence.chooser for sequence in sequences]
+        gains = choose(choosers, logits.flatten(0, 1).float(), windows)
+        if tried is not None:
+            self.cache.accept(tried, [max(len(gain), 1) for gain in gains])
+        progress: list[Progress] = []
+        going: list[int] = []
+        for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
+            sequence.num_drafted += len(sequence.drafts)
+            stands = max(len(gain) - 1, 0)
+            sequence.num_accepted += stands
+            self._stats.drafted_tokens += len(sequence.drafts)
+            self._stats.accepted_tokens += stands
+            sequence.drafts = []
+            progress.append(self._take(sequence, gain, logits[row]))
+            if sequence.finish_reason is None:
+                going.append(row)
+        if self._drafter is not None and going:
+            self._draft(
+                [sequences[row] for row in going],
+                [gains[row] for row in going],
+                hidden[torch.tensor(going, device=hidden.device)],
+            )
+        return progress
+
+    def _draft(self, sequences: list[Sequence], gains: list[list[int]], hidden: Tensor) -> None:
+        assert self._drafter is not None
+        after = self._drafter.follow(sequences, gains, hidden)
+        count = self._draft_length.choose(len(self.scheduler.decoding))
+        if count == 0:
+            return
+        with_room: list[int] = []
+        for row, sequence in enumerate(sequences):
+            slot = _slot(sequence)
+            if self.cache.missing_pages(slot, 1 + count) <= self.cache.pool.num_free:
+                self.cache.reserve(slot, 1 + count)
+                with_room.append(row)
+        if with_room:
+            rows = torch.tensor(with_room, device=after.device)
+            self._drafter.write([sequences[row] for row in with_room], after[rows], count)
+
+    def _take(self, sequence: Sequence, gain: Many[int], logits: Tensor) -> Progress:
+        """Add chosen tokens to an answer, up to the one that ends it."""
+        taken: list[int] = []
+        reason = FinishReason.ERROR if sequence.chooser.error is not None else None
+        stop_token = None
+        for token in gain:
+            sequence.tokens.append(token)
+            taken.append(token)
+            if token in sequence.chooser.stop_ids:
+                reason, stop_token = FinishReason.STOP, token
+            elif sequence.stop is not None and sequence.stop.ends_at(token):
+                reason = FinishReason.STOP
+            elif sequence.num_generated >= sequence.max_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                break
+        self._stats.generated_tokens += len(taken)
+        top = sequence.request.params.logprobs
+        logprobs: list[TokenLogprob] = []
+        if top is not None:
+            logprobs = token_logprobs(logits[: len(taken)], taken, top)
+        report = None
+        if sequence.started_s is None:
+            sequence.started_s = time.monotonic()
+            report = PromptReport(
+                num_cached_tokens=sequence.num_cached_tokens,
+                logprobs=tuple(sequence.prompt_logprobs),
+            )
+        if reason is not None:
+            self._end(sequence, reason)
+        return Progress(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            tokens=tuple(taken),
+            logprobs=tuple(logprobs),
+            finish_reason=reason,
+            stop_token=stop_token,
+            prompt=report,
+            error=sequence.chooser.error,
+            num_drafted=sequence.num_drafted,
+            num_accepted=sequence.num_accepted,
+        )
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.remove(
+            sequence, keep_state=reason in (FinishReason.STOP, FinishReason.LENGTH)
+        )
+        left = self._requests[sequence.request_id]
+        left.remove(sequence)
+        if not left:
+            del self._requests[sequence.request_id]
+
+    def _score_prompt(self, sequence: Sequence, hidden: Tensor, count: int) -> None:
+        """Log-probabilities of the tokens that a chunk of the prompt predicts."""
+        start = self.cache.lengths[_slot(sequence)] - count + 1
+        following = sequence.request.prompt[start : start + count]
+        top = sequence.request.params.prompt_logprobs
+        assert top is not None
+        for first in range(0, len(following), _LOGIT_ROWS):
+            tokens = following[first : first + _LOGIT_ROWS]
+            logits = self.model.logits(hidden[first : first + len(tokens)])
+            sequence.prompt_logprobs += token_logprobs(logits, tokens, top)
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "only what runs has a slot"
+    return sequence.slot

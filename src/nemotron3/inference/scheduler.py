@@ -1,0 +1,173 @@
+"""Who runs, who waits, how much of a prompt is read next, and who gives way when memory is short.
+
+First come, first served. A sequence is admitted when a slot is free and the pages for all of its
+tokens are; it then reads its prompt in chunks and writes. Pages for what is written are taken as it
+grows. When there are none, kept prefixes go first, then the sequence that came last is taken off:
+it waits at the head of the queue and reads its tokens again later, so that nothing is lost.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.prefix_cache import PrefixCache
+from nemotron3.inference.sequences import Sequence
+from nemotron3.models.cache import HybridCache, Snapshot
+
+
+class Scheduler:
+    """Keeps the queues and the slots. It knows tokens and pages, and nothing of the model."""
+
+    def __init__(self, cache: HybridCache, prefixes: PrefixCache, config: EngineConfig) -> None:
+        self.cache = cache
+        self.prefixes = prefixes
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In the order of their arrival."""
+        self.num_preemptions = 0
+        self._config = config
+        self._free_slots = list(range(len(cache.lengths)))[::-1]
+        self._groups: dict[str, Snapshot] = {}
+        """Of requests with several answers: the prompt but its last token, read once for all."""
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Those that have read their prompts."""
+        return [sequence for sequence in self.running if sequence.is_prefilled]
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Let new ones wait."""
+        self.waiting.extend(sequences)
+
+    def admit(self) -> None:
+        """Start those for which there is room."""
+        for sequence in list(self.waiting):
+            if not self._free_slots:
+                return
+            if self._waits_for_leader(sequence):
+                continue
+            if not self._start(sequence):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self.running.sort(key=lambda running: running.order)
+
+    def chunks(self) -> list[tuple[Sequence, int]]:
+        """Who reads on in this step, and how many tokens."""
+        budget = self._config.max_num_batched_tokens
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in self.running:
+            if sequence.is_prefilled or budget == 0:
+                continue
+            assert sequence.slot is not None
+            start = self.cache.lengths[sequence.slot]
+            end = min(len(sequence.tokens), start + budget, self._next_stop(sequence, start))
+            chunks.append((sequence, end - start))
+            budget -= end - start
+        return chunks
+
+    def after_chunk(self, sequence: Sequence) -> None:
+        """Keep the state where another prompt may go on from it."""
+        assert sequence.slot is not None
+        length = self.cache.lengths[sequence.slot]
+        if length in self._stops(sequence):
+            self.prefixes.keep(sequence.tokens[:length], sequence.slot)
+        if self._leads(sequence) and length == sequence.num_prompt - 1:
+            self._groups[sequence.request_id] = self.cache.snapshot(sequence.slot)
+
+    def make_room(self, sequence: Sequence, new_tokens: int) -> bool:
+        """Take the pages for more tokens of a running sequence; False where it had to give way."""
+        while sequence.slot is not None:
+            missing = self.cache.missing_pages(sequence.slot, new_tokens)
+            if missing <= self.cache.pool.num_free:
+                self.cache.reserve(sequence.slot, new_tokens)
+                return True
+            if not self.prefixes.evict():
+                self._take_off(self.running[-1])
+        return False
+
+    def remove(self, sequence: Sequence, *, keep_state: bool = False) -> None:
+        """Let a finished or unwanted sequence go, running or waiting."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        slot = sequence.slot
+        if slot is not None:
+            length = self.cache.lengths[slot]
+            if keep_state and length <= len(sequence.tokens):
+                self.prefixes.keep(sequence.tokens[:length], slot)
+            self._leave(sequence)
+        everyone = (*self.waiting, *self.running)
+        if not any(other.request is sequence.request for other in everyone):
+            snapshot = self._groups.pop(sequence.request_id, None)
+            if snapshot is not None:
+                self.cache.drop(snapshot)
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a slot and the pages for all its tokens and one more; False where they lack."""
+        slot = self._free_slots.pop()
+        snapshot = None
+        if not sequence.wants_prompt_logprobs:
+            snapshot = self._groups.get(sequence.request_id)
+            snapshot = snapshot or self.prefixes.find(sequence.tokens)
+        if snapshot is not None:
+            self.cache.restore(slot, snapshot)
+        sequence.slot = slot
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = self.cache.lengths[slot]
+        rest = len(sequence.tokens) + 1 - self.cache.lengths[slot]
+        while self.cache.missing_pages(slot, rest) > self.cache.pool.num_free:
+            if not self.prefixes.evict():
+                self._leave(sequence)
+                return False
+        self.cache.reserve(slot, rest)
+        return True
+
+    def _take_off(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._leave(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.cache.free(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.is_prefilled = None, False
+        sequence.drafts.clear()
+
+    def _leads(self, sequence: Sequence) -> bool:
+        """Whether other answers to the same prompt may start from this one's state."""
+        return (
+            sequence.request.params.n > 1
+            and sequence.num_prompt > 1
+            and sequence.num_generated == 0
+            and sequence.request_id not in self._groups
+        )
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        if sequence.request.params.n == 1 or sequence.request_id in self._groups:
+            return False
+        return any(
+            other.request is sequence.request and not other.is_prefilled for other in self.running
+        )
+
+    def _next_stop(self, sequence: Sequence, start: int) -> int:
+        stops = self._stops(sequence)
+        if self._leads(sequence):
+            stops.add(sequence.num_prompt - 1)
+        interval = self._config.prefix_interval
+        grid = (start // interval + 1) * interval
+        later = [stop for stop in stops if stop > start]
+        return min([*later, grid] if self._config.prefix_cache_bytes else later, default=grid)
+
+    def _stops(self, sequence: Sequence) -> set[int]:
+        """Lengths at which the state is kept."""
+        if self._config.prefix_cache_bytes == 0:
+            return set()
+        interval = self._config.prefix_interval
+        grid = range(interval, len(sequence.tokens), interval)
+        ends = sequence.request.boundaries
+        return {*grid, *(end for end in ends if 0 < end < len(sequence.tokens))}

@@ -1,0 +1,79 @@
+"""One answer while it is being written: its tokens, its place in the state, its rules."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nemotron3.inference.requests import (
+    FinishReason,
+    SamplingParams,
+    StopCondition,
+    TokenConstraint,
+    TokenLogprob,
+)
+from nemotron3.inference.sampler import TokenChooser
+from nemotron3.inference.thinking_budget import ThinkingBudget
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """A request in token ids. Each of its n answers gets rules of its own from the factories."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    boundaries: tuple[int, ...] = ()
+    """Lengths of the prompt at which another one may part from it: ends of messages."""
+    make_stop: Callable[[], StopCondition | None] = lambda: None
+    make_budget: Callable[[], ThinkingBudget | None] = lambda: None
+    make_constraint: Callable[[], TokenConstraint | None] = lambda: None
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """One answer. `tokens` are prompt and answer; the state holds the first `length` of them."""
+
+    request: EngineRequest
+    index: int
+    chooser: TokenChooser
+    stop: StopCondition | None
+    tokens: list[int]
+    order: int
+    """Of arrival: who came first is served first, and taken off last."""
+    max_tokens: int
+    slot: int | None = None
+    is_prefilled: bool = False
+    """Whether all tokens but the last one are in the state."""
+    drafts: list[int] = field(default_factory=list[int])
+    num_cached_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_preemptions: int = 0
+    arrived_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None
+    """When the first token came."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list[TokenLogprob | None])
+    finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The request that this is an answer to."""
+        return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be made."""
+        return (
+            self.request.params.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt
+        )

@@ -1,0 +1,119 @@
+"""Drafting by multi-token prediction: the shared block writes ahead, the model checks in one step.
+
+The block reads, for each position, the hidden state there and the token after it, so it is always
+one token behind the state. Its keys and values lie in the same pages as the model's:
+
+- a prompt's chunk is read right after the model has read it, but for the last position, whose next
+  token is not known yet; its hidden state waits in the cache (`HybridCache.hidden`);
+- after tokens were chosen, the block reads what they settle, and its output at the last position
+  gives the first draft; further drafts feed its own output back, as it was trained to (white paper,
+  section 2.3), and leave nothing behind.
+
+Training gives each depth keys of its own depth; here later depths look back at the first one's.
+"""
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.inference.passes import Passes
+from nemotron3.inference.sampler import draft
+from nemotron3.inference.sequences import Sequence
+from nemotron3.models.layout import MAX_STEPS
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.pattern import LayerKind
+
+
+def most_drafts(model: LanguageModel, wanted: int | None) -> int:
+    """How many tokens may be drafted: what is wanted, else what the model was trained for."""
+    if wanted == 0 or (wanted is None and model.mtp is None):
+        return 0
+    if model.mtp is None:
+        raise ConfigError(
+            f"max_draft_tokens is {wanted}, but the model has no multi-token-prediction block; "
+            "set it to 0"
+        )
+    if LayerKind.MAMBA in model.config.pattern.mtp:
+        raise ConfigError(
+            "the model's multi-token-prediction block has Mamba layers, which drafts cannot be "
+            "taken back from; set max_draft_tokens to 0"
+        )
+    wanted = model.config.pattern.num_mtp_depths if wanted is None else wanted
+    if wanted >= MAX_STEPS:
+        raise ConfigError(f"max_draft_tokens is {wanted}; it must be below {MAX_STEPS}")
+    return wanted
+
+
+class Drafter:
+    """Runs the draft block along with the model."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.cache = passes.cache
+
+    def read(self, chunks: Many[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Follow the model over chunks of prompts that it has just read; `hidden` is its output."""
+        cache, kept = self.cache, self.cache.hidden
+        assert kept is not None
+        tokens: list[list[int]] = []
+        inputs: list[Tensor] = []
+        slots: list[int] = []
+        at = 0
+        for sequence, count in chunks:
+            slot = _slot(sequence)
+            part, at = hidden[at : at + count], at + count
+            start, end = cache.draft_lengths[slot], cache.lengths[slot]
+            if end - 1 > start:
+                behind = [kept[slot : slot + 1].clone()] if start < end - count else []
+                inputs += [*behind, part[:-1]]
+                tokens.append(sequence.tokens[start + 1 : end])
+                slots.append(slot)
+            kept[slot] = part[-1]
+        if slots:
+            context = [cache.draft_lengths[slot] for slot in slots]
+            self.passes.draft(tokens, torch.cat(inputs), slots, context)
+        for sequence, _ in chunks:
+            slot = _slot(sequence)
+            cache.draft_lengths[slot] = cache.lengths[slot] - 1
+
+    def follow(self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor) -> Tensor:
+        """Read what newly chosen tokens settle; returns the block's output after each sequence.
+
+        `hidden` [rows, steps, d_model] is the model's, at and before the last of the tokens that
+        each sequence's state holds; what is beyond the gained tokens was refused.
+        """
+        cache, (rows, steps, _) = self.cache, hidden.shape
+        slots = [_slot(sequence) for sequence in sequences]
+        tokens = [[*gain, *[0] * (steps - len(gain))] for gain in gains]
+        context = [cache.draft_lengths[slot] for slot in slots]
+        output = self.passes.draft(tokens, hidden.flatten(0, 1), slots, context)
+        last = torch.tensor([len(gain) - 1 for gain in gains], device=hidden.device)
+        every = torch.arange(rows, device=hidden.device)
+        if cache.hidden is not None:
+            cache.hidden[torch.tensor(slots, device=hidden.device)] = hidden[every, last]
+        for slot, gain in zip(slots, gains, strict=True):
+            cache.draft_lengths[slot] += len(gain)
+        return output.view(rows, steps, -1)[every, last]
+
+    def write(self, sequences: Many[Sequence], hidden: Tensor, count: int) -> None:
+        """Draft `count` tokens for each sequence, from what `follow` returned."""
+        choosers = [sequence.chooser for sequence in sequences]
+        slots = [_slot(sequence) for sequence in sequences]
+        drafts: list[list[int]] = [[] for _ in sequences]
+        for ahead in range(count):
+            if ahead:
+                context = [self.cache.draft_lengths[slot] + ahead - 1 for slot in slots]
+                tokens = [[drafted[-1]] for drafted in drafts]
+                hidden = self.passes.draft(tokens, hidden, slots, context)
+            logits = self.passes.model.logits(hidden).float()
+            for drafted, token in zip(drafts, draft(choosers, logits, drafts), strict=True):
+                drafted.append(token)
+        for sequence, drafted in zip(sequences, drafts, strict=True):
+            sequence.drafts = drafted
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot

@@ -1,0 +1,265 @@
+"""The engine against the plainest loop there is: the whole sequence anew for every token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemotron3.errors import ConfigError, DataError, OverloadedError
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine import Engine
+from nemotron3.inference.requests import FinishReason, SamplingParams
+from nemotron3.inference.sequences import EngineRequest
+from tests.tiny import tiny_config, tiny_model, tokens_for
+from tests.tolerances import DECODE
+
+CONFIG = tiny_config("MEM*E/*E/*E", eos_token_id=2)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(CONFIG)
+
+
+def engine_for(model, **changes):
+    small = {"max_num_seqs": 4, "page_size": 4, "prefix_interval": 8, "max_model_len": 96}
+    return Engine(model, EngineConfig(**(small | changes)))
+
+
+def request(name, prompt, params=GREEDY, **more):
+    return EngineRequest(request_id=name, prompt=tuple(prompt), params=params, **more)
+
+
+def run(engine, requests, *, at=None):
+    """Answers by (request, index); `at` says at which step a request arrives."""
+    at = at or {}
+    answers, step = {}, 0
+    waiting = list(requests)
+    while waiting or engine.has_work:
+        for arriving in [r for r in waiting if at.get(r.request_id, 0) <= step]:
+            engine.add(arriving)
+            waiting.remove(arriving)
+        for progress in engine.step():
+            tokens = answers.setdefault((progress.request_id, progress.index), [])
+            tokens += progress.tokens
+        step += 1
+        assert step < 2000, "the engine makes no progress"
+    return answers
+
+
+@torch.no_grad()
+def greedy(model, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+PAGE = 2 * 4 * (2 * 2 * 20) * 4
+"""Bytes of a page of four tokens in the attention layers of model and draft block."""
+PROMPTS = [tokens_for(CONFIG, n, seed=n).tolist() for n in (1, 3, 9, 17, 30, 8, 41, 2)]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return [greedy(model, prompt, 12) for prompt in PROMPTS]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_schedule_changes_a_token(model, expected, data):
+    """Few slots, few pages, small chunks, drafts or none, kept prefixes or none, late arrivals."""
+    engine = engine_for(
+        model,
+        max_model_len=None,
+        max_num_seqs=data.draw(st.integers(1, 5)),
+        max_num_batched_tokens=data.draw(st.sampled_from([1, 3, 16, 64])),
+        kv_cache_bytes=data.draw(st.integers(19, 70)) * PAGE,
+        prefix_cache_bytes=data.draw(st.sampled_from([0, 20_000, 1 << 20])),
+        prefix_interval=data.draw(st.sampled_from([3, 8, 50])),
+        max_draft_tokens=data.draw(st.sampled_from([0, 1, 4])),
+        adapts_drafts=data.draw(st.booleans()),
+    )
+    which = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
+    requests = [request(str(i), PROMPTS[p]) for i, p in enumerate(which)]
+    at = {str(i): data.draw(st.integers(0, 12)) for i in range(len(which))}
+    answers = run(engine, requests, at=at)
+    for i, p in enumerate(which):
+        assert answers[str(i), 0] == expected[p], f"request {i}, prompt {p}"
+    while engine.prefixes.evict():
+        pass
+    assert engine.cache.pool.num_free == len(engine.cache.pool)
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
+def test_what_the_schedules_above_are_made_of_happens(model, expected):
+    """Preemption, kept prefixes and accepted drafts occur, and change nothing."""
+    few = {"kv_cache_bytes": 24 * PAGE, "max_model_len": None}
+    engine = engine_for(model, prefix_cache_bytes=0, **few)
+    requests = [request(str(i), PROMPTS[p]) for i, p in enumerate((6, 4, 3, 6))]
+    answers = run(engine, requests)
+    assert [answers[str(i), 0] for i in range(4)] == [expected[p] for p in (6, 4, 3, 6)]
+    assert engine.stats().preemptions > 0
+    assert engine.stats().drafted_tokens > 0
+
+    engine = engine_for(model)
+    for _ in range(2):
+        assert run(engine, [request("a", PROMPTS[6])]) == {("a", 0): expected[6]}
+    assert engine.stats().prefix_hits == 40
+    more = PROMPTS[6] + expected[6] + [5, 6, 7]
+    assert run(engine, [request("b", more)])["b", 0] == greedy(model, more, 12)
+    assert engine.stats().prefix_hits >= 40 + 41 + 8  # the answer was kept too
+
+
+def test_an_end_token_a_stop_condition_and_the_length_end_an_answer(model, expected):
+    tokens = expected[3]
+
+    class AtFifth:
+        def __init__(self):
+            self.left = 5
+
+        def ends_at(self, _):
+            self.left -= 1
+            return self.left == 0
+
+    engine = engine_for(model)
+    stop = SamplingParams(temperature=0.0, ignore_eos=True, stop_token_ids=(tokens[6],))
+    for wanted, length, reason in (
+        (request("a", PROMPTS[3], stop), tokens.index(tokens[6]) + 1, FinishReason.STOP),
+        (request("b", PROMPTS[3], make_stop=AtFifth), 5, FinishReason.STOP),
+        (request("c", PROMPTS[3]), 12, FinishReason.LENGTH),
+    ):
+        engine.add(wanted)
+        steps = []
+        while engine.has_work:
+            steps += engine.step()
+        assert [t for step in steps for t in step.tokens] == tokens[:length]
+        assert steps[-1].finish_reason is reason
+    assert steps[0].prompt is not None
+    whole = SamplingParams(temperature=0.0, ignore_eos=True)
+    answer = run(engine, [request("d", PROMPTS[3], whole)])["d", 0]
+    assert len(answer) == 96 - len(PROMPTS[3])
+
+
+def test_several_answers_read_their_prompt_once(model, expected):
+    engine = engine_for(model, max_num_seqs=3, prefix_cache_bytes=0)
+    params = SamplingParams(n=5, temperature=1.0, max_tokens=9, seed=3, ignore_eos=True)
+    answers = run(engine, [request("a", PROMPTS[4], params)])
+    assert engine.stats().prompt_tokens == len(PROMPTS[4]) + 4
+    assert len({tuple(answer) for answer in answers.values()}) == 5
+    alone = engine_for(model, max_draft_tokens=0, max_num_batched_tokens=7)
+    assert run(alone, [request("z", PROMPTS[4], params)]) == {
+        ("z", i): tokens for (_, i), tokens in answers.items()
+    }
+    assert engine.cache.pool.num_free == len(engine.cache.pool)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("pattern", ["MM", "**", "EE", "--", "MEM*E-"])
+@torch.no_grad()
+def test_logprobs_are_the_trainers(pattern, drafts):
+    """Of prompt and answer, for every kind of layer, sampled, with and without drafts."""
+    config = tiny_config(pattern + "/*E")
+    model = tiny_model(config)
+    engine = engine_for(model, max_draft_tokens=drafts, max_num_batched_tokens=5)
+    prompt = tokens_for(config, 13).tolist()
+    params = SamplingParams(
+        max_tokens=20, logprobs=3, prompt_logprobs=2, seed=1, temperature=0.7, ignore_eos=True
+    )
+    engine.add(request("a", prompt, params))
+    steps = []
+    while engine.has_work:
+        steps += engine.step()
+    answer = [t for step in steps for t in step.tokens]
+    reported = [entry for step in steps for entry in step.logprobs]
+    prompt_reported = steps[0].prompt.logprobs
+    assert prompt_reported[0] is None
+    everything = torch.tensor([prompt + answer])
+    logprobs = model(everything)[0, :-1].log_softmax(-1)
+    for entry, row, token in zip(
+        [*prompt_reported[1:], *reported], logprobs, everything[0, 1:].tolist(), strict=True
+    ):
+        assert entry.token == token
+        assert abs(entry.logprob - row[token].item()) < DECODE
+        best = row.topk(len(entry.top))
+        assert [t for t, _ in entry.top] == best.indices.tolist()
+        assert entry.rank == int((row > row[token]).sum()) + 1
+    assert len(reported[0].top) == 3
+    assert len(prompt_reported[1].top) == 2
+
+
+def test_an_aborted_request_leaves_and_the_others_go_on(model, expected):
+    engine = engine_for(model)
+    for i in (3, 4, 5):
+        engine.add(request(str(i), PROMPTS[i]))
+    tokens = {}
+    for step in range(100):
+        if step == 3:
+            (last,) = engine.abort("4")
+            assert last.finish_reason is FinishReason.ABORT
+        for progress in engine.step():
+            tokens.setdefault(progress.request_id, []).extend(progress.tokens)
+    assert engine.abort("4") == []
+    assert tokens["3"] == expected[3]
+    assert tokens["5"] == expected[5]
+    assert len(tokens.get("4", [])) < 12
+    assert not engine.has_work
+
+
+def test_what_can_never_be_answered_is_refused_before_it_runs(model):
+    engine = engine_for(model, max_num_waiting=2)
+    cases = [
+        ((), GREEDY, "no tokens"),
+        ((1,) * 96, GREEDY, "has 96 tokens.*may have 96"),
+        ((1,) * 90, GREEDY, "max_tokens is 12 and the prompt has 90"),
+        ((1, 97), GREEDY, "the prompt has token 97; the vocabulary has 97"),
+        ((1,), SamplingParams(logit_bias={200: 1.0}), "logit_bias has token 200"),
+    ]
+    for prompt, params, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            engine.add(request("a", prompt, params))
+    engine.add(request("a", (1, 2)))
+    with pytest.raises(ConfigError, match="'a' is being answered already"):
+        engine.add(request("a", (1, 2)))
+    engine.add(request("b", (1, 2)))
+    with pytest.raises(OverloadedError, match="2 answers wait already and 2 may"):
+        engine.add(request("c", (1, 2)))
+    assert len(run(engine, [])) == 2
+    with pytest.raises(ConfigError, match="hold 1 pages"):
+        engine_for(model, kv_cache_bytes=PAGE)
+    with pytest.raises(ConfigError, match="hold sequences of 20 tokens, not of 96"):
+        engine_for(model, kv_cache_bytes=10 * PAGE)
+    with pytest.raises(ConfigError, match="has no multi-token-prediction block"):
+        engine_for(tiny_model("M*"), max_draft_tokens=1)
+
+
+def test_other_weights_find_no_prefix_of_the_old_ones(model):
+    engine = engine_for(model)
+    run(engine, [request("a", PROMPTS[6])])
+    engine.weights_changed()
+    run(engine, [request("a", PROMPTS[6])])
+    assert engine.stats().prefix_hits == 0
+
+
+def test_one_answer_that_cannot_go_on_leaves_the_others(model, expected):
+    class Impossible:
+        def mask(self):
+            raise DataError("the grammar has no way on")
+
+        def accept(self, _):
+            pass
+
+        def fork(self):
+            return self
+
+    engine = engine_for(model)
+    engine.add(request("good", PROMPTS[3]))
+    engine.add(request("bad", PROMPTS[4], make_constraint=Impossible))
+    steps = []
+    while engine.has_work:
+        steps += engine.step()
+    (bad,) = [step for step in steps if step.request_id == "bad"]
+    assert (bad.finish_reason, bad.error) == (FinishReason.ERROR, "the grammar has no way on")
+    good = [t for step in steps if step.request_id == "good" for t in step.tokens]
+    assert good == expected[3]
