@@ -7,6 +7,7 @@
 // expert has; only a call of few tokens, which rows.h serves, sums in another order than others.
 #include "gemm.h"
 #include "rows.h"
+#include "scratch.h"
 
 namespace {
 constexpr int64_t BLOCK = 126;  // rows at a time: a multiple of every tile's
@@ -28,9 +29,9 @@ struct Order {
 };
 
 void gather(const float* from, int64_t ld, const int64_t* sources, int64_t choices, int64_t rows,
-            int64_t width, float* to) {
+            int64_t width, float* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r++)
-    memcpy(to + r * width, from + sources[r] / choices * ld, 4 * width);
+    memcpy(to + r * ld_to, from + sources[r] / choices * ld, 4 * width);
 }
 
 // to[t] = sum of a token's rows, in the order of its choices.
@@ -93,46 +94,77 @@ INLINE float activate_backward(float* h, const float* da, int64_t hidden, int64_
   return sum(total);
 }
 
-void forward_few(const Shape& s, const Order& order, int64_t expert, const float* x, int64_t ldx,
-                 const float* weights, const float* up, const float* down, float* outputs,
-                 float* scratch) {
-  const int64_t first = order.bounds[expert], rows = order.bounds[expert + 1] - first;
-  float *xs = scratch, *h = xs + rows * s.width;
-  gather(x, ldx, order.sources + first, s.choices, rows, s.width, xs);
-  few_rows(rows, xs, s.width, up, 0, s.up_rows(), s.width, h, s.up_rows());
-  for (int64_t r = 0; r < rows; r++)
-    activate(h + r * s.up_rows(), s.hidden, s.activation, weights[order.sources[first + r]],
-             h + r * s.up_rows());
-  few_rows(rows, h, s.up_rows(), down, 0, s.width, s.hidden, outputs + first * s.width, s.width);
-}
-
-void forward_many(const Shape& s, const Order& order, int64_t expert, const float* x, int64_t ldx,
-                  const float* weights, const float* up, const float* down, float* outputs,
-                  float* scratch) {
-  float* up_turned = scratch;
-  float* down_turned = up_turned + s.up_rows() * s.width;
-  float* xs = down_turned + s.hidden * s.width;
-  float* h = xs + BLOCK * s.width;
-  transpose(up, s.width, s.up_rows(), s.width, up_turned, s.up_rows());
-  transpose(down, s.hidden, s.width, s.hidden, down_turned, s.width);
-  const int64_t end = order.bounds[expert + 1];
-  for (int64_t first = order.bounds[expert]; first < end; first += BLOCK) {
-    const int64_t rows = end - first < BLOCK ? end - first : BLOCK;
-    gather(x, ldx, order.sources + first, s.choices, rows, s.width, xs);
-    gemm(rows, s.up_rows(), s.width, xs, s.width, 1, up_turned, s.up_rows(), h, s.up_rows());
-    for (int64_t r = 0; r < rows; r++)
-      activate(h + r * s.up_rows(), s.hidden, s.activation, weights[order.sources[first + r]],
-               h + r * s.up_rows());
-    gemm(rows, s.width, s.hidden, h, s.up_rows(), 1, down_turned, s.width,
-         outputs + first * s.width, s.width);
+// Room for a block of rows: the tokens, and what is between the two products.
+struct ForwardRoom {
+  int64_t ldx, ldh;
+  float *up_turned, *down_turned, *xs, *h;
+  static int64_t floats(const Shape& s, int64_t rows, bool turns) {
+    const int64_t matrices = turns ? (s.up_rows() + s.hidden) * s.width : 0;
+    return matrices + rows * (pitch(s.width) + pitch(s.up_rows()));
   }
+  ForwardRoom(const Shape& s, int64_t rows, bool turns, Scratch& scratch)
+      : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {
+    up_turned = turns ? scratch.take(s.width, s.up_rows()) : nullptr;
+    down_turned = turns ? scratch.take(s.hidden, s.width) : nullptr;
+    xs = scratch.take(rows, ldx);
+    h = scratch.take(rows, ldh);
+  }
+};
+
+// Rows first, first + 1, ... of one expert, through both products. `few` reads the matrices as they
+// lie; else they have been turned.
+void forward_rows(const Shape& s, const Order& order, bool few, int64_t first, int64_t rows,
+                  const float* x, int64_t ldx, const float* weights, const float* up,
+                  const float* down, const ForwardRoom& room, float* outputs) {
+  const int64_t *sources = order.sources + first, up_rows = s.up_rows();
+  gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
+  if (few) few_rows(rows, room.xs, room.ldx, up, 0, up_rows, s.width, room.h, room.ldh);
+  else gemm(rows, up_rows, s.width, room.xs, room.ldx, 1, room.up_turned, up_rows, room.h, room.ldh);
+  for (int64_t r = 0; r < rows; r++) {
+    float* h = room.h + r * room.ldh;
+    activate(h, s.hidden, s.activation, weights[sources[r]], h);
+  }
+  float* to = outputs + first * s.width;
+  if (few) few_rows(rows, room.h, room.ldh, down, 0, s.width, s.hidden, to, s.width);
+  else gemm(rows, s.width, s.hidden, room.h, room.ldh, 1, room.down_turned, s.width, to, s.width);
 }
 
-// Adds nothing to what an earlier block left unless there was one: `start` is the first block.
+void forward_expert(const Shape& s, const Order& order, bool few, int64_t expert, const float* x,
+                    int64_t ldx, const float* weights, const float* up, const float* down,
+                    const ForwardRoom& room, float* outputs) {
+  const int64_t end = order.bounds[expert + 1];
+  if (!few) {
+    transpose(up, s.width, s.up_rows(), s.width, room.up_turned, s.up_rows());
+    transpose(down, s.hidden, s.width, s.hidden, room.down_turned, s.width);
+  }
+  const int64_t block = few ? FEW_ROWS : BLOCK;
+  for (int64_t first = order.bounds[expert]; first < end; first += block)
+    forward_rows(s, order, few, first, end - first < block ? end - first : block, x, ldx, weights,
+                 up, down, room, outputs);
+}
+
+struct BackwardRoom {
+  int64_t ldx, ldu, ldh;
+  float *up_turned, *xs, *dy, *h, *a, *da;
+  static int64_t floats(const Shape& s) {
+    return s.up_rows() * s.width +
+           BLOCK * (2 * pitch(s.width) + pitch(s.up_rows()) + 2 * pitch(s.hidden));
+  }
+  BackwardRoom(const Shape& s, Scratch& scratch)
+      : ldx(pitch(s.width)), ldu(pitch(s.up_rows())), ldh(pitch(s.hidden)) {
+    up_turned = scratch.take(s.width, s.up_rows());
+    xs = scratch.take(BLOCK, ldx);
+    dy = scratch.take(BLOCK, ldx);
+    h = scratch.take(BLOCK, ldu);
+    a = scratch.take(BLOCK, ldh);
+    da = scratch.take(BLOCK, ldh);
+  }
+};
+
 void backward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                      int64_t ldx, const float* weights, const float* up, const float* down,
                      const float* grad, int64_t ldgrad, float* dxs, float* d_weights, float* d_up,
-                     float* d_down, float* scratch) {
+                     float* d_down, const BackwardRoom& room) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows();
   if (begin == end) {
@@ -140,28 +172,26 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
     if (d_down) memset(d_down, 0, 4 * s.hidden * s.width);
     return;
   }
-  float* up_turned = scratch;
-  float* xs = up_turned + up_rows * s.width;
-  float* dy = xs + BLOCK * s.width;
-  float* h = dy + BLOCK * s.width;
-  float* a = h + BLOCK * up_rows;
-  float* da = a + BLOCK * s.hidden;
-  transpose(up, s.width, up_rows, s.width, up_turned, up_rows);
+  transpose(up, s.width, up_rows, s.width, room.up_turned, up_rows);
   for (int64_t first = begin; first < end; first += BLOCK) {
     const int64_t rows = end - first < BLOCK ? end - first : BLOCK;
     const int64_t* sources = order.sources + first;
-    gather(x, ldx, sources, s.choices, rows, s.width, xs);
-    gather(grad, ldgrad, sources, s.choices, rows, s.width, dy);
-    gemm(rows, up_rows, s.width, xs, s.width, 1, up_turned, up_rows, h, up_rows);
-    gemm(rows, s.hidden, s.width, dy, s.width, 1, down, s.hidden, da, s.hidden);
+    const bool add = first > begin;
+    gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
+    gather(grad, ldgrad, sources, s.choices, rows, s.width, room.dy, room.ldx);
+    gemm(rows, up_rows, s.width, room.xs, room.ldx, 1, room.up_turned, up_rows, room.h, room.ldu);
+    gemm(rows, s.hidden, s.width, room.dy, room.ldx, 1, down, s.hidden, room.da, room.ldh);
     for (int64_t r = 0; r < rows; r++)
-      d_weights[sources[r]] = activate_backward(h + r * up_rows, da + r * s.hidden, s.hidden,
-                                                s.activation, weights[sources[r]], a + r * s.hidden);
+      d_weights[sources[r]] =
+          activate_backward(room.h + r * room.ldu, room.da + r * room.ldh, s.hidden, s.activation,
+                            weights[sources[r]], room.a + r * room.ldh);
     if (d_down)
-      gemm(s.width, s.hidden, rows, dy, 1, s.width, a, s.hidden, d_down, s.hidden, first > begin);
-    if (d_up) gemm(up_rows, s.width, rows, h, 1, up_rows, xs, s.width, d_up, s.width, first > begin);
+      gemm(s.width, s.hidden, rows, room.dy, 1, room.ldx, room.a, room.ldh, d_down, s.hidden, add);
+    if (d_up)
+      gemm(up_rows, s.width, rows, room.h, 1, room.ldu, room.xs, room.ldx, d_up, s.width, add);
     if (dxs)
-      gemm(rows, s.width, up_rows, h, up_rows, 1, up, s.width, dxs + first * s.width, s.width);
+      gemm(rows, s.width, up_rows, room.h, room.ldu, 1, up, s.width, dxs + first * s.width,
+           s.width);
   }
 }
 }  // namespace
@@ -192,20 +222,17 @@ void experts_forward(const float* x, const float* weights, const float* up, cons
   const Order order{bounds, sources, places};
   const bool few = tokens <= FEW_ROWS;
   const int64_t rows = few ? FEW_ROWS : BLOCK;
-  const int64_t turned = few ? 0 : (s.up_rows() + hidden) * width;
 #pragma omp parallel num_threads(threads)
   {
-    float* scratch = new float[turned + rows * (width + s.up_rows())];
+    Scratch scratch(ForwardRoom::floats(s, rows, !few));
+    const ForwardRoom room(s, rows, !few, scratch);
 #pragma omp for schedule(dynamic)
-    for (int64_t e = 0; e < experts; e++) {
-      if (bounds[e] == bounds[e + 1]) continue;
-      (few ? forward_few : forward_many)(s, order, e, x, ldx, weights,
-                                         up + e * s.up_rows() * width, down + e * hidden * width,
-                                         outputs, scratch);
-    }
+    for (int64_t e = 0; e < experts; e++)
+      if (bounds[e] < bounds[e + 1])
+        forward_expert(s, order, few, e, x, ldx, weights, up + e * s.up_rows() * width,
+                       down + e * hidden * width, room, outputs);
 #pragma omp for
     for (int64_t t = 0; t < tokens; t++) combine(outputs, places, choices, width, t, y);
-    delete[] scratch;
   }
 }
 
@@ -222,18 +249,18 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   const int64_t up_rows = s.up_rows();
 #pragma omp parallel num_threads(threads)
   {
-    float* scratch = new float[up_rows * width + BLOCK * (2 * width + up_rows + 2 * hidden)];
+    Scratch scratch(BackwardRoom::floats(s));
+    const BackwardRoom room(s, scratch);
 #pragma omp for schedule(dynamic)
     for (int64_t e = 0; e < experts; e++)
       backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
                       down + e * hidden * width, grad, ldgrad, dxs, d_weights,
                       d_up ? d_up + e * up_rows * width : nullptr,
-                      d_down ? d_down + e * hidden * width : nullptr, scratch);
+                      d_down ? d_down + e * hidden * width : nullptr, room);
     if (dx) {
 #pragma omp for
       for (int64_t t = 0; t < tokens; t++) combine(dxs, places, choices, width, t, dx);
     }
-    delete[] scratch;
   }
 }
 

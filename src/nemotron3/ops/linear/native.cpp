@@ -7,10 +7,16 @@
 #include "rows.h"
 
 namespace {
-constexpr int64_t STRIP = detail::VECTORS * LANES;
-constexpr int64_t BLOCK = 240;             // rows of a task: a multiple of every tile's
+constexpr int64_t STRIP = detail::WIDTH;
+constexpr int64_t DEPTH = detail::DEPTH;
+constexpr int64_t BLOCK = 240;  // rows of a task at most: a multiple of every tile's
 constexpr int64_t WORTH_THREADS = 1 << 15;  // multiply-adds below which a second thread costs more
 
+// Rows of a task, so that all threads get as many: whole tiles, BLOCK at most.
+int64_t share(int64_t rows, int64_t threads) {
+  const int64_t tasks = (rows + BLOCK * threads - 1) / (BLOCK * threads) * threads;
+  return (rows + tasks * TILE_ROWS - 1) / (tasks * TILE_ROWS) * TILE_ROWS;
+}
 }  // namespace
 
 extern "C" {
@@ -48,7 +54,7 @@ void linear_forward(const float* x, const float* w, float* y, int64_t rows, int6
 // dx [rows, inputs] = dy [rows, outputs] W.
 void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,
                            int64_t outputs, int64_t inputs, int64_t lddy, int64_t threads) {
-  const int64_t block = rows >= BLOCK * threads ? BLOCK : (rows + threads - 1) / threads;
+  const int64_t block = share(rows, threads);
 #pragma omp parallel for num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
   for (int64_t row = 0; row < rows; row += block)
     gemm(rows - row < block ? rows - row : block, inputs, outputs, dy + row * lddy, lddy, 1, w,
@@ -59,10 +65,22 @@ void linear_backward_input(const float* dy, const float* w, float* dx, int64_t r
 void linear_backward_weight(const float* dy, const float* x, float* dw, int64_t rows,
                             int64_t outputs, int64_t inputs, int64_t lddy, int64_t ldx, int64_t add,
                             int64_t threads) {
-  const int64_t block = outputs >= BLOCK * threads ? BLOCK : (outputs + threads - 1) / threads;
-#pragma omp parallel for num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
-  for (int64_t n = 0; n < outputs; n += block)
-    gemm(outputs - n < block ? outputs - n : block, inputs, rows, dy + n, 1, lddy, x, ldx,
-         dw + n * inputs, inputs, add);
+  const int64_t block = share(outputs, threads);
+#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
+  {
+    float* columns = new float[DEPTH * BLOCK];  // of dy, brought together
+#pragma omp for
+    for (int64_t n = 0; n < outputs; n += block) {
+      const int64_t width = outputs - n < block ? outputs - n : block;
+      for (int64_t t = 0; t < rows; t += DEPTH) {
+        const int64_t depth = rows - t < DEPTH ? rows - t : DEPTH;
+        for (int64_t r = 0; r < depth; r++)
+          memcpy(columns + r * BLOCK, dy + (t + r) * lddy + n, 4 * width);
+        gemm(width, inputs, depth, columns, 1, BLOCK, x + t * ldx, ldx, dw + n * inputs, inputs,
+             add || t);
+      }
+    }
+    delete[] columns;
+  }
 }
 }

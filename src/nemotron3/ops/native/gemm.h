@@ -1,7 +1,9 @@
 // Small matrix products on one thread: C = A B, for operands that stay in the cache.
 //
 // B is read in vectors along its rows and A an element at a time, so A may have any strides: a
-// transposed A costs nothing, a transposed B has to be turned first (simd.h). Every element of C is
+// transposed A costs nothing, a transposed B has to be turned first (simd.h). For many rows of A,
+// a strip of B is copied together, since rows that are a power of two apart would all fall into a
+// few lines of the cache. Every element of C is
 // summed over t in the same order whatever the shapes around it, so a row's result does not depend
 // on how many rows there are.
 #pragma once
@@ -10,6 +12,9 @@
 namespace detail {
 constexpr int ROWS = LANES == 8 ? 3 : 6;  // with VECTORS, what the registers hold
 constexpr int VECTORS = 4;
+constexpr int64_t WIDTH = VECTORS * LANES;  // of a strip of B
+constexpr int64_t DEPTH = 128;  // of B, so many rows of a strip stay in the first cache
+constexpr int64_t WORTH_PACKING = 64;  // rows of A from which it pays to bring those together
 
 // R rows and V vectors of C; `tail` is the number of elements in the last vector.
 template <int R, int V, bool ADD>
@@ -79,12 +84,19 @@ static void strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, in
 
 template <bool ADD>
 static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                  int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  for (int64_t n = 0; n < columns; n += VECTORS * LANES) {
-    const int64_t left = columns - n < VECTORS * LANES ? columns - n : VECTORS * LANES;
+                  int64_t a_depth, const float* b, int64_t from_ldb, float* c, int64_t ldc) {
+  alignas(64) float packed[DEPTH * WIDTH];
+  const bool pack = rows >= WORTH_PACKING && from_ldb > WIDTH;
+  for (int64_t n = 0; n < columns; n += WIDTH) {
+    const int64_t left = columns - n < WIDTH ? columns - n : WIDTH;
     const int64_t vectors = (left + LANES - 1) / LANES, tail = left - (vectors - 1) * LANES;
     const float* bn = b + n;
     float* cn = c + n;
+    if (pack) {
+      for (int64_t t = 0; t < depth; t++) memcpy(packed + t * WIDTH, bn + t * from_ldb, 4 * left);
+      bn = packed;
+    }
+    const int64_t ldb = pack ? WIDTH : from_ldb;
     switch (vectors) {
       case 4: strip<4, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
       case 3: strip<3, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
@@ -99,7 +111,7 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, 
 static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                         int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
                         bool add = false) {
-  constexpr int64_t DEPTH = 128;  // of B, so many rows of a strip stay in the first cache
+  using detail::DEPTH;
   for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
     const int64_t n = depth - t < DEPTH ? depth - t : DEPTH;
     if (add || t) detail::block<true>(rows, columns, n, a + t * a_depth, a_row, a_depth, b + t * ldb, ldb, c, ldc);

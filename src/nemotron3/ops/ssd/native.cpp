@@ -11,11 +11,11 @@
 // B and C are slices of are often a power of two apart, and would all fall into a few lines of the
 // cache. Units are cut by shapes alone, and a segment's never see another's, so no bit depends on
 // threads or neighbours.
-#include <cstdlib>
 #include <vector>
 
 #include "gemm.h"
 #include "rows.h"
+#include "scratch.h"
 
 namespace {
 constexpr int64_t CHUNK = 48;  // tokens: whole tiles, and whole vectors
@@ -26,30 +26,10 @@ constexpr int STEP_ROWS = LANES < 8 ? LANES : 8;  // whose sums are in flight to
 constexpr float GENTLE = 40.0f;  // log decay of a chunk up to which factors are exact and finite
 constexpr float GONE = -80.0f;  // what has decayed further is zero, not a denormal number
 
-// Floats in a row of scratch: whole cache lines, an odd number of them, so that equal columns of
-// consecutive rows fall into different sets of the cache.
-constexpr int64_t pitch(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 constexpr int64_t SQUARE = pitch(CHUNK);  // of a row of scores
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec decayed(vec log_decay) { return log_decay < GONE ? vec{} : exp(log_decay); }
-
-// Memory of one thread, handed out a piece at a time.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory((float*)std::aligned_alloc(64, (4 * floats + 63) / 64 * 64)), next(memory) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(memory); }
-  float* take(int64_t rows, int64_t ld) {
-    float* piece = next;
-    next += rows * ld;
-    return piece;
-  }
-
- private:
-  float *memory, *next;
-};
 
 struct Shape {
   int64_t heads, head_dim, groups, d_state;

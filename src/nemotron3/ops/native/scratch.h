@@ -1,0 +1,25 @@
+// Memory of one thread for operands that are brought together, and how far apart their rows lie.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+
+// Floats in a row of scratch: whole cache lines, an odd number of them, so that equal columns of
+// consecutive rows fall into different sets of the cache.
+constexpr int64_t pitch(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
+
+// Handed out a piece at a time.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : memory((float*)std::aligned_alloc(64, (4 * floats + 63) / 64 * 64)), next(memory) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(memory); }
+  float* take(int64_t rows, int64_t ld) {
+    float* piece = next;
+    next += rows * ld;
+    return piece;
+  }
+
+ private:
+  float *memory, *next;
+};
