@@ -6,6 +6,9 @@ The names people type stand here; they are loaded on first use, so that `import 
     from nemotron3 import LanguageModel, ModelConfig
     model = LanguageModel.from_config(ModelConfig.preset("tiny"))
     logits = model(tokens)  # [batch, seq] -> [batch, seq, vocab]
+
+    from nemotron3 import LLM, SamplingParams
+    LLM("runs/tiny/model").generate("To be", SamplingParams(max_tokens=50))
 """
 
 from importlib import import_module
@@ -13,14 +16,30 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemotron3.inference.async_llm import AsyncLLM
+    from nemotron3.inference.config import EngineConfig
+    from nemotron3.inference.llm import LLM
+    from nemotron3.inference.requests import SamplingParams
     from nemotron3.models.config import ModelConfig
     from nemotron3.models.nemotron_h import LanguageModel
 
     __version__: str
 
-__all__ = ["LanguageModel", "ModelConfig", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "EngineConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "SamplingParams",
+    "__version__",
+]
 
 _HOMES = {
+    "AsyncLLM": "nemotron3.inference.async_llm",
+    "EngineConfig": "nemotron3.inference.config",
+    "LLM": "nemotron3.inference.llm",
+    "SamplingParams": "nemotron3.inference.requests",
     "LanguageModel": "nemotron3.models.nemotron_h",
     "ModelConfig": "nemotron3.models.config",
 }

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron3.errors import ConfigError, OverloadedError
+from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.draft_length import DraftLength
 from nemotron3.inference.memory import longest_sequence, num_pages
@@ -131,19 +131,19 @@ class Engine:
             if wrong:
                 raise ConfigError(f"{name} has token {wrong[0]}; the vocabulary has {vocab}")
 
+    def has_room(self, request: EngineRequest) -> bool:
+        """Whether a request may join those that wait; one that nobody is before always may."""
+        waiting = len(self.scheduler.waiting)
+        return waiting == 0 or waiting + request.params.n <= self.config.max_num_waiting
+
     def add(self, request: EngineRequest) -> None:
-        """Let a request wait for its turn."""
+        """Let a request wait for its turn; how many may is for `has_room` to say."""
         self.check(request)
         if request.request_id in self._requests:
             raise ConfigError(f"request {request.request_id!r} is being answered already")
-        waiting, n = len(self.scheduler.waiting), request.params.n
-        if waiting + n > max(self.config.max_num_waiting, n):
-            raise OverloadedError(
-                f"{waiting} answers wait already and {self.config.max_num_waiting} may; try later"
-            )
         seed = request.params.seed
         seed = self._seeds.getrandbits(62) if seed is None else seed
-        sequences = [self._sequence(request, index, seed) for index in range(n)]
+        sequences = [self._sequence(request, index, seed) for index in range(request.params.n)]
         self._requests[request.request_id] = sequences
         self.scheduler.add(sequences)
 

@@ -29,7 +29,7 @@ def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) ->
     size = page_bytes(model, config)
     if size == 0:
         return 0
-    longest = -(-(max_model_len + MAX_STEPS) // config.page_size)
+    longest = -(-(max_model_len + MAX_STEPS) // config.page_size) + 1
     wanted = config.max_num_seqs * longest
     may_take = config.kv_cache_bytes
     if may_take is None:

@@ -93,6 +93,14 @@ class ResponseParser:
             deltas += self._read(spans)
         return deltas
 
+    def push_text(self, text: str) -> list[ResponseDelta]:
+        """Take text that the answer ends with, inside a token.
+
+        It begins with what the tokens before left undecided: half a character, if anything.
+        """
+        self._detokenizer.finish()
+        return self._read(self._splitter.push(text))
+
     def finish(self) -> list[ResponseDelta]:
         """End the stream; what was held back comes."""
         deltas = self._read(self._splitter.push(self._detokenizer.finish()))

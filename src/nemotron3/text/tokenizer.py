@@ -150,9 +150,13 @@ class Tokenizer:
             return bytes(byte_of[character] for character in token)
         return token.encode()
 
-    @cached_property
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of all special tokens, the unused ones included."""
+        return self._special_ids
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 

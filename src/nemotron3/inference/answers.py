@@ -1,0 +1,258 @@
+"""From the engine's tokens to what a client sees: text, reasoning, calls, piece by piece.
+
+One `Answer` per sequence, one `Answers` per request. An answer holds text back that may still
+become a stop string, leaves out the token that ended it, and hands everything else to the readers
+of `nemotron3.text`.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from nemotron3.inference.requests import (
+    FinishReason,
+    Progress,
+    PromptReport,
+    SamplingParams,
+    TokenLogprob,
+)
+from nemotron3.inference.stop_strings import StopStrings
+from nemotron3.text import (
+    ContentDelta,
+    IncrementalDetokenizer,
+    ParsedCall,
+    ResponseParser,
+    Tokenizer,
+    Tool,
+)
+from nemotron3.text.response import ResponseDelta
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What an answer continues. Of a chat the answer is read as reasoning, content and calls."""
+
+    ids: tuple[int, ...]
+    is_chat: bool = False
+    is_reasoning_open: bool = False
+    """Whether the prompt ends inside a `<think>` block."""
+    tools: tuple[Tool, ...] = ()
+    boundaries: tuple[int, ...] = ()
+    """Lengths at which another prompt is likely to part from this one."""
+    force_nonempty_content: bool = False
+    """Give the reasoning as the content where the content would be empty."""
+
+
+@dataclass(frozen=True)
+class DraftStats:
+    """Tokens drafted for an answer, and how many of them stood."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDelta:
+    """A piece of one answer."""
+
+    index: int
+    parts: tuple[ResponseDelta, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or token that ended the answer; None for the model's own end."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One whole answer."""
+
+    index: int
+    text: str
+    """As it was written, special tokens left out."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    reasoning: str
+    content: str
+    """The text without reasoning and calls."""
+    tool_calls: tuple[ParsedCall, ...]
+    num_reasoning_tokens: int
+    acceptance: DraftStats
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """All answers to a request."""
+
+    request_id: str
+    prompt: Prompt
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()
+    outputs: tuple[CompletionOutput, ...] = ()
+    num_cached_tokens: int = 0
+    """Prompt tokens whose state was kept from before."""
+    first_token_s: float | None = None
+    """From the request to its first token, seconds."""
+    total_s: float = 0.0
+    """From the request to its last token, seconds."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """Reads one answer."""
+
+    prompt: Prompt
+    params: SamplingParams
+    tokenizer: Tokenizer
+    index: int
+    eos_ids: frozenset[int] = frozenset()
+    """The model's own end tokens."""
+    report: PromptReport | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    _tokens: list[int] = field(default_factory=list[int])
+    _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    _text: list[str] = field(default_factory=list[str])
+    _drafts: DraftStats = field(default_factory=DraftStats)
+    _stop_reason: str | int | None = None
+
+    def __post_init__(self) -> None:
+        self._stop = StopStrings(self.tokenizer, self.params)
+        self._detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=True)
+        self._parser = (
+            ResponseParser(
+                self.tokenizer,
+                is_reasoning_open=self.prompt.is_reasoning_open,
+                tools=self.prompt.tools,
+                force_nonempty_content=self.prompt.force_nonempty_content,
+            )
+            if self.prompt.is_chat
+            else None
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self._tokens)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many of them were reasoning."""
+        return self._parser.num_reasoning_tokens if self._parser is not None else 0
+
+    def push(self, progress: Progress) -> AnswerDelta:
+        """Take what a step of the engine brought; returns what can be shown of it."""
+        self._tokens += progress.tokens
+        self._logprobs += progress.logprobs
+        self._drafts = DraftStats(progress.num_drafted, progress.num_accepted)
+        self.finish_reason, self.error = progress.finish_reason, progress.error
+        if progress.prompt is not None:
+            self.report = progress.prompt
+        shown = progress.tokens
+        if progress.stop_token is not None:
+            if progress.stop_token not in self.eos_ids:
+                self._stop_reason = progress.stop_token
+            if not self.params.include_stop_str_in_output:
+                shown = shown[:-1]
+        parts = self._read(self._stop.push(shown))
+        if progress.finish_reason is not None:
+            parts += self._finish()
+        return AnswerDelta(
+            index=self.index,
+            parts=tuple(parts),
+            token_ids=progress.tokens,
+            logprobs=progress.logprobs,
+            finish_reason=progress.finish_reason,
+            stop_reason=self._stop_reason,
+            error=progress.error,
+        )
+
+    def output(self) -> CompletionOutput:
+        """The whole answer, once it is over."""
+        text = "".join(self._text)
+        response = self._parser.response() if self._parser is not None else None
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tuple(self._tokens),
+            logprobs=tuple(self._logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            reasoning=response.reasoning if response is not None else "",
+            content=response.content if response is not None else text,
+            tool_calls=response.tool_calls if response is not None else (),
+            num_reasoning_tokens=self.num_reasoning_tokens,
+            acceptance=self._drafts,
+            error=self.error,
+        )
+
+    def _finish(self) -> list[ResponseDelta]:
+        parts = self._read(self._stop.finish())
+        tail = self._detokenizer.finish()
+        if self._stop.matched is not None:
+            self._stop_reason = self._stop.matched
+            tail = self._stop.rest  # half a character before it is in it
+            if self._parser is not None:
+                parts += self._parser.push_text(tail)
+        if self._parser is None:
+            return parts + self._show(tail)
+        self._text.append(tail)
+        return [*parts, *self._parser.finish()]
+
+    def _read(self, tokens: Iterable[int]) -> list[ResponseDelta]:
+        tokens = list(tokens)
+        text = self._detokenizer.push(tokens)
+        if self._parser is None:
+            return self._show(text)
+        self._text.append(text)
+        return self._parser.push(tokens)
+
+    def _show(self, text: str) -> list[ResponseDelta]:
+        self._text.append(text)
+        return [ContentDelta(text)] if text else []
+
+
+class Answers:
+    """All answers to one request, and when they came."""
+
+    def __init__(self, request_id: str, prompt: Prompt, each: Sequence[Answer]) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.each = each
+        self._start_s = time.monotonic()
+        self._first_s: float | None = None
+        self._last_s = self._start_s
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer is over."""
+        return all(answer.finish_reason is not None for answer in self.each)
+
+    @property
+    def report(self) -> PromptReport | None:
+        """What was done with the prompt, once that is known."""
+        return self.each[0].report
+
+    def push(self, progress: Progress) -> AnswerDelta:
+        """Take what a step of the engine brought to one of them."""
+        self._last_s = time.monotonic()
+        if progress.tokens and self._first_s is None:
+            self._first_s = self._last_s
+        return self.each[progress.index].push(progress)
+
+    def output(self) -> RequestOutput:
+        """The whole, once it is over."""
+        report = self.report or PromptReport()
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_logprobs=report.logprobs,
+            outputs=tuple(answer.output() for answer in self.each),
+            num_cached_tokens=report.num_cached_tokens,
+            first_token_s=None if self._first_s is None else self._first_s - self._start_s,
+            total_s=self._last_s - self._start_s,
+        )

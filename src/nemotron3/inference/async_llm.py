@@ -1,0 +1,274 @@
+"""The engine behind a server: a thread of its own, and answers as asynchronous streams.
+
+    llm = AsyncLLM("runs/tiny/model")
+    async with llm.submit(llm.prepare_chat(messages), SamplingParams(), request_id="a") as stream:
+        async for delta in stream: ...
+    stream.output()
+
+The thread owns the engine and nobody else touches it; requests and cancellations reach it through a
+queue, tokens come back to the event loop of whoever asked. A reader that is slow delays nobody: its
+pieces wait for it. Leaving a stream early aborts its request.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from nemotron3.errors import ConfigError, OverloadedError
+from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine import EngineStats
+from nemotron3.inference.loading import load
+from nemotron3.inference.requests import FinishReason, Progress, PromptReport, SamplingParams
+from nemotron3.inference.sequences import EngineRequest
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.text import ChatTemplate, Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Stream:
+    """The pieces of all answers to one request, in the order in which they came."""
+
+    def __init__(self, answers: Answers, abort: Callable[[str], None]) -> None:
+        self._answers = answers
+        self._abort = abort
+        self._deltas: deque[AnswerDelta] = deque()
+        self._news = asyncio.Event()
+        self.num_answers = self._num_open = len(answers.each)  # as the engine's thread knows
+        self.loop = asyncio.get_running_loop()
+        """Of whoever asked; nothing but `ended` is called from elsewhere."""
+
+    @property
+    def request_id(self) -> str:
+        """The request's name."""
+        return self._answers.request_id
+
+    async def prompt_report(self) -> PromptReport:
+        """What was done with the prompt; waits for the first token."""
+        while self._answers.report is None and not self._answers.is_finished:
+            await self._next_news()
+        return self._answers.report or PromptReport()
+
+    def output(self) -> RequestOutput:
+        """Everything that has come, whole once the stream is over."""
+        return self._answers.output()
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> AnswerDelta:
+        while not self._deltas:
+            if self._answers.is_finished:
+                raise StopAsyncIteration
+            await self._next_news()
+        return self._deltas.popleft()
+
+    async def aclose(self) -> None:
+        """Abort what is not over."""
+        if not self._answers.is_finished:
+            self._abort(self.request_id)
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _next_news(self) -> None:
+        self._news.clear()
+        if self._deltas:
+            return
+        try:
+            await self._news.wait()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+
+    def ended(self) -> bool:
+        """One more answer is over; whether all are."""
+        self._num_open -= 1
+        return self._num_open == 0
+
+    def receive(self, progress: Progress) -> None:
+        """Take what a step brought."""
+        self._deltas.append(self._answers.push(progress))
+        self._news.set()
+
+
+class AsyncLLM:
+    """A model that answers many clients."""
+
+    def __init__(
+        self,
+        model: str | Path | LanguageModel,
+        *,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._engine, self._frontend = load(
+            model, tokenizer, config=config, device=device, dtype=dtype
+        )
+        self._changed = threading.Condition()
+        self._commands: deque[Callable[[], Sequence[Progress]]] = deque()
+        self._streams: dict[str, Stream] = {}
+        self._num_answers = 0
+        self._is_closing = False
+        self._stats = self._engine.stats()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._frontend.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How conversations are written for the model."""
+        return self._frontend.template
+
+    @property
+    def model_name(self) -> str:
+        """The directory's name."""
+        return self._frontend.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.max_model_len
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be answered."""
+        return self._thread.is_alive() and not self._is_closing
+
+    def stats(self) -> EngineStats:
+        """What the engine had done and held after its last step."""
+        return self._stats
+
+    def prepare_chat(self, messages: Sequence[Any], **options: Any) -> Prompt:
+        """A conversation as a prompt; options as those of `LLM.chat`."""
+        return self._frontend.chat_prompt(messages, **options)
+
+    def prepare_text(self, text: str) -> Prompt:
+        """A text to continue as a prompt."""
+        return self._frontend.text_prompt(text)
+
+    def submit(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> Stream:
+        """Ask for answers. What can be refused is refused here, before anything runs."""
+        if not self.is_alive:
+            raise OverloadedError("the engine has been closed; start another one")
+        request = self._frontend.request(prompt, params, request_id)
+        self._engine.check(request)
+        config = self._engine.config
+        may = config.max_num_seqs + config.max_num_waiting
+        with self._changed:
+            if request_id in self._streams:
+                raise ConfigError(f"request {request_id!r} is being answered already")
+            if self._num_answers and self._num_answers + params.n > may:
+                raise OverloadedError(
+                    f"{self._num_answers} answers are being written or wait, and {may} may; "
+                    "try later"
+                )
+            answers = self._frontend.answers(prompt, params, request_id)
+            stream = Stream(answers, self._abort)
+            self._streams[request_id] = stream
+            self._num_answers += params.n
+            self._command(partial(self._add, request))
+        return stream
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until everything is answered; whether it was in time."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while self._streams and loop.time() < end:
+            await asyncio.sleep(0.02)
+        return not self._streams
+
+    def close(self) -> None:
+        """Abort what runs and end the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _add(self, request: EngineRequest) -> Sequence[Progress]:
+        self._engine.add(request)
+        return ()
+
+    def _abort(self, request_id: str) -> None:
+        with self._changed:
+            self._command(partial(self._engine.abort, request_id))
+
+    def _command(self, command: Callable[[], Sequence[Progress]]) -> None:
+        self._commands.append(command)
+        self._changed.notify()
+
+    def _work(self) -> None:
+        """The engine's thread."""
+        while True:
+            with self._changed:
+                while not (self._commands or self._engine.has_work or self._is_closing):
+                    self._changed.wait()
+                commands = list(self._commands)
+                self._commands.clear()
+            if self._is_closing:
+                self._fail("the engine is closed", FinishReason.ABORT)
+                return
+            try:
+                progress = [p for command in commands for p in command()]
+                progress += self._engine.step()
+            except Exception:  # noqa: BLE001 - the outermost handler: whoever waits must be told
+                _log.exception("a step of the engine failed; its requests are given up")
+                self._fail("the engine failed in this step; see its log", FinishReason.ERROR)
+                continue
+            self._stats = self._engine.stats()
+            self._deliver(progress)
+
+    def _fail(self, why: str, reason: FinishReason) -> None:
+        """Give up everything that runs or waits."""
+        over: list[Progress] = []
+        for request_id, stream in list(self._streams.items()):
+            ended = self._engine.abort(request_id)
+            if not ended:  # it had not reached the engine
+                ended = [Progress(request_id, index, ()) for index in range(stream.num_answers)]
+            over += [replace(progress, finish_reason=reason, error=why) for progress in ended]
+        self._deliver(over)
+
+    def _deliver(self, progress: Sequence[Progress]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Progress]]] = defaultdict(list)
+        with self._changed:
+            for piece in progress:
+                stream = self._streams.get(piece.request_id)
+                if stream is None:
+                    continue
+                by_loop[stream.loop].append((stream, piece))
+                if piece.finish_reason is not None:
+                    self._num_answers -= 1
+                    if stream.ended():
+                        del self._streams[piece.request_id]
+        for loop, pieces in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_hand_over, pieces)
+
+
+def _hand_over(pieces: Sequence[tuple[Stream, Progress]]) -> None:
+    for stream, progress in pieces:
+        stream.receive(progress)

@@ -1,0 +1,132 @@
+"""From messages and text to what the engine takes: prompts, rules, stop strings.
+
+`LLM` and `AsyncLLM` share one. Whatever can be refused is refused here, before anything runs.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from nemotron3.errors import ConfigError, DataError
+from nemotron3.inference.answers import Answer, Answers, Prompt
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.inference.sequences import EngineRequest
+from nemotron3.inference.stop_strings import StopStrings
+from nemotron3.inference.structured_output import GrammarCompiler
+from nemotron3.inference.thinking_budget import BudgetIds, ThinkingBudget, budget_ids
+from nemotron3.text import CHAT_STYLES, ChatStyle, ChatTemplate, Tokenizer
+from nemotron3.text.chat_style import style_of_template
+from nemotron3.text.jinja_render import render_jinja
+from nemotron3.text.messages import parse_tools
+from nemotron3.text.vocabulary import IM_START, THINK_START
+
+_KEPT_BOUNDARIES = 2
+"""Of a conversation's turns the last ones are where the next request parts from this one."""
+
+
+class Frontend:
+    """Everything about a model that is text."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: frozenset[int], name: str
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_ids = eos_ids
+        self.model_name = name
+        source = tokenizer.chat_template
+        style = CHAT_STYLES["nano"] if source is None else style_of_template(source)
+        self._jinja = source if style is None else None
+        self.template = ChatTemplate(style or ChatStyle(name="foreign"))
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        force_nonempty_content: bool = False,
+        **options: Any,
+    ) -> Prompt:
+        """Render a conversation; `options` are those of `ChatTemplate.render`."""
+        if self.tokenizer.token_to_id(IM_START) is None:
+            raise ConfigError(
+                f"the vocabulary of {self.model_name} has no {IM_START}, which opens a turn of a "
+                "chat; continue a text instead"
+            )
+        if self._jinja is not None:
+            settings = {name: value for name, value in options.items() if value is not None}
+            text = render_jinja(
+                self._jinja,
+                [dict(m) for m in messages],
+                tools=list(tools or ()) or None,
+                **settings,
+            )
+            ids = self.tokenizer.encode(text)
+            is_open = text.rstrip().endswith(THINK_START)
+        else:
+            rendered = self.template.render(messages, tools=tools, **options)
+            ids = rendered.tokens(self.tokenizer).ids
+            is_open = rendered.is_reasoning_open
+        turns = [i for i, token in enumerate(ids) if token == self.tokenizer.im_start_id]
+        return Prompt(
+            ids=tuple(ids),
+            is_chat=True,
+            is_reasoning_open=is_open,
+            tools=tuple(parse_tools(tools)),
+            boundaries=tuple(turns[-_KEPT_BOUNDARIES:]),
+            force_nonempty_content=force_nonempty_content,
+        )
+
+    def text_prompt(self, text: str) -> Prompt:
+        """A text to continue, as it is."""
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise DataError("the prompt is empty; give at least one character to continue")
+        return Prompt(ids=tuple(ids))
+
+    def request(self, prompt: Prompt, params: SamplingParams, request_id: str) -> EngineRequest:
+        """The engine's form of a request."""
+        stop_ids = frozenset(params.stop_token_ids)
+        stop_ids |= frozenset() if params.ignore_eos else self.eos_ids
+        form = None
+        if params.structured is not None:
+            form = self._compiler.constraint(
+                params.structured, stop_ids=stop_ids, is_reasoning_open=prompt.is_reasoning_open
+            )
+
+        def budget() -> ThinkingBudget | None:
+            if params.reasoning_budget is None:
+                return None
+            return ThinkingBudget(
+                budget=params.reasoning_budget,
+                grace=params.reasoning_grace,
+                ids=self._budget_ids,
+                is_open=prompt.is_reasoning_open,
+                has_tools=bool(prompt.tools),
+                last_token=prompt.ids[-1] if prompt.ids else None,
+            )
+
+        return EngineRequest(
+            request_id=request_id,
+            prompt=prompt.ids,
+            params=params,
+            boundaries=prompt.boundaries,
+            make_stop=lambda: StopStrings(self.tokenizer, params) if params.stop else None,
+            make_budget=budget,
+            make_constraint=lambda: form.fork() if form is not None else None,
+        )
+
+    def answers(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Answers:
+        """The readers of a request's answers."""
+        each = [
+            Answer(prompt, params, self.tokenizer, index, self.eos_ids) for index in range(params.n)
+        ]
+        return Answers(request_id, prompt, each)
+
+    @cached_property
+    def _budget_ids(self) -> BudgetIds:
+        return budget_ids(self.tokenizer, self.template.style)
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.template.style, vocab_size=self.vocab_size)

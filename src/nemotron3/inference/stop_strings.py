@@ -1,0 +1,81 @@
+"""Strings that end an answer, found across tokens, and what of the tokens before them is certain.
+
+A string may begin in one token and end in another, so text that may be its beginning is held back
+until the next tokens decide. The engine asks one of these whether to stop; whoever shows the answer
+asks another one, fed with the same tokens, what to show. Special tokens are no text.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.text import IncrementalDetokenizer, Tokenizer
+from nemotron3.text.reasoning import partial_suffix
+
+
+class StopStrings:
+    """Follows one answer."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._strings = params.stop
+        self._keeps_match = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
+        self._text = ""  # of the held tokens
+        self._held: deque[tuple[int, int]] = deque()  # token, and where in the text it ends
+        self._num_tokens = 0
+        self._cut = 0
+        self.matched: str | None = None
+        """The string that ended the answer."""
+        self.rest = ""
+        """Text to show of the token in which it began (or ended, where it is kept)."""
+
+    def ends_at(self, token: int) -> bool:
+        """Take the next token; whether the answer ends with it."""
+        self.push([token])
+        return self.matched is not None
+
+    def push(self, tokens: Iterable[int]) -> list[int]:
+        """Take tokens; returns those that are certain to be part of the answer."""
+        certain: list[int] = []
+        for token in tokens:
+            if self.matched is not None:
+                break
+            self._num_tokens += 1
+            before = len(self._text)
+            self._text += self._detokenizer.push([token])
+            self._held.append((token, len(self._text)))
+            self._search(before)
+            keep = len(self._text) - partial_suffix(self._text, self._strings)
+            certain += self._release(keep if self.matched is None else self._cut)
+        return certain
+
+    def finish(self) -> list[int]:
+        """End the answer; returns the tokens that were held back in vain."""
+        return [] if self.matched is not None else self._release(len(self._text))
+
+    def _search(self, before: int) -> None:
+        if self._num_tokens < self._min_tokens:
+            return
+        found: list[tuple[int, str]] = []
+        for string in self._strings:
+            # It ends in the newest token, or it would have been found before.
+            start = self._text.find(string, max(before - len(string) + 1, 0))
+            if start >= 0:
+                found.append((start, string))
+        if found:
+            start, self.matched = min(found)
+            self._cut = start + (len(self.matched) if self._keeps_match else 0)
+
+    def _release(self, end: int) -> list[int]:
+        """Let go of the tokens whose text ends by then."""
+        certain: list[int] = []
+        shown = 0
+        while self._held and self._held[0][1] <= end:
+            token, shown = self._held.popleft()
+            certain.append(token)
+        self._text = self._text[shown:]
+        self._held = deque((token, at - shown) for token, at in self._held)
+        if self.matched is not None:
+            self.rest = self._text[: end - shown]
+        return certain

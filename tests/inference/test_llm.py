@@ -1,0 +1,255 @@
+"""LLM and AsyncLLM: texts and conversations in, answers out, whole or in pieces."""
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import pytest
+
+from nemotron3 import LLM, AsyncLLM, EngineConfig, SamplingParams
+from nemotron3.errors import ConfigError, DataError, OverloadedError
+from nemotron3.inference.requests import FinishReason, StructuredOutput
+from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
+from tests.inference.texts import text_model, tokenizer
+
+SMALL = EngineConfig(max_num_seqs=4, page_size=8, prefix_interval=16, max_model_len=900)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+TALK = [{"role": "user", "content": "to be?"}]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(text_model(), tokenizer=tokenizer(), config=SMALL)
+
+
+def async_llm(**changes):
+    config = EngineConfig(**({"max_num_seqs": 4, "page_size": 8, "max_model_len": 400} | changes))
+    return AsyncLLM(text_model(), tokenizer=tokenizer(), config=config)
+
+
+def test_texts_ids_and_prompts_are_continued_in_their_order(llm):
+    ids = tokenizer().encode("the quick")
+    texts, both = (
+        llm.generate(["the quick", "not to be"], GREEDY),
+        llm.generate([ids, "fox"], GREEDY),
+    )
+    assert texts[0].outputs[0].token_ids == both[0].outputs[0].token_ids
+    answer = texts[1].outputs[0]
+    assert len(answer.token_ids) == 24
+    assert answer.finish_reason is FinishReason.LENGTH
+    plain = [i for i in answer.token_ids if i not in tokenizer().special_ids]
+    assert answer.text == answer.content == tokenizer().decode(plain)
+    assert answer.acceptance.drafted > 0
+    assert 0 < texts[0].first_token_s <= texts[0].total_s
+
+
+def test_pieces_join_to_the_whole(llm):
+    pieces = {}
+    outputs = llm.chat(
+        [TALK, TALK, TALK],
+        [GREEDY, SamplingParams(seed=1, max_tokens=40), SamplingParams(seed=2, max_tokens=40, n=2)],
+        on_delta=lambda place, delta: pieces.setdefault((place, delta.index), []).append(delta),
+    )
+    assert len(pieces) == 4
+    for (place, index), deltas in pieces.items():
+        whole = outputs[place].outputs[index]
+        parts = [part for delta in deltas for part in delta.parts]
+        assert "".join(p.text for p in parts if isinstance(p, ReasoningDelta)) == whole.reasoning
+        assert "".join(p.text for p in parts if isinstance(p, ContentDelta)) == whole.content
+        assert tuple(t for delta in deltas for t in delta.token_ids) == whole.token_ids
+        assert deltas[-1].finish_reason is whole.finish_reason is not None
+        assert all(delta.finish_reason is None for delta in deltas[:-1])
+
+
+def test_reasoning_stays_within_its_budget(llm):
+    for budget in (0, 1, 7, 1000):
+        params = SamplingParams(temperature=0.0, max_tokens=24, reasoning_budget=budget)
+        answer = llm.chat(TALK, params)[0].outputs[0]
+        end = tokenizer().think_end_id
+        if budget < 24:
+            assert end in answer.token_ids[: budget + 2]
+            assert answer.num_reasoning_tokens <= budget + 1
+            assert answer.content
+        else:
+            assert answer.num_reasoning_tokens > 7
+    off = llm.chat(TALK, GREEDY, enable_thinking=False)[0].outputs[0]
+    assert (off.reasoning, off.num_reasoning_tokens) == ("", 0)
+    assert off.content
+
+
+def test_a_stop_string_ends_the_answer_wherever_tokens_end(llm):
+    whole = llm.generate("the quick", GREEDY)[0].outputs[0]
+    for start in range(2, 12, 3):
+        stop = whole.text[start : start + 4]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=24, ignore_eos=True, stop=(stop, "zzzz")
+        )
+        pieces = []
+        (output,) = llm.generate("the quick", params, on_delta=lambda _, d: pieces.append(d))  # noqa: B023
+        answer = output.outputs[0]
+        assert answer.text == whole.text[: whole.text.index(stop)]
+        assert (answer.finish_reason, answer.stop_reason) == (FinishReason.STOP, stop)
+        assert "".join(part.text for d in pieces for part in d.parts) == answer.text
+        kept = replace(params, include_stop_str_in_output=True)
+        (output,) = llm.generate("the quick", kept)
+        assert output.outputs[0].text == whole.text[: whole.text.index(stop)] + stop
+
+
+def test_a_stop_token_is_reported_and_not_shown(llm):
+    whole = llm.generate("the quick", GREEDY)[0].outputs[0]
+    token = next(t for t in whole.token_ids[3:] if t not in tokenizer().special_ids)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=24, ignore_eos=True, stop_token_ids=(token,)
+    )
+    answer = llm.generate("the quick", params)[0].outputs[0]
+    place = whole.token_ids.index(token)
+    assert answer.token_ids == whole.token_ids[: place + 1]
+    assert answer.stop_reason == token
+    assert not answer.text.endswith(tokenizer().decode([token]))
+
+
+def test_a_form_is_kept_after_the_reasoning(llm):
+    params = SamplingParams(
+        seed=4, max_tokens=60, reasoning_budget=5,
+        structured=StructuredOutput(kind="choice", value=["yes", "not to be"]),
+    )  # fmt: skip
+    answer = llm.chat(TALK, params)[0].outputs[0]
+    assert answer.content.strip() in ("yes", "not to be")
+    assert answer.finish_reason is FinishReason.STOP
+
+
+def test_a_second_turn_reuses_the_first(llm):
+    first = llm.chat(TALK, GREEDY, enable_thinking=False)[0].outputs[0]
+    more = [
+        *TALK,
+        {"role": "assistant", "content": first.content},
+        {"role": "user", "content": "the lazy dog?"},
+    ]
+    output = llm.chat(more, GREEDY, enable_thinking=False)[0]
+    assert output.num_cached_tokens > 10
+    alone = LLM(text_model(), tokenizer=tokenizer(), config=SMALL)
+    again = alone.chat(more, GREEDY, enable_thinking=False)[0]
+    assert again.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_what_cannot_be_asked_is_refused_by_name(llm):
+    with pytest.raises(DataError, match="prompt is empty"):
+        llm.generate("", GREEDY)
+    with pytest.raises(ConfigError, match="2 prompts were given and 1 params"):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(ConfigError, match="comes without a tokenizer"):
+        LLM(text_model())
+    bad = SamplingParams(structured=StructuredOutput(kind="regex", value="("))
+    with pytest.raises(ConfigError):
+        llm.chat([TALK, TALK], [GREEDY, bad])
+    assert llm.stats().num_running == llm.stats().num_waiting == 0
+
+
+def test_streams_of_many_clients_are_the_answers_of_one(llm):
+    texts = ["the quick", "not to be", "fox", "dog. To", "that is", "brown fox jumps"]
+    expected = [output.outputs[0] for output in llm.generate(texts, GREEDY)]
+
+    async def client(server, text, name):
+        async with server.submit(server.prepare_text(text), GREEDY, request_id=name) as stream:
+            report = await stream.prompt_report()
+            tokens = [token async for delta in stream for token in delta.token_ids]
+        assert report.num_cached_tokens == 0
+        output = stream.output()
+        assert list(output.outputs[0].token_ids) == tokens
+        return output.outputs[0]
+
+    async def everyone():
+        server = async_llm()
+        answers = await asyncio.gather(
+            *(client(server, text, str(i)) for i, text in enumerate(texts))
+        )
+        assert await server.drain(5)
+        assert server.stats().num_running == 0
+        server.close()
+        assert not server.is_alive
+        return answers
+
+    for answer, wanted in zip(asyncio.run(everyone()), expected, strict=True):
+        assert answer.token_ids == wanted.token_ids
+        assert answer.text == wanted.text
+
+
+def test_leaving_early_aborts_and_a_full_queue_refuses(llm):
+    long = SamplingParams(temperature=0.0, ignore_eos=True)
+
+    async def leave():
+        server = async_llm(max_num_seqs=1, max_num_waiting=1)
+        prompt = server.prepare_text("the quick")
+        async with server.submit(prompt, long, request_id="a") as first:
+            async for _ in first:
+                break
+            with pytest.raises(ConfigError, match="'a' is being answered already"):
+                server.submit(prompt, long, request_id="a")
+            second = server.submit(prompt, GREEDY, request_id="b")
+            with pytest.raises(OverloadedError, match=r"2 answers.*2 may"):
+                server.submit(prompt, long, request_id="c")
+            with pytest.raises(ConfigError, match="may have 400"):
+                server.submit(prompt, SamplingParams(max_tokens=500), request_id="d")
+        tokens = [token async for delta in second for token in delta.token_ids]
+        assert len(tokens) == 24
+        remaining = [delta async for delta in first]
+        assert remaining[-1].finish_reason is FinishReason.ABORT
+
+        async def wait_for_ever():
+            async for _ in server.submit(prompt, long, request_id="e"):
+                pass
+
+        task = asyncio.create_task(wait_for_ever())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await server.drain(5)
+        server.close()
+        with pytest.raises(OverloadedError, match="has been closed"):
+            server.submit(prompt, GREEDY, request_id="f")
+
+    asyncio.run(leave())
+    assert not [t for t in threading.enumerate() if t.name == "engine"]
+
+
+def test_a_step_that_fails_is_told_to_those_who_wait_and_the_engine_goes_on(monkeypatch):
+    async def fail():
+        server = async_llm()
+        prompt = server.prepare_text("the quick")
+        step = server._engine.step
+        monkeypatch.setattr(server._engine, "step", lambda: 1 / 0)
+        stream = server.submit(prompt, GREEDY, request_id="a")
+        deltas = [delta async for delta in stream]
+        assert deltas[-1].finish_reason is FinishReason.ERROR
+        assert "failed in this step" in deltas[-1].error
+        monkeypatch.setattr(server._engine, "step", step)
+        again = server.submit(prompt, GREEDY, request_id="a")
+        assert len([t async for delta in again for t in delta.token_ids]) == 24
+        server.close()
+
+    asyncio.run(fail())
+
+
+def test_calls_come_out_of_an_answer(llm):
+    """A model made to call: the form is a grammar, the reader is the chat's."""
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
+    call = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+    grammar = 'start: <tool_call> "\\n" call </tool_call>\ncall: ' + repr(call).replace("'", '"')
+    params = SamplingParams(
+        temperature=0.0, max_tokens=80, structured=StructuredOutput(kind="grammar", value=grammar)
+    )
+    pieces = []
+    answer = llm.chat(
+        TALK, params, tools=tools, enable_thinking=False,
+        on_delta=lambda _, delta: pieces.extend(delta.parts),
+    )[0].outputs[0]  # fmt: skip
+    (read,) = answer.tool_calls
+    assert (read.name, read.arguments, read.is_complete) == (
+        "get_weather",
+        '{"city": "Paris"}',
+        True,
+    )
+    assert any(isinstance(piece, CallDelta) for piece in pieces)
+    assert answer.content.strip() == ""
