@@ -9,7 +9,7 @@ EXTRAS ?= dev
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend auto)
 INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(TORCH_SOURCE) -c constraints.txt
 
-.PHONY: help run test test-fast bench-cpu check format docs docs-serve clean
+.PHONY: help run test test-fast bench-cpu gpu-check gpu-tune check format docs docs-serve clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -45,6 +45,25 @@ bench-cpu: $(VENV)/.dev  ## measure speed on this machine, beside transformers, 
 	@$(BIN)/python -m benchmarks.profile_layers
 	@$(BIN)/python -m benchmarks.scaling
 	@$(BIN)/python -m benchmarks.page
+
+# On a GPU machine there may be no network to set up .venv with. So these two install nothing: they
+# take .venv where it is, else the machine's own Python, PyTorch and Triton, and the sources from
+# here. OUT, where it is set, is the folder for the results; COMMIT is for copies without git.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+ON_GPU = PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m benchmarks.gpu \
+	$(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
+NEEDED = import torch, triton, numpy, safetensors, tokenizers, jaxtyping
+
+gpu-check gpu-tune: gpu-python
+.PHONY: gpu-python
+gpu-python:
+	@$(GPU_PYTHON) -c '$(NEEDED)' || { echo '$(GPU_PYTHON) lacks a package; name another: make gpu-check GPU_PYTHON=PATH'; exit 2; }
+
+gpu-check:  ## check and time every kernel, layer and peer on a GPU (under 10 minutes; OUT=FOLDER)
+	@$(ON_GPU)
+
+gpu-tune:  ## search launch settings of the kernels on a GPU (under 10 minutes; OUT=FOLDER)
+	@$(ON_GPU) --tune
 
 check: $(VENV)/.dev  ## format, lint, types and layers, as CI holds them
 	@$(BIN)/ruff format --check .

@@ -28,7 +28,13 @@ def training_flops(config: ModelConfig, *, length: int) -> float:
 def prefill_flops(config: ModelConfig, *, length: int) -> float:
     """FLOPs per token of a prompt."""
     output = 2 * config.vocab_size * config.hidden_size
-    return forward_flops_per_token(config, context=length) - output * (1 - 1 / length)
+    return backbone_flops(config, length=length) + output / length
+
+
+def backbone_flops(config: ModelConfig, *, length: int) -> float:
+    """FLOPs per token of a forward pass without the output layer."""
+    output = 2 * config.vocab_size * config.hidden_size
+    return forward_flops_per_token(config, context=length) - output
 
 
 def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int = 4) -> float:

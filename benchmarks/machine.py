@@ -5,12 +5,14 @@ product where arithmetic binds, the bandwidth of reading memory where it does. B
 neighbours of a virtual machine, so they are taken before and after, and the best counts.
 """
 
+import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,17 @@ def description() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": installed("transformers"),
         "commit": _commit(),
     }
+
+
+def installed(package: str) -> str:
+    """Its version, or that it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def load_average() -> float:
@@ -83,12 +93,26 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The revision, with a plus where the package's files differ from it."""
+    """The revision, with a plus where the package's files differ from it.
+
+    A copy without a history has a digest of the files instead, by which a revision can be found.
+    """
+    here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+        command = ["git", "-C", str(here), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
+    if not (here.parent / ".git").exists() or not shutil.which("git"):
+        return f"of the sources {_digest(here.parent / 'src')}"
     return git("rev-parse", "--short", "HEAD") + (
         "+" if git("diff", "HEAD", "--", "../src") else ""
     )
+
+
+def _digest(folder: Path) -> str:
+    """Of all Python files under a folder, in order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tests.oracles import huggingface
 from torch import Tensor, nn
 
 from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig
@@ -101,6 +100,8 @@ def build_pair(config: ModelConfig, folder: Path) -> Pair:
 
 def load_theirs(folder: Path) -> nn.Module:
     """transformers' model; it runs in plain PyTorch, and need not say so in every process."""
+    from tests.oracles import huggingface  # noqa: PLC0415 - takes seconds, and is not everywhere
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return huggingface.load(folder)
 
@@ -119,7 +120,7 @@ def their_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def targets(tokens: Tensor) -> Targets:
     """Each token predicts the next of its row; the last predicts nothing."""
-    mask = torch.ones(tokens.shape)
+    mask = torch.ones(tokens.shape, device=tokens.device)
     mask[:, -1] = 0
     return Targets(
         tokens=tokens.flatten(),
@@ -131,7 +132,7 @@ def targets(tokens: Tensor) -> Targets:
 
 def parity(pair: Pair, *, length: int = 300, steps: int = 8) -> dict[str, float]:
     """Largest differences of logits (whole, and decoded) and of a gradient, by their scale."""
-    tokens = tokens_of(pair.ours.config, 2, length, seed=2)
+    tokens = tokens_of(pair.ours.config, 2, length, seed=2).to(pair.ours.device)
     with torch.no_grad():
         ours = pair.ours(tokens, layout=SequenceLayout.of(tokens))
         theirs = pair.theirs(tokens, use_cache=False).logits

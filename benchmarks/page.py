@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import RESULTS
+from benchmarks.gpu.record import Results
+from benchmarks.gpu.section import Section, all_sections
+from benchmarks.gpu.summary import as_markdown
+from benchmarks.gpu.tuning import TUNING
 from benchmarks.machine import BUSY
 from benchmarks.profile_layers import decoding_table, training_table
 
@@ -33,6 +37,8 @@ def render(text: str, results: Path) -> str:
             for path in _newest(results, f"profile-{model}-*.json")
         ),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
+        "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
+        "tuning": "\n".join(_gpu(path, [TUNING]) for path in _newest_of_each(results, "tuning")),
     }
     for name, block in blocks.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -43,6 +49,23 @@ def render(text: str, results: Path) -> str:
 
 def _newest(results: Path, pattern: str) -> list[Path]:
     return sorted(results.glob(pattern))[-1:]
+
+
+def _newest_of_each(results: Path, kind: str) -> list[Path]:
+    """The newest of every card: names are kind, card and date."""
+    by_card = {path.stem[:-10]: path for path in sorted(results.glob(f"{kind}-*.json"))}
+    return list(by_card.values())
+
+
+def _gpu(path: Path, sections: Sequence[Section]) -> str:
+    results = Results.read(path)
+    machine = results.content["machine"]
+    origin = (
+        f"`{results.content['command']}` at commit {machine['commit']}, "
+        f"{results.content['date']}: {machine['gpu']}, {machine['memory_bytes'] / 1e9:.0f} GB, "
+        f"PyTorch {machine['torch']}, Triton {machine['triton']}.\n"
+    )
+    return origin + as_markdown(sections, results)
 
 
 def _cpu(path: Path) -> str:

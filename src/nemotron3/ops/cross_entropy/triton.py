@@ -35,6 +35,7 @@ _SHARE_OF_MEMORY = 1 / 64
 """What a chunk's logits may take of the device: 1.3 GB of 80, 4,800 tokens of the large models."""
 _BLOCK = 4096
 """Entries of the vocabulary that a program reads at a time."""
+_ENTRIES_PER_WARP = 256
 
 
 def linear_cross_entropy_triton(
@@ -75,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _row_kernel[(len(logits),)](
                 logits, targets[rows], token_weights[rows], losses[rows], correct[rows], vocab,
                 MAKE_GRADIENT=needs_hidden or needs_weight, BLOCK=block,
-                num_warps=max(1, min(16, block // 256)),
+                num_warps=max(1, min(16, block // _ENTRIES_PER_WARP)),
             )  # fmt: skip
             if d_hidden is not None:
                 torch.mm(logits, product_weight, out=d_hidden[rows])

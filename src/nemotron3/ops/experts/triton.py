@@ -47,6 +47,7 @@ class _Blocks(NamedTuple):
     columns: int
     inner: int
     num_warps: int
+    num_stages: int
 
 
 class _Plan(NamedTuple):
@@ -71,7 +72,7 @@ def routed_experts_triton(
     require_kernel_dtypes("experts", x, up, down)
     if not torch.is_grad_enabled():
         x, weights, up, down = (t.detach() for t in (x, weights, up, down))
-    plan = _sort_by_expert(indices, up.shape[0], _blocks(x.dtype).rows)
+    plan = _sort_by_expert(indices, up.shape[0], _blocks(x.dtype, _PRODUCT).rows)
     return _RoutedExperts.apply(x, weights, up, down, plan, activation)
 
 
@@ -114,7 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
         dh = torch.empty_like(h)
         if ctx.activation == "relu2":
             a = torch.empty_like(h)
-            parts = int(triton.cdiv(h.shape[1], _blocks(x.dtype).columns))
+            parts = int(triton.cdiv(h.shape[1], _blocks(x.dtype, _PRODUCT).columns))
             d_row_weights = torch.empty(len(h), parts, dtype=torch.float32, device=h.device)
             _product(
                 grad, down, dh, plan, gather=True, epilogue=_ACTIVATE_BACKWARD,
@@ -138,12 +139,15 @@ class _RoutedExperts(torch.autograd.Function):
         return _combine(d_rows, plan.slot, len(x)), d_weights, d_up, d_down, None, None
 
 
-def _blocks(dtype: torch.dtype) -> _Blocks:
+# What `python -m benchmarks.gpu --tune` searches, for half precision.
+_PRODUCT = _Blocks(128, 128, 64, 8, 3)
+_WEIGHT_GRADIENT = _Blocks(128, 128, 64, 8, 3)
+
+
+def _blocks(dtype: torch.dtype, half: _Blocks) -> _Blocks:
     if INTERPRETED:
-        return _Blocks(16, 16, 16, 4)
-    if dtype == torch.float32:
-        return _Blocks(64, 64, 32, 4)
-    return _Blocks(128, 128, 64, 8)
+        return _Blocks(16, 16, 16, 4, 3)
+    return _Blocks(64, 64, 32, 4, 3) if dtype == torch.float32 else half
 
 
 def _sort_by_expert(indices: Tensor, num_experts: int, block: int) -> _Plan:
@@ -185,7 +189,7 @@ def _product(
 ) -> None:
     """out[row] = left[row or its token] @ matrices[expert of row], with an epilogue."""
     fused = fused or {}
-    blocks, tiles = _blocks(left.dtype), plan.tiles.shape[1]
+    blocks, tiles = _blocks(left.dtype, _PRODUCT), plan.tiles.shape[1]
     columns = triton.cdiv(out.shape[1], blocks.columns)
     if tiles:
         _product_kernel[(tiles * columns,)](
@@ -195,7 +199,7 @@ def _product(
             GATHER=gather, EPILOGUE=epilogue, KEEP_PRODUCT=fused.get("KEEP_PRODUCT", True),
             INTERPRETED=INTERPRETED, PRECISION=_precision(),
             ROWS=blocks.rows, COLUMNS=blocks.columns, INNER=blocks.inner,
-            num_warps=blocks.num_warps, num_stages=3,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
 
 
@@ -209,7 +213,7 @@ def _weight_gradient(
     gather_right: bool = False,
 ) -> None:
     """out[e] = left[rows of e]^T right[rows of e], zero where no token came."""
-    blocks = _blocks(left.dtype)
+    blocks = _blocks(left.dtype, _WEIGHT_GRADIENT)
     experts, height, width = out.shape
     down, across = triton.cdiv(height, blocks.rows), triton.cdiv(width, blocks.columns)
     _weight_gradient_kernel[(experts * down * across,)](
@@ -218,7 +222,7 @@ def _weight_gradient(
         GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
         INTERPRETED=INTERPRETED, PRECISION=_precision(),
         ROWS=blocks.rows, COLUMNS=blocks.columns, INNER=blocks.inner,
-        num_warps=blocks.num_warps, num_stages=3,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
 
 

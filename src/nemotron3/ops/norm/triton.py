@@ -29,6 +29,7 @@ from nemotron3.ops.kernels import require_kernel_dtypes, rows_of
 _TILE = 2048
 """Elements that a program holds at a time, where one group is not larger by itself. With twice as
 many the gated backward kernel runs out of registers (compute capability 9.0)."""
+_COLUMNS_PER_WARP = 512
 _PROGRAMS = 1024
 """Programs that fill a large GPU a few times over; more would only make more partial sums."""
 
@@ -109,7 +110,7 @@ def _sizes(width: int, groups: int, gate: Tensor | None) -> dict[str, Any]:
         "GROUP": width // groups,
         "BLOCK_ROWS": min(rows, 16),
         "BLOCK_COLUMNS": columns,
-        "num_warps": min(16, max(4, columns // 512)),
+        "num_warps": min(16, max(4, columns // _COLUMNS_PER_WARP)),
     }
 
 

@@ -40,6 +40,11 @@ from nemotron3.ops.segments import Segments
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _NARROW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# What `python -m benchmarks.gpu --tune` searches.
+_FORWARD_TILE, _BACKWARD_TILE = 128, 64  # tokens of a chunk; half as many where x is float32
+_STATES = {"num_warps": 4, "num_stages": 3}
+_SCAN = {"num_warps": 8, "num_stages": 2}
+_SCAN_BACKWARD = {"num_warps": 8, "num_stages": 2}
 _ENOUGH_PROGRAMS = 264
 """Twice the multiprocessors of an H100: below this, work is cut finer."""
 
@@ -365,7 +370,7 @@ def _states(
         a, b, *decays, plan.bounds, initial, states, final,
         a.stride(0), b.stride(0), tokens, heads, heads // groups,
         HEAD_DIM=head_dim, D_STATE=d_state, REVERSE=reverse, NARROW=_NARROW[a.dtype],
-        L=plan.L, P=_tile(head_dim), BLOCK_N=block_n, num_warps=4, num_stages=3,
+        L=plan.L, P=_tile(head_dim), BLOCK_N=block_n, **_STATES,
     )  # fmt: skip
     return states, final
 
@@ -376,6 +381,8 @@ def _scan(
 ) -> Tensor:  # fmt: skip
     (tokens, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # A shorter chunk has less for a warp to do.
+    options = _SCAN | {"num_warps": min(_SCAN["num_warps"], max(4, plan.L // 16))}
     per_program = heads // groups
     while per_program % 2 == 0 and plan.count * heads // per_program < _ENOUGH_PROGRAMS:
         per_program //= 2
@@ -383,8 +390,7 @@ def _scan(
         x, B, C, D, *decays, plan.chunks, states, y,
         x.stride(0), B.stride(0), C.stride(0), tokens, heads, heads // groups,
         HEAD_DIM=head_dim, D_STATE=d_state, HEADS=per_program, NARROW=_NARROW[x.dtype],
-        L=plan.L, P=_tile(head_dim), N=_tile(d_state),
-        num_warps=8 if plan.L > 64 else 4, num_stages=2,
+        L=plan.L, P=_tile(head_dim), N=_tile(d_state), **options,
     )  # fmt: skip
     return y
 
@@ -395,12 +401,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
         x, dt, A, B, C, D, initial, segments, chunk_size = operands
-        wide = x.dtype == torch.float32
-        plan = _plan(segments, min(chunk_size, 64 if wide else 128), x.device)
+        share = 2 if x.dtype == torch.float32 else 1
+        plan = _plan(segments, min(chunk_size, _FORWARD_TILE // share), x.device)
         decays = _decays(plan, dt, A)
         states, final = _states(plan, x, B, decays, initial, reverse=False)
         ctx.save_for_backward(x, dt, A, B, C, D, initial)
-        ctx.cut = segments, min(chunk_size, 32 if wide else 64)
+        ctx.cut = segments, min(chunk_size, _BACKWARD_TILE // share)
         return _scan(plan, x, B, C, D, decays, states), final
 
     @staticmethod
@@ -421,7 +427,7 @@ class _Scan(torch.autograd.Function):
             dx, ddt, dB, dC, dA, dD,
             x.stride(0), B.stride(0), C.stride(0), dy.stride(0), tokens, heads, heads // groups,
             HEAD_DIM=head_dim, D_STATE=d_state, NARROW=_NARROW[x.dtype],
-            L=plan.L, P=_tile(head_dim), N=_tile(d_state), num_warps=8, num_stages=2,
+            L=plan.L, P=_tile(head_dim), N=_tile(d_state), **_SCAN_BACKWARD,
         )  # fmt: skip
         dA, dD = dA.sum(0).to(A.dtype), dD.sum(0).to(D.dtype)
         return dx, ddt.t().to(dt.dtype), dA, dB, dC, dD, dinitial.to(initial.dtype), None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemotron3.ops.kernels import require_kernel_dtypes
 
-_BLOCK_P = 16
+_STEPS = {"BLOCK_P": 16, "num_warps": 4}
 """Rows of a head's state in a program: few, so that one sequence alone fills a large GPU."""
 
 
@@ -83,13 +83,13 @@ def ssd_steps_triton(
     (_, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
     x, dt, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _steps_kernel[(rows * heads, triton.cdiv(head_dim, _BLOCK_P))](
+    _steps_kernel[(rows * heads, triton.cdiv(head_dim, _STEPS["BLOCK_P"]))](
         x, dt, A.contiguous(), B, C, D.contiguous(), states, slots,
         states if trail is None else trail, y,
         0 if trail is None else trail.stride(0),
         x.stride(0), x.stride(1), dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
         heads, heads // groups,
         LENGTH=len(x) // rows, HEAD_DIM=head_dim, D_STATE=d_state, EVERY=trail is not None,
-        BLOCK_P=_BLOCK_P, N=triton.next_power_of_2(d_state), num_warps=4,
+        N=triton.next_power_of_2(d_state), **_STEPS,
     )  # fmt: skip
     return y

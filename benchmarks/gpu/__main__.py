@@ -1,0 +1,125 @@
+"""Check and time everything on a GPU in one call, or walk the same path at toy size without one.
+
+    python -m benchmarks.gpu [--only parity kernels] [--seconds 540] [--out FOLDER]
+    python -m benchmarks.gpu --toy
+    python -m benchmarks.gpu --tune
+    python -m benchmarks.gpu --compile
+
+The exit status is 0 where every kernel agrees with its reference, 1 where one does not, and 2 where
+there is no GPU. docs/guides/gpu.md says what the figures mean.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.gpu import compiling
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.run import run_section, run_sections
+from benchmarks.gpu.section import Section, all_sections
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.summary import as_lines, as_text
+from benchmarks.gpu.tuning import TUNING
+
+from benchmarks import machine
+from nemotron3.models.config import ModelConfig
+
+RESULTS = Path(__file__).parents[1] / "results"
+_NO_GPU = """no GPU was found: {reason}.
+Run this on a machine with an NVIDIA GPU, its driver and a CUDA build of PyTorch. Without one,
+  python -m benchmarks.gpu --toy     walks the same path at toy size in Triton's interpreter"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.compile:
+        for name in ("small", "nano", "super"):
+            rows = compiling.table(compiling.compile_layers(ModelConfig.preset(name)))
+            print("\n".join([f"\n{name}", *as_lines(rows)]))
+        return 0
+    if not options.toy and not torch.cuda.is_available():
+        built = "has no CUDA" if torch.version.cuda is None else "finds no driver or device"
+        reason = f"PyTorch {torch.__version__} {built}"
+        print(_NO_GPU.format(reason=reason), file=sys.stderr)
+        return 2
+    if options.section:
+        setting = Setting.toy() if options.toy else Setting.gpu()
+        (section,) = (s for s in [*all_sections(), TUNING] if s.name == options.section)
+        record = Record.open(options.record)
+        return run_section(section, setting, record, seconds=options.seconds)
+    chosen = _chosen(options)
+    record = Record(_path(options), _header(options))
+    record.path.parent.mkdir(parents=True, exist_ok=True)
+    record.write()
+    run_sections(chosen, record, seconds=options.seconds, is_toy=options.toy)
+    print(as_text(chosen, record))
+    print(f"\n{record.path}")
+    return int("parity" in record.content["sections"] and not record.may_compare)
+
+
+def _chosen(options: argparse.Namespace) -> list[Section]:
+    known = all_sections()
+    if options.tune:
+        return [s for s in known if s.name == "limits"] + [TUNING]
+    return [s for s in known if s.name in options.only] if options.only else known
+
+
+def _header(options: argparse.Namespace) -> dict[str, Any]:
+    described = machine.description()
+    if options.commit:
+        described["commit"] = options.commit
+    if not options.toy:
+        described |= _gpu()
+    return {
+        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "toy": options.toy,
+        "machine": described | {"triton": machine.installed("triton")},
+        "sections": {},
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    seen = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": seen.name,
+        "compute_capability": f"{seen.major}.{seen.minor}",
+        "multiprocessors": seen.multi_processor_count,
+        "memory_bytes": seen.total_memory,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _path(options: argparse.Namespace) -> Path:
+    """One file for each kind of card and day; a toy's never lies among results."""
+    if options.toy:
+        return (options.out or Path(tempfile.mkdtemp())) / "toy.json"
+    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    kind = "tuning" if options.tune else "gpu"
+    return (options.out or RESULTS) / f"{kind}-{card}-{date.today().isoformat()}.json"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, nothing timed")
+    parser.add_argument("--tune", action="store_true", help="search launch settings instead")
+    names = [section.name for section in all_sections()]
+    parser.add_argument(
+        "--compile", action="store_true", help="registers and spills, without a GPU"
+    )
+    parser.add_argument("--only", nargs="+", choices=names, help="only these sections")
+    parser.add_argument("--seconds", type=float, default=540, help="time for all of it")
+    parser.add_argument("--out", type=Path, help="folder for the JSON (benchmarks/results)")
+    parser.add_argument("--commit", help="the revision, where there is no git to ask")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Running sections within a time limit, each in a process of its own.
+
+A fault of a kernel (an address outside memory, say) leaves its process unable to use the device
+again. So a section runs in a child; when the child ends early, another one goes on with the parts
+that are not written down. A section that is over its time says so of the parts that are left, and
+what it did not need goes to those behind it.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from benchmarks.gpu.failures import kernel_errors
+from benchmarks.gpu.record import DIED, Record
+from benchmarks.gpu.section import Section
+from benchmarks.gpu.setting import Setting
+
+_GRACE_S = 15.0
+"""How long a part may go on when its section's time is over."""
+_FAULT = 3
+"""Exit status of a child whose device no longer answers."""
+_ROOT = Path(__file__).parents[2]
+OUT_OF_TIME = "no time was left"
+
+
+def run_sections(
+    sections: Sequence[Section], record: Record, *, seconds: float, is_toy: bool
+) -> None:
+    """All sections, the first ones first."""
+    end = time.monotonic() + seconds
+    for index, section in enumerate(sections):
+        reserved = sum(later.budget_s for later in sections[index + 1 :])
+        left = end - time.monotonic()
+        allowed = min(left, max(section.budget_s, left - reserved))
+        print(f"\n== {section.title} (at most {max(allowed, 0):.0f} s)", flush=True)
+        if allowed < 1:
+            record.put(section.name, "all", {"left_out": OUT_OF_TIME})
+            continue
+        _run_in_children(section, record, allowed, is_toy=is_toy)
+
+
+def _run_in_children(section: Section, record: Record, allowed: float, *, is_toy: bool) -> None:
+    until = time.monotonic() + allowed
+    while True:
+        known = len(record.figures(section.name))
+        left = until - time.monotonic()
+        words = ["--section", section.name, "--record", str(record.path), "--seconds", str(left)]
+        command = [sys.executable, "-m", "benchmarks.gpu", *words, *["--toy"] * is_toy]
+        try:
+            status = subprocess.run(
+                command, cwd=_ROOT, check=False, timeout=max(left, 0) + _GRACE_S,
+                env=environment(is_toy=is_toy),
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = 0
+        record.content = Record.open(record.path).content
+        if status == 0:
+            return
+        if len(record.figures(section.name)) == known:  # nothing new, so another try is in vain
+            record.put(section.name, "process", {"error": f"it ended with status {status}"})
+            return
+
+
+def environment(*, is_toy: bool) -> dict[str, str]:
+    """A child's: the interpreter is chosen before Triton is imported."""
+    variables = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+    variables["PYTHONUNBUFFERED"] = "1"
+    return variables | ({"TRITON_INTERPRET": "1"} if is_toy else {})
+
+
+def run_section(section: Section, setting: Setting, record: Record, *, seconds: float) -> int:
+    """The parts of a section that are not written down yet; returns an exit status."""
+    end = time.monotonic() + seconds
+    for name, part in section.parts(setting).items():
+        if name in record.figures(section.name):
+            continue
+        if time.monotonic() > end:
+            record.put(section.name, name, {"left_out": OUT_OF_TIME})
+            continue
+        record.put(section.name, name, {"error": DIED})
+        begin = time.monotonic()
+        try:
+            figure = part()
+        except kernel_errors() as error:
+            figure = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        seconds_taken = round(time.monotonic() - begin, 2)
+        record.put(section.name, name, figure | {"took_s": seconds_taken})
+        print(f"  {name}: {_outcome(figure)} ({seconds_taken:.1f} s)", flush=True)
+        if "error" in figure and not _answers(setting.device):
+            return _FAULT
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _outcome(figure: dict) -> str:
+    if "error" in figure:
+        return "FAILED: " + figure["error"]
+    if "left_out" in figure:
+        return "left out: " + figure["left_out"]
+    return "RED: " + "; ".join(figure["red"]) if figure.get("red") else "done"
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether a device still works after an error."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True

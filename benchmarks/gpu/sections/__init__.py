@@ -1,0 +1,1 @@
+"""One file for each section of figures; `benchmarks.gpu.section` finds them."""

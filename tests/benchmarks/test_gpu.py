@@ -1,0 +1,290 @@
+"""The GPU program's whole path, at toy size in Triton's interpreter: no time is judged here."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import cases, run
+from benchmarks.gpu.figures import ratio
+from benchmarks.gpu.record import DIED, Record, Results
+from benchmarks.gpu.run import OUT_OF_TIME, run_section, run_sections
+from benchmarks.gpu.section import Section, all_sections
+from benchmarks.gpu.sections import limits, parity
+from benchmarks.gpu.setting import Draw, Setting
+from benchmarks.gpu.summary import as_markdown, as_text
+from benchmarks.gpu.tuning import TUNING
+
+import tests.ops.interpreter  # noqa: F401 - before any kernel is imported
+from benchmarks import page
+from nemotron3.ops.norm import api, rms_norm
+
+NAMES = [section.name for section in all_sections()]
+TAKES_LONG = {"parity", "tuning"}
+TIMED = {"median_s": 2.0}
+
+
+def section_named(name):
+    return next(s for s in [*all_sections(), TUNING] if s.name == name)
+
+
+@pytest.fixture
+def record(tmp_path):
+    machine = {"gpu": "Toy", "memory_bytes": 1, "commit": "abc", "torch": "2", "triton": "3"}
+    content = {"command": "c", "date": "2026-01-01", "machine": machine, "sections": {}}
+    return Record(tmp_path / "gpu-toy-2026-01-01.json", content)
+
+
+def timings(value):
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if name in ("median_s", "min_s", "max_s", "host_s"):
+                yield part
+            yield from timings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from timings(part)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in TAKES_LONG))
+        for name in [*NAMES, "tuning"]
+    ],
+)
+def test_every_section_runs_and_fills_its_table(name, record):
+    section = section_named(name)
+    setting = Setting.toy()
+    assert run_section(section, setting, record, seconds=200) == 0
+    written = Results.read(record.path)
+    assert list(written.figures(name)) == list(section.parts(setting))
+    assert not [line for line in written.missing() if "mamba_ssm" not in line]
+    assert all(value is None for value in timings(written.content))
+    rows = section.table(written)
+    if not name.startswith("limits"):
+        assert len(rows) > 1
+    assert len({len(row) for row in rows}) <= 1
+    assert as_text([section], written)
+    if name != "tuning":
+        text = page.render(page.PAGE.read_text(encoding="utf-8"), record.path.parent)
+        assert as_markdown(all_sections(), written) in text
+
+
+def test_the_program_runs_its_sections_in_children(tmp_path, capfd):
+    assert program.main(["--toy", "--only", "limits", "limits-again", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "toy.json").read_text())
+    assert list(written["sections"]) == ["limits", "limits-again"]
+    assert written["toy"] is True
+    assert "clocks: done" in capfd.readouterr().out
+
+
+def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert program.main([]) == 2
+    said = capsys.readouterr().err
+    assert "no GPU was found" in said
+    assert "--toy" in said
+
+
+def wrong_norm(x, weight, eps):
+    return 1.2 * rms_norm(x, weight, eps, backend="reference")
+
+
+def test_a_wrong_kernel_is_red_and_takes_the_ratios_away(record, monkeypatch):
+    setting = Setting.toy()
+    right = parity.check([cases.norm(9, 33, torch.float32)], setting)
+    record.put("parity", "norm", right)
+    assert not right["red"]
+    assert ratio(record, {"median_s": 3.0}, TIMED) == "1.50x"
+    assert "NOT COMPARED" not in as_text(all_sections(), record)
+
+    monkeypatch.setitem(api._NORMS, "triton", wrong_norm)
+    wrong = parity.check([cases.norm(9, 33, torch.float32)], setting)
+    record.put("parity", "norm", wrong)
+    assert "differs by" in wrong["red"][0]
+    assert ratio(record, {"median_s": 3.0}, TIMED) == "-"
+    assert "NOT COMPARED, since parity is not green: norm: 9 tokens" in as_text([], record)
+    assert "NOT COMPARED" in as_markdown([], record)
+
+
+def test_a_wrong_kernel_ends_the_program_with_status_1(tmp_path, monkeypatch):
+    def children(sections, record, **_):
+        for section in sections:
+            record.put(section.name, "norm", {"red": ["differs"], "checks": [], "worst": 1.0})
+
+    monkeypatch.setattr(program, "run_sections", children)
+    assert program.main(["--toy", "--only", "parity", "--out", str(tmp_path)]) == 1
+    assert program.main(["--toy", "--only", "limits", "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "figure", [None, {"error": DIED}, {"left_out": OUT_OF_TIME}, {"red": ["differs"]}]
+)
+def test_nothing_is_compared_unless_all_of_parity_is_green(record, figure):
+    record.put("parity", "scan", {"red": []})
+    assert record.may_compare
+    if figure is None:
+        record.content["sections"] = {}
+    else:
+        record.put("parity", "norm", figure)
+    assert not record.may_compare
+    assert ratio(record, TIMED, TIMED) == "-"
+
+
+def test_a_result_that_moves_between_runs_is_red(monkeypatch):
+    calls = []
+
+    def moving(x, weight, eps):
+        calls.append(1)
+        return rms_norm(x, weight, eps, backend="reference") * (1 + 1e-6 * len(calls))
+
+    monkeypatch.setitem(api._NORMS, "triton", moving)
+    figure = parity.check([cases.norm(9, 33, torch.float32)], Setting.toy())
+    assert figure["red"] == ["9 tokens of 33, float32: two runs differ, which is a race"]
+
+
+def test_what_was_never_written_is_seen(monkeypatch):
+    def forgetful(x, weight, eps):
+        y = torch.empty_like(x)
+        y[1:] = rms_norm(x, weight, eps, backend="reference")[1:]
+        return y * (weight / weight)
+
+    monkeypatch.setitem(api._NORMS, "triton", forgetful)
+    figure = parity.check([cases.norm(9, 33, torch.float32)], Setting.toy())
+    assert "differs by inf" in figure["red"][0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def of_parts(**parts):
+    return Section(
+        name="some", title="Some", order=0, budget_s=1, parts=lambda _: parts, table=lambda _: []
+    )
+
+
+def fails():
+    raise RuntimeError("out of shared memory")
+
+
+def test_a_part_that_fails_leaves_its_error_and_the_rest_runs(record):
+    section = of_parts(first=fails, second=lambda: {"value": 1})
+    assert run_section(section, Setting.toy(), record, seconds=10) == 0
+    figures = Results.read(record.path).figures("some")
+    assert figures["first"]["error"] == "RuntimeError: out of shared memory"
+    assert figures["second"]["value"] == 1
+    assert record.missing() == ["some, first: FAILED: RuntimeError: out of shared memory"]
+
+
+def test_what_is_over_time_is_left_out_by_name(record):
+    section = of_parts(first=fails)
+    run_section(section, Setting.toy(), record, seconds=-1)
+    assert record.missing() == [f"some, first: {OUT_OF_TIME}"]
+    record.content["sections"] = {}
+    run_sections([section], record, seconds=0.5, is_toy=True)
+    assert record.missing() == [f"some, all: {OUT_OF_TIME}"]
+
+
+def test_after_a_fault_another_process_goes_on(record, monkeypatch):
+    """A child writes its place before it runs a part; what it dies in is not tried again."""
+    section, lives = of_parts(a=fails, b=fails, c=fails), []
+
+    def child(command, *, timeout, env, **_):
+        assert timeout > 0
+        assert env["TRITON_INTERPRET"] == "1"
+        assert command[command.index("--section") + 1] == "some"
+        lives.append(1)
+        own = Record.open(record.path)
+        part = next((p for p in "abc" if p not in own.figures("some")), None)
+        if part is None:
+            return subprocess.CompletedProcess(command, 0)
+        own.put("some", part, {"error": DIED})
+        return subprocess.CompletedProcess(command, -11)
+
+    record.write()
+    monkeypatch.setattr(run.subprocess, "run", child)
+    run_sections([section], record, seconds=60, is_toy=True)
+    assert len(lives) == 4
+    assert [line.partition(":")[0] for line in record.missing()] == [
+        "some, a",
+        "some, b",
+        "some, c",
+    ]
+
+
+def test_a_process_that_cannot_start_is_tried_once(record, monkeypatch):
+    monkeypatch.setattr(run.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1))
+    record.write()
+    run_sections([of_parts(a=fails)], record, seconds=60, is_toy=True)
+    assert record.missing() == ["some, process: FAILED: it ended with status 1"]
+
+
+def test_earlier_sections_may_not_take_what_is_kept_for_later_ones(record, monkeypatch):
+    given = {}
+
+    def child(section, record, allowed, **_):
+        given[section.name] = allowed
+
+    monkeypatch.setattr(run, "_run_in_children", child)
+    first, second = (replace(of_parts(), name=name, budget_s=40) for name in ("a", "b"))
+    run_sections([first, second], record, seconds=100, is_toy=True)
+    assert given["a"] == pytest.approx(60, abs=1)
+    assert given["b"] == pytest.approx(100, abs=1)
+
+
+def test_a_slow_clock_is_said(record):
+    clock = {"events_over_host": 0.7, "clocks.sm": "1200", "clocks.max.sm": "1980"}
+    record.put("limits", "clocks", clock)
+    said = limits.warnings(record)
+    assert "events and the host's clock differ" in said[0]
+    assert "1200 of 1980 MHz" in said[1]
+
+
+def test_bytes_are_those_of_operands_and_results():
+    problem = cases.norm(4, 8, torch.bfloat16).draw(Draw(torch.device("cpu"), 0))
+    y = [torch.empty(4, 8, dtype=torch.bfloat16)]
+    assert cases.forward_bytes(problem, y) == 64 + 32 + 64
+    assert cases.training_bytes(problem, y) == 3 * (64 + 32) + 2 * 64
+
+
+def test_it_needs_few_packages():
+    """A GPU machine has PyTorch and little else, and no installed package of ours."""
+    script = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+import importlib.metadata as metadata
+version = metadata.version
+def absent(name):
+    assert name != "nemotron3"
+    return version(name)
+metadata.version = absent
+import benchmarks.gpu.__main__
+import benchmarks.gpu.setting
+"""
+    absent = ["pydantic", "tyro", "rich", "matplotlib", "transformers", "beartype", "fastapi"]
+    absent += ["hypothesis", "pytest", "tensorboard", "megatron", "pyarrow", "mistral_common"]
+    subprocess.run([sys.executable, "-c", script.replace("{names}", repr(set(absent)))], check=True)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper_within_its_shared_memory():
+    script = """
+from benchmarks.gpu.compiling import SHARED_BYTES, compile_layers
+from nemotron3.models.config import ModelConfig
+rows = [compiled for _, compiled in compile_layers(ModelConfig.preset("small"))]
+assert all(c.shared_bytes <= SHARED_BYTES for c in rows)
+assert sum(c.uses_warpgroups for c in rows) > 8
+print(*sorted({c.kernel for c in rows}))
+"""
+    environment = run.environment(is_toy=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment
+    )
+    for kernel in ("ssd: _scan_backward_kernel", "experts: _weight_gradient_kernel"):
+        assert kernel in done.stdout
