@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from nemotron3.cli.engine_options import add_engine_options
 from nemotron3.errors import Nemotron3Error
 
 _EPILOG = """\
@@ -19,6 +20,18 @@ start here:
   nemotron3 info nano                 look at a model before paying for it
   nemotron3 pretrain tiny             train a small one on real text, in minutes on a CPU
   nemotron3 generate runs/tiny/model "To be, or not to"
+  nemotron3 serve runs/tiny/model     chat in the browser, and OpenAI's API for programs
+"""
+
+_SERVE_EPILOG = """\
+then:
+  open http://127.0.0.1:8000/         chat in the browser
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Hello"}], "reasoning_budget": 64}'
+  OPENAI_BASE_URL=http://127.0.0.1:8000/v1 for any client of OpenAI's
+
+SIGTERM: no more requests are taken (503), the running ones are finished, then the server ends.
+Everything else is in the guide, docs/serving.md.
 """
 
 
@@ -78,6 +91,14 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             from nemotron3.cli.generate import generate_command
 
             return generate_command(known)
+        case "serve":
+            from nemotron3.cli.serve import serve_command
+
+            return serve_command(known)
+        case "chat":
+            from nemotron3.cli.chat import chat_command
+
+            return chat_command(known)
         case "merge":
             from nemotron3.cli.merge import merge_command
 
@@ -99,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(verbs)
     _add_show(verbs)
     _add_generate(verbs)
+    _add_serve(verbs)
+    _add_chat(verbs)
     _add_merge(verbs)
     return parser
 
@@ -164,6 +187,71 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     generate.add_argument("--top-k", type=int, default=0, help="default 0: all tokens")
     generate.add_argument("--seed", type=int, default=0, help="default 0")
     generate.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+
+
+def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a model over HTTP, with a page to chat",
+        description="Serve a model over HTTP: OpenAI's chat completions, completions and "
+        "responses, a page to chat at /, metrics at /metrics.",
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_engine_options(serve)
+    serve.add_argument(
+        "--max-num-waiting",
+        type=int,
+        metavar="N",
+        help="answers that may wait for their turn; beyond that, 429 (default 256)",
+    )
+    http = serve.add_argument_group("http")
+    http.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for everyone (default 127.0.0.1)"
+    )
+    http.add_argument("--port", type=int, default=8000, help="default 8000")
+    http.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what clients must send as Authorization: Bearer KEY; better in the variable "
+        "NEMOTRON3_API_KEY, where no list of processes shows it",
+    )
+    http.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="the name in `model` (default: the directory's)",
+    )
+    http.add_argument(
+        "--max-body-mib", type=int, default=32, metavar="MIB", help="largest request (default 32)"
+    )
+    http.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that SIGTERM leaves to the answers being written (default 60)",
+    )
+    http.add_argument("--log-format", choices=("text", "json"), default="text", help="default text")
+
+
+def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    chat = verbs.add_parser(
+        "chat",
+        help="talk to a model in the terminal",
+        description="Talk to a model in the terminal. Its thinking is dimmed; /budget and /think "
+        "change it while you talk, /help lists the commands.",
+    )
+    add_engine_options(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
+    chat.add_argument(
+        "--budget", type=int, metavar="N", help="most tokens of thinking (default: no limit)"
+    )
+    chat.add_argument("--no-think", action="store_true", help="answer without thinking")
+    chat.add_argument("--temperature", type=float, default=1.0, help="default 1.0")
+    chat.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    chat.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens of an answer, thinking included"
+    )
 
 
 def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

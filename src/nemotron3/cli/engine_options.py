@@ -1,0 +1,80 @@
+"""Options of the verbs that run an engine, and the engine that they describe."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemotron3.inference.async_llm import AsyncLLM
+
+_MIB = 2**20
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Where the model is, where it runs, and what it may hold."""
+    parser.add_argument("path", type=Path, help="a model directory, such as runs/tiny/model")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="most tokens of prompt and answer together (default: the model's own limit)",
+    )
+    engine.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="N",
+        help="answers that are written at the same time (default 32)",
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens read in one step; longer prompts are read in parts, so that other "
+        "answers go on between (default 2048)",
+    )
+    engine.add_argument(
+        "--max-draft-tokens",
+        type=int,
+        metavar="N",
+        help="tokens drafted ahead by the model's multi-token prediction; they change the speed "
+        "and never the answer; 0 for none (default: the depths it was trained at)",
+    )
+    engine.add_argument(
+        "--kv-cache-mib",
+        type=int,
+        metavar="MIB",
+        help="memory for keys and values (default: what fits)",
+    )
+    engine.add_argument(
+        "--prefix-cache-mib",
+        type=int,
+        metavar="MIB",
+        help="memory for prompts that begin alike; 0 for none (default 1024)",
+    )
+    engine.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+
+
+def load_engine(known: argparse.Namespace) -> "AsyncLLM":
+    """The engine that the options describe; what is not given is the engine's own default."""
+    from nemotron3.inference.async_llm import AsyncLLM
+    from nemotron3.inference.config import EngineConfig
+
+    given = {
+        name: getattr(known, name, None)
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_waiting",
+            "max_num_batched_tokens",
+            "max_draft_tokens",
+        )
+    }
+    for option, name in (
+        ("kv_cache_mib", "kv_cache_bytes"),
+        ("prefix_cache_mib", "prefix_cache_bytes"),
+    ):
+        size = getattr(known, option)
+        given[name] = None if size is None else size * _MIB
+    config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
+    return AsyncLLM(known.path, config=config, device=known.device)

@@ -1,0 +1,46 @@
+"""Log records as one line each: JSON for machines, words for people.
+
+A record's own facts travel in `extra={"fields": {...}}` and are keys of the JSON.
+"""
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        said: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        return json.dumps(said, ensure_ascii=False, default=str)
+
+
+class TextLines(logging.Formatter):
+    """Time, level and words, with the facts behind them."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        facts = "".join(f" {name}={value}" for name, value in fields.items())
+        return super().format(record) + facts
+
+
+def write_logs(kind: Literal["json", "text"]) -> None:
+    """Send this process's log to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if kind == "json" else TextLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

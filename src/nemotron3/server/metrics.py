@@ -1,0 +1,100 @@
+"""What Prometheus reads at /metrics: requests, latencies, and the engine's own counts.
+
+The registry belongs to one server, so two in one process keep their counts apart. The engine's
+counts are read when they are asked for. Names are `nemotron3_` and a quantity with its unit.
+"""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from nemotron3.inference.engine import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+_GAUGES = {
+    "num_running": ("requests_running", "Answers that the engine writes at this moment."),
+    "num_waiting": ("requests_waiting", "Requests that wait for room."),
+    "kv_usage": ("kv_cache_usage_ratio", "Part of the pages of keys and values in use."),
+    "prefix_bytes": ("prefix_cache_bytes", "Memory of states kept for prompts that begin alike."),
+    "draft_length": ("draft_length_tokens", "Tokens drafted ahead in a step, as it stands."),
+}
+_COUNTERS = {
+    "prompt_tokens": (
+        "prompt_tokens",
+        "Prompt tokens read; those from the cache left out.",
+    ),
+    "steps": ("engine_steps", "Steps of the engine."),
+    "generated_tokens": ("generated_tokens", "Tokens written."),
+    "prefix_queries": ("prefix_cache_queries_tokens", "Prompt tokens looked up in the cache."),
+    "prefix_hits": ("prefix_cache_hits_tokens", "Prompt tokens found in the cache."),
+    "preemptions": ("preemptions", "Answers put off for want of room, and begun again."),
+    "drafted_tokens": ("draft_tokens", "Tokens drafted by the model's own heads."),
+    "accepted_tokens": ("draft_tokens_accepted", "Drafted tokens that stood."),
+}
+
+
+class ServerMetrics:
+    """Counts of one server."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(stats))
+        self._requests = Counter(
+            "nemotron3_http_requests",
+            "Requests answered.",
+            ("path", "status"),
+            registry=self._registry,
+        )
+        self._durations = Histogram(
+            "nemotron3_http_request_seconds",
+            "From the first byte of a request to the last of its answer.",
+            ("path",),
+            buckets=_LATENCIES_S,
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "nemotron3_time_to_first_token_seconds",
+            "From a prompt's submission to its first token.",
+            buckets=_LATENCIES_S,
+            registry=self._registry,
+        )
+        self._per_token = Histogram(
+            "nemotron3_time_per_output_token_seconds",
+            "Mean time between an answer's tokens after the first.",
+            buckets=_PER_TOKEN_S,
+            registry=self._registry,
+        )
+
+    def count_request(self, path: str, status: int, duration_s: float) -> None:
+        """Count an answer; `path` is the route's, so that there are few of them."""
+        self._requests.labels(path, str(status)).inc()
+        self._durations.labels(path).observe(duration_s)
+
+    def count_answer(self, first_token_s: float, total_s: float, num_tokens: int) -> None:
+        """Count what the engine took for one request."""
+        self._first_token.observe(first_token_s)
+        if num_tokens > 1:
+            self._per_token.observe((total_s - first_token_s) / (num_tokens - 1))
+
+    def page(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's counts when Prometheus asks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        stats = self._stats()
+        for field, (name, text) in _GAUGES.items():
+            yield GaugeMetricFamily(f"nemotron3_{name}", text, value=getattr(stats, field))
+        for field, (name, text) in _COUNTERS.items():
+            yield CounterMetricFamily(f"nemotron3_{name}", text, value=getattr(stats, field))

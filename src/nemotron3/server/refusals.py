@@ -1,0 +1,87 @@
+"""Answers that are errors, in OpenAI's shape: what was wrong, where, and what to do.
+
+    {"error": {"message": …, "type": "invalid_request_error", "param": "top_p", "code": null}}
+
+The package's own errors become refusals here: what a client got wrong is 400, what the server has
+too much of is 429. Anything else is 500 and says nothing of the inside but the request's id, under
+which the log has the rest.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron3.errors import ConfigError, DataError, DependencyMissingError, OverloadedError
+
+RETRY_AFTER_S = 1
+"""Seconds after which a request that found the queue full may try again."""
+
+_NAME = re.compile(r"^[A-Za-z_]\w*(?:\[\d+\]|\.\w+)*")
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+@dataclass
+class RefusedError(Exception):
+    """A request that gets an error for an answer."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def body(self) -> dict[str, Any]:
+        """The answer's JSON."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, "invalid_request_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> RefusedError:
+    """A request that asks for what cannot be."""
+    return RefusedError(400, message, param, code)
+
+
+def refusal_of(error: Exception) -> RefusedError | None:
+    """What a client is told of an error of this package; None where it is none of theirs.
+
+    The package's messages begin with the name of what is wrong (`top_p is 3; it must be …`),
+    which is where `param` comes from.
+    """
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, OverloadedError):
+        headers = {"Retry-After": str(RETRY_AFTER_S)}
+        return RefusedError(429, str(error), code="queue_full", headers=headers)
+    if isinstance(error, DependencyMissingError):
+        return RefusedError(501, str(error), code="not_installed")
+    if isinstance(error, ConfigError | DataError):
+        message = str(error)
+        named = _NAME.match(message)
+        follows = message[named.end() :].lstrip() if named is not None else ""
+        is_named = follows.startswith(("is ", "are ", "= ", ": ", "has ", "must "))
+        return invalid(message, named[0] if named is not None and is_named else None)
+    return None
+
+
+def failed(request_id: str) -> RefusedError:
+    """An error of the server itself."""
+    return RefusedError(
+        500,
+        f"the server failed at this request ({request_id}); its log says why. Other requests go "
+        f"on, and this one may be tried again",
+        code="internal_error",
+    )

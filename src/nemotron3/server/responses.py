@@ -1,0 +1,189 @@
+"""/v1/responses: items in, items out, whole or as a stream of events."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from nemotron3.inference.answers import RequestOutput
+from nemotron3.inference.requests import FinishReason
+from nemotron3.server.answering import Answering, Desk, new_id
+from nemotron3.server.plan import ChatPlan, ending_with_call, json_form, wanted_form
+from nemotron3.server.refusals import RefusedError, invalid
+from nemotron3.server.response_events import ItemEvents
+from nemotron3.server.response_items import Item, items_of, messages_of, output_items
+from nemotron3.server.response_store import ResponseStore
+from nemotron3.server.responses_bodies import NamedFunctionTool, ResponsesBody
+from nemotron3.server.sampling import resolve_thinking, sampling_params, structured_output
+from nemotron3.server.streaming import event
+from nemotron3.server.tool_choice import tool_use
+from nemotron3.server.usage import usage_of
+
+_LOGPROBS = "message.output_text.logprobs"
+
+
+def conversation(body: ResponsesBody, store: ResponseStore) -> list[Item]:
+    """All items so far: those of the previous response, then the new ones."""
+    before: list[Item] = []
+    if body.previous_response_id is not None:
+        before = store.get(body.previous_response_id, "previous_response_id").items
+    return [*before, *items_of(body.input)]
+
+
+def plan_response(body: ResponsesBody, items: list[Item], tool_call_end: int) -> ChatPlan:
+    """What the body asks for; raises where it contradicts itself."""
+    choice = body.tool_choice
+    named = choice.name if isinstance(choice, NamedFunctionTool) else None
+    word = None if isinstance(choice, NamedFunctionTool) else choice
+    tools = tool_use(body.tools, word, named=named, is_parallel=body.parallel_tool_calls)
+    effort = body.reasoning.effort if body.reasoning is not None else None
+    thinking = resolve_thinking(body, body.chat_template_kwargs, effort)
+    form = body.text.format if body.text is not None else None
+    with_logprobs = _LOGPROBS in (body.include or ())
+    if body.top_logprobs and not with_logprobs:
+        raise invalid(f"top_logprobs needs include: [{_LOGPROBS!r}]", "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options is for streams; send stream: true", "stream_options")
+    params = sampling_params(
+        body,
+        max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if with_logprobs else None,
+        reasoning_budget=thinking.budget,
+        structured=wanted_form(
+            tools,
+            structured_outputs=structured_output(body.structured_outputs),
+            text=json_form(form.type, form.schema_, "text.format") if form is not None else None,
+        ),
+    )
+    return ChatPlan(
+        messages=messages_of(items, body.instructions),
+        tools=tools.listed,
+        options=thinking.template_options(),
+        params=ending_with_call(params, tools, tool_call_end),
+        is_single_call=tools.is_single,
+        source="input",
+        max_tokens_name="max_output_tokens",
+    )
+
+
+class ResponseAnswer:
+    """One request's answer, whole or as a stream of events."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        body: ResponsesBody,
+        plan: ChatPlan,
+        items: list[Item],
+        answering: Answering,
+        store: ResponseStore,
+    ) -> None:
+        self._desk = desk
+        self._body = body
+        self._plan = plan
+        self._items = items
+        self._answering = answering
+        self._store = store
+        self._with_logprobs = _LOGPROBS in (body.include or ())
+        self._response_id = new_id("resp")
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer's JSON."""
+        output = await self._answering.whole()
+        said = output_items(
+            self._desk.llm.tokenizer,
+            output.outputs[0],
+            is_single=self._plan.is_single_call,
+            with_logprobs=self._with_logprobs,
+        )
+        return self._finished(output, said)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer's events, from `response.created` to how it ended."""
+        number = 0
+
+        def numbered(kind: str, fields: dict[str, Any]) -> bytes:
+            nonlocal number
+            number += 1
+            return event({"type": kind, "sequence_number": number - 1, **fields}, kind)
+
+        for kind in ("response.created", "response.in_progress"):
+            yield numbered(kind, {"response": self._body_so_far("in_progress", [])})
+        items = ItemEvents(
+            self._desk.llm.tokenizer,
+            is_single=self._plan.is_single_call,
+            with_logprobs=self._with_logprobs,
+        )
+        try:
+            async with aclosing(self._answering.deltas()) as deltas:
+                async for delta in deltas:
+                    for kind, fields in items.push(delta):
+                        yield numbered(kind, fields)
+        except RefusedError as error:
+            failure = {"code": "server_error", "message": error.message}
+            body = self._body_so_far("failed", items.items) | {"error": failure}
+            yield numbered("response.failed", {"response": body})
+            return
+        output = self._answering.output()
+        is_whole = output.outputs[0].finish_reason is FinishReason.STOP
+        for kind, fields in items.finish(is_whole=is_whole):
+            yield numbered(kind, fields)
+        body = self._finished(output, items.items)
+        yield numbered(f"response.{body['status']}", {"response": body})
+
+    def _finished(self, output: RequestOutput, said: list[Item]) -> dict[str, Any]:
+        is_whole = output.outputs[0].finish_reason is FinishReason.STOP
+        body = self._body_so_far("completed" if is_whole else "incomplete", said)
+        body["usage"] = usage_of(output).responses_body()
+        body["completed_at"] = int(time.time()) if is_whole else None
+        if not is_whole:
+            body["incomplete_details"] = {"reason": "max_output_tokens"}
+        if self._body.store is not False:
+            self._store.put(body, [*self._items, *said])
+        return body
+
+    def _body_so_far(self, status: str, items: list[Item]) -> dict[str, Any]:
+        asked = self._body
+        params = self._plan.params
+        choice = asked.tool_choice
+        return {
+            "id": self._response_id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": None,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata or {},
+            "model": self._desk.model_name,
+            "output": items,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": asked.previous_response_id,
+            "reasoning": {
+                "effort": asked.reasoning.effort if asked.reasoning is not None else None,
+                "summary": None,
+            },
+            "service_tier": "default",
+            "store": asked.store is not False,
+            "temperature": params.temperature,
+            "text": self._text(),
+            "tool_choice": choice.model_dump()
+            if isinstance(choice, NamedFunctionTool)
+            else choice or "auto",
+            "tools": asked.tools or [],
+            "top_logprobs": asked.top_logprobs or 0,
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": asked.user,
+            "background": False,
+        }
+
+    def _text(self) -> dict[str, Any]:
+        form = self._body.text.format if self._body.text is not None else None
+        if form is None:
+            return {"format": {"type": "text"}}
+        return {"format": form.model_dump(by_alias=True, exclude_none=True)}

@@ -1,0 +1,65 @@
+"""/tokenize and /detokenize, in vLLM's shapes."""
+
+import asyncio
+from typing import Any
+
+from nemotron3.server.answering import Desk
+from nemotron3.server.bodies import SamplingBody
+from nemotron3.server.completion_bodies import DetokenizeBody, TokenizeBody
+from nemotron3.server.length import assert_not_hopeless, texts_in
+from nemotron3.server.logprobs import token_text
+from nemotron3.server.refusals import invalid
+from nemotron3.server.sampling import resolve_thinking
+
+
+async def tokenize(desk: Desk, body: TokenizeBody) -> dict[str, Any]:
+    """Token ids of a text or of a conversation."""
+    limit = desk.llm.max_model_len
+    if body.prompt is not None and body.messages is None:
+        _assert_text_alone(body)
+        assert_not_hopeless([body.prompt], limit, "prompt")
+        prompt = await asyncio.to_thread(desk.llm.prepare_text, body.prompt)
+    elif body.messages is not None and body.prompt is None:
+        thinking = resolve_thinking(SamplingBody(), body.chat_template_kwargs, None)
+        options = thinking.template_options()
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if (value := getattr(body, name)) is not None:
+                options[name] = value
+        assert_not_hopeless(texts_in(body.messages), limit, "messages")
+        prompt = await asyncio.to_thread(
+            desk.llm.prepare_chat, body.messages, tools=body.tools, **options
+        )
+    else:
+        raise invalid("give either prompt or messages", "prompt")
+    said: dict[str, Any] = {
+        "count": len(prompt.ids),
+        "max_model_len": limit,
+        "tokens": list(prompt.ids),
+        "token_strs": None,
+    }
+    if body.return_token_strs:
+        said["token_strs"] = [token_text(desk.llm.tokenizer, token) for token in prompt.ids]
+    return said
+
+
+def detokenize(desk: Desk, body: DetokenizeBody) -> dict[str, Any]:
+    """The text of token ids."""
+    size = desk.llm.tokenizer.vocab_size
+    for i, token in enumerate(body.tokens):
+        if not 0 <= token < size:
+            raise invalid(
+                f"tokens[{i}] is {token}; this vocabulary has the ids 0 to {size - 1:,}", "tokens"
+            )
+    return {"prompt": desk.llm.tokenizer.decode(body.tokens)}
+
+
+def _assert_text_alone(body: TokenizeBody) -> None:
+    chat_only = (
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template_kwargs",
+    )
+    for name in chat_only:
+        if getattr(body, name) is not None:
+            raise invalid(f"{name} belongs to messages, and a prompt is given", name)
