@@ -119,6 +119,12 @@ def run(machine, wanted):
             [WORD, CALL] + [BLANK] * CALL_OPENING + [LINE, END] + [BLANK] * (9 - CALL_OPENING),
             id="a call that does not come",
         ),
+        pytest.param(
+            budget(2, has_tools=True),
+            [CALL] * 5,
+            [CALL] * 3 + [LINE, END] + [CALL] * 2,
+            id="calls that do not come",
+        ),
     ],
 )
 def test_what_comes(machine, wanted, expected):
