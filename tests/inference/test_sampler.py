@@ -20,8 +20,9 @@ IDS = BudgetIds(
     start=START,
     closing=(LINE, END),
     line_ends=frozenset({LINE, 9}),
-    blanks=frozenset({START, END, LINE}),
+    hidden=frozenset(),
     call_start=CALL,
+    token_bytes=lambda token: b"\n" if token == LINE else b"so",
 )
 
 

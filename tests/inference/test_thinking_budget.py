@@ -19,7 +19,7 @@ NANO = BudgetIds(
     start=START,
     closing=(LINE, END),
     line_ends=frozenset({LINE, DOT_LINE}),
-    blanks=frozenset({START, END, STOP, LINE, BLANK}),
+    hidden=frozenset({STOP}),
     call_start=CALL,
     token_bytes=lambda token: BYTES.get(token, b"<special>"),
 )
@@ -256,10 +256,10 @@ def test_ids_of_a_style(tokenizer, name, lead):
         assert tokenizer.encode(text)[-1] in ids.line_ends
     for text in ("so", " ", "<think>", "<|im_end|>"):
         assert tokenizer.encode(text)[-1] not in ids.line_ends
-    for text in ("\n", " ", "<think>", "<|im_end|>"):
-        assert tokenizer.encode(text)[-1] in ids.blanks
-    for text in ("so", ".\n", "<tool_call>", "</tool_call>"):
-        assert tokenizer.encode(text)[0] not in ids.blanks
+    for text in ("</s>", "<|im_end|>", "<unk>"):
+        assert tokenizer.encode(text)[0] in ids.hidden
+    for text in ("so", " ", "<think>", "</think>", "<tool_call>", "</tool_call>"):
+        assert tokenizer.encode(text)[0] not in ids.hidden
 
 
 def test_a_style_that_closes_nothing_is_an_error(tokenizer):

@@ -29,6 +29,7 @@ Decided here, because the sources leave it open:
   are waited for it to show itself, and they may be beyond the bound.
 """
 
+import codecs
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ from nemotron3.inference.vocabulary import ReasoningStyle, Vocabulary
 CALL_OPENING = 8
 """Most tokens that are waited for after `<tool_call>`, for `<function=` to come."""
 
-_CALL_NEXT = b"<function="
+_Decoder = codecs.getincrementaldecoder("utf-8")
+_CALL_NEXT = "<function="
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,12 @@ class BudgetIds:
     """What closes the reasoning; its last is `</think>`."""
     line_ends: frozenset[int]
     """Tokens whose text ends with a line end."""
-    blanks: frozenset[int]
-    """Tokens that are no text of an answer: white space, and special tokens that are not shown."""
-    call_start: int | None = None
+    hidden: frozenset[int]
+    """Special tokens that are no text of an answer and no tags."""
+    call_start: int
     """`<tool_call>`."""
-    token_bytes: Callable[[int], bytes] = lambda _: b""
-    """The text of an id; asked for what follows `<tool_call>` inside the reasoning only."""
+    token_bytes: Callable[[int], bytes]
+    """The text of an id; asked for where an answer or a call may begin."""
 
     @property
     def end(self) -> int:
@@ -80,18 +82,19 @@ def budget_ids(tokenizer: Vocabulary, style: ReasoningStyle) -> BudgetIds:
     closing = closing[: closing.index(tokenizer.think_end_id) + 1]
     special = tokenizer.special_ids
     text = {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size) if i not in special}
-    hidden = special - {
+    known = (
+        tokenizer.think_start_id,
+        tokenizer.think_end_id,
         tokenizer.tool_call_start_id,
         tokenizer.tool_call_end_id,
         tokenizer.tool_response_start_id,
         tokenizer.tool_response_end_id,
-    }
+    )
     return BudgetIds(
         start=tokenizer.think_start_id,
         closing=tuple(closing),
         line_ends=frozenset(i for i, token in text.items() if token.endswith(b"\n")),
-        blanks=hidden
-        | {i for i, token in text.items() if not token.decode(errors="replace").strip()},
+        hidden=special.difference(known),
         call_start=tokenizer.tool_call_start_id,
         token_bytes=tokenizer.token_bytes,
     )
@@ -130,8 +133,9 @@ class ThinkingBudget:
         self._state = _State.OPEN if is_open else _State.CLOSED
         self._recent: tuple[int, ...] = ()  # of this block, no more than could begin the closing
         self._ends_line = last_token is None or last_token in (*ids.line_ends, ids.start)
-        self._call = b""
+        self._call = ""
         self._num_call_tokens = 0
+        self._tail = b""  # of a character that is not whole yet
         self._next = 0  # of the closing sequence
         self.num_reasoning_tokens = 0
         """Tokens generated while reasoning was open, of the model's own and forced."""
@@ -161,7 +165,7 @@ class ThinkingBudget:
             if token == self._ids.start:
                 self._state, self._recent, self._ends_line = _State.OPEN, (), True
                 self._close_if_due()
-            elif token not in self._ids.blanks:
+            elif token != self._ids.end and self._text(token).strip():
                 self._state = _State.ANSWERED
         elif self._state is not _State.ANSWERED:
             self._reason(token)
@@ -182,16 +186,24 @@ class ThinkingBudget:
             self._look_for_call(token)
         is_call_start = self._has_tools and token == self._ids.call_start
         if is_call_start and self.num_reasoning_tokens <= self._budget + self._grace:
-            self._state, self._call, self._num_call_tokens = _State.PERHAPS_CALL, b"", 0
+            self._state, self._call, self._num_call_tokens = _State.PERHAPS_CALL, "", 0
         self._close_if_due()
 
     def _look_for_call(self, token: int) -> None:
         self._num_call_tokens += 1
-        self._call = (self._call + self._ids.token_bytes(token)).lstrip()
+        self._call = (self._call + self._text(token)).lstrip()
         if self._call.startswith(_CALL_NEXT):
             self._state = _State.ANSWERED
         elif not _CALL_NEXT.startswith(self._call) or self._num_call_tokens >= CALL_OPENING:
             self._state = _State.OPEN
+
+    def _text(self, token: int) -> str:
+        if token in self._ids.hidden:
+            return ""
+        decoder = _Decoder(errors="replace")
+        text = decoder.decode(self._tail + self._ids.token_bytes(token))
+        self._tail = decoder.getstate()[0]
+        return text
 
     def _close_if_due(self) -> None:
         if self._state is not _State.OPEN or self.num_reasoning_tokens < self._budget:
