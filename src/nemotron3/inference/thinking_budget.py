@@ -15,7 +15,7 @@ Decided here, because the sources leave it open:
 - **What counts** is every token generated while the reasoning is open, tags that change nothing
   and end tokens (where those are ignored) included. The prompt's own tokens do not count.
 - **The bound**: at most budget + grace tokens of the model's own, then the closing sequence, of
-  which all but `</think>` is reasoning too (one line end, or nothing).
+  which all but `</think>` is reasoning too (one line end, or nothing; once for each block).
 - **The closing sequence is what the chat style writes** up to `</think>`: a line end and the tag
   for Nano and Super, the tag alone for Ultra and Lightning. What follows is left to the model,
   whose next token may join that line end with others. Where the reasoning already ends with a part
