@@ -1,5 +1,6 @@
 """The examples do what they say."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from nemotron3.recipes.load import load_recipe
 from nemotron3.training.schedules import Constant
+from tests.inference.texts import text_model, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -34,3 +36,13 @@ def test_own_recipe_keeps_what_a_merge_needs():
     assert isinstance(run.training.schedule, Constant)
     assert run.retention.keep_every_steps == run.training.checkpoint_every_steps
     assert run.training.steps % run.training.checkpoint_every_steps == 0
+
+
+def test_answer_many_finds_what_it_has_read(tmp_path, capsys):
+    text_model().save_pretrained(tmp_path)
+    tokenizer().save(tmp_path)
+    runpy.run_path(str(EXAMPLES / "answer_many.py"))["main"](str(tmp_path), max_tokens=12)
+    shown = capsys.readouterr().out
+    assert shown.count("drafts stood") == 8
+    found, read = re.findall(r"second call: (\d+) of (\d+) prompt tokens", shown)[0]
+    assert int(found) > int(read) // 2
