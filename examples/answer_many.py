@@ -24,7 +24,8 @@ def main(path: str, max_tokens: int = 64) -> None:
             drafts = answer.acceptance
             print(f"{answer.text}\n   [{drafts.accepted} of {drafts.drafted} drafts stood]")
 
-    longer = [[*output.prompt.ids, *output.outputs[0].token_ids] for output in outputs]
+    more = llm.tokenizer.encode("\n")
+    longer = [[*output.prompt.ids, *output.outputs[0].token_ids, *more] for output in outputs]
     again = llm.generate(longer, SamplingParams(max_tokens=8, temperature=0.0))
     found = sum(output.num_cached_tokens for output in again)
     read = sum(len(output.prompt.ids) for output in again)

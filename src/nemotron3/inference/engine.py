@@ -287,11 +287,15 @@ class Engine:
         gains = choose(choosers, logits.flatten(0, 1).float(), windows)
         if tried is not None:
             self.cache.accept(tried, [max(len(gain), 1) for gain in gains])
+        after = None
+        if self._drafter is not None:
+            # Those that end here as well: the state that is kept of them has to be whole.
+            after = self._drafter.follow(sequences, gains, hidden)
         progress: list[Progress] = []
         going: list[int] = []
         for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
-            sequence.num_drafted += len(sequence.drafts)
             stands = max(len(gain) - 1, 0)
+            sequence.num_drafted += len(sequence.drafts)
             sequence.num_accepted += stands
             self._stats.drafted_tokens += len(sequence.drafts)
             self._stats.accepted_tokens += stands
@@ -299,29 +303,22 @@ class Engine:
             progress.append(self._take(sequence, gain, logits[row]))
             if sequence.finish_reason is None:
                 going.append(row)
-        if self._drafter is not None and going:
-            self._draft(
-                [sequences[row] for row in going],
-                [gains[row] for row in going],
-                hidden[torch.tensor(going, device=hidden.device)],
-            )
+        if after is not None and going:
+            self._draft([sequences[row] for row in going], after[going])
         return progress
 
-    def _draft(self, sequences: list[Sequence], gains: list[list[int]], hidden: Tensor) -> None:
+    def _draft(self, sequences: list[Sequence], after: Tensor) -> None:
+        """Write drafts for as many sequences as there are pages for."""
         assert self._drafter is not None
-        after = self._drafter.follow(sequences, gains, hidden)
         count = self._draft_length.choose(len(self.scheduler.decoding))
-        if count == 0:
-            return
         with_room: list[int] = []
         for row, sequence in enumerate(sequences):
             slot = _slot(sequence)
             if self.cache.missing_pages(slot, 1 + count) <= self.cache.pool.num_free:
                 self.cache.reserve(slot, 1 + count)
                 with_room.append(row)
-        if with_room:
-            rows = torch.tensor(with_room, device=after.device)
-            self._drafter.write([sequences[row] for row in with_room], after[rows], count)
+        if count and with_room:
+            self._drafter.write([sequences[row] for row in with_room], after[with_room], count)
 
     def _take(self, sequence: Sequence, gain: Many[int], logits: Tensor) -> Progress:
         """Add chosen tokens to an answer, up to the one that ends it."""

@@ -89,12 +89,12 @@ class Drafter:
         tokens = [[*gain, *[0] * (steps - len(gain))] for gain in gains]
         context = [cache.draft_lengths[slot] for slot in slots]
         output = self.passes.draft(tokens, hidden.flatten(0, 1), slots, context)
-        last = torch.tensor([len(gain) - 1 for gain in gains], device=hidden.device)
+        last = torch.tensor([max(len(gain), 1) - 1 for gain in gains], device=hidden.device)
         every = torch.arange(rows, device=hidden.device)
         if cache.hidden is not None:
             cache.hidden[torch.tensor(slots, device=hidden.device)] = hidden[every, last]
         for slot, gain in zip(slots, gains, strict=True):
-            cache.draft_lengths[slot] += len(gain)
+            cache.draft_lengths[slot] += max(len(gain), 1)
         return output.view(rows, steps, -1)[every, last]
 
     def write(self, sequences: Many[Sequence], hidden: Tensor, count: int) -> None:
