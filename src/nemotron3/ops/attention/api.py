@@ -9,7 +9,11 @@ from nemotron3.ops.attention.steps import attention_steps_torch
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
 
-_ATTENTIONS = {"reference": attention_reference, "torch": attention_sdpa}
+_ATTENTIONS = {
+    "reference": attention_reference,
+    "torch": attention_sdpa,
+    "native": Kernel("nemotron3.ops.attention.blocked", "attention_blocked"),
+}
 _STEPS = {
     "torch": attention_steps_torch,
     "native": Kernel("nemotron3.ops.attention.native", "attention_steps_native"),

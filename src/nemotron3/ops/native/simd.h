@@ -31,17 +31,28 @@ INLINE vec load_part(const float* p, int64_t n) {
 }
 INLINE void store_part(float* p, vec v, int64_t n) { memcpy(p, &v, 4 * n); }
 
-// Sum of the lanes, by halves.
-INLINE float sum(vec v) {
-  float x[LANES];
-  memcpy(x, &v, sizeof v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  return x[0];
-}
-
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 INLINE vec min(vec a, vec b) { return a < b ? a : b; }
+
+namespace detail {
+template <int STEP, int... I>
+INLINE vec turned(vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + STEP) % LANES)...);
+}
+// All lanes brought together by `join`, half onto half.
+template <int STEP = LANES / 2, class Join>
+INLINE float folded(vec v, Join join) {
+  if constexpr (STEP == 0) return v[0];
+  else return folded<STEP / 2>(join(v, turned<STEP>(v, std::make_integer_sequence<int, LANES>{})), join);
+}
+}  // namespace detail
+
+INLINE float sum(vec v) {
+  return detail::folded(v, [](vec a, vec b) { return a + b; });
+}
+INLINE float largest(vec v) {
+  return detail::folded(v, [](vec a, vec b) { return max(a, b); });
+}
 
 // e^x to 1e-7 of its value: x = n ln 2 + r, e^r by its series. NaN stays NaN; beyond the range of
 // float32 it is 0 or the largest power of two.
