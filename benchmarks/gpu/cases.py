@@ -14,10 +14,11 @@ from benchmarks.gpu.setting import Draw
 from benchmarks.limits import mixing_flops
 from torch import Tensor
 
-from nemotron3.models.config import MambaConfig, ModelConfig
+from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig
 from nemotron3.models.pattern import LayerKind
+from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.conv import causal_conv
+from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.cross_entropy import linear_cross_entropy
 from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.norm import gated_group_norm, rms_norm
@@ -145,6 +146,112 @@ def decoding_steps(
 
     size = f"{rows} x {length} tokens, {mamba.mamba_num_heads} heads" + ", trail" * kept
     return Case(operation="decoding steps", size=size, flops=0.0, draw=draw, has_gradient=False)
+
+
+def convolution_steps(
+    channels: int, rows: int, length: int, dtype: torch.dtype, *, kept: bool = False, taps: int = 4
+) -> Case:
+    """The convolution for `length` tokens of each of `rows` tails; `kept` as above."""
+
+    def draw(d: Draw) -> Problem:
+        operands = [
+            d.normal(rows * length, channels, dtype=dtype),
+            d.normal(channels, taps, scale=taps**-0.5),
+            d.normal(channels),
+            d.normal(rows, taps - 1, channels, dtype=dtype),
+        ]
+        slots = torch.arange(rows - 1, -1, -1, device=d.device)
+
+        def call(backend: Backend) -> Call:
+            # The steps have no form of their own that is written out token by token.
+            chosen: Backend = "torch" if backend == "reference" else backend
+
+            def run(x: Tensor, w: Tensor, b: Tensor, tails: Tensor) -> Sequence[Tensor]:
+                trail = tails.new_empty(rows, length, *tails.shape[1:]) if kept else None
+                y = causal_conv_steps(
+                    x, w, b, tails=tails, slots=slots, trail=trail, backend=chosen
+                )
+                return y, tails if trail is None else trail
+
+            return run
+
+        return Problem(operands, call)
+
+    size = f"{rows} x {length} tokens, {channels} channels" + ", trail" * kept
+    return Case(operation="convolution steps", size=size, flops=0.0, draw=draw, has_gradient=False)
+
+
+def attention_steps_of(
+    config: AttentionConfig,
+    contexts: Sequence[int],
+    length: int,
+    dtype: torch.dtype,
+    *,
+    page_size: int = 64,
+) -> Case:
+    """`length` new tokens of each sequence, behind `contexts` remembered ones in their pages."""
+    rows, (kv_heads, head_dim) = len(contexts), (config.num_key_value_heads, config.head_dim)
+    width = -(-(max(contexts) + length) // page_size)
+
+    def draw(d: Draw) -> Problem:
+        pages = rows * width
+        new = (rows * length, kv_heads, head_dim)
+        held = (pages, page_size, kv_heads, head_dim)
+        shapes = [(rows * length, config.num_attention_heads, head_dim), new, new, held, held]
+        operands = [d.normal(*shape, dtype=dtype) for shape in shapes]
+        context = torch.tensor(list(contexts), device=d.device)
+        table = torch.arange(pages - 1, -1, -1, device=d.device).view(rows, width)
+        slots = torch.arange(rows, device=d.device)
+
+        def call(backend: Backend) -> Call:
+            def run(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:
+                if backend == "reference":
+                    return [_attention_reference(q, k, v, keys, values, table, contexts)]
+                y = attention_steps(
+                    q, k, v, keys=keys, values=values, table=table, slots=slots, context=context,
+                    backend=backend,
+                )  # fmt: skip
+                return [y]
+
+            return run
+
+        return Problem(operands, call)
+
+    words = _words(contexts) if len(set(contexts)) > 1 else f"{rows} x {contexts[0]}"
+    return Case(
+        operation="attention steps",
+        size=f"{length} after {words} keys, {config.num_attention_heads} heads on {kv_heads}",
+        flops=0.0,
+        draw=draw,
+        has_gradient=False,
+    )
+
+
+def _attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    contexts: Sequence[int],
+) -> Tensor:
+    rows = len(contexts)
+    streams = [
+        torch.cat(
+            [
+                part
+                for pages, context, latest in zip(table, contexts, new.chunk(rows), strict=True)
+                for part in (held[pages].flatten(0, 1)[:context], latest)
+            ]
+        )
+        for held, new in ((keys, k), (values, v))
+    ]
+    length = len(q) // rows
+    segments = Segments([context + length for context in contexts])
+    return attention(
+        q, *streams, queries=Segments.uniform(rows, length), keys=segments, backend="reference"
+    )
 
 
 def _steps_reference(

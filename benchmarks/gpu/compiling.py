@@ -112,10 +112,14 @@ def _describe(name: str, kernel: Any) -> Compiled:
 
 def compile_layers(config: ModelConfig, tokens: int = 8192) -> list[tuple[str, Compiled]]:
     """Every kernel of a model's layers, forward and backward, and of its decoding steps."""
-    mamba = config.mamba
+    attention, mamba = config.attention, config.mamba
+    assert attention is not None
     assert mamba is not None
     rows: list[tuple[str, Compiled]] = []
-    steps = [cases.decoding_steps(mamba, 8, 4, torch.bfloat16, kept=k) for k in (False, True)]
+    half = torch.bfloat16
+    steps = [cases.decoding_steps(mamba, 8, 4, half, kept=k) for k in (False, True)]
+    steps += [cases.convolution_steps(mamba.conv_channels, 8, n, half, kept=n > 1) for n in (1, 4)]
+    steps += [cases.attention_steps_of(attention, [1 << 17] * 2, n, half) for n in (1, 4)]
     with compiling() as found:
         for case in [*cases.layer_cases(config, tokens, torch.bfloat16), *steps]:
             problem = case.draw(Draw(torch.device("meta"), 0))

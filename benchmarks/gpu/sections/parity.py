@@ -51,9 +51,13 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 def operations(config: ModelConfig, setting: Setting) -> dict[str, list[Case]]:
     """Awkward cases of each operation, in both dtypes."""
-    mamba, moe = config.mamba, config.moe
+    attention, mamba, moe = config.attention, config.mamba, config.moe
+    assert attention is not None
     assert mamba is not None
     assert moe is not None
+    contexts = (
+        [((0, 37), 1), ((5, 70), 3)] if setting.is_toy else [((0, 37, 9000), 1), ((5, 700), 5)]
+    )
     streams = [(1,), (5, 1, 18)] if setting.is_toy else [(1,), (257,), (5, 1, 130, 64, 33)]
     packed = streams[-1]
     few, odd = cases.few_heads(mamba), cases.odd_mamba(mamba)
@@ -68,6 +72,8 @@ def operations(config: ModelConfig, setting: Setting) -> dict[str, list[Case]]:
             *(cases.decoding_steps(few, rows, 1, dtype) for rows in (1, 3)),
             cases.decoding_steps(few, 2, 5, dtype, kept=True),
             cases.decoding_steps(odd, 2, 3, dtype),
+            *(cases.convolution_steps(67, 2, n, dtype, kept=n > 2) for n in (1, 2, 5)),
+            *(cases.attention_steps_of(attention, c, n, dtype) for c, n in contexts),
             *(cases.convolution(mamba.conv_channels, lengths, dtype) for lengths in streams),
             cases.convolution(67, packed, dtype, taps=2),
             *(cases.gated_norm(tokens, inner, mamba.n_groups, dtype) for tokens in (1, 37)),

@@ -17,6 +17,7 @@ _ATTENTIONS = {
 _STEPS = {
     "torch": attention_steps_torch,
     "native": Kernel("nemotron3.ops.attention.native", "attention_steps_native"),
+    "triton": Kernel("nemotron3.ops.attention.triton", "attention_steps_triton"),
 }
 
 
@@ -53,6 +54,9 @@ def attention_steps(
 
     Sequence i has `context[i]` tokens in the pages that row `slots[i]` of `table` lists; the new
     ones are written behind them, in place. No shape depends on how long a sequence is.
+
+    The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
+    memory is touched for it.
     """
     steps = resolve("attention_steps", backend, _STEPS, q)
     return steps(q, k, v, keys=keys, values=values, table=table, slots=slots, context=context)

@@ -39,7 +39,10 @@ _CONVOLUTIONS = {
     "native": Kernel("nemotron3.ops.conv.native", "causal_conv_native"),
     "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
 }
-_STEPS = {"torch": causal_conv_steps_torch}
+_STEPS = {
+    "torch": causal_conv_steps_torch,
+    "triton": Kernel("nemotron3.ops.conv.decoding.triton", "causal_conv_steps_triton"),
+}
 
 
 def causal_conv(
@@ -78,6 +81,9 @@ def causal_conv_steps(
 
     Sequence i goes on from row `slots[i]` of `tails`, which is written in place. With a `trail` the
     tails stay as they are, and the trail gets what they would be after each token.
+
+    The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
+    memory is touched for it.
     """
     steps = resolve("conv_steps", backend, _STEPS, x)
     return steps(x, weight, bias, tails=tails, slots=slots, trail=trail)

@@ -100,6 +100,9 @@ def ssd_steps(
 
     Sequence i goes on from row `slots[i]` of `states`, which is written in place. With a `trail`
     the states stay as they are, and the trail gets what they would be after each token.
+
+    The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
+    memory is touched for it.
     """
     steps = resolve("ssd_steps", backend, _STEPS, dt)
     return steps(x, dt, A, B, C, D, states, slots, trail=trail)

@@ -39,7 +39,14 @@ def _steps_kernel(
     cell = p[:, None] * D_STATE + n[None, :]
     exists = (p < HEAD_DIM)[:, None] & (n < D_STATE)[None, :]
     size = HEAD_DIM * D_STATE
-    place = states + (tl.load(slots + segment) * heads + head) * size + cell
+    slot = tl.load(slots + segment)
+    if slot < 0:
+        for t in range(LENGTH):
+            none = tl.zeros((BLOCK_P,), y.dtype.element_ty)
+            out_at = y + ((segment * LENGTH + t) * heads + head) * HEAD_DIM + p
+            tl.store(out_at, none, mask=p < HEAD_DIM)
+        return
+    place = states + (slot * heads + head) * size + cell
     state = tl.load(place, mask=exists, other=0.0).to(tl.float32)
     rate = tl.load(A + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)

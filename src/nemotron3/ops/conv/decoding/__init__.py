@@ -1,0 +1,1 @@
+"""Kernels of the convolution for a few tokens against a carried state."""
