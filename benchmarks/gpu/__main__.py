@@ -98,10 +98,10 @@ def _gpu() -> dict[str, Any]:
 def _path(options: argparse.Namespace) -> Path:
     """One file for each kind of card and day; a toy's never lies among results."""
     if options.toy:
-        return (options.out or Path(tempfile.mkdtemp())) / "toy.json"
+        return (options.out or Path(tempfile.mkdtemp())).resolve() / "toy.json"
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     kind = "tuning" if options.tune else "gpu"
-    return (options.out or RESULTS) / f"{kind}-{card}-{date.today().isoformat()}.json"
+    return (options.out or RESULTS).resolve() / f"{kind}-{card}-{date.today().isoformat()}.json"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ that are not written down. A section that is over its time says so of the parts 
 what it did not need goes to those behind it.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def run_section(section: Section, setting: Setting, record: Record, *, seconds: 
         print(f"  {name}: {_outcome(figure)} ({seconds_taken:.1f} s)", flush=True)
         if "error" in figure and not _answers(setting.device):
             return _FAULT
+        gc.collect()  # a model's parameters, before the next is made
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
     return 0

@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import cases, run
+from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.figures import ratio
 from benchmarks.gpu.record import DIED, Record, Results
 from benchmarks.gpu.run import OUT_OF_TIME, run_section, run_sections
 from benchmarks.gpu.section import Section, all_sections
-from benchmarks.gpu.sections import limits, parity
+from benchmarks.gpu.sections import kernels, limits, parity
 from benchmarks.gpu.setting import Draw, Setting
 from benchmarks.gpu.summary import as_markdown, as_text
 from benchmarks.gpu.tuning import TUNING
@@ -234,12 +237,98 @@ def test_earlier_sections_may_not_take_what_is_kept_for_later_ones(record, monke
     assert given["b"] == pytest.approx(100, abs=1)
 
 
-def test_a_slow_clock_is_said(record):
-    clock = {"events_over_host": 0.7, "clocks.sm": "1200", "clocks.max.sm": "1980"}
+def test_what_makes_a_run_doubtful_is_said(record):
+    record.put("limits", "product", {"product_flops_per_s": 8e14})
+    record.put("limits-again", "product", {"product_flops_per_s": 7.5e14})
+    assert limits.warnings(record) == []
+    record.put("limits-again", "product", {"product_flops_per_s": 5e14})
+    clock = {"events_over_host": 0.7, "clocks.sm": "900", "clocks.max.sm": "1980"}
     record.put("limits", "clocks", clock)
     said = limits.warnings(record)
     assert "events and the host's clock differ" in said[0]
-    assert "1200 of 1980 MHz" in said[1]
+    assert "900 of 1980 MHz" in said[1]
+    assert "the rate of the product went from 8e+14 to 5e+14" in said[2]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A CPU that answers as a GPU does: events read the host's clock, and all work is done at once.
+
+    Only the hardware is replaced; what is measured on it is the program's own doing.
+    """
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2_000_000_000)
+    monkeypatch.setattr("benchmarks.gpu.clock._SWEPT_BYTES", 1 << 10)
+    device = torch.device("cpu")
+    return replace(Setting.toy(), clock=Clock(device))
+
+
+def test_the_clock_times_kernels_and_steps(stand_in):
+    clock = stand_in.clock
+    slept = clock.kernel(lambda: time.sleep(0.01))
+    assert 0.01 < slept["median_s"] < 1
+    assert slept["min_s"] <= slept["median_s"] <= slept["max_s"]
+    assert slept["host_s"] > 0.01
+    assert slept["repeats"] >= 5
+    steps = clock.steps({"a": lambda: time.sleep(0.01), "b": lambda: None}, repeats=3)
+    assert steps["a"]["median_s"] > steps["b"]["median_s"]
+    assert clock.agreement(lambda: time.sleep(0.05)) == pytest.approx(1, abs=0.3)
+    assert clock.peak_bytes(lambda: None) == 2_000_000_000
+
+
+def test_measured_times_become_shares_and_ratios(stand_in, record):
+    record.put("parity", "norm", {"red": []})
+    record.put("limits", "product", {"product_flops_per_s": 1e10})
+    record.put("limits", "copy", {"copy_bytes_per_s": 1e9})
+    (small, *_) = (part for name, part in section_named("training").parts(stand_in).items())
+    kernel = kernels.measure(cases.norm(64, 64, torch.bfloat16), stand_in)
+    record.put("training", "small", small())
+    record.put("kernels", "norm", kernel)
+    head, row = section_named("kernels").table(record)
+    floor = kernel["forward"]["bytes"] / 1e9
+    shares = dict(zip(head[1:], row[1:], strict=True))
+    assert row[2] == f"{floor / kernel['forward']['triton']['median_s']:.0%}"
+    ours, theirs = (kernel["training"][name]["median_s"] for name in ("triton", "torch"))
+    assert shares["against PyTorch"] == f"{theirs / ours:.2f}x"
+    _, (name, rate, share, *_, memory) = section_named("training").table(record)
+    assert name == "small"
+    assert int(rate.replace(",", "")) > 0
+    assert share.endswith("%")
+    assert memory == "2.0 GB"
+
+
+def test_a_run_on_a_card_is_named_after_it(monkeypatch, tmp_path):
+    seen = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=8
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: seen)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: seen.name)
+    ran = []
+    monkeypatch.setattr(
+        program, "run_sections", lambda s, *_, **__: ran.append([x.name for x in s])
+    )
+    assert program.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
+    assert program.main(["--tune", "--out", str(tmp_path)]) == 0
+    assert ran == [NAMES, ["limits", "tuning"]]
+    (path,) = tmp_path.glob("gpu-nvidia-h100-80gb-hbm3-*.json")
+    machine = json.loads(path.read_text())["machine"]
+    assert machine["gpu"] == seen.name
+    assert machine["commit"] == "abc"
+    assert len(list(tmp_path.glob("tuning-nvidia-h100-80gb-hbm3-*.json"))) == 1
 
 
 def test_bytes_are_those_of_operands_and_results():

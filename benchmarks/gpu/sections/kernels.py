@@ -97,7 +97,7 @@ SECTION = Section(
     name="kernels",
     title="Kernels, one layer each, bfloat16",
     order=20,
-    budget_s=110,
+    budget_s=90,
     parts=parts,
     table=table,
 )

@@ -2,9 +2,12 @@
 
 The rate of a large bfloat16 product and the bandwidth of a large copy, which counts bytes read and
 bytes written. Clocks are read while products run, since an idle device slows down; nothing about
-them is set. The event timer is held against the host's over the same work.
+them is set, and the power limit alone keeps a device under load well below its highest clock. So a
+run is doubted where the clock is far below, or where the limits at its end are not those of its
+beginning. The event timer is held against the host's over the same work.
 """
 
+import shutil
 import subprocess
 
 import torch
@@ -15,8 +18,9 @@ from benchmarks.gpu.setting import Draw, Setting
 from nemotron3.parallel.devices import measure_product_rate
 
 _QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
-_SLOW = 0.9
-"""Share of the highest clock below which the device is called slowed down."""
+_SLOW, _MOVED = 0.5, 0.1
+"""Share of the highest clock below which a device is called slowed down, and the change of a limit
+within one run from which its figures are doubted."""
 
 
 def parts(setting: Setting) -> dict[str, Part]:
@@ -55,9 +59,10 @@ def clocks(setting: Setting) -> Figure:
             torch.mm(a, a)
 
     agreement = setting.clock.agreement(busy)
-    if setting.is_toy:
+    if setting.is_toy or not shutil.which("nvidia-smi"):
         return {"events_over_host": agreement}
-    busy()
+    for _ in range(10):  # longer than the question takes
+        busy()
     words = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     torch.cuda.synchronize()
@@ -77,6 +82,13 @@ def warnings(results: Results) -> list[str]:
             now, most = (float(seen[name]) for name in ("clocks.sm", "clocks.max.sm"))
             if now < _SLOW * most:
                 lines.append(f"{section}: the processor ran at {now:.0f} of {most:.0f} MHz")
+    for part, name in (("product", "product_flops_per_s"), ("copy", "copy_bytes_per_s")):
+        first, last = (
+            results.measured(section).get(part, {}).get(name)
+            for section in ("limits", "limits-again")
+        )
+        if first and last and abs(last / first - 1) > _MOVED:
+            lines.append(f"the rate of the {part} went from {first:.3g} to {last:.3g} per second")
     return lines
 
 

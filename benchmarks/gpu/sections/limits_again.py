@@ -7,7 +7,7 @@ SECTION = Section(
     name="limits-again",
     title="Limits at the end",
     order=100,
-    budget_s=20,
+    budget_s=25,
     parts=limits.parts,
     table=lambda results: limits.rows_of(results, "limits-again"),
 )

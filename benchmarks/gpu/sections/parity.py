@@ -202,7 +202,7 @@ SECTION = Section(
     name="parity",
     title="Parity: outputs and gradients against float64",
     order=10,
-    budget_s=150,
+    budget_s=170,
     parts=parts,
     table=table,
 )

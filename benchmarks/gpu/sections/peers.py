@@ -209,7 +209,7 @@ SECTION = Section(
     name="peers",
     title="Beside others",
     order=40,
-    budget_s=80,
+    budget_s=100,
     parts=parts,
     table=table,
 )

@@ -154,7 +154,7 @@ SECTION = Section(
     name="training",
     title="Training steps, sequences of 8,192 tokens",
     order=30,
-    budget_s=110,
+    budget_s=90,
     parts=parts,
     table=table,
 )
