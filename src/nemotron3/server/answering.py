@@ -15,9 +15,11 @@ from nemotron3.inference.requests import FinishReason, SamplingParams
 from nemotron3.server.length import assert_fits, assert_not_hopeless, texts_in
 from nemotron3.server.metrics import ServerMetrics
 from nemotron3.server.plan import ChatPlan
-from nemotron3.server.refusals import RefusedError
+from nemotron3.server.refusals import RefusedError, invalid
 
 Notes = MutableMapping[str, Any]
+
+_STEP_FAILED = "the engine failed"  # how the engine begins to say so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Desk:
     async def prepare_chat(self, plan: ChatPlan) -> Prompt:
         """Render and cut a conversation, beside the event loop: a long one takes its time."""
         limit = self.llm.max_model_len
+        if not plan.messages:
+            raise invalid(f"{plan.source} is empty; say something", plan.source)
         assert_not_hopeless(texts_in(plan.messages), limit, plan.source)
         prompt = await asyncio.to_thread(
             self.llm.prepare_chat, plan.messages, tools=plan.tools or None, **plan.options
@@ -63,7 +67,13 @@ class Desk:
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
-        return Answering(stream, self.metrics, notes, num_prompt_tokens=size)
+        return Answering(
+            stream,
+            self.metrics,
+            notes,
+            num_prompt_tokens=size,
+            has_form=params.structured is not None,
+        )
 
     async def submit_all(
         self, prompts: Sequence[Prompt], params: SamplingParams, notes: Notes
@@ -84,12 +94,19 @@ class Answering:
     """One request in the engine: its answers piece by piece, then as a whole."""
 
     def __init__(
-        self, stream: Stream, metrics: ServerMetrics, notes: Notes, *, num_prompt_tokens: int
+        self,
+        stream: Stream,
+        metrics: ServerMetrics,
+        notes: Notes,
+        *,
+        num_prompt_tokens: int,
+        has_form: bool,
     ) -> None:
         self._stream = stream
         self._metrics = metrics
         self._notes = notes
         self.num_prompt_tokens = num_prompt_tokens
+        self._has_form = has_form
         self.num_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[AnswerDelta, None]:
@@ -101,11 +118,27 @@ class Answering:
                 if first is None and delta.token_ids:
                     first = time.perf_counter()
                 self._count(len(delta.token_ids))
-                _assert_sound(delta)
+                self._assert_sound(delta)
                 yield delta
         if first is not None:
             total_s = time.perf_counter() - started
             self._metrics.count_answer(first - started, total_s, self.num_tokens)
+
+    def _assert_sound(self, delta: AnswerDelta) -> None:
+        """Raise what a client is told of an answer that did not come to its end."""
+        if delta.finish_reason is FinishReason.ERROR:
+            # A form that cannot be held to the end is the client's to change; nothing else is.
+            is_theirs = self._has_form and not (delta.error or "").startswith(_STEP_FAILED)
+            status, code = (400, "invalid_form") if is_theirs else (500, "engine_error")
+            raise RefusedError(status, f"the answer failed: {delta.error}", code=code)
+        if delta.finish_reason is FinishReason.ABORT:
+            raise RefusedError(
+                503,
+                "the server is shutting down and the answer was not finished; ask again when it "
+                "is back",
+                code="aborted",
+                headers={"Retry-After": "5"},
+            )
 
     def _count(self, num_tokens: int) -> None:
         self.num_tokens += num_tokens
@@ -125,19 +158,6 @@ class Answering:
     async def stop(self) -> None:
         """Give the request up."""
         await self._stream.aclose()
-
-
-def _assert_sound(delta: AnswerDelta) -> None:
-    if delta.finish_reason is FinishReason.ERROR:
-        raise RefusedError(500, f"the answer failed: {delta.error}", code="engine_error")
-    if delta.finish_reason is FinishReason.ABORT:
-        raise RefusedError(
-            503,
-            "the server is shutting down and the answer was not finished; ask again when it is "
-            "back",
-            code="aborted",
-            headers={"Retry-After": "5"},
-        )
 
 
 def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:

@@ -67,6 +67,7 @@ def serve(server: Server, *, host: str, port: int, drain_timeout_s: float) -> No
         log_config=None,
         access_log=False,
         server_header=False,
+        ws="none",
         timeout_graceful_shutdown=2,
     )
     try:

@@ -1,0 +1,145 @@
+"""Clients that leave, readers that are slow, too many at once, and the end of a server."""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+
+from tests.server.serving import running
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def small(model_folder):
+    """A server for one answer at a time, with room for one more to wait."""
+    with running(model_folder, max_num_seqs=1, max_num_waiting=1) as server:
+        yield server
+
+
+def begin(server, body):
+    """A connection whose request runs, and which holds little that was not read."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host, int(port)))
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def waits_until(is_so, timeout_s=20):
+    end = time.monotonic() + timeout_s
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.01)
+    return is_so()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_the_work(small, stream):
+    before = small.llm.stats().generated_tokens
+    connection = begin(small, LONG | {"stream": stream})
+    assert waits_until(lambda: small.llm.stats().num_running == 1)
+    connection.close()
+    assert small.becomes_idle()
+    assert small.llm.stats().generated_tokens - before < 2900
+    assert small.post(CHAT, LONG | {"max_tokens": 2}).status_code == 200
+
+
+def test_more_than_may_wait_are_told_to_come_back(small):
+    connections = []
+    try:
+        connections.append(begin(small, LONG))
+        assert waits_until(lambda: small.llm.stats().num_running == 1)
+        connections.append(begin(small, LONG))
+        assert waits_until(lambda: small.server.gate.num_inside == 2)
+        time.sleep(0.05)
+        answer = small.post(CHAT, LONG | {"stream": True})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert small.get("/health").status_code == 200
+    finally:
+        for connection in connections:
+            connection.close()
+    assert small.becomes_idle()
+
+
+def test_a_reader_that_is_slow_delays_nobody_and_misses_nothing(served):
+    body = LONG | {"stream": True, "max_tokens": 400, "logprobs": True, "top_logprobs": 60}
+    with begin(served, body) as connection:
+        start = connection.recv(200)
+        assert start.startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            assert served.post(CHAT, {"messages": HELLO, "max_tokens": 4}).status_code == 200
+        assert waits_until(lambda: served.llm.stats().num_running == 0, 60)
+        received = start
+        while b"[DONE]" not in received:
+            part = connection.recv(1 << 16)
+            assert part
+            received += part
+    assert received.count(b'"logprob":') > 400 * 60
+
+
+@pytest.mark.slow
+def test_the_first_signal_finishes_what_runs_and_sends_the_rest_elsewhere(model_folder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "nemotron3.cli.main", "serve", str(model_folder)]
+    command += ["--port", str(port), "--log-format", "json", "--device", "cpu"]
+    environment = os.environ | {"NEMOTRON3_API_KEY": "sesame"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=lambda: [lines.put(x) for x in process.stderr]).start()
+        try:
+            _scenario(process, f"http://127.0.0.1:{port}", lines)
+        finally:
+            process.kill()
+
+
+def _scenario(process, url, lines):
+    logged = [json.loads(lines.get(timeout=60))]
+    while "Uvicorn running" not in logged[-1]["message"]:
+        logged.append(json.loads(lines.get(timeout=60)))
+    headers = {"authorization": "Bearer sesame"}
+    received = []
+    with httpx2.stream(
+        "POST",
+        f"{url}{CHAT}",
+        json=LONG | {"stream": True, "max_tokens": 600},
+        headers=headers,
+        timeout=60,
+    ) as stream:
+        events = stream.iter_lines()
+        received += [next(events) for _ in range(8)]
+        process.send_signal(signal.SIGTERM)
+        assert waits_until(lambda: httpx2.get(f"{url}/health").status_code == 503)
+        late = httpx2.post(f"{url}{CHAT}", json=LONG, headers=headers)
+        assert late.status_code == 503
+        assert int(late.headers["retry-after"]) >= 1
+        assert late.json()["error"]["code"] == "draining"
+        received += list(events)
+    assert received[-2 if not received[-1] else -1] == "data: [DONE]"
+    assert process.wait(30) == 0
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/health")
+    while not lines.empty():
+        logged.append(json.loads(lines.get()))
+    requests = [line for line in logged if line["message"] == "request" and line["path"] == CHAT]
+    assert sorted(line["status"] for line in requests) == [200, 503]
+    assert not [line for line in logged if line["level"] == "error"]
+    assert "sesame" not in json.dumps(logged)

@@ -1,0 +1,191 @@
+"""The page to chat, in a real browser.
+
+Runs where a Chromium is installed (`apt-get install chromium`, or NEMOTRON3_CHROMIUM); set
+NEMOTRON3_SCREENSHOTS to a folder to look at what it looks like.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.server.serving import running
+
+CHROMIUM = os.environ.get("NEMOTRON3_CHROMIUM") or shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - starts a process of its own
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    pages = []
+
+    def open_page(url, **options):
+        page = browser.new_page(viewport={"width": 1000, "height": 760}, **options)
+        page.set_default_timeout(20_000)
+        page.wrong = []
+        page.on("pageerror", lambda error: page.wrong.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and page.wrong.append(said.text))
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request))
+        page.goto(url)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+def limit(page, tokens):
+    page.click("#settings")
+    page.fill("#most", str(tokens))
+    page.click("dialog button")
+
+
+def set_range(page, name, value):
+    page.eval_on_selector(
+        f"#{name}", "(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", value
+    )
+
+
+def say(page, text):
+    page.fill("#say", text)
+    page.keyboard.press("Enter")
+
+
+def answered(page):
+    page.locator("#send", has_text="Send").wait_for()
+
+
+def bodies(page):
+    return [
+        request.post_data_json for request in page.asked if request.url.endswith("/completions")
+    ]
+
+
+def look(page, name):
+    if folder := os.environ.get("NEMOTRON3_SCREENSHOTS"):
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_answer_appears_with_its_thinking_folded_and_its_figures(served, open_page, scheme):
+    page = open_page(served.url, color_scheme=scheme)
+    page.locator("#model", has_text="4,096").wait_for()
+    look(page, f"empty-{scheme}")
+    limit(page, 60)
+    set_range(page, "budget", 1)
+    assert page.text_content("#budget-shown") == "16"
+    say(page, "Hello there")
+    answered(page)
+    thinking = page.locator("details.thinking")
+    assert thinking.get_attribute("open") is None
+    assert "Thought for 1" in thinking.locator("summary").text_content()
+    assert not thinking.locator("div").is_visible()
+    thinking.locator("summary").click()
+    assert thinking.locator("div").is_visible()
+    assert page.text_content(".answer").strip()
+    assert page.text_content(".user") == "Hello there"
+    for name, sign in (
+        ("ttft", "first token"),
+        ("speed", "tokens/s"),
+        ("tokens", "of them thinking"),
+        ("drafts", "drafts accepted"),
+    ):
+        assert sign in page.text_content(f".facts .{name}")
+    (body,) = bodies(page)
+    assert body["reasoning_budget"] == 16
+    assert body["chat_template_kwargs"] == {"enable_thinking": True}
+    look(page, f"answer-{scheme}")
+    assert page.wrong == []
+    assert all(request.url.startswith((served.url, "data:")) for request in page.asked)
+
+
+def test_thinking_can_be_switched_off_and_its_budget_lifted_or_closed(served, open_page):
+    page = open_page(served.url)
+    limit(page, 12)
+    assert page.text_content("#budget-shown") == "max"
+    say(page, "one")
+    answered(page)
+    set_range(page, "budget", 0)
+    assert page.text_content("#budget-shown") == "off"
+    say(page, "two")
+    answered(page)
+    page.uncheck("#think")
+    assert page.is_disabled("#budget")
+    set_range(page, "temperature", 0)
+    say(page, "three")
+    answered(page)
+    first, second, third = bodies(page)
+    assert "reasoning_budget" not in first
+    assert second["reasoning_budget"] == 0
+    assert third["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "reasoning_budget" not in third
+    assert third["temperature"] == 0
+    assert [m["role"] for m in third["messages"]] == ["user", "assistant"] * 2 + ["user"]
+    assert "reasoning_content" in third["messages"][1]
+    assert page.locator("details.thinking:visible").count() == 1
+    page.click("#fresh")
+    assert page.locator(".user").count() == 0
+    say(page, "four")
+    answered(page)
+    assert len(bodies(page)[-1]["messages"]) == 1
+    assert page.wrong == []
+
+
+def test_stop_stops_the_engine_too(served, open_page):
+    page = open_page(served.url)
+    say(page, "Hello")
+    page.wait_for_selector("details.thinking:visible")
+    assert page.text_content("#send") == "Stop"
+    page.click("#send")
+    answered(page)
+    assert "stopped" in page.text_content(".facts")
+    assert served.becomes_idle()
+    assert page.wrong == []
+
+
+def test_text_is_text_and_code_is_code(served, open_page):
+    page = open_page(served.url)
+    shown = page.evaluate(
+        """() => {
+            const box = document.createElement("div");
+            write(box, "a <b>x</b> `c` **d**\\n\\nnext\\n```py\\n<i>1</i>\\n```\\nend");
+            return box.innerHTML;
+        }"""
+    )
+    assert shown == (
+        "<p>a &lt;b&gt;x&lt;/b&gt; <code>c</code> <strong>d</strong></p><p>next</p>"
+        "<pre><code>&lt;i&gt;1&lt;/i&gt;</code></pre><p>end</p>"
+    )
+
+
+def test_a_refusal_is_shown_and_a_key_opens(model_folder, open_page):
+    with running(model_folder, api_key="sesame") as server:
+        page = open_page(server.url)
+        page.locator("#model", has_text="key").wait_for()
+        say(page, "Hello")
+        answered(page)
+        assert "the API key is missing or wrong" in page.text_content(".wrong")
+        page.click("#settings")
+        page.fill("#key", "sesame")
+        page.fill("#most", "5")
+        page.click("dialog button")
+        page.locator("#model", has_text="tiny").wait_for()
+        say(page, "Hello")
+        answered(page)
+        assert "5 tokens" in page.text_content(".facts")
