@@ -5,6 +5,7 @@ import torch
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.steps import StepRunner
+from tests.ops.native import needs_compiler
 from tests.tiny import tiny_config, tiny_model, tokens_for
 
 CONFIG = tiny_config("MEM*E")
@@ -93,3 +94,41 @@ def test_what_is_no_step_is_refused(model, tokens):
     runner = StepRunner(model, fed(model, [5, 9]))
     with pytest.raises(ConfigError, match="as many from each, from 1 to 16"):
         runner.run(tokens, list(range(len(tokens))))
+
+
+@needs_compiler
+def test_steps_are_recorded_once_per_shape_and_anew_as_memory_grows(model, monkeypatch):
+    """Here a step in Python must not happen where a recording serves."""
+    runner = StepRunner(model, fed(model, [5, 9]))
+    passes = []
+    forward = model.hidden_states
+    monkeypatch.setattr(
+        model, "hidden_states", lambda *args, **more: passes.append(1) or forward(*args, **more)
+    )
+    for _ in range(5):
+        runner.run([[1], [2]], [0, 1])
+        runner.run([[1]], [1])
+    assert len(passes) == 2
+    runner.forget()
+    runner.run([[1]], [1])
+    assert len(passes) == 3
+    for _ in range(70):  # into the next page
+        runner.run([[1]], [1])
+    assert len(passes) == 4
+
+
+def test_steps_of_what_cannot_be_recorded_are_the_models_own():
+    model = tiny_model(CONFIG, dtype=torch.float64)
+    ours, theirs = fed(model, [5, 9]), fed(model, [5, 9])
+    runner = StepRunner(model, ours)
+    for seed in range(3):
+        tokens = drawn(2, 2, seed)
+        assert_same(runner.run(tokens, [1, 0]), plainly(model, theirs, tokens, [1, 0]))
+
+
+def test_a_recorded_step_that_does_not_continue_the_state_is_refused(model):
+    runner = StepRunner(model, fed(model, [5, 9]))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="a slot of its own"):
+            runner.run([[1], [2]], [0, 0])
+        runner.run([[1], [2]], [0, 1])

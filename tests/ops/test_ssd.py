@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.ssd import ssd
+from nemotron3.ops.ssd import ssd, ssd_rates
 from tests.ops.contract import outputs_and_gradients, randn
+from tests.ops.native import needs_compiler
 from tests.tolerances import FLOAT32, FLOAT64
 
 LENGTHS = [(1,), (7,), (16, 16), (9, 9), (5, 1, 33, 16), (1, 1, 1), (8, 3)]
@@ -109,3 +110,18 @@ def test_strong_decay_over_a_long_chunk_stays_finite():
 def test_gradcheck(lengths):
     inputs = [t.requires_grad_() for t in operands(lengths, heads=2, head_dim=2, d_state=2)]
     assert torch.autograd.gradcheck(scan(lengths, "torch"), inputs)
+
+
+@needs_compiler
+def test_native_rates_equal_the_formulas(assert_close):
+    """From steps of nearly zero to those where softplus is the identity."""
+    wide, bias, A_log = 40 * randn(50, 9).float(), randn(6).float(), randn(6).float()
+    dt = wide[:, 2:8]
+    expected = ssd_rates(dt.double(), bias.double(), A_log.double(), backend="reference")
+    for mine, wanted in zip(ssd_rates(dt, bias, A_log, backend="native"), expected, strict=True):
+        assert ((mine - wanted).abs() <= 1e-5 * wanted.abs() + 1e-37).all()
+    leaves = [dt, bias, A_log]
+    reference = outputs_and_gradients(lambda *t: ssd_rates(*t, backend="reference"), leaves)
+    native = outputs_and_gradients(lambda *t: ssd_rates(*t, backend="native"), leaves)
+    for mine, wanted in zip(native, reference, strict=True):
+        assert_close(mine, wanted, FLOAT32)

@@ -19,7 +19,6 @@ SLOTS = torch.tensor([4, 0, 3])
 CASES = [("torch", torch.float64, FLOAT64), ("torch", torch.float32, FLOAT32)]
 NATIVE = [("native", torch.float32, FLOAT32)] if native.available() else []
 every_case = pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES + NATIVE)
-every_conv_case = pytest.mark.parametrize(("backend", "dtype", "tolerance"), CASES)
 every_shape = pytest.mark.parametrize(("rows", "steps"), [(1, 1), (3, 1), (1, 5), (3, 4)])
 
 
@@ -29,15 +28,21 @@ def pool(values, slots=6):
     return held
 
 
-@every_conv_case
+@every_case
 @every_shape
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_convolution(rows, steps, backend, dtype, tolerance, has_bias, assert_close):
-    x, tails = randn(rows * steps, 7, dtype=dtype), randn(rows, 3, 7, dtype=dtype)
-    weight, bias = randn(7, 4, dtype=dtype), randn(7, dtype=dtype) if has_bias else None
+@pytest.mark.parametrize(("channels", "taps"), [(7, 4), (40, 4), (40, 3)])
+def test_convolution(
+    rows, steps, backend, dtype, tolerance, has_bias, channels, taps, assert_close
+):
+    x = randn(rows * steps, channels, dtype=dtype)
+    tails = randn(rows, taps - 1, channels, dtype=dtype)
+    weight = randn(channels, taps, dtype=dtype)
+    bias = randn(channels, dtype=dtype) if has_bias else None
     segments, slots = Segments.uniform(rows, steps), SLOTS[:rows]
     y, after = causal_conv(x, weight, bias, segments=segments, tails=tails, backend="reference")
-    held, trail = pool(tails), torch.full((rows, steps, 3, 7), torch.nan, dtype=dtype)
+    held = pool(tails)
+    trail = torch.full((rows, steps, taps - 1, channels), torch.nan, dtype=dtype)
     given = {"slots": slots, "backend": backend}
     tried = causal_conv_steps(x, weight, bias, tails=held, trail=trail, **given)
     assert torch.equal(held[slots], tails)
@@ -49,7 +54,7 @@ def test_convolution(rows, steps, backend, dtype, tolerance, has_bias, assert_cl
     assert held.isnan().all(-1).all(-1).sum() == 6 - rows
     history = torch.cat([tails, x.unflatten(0, (rows, steps))], 1)
     for t in range(steps):
-        assert torch.equal(trail[:, t], history[:, t + 1 : t + 4])
+        assert torch.equal(trail[:, t], history[:, t + 1 : t + taps])
 
 
 @every_case

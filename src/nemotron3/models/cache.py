@@ -72,6 +72,7 @@ class HybridCache:
         max_length: int = 0,
         drafts: bool = False,
     ) -> None:
+        self.dtype, self.device = dtype, device
         self.lengths = [0] * slots
         self.draft_lengths = [0] * slots
         """How much of each sequence the multi-token-prediction block has read."""
@@ -99,6 +100,13 @@ class HybridCache:
             for layer in (*self.layers, *self.draft_layers)
             if isinstance(layer, AttentionState)
         ]
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where its tensors lie; the same as long as none has been replaced by a larger one."""
+        tensors = [self.table.tensor]
+        for layer in (*self._mamba, *self._attention):
+            tensors += layer.tensors()
+        return tuple(tensor.data_ptr() for tensor in tensors)
 
     def layout(
         self,

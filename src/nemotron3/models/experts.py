@@ -25,6 +25,7 @@ from nemotron3.models.mlp import MLP
 from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.experts.activations import up_factor
 from nemotron3.ops.linear import linear
+from nemotron3.ops.routing import route
 
 
 class Routing(NamedTuple):
@@ -53,13 +54,16 @@ class Router(nn.Module):
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = linear(x.to(wide), self.weight.to(wide))
-        scores = logits.sigmoid() if c.scoring == "sigmoid" else logits.softmax(-1)
-        selection = scores.detach() + self.e_score_correction_bias
-        indices = selection.topk(c.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(-1, indices)
-        if c.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(indices, weights * c.routed_scaling_factor, scores)
+        return Routing(
+            *route(
+                logits,
+                self.e_score_correction_bias,
+                choices=c.num_experts_per_tok,
+                scoring=c.scoring,
+                normalise=c.norm_topk_prob,
+                scale=c.routed_scaling_factor,
+            )
+        )
 
 
 class RoutedExperts(nn.Module):

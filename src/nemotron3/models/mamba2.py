@@ -8,7 +8,6 @@ and not a multiple of the model's width. Positions enter the model here and nowh
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nemotron3.models.config import MambaConfig
 from nemotron3.models.layout import SequenceLayout
@@ -16,7 +15,7 @@ from nemotron3.models.linear import Linear
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.state import MambaState
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
-from nemotron3.ops.ssd import ssd, ssd_steps
+from nemotron3.ops.ssd import ssd, ssd_rates, ssd_steps
 
 
 class CausalConv1d(nn.Module):
@@ -72,10 +71,8 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self.in_proj(x).split(
             [c.inner_size, c.conv_channels, c.mamba_num_heads], dim=-1
         )
-        # Steps, decay and state in float32 at least: they accumulate over the whole sequence.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        A, D = -torch.exp(self.A_log.to(wide)), self.D.to(wide)
+        dt, A = ssd_rates(dt, self.dt_bias, self.A_log)
+        D = self.D.to(dt.dtype)
         if state is not None and layout.is_step and not torch.is_grad_enabled():
             slots = layout.slot_index(x.device)
             tail_trail, state_trail = state.trails(layout)

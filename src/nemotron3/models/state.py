@@ -63,6 +63,10 @@ class MambaState:
             self._state_trail = self.states.new_empty(*room, *self.states.shape[1:])
         return self._tail_trail[:rows, :steps], self._state_trail[:rows, :steps]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its memory."""
+        return self.tails, self.states, self._tail_trail, self._state_trail
+
     def accept(self, slots: Tensor, rows: Tensor, last: Tensor) -> None:
         """After a tentative call, let row `rows[i]` of it have ended with its token `last[i]`."""
         self.tails[slots] = self._tail_trail[rows, last]
@@ -116,6 +120,10 @@ class AttentionState:
                 flat[places[old:]] = new.detach().to(pool.dtype)
                 parts += [flat[places[:old]].to(new.dtype), new] if old else [new]
         return torch.cat(keys), torch.cat(values)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its memory."""
+        return self.keys, self.values
 
     def grow(self, pages: int) -> None:
         """Make room for so many pages in all."""

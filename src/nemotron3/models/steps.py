@@ -6,18 +6,27 @@ carried out.
     steps = StepRunner(model, cache)
     out = steps.run([[token_of_3], [token_of_0]], [3, 0])
     out.logits[:, -1].argmax(-1)                              # next tokens of slots 3 and 0
+
+The first step of each shape is the model's forward pass; where that can be recorded, those after it
+are its recording, played on new tokens, slots and lengths. It has the same bits. A recording stands
+on the memory of the cache and of the parameters: when the cache's grows a new one is made, and
+`forget` is for whoever puts other tensors into the model.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.cache import HybridCache
-from nemotron3.models.layout import MAX_STEPS, SequenceLayout
+from nemotron3.models.layout import MAX_STEPS, Places, SequenceLayout
+from nemotron3.ops.graph import Graph, can_record
+
+MAX_RECORDINGS = 64
+"""Shapes of steps that are remembered; each holds the memory of a step's results."""
 
 
 class SteppingModel(Protocol):
@@ -28,9 +37,6 @@ class SteppingModel(Protocol):
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
-
-    @property
-    def device(self) -> torch.device: ...
 
 
 class StepOutput(NamedTuple):
@@ -43,11 +49,27 @@ class StepOutput(NamedTuple):
     """For `HybridCache.accept` after a tentative step."""
 
 
+class _Shape(NamedTuple):
+    rows: int
+    length: int
+    is_tentative: bool
+
+
+class _Recording(NamedTuple):
+    graph: Graph
+    inputs: Tensor
+    """Tokens, then slots, then lengths of the context."""
+    hidden: Tensor
+    logits: Tensor
+
+
 class StepRunner:
     """Runs the steps of one model on one cache."""
 
     def __init__(self, model: SteppingModel, cache: HybridCache) -> None:
         self.model, self.cache = model, cache
+        self._recordings: dict[_Shape, _Recording] = {}
+        self._addresses = cache.addresses()
 
     def run(
         self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_tentative: bool = False
@@ -65,14 +87,63 @@ class StepRunner:
                 f"many from each, from 1 to {MAX_STEPS}: call the model for anything else"
             )
         layout = self.cache.layout([length] * rows, slots, is_tentative=is_tentative)
-        flat = torch.tensor([token for part in tokens for token in part], device=self.model.device)
-        hidden, logits = self._step(flat, layout)
-        return StepOutput(
-            hidden.unflatten(0, (rows, length)), logits.unflatten(0, (rows, length)), layout
+        inputs = torch.tensor(
+            [*(token for part in tokens for token in part), *layout.slots, *layout.context]
         )
+        shape = _Shape(rows, length, is_tentative)
+        if can_record(self.cache.dtype, self.cache.device):
+            hidden, logits = self._repeat(shape, layout, inputs)
+        else:
+            hidden, logits = self._forward(shape, layout, inputs.to(self.cache.device))
+        parts = (rows, length)
+        return StepOutput(hidden.unflatten(0, parts), logits.unflatten(0, parts), layout)
 
-    def _step(
-        self, tokens: Int[Tensor, " tokens"], layout: SequenceLayout
-    ) -> tuple[Float[Tensor, "tokens d_model"], Float[Tensor, "tokens vocab"]]:
+    def forget(self) -> None:
+        """Record anew: the model's parameters are other tensors."""
+        self._recordings.clear()
+
+    def _repeat(
+        self, shape: _Shape, layout: SequenceLayout, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Play the recording of such a step; the first one is made instead."""
+        self._drop_stale()
+        recording = self._recordings.pop(shape, None)
+        if recording is None:
+            recording = self._record(shape, layout, inputs)
+            self._drop_stale()
+            if len(self._recordings) == MAX_RECORDINGS:
+                del self._recordings[next(iter(self._recordings))]
+        else:
+            self.cache.check(layout)
+            recording.inputs.copy_(inputs)
+            recording.graph.replay()
+            self.cache.advance(layout)
+        self._recordings[shape] = recording  # the last one used is the last to go
+        return recording.hidden, recording.logits
+
+    def _drop_stale(self) -> None:
+        addresses = self.cache.addresses()
+        if addresses != self._addresses:
+            self._recordings.clear()
+            self._addresses = addresses
+
+    def _record(self, shape: _Shape, layout: SequenceLayout, inputs: Tensor) -> _Recording:
+        graph = Graph()
+        with graph.record():
+            hidden, logits = self._forward(shape, layout, inputs)
+        return _Recording(graph, inputs, hidden, logits)
+
+    def _forward(
+        self, shape: _Shape, layout: SequenceLayout, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = shape.rows
+        tokens, *places = inputs.split([rows * shape.length, rows, rows])
+        layout = SequenceLayout(
+            layout.segments,
+            context=layout.context,
+            slots=layout.slots,
+            is_tentative=layout.is_tentative,
+            places=Places(*places),
+        )
         hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
         return hidden, self.model.logits(hidden)

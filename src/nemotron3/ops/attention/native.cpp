@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "team.h"
 
 namespace {
 struct Pages {
@@ -89,47 +90,36 @@ void gather(const Pages& p, const float* scores, int64_t count, int64_t head_dim
     store_part(y + d, ((out[0] + out[1]) + (out[2] + out[3])) * share, width);
   }
 }
-}  // namespace
-
-extern "C" {
 
 // Put k, v [rows * steps, kv_heads, head_dim] behind what the pages hold, and y = attention of q
 // [rows * steps, heads, head_dim]. `keys`, `values` [pages, page_size, kv_heads, head_dim]; sequence r
 // holds context[r] tokens in the pages table[slots[r]], a row of `width`. q, k, v have rows of ldq,
 // ldk, ldv elements.
-void attention_steps(const float* q, const float* k, const float* v, float* keys, float* values,
-                     const int64_t* table, const int64_t* slots, const int64_t* context, float* y,
-                     int64_t rows, int64_t steps, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                     int64_t page_size, int64_t width, int64_t ldq, int64_t ldk, int64_t ldv,
-                     int64_t threads) {
+void steps(Team& team, const float* q, const float* k, const float* v, float* keys, float* values,
+           const int64_t* table, const int64_t* slots, const int64_t* context, float* y,
+           int64_t rows, int64_t steps, int64_t heads, int64_t kv_heads, int64_t head_dim,
+           int64_t page_size, int64_t width, int64_t ldq, int64_t ldk, int64_t ldv) {
   const int64_t group = heads / kv_heads, stride = kv_heads * head_dim;
   const float scale = 1.0f / std::sqrt((float)head_dim);
-  int64_t longest = 0, total = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    total += context[r] + steps;
-    if (context[r] + steps > longest) longest = context[r] + steps;
-  }
-  const bool worth = total * steps * heads * head_dim > 1 << 15;
-#pragma omp parallel num_threads(threads) if (worth)
-  {
-    std::vector<float> scores(longest + LANES);
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t h = 0; h < kv_heads; h++) {
-        float *ours = keys + h * head_dim, *our_values = values + h * head_dim;
-        const Pages p{ours, our_values, table + slots[r] * width, page_size, stride};
-        for (int64_t t = 0; t < steps; t++) {
-          const int64_t count = context[r] + t + 1, token = r * steps + t, at = p.at(count - 1);
-          memcpy(ours + at, k + token * ldk + h * head_dim, 4 * head_dim);
-          memcpy(our_values + at, v + token * ldv + h * head_dim, 4 * head_dim);
-          for (int64_t g = h * group; g < (h + 1) * group; g++) {
-            const float* query = q + token * ldq + g * head_dim;
-            const float sum = weigh(p, query, count, head_dim, scale, scores.data());
-            float* out = y + (token * heads + g) * head_dim;
-            gather(p, scores.data(), count, head_dim, 1.0f / sum, out);
-          }
-        }
+  std::vector<float> scores;
+  for (int64_t task; (task = team.next()) < rows * kv_heads;) {
+    const int64_t r = task / kv_heads, h = task % kv_heads;
+    float *ours = keys + h * head_dim, *our_values = values + h * head_dim;
+    const Pages p{ours, our_values, table + slots[r] * width, page_size, stride};
+    scores.resize(context[r] + steps + LANES);
+    for (int64_t t = 0; t < steps; t++) {
+      const int64_t count = context[r] + t + 1, token = r * steps + t, at = p.at(count - 1);
+      memcpy(ours + at, k + token * ldk + h * head_dim, 4 * head_dim);
+      memcpy(our_values + at, v + token * ldv + h * head_dim, 4 * head_dim);
+      for (int64_t g = h * group; g < (h + 1) * group; g++) {
+        const float* query = q + token * ldq + g * head_dim;
+        const float sum = weigh(p, query, count, head_dim, scale, scores.data());
+        float* out = y + (token * heads + g) * head_dim;
+        gather(p, scores.data(), count, head_dim, 1.0f / sum, out);
       }
+    }
   }
 }
-}
+}  // namespace
+
+SHARED(attention_steps, steps)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemotron3.ops.native import NativeFunction
+from nemotron3.ops.native import TeamFunction
 
-_steps = NativeFunction(
+_steps = TeamFunction(
     Path(__file__).with_name("native.cpp"), "attention_steps", "ppppppppp iiiiiiiiii"
 )
 
@@ -29,5 +29,6 @@ def attention_steps_native(
     y = q.new_empty(q.shape)
     sizes = (len(slots), tokens // len(slots), heads, k.shape[1], head_dim, keys.shape[1])
     strides = (table.shape[1], q.stride(0), k.stride(0), v.stride(0))
-    _steps(q, k, v, keys, values, table, slots, context, y, *sizes, *strides)
+    work = table.shape[1] * keys[0].numel() * tokens  # for sequences as long as the table allows
+    _steps(q, k, v, keys, values, table, slots, context, y, *sizes, *strides, work=work)
     return y

@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.conv.reference import causal_conv_reference
 from nemotron3.ops.conv.shifted import causal_conv_shifted
-from nemotron3.ops.conv.steps import causal_conv_steps_torch
+from nemotron3.ops.conv.steps import causal_conv_steps_native, causal_conv_steps_torch
 from nemotron3.ops.segments import Segments
 
 
@@ -41,6 +41,7 @@ _CONVOLUTIONS = {
 }
 _STEPS = {
     "torch": causal_conv_steps_torch,
+    "native": causal_conv_steps_native,
     "triton": Kernel("nemotron3.ops.conv.decoding.triton", "causal_conv_steps_triton"),
 }
 

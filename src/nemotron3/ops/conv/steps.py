@@ -4,11 +4,17 @@ The history of a sequence is its tail and its new tokens; the tail after each to
 that. Without a trail the pool goes on; with one it stays, and the trail gets every window.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from nemotron3.ops.conv.shifted import causal_conv_shifted
+from nemotron3.ops.native import TeamFunction, contiguous_rows
 from nemotron3.ops.segments import Segments
+
+_steps = TeamFunction(Path(__file__).with_name("steps.cpp"), "conv_steps", "ppppppp iiiiii")
+_MOST_TAPS = 64
 
 
 def causal_conv_steps_torch(
@@ -38,3 +44,24 @@ def causal_conv_steps_torch(
         windows = history.unfold(1, tails.shape[1], 1)[:, 1:]  # row step channel tail
         trail.copy_(windows.transpose(2, 3))
     return y.to(x.dtype)
+
+
+def causal_conv_steps_native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    tails: Tensor,
+    slots: Tensor,
+    trail: Tensor | None,
+) -> Tensor:
+    """The same in C++ (steps.cpp says how)."""
+    (channels, taps), rows = weight.shape, len(slots)
+    assert tails.is_contiguous(), "a pool of tails is never a slice"
+    assert taps <= _MOST_TAPS, f"a convolution of {taps} taps is not short"
+    x, y = contiguous_rows(x), x.new_empty(x.shape)
+    _steps(
+        x, weight.contiguous(), bias, tails, slots, trail, y, rows, len(x) // rows, taps, channels,
+        x.stride(0), 0 if trail is None else trail.stride(0), work=x.numel() * taps,
+    )  # fmt: skip
+    return y

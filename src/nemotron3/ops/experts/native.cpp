@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t BLOCK = 126;  // rows at a time: a multiple of every tile's
@@ -34,12 +35,11 @@ void gather(const float* from, int64_t ld, const int64_t* sources, int64_t choic
     memcpy(to + r * ld_to, from + sources[r] / choices * ld, 4 * width);
 }
 
-// to[t] = sum of a token's rows, in the order of its choices.
-void combine(const float* rows, const int64_t* places, int64_t choices, int64_t width, int64_t t,
-             float* to) {
-  int64_t d = 0;
-  for (; d < width; d += LANES) {
-    const int64_t n = width - d < LANES ? width - d : LANES;
+// to[t] = sum of a token's rows, in the order of its choices, in some columns.
+void combine(const float* rows, const int64_t* places, int64_t choices, int64_t width,
+             Range columns, int64_t t, float* to) {
+  for (int64_t d = columns.first; d < columns.last; d += LANES) {
+    const int64_t n = columns.last - d < LANES ? columns.last - d : LANES;
     vec total{};
     for (int64_t i = 0; i < choices; i++) {
       const float* row = rows + places[t * choices + i] * width + d;
@@ -50,10 +50,11 @@ void combine(const float* rows, const int64_t* places, int64_t choices, int64_t 
   }
 }
 
-// a [hidden] = act(h) * weight. `a` may be `h`.
-INLINE void activate(const float* h, int64_t hidden, int64_t activation, float weight, float* a) {
-  for (int64_t j = 0; j < hidden; j += LANES) {
-    const int64_t n = hidden - j < LANES ? hidden - j : LANES;
+// a [units] = act(h) * weight. `a` may be `h`; with SwiGLU the values are `hidden` behind the gates.
+INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t activation,
+                     float weight, float* a) {
+  for (int64_t j = 0; j < units; j += LANES) {
+    const int64_t n = units - j < LANES ? units - j : LANES;
     const vec first = n == LANES ? load(h + j) : load_part(h + j, n);
     vec u;
     if (activation == RELU2) {
@@ -94,53 +95,90 @@ INLINE float activate_backward(float* h, const float* da, int64_t hidden, int64_
   return sum(total);
 }
 
-// Room for a block of rows: the tokens, and what is between the two products.
+// Room for a block of rows: both matrices, turned, the tokens, and what is between the products.
 struct ForwardRoom {
   int64_t ldx, ldh;
   float *up_turned, *down_turned, *xs, *h;
-  static int64_t floats(const Shape& s, int64_t rows, bool turns) {
-    const int64_t matrices = turns ? (s.up_rows() + s.hidden) * s.width : 0;
-    return matrices + rows * (pitch(s.width) + pitch(s.up_rows()));
+  static int64_t floats(const Shape& s) {
+    return (s.up_rows() + s.hidden) * s.width + BLOCK * (pitch(s.width) + pitch(s.up_rows()));
   }
-  ForwardRoom(const Shape& s, int64_t rows, bool turns, Scratch& scratch)
-      : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {
-    up_turned = turns ? scratch.take(s.width, s.up_rows()) : nullptr;
-    down_turned = turns ? scratch.take(s.hidden, s.width) : nullptr;
-    xs = scratch.take(rows, ldx);
-    h = scratch.take(rows, ldh);
+  ForwardRoom(const Shape& s, Scratch& scratch) : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {
+    up_turned = scratch.take(s.width, s.up_rows());
+    down_turned = scratch.take(s.hidden, s.width);
+    xs = scratch.take(BLOCK, ldx);
+    h = scratch.take(BLOCK, ldh);
   }
 };
 
-// Rows first, first + 1, ... of one expert, through both products. `few` reads the matrices as they
-// lie; else they have been turned.
-void forward_rows(const Shape& s, const Order& order, bool few, int64_t first, int64_t rows,
-                  const float* x, int64_t ldx, const float* weights, const float* up,
-                  const float* down, const ForwardRoom& room, float* outputs) {
-  const int64_t *sources = order.sources + first, up_rows = s.up_rows();
-  gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
-  if (few) few_rows(rows, room.xs, room.ldx, up, 0, up_rows, s.width, room.h, room.ldh);
-  else gemm(rows, up_rows, s.width, room.xs, room.ldx, 1, room.up_turned, up_rows, room.h, room.ldh);
-  for (int64_t r = 0; r < rows; r++) {
-    float* h = room.h + r * room.ldh;
-    activate(h, s.hidden, s.activation, weights[sources[r]], h);
-  }
-  float* to = outputs + first * s.width;
-  if (few) few_rows(rows, room.h, room.ldh, down, 0, s.width, s.hidden, to, s.width);
-  else gemm(rows, s.width, s.hidden, room.h, room.ldh, 1, room.down_turned, s.width, to, s.width);
-}
-
-void forward_expert(const Shape& s, const Order& order, bool few, int64_t expert, const float* x,
+// All rows of one expert, by one thread.
+void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                     int64_t ldx, const float* weights, const float* up, const float* down,
                     const ForwardRoom& room, float* outputs) {
-  const int64_t end = order.bounds[expert + 1];
-  if (!few) {
-    transpose(up, s.width, s.up_rows(), s.width, room.up_turned, s.up_rows());
-    transpose(down, s.hidden, s.width, s.hidden, room.down_turned, s.width);
+  const int64_t end = order.bounds[expert + 1], up_rows = s.up_rows();
+  transpose(up, s.width, up_rows, s.width, room.up_turned, up_rows);
+  transpose(down, s.hidden, s.width, s.hidden, room.down_turned, s.width);
+  for (int64_t first = order.bounds[expert]; first < end; first += BLOCK) {
+    const int64_t rows = end - first < BLOCK ? end - first : BLOCK;
+    const int64_t* sources = order.sources + first;
+    gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
+    gemm(rows, up_rows, s.width, room.xs, room.ldx, 1, room.up_turned, up_rows, room.h, room.ldh);
+    for (int64_t r = 0; r < rows; r++) {
+      float* h = room.h + r * room.ldh;
+      activate(h, s.hidden, s.hidden, s.activation, weights[sources[r]], h);
+    }
+    gemm(rows, s.width, s.hidden, room.h, room.ldh, 1, room.down_turned, s.width,
+         outputs + first * s.width, s.width);
   }
-  const int64_t block = few ? FEW_ROWS : BLOCK;
-  for (int64_t first = order.bounds[expert]; first < end; first += block)
-    forward_rows(s, order, few, first, end - first < block ? end - first : block, x, ldx, weights,
-                 up, down, room, outputs);
+}
+
+// Few tokens: bound by the reading of matrices, of which every thread takes its part of each.
+// `units` [rows, up_rows] is room for what is between the products.
+void forward_few(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
+                 const float* weights, const float* up, const float* down, float* units,
+                 float* outputs, float* y) {
+  const int64_t up_rows = s.up_rows();
+  const Range hidden = team.share(s.hidden, LANES), columns = team.share(s.width, LANES);
+  const int64_t most = s.tokens * s.choices;  // rows of an expert: a token may choose it twice
+  Scratch scratch(most * s.width);
+  float* xs = scratch.take(most, s.width);
+  for (int64_t e = 0; e < s.experts; e++) {
+    const int64_t first = order.bounds[e], rows = order.bounds[e + 1] - first;
+    if (rows == 0) continue;
+    const int64_t* sources = order.sources + first;
+    gather(x, ldx, sources, s.choices, rows, s.width, xs, s.width);
+    const float* matrix = up + e * up_rows * s.width;
+    float* h = units + first * up_rows;
+    for (int64_t at = 0; at < up_rows; at += s.hidden)
+      few_rows(rows, xs, s.width, matrix, at + hidden.first, at + hidden.last, s.width, h, up_rows);
+    for (int64_t r = 0; r < rows; r++) {
+      float* part = h + r * up_rows + hidden.first;
+      activate(part, hidden.last - hidden.first, s.hidden, s.activation, weights[sources[r]], part);
+    }
+  }
+  team.wait();
+  for (int64_t e = 0; e < s.experts; e++) {
+    const int64_t first = order.bounds[e], rows = order.bounds[e + 1] - first;
+    if (rows)
+      few_rows(rows, units + first * up_rows, up_rows, down + e * s.hidden * s.width, columns.first,
+               columns.last, s.hidden, outputs + first * s.width, s.width);
+  }
+  for (int64_t t = 0; t < s.tokens; t++)
+    combine(outputs, order.places, s.choices, s.width, columns, t, y);
+}
+
+void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
+                  const float* weights, const float* up, const float* down, float* outputs,
+                  float* y) {
+  Scratch scratch(ForwardRoom::floats(s));
+  const ForwardRoom room(s, scratch);
+  for (int64_t e; (e = team.next()) < s.experts;)
+    if (order.bounds[e] < order.bounds[e + 1])
+      forward_expert(s, order, e, x, ldx, weights, up + e * s.up_rows() * s.width,
+                     down + e * s.hidden * s.width, room, outputs);
+  team.wait();
+  const Range tokens = team.share(s.tokens);
+  for (int64_t t = tokens.first; t < tokens.last; t++)
+    combine(outputs, order.places, s.choices, s.width, {0, s.width}, t, y);
 }
 
 struct BackwardRoom {
@@ -194,13 +232,11 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
            s.width);
   }
 }
-}  // namespace
-
-extern "C" {
 
 // Order rows by expert, keeping the order of tokens: a counting sort.
-void experts_order(const int64_t* indices, int64_t* bounds, int64_t* sources, int64_t* places,
-                   int64_t rows, int64_t experts, int64_t) {
+void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* sources,
+                int64_t* places, int64_t rows, int64_t experts) {
+  if (team.thread) return;
   for (int64_t e = 0; e <= experts; e++) bounds[e] = 0;
   for (int64_t i = 0; i < rows; i++) bounds[indices[i] + 1]++;
   for (int64_t e = 0; e < experts; e++) bounds[e + 1] += bounds[e];
@@ -213,28 +249,33 @@ void experts_order(const int64_t* indices, int64_t* bounds, int64_t* sources, in
   bounds[0] = 0;
 }
 
-// y [tokens, width]; `outputs` [rows, width] is room for the experts' results.
-void experts_forward(const float* x, const float* weights, const float* up, const float* down,
-                     int64_t* bounds, int64_t* sources, int64_t* places, float* outputs, float* y,
-                     int64_t tokens, int64_t choices, int64_t experts, int64_t width,
-                     int64_t hidden, int64_t activation, int64_t ldx, int64_t threads) {
+// y [tokens, width]; `outputs` [rows, width] is room for the experts' results. Few tokens come with
+// room for hidden `units` [rows, up_rows], many with null.
+void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
+             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* outputs,
+             float* y, int64_t tokens, int64_t choices, int64_t experts, int64_t width,
+             int64_t hidden, int64_t activation, int64_t ldx) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
-  const bool few = tokens <= FEW_ROWS;
-  const int64_t rows = few ? FEW_ROWS : BLOCK;
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch scratch(ForwardRoom::floats(s, rows, !few));
-    const ForwardRoom room(s, rows, !few, scratch);
-#pragma omp for schedule(dynamic)
-    for (int64_t e = 0; e < experts; e++)
-      if (bounds[e] < bounds[e + 1])
-        forward_expert(s, order, few, e, x, ldx, weights, up + e * s.up_rows() * width,
-                       down + e * hidden * width, room, outputs);
-#pragma omp for
-    for (int64_t t = 0; t < tokens; t++) combine(outputs, places, choices, width, t, y);
-  }
+  if (units) forward_few(team, s, order, x, ldx, weights, up, down, units, outputs, y);
+  else forward_many(team, s, order, x, ldx, weights, up, down, outputs, y);
 }
+
+// a [rows, hidden] = act(h), row by row.
+void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t hidden,
+                   int64_t activation) {
+  const int64_t wide = activation == SWIGLU ? 2 * hidden : hidden;
+  const Range part = team.share(rows);
+  for (int64_t r = part.first; r < part.last; r++)
+    activate(h + r * wide, hidden, hidden, activation, 1.0f, a + r * hidden);
+}
+}  // namespace
+
+SHARED(experts_order, order_rows)
+SHARED(experts_forward, forward)
+SHARED(activate_forward, activate_rows)
+
+extern "C" {
 
 // Gradients; `dxs` [rows, width] is room for those of single rows. dx with dxs, d_up and d_down may
 // be null.
@@ -259,18 +300,9 @@ void experts_backward(const float* x, const float* weights, const float* up, con
                       d_down ? d_down + e * hidden * width : nullptr, room);
     if (dx) {
 #pragma omp for
-      for (int64_t t = 0; t < tokens; t++) combine(dxs, places, choices, width, t, dx);
+      for (int64_t t = 0; t < tokens; t++) combine(dxs, places, choices, width, {0, width}, t, dx);
     }
   }
-}
-
-// a [rows, hidden] = act(h), row by row.
-void activate_forward(const float* h, float* a, int64_t rows, int64_t hidden, int64_t activation,
-                      int64_t threads) {
-  const int64_t wide = activation == SWIGLU ? 2 * hidden : hidden;
-#pragma omp parallel for num_threads(threads) if (rows * hidden > WORTH_THREADS)
-  for (int64_t r = 0; r < rows; r++)
-    activate(h + r * wide, hidden, activation, 1.0f, a + r * hidden);
 }
 
 // dh of act(h), given the gradient of its result.

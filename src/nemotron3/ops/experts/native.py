@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nemotron3.ops.experts.activations import Activation, up_factor
-from nemotron3.ops.native import NativeFunction, contiguous_rows
+from nemotron3.ops.native import FEW_ROWS, NativeFunction, TeamFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_order = NativeFunction(_SOURCE, "experts_order", "pppp ii")
-_forward = NativeFunction(_SOURCE, "experts_forward", "ppppppppp iiiiiii")
+_order = TeamFunction(_SOURCE, "experts_order", "pppp ii")
+_forward = TeamFunction(_SOURCE, "experts_forward", "pppppppppp iiiiiii")
 _backward = NativeFunction(_SOURCE, "experts_backward", "ppppppppppppp iiiiiiii")
-_activate = NativeFunction(_SOURCE, "activate_forward", "pp iii")
+_activate = TeamFunction(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 
@@ -39,7 +39,7 @@ def _order_rows(indices: Tensor, experts: int) -> _Order:
     """Where each expert's rows begin, the (token, choice) of each row, and the row of each."""
     bounds = indices.new_empty(experts + 1)
     sources, places = torch.empty_like(indices), torch.empty_like(indices)
-    _order(indices, bounds, sources, places, indices.numel(), experts)
+    _order(indices, bounds, sources, places, indices.numel(), experts, work=0)
     return bounds, sources, places
 
 
@@ -53,8 +53,11 @@ def _apply(
 ) -> Tensor:
     outputs = x.new_empty(weights.numel(), x.shape[1])
     y = x.new_empty(x.shape)
+    few = len(x) <= FEW_ROWS
+    units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = _sizes(weights, down, activation)
-    _forward(x, weights, up, down, *order, outputs, y, *sizes, x.stride(0))
+    work = weights.numel() * up[0].numel()
+    _forward(x, weights, up, down, *order, units, outputs, y, *sizes, x.stride(0), work=work)
     return y
 
 
@@ -102,7 +105,8 @@ def activate_native(h: Tensor, activation: Activation) -> Tensor:
 def _hidden_units(h: Tensor, activation: Activation) -> Tensor:
     hidden = h.shape[-1] // up_factor(activation)
     a = h.new_empty(*h.shape[:-1], hidden)
-    _activate(h, a, a.numel() // hidden, hidden, _ACTIVATIONS[activation])
+    rows = a.numel() // hidden
+    _activate(h, a, rows, hidden, _ACTIVATIONS[activation], work=a.numel())
     return a
 
 

@@ -3,8 +3,11 @@
 // Many rows go through gemm.h in blocks, each of which belongs to one thread. The forward pass turns
 // a strip of W at a time, so that its vectors run along the outputs; the gradients need no turning.
 // A few rows (decoding) go through rows.h, which reads W once, as it lies.
+#include <memory>
+
 #include "gemm.h"
 #include "rows.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t STRIP = detail::WIDTH;
@@ -17,39 +20,32 @@ int64_t share(int64_t rows, int64_t threads) {
   const int64_t tasks = (rows + BLOCK * threads - 1) / (BLOCK * threads) * threads;
   return (rows + tasks * TILE_ROWS - 1) / (tasks * TILE_ROWS) * TILE_ROWS;
 }
-}  // namespace
-
-extern "C" {
-
 // y [rows, outputs] = x [rows, inputs] W^T.
-void linear_forward(const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
-                    int64_t inputs, int64_t ldx, int64_t threads) {
+void forward(Team& team, const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
+             int64_t inputs, int64_t ldx) {
   if (rows <= FEW_ROWS) {
-    const int64_t block = 64, blocks = (outputs + block - 1) / block;
-#pragma omp parallel for num_threads(threads) if (outputs * inputs > WORTH_THREADS)
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t last = (b + 1) * block < outputs ? (b + 1) * block : outputs;
-      few_rows(rows, x, ldx, w, b * block, last, inputs, y, outputs);
-    }
+    const Range part = team.share(outputs, LANES);
+    few_rows(rows, x, ldx, w, part.first, part.last, inputs, y, outputs);
     return;
   }
   const int64_t strips = (outputs + STRIP - 1) / STRIP, blocks = (rows + BLOCK - 1) / BLOCK;
-#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
-  {
-    float* turned = new float[STRIP * inputs];
-    int64_t held = -1;
-#pragma omp for
-    for (int64_t task = 0; task < strips * blocks; task++) {
-      const int64_t strip = task / blocks, row = task % blocks * BLOCK, n = strip * STRIP;
-      const int64_t width = outputs - n < STRIP ? outputs - n : STRIP;
-      if (strip != held) transpose(w + n * inputs, inputs, width, inputs, turned, STRIP);
-      held = strip;
-      gemm(rows - row < BLOCK ? rows - row : BLOCK, width, inputs, x + row * ldx, ldx, 1, turned,
-           STRIP, y + row * outputs + n, outputs);
-    }
-    delete[] turned;
+  const std::unique_ptr<float[]> turned(new float[STRIP * inputs]);
+  const Range part = team.share(strips * blocks);
+  int64_t held = -1;
+  for (int64_t task = part.first; task < part.last; task++) {
+    const int64_t strip = task / blocks, row = task % blocks * BLOCK, n = strip * STRIP;
+    const int64_t width = outputs - n < STRIP ? outputs - n : STRIP;
+    if (strip != held) transpose(w + n * inputs, inputs, width, inputs, turned.get(), STRIP);
+    held = strip;
+    gemm(rows - row < BLOCK ? rows - row : BLOCK, width, inputs, x + row * ldx, ldx, 1,
+         turned.get(), STRIP, y + row * outputs + n, outputs);
   }
 }
+}  // namespace
+
+SHARED(linear_forward, forward)
+
+extern "C" {
 
 // dx [rows, inputs] = dy [rows, outputs] W.
 void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron3.ops.native import NativeFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = NativeFunction(_SOURCE, "linear_forward", "ppp iiii")
+_forward = TeamFunction(_SOURCE, "linear_forward", "ppp iiii")
 _backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iiii")
 _backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiiii")
 
@@ -30,7 +30,9 @@ def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
     x = contiguous_rows(x)
     outputs, inputs = weight.shape
     y = x.new_empty(x.shape[0], outputs) if into is None else into
-    _forward(x, weight, y, x.shape[0], outputs, inputs, x.stride(0))
+    rows = x.shape[0]
+    work = rows * outputs * inputs
+    _forward(x, weight, y, rows, outputs, inputs, x.stride(0), work=work)
     return y
 
 

@@ -7,6 +7,25 @@ the model spends its time in have a third implementation beside `reference` and 
 """
 
 from nemotron3.ops.native.build import available
-from nemotron3.ops.native.calls import NativeFunction, contiguous_rows, serves
+from nemotron3.ops.native.calls import (
+    FEW_ROWS,
+    NativeFunction,
+    Program,
+    SharedCall,
+    TeamFunction,
+    contiguous_rows,
+    recording,
+    serves,
+)
 
-__all__ = ["NativeFunction", "available", "contiguous_rows", "serves"]
+__all__ = [
+    "FEW_ROWS",
+    "NativeFunction",
+    "Program",
+    "SharedCall",
+    "TeamFunction",
+    "available",
+    "contiguous_rows",
+    "recording",
+    "serves",
+]

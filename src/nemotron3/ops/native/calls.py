@@ -1,6 +1,11 @@
 """Calling the compiled functions with tensors."""
 
 import ctypes
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,16 @@ from torch import Tensor
 
 from nemotron3.ops.native.build import library
 
+WORTH_THREADS = 1 << 15
+"""Multiply-adds below which the start of a second thread costs more than it gains."""
+
+FEW_ROWS = 8
+"""Up to which a product reads its matrix as it lies (rows.h)."""
+
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_WORDS = {"p": "q", "i": "q", "f": "d"}
+
+Argument = Tensor | int | float | None
 
 
 class NativeFunction:
@@ -25,8 +39,9 @@ class NativeFunction:
         self.types = [*(_TYPES[letter] for letter in signature if letter != " "), ctypes.c_int64]
         self._function: Any = None
 
-    def __call__(self, *arguments: Tensor | int | float | None) -> None:
+    def __call__(self, *arguments: Argument) -> None:
         """Run it on the threads that PyTorch uses."""
+        assert not _recordings, f"{self.name} cannot be recorded; make it a TeamFunction"
         function = self._function
         if function is None:
             function = getattr(library(self.source), self.name)
@@ -36,6 +51,81 @@ class NativeFunction:
             *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
             torch.get_num_threads(),
         )
+
+
+class TeamFunction:
+    """A compiled function that a team of threads calls together (team.h): it can be recorded.
+
+    `signature` as that of `NativeFunction`.
+    """
+
+    def __init__(self, source: Path, name: str, signature: str) -> None:
+        self.source, self.name = source, name
+        letters = signature.replace(" ", "")
+        self._words = struct.Struct("".join(_WORDS[letter] for letter in letters))
+
+    def __call__(self, *arguments: Argument, work: int) -> None:
+        """Run it; `work`, in multiply-adds, says whether more than one thread is worth it."""
+        words = self._words.pack(
+            *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
+        )
+        self._alone(words, torch.get_num_threads() if work > WORTH_THREADS else 1)
+        if _recordings:
+            operands = tuple(a for a in arguments if isinstance(a, Tensor))
+            _recordings[-1].append(SharedCall(self._shared, words, operands))
+
+    @cached_property
+    def _alone(self) -> Any:
+        function = getattr(library(self.source), self.name)
+        function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_int64), None
+        return function
+
+    @cached_property
+    def _shared(self) -> int:
+        function = getattr(library(self.source), f"{self.name}_shared")
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@dataclass(frozen=True)
+class SharedCall:
+    """A call of a `TeamFunction` that a program can repeat."""
+
+    function: int
+    """Address of what a thread of the team calls."""
+    words: bytes
+    operands: tuple[Tensor, ...]
+    """They have to stay alive."""
+
+
+_recordings: list[list[Any]] = []
+
+
+@contextmanager
+def recording(calls: list[Any]) -> Iterator[None]:
+    """Append every compiled call within to `calls`, as a `SharedCall`."""
+    _recordings.append(calls)
+    try:
+        yield
+    finally:
+        _recordings.pop()
+
+
+class Program:
+    """Calls of compiled functions, done one after another by one team of threads."""
+
+    def __init__(self, calls: list[SharedCall]) -> None:
+        self._calls = calls
+        self._words = [ctypes.create_string_buffer(call.words, len(call.words)) for call in calls]
+        self._table = (ctypes.c_int64 * (2 * len(calls)))()
+        for i, (call, words) in enumerate(zip(calls, self._words, strict=True)):
+            self._table[2 * i : 2 * i + 2] = [call.function, ctypes.addressof(words)]
+        self._run = library(Path(__file__).with_name("program.cpp")).run_program
+        self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._run.restype = None
+
+    def __call__(self) -> None:
+        """Do all of it."""
+        self._run(self._table, len(self._calls), torch.get_num_threads())
 
 
 def serves(x: Tensor) -> bool:

@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "simd.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t SPAN = 64;
@@ -82,20 +83,21 @@ void norm_row_back(const Shape& s, const float* x, const float* gate, const floa
     }
   }
 }
-}  // namespace
-
-extern "C" {
 
 // y [rows, width] = weight * normed; gate may be null.
-void norm_forward(const float* x, const float* gate, const float* weight, float* y, int64_t rows,
-                  int64_t width, int64_t groups, int64_t ldx, int64_t ldgate, float eps,
-                  int64_t threads) {
+void forward(Team& team, const float* x, const float* gate, const float* weight, float* y,
+             int64_t rows, int64_t width, int64_t groups, int64_t ldx, int64_t ldgate, float eps) {
   const Shape s{rows, width, groups, eps};
   const auto run = gate ? norm_row<true> : norm_row<false>;
-#pragma omp parallel for num_threads(threads) if (rows * width > WORTH_THREADS)
-  for (int64_t r = 0; r < rows; r++)
+  const Range part = team.share(rows);
+  for (int64_t r = part.first; r < part.last; r++)
     run(s, x + r * ldx, gate ? gate + r * ldgate : x, weight, y + r * width);
 }
+}  // namespace
+
+SHARED(norm_forward, forward)
+
+extern "C" {
 
 // dx and dgate [rows, width], dw [width]; gate and dgate may be null.
 void norm_backward(const float* x, const float* gate, const float* weight, const float* dy,

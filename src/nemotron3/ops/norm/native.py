@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = NativeFunction(_SOURCE, "norm_forward", "pppp iiiii f")
+_forward = TeamFunction(_SOURCE, "norm_forward", "pppp iiiii f")
 _backward = NativeFunction(_SOURCE, "norm_backward", "ppppppp iiiiii f")
 
 
@@ -42,7 +42,7 @@ def _rows(x: Tensor) -> Tensor:
 def _norm(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     y = x.new_empty(x.shape)
     strides = (x.stride(0), 0 if gate is None else gate.stride(0))
-    _forward(x, gate, weight, y, *x.shape, groups, *strides, eps)
+    _forward(x, gate, weight, y, *x.shape, groups, *strides, eps, work=x.numel())
     return y
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd.chunked import ssd_chunked
 from nemotron3.ops.ssd.native import ssd_native, ssd_steps_native
+from nemotron3.ops.ssd.rates import ssd_rates_native, ssd_rates_torch
 from nemotron3.ops.ssd.reference import ssd_reference
 from nemotron3.ops.ssd.step import ssd_steps_torch
 
@@ -53,6 +55,24 @@ _STEPS = {
     "native": _widened_steps(ssd_steps_native),
     "triton": Kernel("nemotron3.ops.ssd.decoding.triton", "ssd_steps_triton"),
 }
+
+_RATES = {"reference": ssd_rates_torch, "torch": ssd_rates_torch, "native": ssd_rates_native}
+
+
+def ssd_rates(
+    dt: Float[Tensor, "tokens head"],
+    dt_bias: Float[Tensor, " head"],
+    A_log: Float[Tensor, " head"],
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "tokens head"], Float[Tensor, " head"]]:
+    """Step sizes softplus(dt + dt_bias) and decay rates -e^A_log: `dt` and `A` of the scan.
+
+    In float32 at least: they accumulate over the whole sequence.
+    """
+    wide = torch.promote_types(dt.dtype, torch.float32)
+    dt, dt_bias, A_log = dt.to(wide), dt_bias.to(wide), A_log.to(wide)
+    return resolve("ssd_rates", backend, _RATES, dt)(dt, dt_bias, A_log)
 
 
 def ssd(

@@ -16,6 +16,7 @@
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t CHUNK = 48;  // tokens: whole tiles, and whole vectors
@@ -505,8 +506,8 @@ struct Trail {
 
 // The recurrence, token by token; only the first reads what is far away, the others find in the cache
 // what the one before has written.
-void steps(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head,
-           const Trail& trail, float* y) {
+void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head,
+                   const Trail& trail, float* y) {
   const int64_t P = s.head_dim, N = s.d_state, group = head / s.per_group();
   const float* from = trail.from;
   float* to = trail.to;
@@ -523,30 +524,31 @@ void steps(const Shape& s, const Operands& o, int64_t row, int64_t length, int64
       step_rows<1>(N, from + p * N, to + p * N, decay, dt, D, x + p, B, C, out + p);
   }
 }
-}  // namespace
-
-extern "C" {
 
 // As ssd_forward, for `length` tokens of each of `rows` sequences, which go on from states[slots[r]]
 // [heads, head_dim, d_state]. Those are written in place, unless there is a trail [rows, length, ...],
 // with `ldtrail` between its rows, for the states after each token.
-void ssd_steps(const float* x, const float* dt, const float* A, const float* B, const float* C,
-               const float* D, float* states, const int64_t* slots, float* trail, float* y,
-               int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
-               int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC,
-               int64_t ldtrail, int64_t threads) {
+void steps(Team& team, const float* x, const float* dt, const float* A, const float* B,
+           const float* C, const float* D, float* states, const int64_t* slots, float* trail,
+           float* y, int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
+           int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC, int64_t ldtrail) {
   const Shape s{heads, head_dim, groups, d_state};
   const Operands o{x, dt, A, B, C, D, states, ldx, lddt, ldB, ldC};
   const int64_t of_head = head_dim * d_state, size = heads * of_head;
-#pragma omp parallel for num_threads(threads) if (rows * size > WORTH_THREADS)
-  for (int64_t i = 0; i < rows * heads; i++) {
+  const Range part = team.share(rows * heads);
+  for (int64_t i = part.first; i < part.last; i++) {
     const int64_t row = i / heads, head = i % heads;
     float* state = states + slots[row] * size + head * of_head;
     const Trail kept = trail ? Trail{state, trail + row * ldtrail + head * of_head, size}
                              : Trail{state, state, 0};
-    steps(s, o, row, length, head, kept, y);
+    steps_of_head(s, o, row, length, head, kept, y);
   }
 }
+}  // namespace
+
+SHARED(ssd_steps, steps)
+
+extern "C" {
 
 // y [tokens, heads, head_dim] and the states after each segment.
 void ssd_forward(const float* x, const float* dt, const float* A, const float* B, const float* C,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction
+from nemotron3.ops.native import NativeFunction, TeamFunction
 from nemotron3.ops.segments import Segments
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = NativeFunction(_SOURCE, "ssd_forward", "pppppppppp iiiiiiiii")
 _backward = NativeFunction(_SOURCE, "ssd_backward", "ppppppppppppppppp iiiiiiiiii")
-_steps = NativeFunction(_SOURCE, "ssd_steps", "pppppppppp iiiiiiiiiii")
+_steps = TeamFunction(_SOURCE, "ssd_steps", "pppppppppp iiiiiiiiiii")
 
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -59,7 +59,7 @@ def ssd_steps_native(
     y, rows = _like(x), len(slots)
     _steps(
         *operands, slots, trail, y, rows, len(x) // rows, *_sizes(operands),
-        0 if trail is None else trail.stride(0),
+        0 if trail is None else trail.stride(0), work=rows * states[0].numel(),
     )  # fmt: skip
     return y
 

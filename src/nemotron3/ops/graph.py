@@ -1,0 +1,151 @@
+"""Recording what a function does on the CPU, to do it again without the function.
+
+A decoding step of a small model is a few hundred operations of some microseconds, and the Python
+that decides on them takes longer than they do. A `Graph` runs the function once, keeps every
+operation with its operands and results, and replays them on the same memory: a CPU's counterpart of
+a CUDA graph. Whoever replays writes the new inputs into the tensors that were recorded, and reads
+the results from where they were.
+
+    graph = Graph()
+    with graph.record():
+        y = f(x)
+    x.copy_(other)
+    graph.replay()         # y is f(other)
+
+Compiled operations in a row become a `Program`, which one team of threads goes through without
+coming back to Python; PyTorch's are called as they were. What the function decides from shapes or
+from values that it reads is fixed by the recording, so reading a value is refused where PyTorch
+lets one see it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemotron3.ops import native
+from nemotron3.ops.native import Program, SharedCall, TeamFunction
+
+_READS_VALUES = {
+    f"aten::{name}"
+    for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose")
+}
+_SOURCE = Path(native.__file__).with_name("program.cpp")
+_add = TeamFunction(_SOURCE, "add", "ppp i")
+_pick_rows = TeamFunction(_SOURCE, "pick_rows", "ppp ii")
+
+
+class Graph:
+    """A sequence of operations on fixed memory."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record what is done within, which has to be without gradients."""
+        assert not torch.is_grad_enabled(), "a graph has no gradients"
+        calls: list[Any] = []
+        with native.recording(calls), _Recorder(calls):
+            yield
+        self._steps = _joined(calls)
+
+    def replay(self) -> None:
+        """Do it all again."""
+        for step in self._steps:
+            step()
+
+
+def _joined(calls: list[Any]) -> list[Callable[[], object]]:
+    """Compiled calls in a row as one program."""
+    steps: list[Callable[[], object]] = []
+    row: list[SharedCall] = []
+    for call in [*calls, None]:
+        if isinstance(call, SharedCall):
+            row.append(call)
+            continue
+        if row:
+            steps.append(Program(row))
+            row = []
+        if call is not None:
+            steps.append(call)
+    return steps
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes PyTorch's operations; compiled ones note themselves."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in _READS_VALUES:
+            raise RuntimeError(f"{name} reads the value of a tensor; a graph cannot record that")
+        compiled = _compiled(name, args, kwargs)
+        if compiled is not None:
+            return compiled
+        result = func(*args, **kwargs)
+        call = partial(func, *args, **kwargs)
+        if func._schema.is_mutable:
+            self.calls.append(call)
+        elif "empty" not in name:
+            outputs = _tensors(result)
+            operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if outputs and not _shares_memory(outputs[0], operands):
+                self.calls.append(partial(_again, call, outputs))
+        return result
+
+
+def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """The result of a compiled operation with the same bits, where there is one for this call."""
+    if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
+        return None
+    a, b = args
+    if not (a.is_contiguous() and b.is_contiguous() and native.serves(a)):
+        return None
+    if name == "aten::add" and native.serves(b) and a.shape == b.shape:
+        y = torch.empty_like(a)
+        _add(a, b, y, a.numel(), work=a.numel())
+        return y
+    if name == "aten::embedding" and b.dtype == torch.int64 and b.device == a.device:
+        y = a.new_empty(*b.shape, a.shape[1])
+        _pick_rows(a, b, y, b.numel(), a.shape[1], work=y.numel())
+        return y
+    return None
+
+
+def _again(call: Callable[[], Any], outputs: list[Tensor]) -> None:
+    """Run an operation that makes new tensors, and put them where the first ones are."""
+    for old, new in zip(outputs, _tensors(call()), strict=True):
+        old.copy_(new)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """What an operation returned, if it was tensors."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for t in result if isinstance(t, Tensor)] if isinstance(result, tuple | list) else []
+
+
+def _shares_memory(result: Tensor, operands: list[Tensor]) -> bool:
+    """Whether a result is a view, or an operand itself."""
+    memory = result.untyped_storage().data_ptr()
+    return any(memory == operand.untyped_storage().data_ptr() for operand in operands)
+
+
+def can_record(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether all that a model does with such tensors can be recorded.
+
+    Compiled operations decide nothing in Python; PyTorch's way to route tokens to experts does.
+    """
+    return native.serves(torch.empty(0, dtype=dtype, device=device)) and native.available()

@@ -1,0 +1,78 @@
+// Choosing experts, a token at a time: scores, the largest of them with the bias, their weights.
+//
+// The largest are found one by one, a pass over the scores each; there are a few dozen at most. Of
+// equal ones the first counts. A NaN is taken for the largest, as PyTorch does, so that it arrives.
+#include <cmath>
+#include <memory>
+
+#include "simd.h"
+#include "team.h"
+
+namespace {
+INLINE vec read(const float* p, int64_t n, float beyond) {
+  if (n >= LANES) return load(p);
+  vec v = splat(beyond);
+  memcpy(&v, p, 4 * n);
+  return v;
+}
+INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+
+INLINE float largest(vec v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+void score(const float* logits, float* scores, int64_t n, bool softmax) {
+  vec most = splat(-INFINITY), total{};
+  if (softmax)
+    for (int64_t i = 0; i < n; i += LANES) most = max(most, read(logits + i, n - i, -INFINITY));
+  const float top = softmax ? largest(most) : 0.0f;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const vec x = read(logits + i, n - i, -INFINITY);
+    const vec s = softmax ? exp(x - top) : sigmoid(x);
+    write(scores + i, s, n - i);
+    if (softmax) total += read(scores + i, n - i, 0.0f);
+  }
+  if (softmax) {
+    const float sum_of_all = sum(total);
+    for (int64_t i = 0; i < n; i++) scores[i] /= sum_of_all;
+  }
+}
+
+int64_t take_largest(float* values, int64_t n) {
+  vec most = splat(-INFINITY);
+  for (int64_t i = 0; i < n; i += LANES) most = max(most, load(values + i));
+  const float top = largest(most);
+  int64_t i = 0;
+  while (i + 1 < n && values[i] != top) i++;
+  values[i] = -INFINITY;
+  return i;
+}
+
+// indices, weights [tokens, choices] and scores [tokens, experts]; logits have rows of ldlogits.
+void route(Team& team, const float* logits, const float* bias, int64_t* indices, float* weights,
+           float* scores, int64_t tokens, int64_t experts, int64_t choices, int64_t ldlogits,
+           int64_t softmax, int64_t normalise, float scale) {
+  const int64_t padded = (experts + LANES - 1) / LANES * LANES;
+  const std::unique_ptr<float[]> left(new float[padded]);
+  const Range part = team.share(tokens);
+  for (int64_t t = part.first; t < part.last; t++) {
+    float *s = scores + t * experts, *w = weights + t * choices, total = 1e-20f;
+    score(logits + t * ldlogits, s, experts, softmax);
+    for (int64_t i = 0; i < padded; i++) {
+      const float value = i < experts ? s[i] + bias[i] : -INFINITY;
+      left[i] = value != value ? INFINITY : value;
+    }
+    for (int64_t i = 0; i < choices; i++) {
+      const int64_t chosen = take_largest(left.get(), experts);
+      indices[t * choices + i] = chosen;
+      w[i] = s[chosen];
+      total += w[i];
+    }
+    for (int64_t i = 0; i < choices; i++) w[i] = (normalise ? w[i] / total : w[i]) * scale;
+  }
+}
+}  // namespace
+
+SHARED(route, route)
