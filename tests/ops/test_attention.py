@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemotron3.ops.attention import attention
+from nemotron3.ops.attention import attention, sdpa
 from nemotron3.ops.segments import Segments
 from tests.ops.contract import outputs_and_gradients, randn
 from tests.tolerances import FLOAT64
@@ -38,6 +38,19 @@ def test_equals_reference(queries, keys, heads, kv_heads, assert_close):
     ]
     expected = outputs_and_gradients(attend(queries, keys, "reference"), inputs)
     actual = outputs_and_gradients(attend(queries, keys, "torch"), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, FLOAT64)
+
+
+@pytest.mark.parametrize("way", ["some queries at a time", "flash attention's corner"])
+def test_queries_behind_many_keys(way, assert_close, monkeypatch):
+    if way == "some queries at a time":
+        monkeypatch.setattr(sdpa, "_MOST_SCORES", 4 * 40 * 3)
+    else:  # without a device the corner is written out by PyTorch itself
+        monkeypatch.setattr(sdpa, "can_use_flash_attention", lambda _: True)
+    inputs = [randn(25, 4, 8), randn(48, 2, 8), randn(48, 2, 8)]
+    expected = outputs_and_gradients(attend((14, 11), (33, 15), "reference"), inputs)
+    actual = outputs_and_gradients(attend((14, 11), (33, 15), "torch"), inputs)
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, FLOAT64)
 

@@ -118,8 +118,11 @@ class AttentionState:
             for pool, new, parts in ((self.keys, new_k, keys), (self.values, new_v, values)):
                 flat = pool.flatten(0, 1)
                 flat[places[old:]] = new.detach().to(pool.dtype)
-                parts += [flat[places[:old]].to(new.dtype), new] if old else [new]
-        return torch.cat(keys), torch.cat(values)
+                if old and new.dtype == pool.dtype and not new.requires_grad:
+                    parts.append(flat[places])  # of a million keys one copy, not two
+                else:
+                    parts += [flat[places[:old]].to(new.dtype), new] if old else [new]
+        return _joined(keys), _joined(values)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its memory."""
@@ -137,6 +140,10 @@ class AttentionState:
         """Copy what a page holds into another."""
         self.keys[target] = self.keys[source]
         self.values[target] = self.values[source]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 LayerState = MambaState | AttentionState
