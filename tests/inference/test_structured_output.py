@@ -335,6 +335,46 @@ def test_answers_of_one_grammar_do_not_notice_each_other(compiler, tokenizer):
     assert not before[2]
 
 
+WEARING = r"(ab|ba)*(a|b)*a(a|b){12}( k)?"
+
+
+def test_a_grammar_in_long_use_does_not_wear_out(tokenizer, monkeypatch):
+    """Automata that copies share grow until they fail, for whoever asks next."""
+    monkeypatch.setitem(structured_output._LIMITS, "max_lexer_states", 200)
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
+    structured, compiled = StructuredOutput(kind="regex", value=WEARING), []
+    for seed in range(12):
+        one = chooser(compiler, tokenizer, structured, seed=seed)
+        text, is_whole = written(one, tokenizer, drafts=seed % 3, salt=seed)
+        assert is_whole
+        assert re.fullmatch(WEARING, text)
+        matcher = compiler._compiled[("regex", WEARING)]
+        if matcher not in compiled:
+            compiled.append(matcher)
+    assert len(compiled) > 1, "it was compiled anew, or the test tests nothing"
+
+
+def test_a_grammar_beyond_its_limits_is_an_error(tokenizer, monkeypatch):
+    monkeypatch.setitem(structured_output._LIMITS, "max_lexer_states", 10)
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
+    with pytest.raises(ConfigError, match="too many states"):
+        chooser(compiler, tokenizer, StructuredOutput(kind="regex", value="([a-z]{3,9}x|y)*a"))
+
+
+def test_an_answer_beyond_the_limits_fails_by_itself(tokenizer, monkeypatch):
+    monkeypatch.setitem(structured_output._LIMITS, "max_lexer_states", 40)
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
+    structured = StructuredOutput(kind="regex", value=WEARING)
+    for seed in range(20):
+        one = chooser(compiler, tokenizer, structured, seed=seed)
+        try:
+            written(one, tokenizer, length=40, salt=seed)
+        except AssertionError:
+            assert "cannot be held to its form any further" in (one.error or "")
+            return
+    pytest.fail("no answer met the limit, so nothing was tested")
+
+
 def test_only_so_many_grammars_are_kept(compiler, monkeypatch):
     monkeypatch.setattr(structured_output, "_MAX_CACHED", 3)
     for i in random.Random(0).choices(range(9), k=60):

@@ -31,14 +31,16 @@ Decided here:
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
 from importlib import import_module
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nemotron3.errors import ConfigError, DataError, DependencyMissingError
@@ -57,6 +59,9 @@ class GrammarCompiler:
     """Compiles what requests ask for, over one vocabulary; one object per engine.
 
     Compiled grammars are kept, the most recently used ones, since a service asks for the same few.
+    An automaton grows with what has been written under it, in all answers together, and fails at
+    its limit; it is compiled anew then, so that a grammar in long use does not wear out. May be
+    asked from several threads.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class GrammarCompiler:
         )
         self._limits = self._lib.LLParserLimits(**_LIMITS)
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._lock = Lock()
         self._end = vocabulary.think_end_id
         self._eos = vocabulary.stop_ids
         has_glue = style is not None and style.reasoning_end.endswith("\n")
@@ -83,8 +89,15 @@ class GrammarCompiler:
                 "structured output needs a token that ends the answer and ignore_eos leaves none; "
                 "leave out ignore_eos or give stop_token_ids"
             )
+        key = (structured.kind, _text(structured))
+        matcher = self._matcher(key)
+
+        def renew() -> Any:
+            return self._matcher(key, worn=matcher).deep_copy()
+
         return AnswerConstraint(
-            self._matcher(structured).deep_copy(),
+            matcher.deep_copy(),
+            renew=renew,
             vocab_size=self._vocab_size,
             stop_ids=stop_ids,
             eos_ids=self._eos,
@@ -92,20 +105,21 @@ class GrammarCompiler:
             glue_ids=self._glue,
         )
 
-    def _matcher(self, structured: StructuredOutput) -> Any:
-        key = (structured.kind, _text(structured))
-        matcher = self._compiled.get(key)
-        if matcher is None:
-            matcher = self._lib.LLMatcher(
-                self._tokens, self._grammar(*key), log_level=0, limits=self._limits
-            )
-            if matcher.is_error():
-                raise ConfigError(_cannot_hold(structured.kind, matcher.get_error()))
-            self._compiled[key] = matcher
+    def _matcher(self, key: tuple[str, str], *, worn: Any = None) -> Any:
+        with self._lock:
+            matcher = self._compiled.get(key)
+            if matcher is None or matcher is worn:
+                matcher = self._lib.LLMatcher(
+                    self._tokens, self._grammar(*key), log_level=0, limits=self._limits
+                )
+                matcher.compute_bitmask()  # the first step may be too complex already
+                if matcher.is_error():
+                    raise ConfigError(_cannot_hold(key[0], _message(matcher)))
+                self._compiled[key] = matcher
+            self._compiled.move_to_end(key)
             while len(self._compiled) > _MAX_CACHED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return matcher
+            return matcher
 
     def _grammar(self, kind: str, text: str) -> str:
         matcher = self._lib.LLMatcher
@@ -138,6 +152,7 @@ class AnswerConstraint:
         self,
         matcher: Any,
         *,
+        renew: Callable[[], Any],
         vocab_size: int,
         stop_ids: frozenset[int],
         eos_ids: Iterable[int],
@@ -145,6 +160,8 @@ class AnswerConstraint:
         glue_ids: frozenset[int],
     ) -> None:
         self._matcher = matcher
+        self._renew = renew
+        self._taken: list[int] = []  # by the grammar
         self._vocab_size = vocab_size
         self._stop_ids = stop_ids
         self._stops = torch.tensor(sorted(stop_ids))
@@ -163,12 +180,9 @@ class AnswerConstraint:
             allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
             allowed[self._stops] = True
             return allowed
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        bits = np.unpackbits(bits, bitorder="little", count=self._vocab_size)
+        bits = np.unpackbits(self._bits(), bitorder="little", count=self._vocab_size)
         allowed = torch.as_tensor(bits, dtype=torch.bool)
         allowed[self._ends] = False
-        if self._matcher.is_error():
-            raise DataError(f"the answer's form became too complex: {self._matcher.get_error()}")
         allowed[self._stops] = self._matcher.is_accepting()
         if not allowed.any():
             raise DataError(
@@ -194,14 +208,26 @@ class AnswerConstraint:
                     self._phase = _Phase.ENDED
                 else:
                     self._matcher.consume_token(token)
+                    self._taken.append(token)
             case _Phase.ENDED:
                 pass
 
     def fork(self) -> "AnswerConstraint":
         """An independent copy, to look ahead along drafted tokens."""
         fork = copy.copy(self)
-        fork._matcher = self._matcher.deep_copy()
+        fork._matcher, fork._taken = self._matcher.deep_copy(), list(self._taken)
         return fork
+
+    def _bits(self) -> NDArray[np.uint8]:
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._matcher = self._renew()
+            self._matcher.consume_tokens(self._taken)
+            bits = self._matcher.compute_bitmask()
+            if self._matcher.is_error():
+                why = _message(self._matcher)
+                raise DataError(f"the answer cannot be held to its form any further: {why}")
+        return np.frombuffer(bits, dtype=np.uint8)
 
 
 class _Trie:
@@ -274,6 +300,10 @@ def _schema_text(schema: Any) -> str:
     if not isinstance(schema, dict):
         raise ConfigError(f"json_schema is {text}; give an object ({{}} for any JSON value)")
     return text
+
+
+def _message(matcher: Any) -> str:
+    return matcher.get_error().partition("\n<")[0]  # after that the state, or that it is left out
 
 
 def _cannot_hold(kind: str, why: str) -> str:
