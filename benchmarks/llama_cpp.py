@@ -19,9 +19,17 @@ from tests.oracles import llama_cpp as oracle
 
 
 def write_gguf(binary: Path, pair: Pair) -> Path:
-    """Convert the pair's weights, in a process of its own: the converter is talkative."""
-    path = pair.folder / "model.gguf"
-    words = [sources_of(binary), pair.folder, path, pair.ours.config.vocab_size]
+    """Convert the pair's weights."""
+    return write_gguf_of(binary, pair.folder, pair.ours.config.vocab_size)
+
+
+def write_gguf_of(binary: Path, folder: Path, vocab_size: int) -> Path:
+    """Convert a model directory, in a process of its own: the converter is talkative.
+
+    The tokenizer in the folder is replaced by one that the converter takes.
+    """
+    path = folder / "model.gguf"
+    words = [sources_of(binary), folder, path, vocab_size]
     command = [sys.executable, "-m", "benchmarks.llama_cpp", *map(str, words)]
     root = Path(__file__).parent.parent
     run = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True)

@@ -37,8 +37,6 @@ class Prompt:
     is_reasoning_open: bool = False
     """Whether the prompt ends inside a `<think>` block."""
     tools: tuple[Tool, ...] = ()
-    boundaries: tuple[int, ...] = ()
-    """Lengths at which another prompt is likely to part from this one."""
     force_nonempty_content: bool = False
     """Give the reasoning as the content where the content would be empty."""
 

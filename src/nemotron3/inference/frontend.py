@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from nemotron3.errors import ConfigError, DataError
@@ -67,13 +68,11 @@ class Frontend:
             rendered = self.template.render(messages, tools=tools, **options)
             ids = rendered.tokens(self.tokenizer).ids
             is_open = rendered.is_reasoning_open
-        turns = [i for i, token in enumerate(ids) if token == self.tokenizer.im_start_id]
         return Prompt(
             ids=tuple(ids),
             is_chat=True,
             is_reasoning_open=is_open,
             tools=tuple(parse_tools(tools)),
-            boundaries=tuple(turns[-_KEPT_BOUNDARIES:]),
             force_nonempty_content=force_nonempty_content,
         )
 
@@ -110,7 +109,7 @@ class Frontend:
             request_id=request_id,
             prompt=prompt.ids,
             params=params,
-            boundaries=prompt.boundaries,
+            boundaries=self._turns(prompt.ids),
             make_stop=lambda: StopStrings(self.tokenizer, params) if params.stop else None,
             make_budget=budget,
             make_constraint=lambda: form.fork() if form is not None else None,
@@ -122,6 +121,12 @@ class Frontend:
             Answer(prompt, params, self.tokenizer, index, self.eos_ids) for index in range(params.n)
         ]
         return Answers(request_id, prompt, each)
+
+    def _turns(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Where the last turns of a conversation begin, whoever rendered it."""
+        start = self.tokenizer.token_to_id(IM_START)
+        places = (i for i in range(len(ids) - 1, 0, -1) if ids[i] == start)
+        return tuple(islice(places, _KEPT_BOUNDARIES))
 
     @cached_property
     def _budget_ids(self) -> BudgetIds:

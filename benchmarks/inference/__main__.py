@@ -1,0 +1,169 @@
+"""Inference beside llama.cpp's server and transformers, in one run, on the same weights.
+
+    python -m benchmarks.inference --llama-cpp build/bin/llama-server          # random weights
+    python -m benchmarks.inference --model runs/tiny/model --llama-cpp ...     # trained ones
+
+Float32, the same threads for all (OMP_NUM_THREADS). Our server runs twice, with drafts by
+multi-token prediction and without; so does llama.cpp's where the model has such a block. Before
+anything is timed, ours and llama.cpp's have to write the same greedy tokens, with drafts and
+without. Peers take turns; what is printed are medians and ratios. Results go to
+benchmarks/results/.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.inference import servers, workloads
+from benchmarks.inference.client import Client
+from benchmarks.inference.workloads import Workload
+from benchmarks.models import configs, load_theirs
+from benchmarks.timing import interleave
+
+from benchmarks import llama_cpp, machine
+from nemotron3.models import huggingface
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.text import Tokenizer
+
+RESULTS = Path(__file__).parent.parent / "results"
+_TEXT = ["to be or not to be that is the question " * 8]
+
+
+def chosen(names: list[str] | None) -> list[Workload]:
+    """The workloads by name, all where none is named."""
+    every = [
+        workloads.stream(),
+        workloads.prefill(512),
+        workloads.prefill(2048),
+        workloads.second_turn(),
+        workloads.clients(8),
+        workloads.clients(32),
+    ]
+    return [w for w in every if not names or any(w.name.startswith(name) for name in names)]
+
+
+def random_model(name: str, folder: Path) -> Path:
+    """A new model of a benchmark's size with a tokenizer that goes with it."""
+    model = LanguageModel.from_config(configs()[name], seed=0)
+    model.save_pretrained(folder)
+    Tokenizer.train(_TEXT, vocab_size=400).save(folder)
+    return folder
+
+
+def agree(clients: dict[str, Client], vocab: int) -> dict[str, int]:
+    """For how many greedy tokens each peer writes what ours writes without drafts."""
+    prompt = torch.randint(20, vocab, (100,), generator=torch.Generator().manual_seed(5)).tolist()
+    ours = clients["ours"].ask(prompt, 48).tokens
+    same = {}
+    for name, client in clients.items():
+        theirs = client.ask(prompt, 48).tokens
+        pairs = zip(ours, theirs, strict=True)
+        same[name] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours))
+    return same
+
+
+def measure(
+    path: Path, llama: Path | None, wanted: list[Workload], *, repeats: int, threads: int
+) -> dict[str, Any]:
+    """All figures of one model."""
+    config = huggingface.read_config(path)
+    has_mtp = bool(config.pattern.mtp)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        start = stack.enter_context
+        clients = {"ours": start(servers.ours(path, threads=threads, drafts=0))}
+        if has_mtp:
+            clients["ours, drafts"] = start(servers.ours(path, threads=threads))
+        if llama:
+            for_llama = folder / "model"
+            shutil.copytree(path, for_llama)
+            gguf = llama_cpp.write_gguf_of(llama, for_llama, config.vocab_size)
+            clients["llama.cpp"] = start(servers.llama_cpp(llama, gguf, threads=threads))
+            if has_mtp:
+                peer = servers.llama_cpp(llama, gguf, threads=threads, drafts=3, slots=1)
+                clients["llama.cpp, drafts"] = start(peer)
+        same = agree(clients, config.vocab_size)
+        print("  same greedy tokens, of 48: " + ", ".join(f"{n} {s}" for n, s in same.items()))
+        if min(same.values()) < 48:
+            print("  NOT COMPARED: the peers do not run the same model")
+            return {"same_tokens": same, "figures": []}
+        theirs = load_theirs(path)
+        figures = []
+        for workload in wanted:
+            peers = {
+                name: workloads.contestant(workload, client, config.vocab_size)
+                for name, client in clients.items()
+                if not (workload.name.endswith("clients") and name == "llama.cpp, drafts")
+            }
+            third = workloads.by_transformers(workload, theirs, config.vocab_size)
+            peers |= {"transformers": third} if third else {}
+            samples = interleave(peers, repeats=repeats)
+            rates = {name: sample.rate(workload.tokens) for name, sample in samples.items()}
+            figures.append({"name": workload.name, "tokens_per_s": rates})
+            print("  " + line(figures[-1]), flush=True)
+    return {"same_tokens": same, "figures": figures}
+
+
+def line(figure: dict[str, Any]) -> str:
+    """One figure in words, each peer beside the best of the others' median."""
+    rates = {name: rate["median"] for name, rate in figure["tokens_per_s"].items()}
+    peers = [rate for name, rate in rates.items() if not name.startswith("ours")]
+    best = max(peers, default=None)
+    cells = [
+        f"{name} {rate:.0f}" + (f" ({rate / best:.2f}x)" if best and "ours" in name else "")
+        for name, rate in rates.items()
+    ]
+    return f"{figure['name']:24}{', '.join(cells)} tokens/s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, action="append", help="a trained model directory")
+    parser.add_argument("--random", nargs="*", choices=list(configs()), help="random weights")
+    parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a built llama-server")
+    parser.add_argument("--workloads", nargs="+", help="only those whose name begins so")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if options.llama_cpp is None:
+        print("llama.cpp is left out: no --llama-cpp PATH to a built llama-server")
+    load = machine.load_average()
+    machine.warn_if_busy(load)
+    names = options.random if options.random is not None else []
+    if not names and not options.model:
+        names = ["30m-latent"]
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.inference", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": machine.description() | {"load_before": load},
+        "models": {},
+    }
+    settings = {"repeats": options.repeats, "threads": options.threads}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: random_model(name, Path(folder) / name) for name in names}
+        paths |= {path.resolve().parent.name: path for path in options.model or ()}
+        for name, path in paths.items():
+            print(name)
+            result["models"][name] = measure(
+                path, options.llama_cpp, chosen(options.workloads), **settings
+            )
+    result["machine"]["load_after"] = machine.load_average()
+    options.out.mkdir(parents=True, exist_ok=True)
+    target = options.out / f"inference-{'-'.join(result['models'])}-{result['date']}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""One client for both servers: token ids in, the times of the answer's tokens out.
+
+Both are asked for greedy tokens and told to ignore the end, so that all write as many. What HTTP
+and JSON cost is part of what is measured, for both alike.
+"""
+
+import http.client
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One answer: its tokens, and seconds from the request to its first and its last."""
+
+    tokens: tuple[int, ...]
+    first_s: float
+    last_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """Talks to one server on this machine."""
+
+    port: int
+    path: str
+    model: str | None = None
+    """Named in the request where the server wants it."""
+
+    def ask(self, prompt: Sequence[int], count: int) -> Timed:
+        """Have `count` tokens written."""
+        body = self._body(list(prompt), count)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        start = time.perf_counter()
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", self.path, json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise SystemExit(f"{self.path} answers {response.status}: {response.read()[:500]!r}")
+        tokens: list[int] = []
+        first = last = 0.0
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            new = _tokens(json.loads(line[6:]))
+            if new:
+                last = time.perf_counter() - start
+                first = first or last
+                tokens += new
+        connection.close()
+        if len(tokens) != count:
+            raise SystemExit(f"{self.path} wrote {len(tokens)} tokens, {count} were asked for")
+        return Timed(tuple(tokens), first, last)
+
+    def ask_all(self, prompts: Sequence[Sequence[int]], count: int, *, clients: int) -> float:
+        """Seconds until so many clients, each with one request at a time, have all answers."""
+        start = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda prompt: self.ask(prompt, count), prompts))
+        return time.perf_counter() - start
+
+    def _body(self, prompt: list[int], count: int) -> dict[str, Any]:
+        common = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "stream": True}
+        if self.model is None:
+            return common | {"n_predict": count, "return_tokens": True, "cache_prompt": True}
+        return common | {"model": self.model, "max_tokens": count, "return_token_ids": True}
+
+
+def _tokens(event: dict[str, Any]) -> list[int]:
+    if "tokens" in event:
+        return [] if event.get("stop") else event["tokens"]
+    return [token for choice in event.get("choices", ()) for token in choice.get("token_ids") or ()]

@@ -1,0 +1,82 @@
+"""Starting the servers that are compared, each in a process of its own, and stopping them."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.inference.client import Client
+
+_START_S = 300
+
+
+@contextlib.contextmanager
+def ours(model: Path, *, threads: int, drafts: int | None = None) -> Iterator[Client]:
+    """Our server; `drafts` 0 turns speculation off."""
+    port = _free_port()
+    command = [sys.executable, "-m", "nemotron3.cli.main", "serve", model, "--port", port]
+    command += ["--served-model-name", "m", "--max-model-len", 8192, "--device", "cpu"]
+    command += [] if drafts is None else ["--max-draft-tokens", drafts]
+    with _running(command, port, threads):
+        yield Client(port=port, path="/v1/completions", model="m")
+
+
+@contextlib.contextmanager
+def llama_cpp(
+    binary: Path, gguf: Path, *, threads: int, slots: int = 32, drafts: int = 0
+) -> Iterator[Client]:
+    """llama.cpp's server, with as many slots as ours; `drafts` by its MTP."""
+    port = _free_port()
+    command = [binary, "-m", gguf, "--port", port, "-t", threads, "-tb", threads]
+    command += ["-np", slots, "-c", 8192 * 4, "--kv-unified", "--no-webui", "-fa", "off"]
+    command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", drafts] if drafts else []
+    with _running(command, port, threads):
+        yield Client(port=port, path="/completion")
+
+
+@contextlib.contextmanager
+def _running(command: list, port: int, threads: int) -> Iterator[None]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    words = [str(word) for word in command]
+    if not (Path(words[0]).exists() or shutil.which(words[0])):
+        raise SystemExit(f"{words[0]} does not exist")
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    try:
+        _wait_for(port, process, words)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen, words: list[str]) -> None:
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise SystemExit(f"the server has ended with {process.returncode}: {' '.join(words)}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise SystemExit(f"the server does not answer after {_START_S} s: {' '.join(words)}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

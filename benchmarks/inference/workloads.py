@@ -1,0 +1,114 @@
+"""What is measured: one stream, many clients, a long prompt, the second turn of a chat.
+
+A workload draws new random prompts each time it runs, so that no peer finds one it has seen; the
+draws are the same for all peers. Times are those of the workload's own subject: of a stream the
+time between its tokens, of a prompt the time to the first one.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from benchmarks.inference.client import Client
+from benchmarks.timing import Contestant
+from torch import nn
+
+_OPENS_TURN = 10
+"""`<|im_start|>` in the family's vocabularies; to the other programs a token like any other."""
+
+Draw = Callable[[int], list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A name, the tokens that its seconds are for, and how a peer is asked."""
+
+    name: str
+    tokens: int
+    seconds: Callable[[Client, random.Random, Draw], float]
+
+
+def stream(count: int = 128, prompt: int = 128) -> Workload:
+    """Tokens of one answer after its first."""
+
+    def seconds(client: Client, _: random.Random, draw: Draw) -> float:
+        answer = client.ask(draw(prompt), count)
+        return answer.last_s - answer.first_s
+
+    return Workload(name="one stream", tokens=count - 1, seconds=seconds)
+
+
+def prefill(prompt: int) -> Workload:
+    """A prompt, to its first token."""
+
+    def seconds(client: Client, _: random.Random, draw: Draw) -> float:
+        return client.ask(draw(prompt), 1).first_s
+
+    return Workload(name=f"prompt of {prompt}", tokens=prompt, seconds=seconds)
+
+
+def clients(number: int, count: int = 48) -> Workload:
+    """Answers for clients that come together, prompts of mixed lengths."""
+
+    def seconds(client: Client, chance: random.Random, draw: Draw) -> float:
+        prompts = [draw(chance.randint(16, 256)) for _ in range(number)]
+        return client.ask_all(prompts, count, clients=number)
+
+    return Workload(name=f"{number} clients", tokens=number * count, seconds=seconds)
+
+
+def second_turn(prompt: int = 2048, answer: int = 32, more: int = 40) -> Workload:
+    """The second turn of a chat with a model that thinks, to its first token.
+
+    The template leaves the first turn's reasoning out of the history, so the second prompt parts
+    from what was read and written right behind the mark that opened the answer.
+    """
+
+    def seconds(client: Client, _: random.Random, draw: Draw) -> float:
+        until_answer = [*draw(prompt - 3), _OPENS_TURN]
+        client.ask([*until_answer, *draw(2)], answer)
+        return client.ask([*until_answer, *draw(more)], 1).first_s
+
+    return Workload(name=f"second turn after {prompt}", tokens=more, seconds=seconds)
+
+
+def contestant(workload: Workload, client: Client, vocab: int) -> Contestant:
+    """One peer at one workload; its n-th run has the same prompts as every other peer's n-th."""
+    runs = iter(range(10**9))
+
+    def run() -> float:
+        chance = random.Random(next(runs))
+        return workload.seconds(client, chance, lambda n: chance.choices(range(20, vocab), k=n))
+
+    return run
+
+
+def by_transformers(workload: Workload, model: nn.Module, vocab: int) -> Contestant | None:
+    """`generate` at the same work, prompts of a batch of one length; None where it has no form."""
+    runs = iter(range(10**9))
+
+    def generate(batch: int, length: int, count: int) -> float:
+        chance = torch.Generator().manual_seed(next(runs))
+        tokens = torch.randint(20, vocab, (batch, length), generator=chance)
+        options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count}
+        return _timed(lambda: model.generate(tokens, do_sample=False, **options))
+
+    match workload.name.split():
+        case ["one", "stream"]:
+            count = workload.tokens + 1
+            return lambda: generate(1, 128, count) - generate(1, 128, 1)
+        case ["prompt", "of", length]:
+            return lambda: generate(1, int(length), 1)
+        case [number, "clients"]:
+            return lambda: generate(int(number), 136, workload.tokens // int(number))
+    return None
+
+
+def _timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        action()
+    return time.perf_counter() - start
