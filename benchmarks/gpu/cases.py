@@ -68,22 +68,14 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def layer_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> list[Case]:
     """All operations of a model's layers on one sequence of `tokens`."""
-    mamba, moe = config.mamba, config.moe
+    mamba = config.mamba
     assert mamba is not None
-    assert moe is not None
     return [
         scan(mamba, (tokens,), dtype, flops=tokens * _scan_flops(config, tokens)),
         convolution(mamba.conv_channels, (tokens,), dtype),
         gated_norm(tokens, mamba.inner_size, mamba.n_groups, dtype),
         norm(tokens, config.hidden_size, dtype),
-        experts(
-            tokens,
-            moe.n_routed_experts,
-            moe.num_experts_per_tok,
-            width=moe.moe_latent_size or config.hidden_size,
-            hidden=moe.moe_intermediate_size,
-            dtype=dtype,
-        ),
+        layer_experts(config, tokens, dtype),
         cross_entropy(tokens, config.hidden_size, config.vocab_size, dtype),
     ]
 
@@ -394,6 +386,21 @@ def experts(
         size=f"{tokens} tokens, {k} of {count} experts {width} x {hidden}{used_words}",
         flops=2.0 * tokens * k * (rows + hidden) * width,
         draw=draw,
+    )
+
+
+def layer_experts(config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:
+    """The routed experts of a model's layer."""
+    moe = config.moe
+    assert moe is not None
+    return experts(
+        tokens,
+        moe.n_routed_experts,
+        moe.num_experts_per_tok,
+        width=moe.moe_latent_size or config.hidden_size,
+        hidden=moe.moe_intermediate_size,
+        dtype=dtype,
+        activation=moe.activation,
     )
 
 

@@ -120,6 +120,7 @@ def compile_layers(config: ModelConfig, tokens: int = 8192) -> list[tuple[str, C
     steps = [cases.decoding_steps(mamba, 8, 4, half, kept=k) for k in (False, True)]
     steps += [cases.convolution_steps(mamba.conv_channels, 8, n, half, kept=n > 1) for n in (1, 4)]
     steps += [cases.attention_steps_of(attention, [1 << 17] * 2, n, half) for n in (1, 4)]
+    steps.append(cases.layer_experts(config, 8, half))
     with compiling() as found:
         for case in [*cases.layer_cases(config, tokens, torch.bfloat16), *steps]:
             problem = case.draw(Draw(torch.device("meta"), 0))

@@ -50,6 +50,21 @@ def test_half_precision(dtype, activation, up_rows, assert_close):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_tiles_of_a_device(tokens, assert_close, monkeypatch):
+    """At the sizes of a GPU, with few rows for each expert and with more."""
+    from nemotron3.ops.experts import triton as kernels  # noqa: PLC0415 - after the interpreter
+
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "_MOST_OF_FEW", 4)
+    blocks = kernels._product_blocks(torch.float16, 3 * tokens, 16)
+    assert blocks.rows == (16 if tokens == 1 else 128)
+    indices, inputs = operands(tokens, 16, 3, d=130, width=70)
+    inputs = [t.to(torch.float16) for t in inputs]
+    against_reference(indices, inputs, "relu2", BFLOAT16, assert_close)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 def test_an_expert_nobody_chose_gets_zero_gradient():
     indices, inputs = operands(5, 4, 2)
     inputs = [t.float() for t in inputs]

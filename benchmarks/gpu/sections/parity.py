@@ -81,6 +81,7 @@ def operations(config: ModelConfig, setting: Setting) -> dict[str, list[Case]]:
             *(cases.norm(tokens, config.hidden_size, dtype) for tokens in (1, 37)),
             cases.norm(9, 33, dtype),
             cases.experts(1, 2 * k, k, width=width, hidden=hidden, dtype=dtype),
+            cases.experts(9, 4 * k, k, width=width, hidden=hidden, dtype=dtype),
             cases.experts(37, 3 * k, k, used=2 * k, width=width, hidden=hidden, dtype=dtype),
             cases.experts(23, 5, 2, width=35, hidden=20, dtype=dtype),
             cases.experts(23, 5, 2, width=35, hidden=20, activation="swiglu", dtype=dtype),

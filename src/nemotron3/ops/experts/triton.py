@@ -13,8 +13,10 @@ does not fill its last tile is masked, not padded, and the host waits for nothin
 * A token's k results are added by a gather in the order of its slots.
 
 So no number is written by two programs and no sum depends on timing. Tiles have one size per dtype
-rather than the best for each shape: a token's result depends on nothing but its own row. SwiGLU
-takes the same products, with its activation between them in PyTorch.
+rather than the best for each shape: a token's result depends on nothing but its own row. Decoding
+has a second one, for so few rows that reading the experts is all there is to it: low tiles, and
+narrow, so that there are enough of them to keep the memory busy. SwiGLU takes the same products,
+with its activation between them in PyTorch.
 """
 
 # Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
@@ -72,7 +74,8 @@ def routed_experts_triton(
     require_kernel_dtypes("experts", x, up, down)
     if not torch.is_grad_enabled():
         x, weights, up, down = (t.detach() for t in (x, weights, up, down))
-    plan = _sort_by_expert(indices, up.shape[0], _blocks(x.dtype, _PRODUCT).rows)
+    blocks = _product_blocks(x.dtype, indices.numel(), up.shape[0])
+    plan = _sort_by_expert(indices, up.shape[0], blocks.rows)
     return _RoutedExperts.apply(x, weights, up, down, plan, activation)
 
 
@@ -115,7 +118,8 @@ class _RoutedExperts(torch.autograd.Function):
         dh = torch.empty_like(h)
         if ctx.activation == "relu2":
             a = torch.empty_like(h)
-            parts = int(triton.cdiv(h.shape[1], _blocks(x.dtype, _PRODUCT).columns))
+            blocks = _product_blocks(x.dtype, len(h), len(down))
+            parts = int(triton.cdiv(h.shape[1], blocks.columns))
             d_row_weights = torch.empty(len(h), parts, dtype=torch.float32, device=h.device)
             _product(
                 grad, down, dh, plan, gather=True, epilogue=_ACTIVATE_BACKWARD,
@@ -142,12 +146,20 @@ class _RoutedExperts(torch.autograd.Function):
 # What `python -m benchmarks.gpu --tune` searches, for half precision.
 _PRODUCT = _Blocks(128, 128, 64, 8, 3)
 _WEIGHT_GRADIENT = _Blocks(128, 128, 64, 8, 3)
+_FEW_ROWS = _Blocks(16, 64, 128, 4, 4)
+_MOST_OF_FEW = 8
+"""Rows for each expert, on average, up to which there are few: hardly anyone has a second tile."""
 
 
 def _blocks(dtype: torch.dtype, half: _Blocks) -> _Blocks:
     if INTERPRETED:
         return _Blocks(16, 16, 16, 4, 3)
     return _Blocks(64, 64, 32, 4, 3) if dtype == torch.float32 else half
+
+
+def _product_blocks(dtype: torch.dtype, rows: int, experts: int) -> _Blocks:
+    is_half = dtype != torch.float32
+    return _blocks(dtype, _FEW_ROWS if is_half and rows <= _MOST_OF_FEW * experts else _PRODUCT)
 
 
 def _sort_by_expert(indices: Tensor, num_experts: int, block: int) -> _Plan:
@@ -189,7 +201,7 @@ def _product(
 ) -> None:
     """out[row] = left[row or its token] @ matrices[expert of row], with an epilogue."""
     fused = fused or {}
-    blocks, tiles = _blocks(left.dtype, _PRODUCT), plan.tiles.shape[1]
+    blocks, tiles = _product_blocks(left.dtype, len(plan.order), len(matrices)), plan.tiles.shape[1]
     columns = triton.cdiv(out.shape[1], blocks.columns)
     if tiles:
         _product_kernel[(tiles * columns,)](
