@@ -28,8 +28,6 @@ class Client:
 
     port: int
     path: str
-    pid: int
-    """The server's process."""
     model: str | None = None
     """Named in the request where the server wants it."""
 

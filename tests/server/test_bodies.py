@@ -1,11 +1,14 @@
 """Bodies are closed and strict, and every field of theirs reaches the engine's parameters."""
 
+import re
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from nemotron3.errors import ConfigError
 from nemotron3.inference.requests import StructuredOutput
-from nemotron3.server.bodies import SamplingBody, Unsupported
+from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, Unsupported
 from nemotron3.server.chat import plan_chat
 from nemotron3.server.chat_bodies import ChatBody
 from nemotron3.server.completion_bodies import CompletionBody
@@ -236,3 +239,10 @@ def test_a_completion_without_tokens_is_for_echo_alone():
     assert (echoed.logprobs, echoed.prompt_logprobs) == (2, 2)
     with pytest.raises(RefusedError, match="echo is not part of a stream"):
         plan_completion(CompletionBody(prompt="Hi", echo=True, stream=True))
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody, ChatTemplateKwargs])
+def test_the_guide_names_every_parameter(body):
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    missing = [name for name in body.model_fields if not re.search(rf"`[^`]*\b{name}\b", guide)]
+    assert missing == []

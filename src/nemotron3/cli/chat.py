@@ -5,6 +5,7 @@ The same engine and the same reading of answers as the server's; only the wire i
 
 import argparse
 import asyncio
+import re
 import sys
 import time
 from contextlib import aclosing
@@ -23,6 +24,8 @@ _HELP = """\
 /think on     think before answering; /think off answers at once
 /clear        forget the conversation
 /exit         leave; Ctrl-D does too, and Ctrl-C stops an answer"""
+# A model may write what a terminal would obey: no escape sequence passes.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
@@ -175,13 +178,17 @@ class _Printer:
 
     def think(self, text: str) -> None:
         self.reasoning += text
-        print(f"{self._dim}{text}{self._reset}", end="", flush=True)
+        print(f"{self._dim}{_plain(text)}{self._reset}", end="", flush=True)
 
     def say(self, text: str) -> None:
         if self.reasoning and not self.content:
             print("\n")
         self.content += text
-        print(text, end="", flush=True)
+        print(_plain(text), end="", flush=True)
 
     def end(self, facts: str) -> None:
         print(f"\n{self._dim}[{facts}]{self._reset}")
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub("\ufffd", text)

@@ -1,0 +1,90 @@
+"""Talking in the terminal: commands, thinking, figures, interruptions."""
+
+import io
+import os
+import signal
+
+import pytest
+
+from nemotron3.cli import chat
+from nemotron3.cli.chat import Talk
+from nemotron3.cli.main import main
+from tests.server.serving import write_model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys, model_folder):
+    def talk(*lines, options=()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert main(["chat", str(model_folder), "--device", "cpu", *options]) == 0
+        return capsys.readouterr()
+
+    return talk
+
+
+COMMANDS = {
+    "/budget 12": ({"budget": 12}, "thinking for at most 12 tokens"),
+    "/budget off": ({"budget": 0}, "thinking for at most 0 tokens"),
+    "/budget max": ({"budget": None}, "thinking without a limit"),
+    "/think off": ({"is_thinking": False}, "no thinking"),
+    "/think on": ({"is_thinking": True}, "thinking without a limit"),
+    "/clear": ({"messages": []}, "the conversation is forgotten"),
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), COMMANDS.items())
+def test_a_command_changes_what_it_says(line, expected):
+    talk = Talk(messages=[{"role": "user", "content": "x"}])
+    changed, said = expected
+    assert talk.command(line) == said
+    assert {name: getattr(talk, name) for name in changed} == changed
+
+
+@pytest.mark.parametrize("line", ["/budget", "/budget -3", "/budget x", "/think maybe", "/what"])
+def test_what_is_no_command_is_answered_with_the_commands(line):
+    before = Talk()
+    assert before.command(line).startswith(f"{line} is not understood")
+    assert before == Talk()
+    assert "/budget N" in before.command(line)
+
+
+def test_an_answer_comes_with_its_figures(talk):
+    said = talk("Hello", options=["--budget", "5", "--max-tokens", "30"]).out
+    assert "tokens, 6 of them thinking" in said or "tokens, 5 of them thinking" in said
+    assert "tokens/s, first after" in said
+    assert "% of drafts accepted" in said
+    assert "\x1b" not in said  # no colours where no terminal is, and none of the model's
+
+
+def test_lines_are_answered_one_after_the_other_and_commands_obeyed(talk):
+    options = ["--max-tokens", "8"]
+    said = talk("one", "/think off", "two", "", "/exit", "three", options=options).out
+    assert said.count("first after") == 2
+    first, second = said.split("no thinking")
+    assert "of them thinking" in first
+    assert "of them thinking" not in second
+
+
+def test_a_limit_that_cannot_be_is_said_and_the_talk_goes_on(talk):
+    said = talk("one", "two", options=["--max-tokens", "5000"])
+    assert said.err.count("nemotron3: ") == 2
+    assert "5000" in said.err
+
+
+def test_an_interruption_stops_the_answer_and_not_the_talk(talk, monkeypatch):
+    shown = chat._Printer.think
+
+    def interrupted(printer, text):
+        shown(printer, text)
+        if len(printer.reasoning) == len(text):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat._Printer, "think", interrupted)
+    said = talk("one", "/clear", options=["--max-tokens", "3500"]).out
+    assert "[stopped]" in said
+    assert "the conversation is forgotten" in said
