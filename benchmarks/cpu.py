@@ -3,11 +3,14 @@
     python -m benchmarks.cpu                                  # about 30M parameters, both forms
     python -m benchmarks.cpu --large                          # and about 150M
     python -m benchmarks.cpu --llama-cpp build/bin/llama-bench
+    python -m benchmarks.cpu --only decode                    # those figures again
 
 Float32, the same weights and tokens, on the threads that PyTorch takes (OMP_NUM_THREADS). First the
 programs must agree (benchmarks/models.py); where they do not, nothing is timed. Peers then take
 turns, and what is printed are medians with lowest and highest, ratios of medians, and the share of
-what the machine can do at most (benchmarks/limits.py). Results go to benchmarks/results/.
+what the machine can do at most (benchmarks/limits.py). Results go to benchmarks/results/, into the
+newest file of this machine: a figure measured again takes the place of the one that was there, and
+each says which run it comes from.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -29,6 +32,8 @@ from benchmarks import limits, llama_cpp, machine, memory, workloads
 from nemotron3.models.accounting import model_costs
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("train", "prefill", "decode")
+"""What can be measured by itself, with `--only`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +60,20 @@ class Workload:
     peers: dict[str, Contestant] = field(default_factory=dict)
 
 
-def workload_list(pair: Pair, sizes: Sizes, llama: Path | None) -> Iterator[Workload]:
+def workload_list(
+    pair: Pair, sizes: Sizes, kinds: Sequence[str], llama: Path | None
+) -> Iterator[Workload]:
     """Everything that is timed for a model; made one by one, so that memory is not held."""
-    yield train_workload(pair, sizes)
-    for model in (pair.ours, pair.theirs):
-        model.zero_grad(set_to_none=True)
+    if "train" in kinds:
+        yield train_workload(pair, sizes)
+        for model in (pair.ours, pair.theirs):
+            model.zero_grad(set_to_none=True)
+    if set(kinds) == {"train"}:
+        return
     gguf = llama_cpp.write_gguf(llama, pair) if llama else None
-    for length in sizes.prefill_lengths:
+    for length in sizes.prefill_lengths if "prefill" in kinds else ():
         yield prefill_workload(pair, length, llama, gguf)
-    for batch in sizes.decode_batches:
+    for batch in sizes.decode_batches if "decode" in kinds else ():
         yield decode_workload(pair, batch, sizes.decode_steps, llama, gguf)
 
 
@@ -123,7 +133,9 @@ def decode_workload(
     )
 
 
-def measure_model(name: str, sizes: Sizes, *, repeats: int, llama: Path | None) -> dict[str, Any]:
+def measure_model(
+    name: str, sizes: Sizes, *, repeats: int, kinds: Sequence[str] = KINDS, llama: Path | None
+) -> dict[str, Any]:
     """All figures of one model; only the parity where it fails."""
     config = configs()[name]
     costs = model_costs(config)
@@ -143,11 +155,12 @@ def measure_model(name: str, sizes: Sizes, *, repeats: int, llama: Path | None) 
         if not max(differences.values()) <= TOLERANCE:
             print(f"  NOT COMPARED: a difference is above {TOLERANCE:.0e} of the scale")
             return result
-        for workload in workload_list(pair, sizes, llama):
+        for workload in workload_list(pair, sizes, kinds, llama):
             samples = interleave(workload.peers, repeats=repeats)
             result["figures"].append(as_figure(workload, samples))
             print(f"  {figure_line(result['figures'][-1])}", flush=True)
-        result["train_memory_bytes"] = measure_memory(pair.folder, sizes)
+        if "train" in kinds and (used := measure_memory(pair.folder, sizes)):
+            result["train_memory"] = {"bytes": used}
     return result
 
 
@@ -194,42 +207,69 @@ def figure_line(figure: dict[str, Any]) -> str:
     return f"{figure['name']:18}{', '.join(cells)} tokens/s   {', '.join(ratios)}"
 
 
-def shares(result: dict[str, Any], at_most: dict[str, float]) -> None:
-    """Add to each figure the share of the machine's limit that each program reaches."""
-    for model in result["models"].values():
-        for figure in model["figures"]:
-            limit = at_most[figure["limit"]] / figure["demand_per_token"]
-            figure["share_of_limit"] = {
-                name: rate["median"] / limit for name, rate in figure["tokens_per_s"].items()
-            }
-
-
 def measure(
-    names: list[str], sizes: Sizes, *, repeats: int, llama: Path | None = None
+    names: list[str],
+    sizes: Sizes,
+    *,
+    repeats: int,
+    kinds: Sequence[str] = KINDS,
+    llama: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything, as it is stored."""
+    """Everything, as it is stored: models, and in each figure the run that it comes from."""
     load = machine.load_average()
     machine.warn_if_busy(load)
     before = machine.limits()
-    result: dict[str, Any] = {
+    models = {
+        name: measure_model(name, sizes, repeats=repeats, kinds=kinds, llama=llama)
+        for name in names
+    }
+    run = {
         "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": machine.description(),
-        "models": {n: measure_model(n, sizes, repeats=repeats, llama=llama) for n in names},
+        "machine": machine.description()
+        | {"load_before": load, "load_after": machine.load_average()},
+        "limits": machine.best_of(before, machine.limits()),
     }
-    result["machine"]["load_before"], result["machine"]["load_after"] = load, machine.load_average()
-    result["limits"] = machine.best_of(before, machine.limits())
-    shares(result, result["limits"])
-    return result
+    for model in models.values():
+        for figure in model["figures"]:
+            limit = run["limits"][figure["limit"]] / figure["demand_per_token"]
+            figure["share_of_limit"] = {
+                name: rate["median"] / limit for name, rate in figure["tokens_per_s"].items()
+            }
+            figure["run"] = run
+        if "train_memory" in model:
+            model["train_memory"]["run"] = run
+    return {"models": models}
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with what `new` has measured in its place; a model that now disagrees loses its own."""
+    models = dict(old["models"])
+    for name, model in new["models"].items():
+        before = models.get(name)
+        if before is None or not model["figures"]:
+            models[name] = model
+            continue
+        figures = {figure["name"]: figure for figure in before["figures"] + model["figures"]}
+        models[name] = before | model | {"figures": list(figures.values())}
+    return {"models": models}
+
+
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """Merge a result into the newest file of a folder, under today's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for newest in sorted(folder.glob("cpu-*.json"))[-1:]:
+        result = merge(json.loads(newest.read_text()), result)
+    path = folder / f"cpu-{date.today().isoformat()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def print_shares(result: dict[str, Any]) -> None:
-    at_most = result["limits"]
-    words = (
-        f"product {at_most['product_flops_per_s'] / 1e9:.0f} GFLOP/s, "
-        f"read {at_most['read_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"copy {at_most['copy_bytes_per_s'] / 1e9:.1f} GB/s"
-    )
+    figures = [f for model in result["models"].values() for f in model["figures"]]
+    if not figures:
+        return
+    words = machine.limits_in_words(figures[0]["run"]["limits"])
     print(f"share of the machine's limit ({words})")
     for name, model in result["models"].items():
         for figure in model["figures"]:
@@ -242,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(configs()), help="only these")
     parser.add_argument("--large", action="store_true", help="also about 150M parameters")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="only these")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a built llama-bench")
@@ -258,12 +299,9 @@ def main(arguments: list[str] | None = None) -> None:
         llama = None
     names = options.models or ["30m-latent", "30m-standard"]
     names += ["150m-latent", "150m-standard"] if options.large else []
-    result = measure(names, Sizes(), repeats=options.repeats, llama=llama)
+    result = measure(names, Sizes(), repeats=options.repeats, kinds=options.only, llama=llama)
     print_shares(result)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"cpu-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{path}")
+    print(f"\n{write(result, options.out)}")
 
 
 if __name__ == "__main__":

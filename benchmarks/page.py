@@ -18,7 +18,7 @@ from benchmarks.gpu.record import Results
 from benchmarks.gpu.section import Section, all_sections
 from benchmarks.gpu.summary import as_markdown
 from benchmarks.gpu.tuning import TUNING
-from benchmarks.machine import BUSY
+from benchmarks.machine import BUSY, limits_in_words
 from benchmarks.profile_layers import decoding_table, training_table
 
 ROOT = Path(__file__).parent.parent
@@ -69,21 +69,33 @@ def _gpu(path: Path, sections: Sequence[Section]) -> str:
 
 
 def _cpu(path: Path) -> str:
-    result = json.loads(path.read_text())
-    return _origin(result) + "".join(
-        _cpu_model(name, model) for name, model in result["models"].items()
-    )
+    models: dict[str, Any] = json.loads(path.read_text())["models"]
+    parts = [part for model in models.values() for part in _parts(model)]
+    runs: list[dict[str, Any]] = []
+    for part in parts:
+        if part["run"] not in runs:
+            runs.append(part["run"])
+    origins = "".join(f"{number}. {_origin(run)}" for number, run in enumerate(runs, start=1))
+    if len(runs) == 1:
+        origins = _origin(runs[0])
+    else:
+        origins = f"Each row says which of these runs it comes from.\n\n{origins}"
+    return origins + "".join(_cpu_model(name, model, runs) for name, model in models.items())
 
 
-def _cpu_model(name: str, model: dict[str, Any]) -> str:
+def _parts(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything of a model that has been measured."""
+    return [*model["figures"], *([model["train_memory"]] if "train_memory" in model else [])]
+
+
+def _cpu_model(name: str, model: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     size = f"{model['parameters'] / 1e6:.1f}M parameters, {model['active'] / 1e6:.1f}M active"
     text = f"\n**{name}** ({size})\n\n"
     if not model["figures"]:
         return text + "Not compared: the programs disagree.\n"
     names = list(dict.fromkeys(n for f in model["figures"] for n in f["tokens_per_s"]))
     peers = [n for n in names if n != "ours"]
-    head = ["", *names, *(f"against {n}" for n in peers), "of the limit"]
-    rows = [head]
+    rows = [["", *names, *(f"against {n}" for n in peers), "of the limit"]]
     for figure in model["figures"]:
         rates = figure["tokens_per_s"]
         limit = figure["limit"].partition("_")[0]
@@ -95,8 +107,11 @@ def _cpu_model(name: str, model: dict[str, Any]) -> str:
                 f"{figure['share_of_limit']['ours']:.0%} of {limit}",
             ]
         )
-    if memory := model["train_memory_bytes"]:
-        rows.append(_memory_row(memory, names, peers))
+    if "train_memory" in model:
+        rows.append(_memory_row(model["train_memory"]["bytes"], names, peers))
+    if len(runs) > 1:
+        numbers = [str(runs.index(part["run"]) + 1) for part in _parts(model)]
+        rows = [[*row, end] for row, end in zip(rows, ["run", *numbers], strict=True)]
     return text + _table(rows)
 
 
@@ -144,11 +159,7 @@ def _origin(result: dict[str, Any]) -> str:
     if machine["load_before"] > BUSY:
         words += " **The machine was busy: these figures are noise.**"
     if limits := result.get("limits"):
-        words += (
-            f" Measured limits: product {limits['product_flops_per_s'] / 1e9:.0f} GFLOP/s, "
-            f"read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
-            f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s."
-        )
+        words += f" Measured limits: {limits_in_words(limits)}."
     return words + "\n"
 
 

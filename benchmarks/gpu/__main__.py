@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from benchmarks.gpu import compiling
+from benchmarks.gpu.ahead import compile_ahead, compile_share
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.run import run_section, run_sections
 from benchmarks.gpu.section import Section, all_sections
@@ -29,6 +30,8 @@ from benchmarks.gpu.tuning import TUNING
 from benchmarks import machine
 from nemotron3.models.config import ModelConfig
 
+_MOST_OF_COMPILING = 0.25
+"""Share of the time that compiling ahead may take; what is left is compiled when it is wanted."""
 RESULTS = Path(__file__).parents[1] / "results"
 _NO_GPU = """no GPU was found: {reason}.
 Run this on a machine with an NVIDIA GPU, its driver and a CUDA build of PyTorch. Without one,
@@ -41,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("small", "nano", "super"):
             rows = compiling.table(compiling.compile_layers(ModelConfig.preset(name)))
             print("\n".join([f"\n{name}", *as_lines(rows)]))
+        return 0
+    if options.ahead:
+        index, count = map(int, options.ahead.split("/"))
+        compile_share(index, count, capability=options.capability, is_tuning=options.tune)
         return 0
     if not options.toy and not torch.cuda.is_available():
         built = "has no CUDA" if torch.version.cuda is None else "finds no driver or device"
@@ -56,10 +63,24 @@ def main(arguments: list[str] | None = None) -> int:
     record = Record(_path(options), _header(options))
     record.path.parent.mkdir(parents=True, exist_ok=True)
     record.write()
-    run_sections(chosen, record, seconds=options.seconds, is_toy=options.toy)
+    took = 0.0 if options.toy else _compile_ahead(options, record)
+    run_sections(chosen, record, seconds=options.seconds - took, is_toy=options.toy)
     print(as_text(chosen, record))
     print(f"\n{record.path}")
     return int("parity" in record.content["sections"] and not record.may_compare)
+
+
+def _compile_ahead(options: argparse.Namespace, record: Record) -> float:
+    major, minor = torch.cuda.get_device_capability()
+    print("== Compiling on all processor cores", flush=True)
+    took = compile_ahead(
+        capability=10 * major + minor,
+        is_tuning=options.tune,
+        seconds=_MOST_OF_COMPILING * options.seconds,
+    )
+    record.content["compiled_ahead_s"] = round(took, 1)
+    record.write()
+    return took
 
 
 def _chosen(options: argparse.Namespace) -> list[Section]:
@@ -118,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="the revision, where there is no git to ask")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ahead", help=argparse.SUPPRESS)
+    parser.add_argument("--capability", type=int, default=90, help=argparse.SUPPRESS)
     return parser
 
 

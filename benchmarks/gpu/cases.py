@@ -127,9 +127,9 @@ def decoding_steps(
                 return lambda *t: _steps_reference(t, slots, length, kept=kept)
 
             def run(*t: Tensor) -> Sequence[Tensor]:
-                states = t[6]
+                x, dt, A, B, C, D, states = t
                 trail = states.new_empty(rows, length, *states.shape[1:]) if kept else None
-                y = ssd_steps(*t, slots, trail=trail, backend=backend)
+                y = ssd_steps(x, dt, A, B, C, D, states, slots, trail=trail, backend=backend)
                 return y, states if trail is None else trail
 
             return run

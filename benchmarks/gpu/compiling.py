@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from benchmarks.gpu import cases
+from benchmarks.gpu.cases import Case
 from benchmarks.gpu.sections.kernels import forward, training
 from benchmarks.gpu.setting import Draw
 
@@ -62,12 +63,12 @@ class _Absent:
 
 
 @contextmanager
-def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
-    """Within, launches compile and do not run; what they make is in the list."""
+def compiling(capability: int = 90) -> Iterator[list[tuple[str, Any]]]:
+    """Within, launches compile and do not run; names and what was made of them are in the list."""
     from triton.runtime.driver import driver  # noqa: PLC0415 - with Triton
     from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
-    found: list[Compiled] = []
+    found: list[tuple[str, Any]] = []
     seen: set[int] = set()
     launch, require = JITFunction.run, backends._require_triton
 
@@ -75,7 +76,7 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in seen:
             seen.add(id(kernel))
-            found.append(_describe(f"{self.module.split('.')[2]}: {self.__name__}", kernel))
+            found.append((f"{self.module.split('.')[2]}: {self.__name__}", kernel))
         return kernel
 
     driver.set_active(_Absent(capability))  # type: ignore[arg-type]
@@ -88,7 +89,8 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
         driver._active = None
 
 
-def _describe(name: str, kernel: Any) -> Compiled:
+def describe(name: str, kernel: Any) -> Compiled:
+    """Read off the compiled code."""
     import triton  # noqa: PLC0415 - with Triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -123,13 +125,18 @@ def compile_layers(config: ModelConfig, tokens: int = 8192) -> list[tuple[str, C
     steps.append(cases.layer_experts(config, 8, half))
     with compiling() as found:
         for case in [*cases.layer_cases(config, tokens, torch.bfloat16), *steps]:
-            problem = case.draw(Draw(torch.device("meta"), 0))
-            ways: list[Callable[..., Callable[[], object]]] = [forward]
-            ways += [training] * case.has_gradient
-            for way in ways:
-                way(problem, problem.call("triton"))()
-            rows += [(case.operation, compiled) for compiled in found[len(rows) :]]
+            compile_case(case)
+            rows += [(case.operation, describe(*each)) for each in found[len(rows) :]]
     return rows
+
+
+def compile_case(case: Case) -> None:
+    """Launch a case both ways on operands without numbers."""
+    problem = case.draw(Draw(torch.device("meta"), 0))
+    ways: list[Callable[..., Callable[[], object]]] = [forward]
+    ways += [training] * case.has_gradient
+    for way in ways:
+        way(problem, problem.call("triton"))()
 
 
 def table(rows: list[tuple[str, Compiled]]) -> list[list[str]]:

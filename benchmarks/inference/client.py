@@ -28,6 +28,8 @@ class Client:
 
     port: int
     path: str
+    pid: int
+    """The server's process."""
     model: str | None = None
     """Named in the request where the server wants it."""
 

@@ -24,8 +24,8 @@ def ours(model: Path, *, threads: int, drafts: int | None = None) -> Iterator[Cl
     command = [sys.executable, "-m", "nemotron3.cli.main", "serve", model, "--port", port]
     command += ["--served-model-name", "m", "--max-model-len", 8192, "--device", "cpu"]
     command += [] if drafts is None else ["--max-draft-tokens", drafts]
-    with _running(command, port, threads):
-        yield Client(port=port, path="/v1/completions", model="m")
+    with _running(command, port, threads) as pid:
+        yield Client(port=port, path="/v1/completions", model="m", pid=pid)
 
 
 @contextlib.contextmanager
@@ -37,12 +37,12 @@ def llama_cpp(
     command = [binary, "-m", gguf, "--port", port, "-t", threads, "-tb", threads]
     command += ["-np", slots, "-c", 8192 * 4, "--kv-unified", "--no-webui", "-fa", "off"]
     command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", drafts] if drafts else []
-    with _running(command, port, threads):
-        yield Client(port=port, path="/completion")
+    with _running(command, port, threads) as pid:
+        yield Client(port=port, path="/completion", pid=pid)
 
 
 @contextlib.contextmanager
-def _running(command: list, port: int, threads: int) -> Iterator[None]:
+def _running(command: list, port: int, threads: int) -> Iterator[int]:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     words = [str(word) for word in command]
     if not (Path(words[0]).exists() or shutil.which(words[0])):
@@ -52,7 +52,7 @@ def _running(command: list, port: int, threads: int) -> Iterator[None]:
     )
     try:
         _wait_for(port, process, words)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         try:

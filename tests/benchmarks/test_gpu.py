@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import cases, run
+from benchmarks.gpu import ahead, cases, run, tuning
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.figures import ratio
 from benchmarks.gpu.record import DIED, Record, Results
@@ -28,6 +29,7 @@ from nemotron3.ops.norm import api, rms_norm
 NAMES = [section.name for section in all_sections()]
 TAKES_LONG = {"parity", "tuning"}
 TIMED = {"median_s": 2.0}
+SCAN = "nemotron3.ops.ssd.triton"
 
 
 def section_named(name):
@@ -317,6 +319,8 @@ def test_a_run_on_a_card_is_named_after_it(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: seen)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: seen.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(program, "compile_ahead", lambda *, capability, **_: capability)
     ran = []
     monkeypatch.setattr(
         program, "run_sections", lambda s, *_, **__: ran.append([x.name for x in s])
@@ -328,6 +332,7 @@ def test_a_run_on_a_card_is_named_after_it(monkeypatch, tmp_path):
     machine = json.loads(path.read_text())["machine"]
     assert machine["gpu"] == seen.name
     assert machine["commit"] == "abc"
+    assert json.loads(path.read_text())["compiled_ahead_s"] == 90
     assert len(list(tmp_path.glob("tuning-nvidia-h100-80gb-hbm3-*.json"))) == 1
 
 
@@ -336,6 +341,54 @@ def test_bytes_are_those_of_operands_and_results():
     y = [torch.empty(4, 8, dtype=torch.bfloat16)]
     assert cases.forward_bytes(problem, y) == 64 + 32 + 64
     assert cases.training_bytes(problem, y) == 3 * (64 + 32) + 2 * 64
+
+
+@pytest.mark.parametrize("is_tuning", [False, True])
+def test_every_case_is_compiled_ahead_once(is_tuning, monkeypatch):
+    compiled, settings = [], []
+
+    def compile_case(case):
+        compiled.append((case.operation, case.size))
+        settings.append(tuning.Knob(module=SCAN, name="_SCAN_BACKWARD", candidates=()).value)
+        raise RuntimeError("this one does not compile")
+
+    monkeypatch.setattr(ahead, "compile_case", compile_case)
+    monkeypatch.setattr(ahead, "compiling", lambda _: nullcontext())
+    for index in range(3):
+        ahead.compile_share(index, 3, capability=90, is_tuning=is_tuning)
+    setting = replace(Setting.toy(), is_toy=False)
+    if is_tuning:
+        assert len(compiled) == len(ahead.tuning_jobs(setting))
+        assert {"num_warps": 16, "num_stages": 1} in settings
+        assert settings[-1] == {"num_warps": 8, "num_stages": 2}
+    else:
+        wanted = [
+            case
+            for config in setting.models().values()
+            for case in cases.layer_cases(config, setting.tokens, torch.bfloat16)
+        ]
+        assert {(case.operation, case.size) for case in wanted} <= set(compiled)
+        assert len(compiled) == len(ahead.jobs_of_a_run(setting))
+
+
+def test_compiling_ahead_ends_when_its_time_does(monkeypatch):
+    ended = []
+
+    class Slow:
+        def __init__(self, command, *, cwd):
+            assert (cwd / "Makefile").exists()
+            assert command[-3:] == ["--capability", "90", "--tune"]
+
+        def wait(self, timeout):
+            raise subprocess.TimeoutExpired("it", timeout)
+
+        def kill(self):
+            ended.append(self)
+
+    monkeypatch.setattr(ahead.subprocess, "Popen", Slow)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 4)
+    assert ahead.compile_ahead(capability=90, is_tuning=True, seconds=0.1) < 5
+    assert len(ended) == 3
 
 
 def test_it_needs_few_packages():

@@ -20,7 +20,8 @@ SIZES = cpu.Sizes(
 
 @pytest.fixture(autouse=True)
 def _quick_limits(monkeypatch):
-    fake = {"product_flops_per_s": 1e11, "read_bytes_per_s": 1e10, "copy_bytes_per_s": 1e10}
+    names = ("product_flops", "library_product_flops", "read_bytes", "copy_bytes")
+    fake = {f"{name}_per_s": 1e11 for name in names}
     monkeypatch.setattr(machine, "limits", lambda: fake)
 
 
@@ -38,10 +39,54 @@ def test_comparison_fills_the_page(monkeypatch, tmp_path, capsys):
     names = ["train", "prefill 16", "decode, batch 1", "decode, batch 2"]
     assert [figure["name"] for figure in toy["figures"]] == names
     assert all(figure["ratio"]["transformers"] > 0 for figure in toy["figures"])
-    assert toy["train_memory_bytes"]["ours"]["total"] > 0
+    assert toy["train_memory"]["bytes"]["ours"]["total"] > 0
     assert "llama.cpp is left out" in capsys.readouterr().out
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert "| decode, batch 2 |" in text
+    assert "Each row says" not in text
+    only = ["--models", "toy", "--only", "decode", "--repeats", "1", "--threads", "1"]
+    cpu.main([*only, "--out", str(tmp_path)])
+    again = json.loads(path.read_text())["models"]["toy"]
+    assert [figure["name"] for figure in again["figures"]] == names
+    same = [a == b for a, b in zip(toy["figures"], again["figures"], strict=True)]
+    assert same == [True, True, False, False]
+    assert toy["train_memory"] == again["train_memory"]
+    page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+
+
+def _figure(name, run):
+    rate = {"median": 2.0, "min": 1.0, "max": 3.0}
+    return {
+        "name": name,
+        "limit": "read_bytes_per_s",
+        "tokens_per_s": {"ours": rate},
+        "ratio": {},
+        "share_of_limit": {"ours": 0.5},
+        "run": run,
+    }
+
+
+def test_rows_name_the_run_they_come_from(tmp_path):
+    runs = [
+        {
+            "command": "measure",
+            "date": "2026-01-01",
+            "machine": machine.description() | {"commit": c, "load_before": 0, "load_after": 0},
+        }
+        for c in ("abc", "def")
+    ]
+    sizes = {"parameters": 1, "active": 1}
+    first = [_figure("train", runs[0]), _figure("decode", runs[0])]
+    old = {"models": {"toy": sizes | {"figures": first}, "broken": sizes | {"figures": first}}}
+    new = {"models": {"toy": sizes | {"figures": [_figure("decode", runs[1])]}}}
+    new["models"]["broken"] = sizes | {"figures": []}
+    (tmp_path / "cpu-2026-01-01.json").write_text(json.dumps(cpu.merge(old, new)))
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "1. `measure` at commit abc" in text
+    assert "2. `measure` at commit def" in text
+    assert "| train | 2 (1 to 3) | 50% of read | 1 |" in text
+    assert "| decode | 2 (1 to 3) | 50% of read | 2 |" in text
+    assert "Not compared" in text
 
 
 def test_no_ratio_while_the_programs_disagree(monkeypatch, capsys):

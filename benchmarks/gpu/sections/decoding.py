@@ -7,6 +7,7 @@ copy bandwidth.
 
 import torch
 from benchmarks.gpu import cases
+from benchmarks.gpu.cases import Case
 from benchmarks.gpu.figures import milliseconds, ratio, share
 from benchmarks.gpu.launches import Launches
 from benchmarks.gpu.record import Figure, Results
@@ -14,25 +15,31 @@ from benchmarks.gpu.section import Part, Rows, Section
 from benchmarks.gpu.sections.kernels import forward
 from benchmarks.gpu.setting import Draw, Setting
 
-from nemotron3.models.config import MambaConfig
-
 
 def parts(setting: Setting) -> dict[str, Part]:
+    return {
+        name: lambda case=case: measure(case, setting) for name, case in all_cases(setting).items()
+    }
+
+
+def all_cases(setting: Setting) -> dict[str, Case]:
+    """By model, batch and tokens."""
     batches = (1, 2) if setting.is_toy else (1, 8, 64, 256)
-    found: dict[str, Part] = {}
+    found: dict[str, Case] = {}
     for name, config in setting.models().items():
         mamba = config.mamba
         assert mamba is not None
         for length in (1, 4):
             for rows in batches:
                 words = f"{name}, batch {rows}, {length} token{'s' * (length > 1)}"
-                found[words] = lambda m=mamba, r=rows, n=length: measure(m, r, n, setting)
+                found[words] = cases.decoding_steps(
+                    mamba, rows, length, torch.bfloat16, kept=length > 1
+                )
     return found
 
 
-def measure(mamba: MambaConfig, rows: int, length: int, setting: Setting) -> Figure:
+def measure(case: Case, setting: Setting) -> Figure:
     """One layer's step."""
-    case = cases.decoding_steps(mamba, rows, length, torch.bfloat16, kept=length > 1)
     problem, launches = case.draw(Draw(setting.device, 1)), Launches()
     kernel, plain = (problem.call(backend) for backend in ("triton", "torch"))
     with torch.no_grad():

@@ -36,6 +36,7 @@ from nemotron3.observe.metrics import MetricLog, MetricSink
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.observe.sinks import JsonlSink, TensorBoardSink
 from nemotron3.ops.backends import chosen_backends
+from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.parallel.devices import describe_device, measure_product_rate, resolve_device
 from nemotron3.recipes.pretrain import TOKENIZER_FOLDER, PretrainRun
@@ -201,7 +202,7 @@ def _train(
         batches=batches,
         evaluation=lambda m: _bits(run, corpus, m, run.evaluation_rows)[0],
         store=CheckpointStore(folder / "checkpoints", retention=run.retention),
-        peak_flops=measure_product_rate(device, run.training.precision.dtype),
+        peak_flops=measure_product_rate(device, run.training.precision.dtype, product=linear),
     )
     next_step = trainer.resume() + 1
     with MetricLog(_sinks(folder, next_step)) as log:
