@@ -105,6 +105,12 @@ def test_a_named_function_is_the_only_one(tokenizer):
     assert not accepts(tokenizer, tool_use(TOOLS, None, named="anything"), text)
 
 
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_the_line_end_after_a_call_is_no_promise_of_another(tokenizer, is_parallel):
+    text = f"<tool_call>{write_call(CALLS[0])}</tool_call>\n"
+    assert accepts(tokenizer, tool_use(TOOLS, "required", is_parallel=is_parallel), text)
+
+
 def test_calls_may_follow_each_other_unless_one_alone_is_wanted(tokenizer):
     text = "\n".join(f"<tool_call>{write_call(call)}</tool_call>" for call in CALLS[:2])
     assert accepts(tokenizer, tool_use(TOOLS, "required"), text)

@@ -183,11 +183,18 @@ class ChatAnswer:
             "message": message,
             "logprobs": self._logprobs(answer.logprobs),
             "finish_reason": finish_of(answer.finish_reason, [call.arguments for call in calls]),
-            "stop_reason": answer.stop_reason,
+            "stop_reason": self._stop_reason(answer.stop_reason),
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(answer.token_ids)
         return choice
+
+    def _stop_reason(self, reason: str | int | None) -> str | int | None:
+        """What of the client's own ended the answer; the end of a single call is not theirs."""
+        is_theirs = reason not in self._plan.params.stop_token_ids or reason in (
+            self._body.stop_token_ids or ()
+        )
+        return reason if is_theirs else None
 
     def _logprobs(self, logprobs: Sequence[Any]) -> dict[str, Any] | None:
         if not self._shows_logprobs:
@@ -221,7 +228,7 @@ class ChatAnswer:
             chunk = self._chunk(delta.index, {}, with_usage)
             chunk["choices"][0] |= {
                 "finish_reason": finish_of(delta.finish_reason, self._calls.get(delta.index, ())),
-                "stop_reason": delta.stop_reason,
+                "stop_reason": self._stop_reason(delta.stop_reason),
             }
             chunks.append(chunk)
         return chunks

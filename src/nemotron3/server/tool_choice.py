@@ -68,7 +68,9 @@ def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
 
     Arguments come in the order of the schema, the required ones always. A text ends at the first
     `\n</parameter>`, as it does for whoever reads the call; every other value is JSON by its
-    schema. A function without a schema takes any arguments, as text.
+    schema. A function without a schema takes any arguments, as text. The line end that the template
+    writes after a call may come before the end: a model that has learned it would otherwise have to
+    go on with another call.
     """
     rules: list[str] = []
     calls: list[str] = []
@@ -77,7 +79,7 @@ def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
         rules += _call_rules(f"call_{i}", tool)
     repeated = "call" if is_single else 'call ("\\n" call)*'
     lines = [
-        f"start: {repeated}",
+        f'start: {repeated} "\\n"?',
         'call: <tool_call> "\\n" function "\\n" </tool_call>',
         f"function: {' | '.join(calls)}",
         *rules,
