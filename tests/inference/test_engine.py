@@ -97,7 +97,7 @@ def test_no_schedule_changes_a_token(model, expected, expected_of_two, expected_
         max_model_len=None,
         max_num_seqs=data.draw(st.integers(1, 5)),
         max_num_batched_tokens=data.draw(st.sampled_from([1, 3, 16, 64])),
-        kv_cache_bytes=data.draw(st.integers(19, 70)) * PAGE,
+        kv_cache_bytes=data.draw(st.integers(22, 70)) * PAGE,
         prefix_cache_bytes=data.draw(st.sampled_from([0, 20_000, 1 << 20])),
         prefix_interval=data.draw(st.sampled_from([3, 8, 50])),
         max_draft_tokens=data.draw(st.sampled_from([0, 1, 4])),

@@ -304,10 +304,11 @@ class Engine:
             if sequence.finish_reason is None:
                 going.append(row)
         if after is not None and going:
-            self._draft([sequences[row] for row in going], after[going])
+            hidden, logits = after
+            self._draft([sequences[row] for row in going], hidden[going], logits[going])
         return progress
 
-    def _draft(self, sequences: list[Sequence], after: Tensor) -> None:
+    def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor) -> None:
         """Write drafts for as many sequences as there are pages for."""
         assert self._drafter is not None
         count = self._draft_length.choose(len(self.scheduler.decoding))
@@ -318,7 +319,8 @@ class Engine:
                 self.cache.reserve(slot, 1 + count)
                 with_room.append(row)
         if count and with_room:
-            self._drafter.write([sequences[row] for row in with_room], after[with_room], count)
+            chosen = [sequences[row] for row in with_room]
+            self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
     def _take(self, sequence: Sequence, gain: Many[int], logits: Tensor) -> Progress:
         """Add chosen tokens to an answer, up to the one that ends it."""

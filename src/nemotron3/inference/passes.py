@@ -1,6 +1,6 @@
 """What an engine runs beside decoding steps: prompts, packed, and the draft block.
 
-Decoding steps are `models/steps.py`'s, who repeats them without deciding anything anew.
+Decoding steps are `models/steps.py`'s. Those of the draft block are recorded and played as well.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from nemotron3.models.cache import HybridCache
-from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.layout import Places, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.recordings import Recordings
 from nemotron3.ops.segments import Segments
 
 
@@ -21,6 +23,7 @@ class Passes:
     def __init__(self, model: LanguageModel, cache: HybridCache) -> None:
         self.model = model
         self.cache = cache
+        self._recordings = Recordings(cache)
 
     def prefill(
         self, tokens: Sequence[Sequence[int]], slots: Sequence[int]
@@ -29,20 +32,54 @@ class Passes:
         layout = self.cache.layout([len(part) for part in tokens], slots)
         return self.model.backbone(self._embed(tokens), layout, self.cache).hidden, layout
 
+    def read_drafts(
+        self,
+        tokens: Sequence[Sequence[int]],
+        hidden: Float[Tensor, "tokens d_model"],
+        slots: Sequence[int],
+        context: Sequence[int],
+    ) -> None:
+        """Have the draft block read parts of prompts, behind `context` of its own tokens."""
+        mtp = self.model.mtp
+        assert mtp is not None
+        layout = SequenceLayout(
+            Segments([len(part) for part in tokens]), context=tuple(context), slots=tuple(slots)
+        )
+        mtp(self._embed(tokens), hidden, layout, self.cache.draft_layers)
+
     def draft(
         self,
         tokens: Sequence[Sequence[int]],
         hidden: Float[Tensor, "tokens d_model"],
         slots: Sequence[int],
         context: Sequence[int],
-    ) -> Float[Tensor, "tokens d_model"]:
-        """The draft block, behind `context` of its own tokens in each slot."""
-        mtp = self.model.mtp
+        last: Sequence[int],
+    ) -> tuple[Float[Tensor, "sequences d_model"], Float[Tensor, "sequences vocab"]]:
+        """A step of the draft block: its output and logits at token `last[i]` of sequence i.
+
+        They are good until the next step of as many sequences and tokens.
+        """
+        mtp, rows, steps = self.model.mtp, len(tokens), len(tokens[0])
         assert mtp is not None
-        layout = SequenceLayout(
-            Segments([len(part) for part in tokens]), context=tuple(context), slots=tuple(slots)
-        )
-        return mtp(self._embed(tokens), hidden, layout, self.cache.draft_layers)[0]
+        segments = Segments.uniform(rows, steps)
+
+        def step(numbers: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            ids, (at, slots_, context_) = numbers[: -3 * rows], numbers[-3 * rows :].view(3, rows)
+            places = Places(slots_, context_)
+            layout = SequenceLayout(
+                segments, context=tuple(context), slots=tuple(slots), places=places
+            )
+            out, _ = mtp(self.model.embed(ids), hidden, layout, self.cache.draft_layers)
+            picked = F.embedding(at, out)
+            return picked, self.model.logits(picked)
+
+        where = [row * steps + place for row, place in enumerate(last)]
+        numbers = torch.tensor([*(t for part in tokens for t in part), *where, *slots, *context])
+        numbers = numbers.to(self.model.device)
+        if not self._recordings.are_possible:
+            return step(numbers, hidden)
+        picked, logits = self._recordings.run((rows, steps), (numbers, hidden), step)
+        return picked, logits
 
     def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         stream = [token for part in tokens for token in part]

@@ -73,13 +73,15 @@ class Drafter:
             kept[slot] = part[-1]
         if slots:
             context = [cache.draft_lengths[slot] for slot in slots]
-            self.passes.draft(tokens, torch.cat(inputs), slots, context)
+            self.passes.read_drafts(tokens, torch.cat(inputs), slots, context)
         for sequence, _ in chunks:
             slot = _slot(sequence)
             cache.draft_lengths[slot] = cache.lengths[slot] - 1
 
-    def follow(self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor) -> Tensor:
-        """Read what newly chosen tokens settle; returns the block's output after each sequence.
+    def follow(
+        self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Read what newly chosen tokens settle; returns the block's output and logits after it.
 
         `hidden` [rows, steps, d_model] is the model's, at and before the last of the tokens that
         each sequence's state holds; what is beyond the gained tokens was refused.
@@ -88,16 +90,15 @@ class Drafter:
         slots = [_slot(sequence) for sequence in sequences]
         tokens = [[*gain, *[0] * (steps - len(gain))] for gain in gains]
         context = [cache.draft_lengths[slot] for slot in slots]
-        output = self.passes.draft(tokens, hidden.flatten(0, 1), slots, context)
-        last = torch.tensor([max(len(gain), 1) - 1 for gain in gains], device=hidden.device)
-        every = torch.arange(rows, device=hidden.device)
+        last = [max(len(gain), 1) - 1 for gain in gains]
+        after = self.passes.draft(tokens, hidden.flatten(0, 1), slots, context, last)
         if cache.hidden is not None:
-            cache.hidden[torch.tensor(slots, device=hidden.device)] = hidden[every, last]
-        for slot, gain in zip(slots, gains, strict=True):
-            cache.draft_lengths[slot] += max(len(gain), 1)
-        return output.view(rows, steps, -1)[every, last]
+            cache.hidden[slots] = hidden[torch.arange(rows), last]
+        for slot, place in zip(slots, last, strict=True):
+            cache.draft_lengths[slot] += place + 1
+        return after
 
-    def write(self, sequences: Many[Sequence], hidden: Tensor, count: int) -> None:
+    def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Draft `count` tokens for each sequence, from what `follow` returned."""
         choosers = [sequence.chooser for sequence in sequences]
         slots = [_slot(sequence) for sequence in sequences]
@@ -105,10 +106,10 @@ class Drafter:
         for ahead in range(count):
             if ahead:
                 context = [self.cache.draft_lengths[slot] + ahead - 1 for slot in slots]
-                tokens = [[drafted[-1]] for drafted in drafts]
-                hidden = self.passes.draft(tokens, hidden, slots, context)
-            logits = self.passes.model.logits(hidden).float()
-            for drafted, token in zip(drafts, draft(choosers, logits, drafts), strict=True):
+                tokens, last = [[drafted[-1]] for drafted in drafts], [0] * len(slots)
+                hidden, logits = self.passes.draft(tokens, hidden, slots, context, last)
+            written = draft(choosers, logits.float(), drafts)
+            for drafted, token in zip(drafts, written, strict=True):
                 drafted.append(token)
         for sequence, drafted in zip(sequences, drafts, strict=True):
             sequence.drafts = drafted

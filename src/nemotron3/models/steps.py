@@ -8,9 +8,7 @@ carried out.
     out.logits[:, -1].argmax(-1)                              # next tokens of slots 3 and 0
 
 The first step of each shape is the model's forward pass; where that can be recorded, those after it
-are its recording, played on new tokens, slots and lengths. It has the same bits. A recording stands
-on the memory of the cache and of the parameters: when the cache's grows a new one is made, and
-`forget` is for whoever puts other tensors into the model.
+are its recording (recordings.py), played on new tokens, slots and lengths.
 """
 
 from collections.abc import Sequence
@@ -23,10 +21,7 @@ from torch import Tensor
 from nemotron3.errors import ConfigError
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, Places, SequenceLayout
-from nemotron3.ops.graph import Graph, can_record
-
-MAX_RECORDINGS = 64
-"""Shapes of steps that are remembered; each holds the memory of a step's results."""
+from nemotron3.models.recordings import Recordings
 
 
 class SteppingModel(Protocol):
@@ -55,21 +50,12 @@ class _Shape(NamedTuple):
     is_tentative: bool
 
 
-class _Recording(NamedTuple):
-    graph: Graph
-    inputs: Tensor
-    """Tokens, then slots, then lengths of the context."""
-    hidden: Tensor
-    logits: Tensor
-
-
 class StepRunner:
     """Runs the steps of one model on one cache."""
 
     def __init__(self, model: SteppingModel, cache: HybridCache) -> None:
         self.model, self.cache = model, cache
-        self._recordings: dict[_Shape, _Recording] = {}
-        self._addresses = cache.addresses()
+        self._recordings = Recordings(cache)
 
     def run(
         self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_tentative: bool = False
@@ -91,47 +77,24 @@ class StepRunner:
             [*(token for part in tokens for token in part), *layout.slots, *layout.context]
         )
         shape = _Shape(rows, length, is_tentative)
-        if can_record(self.cache.dtype, self.cache.device):
-            hidden, logits = self._repeat(shape, layout, inputs)
+
+        def forward(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return self._forward(shape, layout, inputs)
+
+        if not self._recordings.are_possible:
+            hidden, logits = forward(inputs.to(self.cache.device))
+        elif self._recordings.find(shape):
+            self.cache.check(layout)
+            hidden, logits = self._recordings.run(shape, (inputs,), forward)
+            self.cache.advance(layout)
         else:
-            hidden, logits = self._forward(shape, layout, inputs.to(self.cache.device))
+            hidden, logits = self._recordings.run(shape, (inputs,), forward)
         parts = (rows, length)
         return StepOutput(hidden.unflatten(0, parts), logits.unflatten(0, parts), layout)
 
     def forget(self) -> None:
         """Record anew: the model's parameters are other tensors."""
-        self._recordings.clear()
-
-    def _repeat(
-        self, shape: _Shape, layout: SequenceLayout, inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Play the recording of such a step; the first one is made instead."""
-        self._drop_stale()
-        recording = self._recordings.pop(shape, None)
-        if recording is None:
-            recording = self._record(shape, layout, inputs)
-            self._drop_stale()
-            if len(self._recordings) == MAX_RECORDINGS:
-                del self._recordings[next(iter(self._recordings))]
-        else:
-            self.cache.check(layout)
-            recording.inputs.copy_(inputs)
-            recording.graph.replay()
-            self.cache.advance(layout)
-        self._recordings[shape] = recording  # the last one used is the last to go
-        return recording.hidden, recording.logits
-
-    def _drop_stale(self) -> None:
-        addresses = self.cache.addresses()
-        if addresses != self._addresses:
-            self._recordings.clear()
-            self._addresses = addresses
-
-    def _record(self, shape: _Shape, layout: SequenceLayout, inputs: Tensor) -> _Recording:
-        graph = Graph()
-        with graph.record():
-            hidden, logits = self._forward(shape, layout, inputs)
-        return _Recording(graph, inputs, hidden, logits)
+        self._recordings.forget()
 
     def _forward(
         self, shape: _Shape, layout: SequenceLayout, inputs: Tensor
