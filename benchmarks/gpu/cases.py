@@ -14,16 +14,15 @@ from benchmarks.gpu.setting import Draw
 from benchmarks.limits import mixing_flops
 from torch import Tensor
 
-from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig
+from nemotron3.models.config import MambaConfig, ModelConfig
 from nemotron3.models.pattern import LayerKind
-from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.conv import causal_conv, causal_conv_steps
+from nemotron3.ops.conv import causal_conv
 from nemotron3.ops.cross_entropy import linear_cross_entropy
 from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.norm import gated_group_norm, rms_norm
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.ssd import ssd, ssd_steps
+from nemotron3.ops.ssd import ssd
 
 _EPS = 1e-5
 
@@ -50,11 +49,13 @@ class Case:
     """Of the products of a forward pass; training takes three times as many."""
     draw: Callable[[Draw], Problem]
     has_gradient: bool = True
+    read_share: float = 1.0
+    """How much of its operands a pass reads: of few tokens' experts, those that were chosen."""
 
 
-def forward_bytes(problem: Problem, outputs: Sequence[Tensor]) -> int:
+def forward_bytes(case: Case, problem: Problem, outputs: Sequence[Tensor]) -> float:
     """Operands read once, results written once."""
-    return _bytes(problem.operands) + _bytes(outputs)
+    return case.read_share * _bytes(problem.operands) + _bytes(outputs)
 
 
 def training_bytes(problem: Problem, outputs: Sequence[Tensor]) -> int:
@@ -93,7 +94,7 @@ def scan(
 
     def draw(d: Draw) -> Problem:
         return Problem(
-            _scan_operands(mamba, segments, dtype, d),
+            scan_operands(mamba, segments, dtype, d),
             lambda backend: (
                 lambda *t: ssd(
                     *t[:6],
@@ -108,166 +109,7 @@ def scan(
     return Case(operation="scan", size=_scan_size(mamba, lengths), flops=flops, draw=draw)
 
 
-def decoding_steps(
-    mamba: MambaConfig, rows: int, length: int, dtype: torch.dtype, *, kept: bool = False
-) -> Case:
-    """`length` tokens for each of `rows` states, which are written in place.
-
-    Where states are `kept`, they stay, and the one after each token goes to a trail, as when
-    drafted tokens are checked. Slots are not in the order of the sequences, as they seldom are.
-    """
-    segments = Segments.uniform(rows, length)
-
-    def draw(d: Draw) -> Problem:
-        operands = _scan_operands(mamba, segments, dtype, d)
-        slots = torch.arange(rows - 1, -1, -1, device=d.device)
-
-        def call(backend: Backend) -> Call:
-            if backend == "reference":
-                return lambda *t: _steps_reference(t, slots, length, kept=kept)
-
-            def run(*t: Tensor) -> Sequence[Tensor]:
-                x, dt, A, B, C, D, states = t
-                trail = states.new_empty(rows, length, *states.shape[1:]) if kept else None
-                y = ssd_steps(x, dt, A, B, C, D, states, slots, trail=trail, backend=backend)
-                return y, states if trail is None else trail
-
-            return run
-
-        return Problem(operands, call)
-
-    size = f"{rows} x {length} tokens, {mamba.mamba_num_heads} heads" + ", trail" * kept
-    return Case(operation="decoding steps", size=size, flops=0.0, draw=draw, has_gradient=False)
-
-
-def convolution_steps(
-    channels: int, rows: int, length: int, dtype: torch.dtype, *, kept: bool = False, taps: int = 4
-) -> Case:
-    """The convolution for `length` tokens of each of `rows` tails; `kept` as above."""
-
-    def draw(d: Draw) -> Problem:
-        operands = [
-            d.normal(rows * length, channels, dtype=dtype),
-            d.normal(channels, taps, scale=taps**-0.5),
-            d.normal(channels),
-            d.normal(rows, taps - 1, channels, dtype=dtype),
-        ]
-        slots = torch.arange(rows - 1, -1, -1, device=d.device)
-
-        def call(backend: Backend) -> Call:
-            # The steps have no form of their own that is written out token by token.
-            chosen: Backend = "torch" if backend == "reference" else backend
-
-            def run(x: Tensor, w: Tensor, b: Tensor, tails: Tensor) -> Sequence[Tensor]:
-                trail = tails.new_empty(rows, length, *tails.shape[1:]) if kept else None
-                y = causal_conv_steps(
-                    x, w, b, tails=tails, slots=slots, trail=trail, backend=chosen
-                )
-                return y, tails if trail is None else trail
-
-            return run
-
-        return Problem(operands, call)
-
-    size = f"{rows} x {length} tokens, {channels} channels" + ", trail" * kept
-    return Case(operation="convolution steps", size=size, flops=0.0, draw=draw, has_gradient=False)
-
-
-def attention_steps_of(
-    config: AttentionConfig,
-    contexts: Sequence[int],
-    length: int,
-    dtype: torch.dtype,
-    *,
-    page_size: int = 64,
-) -> Case:
-    """`length` new tokens of each sequence, behind `contexts` remembered ones in their pages."""
-    rows, (kv_heads, head_dim) = len(contexts), (config.num_key_value_heads, config.head_dim)
-    width = -(-(max(contexts) + length) // page_size)
-
-    def draw(d: Draw) -> Problem:
-        pages = rows * width
-        new = (rows * length, kv_heads, head_dim)
-        held = (pages, page_size, kv_heads, head_dim)
-        shapes = [(rows * length, config.num_attention_heads, head_dim), new, new, held, held]
-        operands = [d.normal(*shape, dtype=dtype) for shape in shapes]
-        context = torch.tensor(list(contexts), device=d.device)
-        table = torch.arange(pages - 1, -1, -1, device=d.device).view(rows, width)
-        slots = torch.arange(rows, device=d.device)
-
-        def call(backend: Backend) -> Call:
-            def run(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:
-                if backend == "reference":
-                    return [_attention_reference(q, k, v, keys, values, table, contexts)]
-                y = attention_steps(
-                    q, k, v, keys=keys, values=values, table=table, slots=slots, context=context,
-                    backend=backend,
-                )  # fmt: skip
-                return [y]
-
-            return run
-
-        return Problem(operands, call)
-
-    words = _words(contexts) if len(set(contexts)) > 1 else f"{rows} x {contexts[0]}"
-    return Case(
-        operation="attention steps",
-        size=f"{length} after {words} keys, {config.num_attention_heads} heads on {kv_heads}",
-        flops=0.0,
-        draw=draw,
-        has_gradient=False,
-    )
-
-
-def _attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    contexts: Sequence[int],
-) -> Tensor:
-    rows = len(contexts)
-    streams = [
-        torch.cat(
-            [
-                part
-                for pages, context, latest in zip(table, contexts, new.chunk(rows), strict=True)
-                for part in (held[pages].flatten(0, 1)[:context], latest)
-            ]
-        )
-        for held, new in ((keys, k), (values, v))
-    ]
-    length = len(q) // rows
-    segments = Segments([context + length for context in contexts])
-    return attention(
-        q, *streams, queries=Segments.uniform(rows, length), keys=segments, backend="reference"
-    )
-
-
-def _steps_reference(
-    t: Sequence[Tensor], slots: Tensor, length: int, *, kept: bool
-) -> Sequence[Tensor]:
-    x, dt, A, B, C, D, states = t
-    rows, state = len(slots), states[slots]
-    tokens = [part.unflatten(0, (rows, length)) for part in (x, dt, B, C)]
-    outputs, every = [], []
-    for step in range(length):
-        x, dt, B, C = (part[:, step] for part in tokens)
-        y, state = ssd(
-            x, dt, A, B, C, D,
-            segments=Segments.uniform(rows, 1), chunk_size=1, initial_states=state,
-            backend="reference",
-        )  # fmt: skip
-        outputs.append(y)
-        every.append(state)
-    after = states.clone()
-    after[slots] = state
-    return torch.stack(outputs, 1).flatten(0, 1), torch.stack(every, 1) if kept else after
-
-
-def _scan_operands(
+def scan_operands(
     mamba: MambaConfig, segments: Segments, dtype: torch.dtype, d: Draw
 ) -> list[Tensor]:
     heads, size = mamba.mamba_num_heads, mamba.ssm_state_size
@@ -284,7 +126,7 @@ def _scan_operands(
 
 def _scan_size(mamba: MambaConfig, lengths: Sequence[int]) -> str:
     return (
-        f"{_words(lengths)} tokens, {mamba.mamba_num_heads} heads of {mamba.mamba_head_dim}, "
+        f"{words_of(lengths)} tokens, {mamba.mamba_num_heads} heads of {mamba.mamba_head_dim}, "
         f"{mamba.n_groups} groups, state {mamba.ssm_state_size}"
     )
 
@@ -310,7 +152,7 @@ def convolution(
             ),
         )
 
-    size = f"{_words(lengths)} tokens, {channels} channels"
+    size = f"{words_of(lengths)} tokens, {channels} channels"
     flops = 2.0 * taps * segments.total * channels
     return Case(operation="convolution", size=size, flops=flops, draw=draw)
 
@@ -386,6 +228,7 @@ def experts(
         size=f"{tokens} tokens, {k} of {count} experts {width} x {hidden}{used_words}",
         flops=2.0 * tokens * k * (rows + hidden) * width,
         draw=draw,
+        read_share=1 - (1 - k / (used or count)) ** tokens,
     )
 
 
@@ -441,5 +284,5 @@ def few_heads(mamba: MambaConfig) -> MambaConfig:
     return replace(mamba, mamba_num_heads=4 * groups, n_groups=groups)
 
 
-def _words(lengths: Sequence[int]) -> str:
+def words_of(lengths: Sequence[int]) -> str:
     return " + ".join(map(str, lengths))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, steps
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.sections.kernels import forward, training
 from benchmarks.gpu.setting import Draw
@@ -114,17 +114,11 @@ def describe(name: str, kernel: Any) -> Compiled:
 
 def compile_layers(config: ModelConfig, tokens: int = 8192) -> list[tuple[str, Compiled]]:
     """Every kernel of a model's layers, forward and backward, and of its decoding steps."""
-    attention, mamba = config.attention, config.mamba
-    assert attention is not None
-    assert mamba is not None
     rows: list[tuple[str, Compiled]] = []
     half = torch.bfloat16
-    steps = [cases.decoding_steps(mamba, 8, 4, half, kept=k) for k in (False, True)]
-    steps += [cases.convolution_steps(mamba.conv_channels, 8, n, half, kept=n > 1) for n in (1, 4)]
-    steps += [cases.attention_steps_of(attention, [1 << 17] * 2, n, half) for n in (1, 4)]
-    steps.append(cases.layer_experts(config, 8, half))
+    few = [case for n in (1, 4) for case in steps.layer_steps(config, 2, n, 1 << 17, half)]
     with compiling() as found:
-        for case in [*cases.layer_cases(config, tokens, torch.bfloat16), *steps]:
+        for case in [*cases.layer_cases(config, tokens, half), *few]:
             compile_case(case)
             rows += [(case.operation, describe(*each)) for each in found[len(rows) :]]
     return rows

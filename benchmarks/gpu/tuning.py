@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, steps
 from benchmarks.gpu.cases import Case, Problem
 from benchmarks.gpu.clock import Timing
 from benchmarks.gpu.failures import kernel_errors
@@ -34,6 +34,7 @@ from nemotron3.models.config import ModelConfig
 _SCAN, _CONV = "nemotron3.ops.ssd.triton", "nemotron3.ops.conv.triton"
 _EXPERTS, _NORM = "nemotron3.ops.experts.triton", "nemotron3.ops.norm.triton"
 _LOSS, _STEPS = "nemotron3.ops.cross_entropy.triton", "nemotron3.ops.ssd.decoding.triton"
+_ATTENTION = "nemotron3.ops.attention.triton"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +64,25 @@ def searches(config: ModelConfig, tokens: int) -> list[Search]:
     """All operations of a model's layers."""
     assert config.mamba is not None
     found = {c.operation: c for c in cases.layer_cases(config, tokens, torch.bfloat16)}
-    steps = cases.decoding_steps(config.mamba, 64, 1, torch.bfloat16)
+    rows = max(1, tokens // 128)  # 64 sequences
+    few = {c.operation: c for c in steps.layer_steps(config, rows, 1, tokens, torch.bfloat16)}
+    one = steps.layer_steps(config, 1, 1, tokens, torch.bfloat16)[-1]
     launches = _options(num_warps=(4, 8), num_stages=(1, 2, 3))
     walks = _options(num_warps=(2, 4, 8), num_stages=(1, 2, 3, 4))
     backward = _options(num_warps=(4, 8, 16), num_stages=(1, 2, 3))
     tiles = _options(BLOCK_TOKENS=(8, 16, 32), BLOCK_CHANNELS=(64, 128), num_warps=(4, 8))
     blocks = [(128, 256, 64, 8), (128, 128, 64, 8), (128, 128, 64, 4), (128, 128, 32, 8)]
     blocks += [(64, 256, 64, 8), (64, 256, 64, 4), (64, 128, 64, 4), (256, 128, 64, 8)]
+    low = [
+        _blocks(16, c, i, w, n)
+        for c in (32, 64, 128)
+        for i in (64, 128)
+        for w in (2, 4)
+        for n in (3, 4)
+    ]
+    ranges = _options(
+        BLOCK_ROWS=(16, 64), BLOCK_KEYS=(32, 64, 128), num_warps=(2, 4), num_stages=(2, 3)
+    )
     experts = [_blocks(*sizes, stages) for sizes in blocks for stages in (3, 4)]
 
     def search(operation: str, is_training: bool, *knobs: tuple[str, str, Any]) -> Search:  # noqa: FBT001
@@ -91,9 +104,14 @@ def searches(config: ModelConfig, tokens: int) -> list[Search]:
                (_NORM, "_COLUMNS_PER_WARP", (128, 256, 512))),
         search("cross-entropy", True, (_LOSS, "_BLOCK", (2048, 4096, 8192)),
                (_LOSS, "_ENTRIES_PER_WARP", (256, 512))),
-        Search(case=steps, is_training=False, knobs=[
+        Search(case=few["scan steps"], is_training=False, knobs=[
             Knob(module=_STEPS, name="_STEPS",
                  candidates=_options(BLOCK_P=(8, 16, 32, 64), num_warps=(1, 2, 4, 8)))]),
+        Search(case=few["attention steps"], is_training=False, knobs=[
+            Knob(module=_ATTENTION, name="_RANGES", candidates=ranges),
+            Knob(module=_ATTENTION, name="_RANGE_KEYS", candidates=(256, 512, 1024))]),
+        Search(case=one, is_training=False, knobs=[
+            Knob(module=_EXPERTS, name="_FEW_ROWS", candidates=low)]),
     ]  # fmt: skip
 
 
@@ -118,7 +136,7 @@ def set_to(knob: Knob, value: Any) -> Iterator[None]:
 
 def parts(setting: Setting) -> dict[str, Part]:
     return {
-        f"{search.case.operation}{', training' * search.is_training}, {name}": (
+        f"{search.case.operation}{', training' * search.is_training}, {name}, {search.case.size}": (
             lambda search=search: tune(search, setting)
         )
         for name, config in setting.models().items()

@@ -337,9 +337,10 @@ def test_a_run_on_a_card_is_named_after_it(monkeypatch, tmp_path):
 
 
 def test_bytes_are_those_of_operands_and_results():
-    problem = cases.norm(4, 8, torch.bfloat16).draw(Draw(torch.device("cpu"), 0))
+    case = cases.norm(4, 8, torch.bfloat16)
+    problem = case.draw(Draw(torch.device("cpu"), 0))
     y = [torch.empty(4, 8, dtype=torch.bfloat16)]
-    assert cases.forward_bytes(problem, y) == 64 + 32 + 64
+    assert cases.forward_bytes(case, problem, y) == 64 + 32 + 64
     assert cases.training_bytes(problem, y) == 3 * (64 + 32) + 2 * 64
 
 
@@ -395,10 +396,12 @@ def test_it_needs_few_packages():
     """A GPU machine has PyTorch and little else, and no installed package of ours."""
     script = """
 import sys
+from importlib.machinery import ModuleSpec
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ImportError(name)
+        return ModuleSpec(name, self) if name.partition(".")[0] in {names} else None
+    def create_module(self, spec):
+        raise ModuleNotFoundError(spec.name)
 sys.meta_path.insert(0, Absent())
 import importlib.metadata as metadata
 version = metadata.version

@@ -1,12 +1,12 @@
-"""The kernel of decoding steps: states read once, advanced by a few tokens, written.
+"""Operations of decoding steps, one layer each: states and keys in place, few tokens, many weights.
 
 A step of one token per sequence, and of four as when drafted tokens are checked and the state after
-each is kept, for batches of growing size. What binds is moving the states, so the share is of the
-copy bandwidth.
+each is kept, for batches of growing size behind 8,192 remembered tokens. What binds is moving
+states, keys and the chosen experts' weights, so the share is of the copy bandwidth.
 """
 
 import torch
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, steps
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.figures import milliseconds, ratio, share
 from benchmarks.gpu.launches import Launches
@@ -14,6 +14,9 @@ from benchmarks.gpu.record import Figure, Results
 from benchmarks.gpu.section import Part, Rows, Section
 from benchmarks.gpu.sections.kernels import forward
 from benchmarks.gpu.setting import Draw, Setting
+
+_BATCHES = ((1, 1), (8, 1), (64, 1), (256, 1), (8, 4), (64, 4))
+"""Sequences, and tokens of each."""
 
 
 def parts(setting: Setting) -> dict[str, Part]:
@@ -23,19 +26,14 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def all_cases(setting: Setting) -> dict[str, Case]:
-    """By model, batch and tokens."""
-    batches = (1, 2) if setting.is_toy else (1, 8, 64, 256)
-    found: dict[str, Case] = {}
-    for name, config in setting.models().items():
-        mamba = config.mamba
-        assert mamba is not None
-        for length in (1, 4):
-            for rows in batches:
-                words = f"{name}, batch {rows}, {length} token{'s' * (length > 1)}"
-                found[words] = cases.decoding_steps(
-                    mamba, rows, length, torch.bfloat16, kept=length > 1
-                )
-    return found
+    """By operation, model, batch and tokens."""
+    batches = ((1, 1), (2, 4)) if setting.is_toy else _BATCHES
+    return {
+        f"{case.operation}, {name}, batch {rows}, {length} token{'s' * (length > 1)}": case
+        for name, config in setting.models().items()
+        for rows, length in batches
+        for case in steps.layer_steps(config, rows, length, setting.tokens, torch.bfloat16)
+    }
 
 
 def measure(case: Case, setting: Setting) -> Figure:
@@ -46,7 +44,7 @@ def measure(case: Case, setting: Setting) -> Figure:
         outputs = kernel(*problem.operands)
     return {
         "size": case.size,
-        "bytes": cases.forward_bytes(problem, outputs),
+        "bytes": cases.forward_bytes(case, problem, outputs),
         "triton": setting.clock.kernel(forward(problem, kernel)),
         "torch": setting.clock.kernel(forward(problem, plain)),
         "launches": launches.fresh(),
@@ -71,9 +69,9 @@ def table(results: Results) -> Rows:
 
 SECTION = Section(
     name="decoding",
-    title="A decoding step of one Mamba layer's states",
+    title="Decoding steps, one layer each, bfloat16",
     order=50,
-    budget_s=40,
+    budget_s=60,
     parts=parts,
     table=table,
 )

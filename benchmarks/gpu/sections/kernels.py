@@ -35,7 +35,7 @@ def measure(case: Case, setting: Setting) -> Figure:
         outputs = problem.call("triton")(*problem.operands)
     figure["forward"] = {
         "flops": case.flops,
-        "bytes": cases.forward_bytes(problem, outputs),
+        "bytes": cases.forward_bytes(case, problem, outputs),
         **_by_backend(lambda call: forward(problem, call), problem, setting),
     }
     if case.has_gradient:

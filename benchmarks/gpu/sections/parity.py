@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import count
 
 import torch
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, steps
 from benchmarks.gpu.cases import Case, Problem
 from benchmarks.gpu.record import Figure, Results
 from benchmarks.gpu.section import Part, Rows, Section
@@ -69,11 +69,11 @@ def operations(config: ModelConfig, setting: Setting) -> dict[str, list[Case]]:
         some = [
             *(cases.scan(few, lengths, dtype) for lengths in streams),
             cases.scan(odd, packed, dtype),
-            *(cases.decoding_steps(few, rows, 1, dtype) for rows in (1, 3)),
-            cases.decoding_steps(few, 2, 5, dtype, kept=True),
-            cases.decoding_steps(odd, 2, 3, dtype),
-            *(cases.convolution_steps(67, 2, n, dtype, kept=n > 2) for n in (1, 2, 5)),
-            *(cases.attention_steps_of(attention, c, n, dtype) for c, n in contexts),
+            *(steps.scan_steps(few, rows, 1, dtype) for rows in (1, 3)),
+            steps.scan_steps(few, 2, 5, dtype, kept=True),
+            steps.scan_steps(odd, 2, 3, dtype),
+            *(steps.convolution_steps(67, 2, n, dtype, kept=n > 2) for n in (1, 2, 5)),
+            *(steps.attention_steps_after(attention, c, n, dtype) for c, n in contexts),
             *(cases.convolution(mamba.conv_channels, lengths, dtype) for lengths in streams),
             cases.convolution(67, packed, dtype, taps=2),
             *(cases.gated_norm(tokens, inner, mamba.n_groups, dtype) for tokens in (1, 37)),
