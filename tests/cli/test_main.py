@@ -105,6 +105,15 @@ BAD_INPUT = {
         ["generate", "{bad}/none", "Hi"],
         ["holds no tokenizer.json", "directory of a model"],
     ),
+    "no model to serve": (["serve", "{bad}/none", "--port", "0"], ["holds no tokenizer.json"]),
+    "no model to talk to": (["chat", "{bad}/none"], ["holds no tokenizer.json"]),
+    "no port": (["serve", "{bad}/none", "--port", "99999"], ["port 99999", "--port"]),
+    "no address": (["serve", "{bad}/none", "--host", "256.0.0.1"], ["256.0.0.1", "--host"]),
+    "no body at all": (["serve", "x", "--max-body-mib", "0"], ["--max-body-mib is 0"]),
+    "no sequences": (
+        ["serve", "{bad}/none", "--port", "0", "--max-num-seqs", "0"],
+        ["max_num_seqs is 0"],
+    ),
     "no run to merge": (["merge", "{bad}/none", "{bad}/out"], ["cannot be read", "run.json"]),
 }
 
@@ -136,7 +145,7 @@ def test_help_is_quick_and_loads_no_torch():
         "import sys; from nemotron3.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'tyro', 'rich', 'tokenizers'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'tyro', 'rich', 'tokenizers', 'fastapi'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     times = []
@@ -146,7 +155,7 @@ def test_help_is_quick_and_loads_no_torch():
         times.append(time.monotonic() - started)
         assert done.returncode == 0, done.stderr
     assert min(times) < 1.0
-    for verb in ("info", "pretrain", "show", "generate", "merge"):
+    for verb in ("info", "pretrain", "show", "generate", "serve", "chat", "merge"):
         assert f"\n    {verb} " in done.stdout
 
 

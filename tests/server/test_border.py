@@ -35,7 +35,9 @@ def failing(error):
 class Exchange:
     """One request to a border, and what came back."""
 
-    def __init__(self, border, *, path="/v1/models", method="GET", headers=None, body=b""):
+    def __init__(
+        self, border, *, path="/v1/models", method="GET", headers=None, body=b"", stalls=False
+    ):
         scope = {
             "type": "http",
             "path": path,
@@ -46,8 +48,10 @@ class Exchange:
         self.sent = []
 
         async def receive():
+            if stalls and not parts:
+                await asyncio.sleep(60)
             part = parts.pop(0)
-            return {"type": "http.request", "body": part, "more_body": bool(parts)}
+            return {"type": "http.request", "body": part, "more_body": stalls or bool(parts)}
 
         async def send(message):
             self.sent.append(message)
@@ -130,6 +134,15 @@ def test_a_body_beyond_the_limit_is_refused_whether_it_says_so_or_not(border, an
     assert done.status == 413
     assert "1,000 bytes" in done.error["message"]
     assert "--max-body-mib" in done.error["message"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(border, monkeypatch):
+    monkeypatch.setattr("nemotron3.server.border._BODY_TIMEOUT_S", 0.05)
+    gate = Gate()
+    done = Exchange(border(gate=gate), method="POST", headers=JSON, body=b"{", stalls=True)
+    assert done.status == 408
+    assert done.headers["connection"] == "close"
+    assert gate.num_inside == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import time
 import httpx2
 import pytest
 
+from nemotron3.errors import ConfigError
+from nemotron3.server.running import bind
 from tests.server.serving import running
 
 CHAT = "/v1/chat/completions"
@@ -95,6 +97,46 @@ def test_a_reader_that_is_slow_delays_nobody_and_misses_nothing(served):
     assert received.count(b'"logprob":') > 400 * 60
 
 
+def test_a_port_that_is_taken_is_said_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 cannot be taken"):
+            bind("127.0.0.1", port)
+
+
+def test_a_step_that_fails_ends_what_it_answered_and_nothing_after_it(model_folder, monkeypatch):
+    with running(model_folder) as server:
+        step = server.llm._engine.step
+        steps = []
+
+        def failing_once():
+            steps.append(None)
+            if len(steps) == 3:
+                raise RuntimeError("the machine hiccups")
+            return step()
+
+        monkeypatch.setattr(server.llm._engine, "step", failing_once)
+        failed = server.post(CHAT, LONG)
+        assert failed.status_code == 500
+        assert failed.json()["error"]["code"] == "engine_error"
+        assert "hiccups" not in failed.text
+        assert server.post(CHAT, LONG | {"max_tokens": 9}).status_code == 200
+
+
+def test_an_answer_that_fails_leaves_the_others(served):
+    token = served.llm.tokenizer.encode("Q")[0]
+    wrong = LONG | {"structured_outputs": {"regex": "Q"}, "stop_token_ids": [token]}
+    wrong |= {"ignore_eos": False, "chat_template_kwargs": {"enable_thinking": False}}
+    with begin(served, LONG | {"stream": True, "max_tokens": 300}) as connection:
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+        assert served.post(CHAT, wrong).status_code == 400
+        received = b""
+        while b"[DONE]" not in received:
+            received += connection.recv(1 << 16)
+    assert b'"finish_reason":"length"' in received
+    assert b"error" not in received
+
+
 @pytest.mark.slow
 def test_the_first_signal_finishes_what_runs_and_sends_the_rest_elsewhere(model_folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -113,7 +155,7 @@ def test_the_first_signal_finishes_what_runs_and_sends_the_rest_elsewhere(model_
 
 def _scenario(process, url, lines):
     logged = [json.loads(lines.get(timeout=60))]
-    while "Uvicorn running" not in logged[-1]["message"]:
+    while "requests are taken" not in logged[-1]["message"]:
         logged.append(json.loads(lines.get(timeout=60)))
     headers = {"authorization": "Bearer sesame"}
     received = []

@@ -53,10 +53,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="memory for prompts that begin alike; 0 for none (default 1024)",
     )
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    engine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="what the weights are held in (default auto: as they are stored)",
+    )
 
 
 def load_engine(known: argparse.Namespace) -> "AsyncLLM":
     """The engine that the options describe; what is not given is the engine's own default."""
+    import torch
+
     from nemotron3.inference.async_llm import AsyncLLM
     from nemotron3.inference.config import EngineConfig
 
@@ -77,4 +85,5 @@ def load_engine(known: argparse.Namespace) -> "AsyncLLM":
         size = getattr(known, option)
         given[name] = None if size is None else size * _MIB
     config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
-    return AsyncLLM(known.path, config=config, device=known.device)
+    dtype = None if known.dtype == "auto" else getattr(torch, known.dtype)
+    return AsyncLLM(known.path, config=config, device=known.device, dtype=dtype)

@@ -9,6 +9,7 @@ A body must say that it is JSON: a browser sends any other kind to any address w
 with it every page that one visits could put the machine to work.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -38,6 +39,8 @@ _ALWAYS_PATHS = frozenset({"/", "/health", "/metrics"})  # answered while draini
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _JSON = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 _CLIENT_GONE = 499
+_BODY_TIMEOUT_S = 60.0
+"""Seconds for a body to arrive; a client that stalls would keep the server from ending."""
 
 
 class Border:
@@ -87,7 +90,7 @@ class Border:
             return
         with self._gate.inside():
             if scope["method"] == "POST":
-                receive = _replay(await self._read_body(headers, receive), receive)
+                receive = _replay(await self._read_in_time(headers, receive), receive)
             await self._app(scope, receive, crossing.send)
 
     def _check_key(self, authorization: bytes) -> None:
@@ -103,6 +106,17 @@ class Border:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+    async def _read_in_time(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        try:
+            return await asyncio.wait_for(self._read_body(headers, receive), _BODY_TIMEOUT_S)
+        except TimeoutError as error:
+            raise RefusedError(
+                408,
+                f"the body did not arrive in {_BODY_TIMEOUT_S:g} seconds; send it again",
+                code="body_too_slow",
+                headers={"Connection": "close"},
+            ) from error
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         if not _JSON.match(headers.get(b"content-type", b"")):

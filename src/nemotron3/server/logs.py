@@ -5,6 +5,8 @@ A record's own facts travel in `extra={"fields": {...}}` and are keys of the JSO
 
 import json
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -39,8 +41,17 @@ class TextLines(logging.Formatter):
         return super().format(record) + facts
 
 
-def write_logs(kind: Literal["json", "text"]) -> None:
-    """Send this process's log to standard error."""
+@contextmanager
+def written_logs(kind: Literal["json", "text"]) -> Generator[None, None, None]:
+    """Send this process's log to standard error, for as long as it serves."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if kind == "json" else TextLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from nemotron3.errors import ConfigError
 from nemotron3.server.app import Server
 
 log = logging.getLogger("nemotron3.server")
@@ -32,6 +33,7 @@ class _Uvicorn(uvicorn.Server):
         """Begin to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        log.info("requests are taken")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, end at the second."""
@@ -58,12 +60,31 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(server: Server, *, host: str, port: int, drain_timeout_s: float) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address, without listening yet: a model need not be loaded to find it taken."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"port {port} does not exist; choose one below 65,536 with --port")
+    bound = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        raise ConfigError(
+            f"port {port} of {host} cannot be taken ({error}); choose others with --host, --port"
+        ) from error
+    return bound
+
+
+def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> None:
     """Serve until a signal says that it is enough; then the engine ends too."""
     config = uvicorn.Config(
         server.app,  # pyright: ignore[reportArgumentType]
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -71,6 +92,6 @@ def serve(server: Server, *, host: str, port: int, drain_timeout_s: float) -> No
         timeout_graceful_shutdown=2,
     )
     try:
-        _Uvicorn(config, server, drain_timeout_s).run()
+        _Uvicorn(config, server, drain_timeout_s).run([bound])
     finally:
         server.llm.close()
