@@ -24,8 +24,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @every_shape
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_convolution(rows, steps, has_bias, assert_close):
-    contract.test_convolution(rows, steps, has_bias=has_bias, assert_close=assert_close, **KERNEL)
+@pytest.mark.parametrize(("channels", "taps"), [(7, 4), (40, 3)])
+def test_convolution(rows, steps, has_bias, channels, taps, assert_close):
+    sizes = {"channels": channels, "taps": taps}
+    contract.test_convolution(
+        rows, steps, has_bias=has_bias, assert_close=assert_close, **sizes, **KERNEL
+    )
 
 
 @pytest.mark.parametrize(("channels", "taps", "steps"), [(300, 4, 1), (7, 2, 3), (5, 1, 2)])

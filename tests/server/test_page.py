@@ -6,6 +6,7 @@ NEMOTRON3_SCREENSHOTS to a folder to look at what it looks like.
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,10 @@ def test_thinking_can_be_switched_off_and_its_budget_lifted_or_closed(served, op
     assert page.wrong == []
 
 
-def test_stop_stops_the_engine_too(served, open_page):
+def test_stop_stops_the_engine_too(served, open_page, monkeypatch):
+    step = served.llm._engine.step
+    # A tiny model would be done before anyone has found the button.
+    monkeypatch.setattr(served.llm._engine, "step", lambda: time.sleep(0.02) or step())
     page = open_page(served.url)
     say(page, "Hello")
     page.wait_for_selector("details.thinking:visible")

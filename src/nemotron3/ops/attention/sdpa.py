@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
+from nemotron3.ops.backends import Kernel
 from nemotron3.ops.segments import Segments
 
+_FLASH = Kernel("nemotron3.ops.attention.flash", "attend_behind_flash")
 _MOST_SCORES = 1 << 28
 """Scores that a masked call may make: a gigabyte, where they are made at all."""
 
@@ -67,8 +68,7 @@ def _attend_behind(q: Tensor, k: Tensor, v: Tensor, *, is_grouped: bool) -> Tens
     """For several queries and more keys than queries, [row, head, length, head_dim]."""
     (rows, heads, n_queries, _), n_keys = q.shape, k.shape[2]
     if can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, is_grouped)):
-        corner = causal_lower_right(n_queries, n_keys)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=corner, enable_gqa=is_grouped)
+        return _FLASH.load()(q, k, v, is_grouped=is_grouped)
     block = max(1, _MOST_SCORES // (rows * heads * n_keys))
     outputs = []
     for start in range(0, n_queries, block):
