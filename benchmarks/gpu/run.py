@@ -57,9 +57,11 @@ def _run_in_children(section: Section, record: Record, allowed: float, *, is_toy
                 env=environment(is_toy=is_toy),
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            status = 0
+            status = None
         record.content = Record.open(record.path).content
-        if status == 0:
+        if status is None:  # killed within a part; nobody named those behind it
+            record.put(section.name, "parts behind it", {"left_out": OUT_OF_TIME})
+        if not status:
             return
         if len(record.figures(section.name)) == known:  # nothing new, so another try is in vain
             record.put(section.name, "process", {"error": f"it ended with status {status}"})

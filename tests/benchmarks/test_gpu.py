@@ -219,6 +219,20 @@ def test_after_a_fault_another_process_goes_on(record, monkeypatch):
     ]
 
 
+def test_a_process_that_is_killed_for_time_leaves_a_line_for_the_rest(record, monkeypatch):
+    def child(command, *, timeout, **_):
+        Record.open(record.path).put("some", "a", {"error": DIED})
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    record.write()
+    monkeypatch.setattr(run.subprocess, "run", child)
+    run_sections([of_parts(a=fails, b=fails)], record, seconds=60, is_toy=True)
+    assert record.missing() == [
+        f"some, a: FAILED: {DIED}",
+        f"some, parts behind it: {OUT_OF_TIME}",
+    ]
+
+
 def test_a_process_that_cannot_start_is_tried_once(record, monkeypatch):
     monkeypatch.setattr(run.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1))
     record.write()
