@@ -13,7 +13,9 @@ from benchmarks.models import our_loss, their_loss
 from benchmarks.timing import Contestant, timed
 from torch import Tensor, nn
 
+from nemotron3.models.cache import HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.steps import StepRunner
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 
 OPTIMIZER = AdamWConfig(lr=1e-12, weight_decay=0.0)
@@ -40,7 +42,7 @@ def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:
 
     @torch.inference_mode()
     def read() -> None:
-        _our_prompt(model, tokens)
+        _our_prompt(model, tokens, model.new_state(len(tokens)))
 
     return timed(read)
 
@@ -57,14 +59,20 @@ def their_prefill(model: nn.Module, tokens: Tensor) -> Contestant:
 
 def our_decode(model: LanguageModel, prompts: Tensor, steps: int) -> Contestant:
     """Choose `steps` tokens for each of the prompts."""
+    slots = range(len(prompts))
+    with torch.inference_mode():
+        state = model.new_state(len(prompts))
+        runner = StepRunner(model, state)
 
     @torch.inference_mode()
     def run() -> float:
-        state, chosen = _our_prompt(model, prompts)
+        for slot in slots:
+            state.free(slot)
+        chosen = _our_prompt(model, prompts, state).tolist()
         start = time.perf_counter()
         for _ in range(steps):
-            layout = state.layout([1] * len(chosen))
-            chosen = model.next_logits(chosen, layout=layout, state=state).argmax(-1)
+            out = runner.run([[token] for token in chosen], slots)
+            chosen = out.logits[:, -1].argmax(-1).tolist()
         return time.perf_counter() - start
 
     return run
@@ -86,8 +94,7 @@ def their_decode(model: nn.Module, prompts: Tensor, steps: int) -> Contestant:
     return run
 
 
-def _our_prompt(model: LanguageModel, tokens: Tensor) -> tuple:
-    state = model.new_state(len(tokens))
+def _our_prompt(model: LanguageModel, tokens: Tensor, state: HybridCache) -> Tensor:
     layout = state.layout([tokens.shape[1]] * len(tokens))
     logits = model.next_logits(tokens.flatten(), layout=layout, state=state)
-    return state, logits.argmax(-1)
+    return logits.argmax(-1)

@@ -5,6 +5,7 @@ import torch
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.generation import GenerationConfig, sample
+from nemotron3.models.steps import StepRunner
 from tests.tiny import tiny_config, tiny_model, tokens_for
 
 GREEDY = GenerationConfig(max_new_tokens=9, temperature=0.0)
@@ -36,13 +37,11 @@ def test_a_finished_prompt_leaves_the_batch_and_the_others_go_on(model, prompts,
     plain = model.generate(prompts, GREEDY)
     stop = plain[0][2]
     rows = []
-    next_logits = model.next_logits
+    run = StepRunner.run
     monkeypatch.setattr(
-        model,
-        "next_logits",
-        lambda tokens, layout, state: (
-            rows.append(len(layout.segments)) or next_logits(tokens, layout=layout, state=state)
-        ),
+        StepRunner,
+        "run",
+        lambda self, tokens, slots: rows.append(len(slots)) or run(self, tokens, slots),
     )
     config = GenerationConfig(max_new_tokens=9, temperature=0.0, stop_token_ids=(stop,))
     stopped = model.generate(prompts, config)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nemotron3.errors import ConfigError
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.steps import SteppingModel, StepRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class GenerationConfig:
 
 
 @runtime_checkable
-class CausalModel(Protocol):
+class CausalModel(SteppingModel, Protocol):
     """What generation needs of a model."""
 
     def next_logits(
@@ -80,11 +81,11 @@ def generate(
     state = model.new_state(slots=len(prompts))
     results: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    fed = [list(prompt) for prompt in prompts]
-    for _ in range(config.max_new_tokens):
-        layout = state.layout([len(tokens) for tokens in fed], running)
-        stream = torch.tensor([token for tokens in fed for token in tokens], device=model.device)
-        logits = model.next_logits(stream, layout=layout, state=state)
+    layout = state.layout([len(prompt) for prompt in prompts])
+    stream = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    logits = model.next_logits(stream, layout=layout, state=state)
+    steps = StepRunner(model, state)
+    for written in range(1, config.max_new_tokens + 1):
         chosen = sample(logits.float().cpu(), config, generator).tolist()
         still: list[tuple[int, int]] = []
         for index, token in zip(running, chosen, strict=True):
@@ -94,9 +95,10 @@ def generate(
             still.append((index, token))
             if on_token is not None:
                 on_token(index, token)
-        if not still:
+        if not still or written == config.max_new_tokens:
             break
-        running, fed = [index for index, _ in still], [[token] for _, token in still]
+        running = [index for index, _ in still]
+        logits = steps.run([[token] for _, token in still], running).logits[:, -1]
     return results
 
 
