@@ -20,7 +20,7 @@ $(BIN)/uv:
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/uv
-	@$(INSTALL) -e '.[train]'
+	@$(INSTALL) -e '.[train,serve]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/uv
@@ -28,7 +28,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/uv
 	@touch $@ $(VENV)/.train
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
-	@$(INSTALL) -e '.[train,docs]'
+	@$(INSTALL) -e '.[train,serve,docs]'
 	@touch $@
 
 run: $(VENV)/.train  ## train the tiny model on real text (about 7 minutes on 2 cores) and show what it does
