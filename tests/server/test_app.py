@@ -13,6 +13,7 @@ from tests.server.serving import MODEL, running
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
+THREE = {"messages": HELLO, "max_tokens": 3, "ignore_eos": True}
 BAD_CHATS = {
     "no messages": ({"messages": []}, "messages"),
     "messages left out": ({"messages": None}, "messages"),
@@ -153,7 +154,7 @@ def test_a_request_keeps_its_id_to_the_end(served):
 
 def test_the_log_tells_a_request_with_its_tokens(served, caplog):
     with caplog.at_level(logging.INFO, "nemotron3.server.access"):
-        served.post(CHAT, {"messages": HELLO, "max_tokens": 3}, headers={"x-request-id": "mine-2"})
+        served.post(CHAT, THREE, headers={"x-request-id": "mine-2"})
         (line,) = _lines(caplog, "mine-2")  # written once the answer has been sent
     assert (line["path"], line["status"], line["completion_tokens"]) == (CHAT, 200, 3)
     assert line["prompt_tokens"] > 3
@@ -170,7 +171,7 @@ def _lines(caplog, request_id, timeout_s=10):
 
 
 def test_prometheus_reads_counts_and_latencies(served):
-    served.post(CHAT, {"messages": HELLO, "max_tokens": 3})
+    served.post(CHAT, THREE)
     page = served.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     values = dict(

@@ -6,8 +6,9 @@ import pytest
 from openai import APIError, BadRequestError
 from pydantic import BaseModel
 
-from tests.server.serving import MODEL
+from tests.server.serving import MODEL, running, write_model
 
+PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello there"}]
 WEATHER = {
     "type": "function",
@@ -379,3 +380,23 @@ def test_a_prompt_that_was_there_before_is_not_read_again(client):
         for _ in range(2)
     ]
     assert counts[0] < counts[1]
+
+
+def test_an_effort_is_a_hint_to_the_models_that_know_it(tmp_path):
+    with running(write_model(tmp_path, style="super")) as server:
+        chat = {"messages": HELLO, "max_tokens": 1, "return_token_ids": True}
+        prompts = [
+            server.llm.tokenizer.decode(server.post(PATH, chat | more).json()["prompt_token_ids"])
+            for more in (
+                {"reasoning_effort": "low"},
+                {"chat_template_kwargs": {"low_effort": True}},
+                {"reasoning_effort": "high"},
+                {},
+            )
+        ]
+        refused = server.post(PATH, chat | {"reasoning_effort": "medium"})
+    assert "{reasoning effort: low}" in prompts[0]
+    assert prompts[0] == prompts[1]
+    assert prompts[2] == prompts[3] == prompts[0].replace("\n\n{reasoning effort: low}", "")
+    assert refused.status_code == 400
+    assert "efforts: low" in refused.json()["error"]["message"]

@@ -4,6 +4,7 @@ Runs where a Chromium is installed (`apt-get install chromium`, or NEMOTRON3_CHR
 NEMOTRON3_SCREENSHOTS to a folder to look at what it looks like.
 """
 
+import json
 import os
 import shutil
 import time
@@ -42,6 +43,7 @@ def open_page(browser):
         page.on("console", lambda said: said.type == "error" and page.wrong.append(said.text))
         page.asked = []
         page.on("request", lambda request: page.asked.append(request))
+        page.route("**/completions", endless)
         page.goto(url)
         pages.append(page)
         return page
@@ -76,6 +78,12 @@ def bodies(page):
     return [
         request.post_data_json for request in page.asked if request.url.endswith("/completions")
     ]
+
+
+def endless(route):
+    """Let an answer go on beyond the end that a random model comes upon."""
+    body = route.request.post_data_json | {"ignore_eos": True}
+    route.continue_(post_data=json.dumps(body))
 
 
 def look(page, name):
