@@ -57,7 +57,7 @@ class Passes:
     ) -> tuple[Float[Tensor, "sequences d_model"], Float[Tensor, "sequences vocab"]]:
         """A step of the draft block: its output and logits at token `last[i]` of sequence i.
 
-        They are good until the next step of as many sequences and tokens.
+        They are good until the next one.
         """
         mtp, rows, steps = self.model.mtp, len(tokens), len(tokens[0])
         assert mtp is not None
@@ -66,9 +66,7 @@ class Passes:
         def step(numbers: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             ids, (at, slots_, context_) = numbers[: -3 * rows], numbers[-3 * rows :].view(3, rows)
             places = Places(slots_, context_)
-            layout = SequenceLayout(
-                segments, context=tuple(context), slots=tuple(slots), places=places
-            )
+            layout = SequenceLayout(segments, places=places)
             out, _ = mtp(self.model.embed(ids), hidden, layout, self.cache.draft_layers)
             picked = F.embedding(at, out)
             return picked, self.model.logits(picked)
@@ -78,7 +76,11 @@ class Passes:
         numbers = numbers.to(self.model.device)
         if not self._recordings.are_possible:
             return step(numbers, hidden)
-        picked, logits = self._recordings.run((rows, steps), (numbers, hidden), step)
+        idle = torch.zeros_like(numbers)
+        idle[-2 * rows : -rows] = -1  # no slots
+        picked, logits = self._recordings.run(
+            (rows, steps), (numbers, hidden), step, idle=(idle, torch.zeros_like(hidden))
+        )
         return picked, logits
 
     def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:

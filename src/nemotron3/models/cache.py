@@ -152,7 +152,12 @@ class HybridCache:
         self.table.extend(slot, taken)
 
     def check(self, layout: SequenceLayout) -> None:
-        """Refuse a layout that does not continue what the slots hold."""
+        """Refuse a layout that does not continue what the slots hold.
+
+        One with `places` of its own is not looked at: it is `StepRunner`'s, who checks and counts.
+        """
+        if layout.places is not None:
+            return
         if len(set(layout.slots)) < len(layout.segments):
             raise ConfigError(
                 f"the layout has {len(layout.segments)} sequences in slots {layout.slots}; with a "
@@ -167,7 +172,7 @@ class HybridCache:
 
     def advance(self, layout: SequenceLayout) -> None:
         """Count the tokens of a finished call; of a tentative one, `accept` counts them."""
-        if layout.is_tentative:
+        if layout.is_tentative or layout.places is not None:
             return
         for slot, length in zip(layout.slots, layout.segments.lengths, strict=True):
             self.lengths[slot] += length

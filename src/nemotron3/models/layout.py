@@ -40,7 +40,8 @@ class SequenceLayout:
     is_tentative: bool = False
     """Whether the state must stay as it is until it is said how many of the tokens stand."""
     places: "Places | None" = None
-    """`context` and `slots` as tensors, where whoever made the layout keeps them."""
+    """`slots` and `context` as tensors, where whoever made the layout keeps them: they are what
+    counts then, and may change from call to call."""
 
     def __post_init__(self) -> None:
         for name in ("context", "slots"):
@@ -65,7 +66,8 @@ class SequenceLayout:
     def is_step(self) -> bool:
         """Whether every sequence of a state goes on by the same few tokens."""
         length = self.segments.uniform_length
-        return bool(self.slots) and length is not None and length <= MAX_STEPS
+        has_state = bool(self.slots) or self.places is not None
+        return has_state and length is not None and length <= MAX_STEPS
 
     def slot_index(self, device: torch.device) -> Tensor:
         """`slots` as a tensor, int64 [sequences]."""

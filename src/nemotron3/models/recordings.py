@@ -1,9 +1,10 @@
 """Recordings of what a model does on a carried state, by the shape of the call.
 
-The first call of a shape runs the function and records it; those after it copy their inputs over
-the first one's and play the recording, which has the same bits. A recording stands on the memory of
-the cache and of the parameters: when the cache's grows a new one is made, and `forget` is for
-whoever puts other tensors into the model.
+On a CPU the first call of a shape runs the function and records it (ops/graph.py); on a GPU the
+function runs on padding alone and is captured (parallel/capture.py). Those after it copy their
+inputs over the first one's and play the recording, which has the same bits. A recording stands on
+the memory of the cache and of the parameters: when the cache's grows a new one is made, and
+`forget` is for whoever puts other tensors into the model.
 """
 
 from collections.abc import Callable, Hashable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nemotron3.models.cache import HybridCache
 from nemotron3.ops.graph import Graph, can_record
+from nemotron3.parallel.capture import Capture, Captures, can_capture
 
 MAX_RECORDINGS = 64
 """Shapes that are remembered; each holds the memory of a call's results."""
@@ -21,7 +23,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class _Recording(NamedTuple):
-    graph: Graph
+    graph: Graph | Capture
     inputs: Tensors
     outputs: Tensors
 
@@ -33,11 +35,17 @@ class Recordings:
         self._cache = cache
         self._kept: dict[Hashable, _Recording] = {}
         self._addresses = cache.addresses()
+        self._captures = Captures() if can_capture(cache.device) else None
 
     @property
     def are_possible(self) -> bool:
         """Whether what a model does on such a cache can be recorded."""
-        return can_record(self._cache.dtype, self._cache.device)
+        return self.take_padding or can_record(self._cache.dtype, self._cache.device)
+
+    @property
+    def take_padding(self) -> bool:
+        """Whether a sequence may be padding (slot -1), so that few shapes serve all calls."""
+        return self._captures is not None
 
     def find(self, shape: Hashable) -> bool:
         """Whether a call of this shape would be played."""
@@ -47,19 +55,22 @@ class Recordings:
             self._addresses = addresses
         return shape in self._kept
 
-    def run(self, shape: Hashable, inputs: Tensors, function: Callable[..., Tensors]) -> Tensors:
-        """`function(*inputs)`; the results are good until the next call of this shape."""
+    def run(
+        self, shape: Hashable, inputs: Tensors, function: Callable[..., Tensors], *, idle: Tensors
+    ) -> Tensors:
+        """`function(*inputs)`; the results are good until the next call.
+
+        `idle` are inputs like those given, of padding alone.
+        """
         if self.find(shape):
             recording = self._kept.pop(shape)
-            for held, given in zip(recording.inputs, inputs, strict=True):
-                held.copy_(given)
-            recording.graph.replay()
+            _play(recording, inputs)
         else:
-            inputs = tuple(given.clone() for given in inputs)
-            graph = Graph()
-            with graph.record():
-                outputs = function(*inputs)
-            recording = _Recording(graph, inputs, outputs)
+            if self._captures is None:
+                recording = _record(inputs, function)
+            else:
+                recording = self._capture(self._captures, idle, function)
+                _play(recording, inputs)
             self.find(shape)  # the call may have made the cache grow
             if len(self._kept) == MAX_RECORDINGS:
                 del self._kept[next(iter(self._kept))]
@@ -69,3 +80,26 @@ class Recordings:
     def forget(self) -> None:
         """Record anew: the model's parameters are other tensors."""
         self._kept.clear()
+
+    def _capture(
+        self, captures: Captures, idle: Tensors, function: Callable[..., Tensors]
+    ) -> _Recording:
+        """Run it once, since a capture can neither compile kernels nor make memory that stays."""
+        inputs = tuple(given.to(self._cache.device, copy=True) for given in idle)
+        function(*inputs)
+        capture = captures.of(lambda: function(*inputs))
+        return _Recording(capture, inputs, capture.results)
+
+
+def _record(inputs: Tensors, function: Callable[..., Tensors]) -> _Recording:
+    inputs = tuple(given.clone() for given in inputs)
+    graph = Graph()
+    with graph.record():
+        outputs = function(*inputs)
+    return _Recording(graph, inputs, outputs)
+
+
+def _play(recording: _Recording, inputs: Tensors) -> None:
+    for held, given in zip(recording.inputs, inputs, strict=True):
+        held.copy_(given)
+    recording.graph.replay()

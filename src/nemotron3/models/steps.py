@@ -9,9 +9,12 @@ carried out.
 
 The first step of each shape is the model's forward pass; where that can be recorded, those after it
 are its recording (recordings.py), played on new tokens, slots and lengths.
+
+Where padding is taken, steps come in few sizes, each at most an eighth larger than the rows it is
+for. The rows that are too many have slot -1, which kernels leave alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +25,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, Places, SequenceLayout
 from nemotron3.models.recordings import Recordings
+from nemotron3.ops.segments import Segments
 
 
 class SteppingModel(Protocol):
@@ -35,7 +39,7 @@ class SteppingModel(Protocol):
 
 
 class StepOutput(NamedTuple):
-    """What a step yields; its tensors are good until the next step of as many rows and tokens."""
+    """What a step yields; its tensors are good until the next step."""
 
     hidden: Float[Tensor, "sequence step d_model"]
     """The residual stream after the final norm."""
@@ -73,40 +77,48 @@ class StepRunner:
                 f"many from each, from 1 to {MAX_STEPS}: call the model for anything else"
             )
         layout = self.cache.layout([length] * rows, slots, is_tentative=is_tentative)
-        inputs = torch.tensor(
-            [*(token for part in tokens for token in part), *layout.slots, *layout.context]
-        )
-        shape = _Shape(rows, length, is_tentative)
-
-        def forward(inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return self._forward(shape, layout, inputs)
-
-        if not self._recordings.are_possible:
-            hidden, logits = forward(inputs.to(self.cache.device))
-        elif self._recordings.find(shape):
-            self.cache.check(layout)
-            hidden, logits = self._recordings.run(shape, (inputs,), forward)
-            self.cache.advance(layout)
+        self.cache.check(layout)
+        padded = _padded(rows) if self._recordings.take_padding else rows
+        shape = _Shape(padded, length, is_tentative)
+        inputs = _inputs(shape, [token for part in tokens for token in part], layout)
+        step = self._step(shape)
+        if self._recordings.are_possible:
+            idle = (_inputs(shape, [], None),)
+            hidden, logits = self._recordings.run(shape, (inputs,), step, idle=idle)
         else:
-            hidden, logits = self._recordings.run(shape, (inputs,), forward)
-        parts = (rows, length)
-        return StepOutput(hidden.unflatten(0, parts), logits.unflatten(0, parts), layout)
+            hidden, logits = step(inputs.to(self.cache.device))
+        self.cache.advance(layout)
+        hidden, logits = (t[: rows * length].unflatten(0, (rows, length)) for t in (hidden, logits))
+        return StepOutput(hidden, logits, layout)
 
     def forget(self) -> None:
         """Record anew: the model's parameters are other tensors."""
         self._recordings.forget()
 
-    def _forward(
-        self, shape: _Shape, layout: SequenceLayout, inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows = shape.rows
-        tokens, *places = inputs.split([rows * shape.length, rows, rows])
-        layout = SequenceLayout(
-            layout.segments,
-            context=layout.context,
-            slots=layout.slots,
-            is_tentative=layout.is_tentative,
-            places=Places(*places),
-        )
-        hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
-        return hidden, self.model.logits(hidden)
+    def _step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The forward pass of such a step, on tokens, then slots, then lengths of the context."""
+        rows, segments = shape.rows, Segments.uniform(shape.rows, shape.length)
+
+        def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            tokens, *places = inputs.split([rows * shape.length, rows, rows])
+            layout = SequenceLayout(
+                segments, is_tentative=shape.is_tentative, places=Places(*places)
+            )
+            hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
+            return hidden, self.model.logits(hidden)
+
+        return step
+
+
+def _padded(rows: int) -> int:
+    """As many rows or a few more: a multiple of the largest power of two that is an eighth."""
+    grain = 1 << max(rows.bit_length() - 4, 0)
+    return -(-rows // grain) * grain
+
+
+def _inputs(shape: _Shape, tokens: list[int], layout: SequenceLayout | None) -> Tensor:
+    """Tokens, slots and lengths of the context; padding where the layout has no more sequences."""
+    slots, context = ((), ()) if layout is None else (layout.slots, layout.context)
+    missing = shape.rows - len(slots)
+    parts = [tokens, [0] * (missing * shape.length), slots, [-1] * missing, context, [0] * missing]
+    return torch.tensor([value for part in parts for value in part])

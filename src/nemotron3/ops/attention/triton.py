@@ -30,11 +30,11 @@ from torch import Tensor
 from nemotron3.ops.kernels import INTERPRETED, require_kernel_dtypes
 
 jit: Any = triton.jit
-_MAX_RANGES = 64
+_MAX_RANGES = 128
 """Of one sequence: with two heads of keys they fill a large GPU, and joining them costs little."""
 _RANGE_KEYS = 512
 """A range has as many keys at least: its sums are written out, and must be few beside its keys."""
-_RANGES = {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3}
+_RANGES = {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 5}
 """More new tokens than fit the rows are another program's, which reads the keys again."""
 _RANGES_FLOAT32 = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 2}
 """Products of float32 without rounding are made in registers, which larger tiles spill."""
@@ -76,7 +76,8 @@ def attention_steps_triton(
     settings = _settings(keys.dtype, steps * group)
     _range_kernel[(ranges, rows * kv_heads, triton.cdiv(steps * group, settings["BLOCK_ROWS"]))](
         q, keys, values, *places, parts, scales, q.stride(0), q.stride(1), head_dim**-0.5,
-        DOT_WIDTH=max(16, width), INTERPRETED=INTERPRETED, **sizes, **settings,
+        DOT_WIDTH=max(16, width), ONE_PAGE=page_size % settings["BLOCK_KEYS"] == 0,
+        INTERPRETED=INTERPRETED, **sizes, **settings,
     )  # fmt: skip
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _join_kernel[(tokens * heads,)](
@@ -136,7 +137,7 @@ def _range_kernel(
     STEPS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     GROUP: tl.constexpr, RANGES: tl.constexpr, RANGE_KEYS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, DOT_WIDTH: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    ONE_PAGE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One range of one sequence's keys, for the new tokens and query heads of one key head."""
     part = tl.program_id(0)
@@ -172,7 +173,10 @@ def _range_kernel(
     for start in range(first, end, BLOCK_KEYS):
         position = start + tl.arange(0, BLOCK_KEYS)
         inside = position < end
-        page = tl.load(pages + position // page_size, mask=inside, other=0)
+        if ONE_PAGE:
+            page = tl.load(pages + start // page_size)
+        else:
+            page = tl.load(pages + position // page_size, mask=inside, other=0)
         at = ((page * page_size + position % page_size) * KV_HEADS + kv_head) * HEAD_DIM
         key = tl.load(
             keys + at[None, :] + d[:, None], mask=inside[None, :] & is_d[:, None], other=0.0
