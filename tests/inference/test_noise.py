@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from nemotron3.inference.noise import gumbel, position_key
+from nemotron3.inference.noise import ROUNDING, gumbel, gumbel_bound, position_key
 
 
 def test_keys_differ_wherever_anything_differs():
@@ -55,3 +55,13 @@ def test_it_is_gumbel_and_independent():
     assert (flat[:, 1:] * flat[:, :-1]).mean().abs() < bound  # neighbouring tokens
     assert (flat[1:] * flat[:-1]).mean().abs() < bound  # neighbouring positions
     assert (flat[20:] * flat[:-20]).mean().abs() < bound  # neighbouring seeds
+
+
+def test_the_quick_bound_is_one_and_is_near_where_it_counts():
+    keys = torch.tensor([position_key(1, 0, p) for p in range(200)])[:, None]
+    tokens = torch.arange(1000)
+    noise, bound = gumbel(keys, tokens), gumbel_bound(keys, tokens)
+    assert (bound >= noise - ROUNDING).all()
+    large = noise > 6
+    assert large.sum() > 100
+    assert (bound[large] - noise[large]).max() < 0.01

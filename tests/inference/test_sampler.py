@@ -106,6 +106,28 @@ def test_speculation_and_company_change_nothing(requests, drafts, head, seed):
     assert write(choosers(), 30, vocab=VOCAB, drafts=drafts, head=head) == alone
 
 
+def test_looking_ahead_along_other_drafts_leaves_no_trace():
+    """An engine may drop drafts, or try some that no draft head has made."""
+
+    def one():
+        return chooser(
+            SamplingParams(presence_penalty=0.5),
+            budget=ThinkingBudget(budget=6, grace=2, ids=IDS, is_open=True),
+            constraint=Rhythm(),
+        )
+
+    plain = write([one()], 24, vocab=VOCAB)[0]
+    tried, answer = one(), []
+    while len(answer) < len(plain):
+        here = len(answer)
+        for window in ([], plain[here : here + 1], plain[here : here + 2], [5], [7, 8], [STOP]):
+            draft([tried], table((*answer, *window), VOCAB, 1)[None], [window])
+        window = [*plain[here : here + 1], 9]
+        rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(3)]
+        answer += choose([tried], torch.stack(rows), [window])[0]
+    assert answer[: len(plain)] == plain
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_head_that_knows_the_model_is_always_believed(temperature):
     """Drafts under the same noise, rules and budget are the choices: none is lost."""
@@ -245,6 +267,33 @@ def test_a_constraint_that_fails_is_reported_where_plain_decoding_meets_it():
             answer += choose([one], torch.stack(rows), [window])[0]
         assert one.error == "out of step"
         assert len(answer) == 2
+
+
+@dataclass
+class Trap:
+    """A constraint that fails once token 5 has come."""
+
+    is_shut: bool = False
+
+    def mask(self):
+        if self.is_shut:
+            raise DataError("trapped")
+
+    def accept(self, token):
+        self.is_shut |= token == 5
+
+    def fork(self):
+        return replace(self)
+
+
+def test_what_fails_along_a_draft_that_is_not_chosen_does_not_count():
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 8] = 9
+    one = chooser(SamplingParams(temperature=0), constraint=Trap())
+    assert draft([one], logits[:1], [[5]]) == [8]
+    assert choose([one], logits, [[5, 8]]) == [[8]]
+    assert one.error is None
+    assert choose([one], logits, [[8, 8]]) == [[8, 8, 8]]
 
 
 @given(

@@ -196,6 +196,18 @@ def test_reasoning_is_free_and_the_glue_stays(compiler, tokenizer):
         assert set(both.mask().nonzero().flatten().tolist()) == set(tokenizer.stop_ids)
 
 
+def test_a_line_end_that_the_grammar_wants_is_the_grammars(compiler, tokenizer):
+    constraint = compiler.constraint(
+        StructuredOutput(kind="regex", value="\n?k"),
+        stop_ids=frozenset({2}),
+        is_reasoning_open=True,
+    )
+    (line,), (letter,) = tokenizer.encode("\n"), tokenizer.encode("k")
+    constraint.accept(tokenizer.think_end_id)
+    constraint.accept(line)
+    assert constraint.mask().nonzero().flatten().tolist() == [letter]
+
+
 def test_styles_without_a_line_end_have_no_glue(tokenizer):
     compiler = GrammarCompiler(tokenizer, CHAT_STYLES["ultra"], vocab_size=VOCAB)
     constraint = compiler.constraint(
@@ -375,16 +387,18 @@ def test_an_answer_beyond_the_limits_fails_by_itself(tokenizer, monkeypatch):
     pytest.fail("no answer met the limit, so nothing was tested")
 
 
-def test_only_so_many_grammars_are_kept(compiler, monkeypatch):
+def test_the_grammars_kept_are_those_used_last(tokenizer, monkeypatch):
     monkeypatch.setattr(structured_output, "_MAX_CACHED", 3)
-    for i in random.Random(0).choices(range(9), k=60):
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
+    used = random.Random(0).choices(range(6), k=60)
+    for i, number in enumerate(used):
         compiler.constraint(
-            StructuredOutput(kind="regex", value=f"a{{{i + 1}}}"),
+            StructuredOutput(kind="regex", value=f"a{{{number + 1}}}"),
             stop_ids=frozenset({2}),
             is_reasoning_open=False,
         )
-        assert ("regex", f"a{{{i + 1}}}") in compiler._compiled
-        assert len(compiler._compiled) <= 3
+        last = list(dict.fromkeys(reversed(used[: i + 1])))[:3]
+        assert list(compiler._compiled) == [("regex", f"a{{{n + 1}}}") for n in reversed(last)]
 
 
 def test_the_install_line_is_in_the_error(tokenizer, monkeypatch):

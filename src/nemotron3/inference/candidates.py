@@ -4,8 +4,9 @@ The order is vLLM's. Tokens that are equally probable stay or go together, so th
 of equals decides what may be said: top-k keeps what is at least as probable as the k-th, top-p what
 has less than p of probability strictly above it.
 
-Nothing sorts 131,072 numbers where it need not. Top-p looks at the `PREFIX` most probable tokens
-and sorts a whole row only where they do not reach p, which takes a nearly flat distribution.
+Nothing is sorted that cannot matter. Tokens below (1 - p) / vocabulary hold less than 1 - p
+together, so top-p keeps none of them, and sorts what is left: tens or hundreds of 131,072. Noise
+is made for the tokens that are left too; where all are, a quick bound finds the few that can win.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from nemotron3.inference.noise import gumbel
+from nemotron3.inference.noise import ROUNDING, gumbel, gumbel_bound
 
-PREFIX = 512
-"""Tokens that top-p looks at before it sorts them all."""
+_BLOCK = 2**17
+"""Numbers that a processor's cache holds while a row is worked on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +35,34 @@ class Draw:
 
 def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Tensor, " rows"]:
     """One token per row, -1 where the logits are no numbers or leave nothing to draw."""
-    device = logits.device
+    size = max(1, _BLOCK // logits.shape[1]) if logits.is_cpu else len(draws)
+    blocks = range(0, len(draws), size)
+    return torch.cat([_draw(logits[i : i + size], draws[i : i + size]) for i in blocks])
+
+
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     kept = truncate(logits, draws)
-    keys = torch.tensor([row.key for row in draws], dtype=torch.int64, device=device)
-    rows, tokens = (kept > -torch.inf).nonzero(as_tuple=True)
-    scores = torch.full_like(kept, -torch.inf, dtype=torch.float64)
-    scores[rows, tokens] = kept[rows, tokens].double() + gumbel(keys[rows], tokens)
-    return scores.argmax(-1).masked_fill(~(logits.amax(-1) > -torch.inf), -1)
+    keys = torch.tensor([row.key for row in draws], dtype=torch.int64, device=logits.device)
+    contenders = kept > -torch.inf
+    if contenders.sum() > _BLOCK // 16:
+        contenders = _likely(kept, keys)
+    rows, tokens = contenders.nonzero(as_tuple=True)
+    scores = kept[rows, tokens].double() + gumbel(keys[rows], tokens)
+    best = scores.new_full((len(draws),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
+    wins = scores == best[rows]
+    result = torch.full_like(keys, -1)
+    result[rows[wins]] = tokens[wins]
+    return result.masked_fill(~(logits.amax(-1) > -torch.inf), -1)  # NaN is the largest
+
+
+def _likely(kept: Tensor, keys: Tensor) -> Tensor:
+    """Tokens whose score can be the best of their row; the best is among them."""
+    tokens = torch.arange(kept.shape[1], device=kept.device)
+    kept = kept - kept.amax(-1, keepdim=True)
+    bound = gumbel_bound(keys[:, None], tokens).add_(kept)
+    one = bound.argmax(-1, keepdim=True)
+    reached = kept.gather(-1, one).double() + gumbel(keys[:, None], one)
+    return bound >= reached - ROUNDING
 
 
 def truncate(
@@ -71,16 +93,11 @@ def truncate(
     return kept
 
 
-def _nucleus(kept: Tensor, top_p: Tensor, width: int = PREFIX) -> Tensor:
+def _nucleus(kept: Tensor, top_p: Tensor) -> Tensor:
     probabilities = kept.softmax(-1)
-    width = min(width, kept.shape[-1])
+    least = 0.99 * (1 - top_p) / kept.shape[-1]  # a little less, for rounding
+    width = int((probabilities >= least).sum(-1).max().clamp(min=1))
     ordered = probabilities.topk(width).values
     mass = ordered.double().cumsum(-1)
-    num_kept = 1 + (mass[:, :-1] < top_p).sum(-1, keepdim=True)
-    floor = ordered.gather(-1, num_kept - 1)
-    result = kept.masked_fill(probabilities < floor, -torch.inf)
-    if width < kept.shape[-1]:
-        beyond = (num_kept == width).squeeze(-1).nonzero().squeeze(-1)
-        if len(beyond):
-            result[beyond] = _nucleus(kept[beyond], top_p[beyond], kept.shape[-1])
-    return result
+    last = (mass[:, :-1] < top_p).sum(-1, keepdim=True)
+    return kept.masked_fill(probabilities < ordered.gather(-1, last), -torch.inf)

@@ -12,7 +12,7 @@ draw of 20 candidates from a vocabulary of 131,072 costs 20 hashes.
 """
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 _WORD = 2**64 - 1
@@ -39,16 +39,36 @@ def gumbel(
     from the side of small exponentials, where the winner is: -log(1 - u) keeps every bit of a small
     u, while -log(u) near 1 would give improbable tokens a handful of values.
     """
-    word = keys + (tokens + 1) * _signed(_STEP)  # wraps around
-    for shift, factor in zip(_SHIFTS[:2], _MIX, strict=True):
-        word = (word ^ _shift_right(word, shift)) * _signed(factor)
-    word = word ^ _shift_right(word, _SHIFTS[2])
-    uniform = (_shift_right(word, 12).double() + 0.5) * 2.0**-52  # in (0, 1), ends excluded
+    uniform = (random_bits(keys, tokens).double() + 0.5) * 2.0**-52  # in (0, 1), ends excluded
     return -torch.log(-torch.log1p(-uniform))
 
 
+def gumbel_bound(
+    keys: Int64[Tensor, "*shape"], tokens: Int64[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """A quick upper bound of `gumbel`, to within `ROUNDING`: -log(u), in 32 bits.
+
+    It is close to the noise where that is large, so it finds the few tokens that may win.
+    """
+    return -(random_bits(keys, tokens).float() * 2.0**-52).log_()
+
+
+ROUNDING = 1e-4
+"""More than 32-bit numbers below 100 lose in a logarithm and a sum."""
+
+
+def random_bits(
+    keys: Int64[Tensor, "*shape"], tokens: Int64[Tensor, "*shape"]
+) -> Int64[Tensor, "*shape"]:
+    """52 random bits of each token under the key beside it."""
+    word = keys + (tokens + 1) * _signed(_STEP)  # wraps around
+    for shift, factor in zip(_SHIFTS[:2], _MIX, strict=True):
+        word.bitwise_xor_(_shift_right(word, shift)).mul_(_signed(factor))
+    return _shift_right(word.bitwise_xor_(_shift_right(word, _SHIFTS[2])), 12)
+
+
 def _shift_right(word: Tensor, bits: int) -> Tensor:
-    return (word >> bits) & (_WORD >> bits)  # the sign must not follow
+    return (word >> bits).bitwise_and_(_WORD >> bits)  # the sign must not follow
 
 
 def _hash(word: int) -> int:
