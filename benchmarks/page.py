@@ -157,7 +157,7 @@ def _origin(result: dict[str, Any]) -> str:
         f"{machine['load_after']} after."
     )
     if machine["load_before"] > BUSY:
-        words += " **The machine was busy: these figures are noise.**"
+        words += " **The load was high, from others or from a run just before: look at the spans.**"
     if limits := result.get("limits"):
         words += f" Measured limits: {limits_in_words(limits)}."
     return words + "\n"
