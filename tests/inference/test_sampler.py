@@ -120,10 +120,10 @@ def test_looking_ahead_along_other_drafts_leaves_no_trace():
     tried, answer = one(), []
     while len(answer) < len(plain):
         here = len(answer)
-        for window in ([], plain[here : here + 1], plain[here : here + 2], [5], [7, 8], [STOP]):
+        for window in ([], plain[here : here + 2], [STOP], [7, 8], [END, LINE]):
             draft([tried], table((*answer, *window), VOCAB, 1)[None], [window])
-        window = [*plain[here : here + 1], 9]
-        rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(3)]
+        window = plain[here : here + 2] if here % 2 else [*plain[here : here + 1], 9]
+        rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(len(window) + 1)]
         answer += choose([tried], torch.stack(rows), [window])[0]
     assert answer[: len(plain)] == plain
 
