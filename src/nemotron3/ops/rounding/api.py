@@ -1,0 +1,74 @@
+"""The door to rounding: what is computed in float32 and kept in less.
+
+A state that is rounded to the nearest after every token drifts: its decay is within a step of one,
+so the rounding brings it back to where it was, again and again in the same direction. Rounded up or
+down at random, in proportion to what is lost, it is right on the average, and errors add up like a
+random walk (Super report, section 4.3). Without `bits` the rounding is to the nearest, to compare.
+"""
+
+import torch
+from jaxtyping import Float, Float16, Float32, Int, Int8
+from torch import Tensor
+
+from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.rounding.bits import RandomBits
+from nemotron3.ops.rounding.native import to_float16_native, to_int8_native
+from nemotron3.ops.rounding.reference import (
+    scales,
+    spread,
+    to_float16_reference,
+    to_int8_reference,
+)
+
+_TO_FLOAT16 = {
+    "reference": to_float16_reference,
+    "torch": to_float16_reference,
+    "native": to_float16_native,
+    "triton": Kernel("nemotron3.ops.rounding.triton", "to_float16_triton"),
+}
+_TO_INT8 = {
+    "reference": to_int8_reference,
+    "torch": to_int8_reference,
+    "native": to_int8_native,
+    "triton": Kernel("nemotron3.ops.rounding.triton", "to_int8_triton"),
+}
+_LARGEST = 65504.0
+
+
+def to_float16(
+    x: Float[Tensor, "row ..."],
+    positions: Int[Tensor, " row"],
+    bits: RandomBits | None,
+    *,
+    backend: Backend = "auto",
+) -> Float16[Tensor, "row ..."]:
+    """States in float16, at most its largest number; `positions` are the tokens each has read."""
+    if bits is None:
+        return x.clamp(-_LARGEST, _LARGEST).half()
+    flat = x.float().flatten(1).contiguous()
+    round_ = resolve("to_float16", backend, _TO_FLOAT16, flat)
+    return round_(flat, positions, bits).view(x.shape)
+
+
+def to_int8(
+    x: Float[Tensor, "row *unit d_state"],
+    positions: Int[Tensor, " row"],
+    bits: RandomBits | None,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Int8[Tensor, "row *unit d_state"], Float32[Tensor, "row *unit block"]]:
+    """States as numbers of steps, and the step of each block of 128 along the last axis."""
+    flat = x.float().flatten(1, -2).contiguous()
+    if bits is None:
+        steps, inverse = scales(flat)
+        codes = (flat * spread(inverse, x.shape[-1])).round().nan_to_num(0.0).to(torch.int8)
+    else:
+        codes, steps = resolve("to_int8", backend, _TO_INT8, flat)(flat, positions, bits)
+    return codes.view(x.shape), steps.view(*x.shape[:-1], -1)
+
+
+def from_int8(
+    codes: Int8[Tensor, "*unit d_state"], steps: Float32[Tensor, "*unit block"]
+) -> Float32[Tensor, "*unit d_state"]:
+    """The states that `to_int8` kept."""
+    return codes.float() * spread(steps, codes.shape[-1])
