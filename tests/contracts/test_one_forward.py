@@ -194,7 +194,7 @@ def test_within_a_call_gradients_flow_and_into_the_state_they_do_not(assert_clos
     (whole,) = torch.autograd.grad(full.square().sum(), y)
     assert_close(carried, whole[7:], FLOAT64)
     assert not any(
-        buffer.requires_grad for buffer in (state.layers[0].states, state.layers[1].keys)
+        buffer.requires_grad for buffer in (*state.layers[0].states, state.layers[1].keys)
     )
 
 

@@ -1,5 +1,6 @@
 """The engine against the plainest loop there is: the whole sequence anew for every token."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
+from nemotron3.inference.memory import page_bytes
 from nemotron3.inference.requests import FinishReason, SamplingParams
 from nemotron3.inference.sequences import EngineRequest
+from nemotron3.models.state_precision import StatePrecision
 from tests.tiny import tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE
 
@@ -33,8 +36,8 @@ def request(name, prompt, params=GREEDY, **more):
     return EngineRequest(request_id=name, prompt=tuple(prompt), params=params, **more)
 
 
-def run(engine, requests, *, at=None):
-    """Answers by (request, index); `at` says at which step a request arrives."""
+def run(engine, requests, *, at=None, scored=False):
+    """Answers by (request, index), or their log-probabilities; `at` says when a request arrives."""
     at = at or {}
     answers, step = {}, 0
     waiting = list(requests)
@@ -43,8 +46,8 @@ def run(engine, requests, *, at=None):
             engine.add(arriving)
             waiting.remove(arriving)
         for progress in engine.step():
-            tokens = answers.setdefault((progress.request_id, progress.index), [])
-            tokens += progress.tokens
+            answer = answers.setdefault((progress.request_id, progress.index), [])
+            answer += [p.logprob for p in progress.logprobs] if scored else progress.tokens
         step += 1
         assert step < 2000, "the engine makes no progress"
     return answers
@@ -88,21 +91,32 @@ def expected_after(model, expected_of_two):
     ]
 
 
+def drawn_engine(model, data, **changes):
+    """Few slots, few pages, small chunks, drafts or none, kept prefixes or none."""
+    config = EngineConfig(**changes)
+    limits = {
+        "max_num_seqs": data.draw(st.integers(1, 5)),
+        "max_num_batched_tokens": data.draw(st.sampled_from([1, 3, 16, 64])),
+        "kv_cache_bytes": data.draw(st.integers(22, 70)) * page_bytes(model, config),
+        "prefix_cache_bytes": data.draw(st.sampled_from([0, 20_000, 1 << 20])),
+        "prefix_interval": data.draw(st.sampled_from([3, 8, 50])),
+        "max_draft_tokens": data.draw(st.sampled_from([0, 1, 4])),
+        "adapts_drafts": data.draw(st.booleans()),
+    }
+    return Engine(model, replace(config, **limits))
+
+
+def assert_is_empty(engine):
+    while engine.prefixes.evict():
+        pass
+    assert engine.cache.pool.num_free == len(engine.cache.pool)
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_schedule_changes_a_token(model, expected, expected_of_two, expected_after, data):
-    """Few slots, few pages, small chunks, drafts or none, kept prefixes or none, late arrivals."""
-    engine = engine_for(
-        model,
-        max_model_len=None,
-        max_num_seqs=data.draw(st.integers(1, 5)),
-        max_num_batched_tokens=data.draw(st.sampled_from([1, 3, 16, 64])),
-        kv_cache_bytes=data.draw(st.integers(22, 70)) * PAGE,
-        prefix_cache_bytes=data.draw(st.sampled_from([0, 20_000, 1 << 20])),
-        prefix_interval=data.draw(st.sampled_from([3, 8, 50])),
-        max_draft_tokens=data.draw(st.sampled_from([0, 1, 4])),
-        adapts_drafts=data.draw(st.booleans()),
-    )
+    engine = drawn_engine(model, data, page_size=4)
     which = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
     of_two = replace(GREEDY, logit_bias=dict.fromkeys(OF_TWO, 100.0))
     kinds = data.draw(st.lists(st.booleans(), min_size=len(which), max_size=len(which)))
@@ -121,10 +135,79 @@ def test_no_schedule_changes_a_token(model, expected, expected_of_two, expected_
     answers = run(engine, more)
     for i, p in enumerate(after):
         assert answers[str(i), 0] == expected_after[p], f"after prompt {p}"
-    while engine.prefixes.evict():
-        pass
-    assert engine.cache.pool.num_free == len(engine.cache.pool)
-    assert engine.stats().num_running == engine.stats().num_waiting == 0
+    assert_is_empty(engine)
+
+
+NARROW = [
+    StatePrecision(ssm="float16", keys="float8"),
+    StatePrecision(ssm="int8", seed=1),
+    StatePrecision(ssm="int8", rounding="nearest", keys="bfloat16"),
+]
+
+
+SCORED = replace(GREEDY, logprobs=0, logit_bias=dict.fromkeys(OF_TWO, 100.0))
+
+
+@pytest.fixture(scope="module")
+def exact_model():
+    """In float64, where sums in another order do not move what is rounded."""
+    return tiny_model(CONFIG, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def narrow_expected(exact_model):
+    """Log-probabilities of answers one at a time, nothing kept and nothing drafted."""
+
+    @functools.cache
+    def logprobs(precision, max_num_batched_tokens, prefix_interval):
+        engine = engine_for(
+            exact_model, max_num_seqs=1, prefix_cache_bytes=0, max_draft_tokens=0,
+            max_num_batched_tokens=max_num_batched_tokens, prefix_interval=prefix_interval,
+            state=precision,
+        )  # fmt: skip
+        requests = [request(str(i), prompt, SCORED) for i, prompt in enumerate(PROMPTS)]
+        every = run(engine, requests, scored=True)
+        return [every[str(i), 0] for i in range(len(PROMPTS))]
+
+    return logprobs
+
+
+def assert_same_scores(scores, expected):
+    """Far closer than another rounding would come."""
+    for mine, wanted in zip(scores, expected, strict=True):
+        assert torch.allclose(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=2e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_schedule_changes_how_a_narrow_state_is_rounded(exact_model, narrow_expected, data):
+    """Nor company, slots, drafts, kept prefixes, or being taken off and read again."""
+    precision = data.draw(st.sampled_from(NARROW))
+    engine = drawn_engine(exact_model, data, page_size=4, state=precision)
+    which = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
+    requests = [request(str(i), PROMPTS[p], SCORED) for i, p in enumerate(which)]
+    at = {str(i): data.draw(st.integers(0, 12)) for i in range(len(which))}
+    scores = run(engine, requests, at=at, scored=True)
+    limits = engine.config
+    expected = narrow_expected(precision, limits.max_num_batched_tokens, limits.prefix_interval)
+    assert_same_scores([scores[str(i), 0] for i in range(len(which))], [expected[p] for p in which])
+    assert_is_empty(engine)
+
+
+def test_narrow_states_are_preempted_in_the_schedules_above(exact_model, narrow_expected):
+    precision = NARROW[0]
+    changes = {"page_size": 4, "prefix_cache_bytes": 0, "prefix_interval": 8, "state": precision}
+    size = page_bytes(exact_model, EngineConfig(**changes))
+    engine = Engine(exact_model, EngineConfig(max_num_seqs=4, kv_cache_bytes=24 * size, **changes))
+    which = (6, 4, 3, 6)
+    requests = [request(str(i), PROMPTS[p], SCORED) for i, p in enumerate(which)]
+    scores = run(engine, requests, scored=True)
+    expected = narrow_expected(precision, 2048, 8)
+    assert_same_scores([scores[str(i), 0] for i in range(4)], [expected[p] for p in which])
+    assert engine.stats().preemptions > 0
+    assert engine.stats().accepted_tokens > 0
+    with pytest.raises(AssertionError):
+        assert_same_scores(expected, narrow_expected(precision, 2048, 50))
 
 
 def test_what_the_schedules_above_are_made_of_happens(model, expected):

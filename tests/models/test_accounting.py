@@ -103,5 +103,5 @@ def test_state_matches_what_the_model_carries():
         state = LanguageModel.from_config(config).new_state(1)
     states, tails = state_bytes_per_sequence(config, conv_itemsize=4)
     mamba = [layer for layer in state.layers if isinstance(layer, MambaState)]
-    assert sum(layer.states.nbytes for layer in mamba) == states
+    assert sum(layer.states[0].nbytes for layer in mamba) == states
     assert sum(layer.tails.nbytes for layer in mamba) == tails

@@ -164,4 +164,4 @@ def test_a_snapshot_costs_the_states_and_no_pages():
     snapshot = cache.snapshot(0)
     assert cache.pool.num_free == free
     state = cache.layers[0]
-    assert snapshot.nbytes == state.tails[0].nbytes + state.states[0].nbytes
+    assert snapshot.nbytes == state.tails[0].nbytes + state.states[0][0].nbytes

@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.state_precision import StatePrecision
 from nemotron3.models.steps import StepRunner
 from tests.ops.native import needs_compiler
 from tests.tiny import tiny_config, tiny_model, tokens_for
 
 CONFIG = tiny_config("MEM*E")
 SLOTS = 4
+PRECISIONS = {
+    "wide": None,
+    "float16": StatePrecision(ssm="float16", seed=1),
+    "int8": StatePrecision(ssm="int8"),
+    "nearest": StatePrecision(ssm="int8", rounding="nearest"),
+    "float8 keys": StatePrecision(ssm="float16", keys="float8"),
+}
+every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +32,9 @@ def model():
     return tiny_model(CONFIG)
 
 
-def fed(model, lengths):
+def fed(model, lengths, precision=None):
     """A state whose slots hold prompts of these lengths."""
-    cache = model.new_state(len(lengths))
+    cache = model.new_state(len(lengths), precision)
     prompts = tokens_for(CONFIG, sum(lengths), seed=7)
     model(prompts, layout=cache.layout(lengths), state=cache)
     return cache
@@ -50,10 +59,11 @@ def assert_same(ours, theirs):
         assert torch.equal(mine, other)
 
 
-def test_steps_are_those_of_the_model_bit_for_bit(model):
+@every_precision
+def test_steps_are_those_of_the_model_bit_for_bit(model, precision):
     """Whatever the slots, their order, their number and how much they hold."""
     lengths = [5, 1, 17, 70]
-    ours, theirs = fed(model, lengths), fed(model, lengths)
+    ours, theirs = fed(model, lengths, precision), fed(model, lengths, precision)
     runner = StepRunner(model, ours)
     calls = [[0, 1, 2, 3], [2], [3, 1], [1, 3], [0], [2], [0, 1, 2, 3], [3, 2, 1], [1, 3]]
     for steps in (1, 3):
@@ -72,8 +82,9 @@ def test_steps_go_on_as_sequences_take_pages(model):
         assert_same(runner.run(tokens, [0, 1]), plainly(model, theirs, tokens, [0, 1]))
 
 
-def test_a_tentative_step_stands_as_far_as_it_is_accepted(model):
-    ours, theirs = fed(model, [5, 9, 2]), fed(model, [5, 9, 2])
+@every_precision
+def test_a_tentative_step_stands_as_far_as_it_is_accepted(model, precision):
+    ours, theirs = fed(model, [5, 9, 2], precision), fed(model, [5, 9, 2], precision)
     runner = StepRunner(model, ours)
     for seed, (steps, slots) in enumerate([(3, [0, 2]), (1, [1]), (5, [2, 1, 0]), (3, [1, 2])] * 2):
         tokens = drawn(len(slots), steps, seed)

@@ -114,6 +114,27 @@ def test_attention_of_large_groups(lengths, steps, heads, dtype, tolerance, asse
     assert_close(y.double(), expected, tolerance)
 
 
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)]
+)
+def test_attention_widens_keys_kept_in_fewer_bits(kept, dtype, tolerance, assert_close):
+    """Queries and weights are not rounded to the keys' bits."""
+    pools = [randn(12, 4, 2, 16).to(kept) for _ in range(2)]
+    q, k, v = (randn(4, heads, 16).to(kept).to(dtype) for heads in (4, 2, 2))
+    q = randn(4, 4, 16).to(dtype)
+    given = {"table": torch.randperm(12).view(2, 6), "slots": torch.tensor([1, 0]),
+             "context": torch.tensor([7, 13])}  # fmt: skip
+    widened = [pool.double() for pool in pools]
+    expected = attention_steps(
+        q.double(), k.double(), v.double(), keys=widened[0], values=widened[1], **given
+    )
+    y = attention_steps(q, k, v, keys=pools[0], values=pools[1], **given, backend="triton")
+    assert_close(y.double(), expected, tolerance)
+    for narrow, wide in zip(pools, widened, strict=True):
+        assert torch.equal(narrow.double(), wide)
+
+
 def test_attention_reads_slices_of_one_projection_in_place():
     table, pools, _, new = paged((9, 5), 2)
     context, slots = torch.tensor([9, 5]), torch.arange(2)

@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemotron3.inference.async_llm import AsyncLLM
+    from nemotron3.inference.config import EngineConfig
 
 _MIB = 2**20
 
@@ -52,6 +53,23 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="memory for prompts that begin alike; 0 for none (default 1024)",
     )
+    engine.add_argument(
+        "--mamba-ssm-cache-dtype",
+        choices=["float32", "float16", "int8"],
+        help="what the scan's states are kept in between tokens; the narrow ones are rounded "
+        "stochastically (default float32)",
+    )
+    engine.add_argument(
+        "--mamba-cache-philox-rounds",
+        type=int,
+        metavar="N",
+        help="rounds of Philox for the random bits of that rounding (default 5)",
+    )
+    engine.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "bfloat16", "fp8"],
+        help="what keys and values are kept in (default auto: as the model computes)",
+    )
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     engine.add_argument(
         "--dtype",
@@ -62,13 +80,27 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(known: argparse.Namespace) -> "AsyncLLM":
-    """The engine that the options describe; what is not given is the engine's own default."""
+    """The engine that the options describe."""
     import torch
 
     from nemotron3.inference.async_llm import AsyncLLM
-    from nemotron3.inference.config import EngineConfig
 
-    given = {
+    dtype = None if known.dtype == "auto" else getattr(torch, known.dtype)
+    return AsyncLLM(known.path, config=engine_config(known), device=known.device, dtype=dtype)
+
+
+def engine_config(known: argparse.Namespace) -> "EngineConfig":
+    """The limits that the options describe; what is not given is the engine's own default."""
+    from nemotron3.inference.config import EngineConfig
+    from nemotron3.models.state_precision import StatePrecision
+
+    keys = {"auto": "model", "fp8": "float8"}.get(known.kv_cache_dtype, known.kv_cache_dtype)
+    state = {
+        "ssm": known.mamba_ssm_cache_dtype,
+        "philox_rounds": known.mamba_cache_philox_rounds,
+        "keys": keys,
+    }
+    given: dict[str, Any] = {
         name: getattr(known, name, None)
         for name in (
             "max_model_len",
@@ -84,6 +116,9 @@ def load_engine(known: argparse.Namespace) -> "AsyncLLM":
     ):
         size = getattr(known, option)
         given[name] = None if size is None else size * _MIB
-    config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
-    dtype = None if known.dtype == "auto" else getattr(torch, known.dtype)
-    return AsyncLLM(known.path, config=config, device=known.device, dtype=dtype)
+    given["state"] = StatePrecision(**_given(state))
+    return EngineConfig(**_given(given))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,8 +1,9 @@
 """How much an engine may hold and do at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.state_precision import StatePrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class EngineConfig:
     """Whether the number of drafts follows what they bring; else it is always the most."""
     seed: int = 0
     """Seed of the seeds that requests without one get."""
+    state: StatePrecision = field(default_factory=StatePrecision)
+    """What keys, values and the scan's states are kept in."""
 
     def __post_init__(self) -> None:
         bounds = {

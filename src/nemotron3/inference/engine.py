@@ -92,6 +92,7 @@ class Engine:
                 pages=pages,
                 max_length=self.max_model_len + MAX_STEPS,
                 drafts=drafts > 0,
+                precision=self.config.state,
             )
         self.prefixes = PrefixCache(self.cache, max_bytes=self.config.prefix_cache_bytes)
         self.scheduler = Scheduler(self.cache, self.prefixes, self.config)
@@ -167,8 +168,7 @@ class Engine:
         decoding = self.scheduler.decoding
         if decoding:
             progress += self._decode(decoding)
-        chunks = self.scheduler.chunks()
-        if chunks:
+        for chunks in self.scheduler.calls():
             progress += self._prefill(chunks)
         return progress
 
@@ -229,7 +229,8 @@ class Engine:
             tokens.append(sequence.tokens[start : start + count])
         if not chunks:
             return []
-        hidden, layout = self._passes.prefill(tokens, slots)
+        is_prompt = not any(self.scheduler.reads_again(sequence) for sequence, _ in chunks)
+        hidden, layout = self._passes.prefill(tokens, slots, is_prompt=is_prompt)
         self._stats.prompt_tokens += layout.segments.total
         starts = layout.segments.starts
         for (sequence, count), start in zip(chunks, starts, strict=False):

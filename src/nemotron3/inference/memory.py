@@ -20,8 +20,8 @@ def page_bytes(model: LanguageModel, config: EngineConfig) -> int:
     if config.max_draft_tokens != 0:
         layers += pattern.mtp.count(LayerKind.ATTENTION)
     per_token = 2 * attention.num_key_value_heads * attention.head_dim
-    itemsize = (model.activation_dtype or model.output_weight.dtype).itemsize
-    return layers * config.page_size * per_token * itemsize
+    dtype = config.state.keys_dtype(model.activation_dtype or model.output_weight.dtype)
+    return layers * config.page_size * per_token * dtype.itemsize
 
 
 def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) -> int:

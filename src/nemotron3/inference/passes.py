@@ -26,10 +26,13 @@ class Passes:
         self._recordings = Recordings(cache)
 
     def prefill(
-        self, tokens: Sequence[Sequence[int]], slots: Sequence[int]
+        self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_prompt: bool = True
     ) -> tuple[Float[Tensor, "tokens d_model"], SequenceLayout]:
-        """Read prompts, or chunks of them; returns the hidden states, packed."""
-        layout = self.cache.layout([len(part) for part in tokens], slots)
+        """Read prompts, or chunks of them; returns the hidden states, packed.
+
+        What is no prompt was written here before, and is read as it was then: as steps.
+        """
+        layout = self.cache.layout([len(part) for part in tokens], slots, is_prompt=is_prompt)
         return self.model.backbone(self._embed(tokens), layout, self.cache).hidden, layout
 
     def read_drafts(

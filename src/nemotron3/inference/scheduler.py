@@ -13,6 +13,7 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.prefix_cache import PrefixCache
 from nemotron3.inference.sequences import Sequence
 from nemotron3.models.cache import HybridCache, Snapshot
+from nemotron3.models.layout import MAX_STEPS
 
 
 class Scheduler:
@@ -26,6 +27,7 @@ class Scheduler:
         """In the order of their arrival."""
         self.num_preemptions = 0
         self._config = config
+        self._is_narrow = config.state.is_narrow
         self._free_slots = list(range(len(cache.lengths)))[::-1]
         self._groups: dict[str, Snapshot] = {}
         """Of requests with several answers: the prompt but its last token, read once for all."""
@@ -52,19 +54,32 @@ class Scheduler:
             self.running.append(sequence)
             self.running.sort(key=lambda running: running.order)
 
-    def chunks(self) -> list[tuple[Sequence, int]]:
-        """Who reads on in this step, and how many tokens."""
+    def calls(self) -> list[list[tuple[Sequence, int]]]:
+        """Who reads on in this step, and how many tokens, call by call.
+
+        Narrow states are rounded where a chunk of a prompt ends, and after each token of an answer.
+        That a sequence's tokens be the same in any company, its chunks then end only where its own
+        prompt says; and what it had written before it was taken off is read by itself, as steps.
+        """
         budget = self._config.max_num_batched_tokens
-        chunks: list[tuple[Sequence, int]] = []
+        prompts: list[tuple[Sequence, int]] = []
+        again: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             if sequence.is_prefilled or budget == 0:
                 continue
-            assert sequence.slot is not None
-            start = self.cache.lengths[sequence.slot]
-            end = min(len(sequence.tokens), start + budget, self._next_stop(sequence, start))
-            chunks.append((sequence, end - start))
-            budget -= end - start
-        return chunks
+            count = self._next_chunk(sequence)
+            if count > budget:
+                if self._is_narrow:
+                    break
+                count = budget
+            (again if self.reads_again(sequence) else prompts).append((sequence, count))
+            budget -= count
+        return [*([prompts] if prompts else []), *([chunk] for chunk in again)]
+
+    def reads_again(self, sequence: Sequence) -> bool:
+        """Whether it reads what it has written, in a way that rounding would notice."""
+        assert sequence.slot is not None
+        return self._is_narrow and self.cache.lengths[sequence.slot] >= sequence.num_prompt
 
     def after_chunk(self, sequence: Sequence) -> None:
         """Keep the state where another prompt may go on from it."""
@@ -154,14 +169,20 @@ class Scheduler:
             other.request is sequence.request and not other.is_prefilled for other in self.running
         )
 
-    def _next_stop(self, sequence: Sequence, start: int) -> int:
-        stops = self._stops(sequence)
+    def _next_chunk(self, sequence: Sequence) -> int:
+        """Tokens up to where it has to stop next."""
+        assert sequence.slot is not None
+        start, config = self.cache.lengths[sequence.slot], self._config
+        grids = (config.max_num_batched_tokens, config.prefix_interval)
+        ends = {(start // grid + 1) * grid for grid in grids}
+        ends |= {len(sequence.tokens), *self._stops(sequence)}
         if self._leads(sequence):
-            stops.add(sequence.num_prompt - 1)
-        interval = self._config.prefix_interval
-        grid = (start // interval + 1) * interval
-        later = [stop for stop in stops if stop > start]
-        return min([*later, grid] if self._config.prefix_cache_bytes else later, default=grid)
+            ends.add(sequence.num_prompt - 1)
+        if self._is_narrow:
+            ends.add(sequence.num_prompt)
+            if start >= sequence.num_prompt:
+                ends.add(start + MAX_STEPS)
+        return min(end for end in ends if end > start) - start
 
     def _stops(self, sequence: Sequence) -> set[int]:
         """Lengths at which the state is kept."""

@@ -13,7 +13,7 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.state import AttentionState
-from nemotron3.ops.attention import attention, attention_steps
+from nemotron3.ops.attention import attention
 from nemotron3.ops.rotary import rotate
 
 
@@ -47,11 +47,7 @@ class Attention(nn.Module):
             positions = layout.positions(x.device)
             q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
         if state is not None and layout.is_step and not torch.is_grad_enabled():
-            y = attention_steps(
-                q, k, v,
-                keys=state.keys, values=state.values, table=state.table.tensor,
-                slots=layout.slot_index(x.device), context=layout.context_lengths(x.device),
-            )  # fmt: skip
+            y = state.attend(layout, q, k, v)
         else:
             if state is not None:
                 k, v = state.extend(layout, k, v)

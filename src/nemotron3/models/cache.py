@@ -17,7 +17,7 @@ Keys and values lie in shared pages, so a snapshot costs no more than the Mamba 
 megabytes, however long the sequence is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.pages import PagePool, PageTable
 from nemotron3.models.pattern import LayerKind
 from nemotron3.models.state import AttentionState, LayerState, MambaState
+from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.segments import Segments
 
 PAGE_SIZE = 64
@@ -42,14 +43,14 @@ class Snapshot:
     length: int
     draft_length: int
     pages: tuple[int, ...]
-    states: tuple[tuple[Tensor, Tensor], ...]
-    """Of the Mamba layers, first to last."""
+    states: tuple[tuple[Tensor, ...], ...]
+    """Tail and state of each Mamba layer, as they are kept."""
     hidden: Tensor | None
 
     @property
     def nbytes(self) -> int:
         """Memory of its own, without the pages that it shares."""
-        return sum(tail.nbytes + state.nbytes for tail, state in self.states)
+        return sum(part.nbytes for state in self.states for part in state)
 
 
 class HybridCache:
@@ -60,7 +61,7 @@ class HybridCache:
     it is used up; without, it grows. `max_length` fixes the width of the page table likewise.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         config: ModelConfig,
         *,
@@ -71,25 +72,36 @@ class HybridCache:
         pages: int | None = None,
         max_length: int = 0,
         drafts: bool = False,
+        precision: StatePrecision | None = None,
     ) -> None:
+        precision = precision or StatePrecision()
         self.dtype, self.device = dtype, device
+        self.keys_dtype = precision.keys_dtype(dtype)
         self.lengths = [0] * slots
         self.draft_lengths = [0] * slots
         """How much of each sequence the multi-token-prediction block has read."""
         self.pool = PagePool(pages)
         self.table = PageTable(slots, page_size, -(-max_length // page_size), device)
 
-        def build(kind: LayerKind) -> LayerState | None:
+        key_scales = _key_scales(precision, config, drafts=drafts)
+
+        def build(layer: int, kind: LayerKind) -> LayerState | None:
             if kind is LayerKind.MAMBA:
                 assert config.mamba is not None
-                return MambaState(config.mamba, slots, dtype, device)
+                return MambaState(
+                    config.mamba, slots, dtype, device, precision=precision, layer=layer
+                )
             if kind is LayerKind.ATTENTION:
                 assert config.attention is not None
-                return AttentionState(config.attention, pages or 0, self.table, dtype, device)
+                return AttentionState(
+                    config.attention, pages or 0, self.table, self.keys_dtype, device,
+                    scales=next(key_scales),
+                )  # fmt: skip
             return None
 
-        self.layers = [build(kind) for kind in config.pattern.main]
-        self.draft_layers = [build(kind) for kind in config.pattern.mtp] if drafts else []
+        main, draft = config.pattern.main, config.pattern.mtp if drafts else ()
+        self.layers = [build(layer, kind) for layer, kind in enumerate(main)]
+        self.draft_layers = [build(layer, kind) for layer, kind in enumerate(draft, len(main))]
         self.hidden = (
             torch.zeros(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
@@ -114,6 +126,7 @@ class HybridCache:
         slots: Sequence[int] | None = None,
         *,
         is_tentative: bool = False,
+        is_prompt: bool = False,
     ) -> SequenceLayout:
         """The layout of a call that brings `lengths` new tokens to `slots` (all, where omitted).
 
@@ -125,7 +138,11 @@ class HybridCache:
             for slot, new in zip(slots, lengths, strict=True):
                 self.reserve(slot, new)
         return SequenceLayout(
-            Segments(lengths), context=context, slots=slots, is_tentative=is_tentative
+            Segments(lengths),
+            context=context,
+            slots=slots,
+            is_tentative=is_tentative,
+            is_prompt=is_prompt,
         )
 
     def missing_pages(self, slot: int, new_tokens: int) -> int:
@@ -240,3 +257,16 @@ class HybridCache:
         row = self.table.rows[slot]
         first = start // self.table.page_size
         return [place for place in range(first, len(row)) if self.pool.is_shared(row[place])]
+
+
+def _key_scales(
+    precision: StatePrecision, config: ModelConfig, *, drafts: bool
+) -> Iterator[tuple[float, float]]:
+    """Scales of keys and values, an attention layer after another."""
+    kinds = (*config.pattern.main, *(config.pattern.mtp if drafts else ()))
+    layers, given = kinds.count(LayerKind.ATTENTION), precision.key_scales
+    if given and len(given) < layers:
+        raise ConfigError(
+            f"key_scales has {len(given)} pairs for {layers} attention layers; give one for each"
+        )
+    return iter(given or ((1.0, 1.0),) * layers)

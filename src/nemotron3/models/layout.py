@@ -39,6 +39,8 @@ class SequenceLayout:
     """Row of the state that belongs to each sequence; empty where there is no state."""
     is_tentative: bool = False
     """Whether the state must stay as it is until it is said how many of the tokens stand."""
+    is_prompt: bool = False
+    """Whether the tokens are read as a whole: a narrow state is then rounded once, after them."""
     places: "Places | None" = None
     """`slots` and `context` as tensors, where whoever made the layout keeps them: they are what
     counts then, and may change from call to call."""

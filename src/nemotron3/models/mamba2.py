@@ -15,7 +15,7 @@ from nemotron3.models.linear import Linear
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.state import MambaState
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
-from nemotron3.ops.ssd import ssd, ssd_rates, ssd_steps
+from nemotron3.ops.ssd import ssd, ssd_rates
 
 
 class CausalConv1d(nn.Module):
@@ -73,12 +73,10 @@ class Mamba2Mixer(nn.Module):
         )
         dt, A = ssd_rates(dt, self.dt_bias, self.A_log)
         D = self.D.to(dt.dtype)
-        if state is not None and layout.is_step and not torch.is_grad_enabled():
+        if state is not None and state.takes_steps(layout) and not torch.is_grad_enabled():
             slots = layout.slot_index(x.device)
-            tail_trail, state_trail = state.trails(layout)
-            xBC = self.conv1d.steps(xBC, state.tails, slots, tail_trail)
-            operands = self._operands(xBC, dt, A, D)
-            y = ssd_steps(*operands, state.states, slots, trail=state_trail)
+            xBC = self.conv1d.steps(xBC, state.tails, slots, state.tail_trail(layout))
+            y = state.scan(layout, self._operands(xBC, dt, A, D))
         else:
             assert not layout.is_tentative, "a tentative call takes few tokens and no gradients"
             tails, states = (None, None) if state is None else state.read(layout)

@@ -30,6 +30,7 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
+from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.linear import linear
 
 
@@ -217,10 +218,12 @@ class LanguageModel(nn.Module):
         hidden = self.hidden_states(tokens, layout=layout, state=state)
         return self.logits(hidden[layout.segments.last_indices(hidden.device)])
 
-    def new_state(self, slots: int) -> HybridCache:
+    def new_state(self, slots: int, precision: StatePrecision | None = None) -> HybridCache:
         """An empty state for `slots` sequences."""
         dtype = self.activation_dtype or self.output_weight.dtype
-        return HybridCache(self.config, slots=slots, dtype=dtype, device=self.device)
+        return HybridCache(
+            self.config, slots=slots, dtype=dtype, device=self.device, precision=precision
+        )
 
     def generate(
         self,

@@ -40,7 +40,7 @@ class Recordings:
     @property
     def are_possible(self) -> bool:
         """Whether what a model does on such a cache can be recorded."""
-        return self.take_padding or can_record(self._cache.dtype, self._cache.device)
+        return self.take_padding or can_record(self._cache.keys_dtype, self._cache.device)
 
     @property
     def take_padding(self) -> bool:

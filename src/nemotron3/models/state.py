@@ -6,11 +6,16 @@ one who gives slots, pages and lengths away.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron3.models.config import AttentionConfig, MambaConfig
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.pages import PageTable
+from nemotron3.models.state_format import Parts, StateFormat
+from nemotron3.models.state_precision import StatePrecision
+from nemotron3.ops.attention import attention_steps
+from nemotron3.ops.ssd import ssd_steps
 
 
 class MambaState:
@@ -21,74 +26,139 @@ class MambaState:
     """
 
     def __init__(
-        self, config: MambaConfig, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: MambaConfig,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        precision: StatePrecision,
+        layer: int,
     ) -> None:
         self.tails = torch.zeros(
             slots, config.conv_kernel - 1, config.conv_channels, dtype=dtype, device=device
         )
-        # States accumulate over the whole sequence, so they are never kept below float32.
-        self.states = torch.zeros(
-            slots,
+        # States accumulate over the whole sequence, so they are computed in float32 at least.
+        self.format = StateFormat(precision, layer, torch.promote_types(dtype, torch.float32))
+        # Of narrow ones a last row is nobody's: there the padding of a call goes, slot -1.
+        self.states = self.format.zeros(
+            slots + self.format.is_narrow,
             config.mamba_num_heads,
             config.mamba_head_dim,
             config.ssm_state_size,
-            dtype=torch.promote_types(dtype, torch.float32),
             device=device,
         )
-        self._tail_trail = self.tails.new_empty(0, 0, *self.tails.shape[1:])
-        self._state_trail = self.states.new_empty(0, 0, *self.states.shape[1:])
+        self._trails: Parts = tuple(t.new_empty(0, 0, *t.shape[1:]) for t in self._kept)
 
     def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """Tails and states of the layout's sequences."""
         slots = layout.slot_index(self.tails.device)
-        return self.tails[slots], self.states[slots]
+        return self.tails[slots], self._rows(slots)
 
     def write(self, layout: SequenceLayout, tails: Tensor, states: Tensor) -> None:
         """Keep the tails and states after the call."""
-        slots = layout.slot_index(self.tails.device)
+        device = self.tails.device
+        slots = layout.slot_index(device)
+        lengths = torch.tensor(layout.segments.lengths, device=device)
         self.tails[slots] = tails.detach().to(self.tails.dtype)
-        self.states[slots] = states.detach()
+        parts = self.format.keep(states.detach(), layout.context_lengths(device) + lengths)
+        self._put_rows(slots, parts)
 
-    def trails(self, layout: SequenceLayout) -> tuple[Tensor | None, Tensor | None]:
-        """Where a tentative call leaves tails and states after each token; else None."""
-        if not layout.is_tentative:
-            return None, None
-        rows, steps = len(layout.segments), layout.segments.max_length
-        if rows > self._tail_trail.shape[0] or steps > self._tail_trail.shape[1]:
-            room = (
-                max(rows, self._tail_trail.shape[0]),
-                max(steps, self._tail_trail.shape[1]),
-            )
-            self._tail_trail = self.tails.new_empty(*room, *self.tails.shape[1:])
-            self._state_trail = self.states.new_empty(*room, *self.states.shape[1:])
-        return self._tail_trail[:rows, :steps], self._state_trail[:rows, :steps]
+    def takes_steps(self, layout: SequenceLayout) -> bool:
+        """Whether a call goes on in place, token by token.
+
+        A prompt is rounded where the call ends, however short it is, so that its neighbours in the
+        call do not matter.
+        """
+        return layout.is_step and not (layout.is_prompt and self.format.is_narrow)
+
+    def tail_trail(self, layout: SequenceLayout) -> Tensor | None:
+        """Where a tentative call leaves the tails after each token; else None."""
+        trails = self._trails_for(layout)
+        return trails[0] if trails else None
+
+    def scan(
+        self,
+        layout: SequenceLayout,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    ) -> Float[Tensor, "tokens head head_dim"]:
+        """Steps of the scan on `operands` x, dt, A, B, C and D, from the states, in place."""
+        device = self.tails.device
+        slots, trails = layout.slot_index(device), self._trails_for(layout)[1:]
+        if not self.format.is_narrow:
+            (states,), trail = self.states, trails[0] if trails else None
+            return ssd_steps(*operands, states, slots, trail=trail)
+        rows = len(layout.segments)
+        x, dt, A, B, C, D = operands
+        of_tokens = [t.unflatten(0, (rows, -1)) for t in (x, dt, B, C)]
+        every = torch.arange(rows, device=device)
+        positions = layout.context_lengths(device)
+        states, kept, outputs = self._rows(slots), (), []
+        for t in range(layout.segments.max_length):
+            x, dt, B, C = (tokens[:, t] for tokens in of_tokens)
+            outputs.append(ssd_steps(x, dt, A, B, C, D, states, every))
+            positions = positions + 1
+            kept = self.format.keep(states, positions)
+            for trail, part in zip(trails, kept, strict=bool(trails)):
+                trail[:, t] = part
+            states = self.format.widen(kept)
+        if not trails:
+            self._put_rows(slots, kept)
+        return torch.stack(outputs, dim=1).flatten(0, 1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its memory."""
-        return self.tails, self.states, self._tail_trail, self._state_trail
+        return *self._kept, *self._trails
+
+    @property
+    def _kept(self) -> Parts:
+        """What it keeps of each slot."""
+        return self.tails, *self.states
 
     def accept(self, slots: Tensor, rows: Tensor, last: Tensor) -> None:
         """After a tentative call, let row `rows[i]` of it have ended with its token `last[i]`."""
-        self.tails[slots] = self._tail_trail[rows, last]
-        self.states[slots] = self._state_trail[rows, last]
+        for kept, trail in zip(self._kept, self._trails, strict=True):
+            kept[slots] = trail[rows, last]
 
     def clear(self, slot: int) -> None:
         """Make a slot the beginning of a sequence."""
-        self.tails[slot].zero_()
-        self.states[slot].zero_()
+        for kept in self._kept:
+            kept[slot].zero_()
 
-    def copy(self, slot: int) -> tuple[Tensor, Tensor]:
+    def copy(self, slot: int) -> Parts:
         """What a slot holds, as tensors of their own."""
-        return self.tails[slot].clone(), self.states[slot].clone()
+        return tuple(kept[slot].clone() for kept in self._kept)
 
-    def put(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
+    def put(self, slot: int, copied: Parts) -> None:
         """Let a slot hold what `copy` returned."""
-        self.tails[slot].copy_(kept[0])
-        self.states[slot].copy_(kept[1])
+        for kept, copy in zip(self._kept, copied, strict=True):
+            kept[slot].copy_(copy)
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        return self.format.widen(tuple(part[slots] for part in self.states))
+
+    def _put_rows(self, slots: Tensor, parts: Parts) -> None:
+        for kept, part in zip(self.states, parts, strict=True):
+            kept[slots] = part
+
+    def _trails_for(self, layout: SequenceLayout) -> Parts:
+        """Trails of tails and states for a tentative call, else none."""
+        if not layout.is_tentative:
+            return ()
+        rows, steps = len(layout.segments), layout.segments.max_length
+        have = self._trails[0].shape
+        if rows > have[0] or steps > have[1]:
+            room = max(rows, have[0]), max(steps, have[1])
+            self._trails = tuple(t.new_empty(*room, *t.shape[1:]) for t in self._kept)
+        return tuple(trail[:rows, :steps] for trail in self._trails)
 
 
 class AttentionState:
-    """Keys and values of one attention layer, in pages that the cache hands out."""
+    """Keys and values of one attention layer, in pages that the cache hands out.
+
+    What attention sees is what is kept, so that narrow keys are the same ones for the call that
+    brings them and for every later one. `scales` are what keys and values are divided by.
+    """
 
     def __init__(
         self,
@@ -97,8 +167,11 @@ class AttentionState:
         table: PageTable,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        scales: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         self.table = table
+        self.scales = scales
         shape = (pages, table.page_size, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -115,18 +188,51 @@ class AttentionState:
         )
         for slot, old, new_k, new_v in sequences:
             places = self.table.positions(slot, 0, old + len(new_k))
-            for pool, new, parts in ((self.keys, new_k, keys), (self.values, new_v, values)):
+            for pool, new, scale, parts in (
+                (self.keys, new_k, self.scales[0], keys),
+                (self.values, new_v, self.scales[1], values),
+            ):
                 flat = pool.flatten(0, 1)
-                flat[places[old:]] = new.detach().to(pool.dtype)
-                if old and new.dtype == pool.dtype and not new.requires_grad:
+                flat[places[old:]] = self._narrowed(new.detach(), scale)
+                if pool.dtype != new.dtype:
+                    parts.append(flat[places].to(new.dtype) * scale)
+                elif old and not new.requires_grad:
                     parts.append(flat[places])  # of a million keys one copy, not two
                 else:
-                    parts += [flat[places[:old]].to(new.dtype), new] if old else [new]
+                    parts += [flat[places[:old]], new] if old else [new]
         return _joined(keys), _joined(values)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its memory."""
         return self.keys, self.values
+
+    def attend(
+        self,
+        layout: SequenceLayout,
+        q: Float[Tensor, "tokens head head_dim"],
+        k: Float[Tensor, "tokens kv_head head_dim"],
+        v: Float[Tensor, "tokens kv_head head_dim"],
+    ) -> Float[Tensor, "tokens head head_dim"]:
+        """Remember a step's keys and values, and attend to all of each sequence."""
+        scale_k, scale_v = self.scales
+        if self.keys.dtype != k.dtype:
+            q = q * scale_k
+            k = self._narrowed(k, scale_k).to(q.dtype)
+            v = self._narrowed(v, scale_v).to(q.dtype)
+        y = attention_steps(
+            q, k, v,
+            keys=self.keys, values=self.values, table=self.table.tensor,
+            slots=layout.slot_index(q.device), context=layout.context_lengths(q.device),
+        )  # fmt: skip
+        return y if scale_v == 1 else y * scale_v
+
+    def _narrowed(self, x: Tensor, scale: float) -> Tensor:
+        """Keys or values as they are kept; what is too large for float8 becomes its largest."""
+        dtype = self.keys.dtype
+        if dtype == torch.float8_e4m3fn:
+            most = torch.finfo(dtype).max
+            x = (x / scale).clamp(-most, most)
+        return x.to(dtype)
 
     def grow(self, pages: int) -> None:
         """Make room for so many pages in all."""

@@ -53,10 +53,11 @@ def attention_steps(
     """The same for the same few new tokens of each sequence, without gradients.
 
     Sequence i has `context[i]` tokens in the pages that row `slots[i]` of `table` lists; the new
-    ones are written behind them, in place. No shape depends on how long a sequence is.
+    ones are written behind them, in place. No shape depends on how long a sequence is. Keys and
+    values may be kept in fewer bits than those of `q`; new ones are then within their range.
 
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    steps = resolve("attention_steps", backend, _STEPS, q)
+    steps = resolve("attention_steps", backend, _STEPS, keys)
     return steps(q, k, v, keys=keys, values=values, table=table, slots=slots, context=context)

@@ -73,7 +73,7 @@ def attention_steps_triton(
     parts = torch.empty(tokens * heads, ranges, head_dim, dtype=torch.float32, device=q.device)
     scales = torch.empty(tokens * heads, ranges, 2, dtype=torch.float32, device=q.device)
     sizes |= {"GROUP": group, "RANGES": ranges, "RANGE_KEYS": _RANGE_KEYS}
-    settings = _settings(keys.dtype, steps * group)
+    settings = _settings(q.dtype, steps * group)
     _range_kernel[(ranges, rows * kv_heads, triton.cdiv(steps * group, settings["BLOCK_ROWS"]))](
         q, keys, values, *places, parts, scales, q.stride(0), q.stride(1), head_dim**-0.5,
         DOT_WIDTH=max(16, width), ONE_PAGE=page_size % settings["BLOCK_KEYS"] == 0,
@@ -164,7 +164,8 @@ def _range_kernel(
         q + token[:, None] * stride_q + head[:, None] * stride_q_head + d[None, :],
         mask=is_row[:, None] & is_d[None, :], other=0.0,
     )  # fmt: skip
-    dtype: tl.constexpr = tl.float32 if INTERPRETED else keys.dtype.element_ty
+    # Keys in fewer bits are widened: neither queries nor weights are rounded to theirs.
+    dtype: tl.constexpr = tl.float32 if INTERPRETED else q.dtype.element_ty
     queries = queries.to(dtype)
     pages = table + slot * stride_table
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
