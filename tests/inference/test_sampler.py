@@ -106,13 +106,14 @@ def test_speculation_and_company_change_nothing(requests, drafts, head, seed):
     assert write(choosers(), 30, vocab=VOCAB, drafts=drafts, head=head) == alone
 
 
-def test_looking_ahead_along_other_drafts_leaves_no_trace():
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_looking_ahead_along_other_drafts_leaves_no_trace(limit):
     """An engine may drop drafts, or try some that no draft head has made."""
 
     def one():
         return chooser(
             SamplingParams(presence_penalty=0.5),
-            budget=ThinkingBudget(budget=6, grace=2, ids=IDS, is_open=True),
+            budget=ThinkingBudget(budget=limit, grace=0, ids=IDS, is_open=True),
             constraint=Rhythm(),
         )
 
@@ -120,7 +121,7 @@ def test_looking_ahead_along_other_drafts_leaves_no_trace():
     tried, answer = one(), []
     while len(answer) < len(plain):
         here = len(answer)
-        for window in ([], plain[here : here + 2], [STOP], [7, 8], [END, LINE]):
+        for window in ([], [END, LINE], [STOP], [7, 8]):
             draft([tried], table((*answer, *window), VOCAB, 1)[None], [window])
         window = plain[here : here + 2] if here % 2 else [*plain[here : here + 1], 9]
         rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(len(window) + 1)]
