@@ -41,10 +41,15 @@ def render(text: str, results: Path) -> str:
         "tuning": "\n".join(_gpu(path, [TUNING]) for path in _newest_of_each(results, "tuning")),
     }
     for name, block in blocks.items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert marks.search(text), f"the page has no marks for {name}"
-        text = marks.sub(lambda m, block=block: m[1] + (block or NOTHING) + m[2], text)
+        text = fill(text, name, block or NOTHING)
     return text
+
+
+def fill(text: str, name: str, block: str) -> str:
+    """A page's text with what stands between the marks of that name replaced."""
+    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    assert marks.search(text), f"the page has no marks for {name}"
+    return marks.sub(lambda m: m[1] + block + m[2], text)
 
 
 def _newest(results: Path, pattern: str) -> list[Path]:
@@ -112,7 +117,7 @@ def _cpu_model(name: str, model: dict[str, Any], runs: list[dict[str, Any]]) -> 
     if len(runs) > 1:
         numbers = [str(runs.index(part["run"]) + 1) for part in _parts(model)]
         rows = [[*row, end] for row, end in zip(rows, ["run", *numbers], strict=True)]
-    return text + _table(rows)
+    return text + table(rows)
 
 
 def _memory_row(memory: dict[str, dict[str, int]], names: list[str], peers: list[str]) -> list[str]:
@@ -135,9 +140,9 @@ def _profile(path: Path) -> str:
     return (
         _origin(result)
         + f"\n**{result['model']}**, training step, {train['batch']} x {train['length']} tokens\n\n"
-        + _table(training_table(result))
+        + table(training_table(result))
         + f"\n**{result['model']}**, a decoding step\n\n"
-        + _table(decoding_table(result))
+        + table(decoding_table(result))
     )
 
 
@@ -163,7 +168,8 @@ def _origin(result: dict[str, Any]) -> str:
     return words + "\n"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table, the first one as its head."""
     head, *rest = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rest))

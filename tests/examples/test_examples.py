@@ -1,5 +1,6 @@
 """The examples do what they say."""
 
+import random
 import re
 import runpy
 from pathlib import Path
@@ -46,3 +47,32 @@ def test_answer_many_finds_what_it_has_read(tmp_path, capsys):
     assert shown.count("drafts stood") == 8
     found, read = re.findall(r"second call: (\d+) of (\d+) prompt tokens", shown)[0]
     assert int(found) > int(read) // 2
+
+
+def test_sums_are_right_and_some_are_held_out():
+    sums = runpy.run_path(str(EXAMPLES / "sums.py"))
+    draw = random.Random(0)
+    kept = {tuple(sums["problem"](draw, held_out=True)) for _ in range(300)}
+    assert not kept & {tuple(sums["problem"](draw)) for _ in range(3000)}
+    for kind in dict.fromkeys(sums["KINDS"]):
+        for _ in range(50):
+            text = sums["conversation"](draw, kind).text
+            question = re.search(r"user\n([\d+]+)", text)[1]
+            if kind != "cut":
+                for left, right in re.findall(r"([\d+]+)=(\d+)\n", text):
+                    assert sum(map(int, left.split("+"))) == int(right)
+            assert text.endswith(f"{sum(map(int, question.split('+')))}<|im_end|>\n")
+            assert ("<think></think>" in text) == (kind == "direct")
+            assert ("effort: low" in text) == (kind == "brief")
+
+
+@pytest.mark.slow
+def test_reasoner_trains_and_is_asked_in_every_way(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = runpy.run_path(str(EXAMPLES / "reasoner.py"))
+    example["main"](tmp_path, conversations=300, steps=3)
+    shown = capsys.readouterr().out
+    asked = re.findall(r"\n(.+): [\d+]+ is \d+\n", shown)
+    assert asked == ["thinking", "low effort", "at most 16 tokens of thinking", "no thinking"]
+    assert shown.count("\nanswer") == len(asked)
+    assert (tmp_path / "reasoner" / "model" / "chat_template.jinja").exists()

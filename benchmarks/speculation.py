@@ -1,0 +1,269 @@
+"""What drafts bring: how many stand, and what they do for the speed of one stream.
+
+    python -m benchmarks.speculation runs/tiny/model
+    python -m benchmarks.speculation runs/reasoner/model --llama-server build/bin/llama-server
+
+One request at a time is answered from the held-out text of the run that made the model (of a
+conversation the prompt, of a text a stretch to go on from), with 0 to 4 drafts a step, and with as
+many as the engine finds best. Drafts change no token; where rounding breaks a tie another way, the
+answers that differ from those without drafts are counted. Speeds are of decoding, the prompt left
+out. llama.cpp, where it is given, writes from the same weights and prompts with its own drafting
+(`--spec-type draft-mtp`), greedily.
+"""
+
+import argparse
+import bisect
+import datetime
+import json
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.cpu import RESULTS
+from benchmarks.inference import servers
+from benchmarks.inference.client import Client
+from benchmarks.llama_cpp import write_gguf_of
+from benchmarks.machine import BUSY, description, load_average, warn_if_busy
+from benchmarks.page import ROOT, fill, table
+
+from nemotron3 import LLM, EngineConfig, SamplingParams
+from nemotron3.config import read_run
+from nemotron3.data import CorpusConfig, open_tokenized, prepare_corpus
+from nemotron3.data.token_files import TokenFile
+from nemotron3.inference.answers import Prompt
+from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.text import Tokenizer
+
+PAGE = ROOT / "docs" / "reasoning.md"
+MOST = 4
+STRETCH = 64
+"""Tokens of a text to go on from."""
+
+Prompts = Sequence[tuple[int, ...]]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one number of drafts did over all prompts."""
+
+    name: str
+    tokens: int = 0
+    """Written by decoding steps: all but the first of each answer."""
+    steps: int = 0
+    drafted: int = 0
+    seconds: float = 0.0
+    tried: list[int] = field(default_factory=list[int])
+    """How often a draft in each place was tried, those before it having stood."""
+    stood: list[int] = field(default_factory=list[int])
+    answers: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+
+    def count(self, gain: int, drafts: int) -> None:
+        """A step with so many drafts that brought `gain` tokens."""
+        self.tokens += gain
+        self.steps += 1
+        self.tried = self.tried or [0] * drafts
+        self.stood = self.stood or [0] * drafts
+        for place in range(min(gain, drafts)):
+            self.tried[place] += 1
+            self.stood[place] += gain > place + 1
+
+    def record(self, plain: "Outcome") -> dict[str, Any]:
+        """For the file of results, beside the outcome without drafts."""
+        pairs = zip(self.answers, plain.answers, strict=True)
+        return {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "drafted": self.drafted,
+            "tokens_per_step": self.tokens / self.steps,
+            "tokens_per_s": self.tokens / self.seconds,
+            "speedup": self.tokens / self.seconds * plain.seconds / plain.tokens,
+            "acceptance": [s / max(t, 1) for s, t in zip(self.stood, self.tried, strict=True)],
+            "differing_answers": sum(a != b for a, b in pairs),
+        }
+
+
+def held_out_of(model: Path) -> tuple[Tokenizer, dict[str, TokenFile]]:
+    """Tokenizer and held-out text, by source, of the run that made a model."""
+    run = read_run(model.parent, PretrainRun)
+    is_text = isinstance(run.corpus, CorpusConfig)
+    corpus = prepare_corpus(run.corpus) if is_text else open_tokenized(run.corpus)
+    return corpus.tokenizer, dict(corpus.held_out)
+
+
+def prompts_of(model: Path, count: int) -> Prompts:
+    """Prompts from held-out text, spread over its sources."""
+    tokenizer, held_out = held_out_of(model)
+    begins, of_each = tokenizer.think_start_id, max(count // len(held_out), 1)
+    prompts: list[tuple[int, ...]] = []
+    for file in held_out.values():
+        for place in range(of_each):
+            at = place * (file.num_tokens - STRETCH) // of_each
+            document = bisect.bisect_right(file.document_bounds.tolist(), at) - 1
+            start, end = file.document_bounds[document : document + 2].tolist()
+            ids = file.tokens[start:end].tolist()
+            if begins in ids:
+                prompts.append(tuple(ids[: ids.index(begins) + 2]))  # and what follows the tag
+            else:
+                prompts.append(tuple(file.tokens[at : at + STRETCH].tolist()))
+    return prompts
+
+
+def ours(model: Path, prompts: Prompts, params: SamplingParams, config: EngineConfig) -> Outcome:
+    """Answer one after another."""
+    llm = LLM(model, config=config)
+    most = config.max_draft_tokens or 0
+    outcome = Outcome(name=f"up to {most}" if config.adapts_drafts else str(most))
+    requests = [Prompt(ids=prompt) for prompt in prompts]
+    llm.generate(requests[0], params)  # compiles, and learns what steps cost
+    drafted = llm.stats().drafted_tokens
+    for prompt in requests:
+        gains: list[int] = []
+        request = llm.generate(
+            prompt, params, on_delta=lambda _, delta, g=gains: g.append(len(delta.token_ids))
+        )[0]
+        for gain in gains[1:]:
+            outcome.count(gain, 0 if config.adapts_drafts else most)
+        outcome.seconds += request.total_s - (request.first_token_s or 0.0)
+        outcome.answers.append(request.outputs[0].token_ids)
+    outcome.drafted = llm.stats().drafted_tokens - drafted
+    return outcome
+
+
+def theirs(client: Client, prompts: Prompts, max_tokens: int, drafts: int) -> Outcome:
+    """llama.cpp's server, one request at a time."""
+    outcome = Outcome(name=str(drafts))
+    _complete(client, prompts[0], max_tokens)
+    for prompt in prompts:
+        answer = _complete(client, prompt, max_tokens)
+        timings = answer["timings"]
+        decoded = timings["predicted_n"] - 1  # the prompt brings the first
+        outcome.tokens += decoded
+        outcome.steps += decoded - timings.get("draft_n_accepted", 0)
+        outcome.drafted += timings.get("draft_n", 0)
+        outcome.seconds += timings["predicted_ms"] / 1e3
+        outcome.answers.append(tuple(answer["tokens"]))
+    return outcome
+
+
+def _complete(client: Client, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
+    """A whole greedy answer with what llama.cpp says of it."""
+    body = {"prompt": list(prompt), "n_predict": max_tokens, "temperature": 0}
+    body |= {"cache_prompt": False, "return_tokens": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{client.port}{client.path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def measure_ours(
+    model: Path, prompts: Prompts, params: SamplingParams
+) -> dict[str, dict[str, Any]]:
+    """By number of drafts; the adaptive engine last."""
+    configs = [EngineConfig(max_draft_tokens=d, adapts_drafts=False) for d in range(MOST + 1)]
+    configs.append(EngineConfig(max_draft_tokens=MOST))
+    outcomes = [ours(model, prompts, params, config) for config in configs]
+    return {each.name: each.record(outcomes[0]) for each in outcomes}
+
+
+def measure_theirs(
+    server: Path, model: Path, prompts: Prompts, max_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """llama.cpp's, likewise."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkpoint"  # in which the tokenizer is replaced
+        shutil.copytree(model, copy)
+        gguf = write_gguf_of(
+            server, copy, json.loads((copy / "config.json").read_text())["vocab_size"]
+        )
+        threads = torch.get_num_threads()
+        for drafts in range(MOST + 1):
+            running = servers.llama_cpp(server, gguf, threads=threads, slots=1, drafts=drafts)
+            with running as client:
+                outcomes.append(theirs(client, prompts, max_tokens, drafts))
+    return {each.name: each.record(outcomes[0]) for each in outcomes}
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The record as a table, one row for each number of drafts; without speeds that are noise."""
+    machine, theirs = result["machine"], result["llama_cpp"]
+    is_noise = max(machine["load_before"], machine["load_after"]) > BUSY
+    columns = ["tokens a step"] if is_noise else ["tokens a step", "tokens/s", "speed-up"]
+    head = ["drafts", "acceptance by place", *columns]
+    rows = [head + ([f"{column}, llama.cpp" for column in columns] if theirs else [])]
+    for name, each in result["ours"].items():
+        if is_noise and not each["acceptance"]:
+            continue  # none, or as many as the clock says
+        row = [name, ", ".join(f"{a:.0%}" for a in each["acceptance"])]
+        for program in (each, theirs.get(name)) if theirs else (each,):
+            row += _speeds(program)[: len(columns)] if program else [""] * len(columns)
+        rows.append(row)
+    noise = " Others used the machine, so speeds are left out." if is_noise else ""
+    return (
+        f"**{result['model']}**: `{result['command']}` at commit {machine['commit']}, "
+        f"{result['date']}: {result['prompts']} prompts, temperature {result['temperature']}; "
+        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}; load average "
+        f"{machine['load_before']} before and {machine['load_after']} after.{noise}\n\n"
+        f"{table(rows)}"
+    )
+
+
+def _speeds(each: dict[str, Any]) -> list[str]:
+    return [
+        f"{each['tokens_per_step']:.2f}",
+        f"{each['tokens_per_s']:,.0f}",
+        f"{each['speedup']:.2f}x",
+    ]
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="model folder of a run, as in runs/tiny/model")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--llama-server", type=Path)
+    arguments = parser.parse_args()
+    if arguments.llama_server and arguments.temperature:
+        parser.error("llama.cpp draws other random numbers; compare at temperature 0")
+    name = arguments.model.resolve().parent.name
+    prompts = prompts_of(arguments.model, arguments.prompts)
+    before = load_average()
+    warn_if_busy(before)
+    params = SamplingParams(
+        temperature=arguments.temperature, max_tokens=arguments.max_tokens, seed=0
+    )
+    result = {
+        "command": f"python -m benchmarks.speculation runs/{name}/model",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "model": name,
+        "prompts": len(prompts),
+        "temperature": arguments.temperature,
+        "ours": measure_ours(arguments.model, prompts, params),
+        "llama_cpp": measure_theirs(
+            arguments.llama_server, arguments.model, prompts, arguments.max_tokens
+        )
+        if arguments.llama_server
+        else {},
+        "machine": description() | {"load_before": before, "load_after": load_average()},
+    }
+    text = as_markdown(result)
+    file = RESULTS / f"speculation-{name}-{result['date']}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    PAGE.write_text(
+        fill(PAGE.read_text(encoding="utf-8"), f"speculation-{name}", text), encoding="utf-8"
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
