@@ -88,8 +88,8 @@ def draw(result: dict[str, Any], out: Path) -> None:
         panel.set_xticks(at, [str(value) for value in at])
         panel.minorticks_off()
         panel.set_xlabel(axis)
-        panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)  # after all are drawn: it ends the fitting of the axis they share
     panels[0].set_ylabel("tokens/s, training step")
     panels[0].legend(frameon=False, loc="lower left")
     figure.savefig(out, format="svg", metadata={"Date": None}, facecolor="white")
