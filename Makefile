@@ -9,7 +9,7 @@ EXTRAS ?= dev
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend auto)
 INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(TORCH_SOURCE) -c constraints.txt
 
-.PHONY: help run test test-fast bench-cpu gpu-check gpu-tune check format docs docs-serve clean
+.PHONY: help run test test-fast bench-cpu gpu-check gpu-check-inference gpu-tune check format docs docs-serve clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -54,13 +54,16 @@ ON_GPU = PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m bench
 	$(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
 NEEDED = import torch, triton, numpy, safetensors, tokenizers, jaxtyping
 
-gpu-check gpu-tune: gpu-python
+gpu-check gpu-check-inference gpu-tune: gpu-python
 .PHONY: gpu-python
 gpu-python:
 	@$(GPU_PYTHON) -c '$(NEEDED)' || { echo '$(GPU_PYTHON) lacks a package; name another: make gpu-check GPU_PYTHON=PATH'; exit 2; }
 
 gpu-check:  ## check and time every kernel, layer and peer on a GPU (under 10 minutes; OUT=FOLDER)
 	@$(ON_GPU)
+
+gpu-check-inference:  ## whole models that answer, on a GPU of 80 GB or more (under 10 minutes; ONLY=SECTION; OUT=FOLDER)
+	@$(ON_GPU) --inference $(if $(ONLY),--only $(ONLY))
 
 gpu-tune:  ## search launch settings of the kernels on a GPU (under 10 minutes; OUT=FOLDER)
 	@$(ON_GPU) --tune

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.cpu import RESULTS
 from benchmarks.gpu.record import Results
-from benchmarks.gpu.section import Section, all_sections
+from benchmarks.gpu.section import Section, all_sections, inference_sections
 from benchmarks.gpu.summary import as_markdown
 from benchmarks.gpu.tuning import TUNING
 from benchmarks.machine import BUSY, limits_in_words
@@ -38,6 +38,9 @@ def render(text: str, results: Path) -> str:
         ),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
+        "inference": "\n".join(
+            _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
+        ),
         "tuning": "\n".join(_gpu(path, [TUNING]) for path in _newest_of_each(results, "tuning")),
     }
     for name, block in blocks.items():

@@ -1,6 +1,7 @@
 """Check and time everything on a GPU in one call, or walk the same path at toy size without one.
 
     python -m benchmarks.gpu [--only parity kernels] [--seconds 540] [--out FOLDER]
+    python -m benchmarks.gpu --inference [--only million] [--toy]
     python -m benchmarks.gpu --toy
     python -m benchmarks.gpu --tune
     python -m benchmarks.gpu --compile
@@ -22,7 +23,7 @@ from benchmarks.gpu import compiling
 from benchmarks.gpu.ahead import compile_ahead, compile_share
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.run import run_section, run_sections
-from benchmarks.gpu.section import Section, all_sections
+from benchmarks.gpu.section import Section, all_sections, inference_sections
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.summary import as_lines, as_text
 from benchmarks.gpu.tuning import TUNING
@@ -56,15 +57,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.section:
         setting = Setting.toy() if options.toy else Setting.gpu()
-        (section,) = (s for s in [*all_sections(), TUNING] if s.name == options.section)
+        known = inference_sections() if options.inference else [*all_sections(), TUNING]
+        (section,) = (s for s in known if s.name == options.section)
         record = Record.open(options.record)
         return run_section(section, setting, record, seconds=options.seconds)
     chosen = _chosen(options)
     record = Record(_path(options), _header(options))
     record.path.parent.mkdir(parents=True, exist_ok=True)
     record.write()
-    took = 0.0 if options.toy else _compile_ahead(options, record)
-    run_sections(chosen, record, seconds=options.seconds - took, is_toy=options.toy)
+    # The kernels of decoding are few, and compiled when they are wanted.
+    took = 0.0 if options.toy or options.inference else _compile_ahead(options, record)
+    run_sections(
+        chosen, record, seconds=options.seconds - took,
+        is_toy=options.toy, is_inference=options.inference,
+    )  # fmt: skip
     print(as_text(chosen, record))
     print(f"\n{record.path}")
     return int("parity" in record.content["sections"] and not record.may_compare)
@@ -84,7 +90,7 @@ def _compile_ahead(options: argparse.Namespace, record: Record) -> float:
 
 
 def _chosen(options: argparse.Namespace) -> list[Section]:
-    known = all_sections()
+    known = inference_sections() if options.inference else all_sections()
     if options.tune:
         return [s for s in known if s.name == "limits"] + [TUNING]
     return [s for s in known if s.name in options.only] if options.only else known
@@ -121,7 +127,7 @@ def _path(options: argparse.Namespace) -> Path:
     if options.toy:
         return (options.out or Path(tempfile.mkdtemp())).resolve() / "toy.json"
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    kind = "tuning" if options.tune else "gpu"
+    kind = "tuning" if options.tune else "inference" if options.inference else "gpu"
     return (options.out or RESULTS).resolve() / f"{kind}-{card}-{date.today().isoformat()}.json"
 
 
@@ -129,11 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, nothing timed")
     parser.add_argument("--tune", action="store_true", help="search launch settings instead")
-    names = [section.name for section in all_sections()]
+    names = {section.name for section in [*all_sections(), *inference_sections()]}
+    parser.add_argument("--inference", action="store_true", help="whole models that answer")
     parser.add_argument(
         "--compile", action="store_true", help="registers and spills, without a GPU"
     )
-    parser.add_argument("--only", nargs="+", choices=names, help="only these sections")
+    parser.add_argument("--only", nargs="+", choices=sorted(names), help="only these sections")
     parser.add_argument("--seconds", type=float, default=540, help="time for all of it")
     parser.add_argument("--out", type=Path, help="folder for the JSON (benchmarks/results)")
     parser.add_argument("--commit", help="the revision, where there is no git to ask")

@@ -29,9 +29,15 @@ OUT_OF_TIME = "no time was left"
 
 
 def run_sections(
-    sections: Sequence[Section], record: Record, *, seconds: float, is_toy: bool
+    sections: Sequence[Section],
+    record: Record,
+    *,
+    seconds: float,
+    is_toy: bool,
+    is_inference: bool = False,
 ) -> None:
     """All sections, the first ones first."""
+    options = ["--toy"] * is_toy + ["--inference"] * is_inference
     end = time.monotonic() + seconds
     for index, section in enumerate(sections):
         reserved = sum(later.budget_s for later in sections[index + 1 :])
@@ -41,20 +47,22 @@ def run_sections(
         if allowed < 1:
             record.put(section.name, "all", {"left_out": OUT_OF_TIME})
             continue
-        _run_in_children(section, record, allowed, is_toy=is_toy)
+        _run_in_children(section, record, allowed, options)
 
 
-def _run_in_children(section: Section, record: Record, allowed: float, *, is_toy: bool) -> None:
+def _run_in_children(
+    section: Section, record: Record, allowed: float, options: Sequence[str]
+) -> None:
     until = time.monotonic() + allowed
     while True:
         known = len(record.figures(section.name))
         left = until - time.monotonic()
         words = ["--section", section.name, "--record", str(record.path), "--seconds", str(left)]
-        command = [sys.executable, "-m", "benchmarks.gpu", *words, *["--toy"] * is_toy]
+        command = [sys.executable, "-m", "benchmarks.gpu", *words, *options]
         try:
             status = subprocess.run(
                 command, cwd=_ROOT, check=False, timeout=max(left, 0) + _GRACE_S,
-                env=environment(is_toy=is_toy),
+                env=environment(is_toy="--toy" in options),
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             status = None

@@ -12,7 +12,9 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
+from benchmarks.gpu import inference
 from benchmarks.gpu import sections as folder
 from benchmarks.gpu.record import Figure, Results
 from benchmarks.gpu.setting import Setting
@@ -40,7 +42,16 @@ class Section:
 
 
 def all_sections() -> list[Section]:
-    """Every section, the most important first."""
-    names = [module.name for module in pkgutil.iter_modules(folder.__path__)]
-    found = [import_module(f"{folder.__name__}.{name}").SECTION for name in names]
+    """Every section of `make gpu-check`, the most important first."""
+    return _of(folder)
+
+
+def inference_sections() -> list[Section]:
+    """Every section of `make gpu-check-inference`, likewise."""
+    return _of(inference)
+
+
+def _of(package: ModuleType) -> list[Section]:
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    found = [import_module(f"{package.__name__}.{name}").SECTION for name in names]
     return sorted(found, key=lambda section: section.order)

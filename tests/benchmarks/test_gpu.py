@@ -243,7 +243,7 @@ def test_a_process_that_cannot_start_is_tried_once(record, monkeypatch):
 def test_earlier_sections_may_not_take_what_is_kept_for_later_ones(record, monkeypatch):
     given = {}
 
-    def child(section, record, allowed, **_):
+    def child(section, record, allowed, *_):
         given[section.name] = allowed
 
     monkeypatch.setattr(run, "_run_in_children", child)

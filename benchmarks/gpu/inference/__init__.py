@@ -1,0 +1,1 @@
+"""The sections of `make gpu-check-inference`; every file here holds one."""

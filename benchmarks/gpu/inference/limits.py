@@ -1,0 +1,7 @@
+"""The limits that shares are of, measured in the same call."""
+
+from dataclasses import replace
+
+from benchmarks.gpu.sections import limits
+
+SECTION = replace(limits.SECTION, order=0)

@@ -1,0 +1,5 @@
+"""The comparison transformer, measured as Nano is."""
+
+from benchmarks.gpu.inference.answers import section
+
+SECTION = section("qwen3-moe", order=30, budget_s=110)

@@ -1,0 +1,202 @@
+"""Whole models with random weights on one device: prompts read, and decoding steps.
+
+The context of a decoding step is not read but drawn: pages are taken, keys, values and states are
+random numbers, and the lengths say that they are there. A step reads the same bytes either way.
+"""
+
+import functools
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from benchmarks.gpu.record import Figure
+from benchmarks.gpu.setting import Setting
+from benchmarks.limits import decode_bytes, prefill_flops
+from benchmarks.models import configs
+
+from nemotron3.models.accounting import kv_bytes_per_token, model_costs, state_bytes_per_sequence
+from nemotron3.models.cache import PAGE_SIZE, HybridCache
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.steps import StepRunner
+from nemotron3.parallel.devices import free_memory_bytes, synchronize
+
+ROOM = 64
+"""Tokens that a measured sequence may grow by."""
+CHUNK = 8192
+"""Tokens of a prompt that are read at a time."""
+_SPARE_BYTES = 3 << 30
+"""Left free for what a step makes and gives back."""
+
+
+def config_of(name: str, setting: Setting) -> ModelConfig:
+    """A preset, or something like it at toy size."""
+    config = ModelConfig.preset(name)
+    if not setting.is_toy:
+        return config
+    toy = configs()["toy"]
+    if config.mamba is not None:
+        return replace(toy, vocab_size=96)
+    assert config.attention is not None
+    assert config.moe is not None
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return replace(
+        config,
+        hybrid_override_pattern="*E" * 2,
+        vocab_size=96,
+        hidden_size=64,
+        attention=replace(config.attention, **sizes),
+        moe=replace(config.moe, **experts),
+    )
+
+
+@functools.cache
+def model_of(name: str, setting: Setting) -> LanguageModel:
+    """The model, made once a process on the device itself, in bfloat16."""
+    dtype = torch.float32 if setting.is_toy else torch.bfloat16
+    config = config_of(name, setting)
+    return LanguageModel.from_config(config, device=setting.device, dtype=dtype).eval()
+
+
+def size(name: str, setting: Setting) -> Figure:
+    """What the weights take of the device's memory, and what they leave."""
+    model = model_of(name, setting)
+    synchronize(setting.device)
+    return {
+        "parameters": model_costs(model.config).total,
+        "weight_bytes": sum(p.nbytes for p in model.parameters()),
+        "free_bytes": None if setting.is_toy else free_memory_bytes(setting.device),
+    }
+
+
+def cache_of(model: LanguageModel, *, batch: int, length: int) -> HybridCache:
+    """A cache of fixed memory for sequences of this length."""
+    return HybridCache(
+        model.config,
+        slots=batch,
+        dtype=model.output_weight.dtype,
+        device=model.device,
+        pages=batch * -(-length // PAGE_SIZE),
+        max_length=length,
+    )
+
+
+@torch.inference_mode()
+def decoding(name: str, batch: int, context: int, setting: Setting) -> Figure:
+    """A step of one token for each of `batch` sequences of `context` tokens."""
+    model = model_of(name, setting)
+    config, length = model.config, context + ROOM
+    needed = batch * (kv_bytes_per_token(config) * length + sum(state_bytes_per_sequence(config)))
+    free = free_memory_bytes(setting.device) - _SPARE_BYTES
+    if not setting.is_toy and needed > free:
+        return {
+            "left_out": f"the context takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} are free"
+        }
+    cache = cache_of(model, batch=batch, length=length)
+    for slot in range(batch):
+        cache.reserve(slot, length)
+        cache.lengths[slot] = context
+    for layer in cache.layers:
+        for held in () if layer is None else layer.tensors():
+            held.normal_()
+    runner = StepRunner(model, cache)
+    tokens = torch.randint(config.vocab_size, (batch, 1)).tolist()
+    slots = list(range(batch))
+    timing = setting.clock.step(lambda: runner.run(tokens, slots), repeats=20)
+    itemsize = model.output_weight.element_size()
+    return {
+        "batch": batch,
+        "context": context,
+        "bytes": decode_bytes(config, batch=batch, context=context, itemsize=itemsize),
+        "step": timing,
+    }
+
+
+@torch.inference_mode()
+def prefill(name: str, length: int, setting: Setting) -> Figure:
+    """One prompt, read in chunks, with logits for its last token."""
+    model = model_of(name, setting)
+    tokens = torch.randint(model.config.vocab_size, (length,), device=setting.device)
+
+    def read() -> None:
+        cache = cache_of(model, batch=1, length=length)
+        read_on(model, cache, tokens)
+
+    timing = setting.clock.step(read, repeats=3)
+    flops = length * prefill_flops(model.config, length=length)
+    return {"length": length, "flops": flops, "step": timing}
+
+
+def read_on(model: LanguageModel, cache: HybridCache, tokens: torch.Tensor) -> None:
+    """Read tokens behind what the first slot holds."""
+    for part in tokens.split(CHUNK):
+        model.next_logits(part, layout=cache.layout([len(part)], [0]), state=cache)
+
+
+class LongPrompt:
+    """One prompt that is read further and further, each stretch timed."""
+
+    def __init__(self, name: str, most: int, setting: Setting) -> None:
+        self.name, self.most, self.setting = name, most, setting
+        self._cache: HybridCache | None = None
+
+    @torch.inference_mode()
+    def read_to(self, end: int) -> Figure:
+        """From where the last stretch ended; these cannot be repeated, so each is timed once."""
+        model, device = model_of(self.name, self.setting), self.setting.device
+        if self._cache is None:
+            self._cache = cache_of(model, batch=1, length=self.most + ROOM)
+        start = self._cache.lengths[0]
+        assert start < end, f"{start} tokens are read already; stretches come in order"
+        tokens = torch.randint(model.config.vocab_size, (end - start,), device=device)
+        synchronize(device)
+        begin = time.perf_counter()
+        read_on(model, self._cache, tokens)
+        synchronize(device)
+        seconds = time.perf_counter() - begin
+        config = model.config
+        flops = end * prefill_flops(config, length=end)
+        flops -= start * prefill_flops(config, length=start) if start else 0.0
+        return {
+            "start": start,
+            "length": end,
+            "flops": flops,
+            "step": {"median_s": None if self.setting.is_toy else seconds},
+            "peak_bytes": None if self.setting.is_toy else torch.cuda.max_memory_allocated(device),
+        }
+
+    @torch.inference_mode()
+    def decode(self) -> Figure:
+        """Steps behind all of it."""
+        model = model_of(self.name, self.setting)
+        assert self._cache is not None, "no prompt has been read in this process"
+        context, cache = self._cache.lengths[0], self._cache
+        runner = StepRunner(model, cache)
+        timing = self.setting.clock.step(lambda: runner.run([[1]], [0]), repeats=20)
+        itemsize = model.output_weight.element_size()
+        moved = decode_bytes(model.config, batch=1, context=context, itemsize=itemsize)
+        return {"batch": 1, "context": context, "bytes": moved, "step": timing}
+
+
+def throughput(
+    figures: dict[str, dict[str, Any]], *, prompt: int, answer: int
+) -> tuple[float, int] | None:
+    """Output tokens per second of whole requests, and the batch at which they are most.
+
+    Put together from measured pieces: a batch reads its prompts one after another, then answers in
+    steps whose time grows with the context from the shortest to the longest measured one.
+    """
+    read = next((f for f in figures.values() if f.get("length") == prompt), None)
+    read_s = read and read["step"]["median_s"]
+    by_batch: dict[int, dict[int, float]] = {}
+    for figure in figures.values():
+        if figure.get("context") in (prompt, prompt + answer) and figure["step"]["median_s"]:
+            by_batch.setdefault(figure["batch"], {})[figure["context"]] = figure["step"]["median_s"]
+    rates = [
+        (batch * answer / (batch * read_s + answer * sum(steps.values()) / 2), batch)
+        for batch, steps in by_batch.items()
+        if read_s and len(steps) == 2
+    ]
+    return max(rates, default=None)
