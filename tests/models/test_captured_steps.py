@@ -160,23 +160,34 @@ def test_memory_that_moves_is_captured_anew(model, assert_close):
     assert Double.made == 3
 
 
-def test_the_engine_steps_by_captures(model):
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    engine = Engine(model, EngineConfig(max_num_seqs=3, max_model_len=64, page_size=16))
-    for name, length in (("a", 3), ("b", 7), ("c", 2)):
-        prompt = tuple(tokens_for(CONFIG, length, seed=length).tolist())
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_engine_steps_by_captures(drafts):
+    """Those of the model, and those of the block that drafts."""
+    model = tiny_model(tiny_config("ME*E/*E/*E"))
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    config = EngineConfig(
+        max_num_seqs=2, max_model_len=64, page_size=16, max_draft_tokens=drafts, adapts_drafts=False
+    )
+    engine = Engine(model, config)
+    prompts = {
+        name: tuple(tokens_for(CONFIG, length, seed=length).tolist())
+        for name, length in (("a", 3), ("b", 7))
+    }
+    for name, prompt in prompts.items():
         engine.add(EngineRequest(request_id=name, prompt=prompt, params=params))
-    tokens = {name: [] for name in "abc"}
+    answers = {name: [] for name in prompts}
     while engine.has_work:
         for progress in engine.step():
-            tokens[progress.request_id] += progress.tokens
-    assert Double.replays >= 3
-    for name, length in (("a", 3), ("b", 7), ("c", 2)):
-        prompt = tokens_for(CONFIG, length, seed=length).tolist()
-        for token in tokens[name]:
-            logits = model(torch.tensor([prompt]))[0, -1]
+            answers[progress.request_id] += progress.tokens
+    assert Double.replays >= 2
+    assert (engine.stats().drafted_tokens > 0) == (drafts > 0)
+    for name, prompt in prompts.items():
+        known = [*prompt]
+        for token in answers[name]:
+            logits = model(torch.tensor([known]))[0, -1]
             assert logits.max() - logits[token] < 1e-4
-            prompt.append(token)
+            known.append(token)
 
 
 def test_padding_is_at_most_an_eighth():
