@@ -7,9 +7,9 @@ the counter an element of the state and the position in the sequence. So the sam
 alike in any slot, in any batch, again after they were taken off, and when they were drafted.
 
 Element and position are the first and the third word of the counter, which the first round
-multiplies. With the position in the second word, five rounds leave a correlation of 0.03 to 0.06
-between one position and the next, which a slowly decaying state would sum up; so placed they leave
-none to be seen (docs/lab-notes/state-precision.md).
+multiplies. With the position in the second word, five rounds leave a correlation of 0.06 between
+one position and the next, which a slowly decaying state would sum up; so placed they leave less
+than 0.01 (docs/lab-notes/state-precision.md).
 
 Each element takes 16 bits, so a counter serves eight. Which eight follows from vectors of 16 lanes:
 of 128 elements in a row, counter i has those at i, 16 + i, ..., 112 + i, low half of a word first.
