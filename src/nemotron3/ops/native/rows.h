@@ -19,9 +19,11 @@ INLINE vec sums(vec (&vectors)[LANES]) {
   return vectors[0];
 }
 
-// R outputs of M rows. R * M is at most LANES, so that their sums fit one vector.
+// R outputs of M rows. R * M is at most LANES, so that their sums fit one vector. `ahead` is what will
+// be read next, brought as near as the second cache: the first has no room for it.
 template <int M, int R>
-INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t depth, float* y, int64_t ldy) {
+INLINE void dots(const float* x, int64_t ldx, const float* w, const float* ahead, int64_t depth,
+                 float* y, int64_t ldy) {
   vec total[LANES]{};
   int64_t t = 0;
   for (; t + LANES <= depth; t += LANES) {
@@ -31,7 +33,7 @@ INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t depth, flo
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const vec weights = load(w + r * depth + t);
-      __builtin_prefetch(w + (r + LANES) * depth + t);
+      __builtin_prefetch(ahead + r * depth + t, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) total[r * M + m] += weights * rows[m];
     }
@@ -48,31 +50,37 @@ INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t depth, flo
 
 template <int M>
 static void few_rows(const float* x, int64_t ldx, const float* w, int64_t first, int64_t last,
-              int64_t depth, float* y, int64_t ldy) {
+                     int64_t depth, float* y, int64_t ldy, const float* next) {
   constexpr int R = LANES / M > 0 ? LANES / M : 1;
   int64_t n = first;
-  for (; n + R <= last; n += R) dots<M, R>(x, ldx, w + n * depth, depth, y + n, ldy);
-  for (; n < last; n++) dots<M, 1>(x, ldx, w + n * depth, depth, y + n, ldy);
+  if (!next) next = w + first * depth;  // in the cache already
+  for (; n + R <= last; n += R) {
+    const float* at = w + n * depth;
+    dots<M, R>(x, ldx, at, n + 2 * R <= last ? at + R * depth : next, depth, y + n, ldy);
+  }
+  for (; n < last; n++) dots<M, 1>(x, ldx, w + n * depth, next, depth, y + n, ldy);
 }
 
 }  // namespace detail
 
-// y [rows, first..last) for any number of rows; columns of y are outputs of W.
-static inline void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w, int64_t first, int64_t last,
-         int64_t depth, float* y, int64_t ldy) {
+// y [rows, first..last) for any number of rows; columns of y are outputs of W. `next` is what will be
+// read after that, where it is known.
+static inline void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w,
+                            int64_t first, int64_t last, int64_t depth, float* y, int64_t ldy,
+                            const float* next = nullptr) {
   constexpr int64_t MOST = LANES < FEW_ROWS ? LANES : FEW_ROWS;
   for (; rows > MOST; rows -= MOST, x += MOST * ldx, y += MOST * ldy)
-    detail::few_rows<MOST>(x, ldx, w, first, last, depth, y, ldy);
+    detail::few_rows<MOST>(x, ldx, w, first, last, depth, y, ldy, w + first * depth);
   switch (rows) {
-    case 1: return detail::few_rows<1>(x, ldx, w, first, last, depth, y, ldy);
-    case 2: return detail::few_rows<2>(x, ldx, w, first, last, depth, y, ldy);
-    case 3: return detail::few_rows<3>(x, ldx, w, first, last, depth, y, ldy);
-    case 4: return detail::few_rows<4>(x, ldx, w, first, last, depth, y, ldy);
+    case 1: return detail::few_rows<1>(x, ldx, w, first, last, depth, y, ldy, next);
+    case 2: return detail::few_rows<2>(x, ldx, w, first, last, depth, y, ldy, next);
+    case 3: return detail::few_rows<3>(x, ldx, w, first, last, depth, y, ldy, next);
+    case 4: return detail::few_rows<4>(x, ldx, w, first, last, depth, y, ldy, next);
 #if defined(__AVX__)
-    case 5: return detail::few_rows<5>(x, ldx, w, first, last, depth, y, ldy);
-    case 6: return detail::few_rows<6>(x, ldx, w, first, last, depth, y, ldy);
-    case 7: return detail::few_rows<7>(x, ldx, w, first, last, depth, y, ldy);
-    case 8: return detail::few_rows<8>(x, ldx, w, first, last, depth, y, ldy);
+    case 5: return detail::few_rows<5>(x, ldx, w, first, last, depth, y, ldy, next);
+    case 6: return detail::few_rows<6>(x, ldx, w, first, last, depth, y, ldy, next);
+    case 7: return detail::few_rows<7>(x, ldx, w, first, last, depth, y, ldy, next);
+    case 8: return detail::few_rows<8>(x, ldx, w, first, last, depth, y, ldy, next);
 #endif
   }
 }
