@@ -37,6 +37,7 @@ def render(text: str, results: Path) -> str:
             for path in _newest(results, f"profile-{model}-*.json")
         ),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
+        "serving": "\n".join(_serving(path) for path in _newest(results, "serving-*.json")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
         "inference": "\n".join(
             _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
@@ -153,6 +154,27 @@ def _scaling(path: Path) -> str:
     result = json.loads(path.read_text())
     title = f"{result['model']}, {result['tokens']:,} tokens per step"
     return f"{_origin(result)}\n![Training speed: {title}](assets/{DRAWING.name})\n"
+
+
+def _serving(path: Path) -> str:
+    result = json.loads(path.read_text())
+    text = _origin(result)
+    for name, model in result["models"].items():
+        text += f"\n**{name}**\n\n"
+        figures = model["figures"]
+        if not figures:
+            text += "Not compared: the programs write other tokens.\n"
+            continue
+        names = list(dict.fromkeys(n for figure in figures for n in figure["tokens_per_s"]))
+        rows = [["tokens/s", *names, "against the best of the others"]]
+        for figure in figures:
+            rates = figure["tokens_per_s"]
+            others = [rate["median"] for n, rate in rates.items() if not n.startswith("ours")]
+            cells = [_rate(rates[n]) if n in rates else "" for n in names]
+            ratio = rates["ours"]["median"] / max(others)
+            rows.append([figure["name"], *cells, f"{ratio:.2f}x"])
+        text += table(rows)
+    return text
 
 
 def _origin(result: dict[str, Any]) -> str:

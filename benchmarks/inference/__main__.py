@@ -160,7 +160,7 @@ def main() -> None:
             )
     result["machine"]["load_after"] = machine.load_average()
     options.out.mkdir(parents=True, exist_ok=True)
-    target = options.out / f"inference-{'-'.join(result['models'])}-{result['date']}.json"
+    target = options.out / f"serving-{'-'.join(result['models'])}-{result['date']}.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
     print(target)
 

@@ -45,17 +45,22 @@ class Client:
             raise SystemExit(f"{self.path} answers {response.status}: {response.read()[:500]!r}")
         tokens: list[int] = []
         first = last = 0.0
+        written = None  # as the server counts; llama.cpp sends no token that ends half a character
         for line in response:
             if not line.startswith(b"data: {"):
                 continue
-            new = _tokens(json.loads(line[6:]))
+            event = json.loads(line[6:])
+            written = event.get("tokens_predicted", written)
+            new = _tokens(event)
             if new:
                 last = time.perf_counter() - start
                 first = first or last
                 tokens += new
         connection.close()
-        if len(tokens) != count:
-            raise SystemExit(f"{self.path} wrote {len(tokens)} tokens, {count} were asked for")
+        if (written or len(tokens)) != count:
+            raise SystemExit(
+                f"{self.path} wrote {written or len(tokens)} tokens, {count} were asked for"
+            )
         return Timed(tuple(tokens), first, last)
 
     def ask_all(self, prompts: Sequence[Sequence[int]], count: int, *, clients: int) -> float:
