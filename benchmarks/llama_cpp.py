@@ -17,6 +17,9 @@ from benchmarks.timing import Contestant
 from benchmarks.workloads import PROMPT
 from tests.oracles import llama_cpp as oracle
 
+_TRIES = 5
+"""Now and then llama-batched-bench ends well and prints no result."""
+
 
 def write_gguf(binary: Path, pair: Pair) -> Path:
     """Convert the pair's weights."""
@@ -73,8 +76,11 @@ def _decode_batch(program: Path, gguf: Path, batch: int, steps: int) -> Contesta
     command += ["--output-format", "jsonl", *_threads(), "-tb", torch.get_num_threads()]
 
     def run() -> float:
-        lines = [line for line in _output(command).splitlines() if line.startswith("{")]
-        return json.loads(lines[-1])["t_tg"]
+        for _ in range(_TRIES):
+            lines = [line for line in _output(command).splitlines() if line.startswith("{")]
+            if lines:
+                return json.loads(lines[-1])["t_tg"]
+        raise SystemExit(f"{program} printed no result in {_TRIES} runs")
 
     return run
 
