@@ -358,6 +358,25 @@ def test_other_weights_find_no_prefix_of_the_old_ones(model):
     assert engine.stats().prefix_hits == 0
 
 
+def test_other_weights_in_tensors_of_their_own_are_used_by_every_step(expected):
+    ours, other = tiny_model(CONFIG), tiny_model(CONFIG, seed=5)
+    engine = engine_for(ours, adapts_drafts=False)
+    of_two = replace(GREEDY, logit_bias=dict.fromkeys(OF_TWO, 100.0))
+    assert run(engine, [request("a", PROMPTS[3])])["a", 0] == expected[3]
+    for part in ("parameters", "buffers"):  # the routers' biases are buffers
+        for mine, theirs in zip(getattr(ours, part)(), getattr(other, part)(), strict=True):
+            mine.data = theirs.data.clone()
+    engine.weights_changed()
+    assert run(engine, [request("a", PROMPTS[3])])["a", 0] == greedy(other, PROMPTS[3], 12)
+    before = engine.stats()
+    answer = run(engine, [request("a", PROMPTS[3], of_two)])["a", 0]
+    assert answer == greedy(other, PROMPTS[3], 12, OF_TWO)
+    fresh = engine_for(other, adapts_drafts=False)
+    run(fresh, [request("a", PROMPTS[3], of_two)])
+    accepted = engine.stats().accepted_tokens - before.accepted_tokens
+    assert accepted == fresh.stats().accepted_tokens  # the draft block has them too
+
+
 def test_one_answer_that_cannot_go_on_leaves_the_others(model, expected):
     class Impossible:
         def mask(self):

@@ -227,16 +227,16 @@ def test_min_tokens_keeps_the_end_back_and_a_stop_ends_the_window():
 
 def test_what_is_forced_is_known_ahead():
     one = chooser(SamplingParams(), budget=ThinkingBudget(budget=1, grace=0, ids=IDS, is_open=True))
-    assert one.forced() is None
+    assert one.budget is not None
+    assert one.budget.forced() is None
     logits = torch.zeros(1, VOCAB)
     logits[0, 8] = 99
     assert choose([one], logits, [[]]) == [[8]]
-    assert [one.forced(0), one.forced(1), one.forced(2)] == [LINE, END, None]
+    assert one.budget.forced() == LINE
     assert draft([one], logits, [[]]) == [LINE]
     assert draft([one], logits, [[LINE]]) == [END]
     assert choose([one], logits.expand(3, -1), [[LINE, END]]) == [[LINE, END, 8]]
-    assert one.forced() is None
-    assert one.budget is not None
+    assert one.budget.forced() is None
     assert not one.budget.is_open
 
 

@@ -189,19 +189,18 @@ def test_a_fork_goes_its_own_way_and_the_same_way(how, wanted, data):
 
 
 @given(machines, streams)
-def test_forced_tokens_are_known_ahead(how, wanted):
+def test_what_is_forced_goes_on_to_the_closing_tag(how, wanted):
     limit, grace, ids, is_open, has_tools = how
     machine = budget(limit, grace, ids=ids, is_open=is_open, has_tools=has_tools)
     for wish in wanted:
-        known = [machine.forced(ahead) for ahead in range(5)]
-        count = sum(token is not None for token in known)
-        assert None not in known[:count]
-        for token in known[:count]:
+        closing = []
+        while (token := machine.forced()) is not None:
+            closing.append(token)
             machine.accept(token)
-        if count:
-            assert known[count - 1] == END
-        if machine.forced() is None:
-            machine.accept(wish)
+        if closing:
+            assert closing == list(ids.closing[-len(closing) :])
+            assert closing[-1] == END
+        machine.accept(wish)
 
 
 @pytest.fixture(scope="module")

@@ -173,13 +173,13 @@ class AsyncLLM:
 
     def submit(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> Stream:
         """Ask for answers. What can be refused is refused here, before anything runs."""
-        if not self.is_alive:
-            raise OverloadedError("the engine has been closed; start another one")
         request = self._frontend.request(prompt, params, request_id)
         self._engine.check(request)
         config = self._engine.config
         may = config.max_num_seqs + config.max_num_waiting
         with self._changed:
+            if not self.is_alive:
+                raise OverloadedError("the engine has been closed; start another one")
             if request_id in self._streams:
                 raise ConfigError(f"request {request_id!r} is being answered already")
             if self._num_answers and self._num_answers + params.n > may:

@@ -185,8 +185,13 @@ class Engine:
         return EngineStats(**vars(stats))
 
     def weights_changed(self) -> None:
-        """Forget what other weights have computed; running requests go on with their states."""
+        """Forget what other weights have computed; running requests go on with their states.
+
+        The new weights may lie in the old tensors or be tensors of their own.
+        """
         self.prefixes.forget()
+        self._steps.forget()
+        self._passes.forget()
 
     def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
         params = request.params
@@ -345,8 +350,8 @@ class Engine:
         if top is not None:
             logprobs = token_logprobs(logits[: len(taken)], taken, top)
         report = None
-        if sequence.started_s is None:
-            sequence.started_s = time.monotonic()
+        if not sequence.is_reported:
+            sequence.is_reported = True
             report = PromptReport(
                 num_cached_tokens=sequence.num_cached_tokens,
                 logprobs=tuple(sequence.prompt_logprobs),

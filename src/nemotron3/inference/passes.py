@@ -86,6 +86,10 @@ class Passes:
         )
         return picked, logits
 
+    def forget(self) -> None:
+        """Record the draft block's steps anew: the model's parameters are other tensors."""
+        self._recordings.forget()
+
     def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         stream = [token for part in tokens for token in part]
         return self.model.embed(torch.tensor(stream, device=self.model.device))

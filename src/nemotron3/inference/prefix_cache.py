@@ -55,10 +55,6 @@ class PrefixCache:
         self._entries.move_to_end(found)
         return self._entries[found].snapshot
 
-    def holds(self, tokens: Sequence[int]) -> bool:
-        """Whether exactly these tokens are kept."""
-        return self._key(tokens) in self._entries
-
     def keep(self, tokens: Sequence[int], slot: int) -> None:
         """Keep what a slot holds, which is what these tokens led to."""
         key = self._key(tokens)

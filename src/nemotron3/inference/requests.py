@@ -6,7 +6,7 @@ anything runs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -109,10 +109,6 @@ class SamplingParams:
         _require(self.reasoning_grace >= 0, "reasoning_grace", self.reasoning_grace, "0 or more")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-
-    def with_seed(self, seed: int) -> "SamplingParams":
-        """The same with a seed."""
-        return replace(self, seed=seed)
 
 
 def _require(holds: bool, name: str, value: object, bound: str) -> None:  # noqa: FBT001

@@ -82,10 +82,6 @@ class TokenChooser:
         """The budget as it stands after the tokens chosen."""
         return self._here.budget
 
-    def forced(self, ahead: int = 0) -> int | None:
-        """The token that will be chosen so many tokens after the next one, where it is known."""
-        return self.budget.forced(ahead) if self.budget is not None else None
-
     def accept(self, token: int) -> None:
         """Take a token of the answer; `choose` does it for those it returns."""
         self.num_tokens += 1

@@ -1,6 +1,5 @@
 """One answer while it is being written: its tokens, its place in the state, its rules."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -49,9 +48,8 @@ class Sequence:
     num_drafted: int = 0
     num_accepted: int = 0
     num_preemptions: int = 0
-    arrived_s: float = field(default_factory=time.monotonic)
-    started_s: float | None = None
-    """When the first token came."""
+    is_reported: bool = False
+    """Whether what was done with the prompt has been told, as it is with the first tokens."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list[TokenLogprob | None])
     finish_reason: FinishReason | None = None
 

@@ -146,11 +146,9 @@ class ThinkingBudget:
         """Whether the next token is part of the reasoning."""
         return self._state in (_State.OPEN, _State.PERHAPS_CALL, _State.CLOSING)
 
-    def forced(self, ahead: int = 0) -> int | None:
-        """The token that has to come (so many tokens after the next one), where that is known."""
-        if self._state is not _State.CLOSING or self._next + ahead >= len(self._ids.closing):
-            return None
-        return self._ids.closing[self._next + ahead]
+    def forced(self) -> int | None:
+        """The token that has to come, where one has to."""
+        return self._ids.closing[self._next] if self._state is _State.CLOSING else None
 
     def accept(self, token: int) -> None:
         """Take the token that came."""
