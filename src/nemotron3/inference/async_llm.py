@@ -27,11 +27,11 @@ from nemotron3.errors import ConfigError, OverloadedError
 from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
-from nemotron3.inference.loading import load
+from nemotron3.inference.loading import LoadedModel
 from nemotron3.inference.requests import FinishReason, Progress, PromptReport, SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.text import ChatTemplate, Tokenizer
+from nemotron3.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Stream:
         self._news.set()
 
 
-class AsyncLLM:
+class AsyncLLM(LoadedModel):
     """A model that answers many clients."""
 
     def __init__(
@@ -122,9 +122,7 @@ class AsyncLLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._engine, self._frontend = load(
-            model, tokenizer, config=config, device=device, dtype=dtype
-        )
+        super().__init__(model, tokenizer=tokenizer, config=config, device=device, dtype=dtype)
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], Sequence[Progress]]] = deque()
         self._streams: dict[str, Stream] = {}
@@ -133,26 +131,6 @@ class AsyncLLM:
         self._stats = self._engine.stats()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._frontend.tokenizer
-
-    @property
-    def template(self) -> ChatTemplate:
-        """How conversations are written for the model."""
-        return self._frontend.template
-
-    @property
-    def model_name(self) -> str:
-        """The directory's name."""
-        return self._frontend.model_name
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._engine.max_model_len
 
     @property
     def is_alive(self) -> bool:

@@ -9,61 +9,20 @@ All requests of a call are answered together. `async_llm.py` is the form for ser
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from nemotron3.errors import ConfigError
 from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
-from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
-from nemotron3.inference.loading import load
+from nemotron3.inference.loading import LoadedModel
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.text import ChatTemplate, Tokenizer
 
 OnDelta = Callable[[int, AnswerDelta], None]
 
 
-class LLM:
+class LLM(LoadedModel):
     """A model that answers."""
-
-    def __init__(
-        self,
-        model: str | Path | LanguageModel,
-        *,
-        tokenizer: Tokenizer | None = None,
-        config: EngineConfig | None = None,
-        device: str = "auto",
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """`model` is a directory in the published layout, or a model together with a tokenizer."""
-        self._engine, self._frontend = load(
-            model, tokenizer, config=config, device=device, dtype=dtype
-        )
-        self._num_requests = 0
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._frontend.tokenizer
-
-    @property
-    def template(self) -> ChatTemplate:
-        """How conversations are written for the model."""
-        return self._frontend.template
-
-    @property
-    def model_name(self) -> str:
-        """The directory's name."""
-        return self._frontend.model_name
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._engine.max_model_len
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
@@ -123,24 +82,23 @@ class LLM:
         if len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts were given and {len(params)} params")
         waiting: deque[EngineRequest] = deque()
-        answers: dict[str, Answers] = {}
-        places: dict[str, int] = {}
+        answers: list[Answers] = []
         for place, (prompt, how) in enumerate(zip(prompts, params, strict=True)):
-            self._num_requests += 1
-            name = str(self._num_requests)
+            name = str(place)  # none of another call is left
             request = self._frontend.request(prompt, how, name)
             self._engine.check(request)
             waiting.append(request)
-            answers[name], places[name] = self._frontend.answers(prompt, how, name), place
+            answers.append(self._frontend.answers(prompt, how, name))
         try:
             while waiting or self._engine.has_work:
                 while waiting and self._engine.has_room(waiting[0]):
                     self._engine.add(waiting.popleft())
                 for progress in self._engine.step():
-                    delta = answers[progress.request_id].push(progress)
+                    place = int(progress.request_id)
+                    delta = answers[place].push(progress)
                     if on_delta is not None:
-                        on_delta(places[progress.request_id], delta)
+                        on_delta(place, delta)
         finally:
-            for name in answers:  # nothing is left behind by an interrupted call
-                self._engine.abort(name)
-        return [each.output() for each in answers.values()]
+            for each in answers:  # nothing is left behind by an interrupted call
+                self._engine.abort(each.request_id)
+        return [each.output() for each in answers]
