@@ -11,7 +11,6 @@ docs/reasoning.md.
 
 import argparse
 import datetime
-import importlib
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import RESULTS
-from benchmarks.machine import description
+from benchmarks.drawing import BLUE, GREEN, INK, ORANGE, pyplot
+from benchmarks.machine import command, description
 from benchmarks.page import ROOT, fill, table
 from examples.sums import problem, question
 
@@ -31,7 +31,6 @@ DRAWING = ROOT / "docs" / "assets" / "reasoning-budget.svg"
 BUDGETS = (0, 4, 8, 16, 24, 32, 40, 48, None)
 LINE = 8
 """Grace that is enough for a line of the reasoning to end."""
-BLUE, ORANGE, GREEN, GREY, INK = "#2e70de", "#d9642c", "#2b9a66", "#c9ccd1", "#3b4048"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +99,7 @@ def measure(llm: LLM, problems: list[list[int]], *, max_tokens: int = 160) -> li
 
 def draw(points: list[Point], out: Path) -> None:
     """Accuracy over what was spent on reasoning."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    plt.rcParams |= {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "svg.hashsalt": "nemotron3",
-        "axes.edgecolor": GREY,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     free = next(p for p in points if p.name == "no limit")
     for grace, colour, label in (
@@ -187,7 +176,7 @@ def main() -> None:
     points = measure(LLM(arguments.model, config=EngineConfig(max_num_seqs=64)), problems)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = {
-        "command": "python -m benchmarks.budget",
+        "command": command("benchmarks.budget"),
         "date": date,
         "machine": description(),
         "problems": len(problems),

@@ -16,7 +16,6 @@ each says which run it comes from.
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -224,7 +223,7 @@ def measure(
         for name in names
     }
     run = {
-        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+        "command": machine.command("benchmarks.cpu"),
         "date": date.today().isoformat(),
         "machine": machine.description()
         | {"load_before": load, "load_after": machine.load_average()},

@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = {
-        "command": " ".join(["python -m benchmarks.load", *sys.argv[1:]]),
+        "command": machine.command("benchmarks.load"),
         "date": date.today().isoformat(),
         "machine": machine.description() | {"load_before": machine.load_average()},
         **measure(

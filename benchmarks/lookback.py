@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.cpu import RESULTS
-from benchmarks.machine import description
+from benchmarks.machine import command, description
 from benchmarks.speculation import held_out_of
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def main() -> None:
         print(f"{way:10}" + "  ".join(f"{value:.1%}" for value in each))
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = {
-        "command": f"python -m benchmarks.lookback runs/{name}/model",
+        "command": command("benchmarks.lookback"),
         "date": date,
         "machine": description(),
         "rows": arguments.rows,

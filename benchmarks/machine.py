@@ -12,8 +12,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def description() -> dict[str, Any]:
         "transformers": installed("transformers"),
         "commit": _commit(),
     }
+
+
+def command(module: str, arguments: Sequence[str] | None = None) -> str:
+    """How a result was made, for whoever wants to make it again.
+
+    Where things lie on this machine says nothing to them: of paths elsewhere the last two parts are
+    named, and the folder for the result is left out.
+    """
+    said = list(sys.argv[1:] if arguments is None else arguments)
+    if "--out" in said:
+        at = said.index("--out")
+        del said[at : at + 2]
+    parts = [
+        "/".join(["PATH_TO", *Path(word).parts[-2:]]) if Path(word).is_absolute() else word
+        for word in said
+    ]
+    return " ".join([f"python -m {module}", *parts])
 
 
 def installed(package: str) -> str:

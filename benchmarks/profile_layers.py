@@ -10,7 +10,6 @@ are found by hooks and the profiler (benchmarks/layers.py); medians over the rep
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -86,7 +85,7 @@ def measure(name: str, *, batch: int, length: int, repeats: int) -> dict[str, An
     }
     decode = {str(size): decoding_parts(model, batch=size, steps=8 * repeats) for size in (1, 8)}
     return {
-        "command": " ".join(["python -m benchmarks.profile_layers", *sys.argv[1:]]),
+        "command": machine.command("benchmarks.profile_layers"),
         "date": date.today().isoformat(),
         "machine": machine.description()
         | {"load_before": load, "load_after": machine.load_average()},

@@ -9,15 +9,14 @@ experts per token only the routed products. Writes JSON and a drawing to benchma
 """
 
 import argparse
-import importlib
 import json
-import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import RESULTS
+from benchmarks.drawing import pyplot
 from benchmarks.limits import training_flops
 from benchmarks.models import configs, tokens_of
 from benchmarks.timing import interleave
@@ -71,8 +70,7 @@ def measure_axis(
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """One panel for each axis."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    plt.rcParams |= {"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "nemotron3"}
+    plt = pyplot()
     figure, panels = plt.subplots(
         1, len(result["axes"]), figsize=(9.2, 3.0), sharey=True, layout="constrained"
     )
@@ -108,7 +106,7 @@ def main(
     load = machine.load_average()
     machine.warn_if_busy(load)
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
+        "command": machine.command("benchmarks.scaling"),
         "date": date.today().isoformat(),
         "model": options.model,
         "tokens": options.tokens,

@@ -28,7 +28,7 @@ from benchmarks.cpu import RESULTS
 from benchmarks.inference import servers
 from benchmarks.inference.client import Client
 from benchmarks.llama_cpp import write_gguf_of
-from benchmarks.machine import BUSY, description, load_average, warn_if_busy
+from benchmarks.machine import BUSY, command, description, load_average, warn_if_busy
 from benchmarks.page import ROOT, fill, table
 
 from nemotron3 import LLM, EngineConfig, SamplingParams
@@ -243,7 +243,7 @@ def main() -> None:
         temperature=arguments.temperature, max_tokens=arguments.max_tokens, seed=0
     )
     result = {
-        "command": f"python -m benchmarks.speculation runs/{name}/model",
+        "command": command("benchmarks.speculation"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "model": name,
         "prompts": len(prompts),

@@ -15,7 +15,6 @@ the picture to docs/assets/state-drift.svg.
 """
 
 import argparse
-import importlib
 import json
 import platform
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.drawing import pyplot
 from torch import Tensor
 
 from nemotron3.models.nemotron_h import LanguageModel
@@ -161,8 +161,7 @@ def _distance(cache: Any, wide: Any) -> float:
 
 def draw(results: dict) -> None:
     """Error of the bare recurrence, and divergence of the model, as they go on."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    plt.rcParams |= {"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "nemotron3"}
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
     colours = dict(zip([*STATES, *KEYS], COLOURS, strict=True))
     at = DECAYS.index(0.9999)

@@ -1,17 +1,17 @@
 """Put a finished run's picture and output into the documentation.
 
-    .venv/bin/python docs/figures.py runs/tiny
+    .venv/bin/python -m docs.figures runs/tiny
 
 writes docs/assets/tiny-run.svg, and the text between the make-run-output marks of README.md and
 docs/tutorial.md. No number of the run stands in the documentation that this did not put there.
 """
 
-import importlib
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+
+from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, pyplot
 
 from nemotron3.cli.pretrain import result_text
 from nemotron3.config import read_run
@@ -22,7 +22,6 @@ from nemotron3.recipes.pretraining import read_summary
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
 MARKS = re.compile(r"(<!-- make-run-output -->\n).*?(\n?<!-- /make-run-output -->)", re.DOTALL)
-BLUE, ORANGE, GREEN, GREY, INK = "#2e70de", "#d9642c", "#2b9a66", "#c9ccd1", "#3b4048"
 
 
 def main(folder: Path) -> None:
@@ -40,17 +39,7 @@ def main(folder: Path) -> None:
 
 def draw(folder: Path, out: Path) -> None:
     """Losses while training beside bits per byte in the end."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    plt.rcParams |= {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "svg.hashsalt": "nemotron3",
-        "axes.edgecolor": GREY,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
+    plt = pyplot()
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9.2, 3.3), width_ratios=(3, 2), layout="constrained"
     )

@@ -103,7 +103,7 @@ def _header(options: argparse.Namespace) -> dict[str, Any]:
     if not options.toy:
         described |= _gpu()
     return {
-        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "command": machine.command("benchmarks.gpu"),
         "date": date.today().isoformat(),
         "toy": options.toy,
         "machine": described | {"triton": machine.installed("triton")},

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -144,7 +143,7 @@ def main() -> None:
     if not names and not options.model:
         names = ["30m-latent"]
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.inference", *sys.argv[1:]]),
+        "command": machine.command("benchmarks.inference"),
         "date": date.today().isoformat(),
         "machine": machine.description() | {"load_before": load},
         "models": {},

@@ -188,3 +188,25 @@ def test_the_page_shows_the_committed_results():
     assert page.render(text, cpu.RESULTS) == text, "run: python -m benchmarks.page"
     for drawing in sorted(cpu.RESULTS.glob("scaling-*.svg"))[-1:]:
         assert page.DRAWING.read_bytes() == drawing.read_bytes()
+
+
+def test_a_recorded_command_names_no_place_of_this_machine():
+    given = ["--llama-cpp", "/opt/x/bin/llama-bench", "--out", "/tmp/here", "--repeats", "3"]
+    recorded = machine.command("benchmarks.cpu", given)
+    assert recorded == "python -m benchmarks.cpu --llama-cpp PATH_TO/bin/llama-bench --repeats 3"
+    assert machine.command("benchmarks.load", ["runs/tiny/model"]).endswith("load runs/tiny/model")
+
+
+def test_serving_fills_the_page(tmp_path):
+    rate = {"median": 2.0, "min": 1.0, "max": 3.0}
+    figure = {"name": "8 clients", "tokens_per_s": {"ours": rate, "llama.cpp": rate}}
+    result = {
+        "command": "python -m benchmarks.inference",
+        "date": "2026-01-01",
+        "machine": machine.description() | {"load_before": 0.1, "load_after": 0.2},
+        "models": {"one": {"figures": [figure]}, "other": {"figures": []}},
+    }
+    (tmp_path / "serving-one-2026-01-01.json").write_text(json.dumps(result))
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| 8 clients | 2 (1 to 3) | 2 (1 to 3) | 1.00x |" in text
+    assert "**other**\n\nNot compared" in text
