@@ -3,8 +3,9 @@
 A step with d drafts yields 1 + a_1 + a_1 a_2 + … tokens, where a_i is how often draft i stands when
 those before it do, and takes as long as it takes: on a GPU with a small batch about as long as one
 without, on a busy one almost d times as much. Both are measured while the engine runs, and the
-number with the most tokens per second is taken. Every so often a neighbour is tried, so that what
-was slow once is not given up forever. None of this changes a token, only when it comes.
+number with the most tokens per second is taken. The first step of a kind is not counted: it
+compiles, or records what later ones repeat. Every so often a neighbour is tried, so that what was
+slow once is not given up forever. None of this changes a token, only when it comes.
 """
 
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ class DraftLength:
         self._adapts = adapts
         self._stands = [0.7] * most
         self._seconds: dict[tuple[int, int], float] = {}
+        self._begun: set[tuple[int, int]] = set()
         self._steps = 0
 
     def choose(self, rows: int) -> int:
@@ -58,5 +60,8 @@ class DraftLength:
                 weight = 1 - (1 - _FORGET) ** tried
                 self._stands[place] += weight * (rate - self._stands[place])
         key = (len(accepted).bit_length(), count)
+        if key not in self._begun:
+            self._begun.add(key)
+            return
         before = self._seconds.get(key)
         self._seconds[key] = seconds if before is None else before + 0.2 * (seconds - before)
