@@ -117,8 +117,9 @@ class MambaState:
 
     def accept(self, slots: Tensor, rows: Tensor, last: Tensor) -> None:
         """After a tentative call, let row `rows[i]` of it have ended with its token `last[i]`."""
+        places = rows * self._trails[0].shape[1] + last
         for kept, trail in zip(self._kept, self._trails, strict=True):
-            kept[slots] = trail[rows, last]
+            kept.index_copy_(0, slots, trail.flatten(0, 1).index_select(0, places))
 
     def clear(self, slot: int) -> None:
         """Make a slot the beginning of a sequence."""
