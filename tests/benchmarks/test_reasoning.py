@@ -7,7 +7,7 @@ import pytest
 from benchmarks.speculation import Outcome, as_markdown, measure_ours, prompts_of
 from examples.sums import TEMPLATE, VOCABULARY, problem, write_corpus
 
-from benchmarks import budget, lookback
+from benchmarks import budget, lookback, reasoner
 from nemotron3 import LLM, LanguageModel, SamplingParams
 from nemotron3.config import write_run
 from nemotron3.text import Tokenizer
@@ -83,3 +83,13 @@ def test_first_drafts_are_the_same_whatever_later_ones_look_back_at(model):
     acceptance = lookback.measure(model, rows=2, length=40)
     assert list(acceptance) == ["own", "append", "overwrite", "behind"]
     assert len({each[0] for each in acceptance.values()}) == 1
+
+
+def test_the_larger_reasoner_is_the_examples_run_at_other_widths(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", conversations=20)
+    base = reasoner.example.recipe(corpus, steps=7)
+    run = reasoner.run_of("toy", base)
+    assert (run.name, run.corpus, run.training.steps) == ("reasoner-toy", corpus, 7)
+    assert run.model.pattern.num_mtp_depths == 2
+    assert run.model.hidden_size == 64
+    assert run.model.vocab_size == VOCABULARY
