@@ -31,7 +31,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
 	@$(INSTALL) -e '.[train,serve,docs]'
 	@touch $@
 
-run: $(VENV)/.train  ## train the tiny model on real text (about 7 minutes on 2 cores) and show what it does
+run: $(VENV)/.train  ## train the tiny model on real text (about 3 minutes on 2 cores) and show what it does
 	@$(BIN)/nemotron3 pretrain tiny
 
 test: $(VENV)/.dev  ## every test
