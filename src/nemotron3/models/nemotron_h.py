@@ -141,12 +141,12 @@ class LanguageModel(nn.Module):
         config = huggingface.read_config(path)
         with torch.device("meta"):
             model = cls(config)
-        huggingface.read_weights(model, path, device=torch.device(device), dtype=dtype)
+        huggingface.read_weights(model, config, path, device=torch.device(device), dtype=dtype)
         return model
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write the published directory layout, which Hugging Face and other engines read."""
-        huggingface.write_model(self, path, max_shard_bytes=max_shard_bytes)
+        huggingface.write_model(self, self.config, path, max_shard_bytes=max_shard_bytes)
 
     @property
     def output_weight(self) -> Tensor:

@@ -35,11 +35,13 @@ def read_config(path: Path | str) -> ModelConfig:
     return dialect.config_from(fields)
 
 
-def write_model(model: nn.Module, path: Path | str, *, max_shard_bytes: int) -> None:
+def write_model(
+    model: nn.Module, config: ModelConfig, path: Path | str, *, max_shard_bytes: int
+) -> None:
     """Write config.json, generation_config.json, and the tensors in shards."""
-    config: ModelConfig = model.config  # type: ignore[assignment]
     dialect = next(d for d in _DIALECTS if d.unsupported(model, config) is None)
-    dtype = str(model.backbone.embeddings.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    embeddings = model.get_parameter("backbone.embeddings.weight")
+    dtype = str(embeddings.dtype).removeprefix("torch.")
     fields = dialect.config_to(config) | {"dtype": dtype, "torch_dtype": dtype}
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {"_from_model_config": True} | {name: getattr(config, name) for name in tokens}
@@ -53,10 +55,14 @@ def write_model(model: nn.Module, path: Path | str, *, max_shard_bytes: int) -> 
 
 
 def read_weights(
-    model: nn.Module, path: Path | str, *, device: torch.device, dtype: torch.dtype | None
+    model: nn.Module,
+    config: ModelConfig,
+    path: Path | str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> None:
     """Fill a model on the meta device from a directory, one tensor at a time."""
-    config: ModelConfig = model.config  # type: ignore[assignment]
     dialect, _ = _read_fields(path)
     reader = ShardedReader(path)
     stored = {dialect.our_spelling(name): name for name in reader.names}
