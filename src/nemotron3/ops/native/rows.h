@@ -1,14 +1,18 @@
 // Products of a few rows with a matrix [out, in] that is read from memory: y = x W^T.
 //
-// These are bound by the reading of W. Vectors run along the inputs, every element of W is read once
-// and in order for all rows, and what comes next is asked for ahead of time. An output is summed in
-// the same order for any number of rows.
+// These are bound by the reading of W, so W is read once and as it lies, one output after the other
+// along its inputs, for as many rows as registers hold; more rows find it in the nearest cache. A
+// processor brings such a stream by itself while rows are few; with more it looks less far ahead, so
+// it is asked for. An output is summed in the same order for any number of rows.
 #pragma once
 #include "simd.h"
 
 constexpr int64_t FEW_ROWS = 8;  // up to which turning W for gemm.h costs more than it gains
 
 namespace detail {
+constexpr int64_t MOST = 4;     // rows at a time
+constexpr int64_t AHEAD = 512;  // elements: about what memory brings while a row is being added up
+
 // `vectors[i]` summed over its lanes, for LANES vectors at once.
 INLINE vec sums(vec (&vectors)[LANES]) {
   transpose(vectors);
@@ -19,68 +23,68 @@ INLINE vec sums(vec (&vectors)[LANES]) {
   return vectors[0];
 }
 
-// R outputs of M rows. R * M is at most LANES, so that their sums fit one vector. `ahead` is what will
-// be read next, brought as near as the second cache: the first has no room for it.
-template <int M, int R>
-INLINE void dots(const float* x, int64_t ldx, const float* w, const float* ahead, int64_t depth,
-                 float* y, int64_t ldy) {
-  vec total[LANES]{};
+template <int M>
+INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t n, vec (&to)[M]) {
+  const vec weights = n == LANES ? load(w) : load_part(w, n);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++)
+    to[m] += weights * (n == LANES ? load(x + m * ldx) : load_part(x + m * ldx, n));
+}
+
+// An output of M rows, not yet summed over lanes.
+template <int M, bool ASK>
+INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t depth, vec* total) {
+  vec even[M]{}, odd[M]{};  // a sum waits for the one before
   int64_t t = 0;
-  for (; t + LANES <= depth; t += LANES) {
-    vec rows[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) rows[m] = load(x + m * ldx + t);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const vec weights = load(w + r * depth + t);
-      __builtin_prefetch(ahead + r * depth + t, 0, 2);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) total[r * M + m] += weights * rows[m];
-    }
+  for (; t + 2 * LANES <= depth; t += 2 * LANES) {
+    if (ASK) __builtin_prefetch(w + t + AHEAD);
+    multiply<M>(x + t, ldx, w + t, LANES, even);
+    if (ASK) __builtin_prefetch(w + t + LANES + AHEAD);
+    multiply<M>(x + t + LANES, ldx, w + t + LANES, LANES, odd);
   }
-  if (t < depth)
-    for (int r = 0; r < R; r++) {
-      const vec weights = load_part(w + r * depth + t, depth - t);
-      for (int m = 0; m < M; m++) total[r * M + m] += weights * load_part(x + m * ldx + t, depth - t);
-    }
+  if (t + LANES <= depth) {
+    multiply<M>(x + t, ldx, w + t, LANES, even);
+    t += LANES;
+  }
+  if (t < depth) multiply<M>(x + t, ldx, w + t, depth - t, odd);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) total[m] = even[m] + odd[m];
+}
+
+// `outputs` of M rows, so few that their sums fit one vector.
+template <int M, bool ASK>
+static void few_rows(const float* x, int64_t ldx, const float* w, int64_t outputs, int64_t depth,
+                     float* y, int64_t ldy) {
+  vec total[LANES]{};
+  for (int64_t r = 0; r < outputs; r++) dots<M, ASK>(x, ldx, w + r * depth, depth, total + r * M);
   const vec result = sums(total);
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) y[m * ldy + r] = result[r * M + m];
+    for (int64_t r = 0; r < outputs; r++) y[m * ldy + r] = result[r * M + m];
 }
 
-template <int M>
-static void few_rows(const float* x, int64_t ldx, const float* w, int64_t first, int64_t last,
-                     int64_t depth, float* y, int64_t ldy, const float* next) {
-  constexpr int R = LANES / M > 0 ? LANES / M : 1;
-  int64_t n = first;
-  if (!next) next = w + first * depth;  // in the cache already
-  for (; n + R <= last; n += R) {
-    const float* at = w + n * depth;
-    dots<M, R>(x, ldx, at, n + 2 * R <= last ? at + R * depth : next, depth, y + n, ldy);
+template <bool ASK>
+static void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w, int64_t outputs,
+                     int64_t depth, float* y, int64_t ldy) {
+  switch (rows) {
+    case 1: return few_rows<1, ASK>(x, ldx, w, outputs, depth, y, ldy);
+    case 2: return few_rows<2, ASK>(x, ldx, w, outputs, depth, y, ldy);
+    case 3: return few_rows<3, ASK>(x, ldx, w, outputs, depth, y, ldy);
+    default: return few_rows<4, ASK>(x, ldx, w, outputs, depth, y, ldy);
   }
-  for (; n < last; n++) dots<M, 1>(x, ldx, w + n * depth, next, depth, y + n, ldy);
 }
-
 }  // namespace detail
 
-// y [rows, first..last) for any number of rows; columns of y are outputs of W. `next` is what will be
-// read after that, where it is known.
+// y [rows, first..last) for any number of rows; columns of y are outputs of W.
 static inline void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w,
-                            int64_t first, int64_t last, int64_t depth, float* y, int64_t ldy,
-                            const float* next = nullptr) {
-  constexpr int64_t MOST = LANES < FEW_ROWS ? LANES : FEW_ROWS;
-  for (; rows > MOST; rows -= MOST, x += MOST * ldx, y += MOST * ldy)
-    detail::few_rows<MOST>(x, ldx, w, first, last, depth, y, ldy, w + first * depth);
-  switch (rows) {
-    case 1: return detail::few_rows<1>(x, ldx, w, first, last, depth, y, ldy, next);
-    case 2: return detail::few_rows<2>(x, ldx, w, first, last, depth, y, ldy, next);
-    case 3: return detail::few_rows<3>(x, ldx, w, first, last, depth, y, ldy, next);
-    case 4: return detail::few_rows<4>(x, ldx, w, first, last, depth, y, ldy, next);
-#if defined(__AVX__)
-    case 5: return detail::few_rows<5>(x, ldx, w, first, last, depth, y, ldy, next);
-    case 6: return detail::few_rows<6>(x, ldx, w, first, last, depth, y, ldy, next);
-    case 7: return detail::few_rows<7>(x, ldx, w, first, last, depth, y, ldy, next);
-    case 8: return detail::few_rows<8>(x, ldx, w, first, last, depth, y, ldy, next);
-#endif
+                            int64_t first, int64_t last, int64_t depth, float* y, int64_t ldy) {
+  const int64_t groups = (rows + detail::MOST - 1) / detail::MOST;
+  const int64_t most = (rows + groups - 1) / groups;  // rows of a group
+  const int64_t step = LANES / most;
+  for (int64_t n = first; n < last; n += step) {
+    const int64_t outputs = last - n < step ? last - n : step;
+    detail::few_rows<true>(most, x, ldx, w + n * depth, outputs, depth, y + n, ldy);
+    for (int64_t m = most; m < rows; m += most)
+      detail::few_rows<false>(rows - m < most ? rows - m : most, x + m * ldx, ldx, w + n * depth,
+                              outputs, depth, y + m * ldy + n, ldy);
   }
 }
