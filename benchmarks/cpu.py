@@ -8,9 +8,9 @@
 Float32, the same weights and tokens, on the threads that PyTorch takes (OMP_NUM_THREADS). First the
 programs must agree (benchmarks/models.py); where they do not, nothing is timed. Peers then take
 turns, and what is printed are medians with lowest and highest, ratios of medians, and the share of
-what the machine can do at most (benchmarks/limits.py). Results go to benchmarks/results/, into the
-newest file of this machine: a figure measured again takes the place of the one that was there, and
-each says which run it comes from.
+what the machine gives at most (benchmarks/limits.py), measured in turn with them. Results go to
+benchmarks/results/, into the newest file of this machine: a figure measured again takes the place
+of the one that was there, and each says which run it comes from.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from benchmarks import limits, llama_cpp, machine, memory, workloads
 from nemotron3.models.accounting import model_costs
 
 RESULTS = Path(__file__).parent / "results"
+LIMIT = "limit"
+"""Who stands for the machine between the peers."""
 KINDS = ("train", "prefill", "decode")
 """What can be measured by itself, with `--only`."""
 
@@ -155,7 +157,8 @@ def measure_model(
             print(f"  NOT COMPARED: a difference is above {TOLERANCE:.0e} of the scale")
             return result
         for workload in workload_list(pair, sizes, kinds, llama):
-            samples = interleave(workload.peers, repeats=repeats)
+            beside = {LIMIT: machine.limit_now(workload.limit)}
+            samples = interleave(workload.peers | beside, repeats=repeats)
             result["figures"].append(as_figure(workload, samples))
             print(f"  {figure_line(result['figures'][-1])}", flush=True)
         if "train" in kinds and (used := measure_memory(pair.folder, sizes)):
@@ -185,14 +188,21 @@ def measure_memory(folder: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
 
 
 def as_figure(workload: Workload, samples: dict[str, Sample]) -> dict[str, Any]:
-    """One figure as it is stored; a ratio above 1 says how many times faster ours is."""
+    """One figure as it is stored; a ratio above 1 says how many times faster ours is.
+
+    The limit is the median of what the machine gave between the peers' turns.
+    """
     ours = samples["ours"].median
+    least = samples[LIMIT].median * workload.demand * workload.tokens
+    peers = {name: sample for name, sample in samples.items() if name != LIMIT}
     return {
         "name": workload.name,
         "limit": workload.limit,
+        "limit_per_s": 1 / samples[LIMIT].median,
         "demand_per_token": workload.demand,
-        "tokens_per_s": {name: s.rate(workload.tokens) for name, s in samples.items()},
-        "ratio": {name: s.median / ours for name, s in samples.items() if name != "ours"},
+        "tokens_per_s": {name: s.rate(workload.tokens) for name, s in peers.items()},
+        "ratio": {name: s.median / ours for name, s in peers.items() if name != "ours"},
+        "share_of_limit": {name: least / s.median for name, s in peers.items()},
     }
 
 
@@ -231,10 +241,6 @@ def measure(
     }
     for model in models.values():
         for figure in model["figures"]:
-            limit = run["limits"][figure["limit"]] / figure["demand_per_token"]
-            figure["share_of_limit"] = {
-                name: rate["median"] / limit for name, rate in figure["tokens_per_s"].items()
-            }
             figure["run"] = run
         if "train_memory" in model:
             model["train_memory"]["run"] = run
@@ -269,12 +275,12 @@ def print_shares(result: dict[str, Any]) -> None:
     if not figures:
         return
     words = machine.limits_in_words(figures[0]["run"]["limits"])
-    print(f"share of the machine's limit ({words})")
+    print(f"share of what the machine gave between turns (at best {words})")
     for name, model in result["models"].items():
         for figure in model["figures"]:
             cells = [f"{who} {share:.0%}" for who, share in figure["share_of_limit"].items()]
-            limit = figure["limit"].partition("_")[0]
-            print(f"  {name:16}{figure['name']:18}{limit:9}{', '.join(cells)}")
+            limit = f"{figure['limit_per_s'] / 1e9:.0f} G/s {figure['limit'].partition('_')[0]}"
+            print(f"  {name:16}{figure['name']:18}{limit:17}{', '.join(cells)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.timing import Contestant
 
 from nemotron3.ops.linear import linear
 from nemotron3.parallel.devices import measure_product_rate
@@ -28,21 +29,50 @@ BUSY = 1.5
 """Load average from which measurements are called noisy."""
 
 
-def limits(*, megabytes: int = 256, seconds: float = 1.0) -> dict[str, float]:
+READ_MEGABYTES = 256
+"""What is read to see how fast memory is read: more than caches hold."""
+
+MOMENT = 0.1
+"""Seconds in which a limit is looked at between others' turns."""
+
+
+def limits(*, megabytes: int = READ_MEGABYTES, seconds: float = 1.0) -> dict[str, float]:
     """FLOP/s of a product, bytes/s of reading and of copying (a copy counts both ways)."""
     values = torch.ones(megabytes << 18)
     target = torch.empty_like(values)
     size = values.numel() * values.element_size()
-    library, own = (
-        measure_product_rate(torch.device("cpu"), torch.float32, product=product, seconds=seconds)
-        for product in (torch.mm, linear)
-    )
+    library, own = _product_rates(seconds)
     return {
         "product_flops_per_s": max(library, own),
         "library_product_flops_per_s": library,
         "read_bytes_per_s": size / _best_s(lambda: values.sum(), seconds),
         "copy_bytes_per_s": 2 * size / _best_s(lambda: target.copy_(values), seconds),
     }
+
+
+def limit_now(name: str) -> Contestant:
+    """Seconds that one unit of a limit takes at this moment, a FLOP or a byte.
+
+    It takes turns with whom it limits: on a machine with neighbours memory may give half of what it
+    gave a minute ago.
+    """
+    values = torch.ones(READ_MEGABYTES << 18)
+
+    def run() -> float:
+        if name == "read_bytes_per_s":
+            return _best_s(lambda: values.sum(), MOMENT) / (values.numel() * values.element_size())
+        return 1 / max(_product_rates(MOMENT))
+
+    return run
+
+
+def _product_rates(seconds: float) -> tuple[float, float]:
+    """FLOP/s of PyTorch's library and of our own product."""
+    library, own = (
+        measure_product_rate(torch.device("cpu"), torch.float32, product=product, seconds=seconds)
+        for product in (torch.mm, linear)
+    )
+    return library, own
 
 
 def best_of(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:

@@ -23,6 +23,8 @@ def _quick_limits(monkeypatch):
     names = ("product_flops", "library_product_flops", "read_bytes", "copy_bytes")
     fake = {f"{name}_per_s": 1e11 for name in names}
     monkeypatch.setattr(machine, "limits", lambda: fake)
+    monkeypatch.setattr(machine, "READ_MEGABYTES", 1)
+    monkeypatch.setattr(machine, "MOMENT", 1e-3)
 
 
 @pytest.fixture
@@ -39,6 +41,10 @@ def test_comparison_fills_the_page(monkeypatch, tmp_path, capsys):
     names = ["train", "prefill 16", "decode, batch 1", "decode, batch 2"]
     assert [figure["name"] for figure in toy["figures"]] == names
     assert all(figure["ratio"]["transformers"] > 0 for figure in toy["figures"])
+    for figure in toy["figures"]:
+        most = figure["limit_per_s"] / figure["demand_per_token"]
+        share = figure["share_of_limit"]["transformers"]
+        assert figure["tokens_per_s"]["transformers"]["median"] == pytest.approx(share * most)
     assert toy["train_memory"]["bytes"]["ours"]["total"] > 0
     assert "llama.cpp is left out" in capsys.readouterr().out
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
