@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from benchmarks.timing import Contestant
+from torch import Tensor
 
+from nemotron3.models.allocation import large_pages
 from nemotron3.ops.linear import linear
 from nemotron3.parallel.devices import measure_product_rate
 
@@ -38,7 +40,7 @@ MOMENT = 0.1
 
 def limits(*, megabytes: int = READ_MEGABYTES, seconds: float = 1.0) -> dict[str, float]:
     """FLOP/s of a product, bytes/s of reading and of copying (a copy counts both ways)."""
-    values = torch.ones(megabytes << 18)
+    values = _values(megabytes)
     target = torch.empty_like(values)
     size = values.numel() * values.element_size()
     library, own = _product_rates(seconds)
@@ -56,7 +58,7 @@ def limit_now(name: str) -> Contestant:
     It takes turns with whom it limits: on a machine with neighbours memory may give half of what it
     gave a minute ago.
     """
-    values = torch.ones(READ_MEGABYTES << 18)
+    values = _values(READ_MEGABYTES)
 
     def run() -> float:
         if name == "read_bytes_per_s":
@@ -64,6 +66,11 @@ def limit_now(name: str) -> Contestant:
         return 1 / max(_product_rates(MOMENT))
 
     return run
+
+
+def _values(megabytes: int) -> Tensor:
+    """Numbers in memory of the kind that weights are in, which is read faster than other."""
+    return torch.frombuffer(large_pages(megabytes << 20), dtype=torch.float32).fill_(1.0)
 
 
 def _product_rates(seconds: float) -> tuple[float, float]:
