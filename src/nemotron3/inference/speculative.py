@@ -87,6 +87,9 @@ class Drafter:
         each sequence's state holds; what is beyond the gained tokens was refused.
         """
         cache, (rows, steps, _) = self.cache, hidden.shape
+        if rows == 1:  # of several one is long nearly always
+            steps = max(len(gains[0]), 1)
+            hidden = hidden[:, :steps]  # what is beyond would choose experts of its own
         slots = [_slot(sequence) for sequence in sequences]
         tokens = [[*gain, *[0] * (steps - len(gain))] for gain in gains]
         context = [cache.draft_lengths[slot] for slot in slots]

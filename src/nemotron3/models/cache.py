@@ -30,6 +30,7 @@ from nemotron3.models.pages import PagePool, PageTable
 from nemotron3.models.pattern import LayerKind
 from nemotron3.models.state import AttentionState, LayerState, MambaState
 from nemotron3.models.state_precision import StatePrecision
+from nemotron3.ops.rows import copy_rows
 from nemotron3.ops.segments import Segments
 
 PAGE_SIZE = 64
@@ -200,12 +201,16 @@ class HybridCache:
         for slot, count, length in zip(layout.slots, counts, layout.segments.lengths, strict=True):
             assert 1 <= count <= length, f"{count} of {length} tokens cannot stand"
             self.lengths[slot] += count
-        if self._mamba:
-            device = self._mamba[0].tails.device
-            last = torch.tensor(counts, device=device) - 1
-            rows = torch.arange(len(counts), device=device)
-            for layer in self._mamba:
-                layer.accept(layout.slot_index(device), rows, last)
+        if not self._mamba:
+            return
+        steps = self._mamba[0].trails[0].shape[1]
+        places = [row * steps + count - 1 for row, count in enumerate(counts)]
+        copy_rows(
+            [kept for layer in self._mamba for kept in layer.kept],
+            layout.slot_index(self.device),
+            [trail.flatten(0, 1) for layer in self._mamba for trail in layer.trails],
+            torch.tensor(places, device=self.device),
+        )
 
     def free(self, slot: int) -> None:
         """Empty a slot."""

@@ -22,7 +22,7 @@ class MambaState:
     """Convolution tails and state-space states of one Mamba layer, one row per slot.
 
     A tentative call (see `SequenceLayout`) changes neither: what they would be after each of its
-    tokens goes into the trails, and `accept` takes from there what came true.
+    tokens goes into the trails, and `HybridCache.accept` takes from there what came true.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class MambaState:
             config.ssm_state_size,
             device=device,
         )
-        self._trails: Parts = tuple(t.new_empty(0, 0, *t.shape[1:]) for t in self._kept)
+        self.trails: Parts = tuple(t.new_empty(0, 0, *t.shape[1:]) for t in self.kept)
+        """[row of a call, step, ...] for each of what is kept."""
 
     def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """Tails and states of the layout's sequences."""
@@ -108,31 +109,25 @@ class MambaState:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its memory."""
-        return *self._kept, *self._trails
+        return *self.kept, *self.trails
 
     @property
-    def _kept(self) -> Parts:
+    def kept(self) -> Parts:
         """What it keeps of each slot."""
         return self.tails, *self.states
 
-    def accept(self, slots: Tensor, rows: Tensor, last: Tensor) -> None:
-        """After a tentative call, let row `rows[i]` of it have ended with its token `last[i]`."""
-        places = rows * self._trails[0].shape[1] + last
-        for kept, trail in zip(self._kept, self._trails, strict=True):
-            kept.index_copy_(0, slots, trail.flatten(0, 1).index_select(0, places))
-
     def clear(self, slot: int) -> None:
         """Make a slot the beginning of a sequence."""
-        for kept in self._kept:
+        for kept in self.kept:
             kept[slot].zero_()
 
     def copy(self, slot: int) -> Parts:
         """What a slot holds, as tensors of their own."""
-        return tuple(kept[slot].clone() for kept in self._kept)
+        return tuple(kept[slot].clone() for kept in self.kept)
 
     def put(self, slot: int, copied: Parts) -> None:
         """Let a slot hold what `copy` returned."""
-        for kept, copy in zip(self._kept, copied, strict=True):
+        for kept, copy in zip(self.kept, copied, strict=True):
             kept[slot].copy_(copy)
 
     def _rows(self, slots: Tensor) -> Tensor:
@@ -147,11 +142,11 @@ class MambaState:
         if not layout.is_tentative:
             return ()
         rows, steps = len(layout.segments), layout.segments.max_length
-        have = self._trails[0].shape
+        have = self.trails[0].shape
         if rows > have[0] or steps > have[1]:
             room = max(rows, have[0]), max(steps, have[1])
-            self._trails = tuple(t.new_empty(*room, *t.shape[1:]) for t in self._kept)
-        return tuple(trail[:rows, :steps] for trail in self._trails)
+            self.trails = tuple(t.new_empty(*room, *t.shape[1:]) for t in self.kept)
+        return tuple(trail[:rows, :steps] for trail in self.trails)
 
 
 class AttentionState:
