@@ -1,8 +1,6 @@
 """A public harness measures a model through the server and finds what the model itself says.
 
-lm-eval brings sixty packages, so it is no dependency; this runs where somebody has installed it
-(`pip install 'lm-eval[api]'`, docs/serving.md). The task is local: questions with two choices, and
-the harness's own way to score them.
+The task is local: questions with two choices, and the harness's own way to score them.
 """
 
 import json
@@ -57,8 +55,8 @@ def own_scores(folder, question, choices):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_harness_scores_what_the_model_says(served, model_folder, tmp_path, monkeypatch):
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    tasks = pytest.importorskip("lm_eval.tasks")
+    import lm_eval.tasks  # noqa: PLC0415 - takes seconds, which other tests need not wait for
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -75,7 +73,7 @@ def test_the_harness_scores_what_the_model_says(served, model_folder, tmp_path, 
             "num_concurrent": 3,
         },
         tasks=["local_choices"],
-        task_manager=tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
         log_samples=True,
         bootstrap_iters=0,
     )
