@@ -7,6 +7,7 @@ NEMOTRON3_SCREENSHOTS to a folder to look at what it looks like.
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -91,8 +92,38 @@ def look(page, name):
         page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
+@pytest.fixture(scope="module")
+def always_drafting(model_folder):
+    """A server whose answers have drafts on any machine; elsewhere timing decides."""
+    with running(model_folder, adapts_drafts=False) as server:
+        yield server
+
+
+@pytest.fixture
+def held(always_drafting, monkeypatch):
+    """Lets an answer begin and go on only when it is told to.
+
+    On a busy machine a browser may otherwise get an answer in one piece, which has no speed.
+    """
+    engine = always_drafting.llm._engine
+    step, goes_on = engine.step, threading.Event()
+    begun = engine.stats().generated_tokens + 2
+
+    def held_step():
+        if engine.stats().generated_tokens >= begun:
+            assert goes_on.wait(60), "the page never showed the first tokens"
+        return step()
+
+    monkeypatch.setattr(engine, "step", held_step)
+    yield goes_on
+    goes_on.set()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_answer_appears_with_its_thinking_folded_and_its_figures(served, open_page, scheme):
+def test_an_answer_appears_with_its_thinking_folded_and_its_figures(
+    always_drafting, held, open_page, scheme
+):
+    served = always_drafting
     page = open_page(served.url, color_scheme=scheme)
     page.locator("#model", has_text="4,096").wait_for()
     look(page, f"empty-{scheme}")
@@ -100,6 +131,9 @@ def test_an_answer_appears_with_its_thinking_folded_and_its_figures(served, open
     set_range(page, "budget", 1)
     assert page.text_content("#budget-shown") == "16"
     say(page, "Hello there")
+    page.locator(".facts .ttft").wait_for()
+    page.wait_for_timeout(50)  # a speed is shown of what takes 20 ms
+    held.set()
     answered(page)
     thinking = page.locator("details.thinking")
     assert thinking.get_attribute("open") is None
