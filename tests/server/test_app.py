@@ -93,6 +93,17 @@ def test_a_refused_stream_is_a_status_and_no_event(served):
 
 
 @pytest.mark.parametrize(
+    ("path", "begins"),
+    [(CHAT, {"messages": HELLO}), ("/v1/completions", {"prompt": "Hello"}),
+     ("/v1/responses", {"input": "Hello"})],
+)  # fmt: skip
+def test_a_stream_in_a_form_that_cannot_be_is_a_status_too(served, path, begins):
+    answer = served.post(path, begins | {"stream": True, "structured_outputs": {"regex": "("}})
+    assert answer.status_code == 400
+    assert "cannot be held to this regex" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("body", "status"),
     [
         (b"", 400),

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from nemotron3.errors import ConfigError
+from nemotron3.inference.structured_output import GrammarCompiler
 from nemotron3.server.running import bind
 from tests.server.serving import running
 
@@ -135,6 +136,40 @@ def test_an_answer_that_fails_leaves_the_others(served):
             received += connection.recv(1 << 16)
     assert b'"finish_reason":"length"' in received
     assert b"error" not in received
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_form_that_takes_long_to_compile_delays_nobody(model_folder, monkeypatch, is_first):
+    is_compiling, may_go_on = threading.Event(), threading.Event()
+    held = "__init__" if is_first else "_grammar"
+    works = getattr(GrammarCompiler, held)
+
+    def slowly(*given, **named):
+        if is_first or given[-1] == "slow":
+            is_compiling.set()
+            assert may_go_on.wait(60)
+        return works(*given, **named)
+
+    with running(model_folder) as server:
+        if not is_first:
+            server.llm.prepare_forms()
+        monkeypatch.setattr(GrammarCompiler, held, slowly)
+        body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
+        answers = []
+        form = {"structured_outputs": {"regex": "slow"}}
+        asking = threading.Thread(target=lambda: answers.append(server.post(CHAT, body | form)))
+        asking.start()
+        try:
+            assert is_compiling.wait(60)
+            free = [server.post(CHAT, body | {"max_tokens": 3})]
+            if not is_first:
+                free.append(server.post(CHAT, body | {"structured_outputs": {"regex": "quick"}}))
+            assert not answers
+        finally:
+            may_go_on.set()
+            asking.join(60)
+    assert [answer.status_code for answer in free + answers] == [200] * (len(free) + 1)
+    assert answers[0].json()["choices"][0]["message"]["content"] == "slow"
 
 
 @pytest.mark.slow

@@ -39,6 +39,10 @@ def serve_command(known: argparse.Namespace) -> int:
                 _KEY_VARIABLE,
             )
         llm = load_engine(known)
+        try:
+            llm.prepare_forms()
+        except DependencyMissingError as error:
+            log.warning("requests with a form will be refused: %s", error)
         server = create_app(llm, settings)
         address = f"http://{known.host}:{bound.getsockname()[1]}"
         log.info(

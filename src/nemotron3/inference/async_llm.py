@@ -28,7 +28,13 @@ from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOut
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
 from nemotron3.inference.loading import LoadedModel
-from nemotron3.inference.requests import FinishReason, Progress, PromptReport, SamplingParams
+from nemotron3.inference.requests import (
+    FinishReason,
+    Progress,
+    PromptReport,
+    SamplingParams,
+    TokenConstraint,
+)
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.text import Tokenizer
@@ -149,9 +155,31 @@ class AsyncLLM(LoadedModel):
         """A text to continue as a prompt."""
         return self._frontend.text_prompt(text)
 
-    def submit(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> Stream:
-        """Ask for answers. What can be refused is refused here, before anything runs."""
-        request = self._frontend.request(prompt, params, request_id)
+    def prepare_forms(self) -> None:
+        """Build what forms are compiled with, which else the first request with one waits for."""
+        self._frontend.compiler()
+
+    def prepare_form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
+        """What answers are held to, compiled; None where they are free.
+
+        Compiling takes its time, so it is for a thread beside the event loop.
+        """
+        return self._frontend.form(prompt, params)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        form: TokenConstraint | None = None,
+    ) -> Stream:
+        """Ask for answers. What can be refused is refused here, before anything runs.
+
+        `form` is what `prepare_form` made of the same prompt and parameters; without it a form is
+        compiled here.
+        """
+        request = self._frontend.request(prompt, params, request_id, form)
         self._engine.check(request)
         config = self._engine.config
         may = config.max_num_seqs + config.max_num_waiting

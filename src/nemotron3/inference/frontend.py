@@ -6,11 +6,12 @@
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
+from threading import Lock
 from typing import Any
 
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.answers import Answer, Answers, Prompt
-from nemotron3.inference.requests import SamplingParams
+from nemotron3.inference.requests import SamplingParams, TokenConstraint
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.inference.stop_strings import StopStrings
 from nemotron3.inference.structured_output import GrammarCompiler
@@ -39,6 +40,8 @@ class Frontend:
         style = CHAT_STYLES["nano"] if source is None else style_of_template(source)
         self._jinja = source if style is None else None
         self.template = ChatTemplate(style or ChatStyle(name="foreign"))
+        self._compiler: GrammarCompiler | None = None
+        self._building = Lock()
 
     def chat_prompt(
         self,
@@ -83,15 +86,35 @@ class Frontend:
             raise DataError("the prompt is empty; give at least one character to continue")
         return Prompt(ids=tuple(ids))
 
-    def request(self, prompt: Prompt, params: SamplingParams, request_id: str) -> EngineRequest:
-        """The engine's form of a request."""
+    def form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
+        """What answers are held to, compiled; may be asked for in any thread."""
+        if params.structured is None:
+            return None
         stop_ids = frozenset(params.stop_token_ids)
         stop_ids |= frozenset() if params.ignore_eos else self.eos_ids
-        form = None
-        if params.structured is not None:
-            form = self._compiler.constraint(
-                params.structured, stop_ids=stop_ids, is_reasoning_open=prompt.is_reasoning_open
-            )
+        return self.compiler().constraint(
+            params.structured, stop_ids=stop_ids, is_reasoning_open=prompt.is_reasoning_open
+        )
+
+    def compiler(self) -> GrammarCompiler:
+        """What compiles forms, built at the first call: a large vocabulary takes its time."""
+        with self._building:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(
+                    self.tokenizer, self.template.style, vocab_size=self.vocab_size
+                )
+            return self._compiler
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str,
+        form: TokenConstraint | None = None,
+    ) -> EngineRequest:
+        """The engine's form of a request; `form` is that of these parameters, where it is ready."""
+        if form is None:
+            form = self.form(prompt, params)
 
         def budget() -> ThinkingBudget | None:
             if params.reasoning_budget is None:
@@ -131,7 +154,3 @@ class Frontend:
     @cached_property
     def _budget_ids(self) -> BudgetIds:
         return budget_ids(self.tokenizer, self.template.style)
-
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.template.style, vocab_size=self.vocab_size)

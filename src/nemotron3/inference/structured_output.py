@@ -108,18 +108,23 @@ class GrammarCompiler:
     def _matcher(self, key: tuple[str, str], *, worn: Any = None) -> Any:
         with self._lock:
             matcher = self._compiled.get(key)
-            if matcher is None or matcher is worn:
-                matcher = self._lib.LLMatcher(
-                    self._tokens, self._grammar(*key), log_level=0, limits=self._limits
-                )
-                matcher.compute_bitmask()  # the first step may be too complex already
-                if matcher.is_error():
-                    raise ConfigError(_cannot_hold(key[0], _message(matcher)))
-                self._compiled[key] = matcher
+        if matcher is None or matcher is worn:
+            matcher = self._compile(*key)  # nobody waits for it who wants another form
+        with self._lock:
+            self._compiled[key] = matcher
             self._compiled.move_to_end(key)
             while len(self._compiled) > _MAX_CACHED:
                 self._compiled.popitem(last=False)
-            return matcher
+        return matcher
+
+    def _compile(self, kind: str, text: str) -> Any:
+        matcher = self._lib.LLMatcher(
+            self._tokens, self._grammar(kind, text), log_level=0, limits=self._limits
+        )
+        matcher.compute_bitmask()  # the first step may be too complex already
+        if matcher.is_error():
+            raise ConfigError(_cannot_hold(kind, _message(matcher)))
+        return matcher
 
     def _grammar(self, kind: str, text: str) -> str:
         matcher = self._lib.LLMatcher

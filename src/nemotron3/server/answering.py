@@ -59,12 +59,16 @@ class Desk:
         assert_not_hopeless([text], self.llm.max_model_len, "prompt")
         return await asyncio.to_thread(self.llm.prepare_text, text)
 
-    def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "Answering":
+    async def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "Answering":
         """Hand a request to the engine; raises where it is full or the request is wrong.
 
-        `notes` become part of the log's record of the HTTP request.
+        A form is compiled beside the event loop. `notes` become part of the log's record of the
+        HTTP request.
         """
-        stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex)
+        form = None
+        if params.structured is not None:
+            form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)
+        stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, form=form)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
         return Answering(
@@ -82,7 +86,7 @@ class Desk:
         answerings: list[Answering] = []
         try:
             for prompt in prompts:
-                answerings.append(self.submit(prompt, params, notes))
+                answerings.append(await self.submit(prompt, params, notes))
         except BaseException:
             for answering in answerings:
                 await answering.stop()

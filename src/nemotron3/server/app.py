@@ -157,7 +157,7 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
         desk.assert_serves(body.model)
         plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id)
         prompt = await desk.prepare_chat(plan)
-        answering = desk.submit(prompt, plan.params, request.state.notes)
+        answering = await desk.submit(prompt, plan.params, request.state.notes)
         answer = ChatAnswer(desk, body, plan, prompt, answering)
         if body.stream:
             return EventStream(answer.events(), answering.stop)
@@ -198,7 +198,7 @@ def _add_responses(api: FastAPI, desk: Desk) -> None:
         items = conversation(body, store)
         plan = plan_response(body, items, desk.llm.tokenizer.tool_call_end_id)
         prompt = await desk.prepare_chat(plan)
-        answering = desk.submit(prompt, plan.params, request.state.notes)
+        answering = await desk.submit(prompt, plan.params, request.state.notes)
         answer = ResponseAnswer(desk, body, plan, items, answering, store)
         if body.stream:
             return EventStream(answer.events(), answering.stop)

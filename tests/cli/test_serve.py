@@ -1,0 +1,50 @@
+"""What `nemotron3 serve` makes of its options, up to the point where it would wait for clients."""
+
+import logging
+
+import pytest
+
+from nemotron3.cli.main import main
+from nemotron3.inference import structured_output
+from nemotron3.server import running
+from tests.server.serving import write_model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def serve(monkeypatch, model_folder):
+    """Runs the verb; returns the server that it would wait in."""
+    servers = []
+    monkeypatch.setattr(running, "serve", lambda server, *_, **__: servers.append(server))
+
+    def serve(*options):
+        command = ["serve", str(model_folder), "--port", "0", "--device", "cpu", *options]
+        assert main(command) == 0
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.llm.close()
+
+
+def test_what_compiles_forms_is_there_before_the_first_request(serve, monkeypatch):
+    built = []
+    monkeypatch.setattr(structured_output, "_line_ends", lambda _: built.append(1) or frozenset())
+    server = serve()
+    assert built == [1]
+    server.llm.prepare_forms()
+    assert built == [1]
+
+
+def test_without_what_compiles_forms_it_serves_and_says_so(serve, monkeypatch, capsys):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(structured_output, "import_module", missing)
+    assert serve().llm.is_alive
+    assert "requests with a form will be refused" in capsys.readouterr().err
+    assert not logging.getLogger("nemotron3.server").handlers
