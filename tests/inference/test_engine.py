@@ -12,7 +12,7 @@ from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.memory import page_bytes
-from nemotron3.inference.requests import FinishReason, SamplingParams
+from nemotron3.inference.requests import FailureKind, FinishReason, SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.state_precision import StatePrecision
 from tests.tiny import tiny_config, tiny_model, tokens_for
@@ -396,5 +396,6 @@ def test_one_answer_that_cannot_go_on_leaves_the_others(model, expected):
         steps += engine.step()
     (bad,) = [step for step in steps if step.request_id == "bad"]
     assert (bad.finish_reason, bad.error) == (FinishReason.ERROR, "the grammar has no way on")
+    assert bad.failure is FailureKind.FORM
     good = [t for step in steps if step.request_id == "good" for t in step.tokens]
     assert good == expected[3]

@@ -8,7 +8,7 @@ import pytest
 
 from nemotron3 import LLM, AsyncLLM, EngineConfig, SamplingParams
 from nemotron3.errors import ConfigError, DataError, OverloadedError
-from nemotron3.inference.requests import FinishReason, StructuredOutput
+from nemotron3.inference.requests import FailureKind, FinishReason, StructuredOutput
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
 from tests.inference.texts import text_model, tokenizer
 
@@ -224,6 +224,7 @@ def test_a_step_that_fails_is_told_to_those_who_wait_and_the_engine_goes_on(monk
         deltas = [delta async for delta in stream]
         assert deltas[-1].finish_reason is FinishReason.ERROR
         assert "failed in this step" in deltas[-1].error
+        assert deltas[-1].failure is stream.output().outputs[0].failure is FailureKind.ENGINE
         monkeypatch.setattr(server._engine, "step", step)
         again = server.submit(prompt, GREEDY, request_id="a")
         assert len([t async for delta in again for t in delta.token_ids]) == 24

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron3.errors import DataError
-from nemotron3.inference.requests import SamplingParams
+from nemotron3.inference.requests import FailureKind, SamplingParams
 from nemotron3.inference.sampler import TokenChooser, choose, draft, token_logprobs
 from nemotron3.inference.thinking_budget import BudgetIds, ThinkingBudget
 from tests.inference.tables import table, write
@@ -254,6 +254,7 @@ def test_one_answer_fails_alone(temperature):
     assert third == [7]
     assert [one.error for one in three] == [None, three[1].error, None]
     assert "no numbers" in (three[1].error or "")
+    assert [one.failure for one in three] == [None, FailureKind.ENGINE, None]
     assert draft([three[1]], logits[1:2], [[]]) == [0]
 
 
@@ -266,7 +267,7 @@ def test_a_constraint_that_fails_is_reported_where_plain_decoding_meets_it():
                 window += draft([one], table((*answer, *window), VOCAB, 0)[None], [window])
             rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(drafts + 1)]
             answer += choose([one], torch.stack(rows), [window])[0]
-        assert one.error == "out of step"
+        assert (one.error, one.failure) == ("out of step", FailureKind.FORM)
         assert len(answer) == 2
 
 

@@ -12,6 +12,7 @@ import time
 
 import httpx2
 import pytest
+import torch
 
 from nemotron3.errors import ConfigError
 from nemotron3.inference.structured_output import GrammarCompiler
@@ -136,6 +137,19 @@ def test_an_answer_that_fails_leaves_the_others(served):
             received += connection.recv(1 << 16)
     assert b'"finish_reason":"length"' in received
     assert b"error" not in received
+
+
+def test_a_model_that_fails_in_a_form_is_the_servers_fault(model_folder, monkeypatch):
+    with running(model_folder) as server:
+        logits = server.llm._engine.model.logits
+        monkeypatch.setattr(
+            server.llm._engine.model, "logits", lambda hidden: logits(hidden) * torch.nan
+        )
+        form = {"structured_outputs": {"regex": "Q"}}
+        failed = server.post(CHAT, {"messages": HELLO} | form)
+    assert failed.status_code == 500
+    assert failed.json()["error"]["code"] == "engine_error"
+    assert "no numbers" in failed.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("is_first", [True, False])

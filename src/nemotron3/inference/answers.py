@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nemotron3.inference.requests import (
+    FailureKind,
     FinishReason,
     Progress,
     PromptReport,
@@ -61,6 +62,7 @@ class AnswerDelta:
     stop_reason: str | int | None = None
     """The stop string or token that ended the answer; None for the model's own end."""
     error: str | None = None
+    failure: FailureKind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class CompletionOutput:
     num_reasoning_tokens: int
     acceptance: DraftStats
     error: str | None = None
+    failure: FailureKind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,7 @@ class Answer:
     report: PromptReport | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    failure: FailureKind | None = None
     _tokens: list[int] = field(default_factory=list[int])
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _text: list[str] = field(default_factory=list[str])
@@ -147,7 +151,8 @@ class Answer:
         self._tokens += progress.tokens
         self._logprobs += progress.logprobs
         self._drafts = DraftStats(progress.num_drafted, progress.num_accepted)
-        self.finish_reason, self.error = progress.finish_reason, progress.error
+        self.finish_reason = progress.finish_reason
+        self.error, self.failure = progress.error, progress.failure
         if progress.prompt is not None:
             self.report = progress.prompt
         shown = progress.tokens
@@ -167,6 +172,7 @@ class Answer:
             finish_reason=progress.finish_reason,
             stop_reason=self._stop_reason,
             error=progress.error,
+            failure=progress.failure,
         )
 
     def output(self) -> CompletionOutput:
@@ -186,6 +192,7 @@ class Answer:
             num_reasoning_tokens=self.num_reasoning_tokens,
             acceptance=self._drafts,
             error=self.error,
+            failure=self.failure,
         )
 
     def _finish(self) -> list[ResponseDelta]:

@@ -29,6 +29,7 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
 from nemotron3.inference.loading import LoadedModel
 from nemotron3.inference.requests import (
+    FailureKind,
     FinishReason,
     Progress,
     PromptReport,
@@ -250,12 +251,16 @@ class AsyncLLM(LoadedModel):
 
     def _fail(self, why: str, reason: FinishReason) -> None:
         """Give up everything that runs or waits."""
+        failure = FailureKind.ENGINE if reason is FinishReason.ERROR else None
         over: list[Progress] = []
         for request_id, stream in list(self._streams.items()):
             ended = self._engine.abort(request_id)
             if not ended:  # it had not reached the engine
                 ended = [Progress(request_id, index, ()) for index in range(stream.num_answers)]
-            over += [replace(progress, finish_reason=reason, error=why) for progress in ended]
+            over += [
+                replace(progress, finish_reason=reason, error=why, failure=failure)
+                for progress in ended
+            ]
         self._deliver(over)
 
     def _deliver(self, progress: Sequence[Progress]) -> None:

@@ -367,6 +367,7 @@ class Engine:
             stop_token=stop_token,
             prompt=report,
             error=sequence.chooser.error,
+            failure=sequence.chooser.failure,
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
         )

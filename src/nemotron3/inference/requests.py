@@ -129,11 +129,23 @@ class FinishReason(Enum):
     """Something in this request failed; the others go on."""
 
 
+class FailureKind(Enum):
+    """Whose an answer's failure is: what `FinishReason.ERROR` alone does not say."""
+
+    FORM = "form"
+    """The form that was asked for leaves no token to go on with; another form may."""
+    ENGINE = "engine"
+    """A step failed, or the model's logits are no numbers; the request is not to blame."""
+
+
 class TokenConstraint(Protocol):
     """Which tokens may come next in one answer. It is told of every token that comes."""
 
     def mask(self) -> Tensor | None:
-        """True for each token that may come next, [vocab]; None where all may."""
+        """True for each token that may come next, [vocab]; None where all may.
+
+        A DataError where none may: the answer ends as a `FailureKind.FORM`.
+        """
         ...
 
     def accept(self, token: int) -> None:
@@ -185,6 +197,8 @@ class Progress:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    failure: FailureKind | None = None
+    """Of what kind the error is, where the answer failed."""
     stop_token: int | None = None
     """The token that ended the answer, where one did; it is the last of `tokens`."""
     prompt: PromptReport | None = None

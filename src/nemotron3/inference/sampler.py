@@ -26,7 +26,7 @@ from nemotron3.errors import DataError
 from nemotron3.inference.candidates import Draw, draw
 from nemotron3.inference.logit_rules import LogitRules
 from nemotron3.inference.noise import position_key
-from nemotron3.inference.requests import SamplingParams, TokenConstraint, TokenLogprob
+from nemotron3.inference.requests import FailureKind, SamplingParams, TokenConstraint, TokenLogprob
 from nemotron3.inference.thinking_budget import ThinkingBudget
 
 COLDEST = 1e-5
@@ -58,6 +58,7 @@ class TokenChooser:
         self.stop_ids = stop_ids
         self.error: str | None = None
         """Why the last choice failed, where it did: the answer cannot go on."""
+        self.failure: FailureKind | None = None
         self._seed, self._index = seed, index
         self._here = _Followed(budget, constraint)
         self._ahead: list[tuple[int, _Followed]] = []  # after each of the last drafts
@@ -106,7 +107,7 @@ class TokenChooser:
                 mask = here.mask() if forced is None else None
             except DataError as error:
                 if ahead == 0:
-                    self.error = str(error)
+                    self.error, self.failure = str(error), FailureKind.FORM
                 break
             if ahead >= first:
                 rows.append(self._row(logits[ahead - first], drafts[:ahead], forced, mask))
@@ -217,6 +218,7 @@ def choose(
             chooser.accept(token)
         if not gain and chooser.error is None:
             chooser.error = "the model's logits are no numbers, or leave no token to choose"
+            chooser.failure = FailureKind.ENGINE
         gains.append(gain)
     return gains
 

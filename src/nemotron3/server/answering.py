@@ -11,15 +11,13 @@ from typing import Any
 
 from nemotron3.inference.answers import AnswerDelta, Prompt, RequestOutput
 from nemotron3.inference.async_llm import AsyncLLM, Stream
-from nemotron3.inference.requests import FinishReason, SamplingParams
+from nemotron3.inference.requests import FailureKind, FinishReason, SamplingParams
 from nemotron3.server.length import assert_fits, assert_not_hopeless, texts_in
 from nemotron3.server.metrics import ServerMetrics
 from nemotron3.server.plan import ChatPlan
 from nemotron3.server.refusals import RefusedError, invalid
 
 Notes = MutableMapping[str, Any]
-
-_STEP_FAILED = "the engine failed"  # how the engine begins to say so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +69,7 @@ class Desk:
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, form=form)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
-        return Answering(
-            stream,
-            self.metrics,
-            notes,
-            num_prompt_tokens=size,
-            has_form=params.structured is not None,
-        )
+        return Answering(stream, self.metrics, notes, num_prompt_tokens=size)
 
     async def submit_all(
         self, prompts: Sequence[Prompt], params: SamplingParams, notes: Notes
@@ -104,13 +96,11 @@ class Answering:
         notes: Notes,
         *,
         num_prompt_tokens: int,
-        has_form: bool,
     ) -> None:
         self._stream = stream
         self._metrics = metrics
         self._notes = notes
         self.num_prompt_tokens = num_prompt_tokens
-        self._has_form = has_form
         self.num_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[AnswerDelta, None]:
@@ -132,7 +122,7 @@ class Answering:
         """Raise what a client is told of an answer that did not come to its end."""
         if delta.finish_reason is FinishReason.ERROR:
             # A form that cannot be held to the end is the client's to change; nothing else is.
-            is_theirs = self._has_form and not (delta.error or "").startswith(_STEP_FAILED)
+            is_theirs = delta.failure is FailureKind.FORM
             status, code = (400, "invalid_form") if is_theirs else (500, "engine_error")
             raise RefusedError(status, f"the answer failed: {delta.error}", code=code)
         if delta.finish_reason is FinishReason.ABORT:
