@@ -1,6 +1,7 @@
 """Talking in the terminal: commands, thinking, figures, interruptions."""
 
 import io
+import json
 import os
 import signal
 
@@ -59,6 +60,21 @@ def test_an_answer_comes_with_its_figures(talk):
     assert "tokens/s, first after" in said
     assert "% of drafts accepted" in said
     assert "\x1b" not in said  # no colours where no terminal is, and none of the model's
+
+
+def test_the_model_says_how_it_is_sampled_unless_the_user_does(talk, model_folder):
+    file = model_folder / "generation_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({"temperature": 0.0, "top_k": 1, "max_new_tokens": 3}))
+    try:
+        assert "[3 tokens" in talk("Hello").out
+        assert "[2 tokens" in talk("Hello", options=["--max-tokens", "2"]).out
+        options = ["--generation-config", "none", "--max-tokens", "7"]
+        assert "[7 tokens" in talk("Hello", options=options).out
+        file.write_text(json.dumps({"top_p": 7}))
+        assert main(["chat", str(model_folder), "--device", "cpu"]) == 2
+    finally:
+        file.write_text(before)
 
 
 def test_lines_are_answered_one_after_the_other_and_commands_obeyed(talk):

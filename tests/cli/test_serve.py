@@ -1,5 +1,6 @@
 """What `nemotron3 serve` makes of its options, up to the point where it would wait for clients."""
 
+import json
 import logging
 
 import pytest
@@ -38,6 +39,21 @@ def test_what_compiles_forms_is_there_before_the_first_request(serve, monkeypatc
     assert built == [1]
     server.llm.prepare_forms()
     assert built == [1]
+
+
+def test_defaults_of_the_model_are_said_and_can_be_left_out(serve, model_folder, capsys):
+    file = model_folder / "generation_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({"temperature": 0.6, "max_new_tokens": 9}))
+    try:
+        params = serve().llm.get_default_sampling_params()
+        assert (params.temperature, params.max_tokens) == (0.6, 9)
+        assert "gives defaults: temperature 0.6, max_tokens 9" in capsys.readouterr().err
+        params = serve("--generation-config", "none").llm.get_default_sampling_params()
+        assert (params.temperature, params.max_tokens) == (1.0, None)
+        assert "defaults" not in capsys.readouterr().err
+    finally:
+        file.write_text(before)
 
 
 def test_without_what_compiles_forms_it_serves_and_says_so(serve, monkeypatch, capsys):

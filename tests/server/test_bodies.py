@@ -246,3 +246,18 @@ def test_the_guide_names_every_parameter(body):
     guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     missing = [name for name in body.model_fields if not re.search(rf"`[^`]*\b{name}\b", guide)]
     assert missing == []
+
+
+DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+
+
+def test_the_models_defaults_hold_where_a_request_says_nothing():
+    """Whichever endpoint it comes by."""
+    said = {"temperature": 0.0, "top_k": 0}
+    for given, expected in (({}, DEFAULTS), (said, DEFAULTS | said)):
+        chat = plan_chat(ChatBody(messages=MESSAGES, **given), TOOL_CALL_END, DEFAULTS)
+        completion = plan_completion(CompletionBody(prompt="Hi", **given), DEFAULTS)
+        body = ResponsesBody(input="Hi", **given)
+        response = plan_response(body, items_of("Hi"), TOOL_CALL_END, DEFAULTS)
+        for params in (chat.params, completion, response.params):
+            assert holds(params, expected)

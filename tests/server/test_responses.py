@@ -5,7 +5,7 @@ import json
 import pytest
 from openai import APIError, BadRequestError, NotFoundError
 
-from tests.server.serving import MODEL
+from tests.server.serving import MODEL, running, write_model
 from tests.server.test_chat import WEATHER
 
 TOOL = {"type": "function", **WEATHER["function"]}
@@ -165,6 +165,24 @@ def test_what_cannot_be_is_refused_by_name(client, options, said):
     given = options.pop("input", "Hello")
     with pytest.raises(BadRequestError, match=said):
         respond(client, given, **options)
+
+
+def test_the_models_own_defaults_hold_where_nothing_is_said(tmp_path):
+    folder = write_model(tmp_path)
+    defaults = {"temperature": 0.5, "top_p": 0.75, "max_new_tokens": 3, "eos_token_id": [2, 11]}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    with running(folder) as server:
+        said = {"input": "Hello", "ignore_eos": True}
+        answer = server.post("/v1/responses", said).json()
+        assert (answer["temperature"], answer["top_p"]) == (0.5, 0.75)
+        assert answer["usage"]["output_tokens"] == 3
+        answer = server.post("/v1/responses", said | {"top_p": 1.0, "max_output_tokens": 5}).json()
+        assert (answer["temperature"], answer["top_p"]) == (0.5, 1.0)
+        assert answer["usage"]["output_tokens"] == 5
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True}
+        assert server.post("/v1/chat/completions", chat).json()["usage"]["completion_tokens"] == 3
+        text = {"prompt": "Hello", "ignore_eos": True}
+        assert server.post("/v1/completions", text).json()["usage"]["completion_tokens"] == 16
 
 
 def test_an_answer_that_fails_in_the_stream_says_so(client, served):

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemotron3.cli.engine_options import load_engine
@@ -26,6 +26,7 @@ _HELP = """\
 /exit         leave; Ctrl-D does too, and Ctrl-C stops an answer"""
 # A model may write what a terminal would obey: no escape sequence passes.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_TOP_P = 0.95  # where neither the user nor the model's directory says
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
@@ -37,9 +38,8 @@ class Talk:
     system: str | None = None
     budget: int | None = None
     is_thinking: bool = True
-    temperature: float = 1.0
-    top_p: float = 0.95
-    max_tokens: int | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    """All but the budget, which may change."""
 
     def command(self, line: str) -> str:
         """Follow a line that begins with a slash; what to say about it."""
@@ -78,12 +78,10 @@ def chat_command(known: argparse.Namespace) -> int:
         system=known.system,
         budget=known.budget,
         is_thinking=not known.no_think,
-        temperature=known.temperature,
-        top_p=known.top_p,
-        max_tokens=known.max_tokens,
     )
     llm = load_engine(known)
     try:
+        talk.params = _params(known, llm)
         if sys.stdin.isatty():
             print(f"{llm.model_name}, {llm.max_model_len:,} tokens of context. /help for commands.")
         with asyncio.Runner() as runner:
@@ -97,6 +95,12 @@ def chat_command(known: argparse.Namespace) -> int:
     finally:
         llm.close()
     return 0
+
+
+def _params(known: argparse.Namespace, llm: AsyncLLM) -> SamplingParams:
+    options = {name: getattr(known, name) for name in ("temperature", "top_p", "max_tokens")}
+    given = {name: value for name, value in options.items() if value is not None}
+    return SamplingParams(**{"top_p": _TOP_P, **llm.defaults.sampling, **given})
 
 
 def _read() -> str | None:
@@ -124,13 +128,9 @@ def _turn(runner: asyncio.Runner, llm: AsyncLLM, talk: Talk, line: str) -> None:
 
 
 async def _answer(llm: AsyncLLM, talk: Talk, printer: "_Printer") -> None:
-    params = SamplingParams(
-        temperature=talk.temperature,
-        top_p=talk.top_p,
-        max_tokens=talk.max_tokens,
-        reasoning_budget=talk.budget,
-    )
     prompt = llm.prepare_chat(talk.conversation(), enable_thinking=talk.is_thinking)
+    params = replace(talk.params, reasoning_budget=talk.budget)
+    params = llm.with_default_length(prompt, params)
     number = len(talk.messages)
     started, first = time.monotonic(), None
     async with aclosing(llm.submit(prompt, params, request_id=f"chat-{number}")) as stream:

@@ -70,6 +70,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "bfloat16", "fp8"],
         help="what keys and values are kept in (default auto: as the model computes)",
     )
+    engine.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto takes the model's generation_config.json for defaults of sampling (temperature, "
+        "top_p, top_k, min_p, repetition_penalty, max_new_tokens), none does not (default auto)",
+    )
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     engine.add_argument(
         "--dtype",
@@ -86,7 +93,13 @@ def load_engine(known: argparse.Namespace) -> "AsyncLLM":
     from nemotron3.inference.async_llm import AsyncLLM
 
     dtype = None if known.dtype == "auto" else getattr(torch, known.dtype)
-    return AsyncLLM(known.path, config=engine_config(known), device=known.device, dtype=dtype)
+    return AsyncLLM(
+        known.path,
+        config=engine_config(known),
+        device=known.device,
+        dtype=dtype,
+        generation_config=known.generation_config,
+    )
 
 
 def engine_config(known: argparse.Namespace) -> "EngineConfig":

@@ -247,8 +247,12 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--budget", type=int, metavar="N", help="most tokens of thinking (default: no limit)"
     )
     chat.add_argument("--no-think", action="store_true", help="answer without thinking")
-    chat.add_argument("--temperature", type=float, default=1.0, help="default 1.0")
-    chat.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    chat.add_argument(
+        "--temperature", type=float, help="default: what the model's directory says, else 1.0"
+    )
+    chat.add_argument(
+        "--top-p", type=float, help="default: what the model's directory says, else 0.95"
+    )
     chat.add_argument(
         "--max-tokens", type=int, metavar="N", help="most tokens of an answer, thinking included"
     )

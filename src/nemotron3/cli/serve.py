@@ -43,6 +43,8 @@ def serve_command(known: argparse.Namespace) -> int:
             llm.prepare_forms()
         except DependencyMissingError as error:
             log.warning("requests with a form will be refused: %s", error)
+        if defaults := llm.defaults.described():
+            log.info("the model's generation_config.json gives defaults: %s", defaults)
         server = create_app(llm, settings)
         address = f"http://{known.host}:{bound.getsockname()[1]}"
         log.info(

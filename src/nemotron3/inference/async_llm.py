@@ -27,6 +27,7 @@ from nemotron3.errors import ConfigError, OverloadedError
 from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
+from nemotron3.inference.generation_config import Source
 from nemotron3.inference.loading import LoadedModel
 from nemotron3.inference.requests import (
     FailureKind,
@@ -128,8 +129,16 @@ class AsyncLLM(LoadedModel):
         config: EngineConfig | None = None,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        generation_config: Source = "auto",
     ) -> None:
-        super().__init__(model, tokenizer=tokenizer, config=config, device=device, dtype=dtype)
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            config=config,
+            device=device,
+            dtype=dtype,
+            generation_config=generation_config,
+        )
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], Sequence[Progress]]] = deque()
         self._streams: dict[str, Stream] = {}

@@ -37,6 +37,8 @@ class LLM(LoadedModel):
     ) -> list[RequestOutput]:
         """Continue texts, or lists of token ids; results are in the order of the prompts.
 
+        Without `params` the defaults of the model's directory hold.
+
         `on_delta(prompt_index, delta)` is called with the pieces of answers as they come.
         """
         given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
@@ -77,8 +79,11 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_delta: OnDelta | None,
     ) -> list[RequestOutput]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+        if params is None:
+            free = SamplingParams(**self.defaults.sampling)
+            params = [self.with_default_length(prompt, free) for prompt in prompts]
+        elif isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts were given and {len(params)} params")
         waiting: deque[EngineRequest] = deque()

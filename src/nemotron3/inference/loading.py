@@ -1,13 +1,21 @@
 """A model ready to answer: weights, tokenizer and engine from one directory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nemotron3.errors import ConfigError
+from nemotron3.inference.answers import Prompt
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.frontend import Frontend
+from nemotron3.inference.generation_config import (
+    GenerationDefaults,
+    Source,
+    read_generation_defaults,
+)
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.parallel.devices import resolve_device
 from nemotron3.text import ChatTemplate, Tokenizer
@@ -24,9 +32,15 @@ class LoadedModel:
         config: EngineConfig | None = None,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        generation_config: Source = "auto",
     ) -> None:
-        """`model` is a directory in the published layout, or a model together with a tokenizer."""
+        """`model` is a directory in the published layout, or a model together with a tokenizer.
+
+        `generation_config` says whether the directory's defaults of sampling hold ("auto") or not
+        ("none").
+        """
         name = "model"
+        path: Path | None = None
         if not isinstance(model, LanguageModel):
             path = Path(model)
             name = path.resolve().name
@@ -40,9 +54,32 @@ class LoadedModel:
                 f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}; "
                 "they do not belong together"
             )
-        eos_ids = frozenset({*tokenizer.stop_ids, model.config.eos_token_id})
+        defaults = GenerationDefaults()
+        if path is not None:
+            defaults = read_generation_defaults(
+                path, source=generation_config, vocab_size=vocab_size
+            )
+        self.defaults = defaults
+        """What the model's directory says of sampling."""
+        eos_ids = defaults.eos_ids | {*tokenizer.stop_ids, model.config.eos_token_id}
         self._engine = Engine(model, config, stop_ids=eos_ids)
         self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How the model is sampled where nobody says otherwise."""
+        return SamplingParams(**self.defaults.sampling, max_tokens=self.defaults.max_tokens)
+
+    def with_default_length(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
+        """`max_tokens` as the model's directory has it, where they say nothing of it.
+
+        As everywhere, an answer ends where the context does: a default is never too much to ask.
+        """
+        most = self.defaults.max_tokens
+        if most is None or params.max_tokens is not None:
+            return params
+        most = max(most, params.min_tokens)
+        room = self.max_model_len - len(prompt.ids)
+        return params if most >= room else replace(params, max_tokens=most)
 
     @property
     def tokenizer(self) -> Tokenizer:

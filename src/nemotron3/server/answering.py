@@ -60,9 +60,11 @@ class Desk:
     async def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "Answering":
         """Hand a request to the engine; raises where it is full or the request is wrong.
 
-        A form is compiled beside the event loop. `notes` become part of the log's record of the
+        A form is compiled beside the event loop, and an answer without a length has that of the
+        model's directory. `notes` become part of the log's record of the
         HTTP request.
         """
+        params = self.llm.with_default_length(prompt, params)
         form = None
         if params.structured is not None:
             form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)

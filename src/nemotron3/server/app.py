@@ -155,7 +155,7 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
     async def chat(body: ChatBody, request: Request) -> Response:
         """Go on with a conversation."""
         desk.assert_serves(body.model)
-        plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id)
+        plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id, desk.llm.defaults.sampling)
         prompt = await desk.prepare_chat(plan)
         answering = await desk.submit(prompt, plan.params, request.state.notes)
         answer = ChatAnswer(desk, body, plan, prompt, answering)
@@ -167,7 +167,7 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with texts."""
         desk.assert_serves(body.model)
-        params = plan_completion(body)
+        params = plan_completion(body, desk.llm.defaults.sampling)
         prompts = await completion_prompts(desk, body)
         answerings = await desk.submit_all(prompts, params, request.state.notes)
         answer = CompletionAnswer(desk, body, params, answerings)
@@ -196,7 +196,9 @@ def _add_responses(api: FastAPI, desk: Desk) -> None:
         """Answer items."""
         desk.assert_serves(body.model)
         items = conversation(body, store)
-        plan = plan_response(body, items, desk.llm.tokenizer.tool_call_end_id)
+        plan = plan_response(
+            body, items, desk.llm.tokenizer.tool_call_end_id, desk.llm.defaults.sampling
+        )
         prompt = await desk.prepare_chat(plan)
         answering = await desk.submit(prompt, plan.params, request.state.notes)
         answer = ResponseAnswer(desk, body, plan, items, answering, store)

@@ -7,7 +7,7 @@ answer has the content "", and null only beside calls.
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +18,7 @@ from nemotron3.server.logprobs import chat_logprobs, prompt_logprobs
 from nemotron3.server.plan import ChatPlan, ending_with_call, json_form, wanted_form
 from nemotron3.server.refusals import RefusedError, invalid
 from nemotron3.server.sampling import (
+    NO_DEFAULTS,
     one_of,
     resolve_thinking,
     sampling_params,
@@ -29,8 +30,10 @@ from nemotron3.server.usage import Usage, usage_of
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
 
 
-def plan_chat(body: ChatBody, tool_call_end: int) -> ChatPlan:
-    """What the body asks for; raises where it contradicts itself."""
+def plan_chat(
+    body: ChatBody, tool_call_end: int, defaults: Mapping[str, Any] = NO_DEFAULTS
+) -> ChatPlan:
+    """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     word = None if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     tools = tool_use(body.tools, word, named=named, is_parallel=body.parallel_tool_calls)
@@ -42,6 +45,7 @@ def plan_chat(body: ChatBody, tool_call_end: int) -> ChatPlan:
     limits = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
     params = sampling_params(
         body,
+        defaults,
         n=body.n,
         max_tokens=one_of(limits),
         logprobs=_logprobs(body),

@@ -8,7 +8,7 @@ Several prompts are several requests of the engine side by side; their answers a
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,7 +20,12 @@ from nemotron3.server.completion_bodies import CompletionBody
 from nemotron3.server.length import assert_fits
 from nemotron3.server.logprobs import completion_logprobs, prompt_logprobs
 from nemotron3.server.refusals import RefusedError, invalid
-from nemotron3.server.sampling import reasoning_budget, sampling_params, structured_output
+from nemotron3.server.sampling import (
+    NO_DEFAULTS,
+    reasoning_budget,
+    sampling_params,
+    structured_output,
+)
 from nemotron3.server.streaming import DONE, event
 from nemotron3.server.usage import Usage, usage_of
 from nemotron3.text import ContentDelta
@@ -30,8 +35,10 @@ T = TypeVar("T")
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-def plan_completion(body: CompletionBody) -> SamplingParams:
-    """What the body asks for; raises where it contradicts itself."""
+def plan_completion(
+    body: CompletionBody, defaults: Mapping[str, Any] = NO_DEFAULTS
+) -> SamplingParams:
+    """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options is for streams; send stream: true", "stream_options")
     if body.stream and (body.echo or body.prompt_logprobs is not None):
@@ -43,6 +50,7 @@ def plan_completion(body: CompletionBody) -> SamplingParams:
     echoed = body.logprobs if body.echo else None
     return sampling_params(
         body,
+        defaults,
         n=body.n,
         max_tokens=max(most, 1) if most >= 0 else most,
         logprobs=body.logprobs,

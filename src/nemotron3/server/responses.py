@@ -1,7 +1,7 @@
 """/v1/responses: items in, items out, whole or as a stream of events."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -14,7 +14,12 @@ from nemotron3.server.response_events import ItemEvents
 from nemotron3.server.response_items import Item, items_of, messages_of, output_items
 from nemotron3.server.response_store import ResponseStore
 from nemotron3.server.responses_bodies import NamedFunctionTool, ResponsesBody
-from nemotron3.server.sampling import resolve_thinking, sampling_params, structured_output
+from nemotron3.server.sampling import (
+    NO_DEFAULTS,
+    resolve_thinking,
+    sampling_params,
+    structured_output,
+)
 from nemotron3.server.streaming import event
 from nemotron3.server.tool_choice import tool_use
 from nemotron3.server.usage import usage_of
@@ -30,8 +35,13 @@ def conversation(body: ResponsesBody, store: ResponseStore) -> list[Item]:
     return [*before, *items_of(body.input)]
 
 
-def plan_response(body: ResponsesBody, items: list[Item], tool_call_end: int) -> ChatPlan:
-    """What the body asks for; raises where it contradicts itself."""
+def plan_response(
+    body: ResponsesBody,
+    items: list[Item],
+    tool_call_end: int,
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
+) -> ChatPlan:
+    """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
     choice = body.tool_choice
     named = choice.name if isinstance(choice, NamedFunctionTool) else None
     word = None if isinstance(choice, NamedFunctionTool) else choice
@@ -46,6 +56,7 @@ def plan_response(body: ResponsesBody, items: list[Item], tool_call_end: int) ->
         raise invalid("stream_options is for streams; send stream: true", "stream_options")
     params = sampling_params(
         body,
+        defaults,
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if with_logprobs else None,
         reasoning_budget=thinking.budget,

@@ -7,6 +7,7 @@ error, because whichever won, somebody would not get what they wrote.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from nemotron3.inference.requests import SamplingParams, StructuredOutput
@@ -29,8 +30,17 @@ _SAME_NAME = (
 )
 
 
-def sampling_params(body: SamplingBody, **others: Any) -> SamplingParams:
-    """What the body says of sampling; fields that endpoints spell differently come in `others`."""
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
+"""Of a model whose directory has none."""
+
+
+def sampling_params(
+    body: SamplingBody, defaults: Mapping[str, Any], **others: Any
+) -> SamplingParams:
+    """What the body says of sampling, and the model's defaults where it says nothing.
+
+    Fields that endpoints spell differently come in `others`.
+    """
     given = {name: getattr(body, name) for name in _SAME_NAME}
     if body.stop is not None:
         given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
@@ -39,7 +49,8 @@ def sampling_params(body: SamplingBody, **others: Any) -> SamplingParams:
     if body.logit_bias is not None:
         given["logit_bias"] = _logit_bias(body.logit_bias)
     given |= others
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    said = {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(**{**defaults, **said})
 
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:

@@ -1,0 +1,104 @@
+"""What a model directory's `generation_config.json` says of sampling.
+
+Whoever publishes a model writes there how it should be sampled. As with vLLM these values are
+defaults, for what a request leaves out; `max_new_tokens` is one for a request's `max_tokens`.
+`do_sample` and what belongs to beam search are not read, and the end tokens are read even where the
+defaults are not wanted: they are part of the model and not of taste.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from nemotron3.errors import ConfigError
+from nemotron3.inference.requests import SamplingParams
+
+Source = Literal["auto", "none"]
+"""Where defaults come from: the model's directory, or nowhere."""
+
+_FILE = "generation_config.json"
+_PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Keys of the file, and what `SamplingParams` calls them."""
+_WHOLE = ("top_k", "max_new_tokens")
+_REMEDY = "mend the file, or leave its defaults out with generation_config='none'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What holds for a model where nobody says otherwise."""
+
+    sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of `SamplingParams` that the file has, but for the length."""
+    max_tokens: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer, beside those of tokenizer and configuration."""
+
+    def described(self) -> str:
+        """The defaults in a line; nothing where there are none."""
+        length = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
+        return ", ".join(f"{name} {value}" for name, value in {**self.sampling, **length}.items())
+
+
+def read_generation_defaults(
+    folder: Path, *, source: Source = "auto", vocab_size: int
+) -> GenerationDefaults:
+    """Read a directory's file, which may be missing; a ConfigError names what is wrong in it."""
+    if source not in ("auto", "none"):
+        raise ConfigError(f"generation_config is {source!r}; it must be 'auto' or 'none'")
+    path = folder / _FILE
+    if not path.is_file():
+        return GenerationDefaults()
+    try:
+        said: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); mend or remove it") from error
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path} holds {said!r}; it must be an object, or be removed")
+    values = cast(dict[str, Any], said)
+    sampling: dict[str, Any] = {}
+    if source == "auto":
+        for key, name in _PARAMETERS.items():
+            if values.get(key) is not None:
+                sampling[name] = _checked(path, key, values[key])
+    return GenerationDefaults(
+        max_tokens=sampling.pop("max_tokens", None),
+        sampling=sampling,
+        eos_ids=_eos_ids(path, values.get("eos_token_id"), vocab_size),
+    )
+
+
+def _checked(path: Path, key: str, value: Any) -> Any:
+    allowed = int if key in _WHOLE else int | float
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        kind = "a whole number" if key in _WHOLE else "a number"
+        raise ConfigError(f"{path}: {key} is {value!r}; it must be {kind}; {_REMEDY}")
+    named: dict[str, Any] = {_PARAMETERS[key]: value}
+    try:
+        SamplingParams(**named)
+    except ConfigError as error:
+        bound = str(error).partition("; ")[2]
+        raise ConfigError(f"{path}: {key} is {value!r}; {bound}; {_REMEDY}") from error
+    return value
+
+
+def _eos_ids(path: Path, value: Any, vocab_size: int) -> frozenset[int]:
+    ids = cast(list[Any], value) if isinstance(value, list) else [value]
+    if value is None:
+        return frozenset()
+    for token in ids:
+        is_id = isinstance(token, int) and not isinstance(token, bool)
+        if not is_id or not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"{path}: eos_token_id has {token!r}; it must be ids of this model's tokens, 0 to "
+                f"{vocab_size - 1}; mend or remove it"
+            )
+    return frozenset(ids)
