@@ -56,6 +56,14 @@ def test_defaults_of_the_model_are_said_and_can_be_left_out(serve, model_folder,
         file.write_text(before)
 
 
+def test_pages_elsewhere_are_named_between_commas(serve, capsys):
+    server = serve("--allowed-origins", "https://a.example, http://localhost:3000,")
+    assert server.app.allow_origins == ("https://a.example", "http://localhost:3000")
+    assert "every page" not in capsys.readouterr().err
+    serve("--allowed-origins", "*")
+    assert "every page that a browser on this network opens" in capsys.readouterr().err
+
+
 def test_without_what_compiles_forms_it_serves_and_says_so(serve, monkeypatch, capsys):
     def missing(name):
         raise ImportError(name)

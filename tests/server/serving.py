@@ -50,6 +50,10 @@ class Running:
         """One request."""
         return httpx2.get(f"{self.url}{path}", timeout=60, **options)
 
+    def send(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        """One request of any kind."""
+        return httpx2.request(method, f"{self.url}{path}", timeout=60, **options)
+
     def becomes_idle(self, timeout_s: float = 20) -> bool:
         """Wait until the engine runs nothing."""
         end = time.monotonic() + timeout_s
@@ -62,10 +66,19 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *, api_key: str | None = None, **limits: Any) -> Iterator[Running]:
+def running(
+    folder: Path,
+    *,
+    api_key: str | None = None,
+    allowed_origins: tuple[str, ...] = (),
+    **limits: Any,
+) -> Iterator[Running]:
     """Serve a model directory."""
     llm = AsyncLLM(folder, config=EngineConfig(**limits), device="cpu")
-    server = create_app(llm, ServerSettings(served_model_name=MODEL, api_key=api_key))
+    settings = ServerSettings(
+        served_model_name=MODEL, api_key=api_key, allowed_origins=allowed_origins
+    )
+    server = create_app(llm, settings)
     config = uvicorn.Config(server.app, port=0, log_config=None, access_log=False, ws="none")
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, daemon=True)

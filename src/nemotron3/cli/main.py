@@ -225,6 +225,13 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--max-body-mib", type=int, default=32, metavar="MIB", help="largest request (default 32)"
     )
     http.add_argument(
+        "--allowed-origins",
+        default="",
+        metavar="ORIGINS",
+        help="pages elsewhere that may use the server from a browser, such as "
+        "https://a.example,http://localhost:3000; * for all (default: none)",
+    )
+    http.add_argument(
         "--drain-timeout",
         type=float,
         default=60.0,

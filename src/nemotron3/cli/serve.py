@@ -29,6 +29,7 @@ def serve_command(known: argparse.Namespace) -> int:
         served_model_name=known.served_model_name,
         api_key=key,
         max_body_bytes=known.max_body_mib * _MIB,
+        allowed_origins=tuple(filter(None, map(str.strip, known.allowed_origins.split(",")))),
     )
     log = logging.getLogger("nemotron3.server")
     with written_logs(known.log_format), bind(known.host, known.port) as bound:
@@ -36,6 +37,12 @@ def serve_command(known: argparse.Namespace) -> int:
             log.warning(
                 "anyone who reaches %s can use this server; set %s to ask for a key",
                 known.host,
+                _KEY_VARIABLE,
+            )
+        if key is None and "*" in settings.allowed_origins:
+            log.warning(
+                "every page that a browser on this network opens can use this server; set %s, or "
+                "name the pages in --allowed-origins",
                 _KEY_VARIABLE,
             )
         llm = load_engine(known)

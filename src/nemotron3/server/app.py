@@ -28,6 +28,7 @@ from nemotron3.server.completion_bodies import CompletionBody, DetokenizeBody, T
 from nemotron3.server.completions import CompletionAnswer, completion_prompts, plan_completion
 from nemotron3.server.gate import Gate
 from nemotron3.server.metrics import CONTENT_TYPE, ServerMetrics
+from nemotron3.server.origins import assert_origins, opened
 from nemotron3.server.refusals import RefusedError, failed, invalid, refusal_of
 from nemotron3.server.response_store import ResponseStore
 from nemotron3.server.responses import ResponseAnswer, conversation, plan_response
@@ -66,6 +67,11 @@ class ServerSettings:
     """Key that clients send; None to let everyone in."""
     max_body_bytes: int = 32 * 2**20
     """Largest body of a request."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may use the server from a browser; ("*",) for all."""
+
+    def __post_init__(self) -> None:
+        assert_origins(self.allowed_origins)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +107,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
     )
+    app = opened(app, settings.allowed_origins)
     return Server(app=app, gate=gate, llm=llm, api=api)
 
 
