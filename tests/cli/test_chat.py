@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -11,6 +12,8 @@ from nemotron3.cli import chat
 from nemotron3.cli.chat import Talk
 from nemotron3.cli.main import main
 from tests.server.serving import write_model
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,17 @@ def test_an_answer_comes_with_its_figures(talk):
     assert "tokens, 6 of them thinking" in said or "tokens, 5 of them thinking" in said
     assert "tokens/s, first after" in said
     assert "% of drafts accepted" in said
-    assert "\x1b" not in said  # no colours where no terminal is, and none of the model's
+    assert "\x1b[2m" not in said  # no colours where no terminal is
+
+
+def test_no_control_character_of_an_answer_reaches_a_terminal(talk, monkeypatch):
+    options = ["--max-tokens", "300", "--temperature", "100", "--top-p", "1", "--budget", "150"]
+    assert CONTROL.search(talk("Hello", options=options).out), "nothing was tested"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    said = talk("Hello", options=options).out
+    assert "\x1b[2m" in said
+    assert not CONTROL.search(said.replace("\x1b[2m", "").replace("\x1b[0m", ""))
+    assert "␛" in said or "␀" in said or "�" in said
 
 
 def test_the_model_says_how_it_is_sampled_unless_the_user_does(talk, model_folder):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import time
@@ -317,6 +318,21 @@ def test_generate_shows_the_prompt_and_stops(capsys, model_folder):
     assert capsys.readouterr().out == first
     assert main([*arguments, "--temperature", "5", "--seed", "1"]) == 0
     assert capsys.readouterr().out != first
+
+
+def test_generate_keeps_control_characters_from_a_terminal_alone(capsys, model_folder, monkeypatch):
+    command = ["generate", str(model_folder), "hello\x1b", "--max-new-tokens", "500"]
+    command += ["--temperature", "100", "--top-p", "1"]
+    assert main(command) == 0
+    piped = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert len(shown) == len(piped)
+    assert shown.startswith("hello␛")
+    kept = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda sign: chr(0x2400 + ord(sign[0])), piped)
+    assert kept[6:] != piped[6:], "the model wrote none, so nothing was tested"
+    assert shown == re.sub(r"[\x80-\x9f]", "�", kept.replace("\x7f", "␡"))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ The same engine and the same reading of answers as the server's; only the wire i
 
 import argparse
 import asyncio
-import re
 import sys
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemotron3.cli import terminal
 from nemotron3.cli.engine_options import load_engine
 from nemotron3.errors import Nemotron3Error
 from nemotron3.inference.answers import RequestOutput
@@ -24,8 +24,6 @@ _HELP = """\
 /think on     think before answering; /think off answers at once
 /clear        forget the conversation
 /exit         leave; Ctrl-D does too, and Ctrl-C stops an answer"""
-# A model may write what a terminal would obey: no escape sequence passes.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _TOP_P = 0.95  # where neither the user nor the model's directory says
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
@@ -178,17 +176,15 @@ class _Printer:
 
     def think(self, text: str) -> None:
         self.reasoning += text
-        print(f"{self._dim}{_plain(text)}{self._reset}", end="", flush=True)
+        print(self._dim, end="")
+        terminal.write(text)
+        print(self._reset, end="", flush=True)
 
     def say(self, text: str) -> None:
         if self.reasoning and not self.content:
             print("\n")
         self.content += text
-        print(_plain(text), end="", flush=True)
+        terminal.write(text)
 
     def end(self, facts: str) -> None:
         print(f"\n{self._dim}[{facts}]{self._reset}")
-
-
-def _plain(text: str) -> str:
-    return _CONTROL.sub("\ufffd", text)

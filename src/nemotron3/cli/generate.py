@@ -2,6 +2,7 @@
 
 import argparse
 
+from nemotron3.cli import terminal
 from nemotron3.models.generation import GenerationConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.parallel.devices import resolve_device
@@ -21,7 +22,7 @@ def generate_command(known: argparse.Namespace) -> int:
         seed=known.seed,
         stop_token_ids=tokenizer.stop_ids,
     )
-    print(known.prompt, end="", flush=True)
+    terminal.write(known.prompt)
     written: list[int] = []
     shown = ""
 
@@ -31,7 +32,7 @@ def generate_command(known: argparse.Namespace) -> int:
         text = tokenizer.decode(written, skip_special_tokens=True)
         # A character may be cut between two tokens; it is shown when it is whole.
         if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+            terminal.write(text[len(shown) :])
             shown = text
 
     model.generate([tokenizer.encode(known.prompt)], config, on_token=show)
