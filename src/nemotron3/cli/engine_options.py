@@ -39,7 +39,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens drafted ahead by the model's multi-token prediction; they change the speed "
-        "and never the answer; 0 for none (default: the depths it was trained at)",
+        "and never the answer; 0 for none (default: 3 where it can)",
     )
     engine.add_argument(
         "--kv-cache-mib",

@@ -28,8 +28,8 @@ class EngineConfig:
     prefix_interval: int = 512
     """A state is kept whenever a prompt has been read this far, and at its messages' ends."""
     max_draft_tokens: int | None = None
-    """Most tokens drafted ahead by multi-token prediction; None for the depths it was trained at,
-    0 for none. How many are drafted in a step depends on what is accepted and on the batch."""
+    """Most tokens drafted ahead by multi-token prediction, 0 for none; None for 3 where the model
+    can. How many are drafted in a step depends on what is accepted and on the batch."""
     adapts_drafts: bool = True
     """Whether the number of drafts follows what they bring; else it is always the most."""
     seed: int = 0

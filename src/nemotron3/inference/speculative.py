@@ -25,9 +25,13 @@ from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.pattern import LayerKind
 
+USUAL_DRAFTS = 3
+"""Most drafts where nobody says how many. One block drafts at all depths, so the number that it was
+trained at is no limit, and published checkpoints do not tell it."""
+
 
 def most_drafts(model: LanguageModel, wanted: int | None) -> int:
-    """How many tokens may be drafted: what is wanted, else what the model was trained for."""
+    """How many tokens may be drafted: what is wanted, else the usual number."""
     if wanted == 0 or (wanted is None and model.mtp is None):
         return 0
     if model.mtp is None:
@@ -40,7 +44,7 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
             "the model's multi-token-prediction block has Mamba layers, which drafts cannot be "
             "taken back from; set max_draft_tokens to 0"
         )
-    wanted = model.config.pattern.num_mtp_depths if wanted is None else wanted
+    wanted = USUAL_DRAFTS if wanted is None else wanted
     if wanted >= MAX_STEPS:
         raise ConfigError(f"max_draft_tokens is {wanted}; it must be below {MAX_STEPS}")
     return wanted
