@@ -59,13 +59,13 @@ def random_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def agree(clients: dict[str, Client], vocab: int) -> dict[str, int]:
+def agree(clients: dict[str, Client], vocab: int, *, end: int) -> dict[str, int]:
     """For how many greedy tokens each peer writes what ours writes without drafts."""
     prompt = torch.randint(20, vocab, (100,), generator=torch.Generator().manual_seed(5)).tolist()
-    ours = clients["ours"].ask(prompt, 48).tokens
+    ours = clients["ours"].ask(prompt, 48, end=end).tokens
     same = {}
     for name, client in clients.items():
-        theirs = client.ask(prompt, 48).tokens
+        theirs = client.ask(prompt, 48, end=end).tokens
         pairs = zip(ours, theirs, strict=True)
         same[name] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours))
     return same
@@ -98,7 +98,7 @@ def measure(
                 clients["llama.cpp, drafts"] = start(peer)
         if python := peers["vLLM"]:
             clients["vLLM"] = start(servers.vllm(python, path, threads=threads))
-        same = agree(clients, config.vocab_size)
+        same = agree(clients, config.vocab_size, end=config.eos_token_id)
         print("  same greedy tokens, of 48: " + ", ".join(f"{n} {s}" for n, s in same.items()))
         if min(same.values()) < 48:
             print("  NOT COMPARED: the peers do not run the same model")

@@ -62,8 +62,12 @@ def build(sources: Path, folder: Path) -> Path:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level vocabulary of the right size: the converter insists on one."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """A byte-level vocabulary of the right size: the converter insists on one.
+
+    Without the bytes of longer characters: llama.cpp's server sends no token that ends half a
+    character, and any of these may be written where a model's own vocabulary has a word.
+    """
+    alphabet = sorted(c for c in pre_tokenizers.ByteLevel.alphabet() if _is_ascii(c))
     tokens = ["<unk>", "<s>", "</s>", *alphabet, "ab"]
     tokens += [f"<{index}>" for index in range(VOCAB - len(tokens))]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -74,6 +78,11 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names)
     )
+
+
+def _is_ascii(char: str) -> bool:
+    """Whether a byte-level vocabulary's character stands for a byte below 128."""
+    return ord(char) < 128 or 0x100 <= ord(char) <= 0x121  # those that are not printed
 
 
 def convert(sources: Path, checkpoint: Path, gguf: Path) -> None:
