@@ -4,7 +4,8 @@
 // tokens, first product, activation times the router's weight, second product, a block of rows at a
 // time so that everything between the two products stays in the cache. A token's results are then
 // added up in the order of its choices. No sum depends on threads, and none on how many tokens an
-// expert has; only a call of few tokens, which rows.h serves, sums in another order than others.
+// expert has; only a call that brings few rows for each, which rows.h serves, sums in another order
+// than others.
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
@@ -131,8 +132,8 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
   }
 }
 
-// Few tokens: bound by the reading of matrices, of which every thread takes its part of each.
-// `units` [rows, up_rows] is room for what is between the products.
+// Few rows for each expert: bound by the reading of matrices, of which every thread takes its part
+// of each. `units` [rows, up_rows] is room for what is between the products.
 void forward_few(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
                  const float* weights, const float* up, const float* down, float* units,
                  float* outputs, float* y) {
@@ -249,7 +250,7 @@ void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* so
   bounds[0] = 0;
 }
 
-// y [tokens, width]; `outputs` [rows, width] is room for the experts' results. Few tokens come with
+// y [tokens, width]; `outputs` [rows, width] is room for the experts' results. Few rows come with
 // room for hidden `units` [rows, up_rows], many with null.
 void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
              int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* outputs,

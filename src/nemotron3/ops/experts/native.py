@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemotron3.ops.experts.activations import Activation, up_factor
-from nemotron3.ops.native import FEW_ROWS, NativeFunction, TeamFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = TeamFunction(_SOURCE, "experts_order", "pppp ii")
@@ -20,6 +20,9 @@ _backward = NativeFunction(_SOURCE, "experts_backward", "ppppppppppppp iiiiiiii"
 _activate = TeamFunction(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
+
+_FEW_ROWS = 12
+"""Of an expert, on average: up to which turning its matrices costs more than it gains."""
 
 _Order = tuple[Tensor, Tensor, Tensor]
 
@@ -53,7 +56,7 @@ def _apply(
 ) -> Tensor:
     outputs = x.new_empty(weights.numel(), x.shape[1])
     y = x.new_empty(x.shape)
-    few = len(x) <= FEW_ROWS
+    few = weights.numel() <= _FEW_ROWS * len(up)
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = _sizes(weights, down, activation)
     work = weights.numel() * up[0].numel()

@@ -8,7 +8,6 @@ the model spends its time in have a third implementation beside `reference` and 
 
 from nemotron3.ops.native.build import available
 from nemotron3.ops.native.calls import (
-    FEW_ROWS,
     NativeFunction,
     Program,
     SharedCall,
@@ -19,7 +18,6 @@ from nemotron3.ops.native.calls import (
 )
 
 __all__ = [
-    "FEW_ROWS",
     "NativeFunction",
     "Program",
     "SharedCall",

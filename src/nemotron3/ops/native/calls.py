@@ -17,9 +17,6 @@ from nemotron3.ops.native.build import library
 WORTH_THREADS = 1 << 15
 """Multiply-adds below which the start of a second thread costs more than it gains."""
 
-FEW_ROWS = 8
-"""Up to which a product reads its matrix as it lies (rows.h)."""
-
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _WORDS = {"p": "q", "i": "q", "f": "d"}
 
