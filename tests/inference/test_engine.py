@@ -350,6 +350,51 @@ def test_what_can_never_be_answered_is_refused_before_it_runs(model):
         engine_for(tiny_model("M*"), max_draft_tokens=1)
 
 
+@torch.inference_mode()
+def read_by(engine, prompt, **more):
+    """Tokens of each call that reads a prompt."""
+    engine.add(request("counted", prompt, **more))
+    engine.scheduler.admit()
+    calls = []
+    while any(not sequence.is_prefilled for sequence in engine.scheduler.running):
+        [chunks] = engine.scheduler.calls()
+        calls.append(chunks[0][1])
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    return calls
+
+
+@pytest.mark.parametrize("state", [StatePrecision(), *NARROW])
+def test_what_follows_a_kept_state_is_read_in_one_call(model, state):
+    engine = engine_for(model, prefix_interval=32, max_num_batched_tokens=64, state=state)
+    prompt = tokens_for(CONFIG, 60, seed=3).tolist()
+    ends_message = (30,)
+    first = read_by(engine, prompt[:33], boundaries=ends_message)
+    again = read_by(engine, [*prompt[:30], *prompt[40:52]], boundaries=ends_message)
+    if state.is_narrow:  # where chunks end has to be the same wherever reading begins
+        assert (first, again) == ([30, 2, 1], [2, 10])
+    else:
+        assert (first, again) == ([30, 3], [12])
+    assert engine.stats().prefix_hits == 30
+    # Far from what is kept, states are kept at every interval.
+    assert read_by(engine, prompt[::-1]) == [32, 28]
+
+
+def test_chunks_of_a_step_are_the_models_own_pass(model):
+    passes, plain = (engine_for(model, prefix_interval=64)._passes for _ in range(2))
+    with torch.inference_mode():
+        for seed, lengths in enumerate([(9, 9), (5, 5), (5, 5), (30, 2), (5, 5), (1, 1)]):
+            tokens = [tokens_for(CONFIG, n, seed=seed + n + 40 * i).tolist() for i, n in
+                      enumerate(lengths)]  # fmt: skip
+            hidden, _ = passes.prefill(tokens, [2, 0])
+            layout = plain.cache.layout(lengths, [2, 0], is_prompt=True)
+            flat = torch.tensor([token for part in tokens for token in part])
+            expected = model.hidden_states(flat, layout=layout, state=plain.cache)
+            assert torch.equal(hidden, expected), f"call {seed}"
+            assert passes.cache.lengths == plain.cache.lengths
+
+
 def test_other_weights_find_no_prefix_of_the_old_ones(model):
     engine = engine_for(model)
     run(engine, [request("a", PROMPTS[6])])

@@ -26,7 +26,8 @@ class EngineConfig:
     prefix_cache_bytes: int = 1 << 30
     """Memory for states kept for prompts that begin alike; 0 keeps none."""
     prefix_interval: int = 512
-    """A state is kept whenever a prompt has been read this far, and at its messages' ends."""
+    """A state is kept whenever a prompt has been read this far, and at its messages' ends; not
+    where another one ends just before."""
     max_draft_tokens: int | None = None
     """Most tokens drafted ahead by multi-token prediction, 0 for none; None for 3 where the model
     can. How many are drafted in a step depends on what is accepted and on the batch."""

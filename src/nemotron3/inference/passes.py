@@ -1,6 +1,8 @@
 """What an engine runs beside decoding steps: prompts, packed, and the draft block.
 
-Decoding steps are `models/steps.py`'s. Those of the draft block are recorded and played as well.
+Decoding steps are `models/steps.py`'s. Those of the draft block are recorded and played as well,
+and so are chunks of prompts that are no longer than a step: what stands behind a chat's last
+message is, and most of its time would be Python.
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ class Passes:
         self.model = model
         self.cache = cache
         self._recordings = Recordings(cache)
+        # On a GPU prompts are of too many shapes to capture each.
+        self._plays_steps = self._recordings.are_possible and not self._recordings.take_padding
 
     def prefill(
         self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_prompt: bool = True
@@ -33,6 +37,8 @@ class Passes:
         What is no prompt was written here before, and is read as it was then: as steps.
         """
         layout = self.cache.layout([len(part) for part in tokens], slots, is_prompt=is_prompt)
+        if self._plays_steps and self.cache.takes_steps(layout):
+            return self._read_step(tokens, layout), layout
         return self.model.backbone(self._embed(tokens), layout, self.cache).hidden, layout
 
     def read_drafts(
@@ -89,6 +95,23 @@ class Passes:
     def forget(self) -> None:
         """Record the draft block's steps anew: the model's parameters are other tensors."""
         self._recordings.forget()
+
+    def _read_step(self, tokens: Sequence[Sequence[int]], layout: SequenceLayout) -> Tensor:
+        """Read chunks of a step's size. Its hidden states are good until the next one."""
+        rows, segments = len(tokens), layout.segments
+
+        def step(numbers: Tensor) -> tuple[Tensor]:
+            ids, (slots, context) = numbers[: -2 * rows], numbers[-2 * rows :].view(2, rows)
+            played = SequenceLayout(segments, places=Places(slots, context))
+            return (self.model.hidden_states(ids, layout=played, state=self.cache),)
+
+        self.cache.check(layout)
+        stream = [token for part in tokens for token in part]
+        numbers = torch.tensor([*stream, *layout.slots, *layout.context])
+        shape = ("prompt", rows, segments.max_length)
+        (hidden,) = self._recordings.run(shape, (numbers,), step, idle=(numbers,))
+        self.cache.advance(layout)
+        return hidden
 
     def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         stream = [token for part in tokens for token in part]

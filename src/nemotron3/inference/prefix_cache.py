@@ -9,17 +9,23 @@ megabytes; the least recently used ones go when the budget is full or pages are 
 Keys are salted with the version of the weights: what another model computed is never found.
 """
 
-from collections import OrderedDict
+from array import array
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from nemotron3.models.cache import HybridCache, Snapshot
 
 
 @dataclass(frozen=True)
 class _Entry:
-    tokens: tuple[int, ...]
+    tokens: bytes
     snapshot: Snapshot
+
+
+_Key = tuple[int, bytes]
+"""How long a beginning is, and its hash."""
 
 
 class PrefixCache:
@@ -28,7 +34,9 @@ class PrefixCache:
     def __init__(self, cache: HybridCache, *, max_bytes: int) -> None:
         self._cache = cache
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[int, int], _Entry] = OrderedDict()
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._lengths: Counter[int] = Counter()
+        """Of the entries: no others need be looked up."""
         self._bytes = 0
         self.version = 0
         """Of the weights; whoever changes them calls `forget`."""
@@ -43,25 +51,25 @@ class PrefixCache:
 
     def find(self, tokens: Sequence[int]) -> Snapshot | None:
         """The longest kept beginning that leaves at least one token to read."""
-        if not self._entries:
-            return None
-        found = None
-        for length, key in self._keys(tokens[:-1]):
-            entry = self._entries.get((length, key))
-            if entry is not None and entry.tokens == tuple(tokens[:length]):
-                found = (length, key)
-        if found is None:
-            return None
-        self._entries.move_to_end(found)
-        return self._entries[found].snapshot
+        packed = _packed(tokens[:-1])
+        for key in reversed(list(self._keys(packed))):
+            entry = self._entries.get(key)
+            if entry is not None and packed.startswith(entry.tokens):
+                self._entries.move_to_end(key)
+                return entry.snapshot
+        return None
 
     def keep(self, tokens: Sequence[int], slot: int) -> None:
         """Keep what a slot holds, which is what these tokens led to."""
-        key = self._key(tokens)
-        if self._max_bytes == 0 or key in self._entries or not tokens:
+        if self._max_bytes == 0 or not tokens:
+            return
+        packed = _packed(tokens)
+        key = len(tokens), self._begun(packed).digest()
+        if key in self._entries:
             return
         snapshot = self._cache.snapshot(slot)
-        self._entries[key] = _Entry(tuple(tokens), snapshot)
+        self._entries[key] = _Entry(packed, snapshot)
+        self._lengths[len(tokens)] += 1
         self._bytes += snapshot.nbytes
         while self._bytes > self._max_bytes and self.evict():
             pass
@@ -70,7 +78,10 @@ class PrefixCache:
         """Drop the least recently used entry; whether there was one."""
         if not self._entries:
             return False
-        _, entry = self._entries.popitem(last=False)
+        (length, _), entry = self._entries.popitem(last=False)
+        self._lengths[length] -= 1
+        if not self._lengths[length]:
+            del self._lengths[length]
         self._bytes -= entry.snapshot.nbytes
         self._cache.drop(entry.snapshot)
         return True
@@ -81,15 +92,26 @@ class PrefixCache:
             pass
         self.version += 1
 
-    def _key(self, tokens: Sequence[int]) -> tuple[int, int]:
-        running = self.version
-        for token in tokens:
-            running = hash((running, token))
-        return len(tokens), running
+    def _keys(self, packed: bytes) -> Iterator[_Key]:
+        """Of every beginning that is as long as an entry, from short to long."""
+        running, at = self._begun(b""), 0
+        for length in sorted(self._lengths):
+            end = length * _BYTES
+            if end > len(packed):
+                return
+            running.update(packed[at:end])
+            at = end
+            yield length, running.copy().digest()
 
-    def _keys(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Length and hash of every beginning."""
-        running = self.version
-        for length, token in enumerate(tokens, start=1):
-            running = hash((running, token))
-            yield length, running
+    def _begun(self, packed: bytes) -> blake2b:
+        running = blake2b(self.version.to_bytes(8), digest_size=16)
+        running.update(packed)
+        return running
+
+
+_BYTES = 8
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    """Tokens as what is hashed and compared in one go, of long prompts too."""
+    return array("q", tokens).tobytes()

@@ -15,6 +15,9 @@ from nemotron3.inference.sequences import Sequence
 from nemotron3.models.cache import HybridCache, Snapshot
 from nemotron3.models.layout import MAX_STEPS
 
+_CLOSE = 8
+"""Of an interval between kept states, the part in which one stands for the next."""
+
 
 class Scheduler:
     """Keeps the queues and the slots. It knows tokens and pages, and nothing of the model."""
@@ -173,22 +176,27 @@ class Scheduler:
         """Tokens up to where it has to stop next."""
         assert sequence.slot is not None
         start, config = self.cache.lengths[sequence.slot], self._config
-        grids = (config.max_num_batched_tokens, config.prefix_interval)
-        ends = {(start // grid + 1) * grid for grid in grids}
-        ends |= {len(sequence.tokens), *self._stops(sequence)}
+        ends = {len(sequence.tokens), *self._stops(sequence)}
         if self._leads(sequence):
             ends.add(sequence.num_prompt - 1)
         if self._is_narrow:
-            ends.add(sequence.num_prompt)
+            grids = (config.max_num_batched_tokens, config.prefix_interval)
+            ends |= {sequence.num_prompt, *((start // grid + 1) * grid for grid in grids)}
             if start >= sequence.num_prompt:
                 ends.add(start + MAX_STEPS)
         return min(end for end in ends if end > start) - start
 
     def _stops(self, sequence: Sequence) -> set[int]:
-        """Lengths at which the state is kept."""
+        """Lengths at which the state is kept.
+
+        Not close behind one that stands already, where it would save another prompt a few tokens
+        and cost this one a call of its own.
+        """
         if self._config.prefix_cache_bytes == 0:
             return set()
-        interval = self._config.prefix_interval
-        grid = range(interval, len(sequence.tokens), interval)
-        ends = sequence.request.boundaries
-        return {*grid, *(end for end in ends if 0 < end < len(sequence.tokens))}
+        interval, length = self._config.prefix_interval, len(sequence.tokens)
+        ends = {end for end in sequence.request.boundaries if 0 < end < length}
+        kept = {*ends, sequence.num_cached_tokens} - {0}
+        grid = range(interval, length, interval)
+        close = interval // _CLOSE
+        return {*ends, *(at for at in grid if not any(0 < at - k < close for k in kept))}

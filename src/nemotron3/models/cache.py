@@ -188,6 +188,10 @@ class HybridCache:
                 f"{held}; make a new layout for each call with state.layout(lengths)"
             )
 
+    def takes_steps(self, layout: SequenceLayout) -> bool:
+        """Whether a call without gradients goes on in place, token by token, in every layer."""
+        return layout.is_step and all(layer.takes_steps(layout) for layer in self._mamba)
+
     def advance(self, layout: SequenceLayout) -> None:
         """Count the tokens of a finished call; of a tentative one, `accept` counts them."""
         if layout.is_tentative or layout.places is not None:
