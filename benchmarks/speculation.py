@@ -8,18 +8,19 @@ conversation the prompt, of a text a stretch to go on from), with 0 to 4 drafts 
 many as the engine finds best. Drafts change no token; where rounding breaks a tie another way, the
 answers that differ from those without drafts are counted. Speeds are of decoding, the prompt left
 out. llama.cpp, where it is given, writes from the same weights and prompts with its own drafting
-(`--spec-type draft-mtp`), greedily.
+(`--spec-type draft-mtp`), greedily. All take turns, answer by answer.
 """
 
 import argparse
 import bisect
+import contextlib
 import datetime
 import json
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from benchmarks.llama_cpp import write_gguf_of
 from benchmarks.machine import BUSY, command, description, load_average, warn_if_busy
 from benchmarks.page import ROOT, fill, table
 
-from nemotron3 import LLM, EngineConfig, SamplingParams
+from nemotron3 import LLM, EngineConfig, LanguageModel, SamplingParams
 from nemotron3.config import read_run
 from nemotron3.data import CorpusConfig, open_tokenized, prepare_corpus
 from nemotron3.data.token_files import TokenFile
@@ -44,7 +45,7 @@ MOST = 4
 STRETCH = 64
 """Tokens of a text to go on from."""
 
-Prompts = Sequence[tuple[int, ...]]
+Prompts = list[tuple[int, ...]]
 
 
 @dataclass(kw_only=True)
@@ -99,7 +100,7 @@ def prompts_of(model: Path, count: int) -> Prompts:
     """Prompts from held-out text, spread over its sources."""
     tokenizer, held_out = held_out_of(model)
     begins, of_each = tokenizer.think_start_id, max(count // len(held_out), 1)
-    prompts: list[tuple[int, ...]] = []
+    prompts: Prompts = []
     for file in held_out.values():
         for place in range(of_each):
             at = place * (file.num_tokens - STRETCH) // of_each
@@ -113,33 +114,41 @@ def prompts_of(model: Path, count: int) -> Prompts:
     return prompts
 
 
-def ours(model: Path, prompts: Prompts, params: SamplingParams, config: EngineConfig) -> Outcome:
-    """Answer one after another."""
-    llm = LLM(model, config=config)
-    most = config.max_draft_tokens or 0
-    outcome = Outcome(name=f"up to {most}" if config.adapts_drafts else str(most))
-    requests = [Prompt(ids=prompt) for prompt in prompts]
-    llm.generate(requests[0], params)  # compiles, and learns what steps cost
-    drafted = llm.stats().drafted_tokens
-    for prompt in requests:
+class Ours:
+    """Our engine with one number of drafts."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, config: EngineConfig) -> None:
+        self._llm, self._params = llm, params
+        most = config.max_draft_tokens or 0
+        self._fixed = 0 if config.adapts_drafts else most
+        self.outcome = Outcome(name=f"up to {most}" if config.adapts_drafts else str(most))
+
+    def answer(self, prompt: tuple[int, ...]) -> None:
+        """Write one answer, and add what it took to the outcome."""
         gains: list[int] = []
-        request = llm.generate(
-            prompt, params, on_delta=lambda _, delta, g=gains: g.append(len(delta.token_ids))
+        drafted = self._llm.stats().drafted_tokens
+        request = self._llm.generate(
+            Prompt(ids=prompt),
+            self._params,
+            on_delta=lambda _, delta: gains.append(len(delta.token_ids)),
         )[0]
         for gain in gains[1:]:
-            outcome.count(gain, 0 if config.adapts_drafts else most)
-        outcome.seconds += request.total_s - (request.first_token_s or 0.0)
-        outcome.answers.append(request.outputs[0].token_ids)
-    outcome.drafted = llm.stats().drafted_tokens - drafted
-    return outcome
+            self.outcome.count(gain, self._fixed)
+        self.outcome.seconds += request.total_s - (request.first_token_s or 0.0)
+        self.outcome.answers.append(request.outputs[0].token_ids)
+        self.outcome.drafted += self._llm.stats().drafted_tokens - drafted
 
 
-def theirs(client: Client, prompts: Prompts, max_tokens: int, drafts: int) -> Outcome:
-    """llama.cpp's server, one request at a time."""
-    outcome = Outcome(name=str(drafts))
-    _complete(client, prompts[0], max_tokens)
-    for prompt in prompts:
-        answer = _complete(client, prompt, max_tokens)
+class Theirs:
+    """llama.cpp's server with one number of drafts."""
+
+    def __init__(self, client: Client, max_tokens: int, drafts: int) -> None:
+        self._client, self._max_tokens = client, max_tokens
+        self.outcome = Outcome(name=str(drafts))
+
+    def answer(self, prompt: tuple[int, ...]) -> None:
+        """Write one answer, and add what it took to the outcome."""
+        answer, outcome = _complete(self._client, prompt, self._max_tokens), self.outcome
         timings = answer["timings"]
         decoded = timings["predicted_n"] - 1  # the prompt brings the first
         outcome.tokens += decoded
@@ -147,7 +156,6 @@ def theirs(client: Client, prompts: Prompts, max_tokens: int, drafts: int) -> Ou
         outcome.drafted += timings.get("draft_n", 0)
         outcome.seconds += timings["predicted_ms"] / 1e3
         outcome.answers.append(tuple(answer["tokens"]))
-    return outcome
 
 
 def _complete(client: Client, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
@@ -163,39 +171,58 @@ def _complete(client: Client, prompt: Sequence[int], max_tokens: int) -> dict[st
         return json.load(answer)
 
 
-def measure_ours(
-    model: Path, prompts: Prompts, params: SamplingParams
-) -> dict[str, dict[str, Any]]:
-    """By number of drafts; the adaptive engine last."""
-    configs = [EngineConfig(max_draft_tokens=d, adapts_drafts=False) for d in range(MOST + 1)]
-    configs.append(EngineConfig(max_draft_tokens=MOST))
-    outcomes = [ours(model, prompts, params, config) for config in configs]
-    return {each.name: each.record(outcomes[0]) for each in outcomes}
+def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
+    """One for each number of drafts; the adaptive one last."""
+    alone = EngineConfig(max_num_seqs=1, adapts_drafts=False)
+    configs = [replace(alone, max_draft_tokens=drafts) for drafts in range(MOST + 1)]
+    configs.append(replace(alone, max_draft_tokens=MOST, adapts_drafts=True))
+    weights, tokenizer = LanguageModel.from_pretrained(model), Tokenizer.from_directory(model)
+    return [
+        Ours(LLM(weights, tokenizer=tokenizer, config=config), params, config) for config in configs
+    ]
 
 
-def measure_theirs(
-    server: Path, model: Path, prompts: Prompts, max_tokens: int
-) -> dict[str, dict[str, Any]]:
-    """llama.cpp's, likewise."""
-    outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "checkpoint"  # in which the tokenizer is replaced
-        shutil.copytree(model, copy)
-        gguf = write_gguf_of(
-            server, copy, json.loads((copy / "config.json").read_text())["vocab_size"]
-        )
+@contextlib.contextmanager
+def their_servers(server: Path, model: Path, max_tokens: int) -> Iterator[list[Theirs]]:
+    """llama.cpp's, likewise; it has no adaptive form."""
+    with contextlib.ExitStack() as stack:
+        copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
+        shutil.copytree(model, copy)  # in which the tokenizer is replaced
+        vocab_size = json.loads((copy / "config.json").read_text())["vocab_size"]
+        gguf = write_gguf_of(server, copy, vocab_size)
         threads = torch.get_num_threads()
-        for drafts in range(MOST + 1):
-            running = servers.llama_cpp(server, gguf, threads=threads, slots=1, drafts=drafts)
-            with running as client:
-                outcomes.append(theirs(client, prompts, max_tokens, drafts))
-    return {each.name: each.record(outcomes[0]) for each in outcomes}
+        yield [
+            Theirs(
+                stack.enter_context(
+                    servers.llama_cpp(server, gguf, threads=threads, slots=1, drafts=drafts)
+                ),
+                max_tokens,
+                drafts,
+            )
+            for drafts in range(MOST + 1)
+        ]
+
+
+def measure(writers: Sequence[Ours | Theirs], prompts: Prompts, *, rounds: int) -> None:
+    """Have all write all answers, in turn, so that a slow minute of the machine hits all."""
+    for writer in writers:
+        writer.answer(prompts[0])  # compiles, and learns what steps cost
+        writer.outcome = Outcome(name=writer.outcome.name)
+    for number, prompt in enumerate(prompts * rounds):
+        first = number % len(writers)
+        for writer in [*writers[first:], *writers[:first]]:
+            writer.answer(prompt)
+
+
+def records(writers: Sequence[Ours | Theirs]) -> dict[str, dict[str, Any]]:
+    """What they did, beside the first, which has no drafts."""
+    return {w.outcome.name: w.outcome.record(writers[0].outcome) for w in writers}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The record as a table, one row for each number of drafts; without speeds that are noise."""
     machine, theirs = result["machine"], result["llama_cpp"]
-    is_noise = max(machine["load_before"], machine["load_after"]) > BUSY
+    is_noise = machine["load_before"] > BUSY  # what comes after is our own
     columns = ["tokens a step"] if is_noise else ["tokens a step", "tokens/s", "speed-up"]
     head = ["drafts", "acceptance by place", *columns]
     rows = [head + ([f"{column}, llama.cpp" for column in columns] if theirs else [])]
@@ -229,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder of a run, as in runs/tiny/model")
     parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3, help="answers to each prompt")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--llama-server", type=Path)
@@ -242,18 +270,20 @@ def main() -> None:
     params = SamplingParams(
         temperature=arguments.temperature, max_tokens=arguments.max_tokens, seed=0
     )
+    with contextlib.ExitStack() as stack:
+        ours, theirs = our_engines(arguments.model, params), []
+        if arguments.llama_server:
+            peers = their_servers(arguments.llama_server, arguments.model, arguments.max_tokens)
+            theirs = stack.enter_context(peers)
+        measure([*ours, *theirs], prompts, rounds=arguments.rounds)
     result = {
         "command": command("benchmarks.speculation"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "model": name,
         "prompts": len(prompts),
         "temperature": arguments.temperature,
-        "ours": measure_ours(arguments.model, prompts, params),
-        "llama_cpp": measure_theirs(
-            arguments.llama_server, arguments.model, prompts, arguments.max_tokens
-        )
-        if arguments.llama_server
-        else {},
+        "ours": records(ours),
+        "llama_cpp": records(theirs),
         "machine": description() | {"load_before": before, "load_after": load_average()},
     }
     text = as_markdown(result)

@@ -4,7 +4,14 @@ import random
 from xml.etree import ElementTree
 
 import pytest
-from benchmarks.speculation import Outcome, as_markdown, measure_ours, prompts_of
+from benchmarks.speculation import (
+    Outcome,
+    as_markdown,
+    measure,
+    our_engines,
+    prompts_of,
+    records,
+)
 from examples.sums import TEMPLATE, VOCABULARY, problem, write_corpus
 
 from benchmarks import budget, lookback, reasoner
@@ -68,7 +75,10 @@ def test_drafts_change_no_answer(model):
         said = tokenizer.decode(prompt)
         assert said.startswith(template.split("user\n")[0])
         assert "<think>" in said[-9:]
-    results = measure_ours(model, prompts, SamplingParams(temperature=0, max_tokens=12))
+    engines = our_engines(model, SamplingParams(temperature=0, max_tokens=12))
+    measure(engines, prompts, rounds=2)
+    results = records(engines)
+    assert [len(engine.outcome.answers) for engine in engines] == [6] * len(engines)
     assert list(results) == ["0", "1", "2", "3", "4", "up to 4"]
     assert not any(each["differing_answers"] for each in results.values())
     assert [len(each["acceptance"]) for each in results.values()] == [0, 1, 2, 3, 4, 0]
