@@ -32,7 +32,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="prompt tokens read in one step; longer prompts are read in parts, so that other "
-        "answers go on between (default 2048)",
+        "answers go on between (default 8192 on a GPU, 2048 elsewhere)",
     )
     engine.add_argument(
         "--max-draft-tokens",
@@ -45,7 +45,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-mib",
         type=int,
         metavar="MIB",
-        help="memory for keys and values (default: what fits)",
+        help="memory for keys and values (default: what the context of all answers wants, at most "
+        "0.9 of a GPU's memory that weights leave free, less what states, kept prefixes and a step "
+        "take; elsewhere a quarter of what is free)",
     )
     engine.add_argument(
         "--prefix-cache-mib",

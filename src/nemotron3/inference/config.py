@@ -14,13 +14,15 @@ class EngineConfig:
     """Sequences that run at the same time."""
     max_num_waiting: int = 256
     """Answers that may wait for their turn; beyond that requests are refused."""
-    max_num_batched_tokens: int = 2048
-    """Prompt tokens read in one step; longer prompts are read in chunks, between others' steps."""
+    max_num_batched_tokens: int | None = None
+    """Prompt tokens read in one step; longer prompts are read in chunks, between others' steps.
+    None for 8192 on a GPU, which fewer do not fill, and 2048 elsewhere."""
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; None for the model's own limit."""
     kv_cache_bytes: int | None = None
-    """Memory for keys and values; None for what `max_num_seqs` long sequences want, at most a
-    quarter of the memory that is free."""
+    """Memory for keys and values; None for what `max_num_seqs` long sequences want, at most nine
+    tenths of a GPU's memory that weights leave free, less what states, kept prefixes and a step
+    take of it; a quarter of what is free elsewhere, and at least."""
     page_size: int = 64
     """Tokens of a page of keys and values."""
     prefix_cache_bytes: int = 1 << 30

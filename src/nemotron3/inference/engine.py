@@ -24,7 +24,7 @@ from torch import Tensor
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.draft_length import DraftLength
-from nemotron3.inference.memory import longest_sequence, num_pages
+from nemotron3.inference.memory import batched_tokens, longest_sequence, num_pages
 from nemotron3.inference.passes import Passes
 from nemotron3.inference.prefix_cache import PrefixCache
 from nemotron3.inference.requests import FinishReason, Progress, PromptReport, TokenLogprob
@@ -95,7 +95,12 @@ class Engine:
                 precision=self.config.state,
             )
         self.prefixes = PrefixCache(self.cache, max_bytes=self.config.prefix_cache_bytes)
-        self.scheduler = Scheduler(self.cache, self.prefixes, self.config)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.prefixes,
+            self.config,
+            max_num_batched_tokens=batched_tokens(self.config, model.device),
+        )
         self._steps = StepRunner(model, self.cache)
         self._passes = Passes(model, self.cache)
         self._drafter = Drafter(self._passes) if drafts else None

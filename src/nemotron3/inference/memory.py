@@ -1,14 +1,61 @@
-"""How many pages of keys and values an engine makes."""
+"""How many tokens an engine reads at a time, and how many pages of keys and values it makes.
+
+Where nobody says, the device decides. A GPU is there for the model alone: nearly all of its memory
+is taken, as vLLM does (`gpu_memory_utilization`), but for what comes later, which is counted first.
+Other memory is shared with everything else that runs on the machine, and little of it is taken.
+"""
+
+import torch
 
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.speculative import most_drafts
+from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.pattern import LayerKind
-from nemotron3.parallel.devices import free_memory_bytes
+from nemotron3.parallel.devices import free_memory_bytes, has_memory_of_its_own
 
-_SHARE = 4
+_SHARE, _GPU_SHARE = 0.25, 0.9
 """At most this part of the free memory is taken, where nobody says how much."""
+_BATCHED_TOKENS, _GPU_BATCHED_TOKENS = 2048, 8192
+_STEP_BYTES_PER_TOKEN = 384 * 1024
+"""Left for the activations of a token of a prompt: 3 GiB for 8192 of them."""
+
+
+def batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Prompt tokens read in one step."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    return _GPU_BATCHED_TOKENS if has_memory_of_its_own(device) else _BATCHED_TOKENS
+
+
+def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device) -> int:
+    """Memory for keys and values where nobody says how much."""
+    free = free_memory_bytes(device)
+    least = int(free * _SHARE)
+    if not has_memory_of_its_own(device):
+        return least
+    later = (
+        _state_bytes(model, config)
+        + config.prefix_cache_bytes
+        + batched_tokens(config, device) * _STEP_BYTES_PER_TOKEN
+    )
+    return max(int(free * _GPU_SHARE) - later, least)  # a small GPU holds no large step
+
+
+def _state_bytes(model: LanguageModel, config: EngineConfig) -> int:
+    """Of the Mamba layers' states; with drafts also of those after each token of a window."""
+    cache = HybridCache(
+        model.config,
+        slots=config.max_num_seqs,
+        dtype=model.activation_dtype or model.output_weight.dtype,
+        device=torch.device("meta"),
+        pages=0,
+        precision=config.state,
+    )
+    drafts = most_drafts(model, config.max_draft_tokens)
+    return cache.state_nbytes * (1 + (1 + drafts if drafts else 0))
 
 
 def page_bytes(model: LanguageModel, config: EngineConfig) -> int:
@@ -33,7 +80,7 @@ def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) ->
     wanted = config.max_num_seqs * longest
     may_take = config.kv_cache_bytes
     if may_take is None:
-        may_take = free_memory_bytes(model.device) // _SHARE
+        may_take = cache_bytes(model, config, model.device)
     pages = min(wanted, may_take // size)
     if pages < 2:
         raise ConfigError(

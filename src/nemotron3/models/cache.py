@@ -114,6 +114,11 @@ class HybridCache:
             if isinstance(layer, AttentionState)
         ]
 
+    @property
+    def state_nbytes(self) -> int:
+        """Memory of the Mamba layers' states, whatever the sequences' lengths."""
+        return sum(part.nbytes for layer in self._mamba for part in layer.kept)
+
     def addresses(self) -> tuple[int, ...]:
         """Where its tensors lie; the same as long as none has been replaced by a larger one."""
         tensors = [self.table.tensor]

@@ -79,6 +79,11 @@ def measure_product_rate(
     return best
 
 
+def has_memory_of_its_own(device: torch.device) -> bool:
+    """Whether a device's memory is there for what runs on it alone, as a GPU's is."""
+    return device.type == "cuda"
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that could be taken on a device now."""
     if device.type == "cuda":
