@@ -11,6 +11,7 @@ import pytest
 from nemotron3.cli import chat
 from nemotron3.cli.chat import Talk
 from nemotron3.cli.main import main
+from nemotron3.inference.requests import SamplingParams
 from tests.server.serving import write_model
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -114,6 +115,9 @@ def test_an_interruption_stops_the_answer_and_not_the_talk(talk, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chat._Printer, "think", interrupted)
-    said = talk("one", "/clear", options=["--max-tokens", "3500"]).out
+    # The end of an answer by chance may come before the interruption does.
+    endless = SamplingParams(ignore_eos=True, max_tokens=3500)
+    monkeypatch.setattr(chat, "_params", lambda _known, _llm: endless)
+    said = talk("one", "/clear").out
     assert "[stopped]" in said
     assert "the conversation is forgotten" in said
