@@ -24,6 +24,10 @@ class _Entry:
     snapshot: Snapshot
 
 
+_TYPE = "q"
+_BYTES = array(_TYPE).itemsize
+"""Of a token, as it is hashed."""
+
 _Key = tuple[int, bytes]
 """How long a beginning is, and its hash."""
 
@@ -109,9 +113,6 @@ class PrefixCache:
         return running
 
 
-_BYTES = 8
-
-
 def _packed(tokens: Sequence[int]) -> bytes:
     """Tokens as what is hashed and compared in one go, of long prompts too."""
-    return array("q", tokens).tobytes()
+    return array(_TYPE, tokens).tobytes()

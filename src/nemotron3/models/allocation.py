@@ -6,8 +6,8 @@ the rest is kept in: the scan's own, whose rounding the state sums up over the w
 the router's selection bias, whose rounding changes which experts are chosen.
 
 In a computer's own memory all lie in one stretch, in the order of their modules, for which large
-pages are asked: a decoding step reads all active weights once, and with pages of 4 KiB a
-twentieth to a tenth of its time goes into looking up where they are.
+pages are asked: a decoding step reads all active weights once, and with pages of 4 KiB part of its
+time goes into looking up where they are.
 """
 
 import mmap
