@@ -18,6 +18,7 @@ import datetime
 import json
 import shutil
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from benchmarks.inference.client import Client
 from benchmarks.llama_cpp import write_gguf_of
 from benchmarks.machine import BUSY, command, description, load_average, warn_if_busy
 from benchmarks.page import ROOT, fill, table
+from benchmarks.timing import turns
 
 from nemotron3 import LLM, EngineConfig, LanguageModel, SamplingParams
 from nemotron3.config import read_run
@@ -44,6 +46,8 @@ PAGE = ROOT / "docs" / "reasoning.md"
 MOST = 4
 STRETCH = 64
 """Tokens of a text to go on from."""
+PAUSE_S = 0.05
+"""Before an answer: llama.cpp's threads spin for a while after their own."""
 
 Prompts = list[tuple[int, ...]]
 
@@ -208,9 +212,10 @@ def measure(writers: Sequence[Ours | Theirs], prompts: Prompts, *, rounds: int) 
     for writer in writers:
         writer.answer(prompts[0])  # compiles, and learns what steps cost
         writer.outcome = Outcome(name=writer.outcome.name)
-    for number, prompt in enumerate(prompts * rounds):
-        first = number % len(writers)
-        for writer in [*writers[first:], *writers[:first]]:
+    answers = prompts * rounds
+    for prompt, order in zip(answers, turns(writers, rounds=len(answers)), strict=True):
+        for writer in order:
+            time.sleep(PAUSE_S)
             writer.answer(prompt)
 
 

@@ -4,11 +4,14 @@ A contestant is a callable that does its work once and returns the seconds it to
 since what must not count (a prompt before decoding, the start of another program) differs.
 """
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+T = TypeVar("T")
 Contestant = Callable[[], float]
 
 
@@ -32,17 +35,27 @@ class Sample:
 def interleave(
     contestants: Mapping[str, Contestant], *, repeats: int, warmups: int = 1
 ) -> dict[str, Sample]:
-    """Run all in turn, `repeats` times after warming up, each round with another one first."""
+    """Run all in turn, `repeats` times after warming up."""
     for _ in range(warmups):
         for run in contestants.values():
             run()
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(repeats):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+    for order in turns(names, rounds=repeats):
+        for name in order:
             seconds[name].append(contestants[name]())
     return {name: Sample(tuple(values)) for name, values in seconds.items()}
+
+
+def turns(peers: Sequence[T], *, rounds: int) -> Iterator[list[T]]:
+    """All peers in another order each round.
+
+    What one leaves behind, such as threads that still spin or a full cache, is borne by whoever
+    comes next, and that must not always be the same one.
+    """
+    chance = random.Random(0)
+    for _ in range(rounds):
+        yield chance.sample(peers, len(peers))
 
 
 def timed(action: Callable[[], object]) -> Contestant:
