@@ -54,7 +54,10 @@ class Client:
         for line in response:
             if not line.startswith(b"data: {"):
                 continue
-            new = _tokens(json.loads(line[6:]))
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise SystemExit(f"{self.path} failed: {event['error']}")
+            new = _tokens(event)
             if new:
                 last = time.perf_counter() - start
                 first = first or last
