@@ -9,7 +9,7 @@ from benchmarks.layers import clocked, flops_per_token, profiled
 from benchmarks.models import TOLERANCE, build_pair, configs, our_loss, parity, tokens_of
 from benchmarks.timing import interleave
 
-from benchmarks import cpu, limits, machine, page, profile_layers, scaling
+from benchmarks import cpu, limits, machine, page, profile_layers, scaling, timing
 from nemotron3.models.accounting import forward_flops_per_token, model_costs
 from nemotron3.models.nemotron_h import LanguageModel
 
@@ -25,6 +25,7 @@ def _quick_limits(monkeypatch):
     monkeypatch.setattr(machine, "limits", lambda: fake)
     monkeypatch.setattr(machine, "READ_MEGABYTES", 1)
     monkeypatch.setattr(machine, "MOMENT", 1e-3)
+    monkeypatch.setattr(timing, "PAUSE_S", 0.0)
 
 
 @pytest.fixture
