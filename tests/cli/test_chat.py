@@ -11,7 +11,6 @@ import pytest
 from nemotron3.cli import chat
 from nemotron3.cli.chat import Talk
 from nemotron3.cli.main import main
-from nemotron3.inference.requests import SamplingParams
 from tests.server.serving import write_model
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -106,6 +105,15 @@ def test_a_limit_that_cannot_be_is_said_and_the_talk_goes_on(talk):
     assert "5000" in said.err
 
 
+@pytest.fixture
+def _interruptible():
+    """A shell starts what it puts in the background with interruptions ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interruption_stops_the_answer_and_not_the_talk(talk, monkeypatch):
     shown = chat._Printer.think
 
@@ -115,9 +123,6 @@ def test_an_interruption_stops_the_answer_and_not_the_talk(talk, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chat._Printer, "think", interrupted)
-    # The end of an answer by chance may come before the interruption does.
-    endless = SamplingParams(ignore_eos=True, max_tokens=3500)
-    monkeypatch.setattr(chat, "_params", lambda _known, _llm: endless)
-    said = talk("one", "/clear").out
+    said = talk("one", "/clear", options=["--max-tokens", "3500"]).out
     assert "[stopped]" in said
     assert "the conversation is forgotten" in said

@@ -37,7 +37,7 @@ class Scheduler:
         """In the order of their arrival."""
         self.num_preemptions = 0
         self._config = config
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._is_narrow = config.state.is_narrow
         self._free_slots = list(range(len(cache.lengths)))[::-1]
         self._groups: dict[str, Snapshot] = {}
@@ -72,7 +72,7 @@ class Scheduler:
         That a sequence's tokens be the same in any company, its chunks then end only where its own
         prompt says; and what it had written before it was taken off is read by itself, as steps.
         """
-        budget = self._max_num_batched_tokens
+        budget = self.max_num_batched_tokens
         prompts: list[tuple[Sequence, int]] = []
         again: list[tuple[Sequence, int]] = []
         for sequence in self.running:
@@ -188,7 +188,7 @@ class Scheduler:
         if self._leads(sequence):
             ends.add(sequence.num_prompt - 1)
         if self._is_narrow:
-            grids = (self._max_num_batched_tokens, config.prefix_interval)
+            grids = (self.max_num_batched_tokens, config.prefix_interval)
             ends |= {sequence.num_prompt, *((start // grid + 1) * grid for grid in grids)}
             if start >= sequence.num_prompt:
                 ends.add(start + MAX_STEPS)
