@@ -9,6 +9,8 @@
 #include "team.h"
 
 namespace {
+constexpr int64_t WORTH_THREADS = 1 << 13;  // scores below which a second thread costs more
+
 INLINE vec read(const float* p, int64_t n, float beyond) {
   if (n >= LANES) return load(p);
   vec v = splat(beyond);
@@ -73,6 +75,38 @@ void route(Team& team, const float* logits, const float* bias, int64_t* indices,
     for (int64_t i = 0; i < choices; i++) w[i] = (normalise ? w[i] / total : w[i]) * scale;
   }
 }
+
+// From ds = dL/d(scores) to dL/d(logits), in its place.
+void score_backward(const float* scores, float* ds, int64_t n, bool softmax) {
+  float mean = 0.0f;
+  if (softmax)
+    for (int64_t i = 0; i < n; i++) mean += scores[i] * ds[i];
+  for (int64_t i = 0; i < n; i++)
+    ds[i] = softmax ? scores[i] * (ds[i] - mean) : scores[i] * (1.0f - scores[i]) * ds[i];
+}
 }  // namespace
 
 SHARED(route, route)
+
+extern "C" {
+
+// d_logits [tokens, experts] from what `route` gave, the gradient of the weights, and that of the
+// scores, which lies in d_logits already.
+void route_backward(const int64_t* indices, const float* scores, const float* d_weights,
+                    float* d_logits, int64_t tokens, int64_t experts, int64_t choices,
+                    int64_t softmax, int64_t normalise, float scale, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * experts > WORTH_THREADS)
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t* chosen = indices + t * choices;
+    const float *s = scores + t * experts, *dw = d_weights + t * choices;
+    float *ds = d_logits + t * experts, total = 1.0f, mean = 0.0f;
+    if (normalise) {  // w_i = scale s_i / total, so each score pulls at all weights
+      total = 1e-20f;
+      for (int64_t i = 0; i < choices; i++) total += s[chosen[i]];
+      for (int64_t i = 0; i < choices; i++) mean += dw[i] * s[chosen[i]] / total;
+    }
+    for (int64_t i = 0; i < choices; i++) ds[chosen[i]] += scale / total * (dw[i] - mean);
+    score_backward(s, ds, experts, softmax);
+  }
+}
+}

@@ -1,30 +1,72 @@
-"""Choosing experts in C++ (native.cpp says how); gradients are PyTorch's."""
+"""Choosing experts in C++ (native.cpp says how)."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemotron3.ops.native import TeamFunction, contiguous_rows
-from nemotron3.ops.routing.reference import Scoring, route_reference
+from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
+from nemotron3.ops.routing.reference import Scoring
 
-_route = TeamFunction(Path(__file__).with_name("native.cpp"), "route", "ppppp iiiiii f")
+_SOURCE = Path(__file__).with_name("native.cpp")
+_forward = TeamFunction(_SOURCE, "route", "ppppp iiiiii f")
+_backward = NativeFunction(_SOURCE, "route_backward", "pppp iiiii f")
+
+_Routed = tuple[Tensor, Tensor, Tensor]
+
+
+class _Rule(NamedTuple):
+    """How scores become weights, as the compiled functions take it."""
+
+    is_softmax: int
+    normalise: int
+    scale: float
 
 
 def route_native(
     logits: Tensor, bias: Tensor, *, choices: int, scoring: Scoring, normalise: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Routed:
     """Shapes as in `nemotron3.ops.routing.api.route`."""
+    rule = _Rule(int(scoring == "softmax"), int(normalise), scale)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return route_reference(
-            logits, bias, choices=choices, scoring=scoring, normalise=normalise, scale=scale
-        )
+        return _Route.apply(logits, bias.detach(), choices, rule)
+    return _choose(logits, bias, choices, rule)
+
+
+def _choose(logits: Tensor, bias: Tensor, choices: int, rule: _Rule) -> _Routed:
     logits, bias = contiguous_rows(logits), bias.contiguous()
     (tokens, experts), scores = logits.shape, logits.new_empty(logits.shape)
     weights = logits.new_empty(tokens, choices)
     indices = torch.empty_like(weights, dtype=torch.int64)
-    _route(
-        logits, bias, indices, weights, scores, tokens, experts, choices, logits.stride(0),
-        int(scoring == "softmax"), int(normalise), scale, work=logits.numel() * choices,
+    _forward(
+        logits, bias, indices, weights, scores, tokens, experts, choices, logits.stride(0), *rule,
+        work=logits.numel() * choices,
     )  # fmt: skip
     return indices, weights, scores
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, bias: Tensor, choices: int, rule: _Rule) -> _Routed:
+        indices, weights, scores = _choose(logits, bias, choices, rule)
+        ctx.save_for_backward(indices, scores)
+        ctx.rule = rule
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return indices, weights, scores
+
+    @staticmethod
+    def backward(
+        ctx: Any, _: None, d_weights: Tensor | None, d_scores: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
+        indices, scores = ctx.saved_tensors
+        (tokens, choices), experts = indices.shape, scores.shape[1]
+        d_logits = torch.zeros_like(scores)
+        if d_scores is not None:
+            d_logits.copy_(d_scores)
+        d_weights = scores.new_zeros(tokens, choices) if d_weights is None else d_weights
+        _backward(
+            indices, scores, d_weights.contiguous(), d_logits, tokens, experts, choices, *ctx.rule
+        )
+        return d_logits, None, None, None
