@@ -12,7 +12,6 @@
 #include "team.h"
 
 namespace {
-constexpr int64_t BLOCK = 126;  // rows at a time: a multiple of every tile's
 constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
 
 enum Activation { RELU2, SWIGLU };
@@ -96,18 +95,16 @@ INLINE float activate_backward(float* h, const float* da, int64_t hidden, int64_
   return sum(total);
 }
 
-// Room for a block of rows: both matrices, turned, the tokens, and what is between the products.
+// Room for a block of rows: the tokens, and what is between the products.
 struct ForwardRoom {
   int64_t ldx, ldh;
-  float *up_turned, *down_turned, *xs, *h;
-  static int64_t floats(const Shape& s) {
-    return (s.up_rows() + s.hidden) * s.width + BLOCK * (pitch(s.width) + pitch(s.up_rows()));
-  }
-  ForwardRoom(const Shape& s, Scratch& scratch) : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {
-    up_turned = scratch.take(s.width, s.up_rows());
-    down_turned = scratch.take(s.hidden, s.width);
-    xs = scratch.take(BLOCK, ldx);
-    h = scratch.take(BLOCK, ldh);
+  float *xs, *h;
+  int64_t row() const { return ldx + ldh; }
+  int64_t floats() const { return most_rows(row()) * row(); }
+  explicit ForwardRoom(const Shape& s) : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {}
+  void take(Scratch& scratch) {
+    xs = scratch.take(most_rows(row()), ldx);
+    h = scratch.take(most_rows(row()), ldh);
   }
 };
 
@@ -115,20 +112,19 @@ struct ForwardRoom {
 void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                     int64_t ldx, const float* weights, const float* up, const float* down,
                     const ForwardRoom& room, float* outputs) {
-  const int64_t end = order.bounds[expert + 1], up_rows = s.up_rows();
-  transpose(up, s.width, up_rows, s.width, room.up_turned, up_rows);
-  transpose(down, s.hidden, s.width, s.hidden, room.down_turned, s.width);
-  for (int64_t first = order.bounds[expert]; first < end; first += BLOCK) {
-    const int64_t rows = end - first < BLOCK ? end - first : BLOCK;
+  const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
+  const int64_t up_rows = s.up_rows(), block = block_rows(end - begin, room.row());
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t rows = end - first < block ? end - first : block;
     const int64_t* sources = order.sources + first;
     gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
-    gemm(rows, up_rows, s.width, room.xs, room.ldx, 1, room.up_turned, up_rows, room.h, room.ldh);
+    gemm_turned(rows, up_rows, s.width, room.xs, room.ldx, 1, up, s.width, room.h, room.ldh);
     for (int64_t r = 0; r < rows; r++) {
       float* h = room.h + r * room.ldh;
       activate(h, s.hidden, s.hidden, s.activation, weights[sources[r]], h);
     }
-    gemm(rows, s.width, s.hidden, room.h, room.ldh, 1, room.down_turned, s.width,
-         outputs + first * s.width, s.width);
+    gemm_turned(rows, s.width, s.hidden, room.h, room.ldh, 1, down, s.hidden,
+                outputs + first * s.width, s.width);
   }
 }
 
@@ -170,8 +166,9 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
 void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
                   const float* weights, const float* up, const float* down, float* outputs,
                   float* y) {
-  Scratch scratch(ForwardRoom::floats(s));
-  const ForwardRoom room(s, scratch);
+  ForwardRoom room(s);
+  Scratch scratch(room.floats());
+  room.take(scratch);
   for (int64_t e; (e = team.next()) < s.experts;)
     if (order.bounds[e] < order.bounds[e + 1])
       forward_expert(s, order, e, x, ldx, weights, up + e * s.up_rows() * s.width,
@@ -184,19 +181,18 @@ void forward_many(Team& team, const Shape& s, const Order& order, const float* x
 
 struct BackwardRoom {
   int64_t ldx, ldu, ldh;
-  float *up_turned, *xs, *dy, *h, *a, *da;
-  static int64_t floats(const Shape& s) {
-    return s.up_rows() * s.width +
-           BLOCK * (2 * pitch(s.width) + pitch(s.up_rows()) + 2 * pitch(s.hidden));
-  }
-  BackwardRoom(const Shape& s, Scratch& scratch)
-      : ldx(pitch(s.width)), ldu(pitch(s.up_rows())), ldh(pitch(s.hidden)) {
-    up_turned = scratch.take(s.width, s.up_rows());
-    xs = scratch.take(BLOCK, ldx);
-    dy = scratch.take(BLOCK, ldx);
-    h = scratch.take(BLOCK, ldu);
-    a = scratch.take(BLOCK, ldh);
-    da = scratch.take(BLOCK, ldh);
+  float *xs, *dy, *h, *a, *da;
+  int64_t row() const { return 2 * ldx + ldu + 2 * ldh; }
+  int64_t floats() const { return most_rows(row()) * row(); }
+  explicit BackwardRoom(const Shape& s)
+      : ldx(pitch(s.width)), ldu(pitch(s.up_rows())), ldh(pitch(s.hidden)) {}
+  void take(Scratch& scratch) {
+    const int64_t rows = most_rows(row());
+    xs = scratch.take(rows, ldx);
+    dy = scratch.take(rows, ldx);
+    h = scratch.take(rows, ldu);
+    a = scratch.take(rows, ldh);
+    da = scratch.take(rows, ldh);
   }
 };
 
@@ -211,14 +207,14 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
     if (d_down) memset(d_down, 0, 4 * s.hidden * s.width);
     return;
   }
-  transpose(up, s.width, up_rows, s.width, room.up_turned, up_rows);
-  for (int64_t first = begin; first < end; first += BLOCK) {
-    const int64_t rows = end - first < BLOCK ? end - first : BLOCK;
+  const int64_t block = block_rows(end - begin, room.row());
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t rows = end - first < block ? end - first : block;
     const int64_t* sources = order.sources + first;
     const bool add = first > begin;
     gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
     gather(grad, ldgrad, sources, s.choices, rows, s.width, room.dy, room.ldx);
-    gemm(rows, up_rows, s.width, room.xs, room.ldx, 1, room.up_turned, up_rows, room.h, room.ldu);
+    gemm_turned(rows, up_rows, s.width, room.xs, room.ldx, 1, up, s.width, room.h, room.ldu);
     gemm(rows, s.hidden, s.width, room.dy, room.ldx, 1, down, s.hidden, room.da, room.ldh);
     for (int64_t r = 0; r < rows; r++)
       d_weights[sources[r]] =
@@ -291,8 +287,9 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   const int64_t up_rows = s.up_rows();
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(BackwardRoom::floats(s));
-    const BackwardRoom room(s, scratch);
+    BackwardRoom room(s);
+    Scratch scratch(room.floats());
+    room.take(scratch);
 #pragma omp for schedule(dynamic)
     for (int64_t e = 0; e < experts; e++)
       backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,

@@ -1,25 +1,23 @@
 // Dense products with a weight matrix [out, in]: y = x W^T, and its two gradients.
 //
-// Many rows go through gemm.h in blocks, each of which belongs to one thread. The forward pass turns
-// a strip of W at a time, so that its vectors run along the outputs; the gradients need no turning.
-// A few rows (decoding) go through rows.h, which reads W once, as it lies.
-#include <memory>
+// Many rows go through gemm.h in blocks, each of which belongs to one thread and has as many rows as
+// its second cache holds: the other operand is then brought near seldom. The forward pass turns
+// strips of W, so that its vectors run along the outputs; the gradients need no turning. A few rows
+// (decoding) go through rows.h, which reads W once, as it lies.
+#include <algorithm>
 
 #include "gemm.h"
 #include "rows.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace {
+using std::min;
 constexpr int64_t STRIP = detail::WIDTH;
 constexpr int64_t DEPTH = detail::DEPTH;
-constexpr int64_t BLOCK = 240;  // rows of a task at most: a multiple of every tile's
+constexpr int64_t SLICE = 512, COLUMNS = 512;
 constexpr int64_t WORTH_THREADS = 1 << 15;  // multiply-adds below which a second thread costs more
 
-// Rows of a task, so that all threads get as many: whole tiles, BLOCK at most.
-int64_t share(int64_t rows, int64_t threads) {
-  const int64_t tasks = (rows + BLOCK * threads - 1) / (BLOCK * threads) * threads;
-  return (rows + tasks * TILE_ROWS - 1) / (tasks * TILE_ROWS) * TILE_ROWS;
-}
 // y [rows, outputs] = x [rows, inputs] W^T.
 void forward(Team& team, const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
              int64_t inputs, int64_t ldx) {
@@ -28,17 +26,19 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
     few_rows(rows, x, ldx, w, part.first, part.last, inputs, y, outputs);
     return;
   }
-  const int64_t strips = (outputs + STRIP - 1) / STRIP, blocks = (rows + BLOCK - 1) / BLOCK;
-  const std::unique_ptr<float[]> turned(new float[STRIP * inputs]);
-  const Range part = team.share(strips * blocks);
-  int64_t held = -1;
-  for (int64_t task = part.first; task < part.last; task++) {
-    const int64_t strip = task / blocks, row = task % blocks * BLOCK, n = strip * STRIP;
-    const int64_t width = outputs - n < STRIP ? outputs - n : STRIP;
-    if (strip != held) transpose(w + n * inputs, inputs, width, inputs, turned.get(), STRIP);
-    held = strip;
-    gemm(rows - row < BLOCK ? rows - row : BLOCK, width, inputs, x + row * ldx, ldx, 1,
-         turned.get(), STRIP, y + row * outputs + n, outputs);
+  // Blocks and strips are dealt out together: one block serves all threads where rows are few.
+  const int64_t slice = inputs < SLICE ? inputs : SLICE;
+  const int64_t block = block_rows(rows, slice), blocks = (rows + block - 1) / block;
+  const int64_t strips = (outputs + STRIP - 1) / STRIP;
+  const Range part = team.share(blocks * strips);
+  for (int64_t task = part.first; task < part.last;) {
+    const int64_t row = task / strips * block, first = task % strips * STRIP;
+    const int64_t some = min(part.last - task, min(COLUMNS / STRIP, strips - task % strips));
+    const int64_t width = min(outputs - first, some * STRIP), h = min(rows - row, block);
+    for (int64_t t = 0; t < inputs || t == 0; t += SLICE)
+      gemm_turned(h, width, min(inputs - t, SLICE), x + row * ldx + t, ldx, 1,
+                  w + first * inputs + t, inputs, y + row * outputs + first, outputs, t);
+    task += some;
   }
 }
 }  // namespace
@@ -50,33 +50,49 @@ extern "C" {
 // dx [rows, inputs] = dy [rows, outputs] W.
 void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,
                            int64_t outputs, int64_t inputs, int64_t lddy, int64_t threads) {
-  const int64_t block = share(rows, threads);
-#pragma omp parallel for num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
-  for (int64_t row = 0; row < rows; row += block)
-    gemm(rows - row < block ? rows - row : block, inputs, outputs, dy + row * lddy, lddy, 1, w,
-         inputs, dx + row * inputs, inputs);
+  const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
+#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
+  {
+    Scratch scratch(pitch(DEPTH) * block);
+    float* slice = scratch.take(pitch(DEPTH), block);
+#pragma omp for collapse(2)
+    for (int64_t row = 0; row < rows; row += block)
+      for (int64_t n = 0; n < inputs; n += COLUMNS) {
+        const int64_t h = rows - row < block ? rows - row : block;
+        const int64_t width = inputs - n < COLUMNS ? inputs - n : COLUMNS;
+        for (int64_t t = 0; t < outputs; t += DEPTH) {
+          const int64_t depth = outputs - t < DEPTH ? outputs - t : DEPTH;
+          for (int64_t r = 0; r < h; r++)
+            memcpy(slice + r * pitch(DEPTH), dy + (row + r) * lddy + t, 4 * depth);
+          gemm(h, width, depth, slice, pitch(DEPTH), 1, w + t * inputs + n, inputs,
+               dx + row * inputs + n, inputs, t);
+        }
+      }
+  }
 }
 
 // dW [outputs, inputs] = dy^T x, added to dW where `add`.
 void linear_backward_weight(const float* dy, const float* x, float* dw, int64_t rows,
                             int64_t outputs, int64_t inputs, int64_t lddy, int64_t ldx, int64_t add,
                             int64_t threads) {
-  const int64_t block = share(outputs, threads);
+  const int64_t block = block_rows(outputs, DEPTH + COLUMNS, threads);
 #pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
   {
-    float* columns = new float[DEPTH * BLOCK];  // of dy, brought together
-#pragma omp for
-    for (int64_t n = 0; n < outputs; n += block) {
-      const int64_t width = outputs - n < block ? outputs - n : block;
+    Scratch scratch(DEPTH * block);
+    float* columns = scratch.take(DEPTH, block);  // of dy, brought together
+#pragma omp for collapse(2)
+    for (int64_t m = 0; m < outputs; m += block)
+    for (int64_t n = 0; n < inputs; n += COLUMNS) {
+      const int64_t height = outputs - m < block ? outputs - m : block;
+      const int64_t width = inputs - n < COLUMNS ? inputs - n : COLUMNS;
       for (int64_t t = 0; t < rows; t += DEPTH) {
         const int64_t depth = rows - t < DEPTH ? rows - t : DEPTH;
         for (int64_t r = 0; r < depth; r++)
-          memcpy(columns + r * BLOCK, dy + (t + r) * lddy + n, 4 * width);
-        gemm(width, inputs, depth, columns, 1, BLOCK, x + t * ldx, ldx, dw + n * inputs, inputs,
+          memcpy(columns + r * block, dy + (t + r) * lddy + m, 4 * height);
+        gemm(height, width, depth, columns, 1, block, x + t * ldx + n, ldx, dw + m * inputs + n, inputs,
              add || t);
       }
     }
-    delete[] columns;
   }
 }
 }

@@ -1,11 +1,11 @@
 // Small matrix products on one thread: C = A B, for operands that stay in the cache.
 //
 // B is read in vectors along its rows and A an element at a time, so A may have any strides: a
-// transposed A costs nothing, a transposed B has to be turned first (simd.h). For many rows of A,
-// a strip of B is copied together, since rows that are a power of two apart would all fall into a
-// few lines of the cache. Every element of C is
-// summed over t in the same order whatever the shapes around it, so a row's result does not depend
-// on how many rows there are.
+// transposed A costs nothing, a transposed B is turned (`gemm_turned`), a strip at a time. For many
+// rows of A, a strip of B that lies the right way is copied together too, since rows that are a
+// power of two apart would all fall into a few lines of the cache. Every element of C is summed over
+// t in the same order whatever the shapes around it, so a row's result does not depend on how many
+// rows there are.
 #pragma once
 #include "simd.h"
 
@@ -82,46 +82,92 @@ static void strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, in
   }
 }
 
-template <bool ADD>
+// `depth` rows of B, `width` elements of each, side by side.
+INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, float* to) {
+  for (int64_t t = 0; t < depth; t++, b += ldb, to += WIDTH) {
+    if (width < WIDTH) {
+      memcpy(to, b, 4 * width);
+      continue;
+    }
+    vec row[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) store(to + v * LANES, row[v]);
+  }
+}
+
+template <bool ADD, bool TURN>
 static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                  int64_t a_depth, const float* b, int64_t from_ldb, float* c, int64_t ldc) {
+                  int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc) {
   alignas(64) float packed[DEPTH * WIDTH];
-  const bool pack = rows >= WORTH_PACKING && from_ldb > WIDTH;
+  const bool copy = TURN || (rows >= WORTH_PACKING && ldb > WIDTH);
   for (int64_t n = 0; n < columns; n += WIDTH) {
     const int64_t left = columns - n < WIDTH ? columns - n : WIDTH;
     const int64_t vectors = (left + LANES - 1) / LANES, tail = left - (vectors - 1) * LANES;
-    const float* bn = b + n;
+    if (TURN) transpose(b + n * ldb, ldb, left, depth, packed, WIDTH);
+    else if (copy) pack(b + n, ldb, depth, left, packed);
+    const float* bn = copy ? packed : b + n;
+    const int64_t ldbn = copy ? WIDTH : ldb;
     float* cn = c + n;
-    if (pack) {
-      for (int64_t t = 0; t < depth; t++) memcpy(packed + t * WIDTH, bn + t * from_ldb, 4 * left);
-      bn = packed;
-    }
-    const int64_t ldb = pack ? WIDTH : from_ldb;
     switch (vectors) {
-      case 4: strip<4, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
-      case 3: strip<3, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
-      case 2: strip<2, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
-      case 1: strip<1, ADD>(rows, depth, a, a_row, a_depth, bn, ldb, cn, ldc, tail); break;
+      case 4: strip<4, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
+      case 3: strip<3, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
+      case 2: strip<2, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
+      case 1: strip<1, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
     }
   }
 }
+
+template <bool TURN>
+INLINE void blocks(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                   int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
+    const int64_t n = depth - t < DEPTH ? depth - t : DEPTH;
+    const float *at = a + t * a_depth, *bt = b + t * (TURN ? 1 : ldb);
+    if (add || t) block<true, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc);
+    else block<false, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc);
+  }
+}
 }  // namespace detail
+
+constexpr int64_t TILE_ROWS = detail::ROWS;
 
 // C[m][n] = sum over t of A[m * a_row + t * a_depth] * B[t * ldb + n], added to C where `add`.
 static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                         int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
                         bool add = false) {
-  using detail::DEPTH;
-  for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
-    const int64_t n = depth - t < DEPTH ? depth - t : DEPTH;
-    if (add || t) detail::block<true>(rows, columns, n, a + t * a_depth, a_row, a_depth, b + t * ldb, ldb, c, ldc);
-    else detail::block<false>(rows, columns, n, a, a_row, a_depth, b, ldb, c, ldc);
-  }
+  detail::blocks<false>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }
 
-// Products with a lower triangle, a tile of rows at a time. TILE_ROWS is the height of a tile: where
-// the triangle is read, the rows of a tile have to be zero beyond the diagonal up to the tile's end.
-constexpr int64_t TILE_ROWS = detail::ROWS;
+// The same with B[n * ldb + t], a strip of columns after the other.
+static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, const float* a,
+                               int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
+                               float* c, int64_t ldc, bool add = false) {
+  using detail::WIDTH;
+  for (int64_t n = 0; n < columns; n += WIDTH)
+    detail::blocks<true>(rows, columns - n < WIDTH ? columns - n : WIDTH, depth, a, a_row, a_depth,
+                         b + n * ldb, ldb, c + n, ldc, add);
+}
+
+// Most rows of A to take at a time where each brings `width` elements to memory: as many as half of
+// a second cache holds, since every block of them brings B near again.
+constexpr int64_t most_rows(int64_t width) {
+  constexpr int64_t CACHED = 1 << 17;  // elements: half of a megabyte
+  constexpr int64_t FEWEST = 120, MOST = 480;  // whole tiles; with fewer rows B costs too much
+  const int64_t fit = CACHED / width / TILE_ROWS * TILE_ROWS;
+  return fit < FEWEST ? FEWEST : fit < MOST ? fit : MOST;
+}
+
+// Height of the blocks in which so many rows are taken: all the same but for rounding to tiles, and
+// at least one block for each of `parts`.
+constexpr int64_t block_rows(int64_t rows, int64_t width, int64_t parts = 1) {
+  const int64_t most = most_rows(width) * parts, blocks = (rows + most - 1) / most * parts;
+  return (rows + blocks * TILE_ROWS - 1) / (blocks * TILE_ROWS) * TILE_ROWS;
+}
+
+// Products with a lower triangle, a tile of rows at a time: where the triangle is read, the rows of a
+// tile have to be zero beyond the diagonal up to the tile's end.
 
 // C = A B for a lower triangle A [rows, rows].
 static inline void gemm_lower(int64_t rows, int64_t columns, const float* a, int64_t lda,
