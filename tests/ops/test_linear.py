@@ -6,7 +6,7 @@ import torch
 from nemotron3.ops.linear import linear
 from tests.ops.contract import outputs_and_gradients, randn
 from tests.ops.native import assert_native_equals_reference, needs_compiler
-from tests.tolerances import FLOAT64
+from tests.tolerances import FLOAT32, FLOAT64
 
 
 def product(backend):
@@ -28,6 +28,30 @@ def test_equals_reference(shape, assert_close):
 def test_native_equals_reference(rows, outputs, inputs, assert_close):
     operands = [randn(rows, inputs), randn(outputs, inputs)]
     assert_native_equals_reference(product, operands, assert_close)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shape", [(1000, 70, 1100), (130, 1100, 70), (521, 600, 530)])
+def test_native_goes_over_blocks_whole(shape, assert_close):
+    """More rows, inputs and outputs than are taken at a time, and multiples of nothing."""
+    rows, outputs, inputs = shape
+    operands = [randn(rows, inputs).float(), randn(outputs, inputs).float()]
+    expected = outputs_and_gradients(product("torch"), [t.double() for t in operands])
+    for a, e in zip(outputs_and_gradients(product("native"), operands), expected, strict=True):
+        assert_close(a.double(), e, FLOAT32)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
+def test_no_rows_give_no_rows_and_no_gradient():
+    x = torch.empty(0, 30, requires_grad=True)
+    weight = torch.randn(20, 30, requires_grad=True)
+    y = linear(x, weight, backend="native")
+    y.sum().backward()
+    assert y.shape == (0, 20)
+    assert x.grad.shape == (0, 30)
+    assert torch.equal(weight.grad, torch.zeros(20, 30))
 
 
 @needs_compiler

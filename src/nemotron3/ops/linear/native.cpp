@@ -50,22 +50,21 @@ extern "C" {
 // dx [rows, inputs] = dy [rows, outputs] W.
 void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,
                            int64_t outputs, int64_t inputs, int64_t lddy, int64_t threads) {
-  const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
+  const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads), ld = pitch(DEPTH);
 #pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
   {
-    Scratch scratch(pitch(DEPTH) * block);
-    float* slice = scratch.take(pitch(DEPTH), block);
+    Scratch scratch(ld * block);
+    float* slice = scratch.take(block, ld);  // of dy, brought together
 #pragma omp for collapse(2)
-    for (int64_t row = 0; row < rows; row += block)
+    for (int64_t m = 0; m < rows; m += block)
       for (int64_t n = 0; n < inputs; n += COLUMNS) {
-        const int64_t h = rows - row < block ? rows - row : block;
-        const int64_t width = inputs - n < COLUMNS ? inputs - n : COLUMNS;
+        const int64_t height = min(rows - m, block), width = min(inputs - n, COLUMNS);
         for (int64_t t = 0; t < outputs; t += DEPTH) {
-          const int64_t depth = outputs - t < DEPTH ? outputs - t : DEPTH;
-          for (int64_t r = 0; r < h; r++)
-            memcpy(slice + r * pitch(DEPTH), dy + (row + r) * lddy + t, 4 * depth);
-          gemm(h, width, depth, slice, pitch(DEPTH), 1, w + t * inputs + n, inputs,
-               dx + row * inputs + n, inputs, t);
+          const int64_t depth = min(outputs - t, DEPTH);
+          for (int64_t r = 0; r < height; r++)
+            memcpy(slice + r * ld, dy + (m + r) * lddy + t, 4 * depth);
+          gemm(height, width, depth, slice, ld, 1, w + t * inputs + n, inputs, dx + m * inputs + n,
+               inputs, t);
         }
       }
   }
@@ -79,20 +78,19 @@ void linear_backward_weight(const float* dy, const float* x, float* dw, int64_t 
 #pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
   {
     Scratch scratch(DEPTH * block);
-    float* columns = scratch.take(DEPTH, block);  // of dy, brought together
+    float* slice = scratch.take(DEPTH, block);  // of dy, brought together
 #pragma omp for collapse(2)
     for (int64_t m = 0; m < outputs; m += block)
-    for (int64_t n = 0; n < inputs; n += COLUMNS) {
-      const int64_t height = outputs - m < block ? outputs - m : block;
-      const int64_t width = inputs - n < COLUMNS ? inputs - n : COLUMNS;
-      for (int64_t t = 0; t < rows; t += DEPTH) {
-        const int64_t depth = rows - t < DEPTH ? rows - t : DEPTH;
-        for (int64_t r = 0; r < depth; r++)
-          memcpy(columns + r * block, dy + (t + r) * lddy + m, 4 * height);
-        gemm(height, width, depth, columns, 1, block, x + t * ldx + n, ldx, dw + m * inputs + n, inputs,
-             add || t);
+      for (int64_t n = 0; n < inputs; n += COLUMNS) {
+        const int64_t height = min(outputs - m, block), width = min(inputs - n, COLUMNS);
+        for (int64_t t = 0; t < rows || t == 0; t += DEPTH) {
+          const int64_t depth = min(rows - t, DEPTH);
+          for (int64_t r = 0; r < depth; r++)
+            memcpy(slice + r * block, dy + (t + r) * lddy + m, 4 * height);
+          gemm(height, width, depth, slice, 1, block, x + t * ldx + n, ldx, dw + m * inputs + n,
+               inputs, add || t);
+        }
       }
-    }
   }
 }
 }

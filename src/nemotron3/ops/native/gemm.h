@@ -162,6 +162,7 @@ constexpr int64_t most_rows(int64_t width) {
 // Height of the blocks in which so many rows are taken: all the same but for rounding to tiles, and
 // at least one block for each of `parts`.
 constexpr int64_t block_rows(int64_t rows, int64_t width, int64_t parts = 1) {
+  if (rows == 0) return TILE_ROWS;
   const int64_t most = most_rows(width) * parts, blocks = (rows + most - 1) / most * parts;
   return (rows + blocks * TILE_ROWS - 1) / (blocks * TILE_ROWS) * TILE_ROWS;
 }

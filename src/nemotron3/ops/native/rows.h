@@ -77,6 +77,7 @@ static void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w, 
 // y [rows, first..last) for any number of rows; columns of y are outputs of W.
 static inline void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w,
                             int64_t first, int64_t last, int64_t depth, float* y, int64_t ldy) {
+  if (rows == 0) return;
   const int64_t groups = (rows + detail::MOST - 1) / detail::MOST;
   const int64_t most = (rows + groups - 1) / groups;  // rows of a group
   const int64_t step = LANES / most;
