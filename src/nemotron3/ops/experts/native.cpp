@@ -118,7 +118,8 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
     const int64_t rows = end - first < block ? end - first : block;
     const int64_t* sources = order.sources + first;
     gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
-    gemm_turned(rows, up_rows, s.width, room.xs, room.ldx, 1, up, s.width, room.h, room.ldh);
+    gemm_turned(rows, up_rows, s.width, room.xs, room.ldx, 1, up, s.width, room.h, room.ldh, false,
+                down);
     for (int64_t r = 0; r < rows; r++) {
       float* h = room.h + r * room.ldh;
       activate(h, s.hidden, s.hidden, s.activation, weights[sources[r]], h);

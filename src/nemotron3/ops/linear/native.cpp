@@ -27,7 +27,7 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
     return;
   }
   // Blocks and strips are dealt out together: one block serves all threads where rows are few.
-  const int64_t slice = inputs < SLICE ? inputs : SLICE;
+  const int64_t slice = rows <= most_rows(inputs) ? inputs : min(inputs, SLICE);
   const int64_t block = block_rows(rows, slice), blocks = (rows + block - 1) / block;
   const int64_t strips = (outputs + STRIP - 1) / STRIP;
   const Range part = team.share(blocks * strips);
@@ -35,8 +35,8 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
     const int64_t row = task / strips * block, first = task % strips * STRIP;
     const int64_t some = min(part.last - task, min(COLUMNS / STRIP, strips - task % strips));
     const int64_t width = min(outputs - first, some * STRIP), h = min(rows - row, block);
-    for (int64_t t = 0; t < inputs || t == 0; t += SLICE)
-      gemm_turned(h, width, min(inputs - t, SLICE), x + row * ldx + t, ldx, 1,
+    for (int64_t t = 0; t < inputs || t == 0; t += slice)
+      gemm_turned(h, width, min(inputs - t, slice), x + row * ldx + t, ldx, 1,
                   w + first * inputs + t, inputs, y + row * outputs + first, outputs, t);
     task += some;
   }

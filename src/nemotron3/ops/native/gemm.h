@@ -16,10 +16,13 @@ constexpr int64_t WIDTH = VECTORS * LANES;  // of a strip of B
 constexpr int64_t DEPTH = 128;  // of B, so many rows of a strip stay in the first cache
 constexpr int64_t WORTH_PACKING = 64;  // rows of A from which it pays to bring those together
 
-// R rows and V vectors of C; `tail` is the number of elements in the last vector.
+constexpr int64_t LINE = 16;  // elements that memory brings at once
+
+// R rows and V vectors of C; `tail` is the number of elements in the last vector. What lies `ahead`
+// is asked for meanwhile, a line at each step, unless it is null.
 template <int R, int V, bool ADD>
 INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                 int64_t ldb, float* c, int64_t ldc, int64_t tail) {
+                 int64_t ldb, float* c, int64_t ldc, int64_t tail, const float* ahead) {
   vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -29,11 +32,15 @@ INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, 
       if (!ADD) sums[r][v] = vec{};
       else sums[r][v] = v + 1 < V || tail == LANES ? load(at) : load_part(at, tail);
     }
-  if (tail == LANES) {
+  const auto multiply = [&](bool whole, bool ask) __attribute__((always_inline)) {
     for (int64_t t = 0; t < depth; t++) {
+      if (ask) __builtin_prefetch(ahead + t * LINE, 0, 2);
       vec row[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) row[v] = load(b + t * ldb + v * LANES);
+      for (int v = 0; v < V; v++) {
+        const float* at = b + t * ldb + v * LANES;
+        row[v] = v + 1 < V || whole ? load(at) : load_part(at, tail);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const vec x = splat(a[r * a_row + t * a_depth]);
@@ -41,20 +48,10 @@ INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, 
         for (int v = 0; v < V; v++) sums[r][v] += x * row[v];
       }
     }
-  } else {
-    for (int64_t t = 0; t < depth; t++) {
-      vec row[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++)
-        row[v] = v + 1 < V ? load(b + t * ldb + v * LANES) : load_part(b + t * ldb + v * LANES, tail);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const vec x = splat(a[r * a_row + t * a_depth]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sums[r][v] += x * row[v];
-      }
-    }
-  }
+  };
+  if (tail < LANES) multiply(false, false);
+  else if (ahead) multiply(true, true);
+  else multiply(true, false);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -67,18 +64,22 @@ INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, 
 
 template <int V, bool ADD>
 static void strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-                  const float* b, int64_t ldb, float* c, int64_t ldc, int64_t tail) {
+                  const float* b, int64_t ldb, float* c, int64_t ldc, int64_t tail,
+                  const float* ahead) {
+  constexpr int64_t ASKING = WIDTH / LINE * ROWS;  // rows after which a strip has been asked for
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    tile<ROWS, V, ADD>(depth, a + r * a_row, a_row, a_depth, b, ldb, c + r * ldc, ldc, tail);
+  for (; r + ROWS <= rows; r += ROWS) {
+    tile<ROWS, V, ADD>(depth, a + r * a_row, a_row, a_depth, b, ldb, c + r * ldc, ldc, tail, ahead);
+    ahead = ahead && r + ROWS < ASKING ? ahead + depth * LINE : nullptr;
+  }
   a += r * a_row;
   c += r * ldc;
   switch (rows - r) {
-    case 5: tile<5, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
-    case 4: tile<4, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
-    case 3: tile<3, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
-    case 2: tile<2, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
-    case 1: tile<1, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail); break;
+    case 5: tile<5, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail, ahead); break;
+    case 4: tile<4, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail, ahead); break;
+    case 3: tile<3, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail, ahead); break;
+    case 2: tile<2, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail, ahead); break;
+    case 1: tile<1, V, ADD>(depth, a, a_row, a_depth, b, ldb, c, ldc, tail, ahead); break;
   }
 }
 
@@ -99,7 +100,8 @@ INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, floa
 
 template <bool ADD, bool TURN>
 static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                  int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc) {
+                  int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
+                  const float* ahead) {
   alignas(64) float packed[DEPTH * WIDTH];
   const bool copy = TURN || (rows >= WORTH_PACKING && ldb > WIDTH);
   for (int64_t n = 0; n < columns; n += WIDTH) {
@@ -111,22 +113,24 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, 
     const int64_t ldbn = copy ? WIDTH : ldb;
     float* cn = c + n;
     switch (vectors) {
-      case 4: strip<4, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
-      case 3: strip<3, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
-      case 2: strip<2, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
-      case 1: strip<1, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail); break;
+      case 4: strip<4, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail, ahead); break;
+      case 3: strip<3, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail, ahead); break;
+      case 2: strip<2, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail, ahead); break;
+      case 1: strip<1, ADD>(rows, depth, a, a_row, a_depth, bn, ldbn, cn, ldc, tail, ahead); break;
     }
   }
 }
 
 template <bool TURN>
 INLINE void blocks(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                   int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+                   int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
+                   const float* next = nullptr) {
   for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
     const int64_t n = depth - t < DEPTH ? depth - t : DEPTH;
     const float *at = a + t * a_depth, *bt = b + t * (TURN ? 1 : ldb);
-    if (add || t) block<true, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc);
-    else block<false, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc);
+    const float* ahead = next ? next + t * WIDTH : nullptr;
+    if (add || t) block<true, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc, ahead);
+    else block<false, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc, ahead);
   }
 }
 }  // namespace detail
@@ -140,14 +144,21 @@ static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const floa
   detail::blocks<false>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }
 
-// The same with B[n * ldb + t], a strip of columns after the other.
+// The same with B[n * ldb + t], a strip of columns after the other. With few rows it is held by the
+// reading of B; where strips lie one after the other, the next is asked for while one is multiplied,
+// and after the last what comes `next`.
 static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
-                               float* c, int64_t ldc, bool add = false) {
+                               float* c, int64_t ldc, bool add = false,
+                               const float* next = nullptr) {
   using detail::WIDTH;
-  for (int64_t n = 0; n < columns; n += WIDTH)
-    detail::blocks<true>(rows, columns - n < WIDTH ? columns - n : WIDTH, depth, a, a_row, a_depth,
-                         b + n * ldb, ldb, c + n, ldc, add);
+  for (int64_t n = 0; n < columns; n += WIDTH) {
+    const int64_t width = columns - n < WIDTH ? columns - n : WIDTH;
+    const float* strip = b + n * ldb;
+    const float* following = n + WIDTH < columns ? strip + WIDTH * ldb : next;
+    detail::blocks<true>(rows, width, depth, a, a_row, a_depth, strip, ldb, c + n, ldc, add,
+                         ldb == depth ? following : nullptr);
+  }
 }
 
 // Most rows of A to take at a time where each brings `width` elements to memory: as many as half of
