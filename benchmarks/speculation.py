@@ -8,7 +8,12 @@ conversation the prompt, of a text a stretch to go on from), with 0 to 4 drafts 
 many as the engine finds best. Drafts change no token; where rounding breaks a tie another way, the
 answers that differ from those without drafts are counted. Speeds are of decoding, the prompt left
 out. llama.cpp, where it is given, writes from the same weights and prompts with its own drafting
-(`--spec-type draft-mtp`), greedily. All take turns, answer by answer.
+(`--spec-type draft-mtp`); with a temperature it draws other random numbers than ours, so that
+answers differ and only rates compare. All take turns, answer by answer.
+
+    python -m benchmarks.speculation runs/reasoner/model --temperature 1 --llama-server ...
+
+is how the published models are sampled.
 """
 
 import argparse
@@ -127,13 +132,13 @@ class Ours:
         self._fixed = 0 if config.adapts_drafts else most
         self.outcome = Outcome(name=f"up to {most}" if config.adapts_drafts else str(most))
 
-    def answer(self, prompt: tuple[int, ...]) -> None:
+    def answer(self, prompt: tuple[int, ...], seed: int) -> None:
         """Write one answer, and add what it took to the outcome."""
         gains: list[int] = []
         drafted = self._llm.stats().drafted_tokens
         request = self._llm.generate(
             Prompt(ids=prompt),
-            self._params,
+            replace(self._params, seed=seed),
             on_delta=lambda _, delta: gains.append(len(delta.token_ids)),
         )[0]
         for gain in gains[1:]:
@@ -146,33 +151,57 @@ class Ours:
 class Theirs:
     """llama.cpp's server with one number of drafts."""
 
-    def __init__(self, client: Client, max_tokens: int, drafts: int) -> None:
-        self._client, self._max_tokens = client, max_tokens
+    def __init__(self, client: Client, params: SamplingParams, drafts: int) -> None:
+        self._client, self._params, self._drafts = client, params, drafts
         self.outcome = Outcome(name=str(drafts))
 
-    def answer(self, prompt: tuple[int, ...]) -> None:
-        """Write one answer, and add what it took to the outcome."""
-        answer, outcome = _complete(self._client, prompt, self._max_tokens), self.outcome
-        timings = answer["timings"]
-        decoded = timings["predicted_n"] - 1  # the prompt brings the first
-        outcome.tokens += decoded
-        outcome.steps += decoded - timings.get("draft_n_accepted", 0)
-        outcome.drafted += timings.get("draft_n", 0)
-        outcome.seconds += timings["predicted_ms"] / 1e3
-        outcome.answers.append(tuple(answer["tokens"]))
+    def answer(self, prompt: tuple[int, ...], seed: int) -> None:
+        """Write one answer twice, timed and then with its steps told, and add both to the outcome.
+
+        Told step by step it would be slower, and untold its count of accepted drafts would take in
+        those beyond the end of the answer.
+        """
+        timed, outcome = self._events(prompt, seed, told=False)[-1], self.outcome
+        outcome.seconds += timed["timings"]["predicted_ms"] / 1e3
+        events = self._events(prompt, seed, told=True)
+        outcome.drafted += events[-1]["timings"].get("draft_n", 0)
+        outcome.answers.append(tuple(token for event in events for token in event["tokens"]))
+        for gain in gains_of(events)[1:]:  # the prompt brings the first
+            outcome.count(gain, self._drafts)
+
+    def _events(self, prompt: Sequence[int], seed: int, *, told: bool) -> list[dict[str, Any]]:
+        """An answer as llama.cpp sends it, in one event or a token at a time."""
+        params = self._params
+        body = {"prompt": list(prompt), "n_predict": params.max_tokens, "seed": seed}
+        body |= {"temperature": params.temperature, "samplers": ["temperature"]}
+        body |= {"cache_prompt": False, "return_tokens": True}
+        body |= {"stream": told, "timings_per_token": told}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._client.port}{self._client.path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            if not told:
+                return [json.load(answer)]
+            lines = [line[6:] for line in answer if line.startswith(b"data: {")]
+            return [json.loads(line) for line in lines]
 
 
-def _complete(client: Client, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
-    """A whole greedy answer with what llama.cpp says of it."""
-    body = {"prompt": list(prompt), "n_predict": max_tokens, "temperature": 0}
-    body |= {"cache_prompt": False, "return_tokens": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{client.port}{client.path}",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+def gains_of(events: Sequence[dict[str, Any]]) -> list[int]:
+    """Tokens of each step of a told answer; those of one step have the same count of drafts."""
+    gains: list[int] = []
+    before = None
+    for event in events:
+        drafted = event["timings"].get("draft_n", 0)
+        if not event["tokens"]:
+            continue
+        if gains and drafted and drafted == before:
+            gains[-1] += len(event["tokens"])
+        else:
+            gains.append(len(event["tokens"]))
+        before = drafted
+    return gains
 
 
 def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
@@ -187,7 +216,7 @@ def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
 
 
 @contextlib.contextmanager
-def their_servers(server: Path, model: Path, max_tokens: int) -> Iterator[list[Theirs]]:
+def their_servers(server: Path, model: Path, params: SamplingParams) -> Iterator[list[Theirs]]:
     """llama.cpp's, likewise; it has no adaptive form."""
     with contextlib.ExitStack() as stack:
         copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
@@ -200,7 +229,7 @@ def their_servers(server: Path, model: Path, max_tokens: int) -> Iterator[list[T
                 stack.enter_context(
                     servers.llama_cpp(server, gguf, threads=threads, slots=1, drafts=drafts)
                 ),
-                max_tokens,
+                params,
                 drafts,
             )
             for drafts in range(MOST + 1)
@@ -210,13 +239,14 @@ def their_servers(server: Path, model: Path, max_tokens: int) -> Iterator[list[T
 def measure(writers: Sequence[Ours | Theirs], prompts: Prompts, *, rounds: int) -> None:
     """Have all write all answers, in turn, so that a slow minute of the machine hits all."""
     for writer in writers:
-        writer.answer(prompts[0])  # compiles, and learns what steps cost
+        writer.answer(prompts[0], 0)  # compiles, and learns what steps cost
         writer.outcome = Outcome(name=writer.outcome.name)
-    answers = prompts * rounds
-    for prompt, order in zip(answers, turns(writers, rounds=len(answers)), strict=True):
-        for writer in order:
-            time.sleep(PAUSE_S)
-            writer.answer(prompt)
+    orders = turns(writers, rounds=rounds * len(prompts))
+    for seed in range(rounds):
+        for prompt in prompts:
+            for writer in next(orders):
+                time.sleep(PAUSE_S)
+                writer.answer(prompt, seed)
 
 
 def records(writers: Sequence[Ours | Theirs]) -> dict[str, dict[str, Any]]:
@@ -228,13 +258,14 @@ def as_markdown(result: dict[str, Any]) -> str:
     """The record as a table, one row for each number of drafts; without speeds that are noise."""
     machine, theirs = result["machine"], result["llama_cpp"]
     is_noise = machine["load_before"] > BUSY  # what comes after is our own
-    columns = ["tokens a step"] if is_noise else ["tokens a step", "tokens/s", "speed-up"]
-    head = ["drafts", "acceptance by place", *columns]
+    columns = ["acceptance by place", "tokens a step"]
+    columns += [] if is_noise else ["tokens/s", "speed-up"]
+    head = ["drafts", *columns]
     rows = [head + ([f"{column}, llama.cpp" for column in columns] if theirs else [])]
     for name, each in result["ours"].items():
         if is_noise and not each["acceptance"]:
             continue  # none, or as many as the clock says
-        row = [name, ", ".join(f"{a:.0%}" for a in each["acceptance"])]
+        row = [name]
         for program in (each, theirs.get(name)) if theirs else (each,):
             row += _speeds(program)[: len(columns)] if program else [""] * len(columns)
         rows.append(row)
@@ -250,6 +281,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def _speeds(each: dict[str, Any]) -> list[str]:
     return [
+        ", ".join(f"{a:.0%}" for a in each["acceptance"]),
         f"{each['tokens_per_step']:.2f}",
         f"{each['tokens_per_s']:,.0f}",
         f"{each['speedup']:.2f}x",
@@ -266,25 +298,23 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--llama-server", type=Path)
     arguments = parser.parse_args()
-    if arguments.llama_server and arguments.temperature:
-        parser.error("llama.cpp draws other random numbers; compare at temperature 0")
     name = arguments.model.resolve().parent.name
+    if arguments.temperature:
+        name += f"-at-{arguments.temperature:g}"
     prompts = prompts_of(arguments.model, arguments.prompts)
     before = load_average()
     warn_if_busy(before)
-    params = SamplingParams(
-        temperature=arguments.temperature, max_tokens=arguments.max_tokens, seed=0
-    )
+    params = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
     with contextlib.ExitStack() as stack:
         ours, theirs = our_engines(arguments.model, params), []
         if arguments.llama_server:
-            peers = their_servers(arguments.llama_server, arguments.model, arguments.max_tokens)
+            peers = their_servers(arguments.llama_server, arguments.model, params)
             theirs = stack.enter_context(peers)
         measure([*ours, *theirs], prompts, rounds=arguments.rounds)
     result = {
         "command": command("benchmarks.speculation"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "model": name,
+        "model": arguments.model.resolve().parent.name,
         "prompts": len(prompts),
         "temperature": arguments.temperature,
         "ours": records(ours),

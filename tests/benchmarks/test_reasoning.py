@@ -7,6 +7,7 @@ import pytest
 from benchmarks.speculation import (
     Outcome,
     as_markdown,
+    gains_of,
     measure,
     our_engines,
     prompts_of,
@@ -65,6 +66,15 @@ def test_places_are_counted_as_far_as_drafts_stood():
     record = outcome.record(outcome)
     assert record["acceptance"] == [2 / 3, 1 / 2, 1.0]
     assert record["tokens_per_step"] == 7 / 3
+
+
+def test_steps_of_a_told_answer_end_where_the_count_of_drafts_changes():
+    def event(drafted, *tokens):
+        return {"tokens": list(tokens), "timings": {"draft_n": drafted} if drafted else {}}
+
+    told = [event(0, 5), event(3, 6), event(3, 7), event(6, 8), event(9, 9), event(9, 1), event(9)]
+    assert gains_of(told) == [1, 2, 1, 2]
+    assert gains_of([event(0, 5), event(0, 6), event(0)]) == [1, 1]  # without drafts
 
 
 def test_drafts_change_no_answer(model):

@@ -5,15 +5,18 @@ those before it do, and takes as long as it takes: on a GPU with a small batch a
 without, on a busy one almost d times as much. Both are measured while the engine runs, and the
 number with the most tokens per second is taken. The first step of a kind is not counted: it
 compiles, or records what later ones repeat. Every so often a neighbour is tried, so that what was
-slow once is not given up forever. None of this changes a token, only when it comes.
+slow once is not given up forever; the less often, the longer nothing has come of it. None of this
+changes a token, only when it comes.
 """
 
 from collections.abc import Iterable
 
 _FORGET = 0.05
 """Weight of a new observation."""
-_TRY_EVERY = 32
-"""Steps between two that try another number."""
+_RECENT, _TRIED = 0.2, 0.5
+"""Weights of a new time: one among many, and one of a number that is only tried now and then."""
+_SOON, _LATE = 32, 256
+"""Steps between two that try another number: at first, and when none has been better for long."""
 
 
 class DraftLength:
@@ -25,7 +28,9 @@ class DraftLength:
         self._stands = [0.7] * most
         self._seconds: dict[tuple[int, int], float] = {}
         self._begun: set[tuple[int, int]] = set()
-        self._steps = 0
+        self._best = most
+        self._pause = self._left = _SOON
+        self._side = 1
 
     def choose(self, rows: int) -> int:
         """The number of drafts for the next step of so many sequences."""
@@ -36,11 +41,16 @@ class DraftLength:
             if (bucket, count) not in self._seconds:
                 return count
         best = max(range(self.most + 1), key=lambda d: self.yields(d) / self._seconds[bucket, d])
-        self._steps += 1
-        if self._steps % _TRY_EVERY == 0:
-            side = 1 if (self._steps // _TRY_EVERY) % 2 else -1
-            return min(max(best + side, 0), self.most)
-        return best
+        if best != self._best:
+            self._best, self._pause = best, _SOON
+            self._left = min(self._left, self._pause)
+        self._left -= 1
+        if self._left > 0:
+            return best
+        self._pause = min(2 * self._pause, _LATE)
+        self._left, self._side = self._pause, -self._side
+        side = best + self._side
+        return side if 0 <= side <= self.most else best - self._side
 
     def yields(self, count: int) -> float:
         """Tokens expected of a step with so many drafts."""
@@ -64,4 +74,5 @@ class DraftLength:
             self._begun.add(key)
             return
         before = self._seconds.get(key)
-        self._seconds[key] = seconds if before is None else before + 0.2 * (seconds - before)
+        weight = _RECENT if count == self._best else _TRIED
+        self._seconds[key] = seconds if before is None else before + weight * (seconds - before)

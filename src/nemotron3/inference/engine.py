@@ -298,10 +298,12 @@ class Engine:
         gains = choose(choosers, logits.flatten(0, 1).float(), windows)
         if tried is not None:
             self.cache.accept(tried, [max(len(gain), 1) for gain in gains])
-        after = None
-        if self._drafter is not None:
+        after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
+        if self._drafter is not None and count:
             # Those that end here as well: the state that is kept of them has to be whole.
             after = self._drafter.follow(sequences, gains, hidden)
+        elif self._drafter is not None:
+            self._drafter.put_by(sequences, gains, hidden)
         progress: list[Progress] = []
         going: list[int] = []
         for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
@@ -316,20 +318,19 @@ class Engine:
                 going.append(row)
         if after is not None and going:
             hidden, logits = after
-            self._draft([sequences[row] for row in going], hidden[going], logits[going])
+            self._draft([sequences[row] for row in going], hidden[going], logits[going], count)
         return progress
 
-    def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor) -> None:
-        """Write drafts for as many sequences as there are pages for."""
+    def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
+        """Write `count` drafts for as many sequences as there are pages for."""
         assert self._drafter is not None
-        count = self._draft_length.choose(len(self.scheduler.decoding))
         with_room: list[int] = []
         for row, sequence in enumerate(sequences):
             slot = _slot(sequence)
             if self.cache.missing_pages(slot, 1 + count) <= self.cache.pool.num_free:
                 self.cache.reserve(slot, 1 + count)
                 with_room.append(row)
-        if count and with_room:
+        if with_room:
             chosen = [sequences[row] for row in with_room]
             self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
@@ -379,9 +380,10 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        self.scheduler.remove(
-            sequence, keep_state=reason in (FinishReason.STOP, FinishReason.LENGTH)
-        )
+        is_whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if self._drafter is not None and is_whole:
+            self._drafter.catch_up([sequence])
+        self.scheduler.remove(sequence, keep_state=is_whole)
         left = self._requests[sequence.request_id]
         left.remove(sequence)
         if not left:

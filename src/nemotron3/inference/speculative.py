@@ -7,7 +7,9 @@ one token behind the state. Its keys and values lie in the same pages as the mod
   token is not known yet; its hidden state waits in the cache (`HybridCache.hidden`);
 - after tokens were chosen, the block reads what they settle, and its output at the last position
   gives the first draft; further drafts feed its own output back, as it was trained to (white paper,
-  section 2.3), and leave nothing behind.
+  section 2.3), and leave nothing behind;
+- while nothing is drafted, what it would read is put by, and read in one go when drafts are wanted
+  again or the answer ends, so that drafting nothing costs next to nothing.
 
 Training gives each depth keys of its own depth; here later depths look back at the first one's.
 """
@@ -50,6 +52,10 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
     return wanted
 
 
+_MOST_UNREAD = 128
+"""Steps of a sequence that are put by: a bound of memory, and enough to make reading cheap."""
+
+
 class Drafter:
     """Runs the draft block along with the model."""
 
@@ -90,6 +96,7 @@ class Drafter:
         `hidden` [rows, steps, d_model] is the model's, at and before the last of the tokens that
         each sequence's state holds; what is beyond the gained tokens was refused.
         """
+        self.catch_up(sequences)
         cache, (rows, steps, _) = self.cache, hidden.shape
         if rows == 1:  # of several one is long nearly always
             steps = max(len(gains[0]), 1)
@@ -104,6 +111,30 @@ class Drafter:
         for slot, place in zip(slots, last, strict=True):
             cache.draft_lengths[slot] += place + 1
         return after
+
+    def put_by(self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor) -> None:
+        """Read later what `follow` would read now."""
+        kept = hidden.clone()  # the next step writes over it
+        for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
+            if gain:
+                sequence.unread.append((list(gain), kept[row, : len(gain)]))
+        self.catch_up([s for s in sequences if len(s.unread) >= _MOST_UNREAD])
+
+    def catch_up(self, sequences: Many[Sequence]) -> None:
+        """Read what was put by."""
+        sequences = [sequence for sequence in sequences if sequence.unread]
+        if not sequences:
+            return
+        cache, slots = self.cache, [_slot(sequence) for sequence in sequences]
+        tokens = [[t for gain, _ in sequence.unread for t in gain] for sequence in sequences]
+        inputs = [torch.cat([part for _, part in sequence.unread]) for sequence in sequences]
+        context = [cache.draft_lengths[slot] for slot in slots]
+        self.passes.read_drafts(tokens, torch.cat(inputs), slots, context)
+        for sequence, slot, read, hidden in zip(sequences, slots, tokens, inputs, strict=True):
+            cache.draft_lengths[slot] += len(read)
+            if cache.hidden is not None:
+                cache.hidden[slot] = hidden[-1]
+            sequence.unread.clear()
 
     def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Draft `count` tokens for each sequence, from what `follow` returned."""

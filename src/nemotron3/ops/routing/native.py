@@ -65,8 +65,6 @@ class _Route(torch.autograd.Function):
         d_logits = torch.zeros_like(scores)
         if d_scores is not None:
             d_logits.copy_(d_scores)
-        d_weights = scores.new_zeros(tokens, choices) if d_weights is None else d_weights
-        _backward(
-            indices, scores, d_weights.contiguous(), d_logits, tokens, experts, choices, *ctx.rule
-        )
+        grad = scores.new_zeros(tokens, choices) if d_weights is None else d_weights.contiguous()
+        _backward(indices, scores, grad, d_logits, tokens, experts, choices, *ctx.rule)
         return d_logits, None, None, None
