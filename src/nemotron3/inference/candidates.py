@@ -5,8 +5,7 @@ of equals decides what may be said: top-k keeps what is at least as probable as 
 has less than p of probability strictly above it.
 
 Nothing is sorted that cannot matter. Tokens below (1 - p) / vocabulary hold less than 1 - p
-together, so top-p keeps none of them, and sorts what is left: tens or hundreds of 131,072. Noise
-is made for the tokens that are left too; where all are, a quick bound finds the few that can win.
+together, so top-p keeps none of them, and sorts what is left: tens or hundreds of 131,072.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from nemotron3.inference.noise import ROUNDING, gumbel, gumbel_bound
+from nemotron3.ops.drawing import gumbel_argmax
 
 _BLOCK = 2**17
 """Numbers that a processor's cache holds while a row is worked on."""
@@ -36,33 +35,10 @@ class Draw:
 def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Tensor, " rows"]:
     """One token per row, -1 where the logits are no numbers or leave nothing to draw."""
     size = max(1, _BLOCK // logits.shape[1]) if logits.is_cpu else len(draws)
-    blocks = range(0, len(draws), size)
-    return torch.cat([_draw(logits[i : i + size], draws[i : i + size]) for i in blocks])
-
-
-def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    kept = truncate(logits, draws)
     keys = torch.tensor([row.key for row in draws], dtype=torch.int64, device=logits.device)
-    contenders = kept > -torch.inf
-    if contenders.sum() > _BLOCK // 16:
-        contenders = _likely(kept, keys)
-    rows, tokens = contenders.nonzero(as_tuple=True)
-    scores = kept[rows, tokens].double() + gumbel(keys[rows], tokens)
-    best = scores.new_full((len(draws),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
-    wins = scores == best[rows]
-    result = torch.full_like(keys, -1)
-    result[rows[wins]] = tokens[wins]
-    return result.masked_fill(~(logits.amax(-1) > -torch.inf), -1)  # NaN is the largest
-
-
-def _likely(kept: Tensor, keys: Tensor) -> Tensor:
-    """Tokens whose score can be the best of their row; the best is among them."""
-    tokens = torch.arange(kept.shape[1], device=kept.device)
-    kept = kept - kept.amax(-1, keepdim=True)
-    bound = gumbel_bound(keys[:, None], tokens).add_(kept)
-    one = bound.argmax(-1, keepdim=True)
-    reached = kept.gather(-1, one).double() + gumbel(keys[:, None], one)
-    return bound >= reached - ROUNDING
+    parts = [slice(i, i + size) for i in range(0, len(draws), size)]
+    drawn = [gumbel_argmax(truncate(logits[part], draws[part]), keys[part]) for part in parts]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 def truncate(

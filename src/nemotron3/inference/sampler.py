@@ -25,9 +25,9 @@ from torch import Tensor
 from nemotron3.errors import DataError
 from nemotron3.inference.candidates import Draw, draw
 from nemotron3.inference.logit_rules import LogitRules
-from nemotron3.inference.noise import position_key
 from nemotron3.inference.requests import FailureKind, SamplingParams, TokenConstraint, TokenLogprob
 from nemotron3.inference.thinking_budget import ThinkingBudget
+from nemotron3.ops.drawing.noise import position_key
 
 COLDEST = 1e-5
 """Temperatures below this take the most probable token: dividing by them would overflow."""
