@@ -47,6 +47,36 @@ def test_the_first_step_of_a_kind_does_not_count():
     assert chosen[20:].count(3) > 60
 
 
+def test_a_number_that_is_tried_is_tried_until_a_step_counts():
+    """The first one after others is dear, and says nothing."""
+    length = DraftLength(1, adapts=True)
+    before = None
+    for _ in range(3000):
+        drafts = length.choose(1)
+        warm = (1.0, 1.2)[drafts]
+        length.record(drafts, [drafts], warm if drafts == before else 9.0)
+        before = drafts
+    assert [length.choose(1) for _ in range(40)].count(1) >= 36
+
+
+def test_a_step_that_was_held_up_changes_little():
+    length = DraftLength(1, adapts=True)
+    steps(length, (1.0, 1.2), 0.95, 40)
+    for _ in range(5):
+        length.record(1, [1], 1.2)
+    length.record(1, [1], 1000.0)
+    assert length._seconds[1, 1] < 1.4
+
+
+def test_after_something_else_a_step_is_a_first_one():
+    length = DraftLength(0, adapts=True)
+    for seconds in (9.0, 9.0, 1.0):
+        length.record(0, [0], seconds)
+    length.interrupted()
+    length.record(0, [0], 1.4)
+    assert length._seconds == {(1, 0): 1.0}
+
+
 def test_what_was_slow_is_tried_again():
     length = DraftLength(2, adapts=True)
     assert steps(length, (1.0, 3.0, 5.0), 0.9, 100)[-20:].count(0) >= 18
@@ -55,8 +85,8 @@ def test_what_was_slow_is_tried_again():
 
 def test_batches_of_other_sizes_are_other_cases():
     length = DraftLength(1, adapts=True)
-    assert steps(length, (1.0, 1.1), 0.9, 50)[-20:].count(1) >= 18
-    assert steps(length, (1.0, 3.0), 0.9, 50, rows=16)[-20:].count(0) >= 18
+    assert steps(length, (1.0, 1.1), 0.9, 50)[-20:].count(1) >= 14  # the others are a trial
+    assert steps(length, (1.0, 3.0), 0.9, 50, rows=16)[-20:].count(0) >= 14
     assert length.choose(1) == 1
 
 

@@ -105,6 +105,7 @@ class Engine:
         self._passes = Passes(model, self.cache)
         self._drafter = Drafter(self._passes) if drafts else None
         self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
+        self._drafting_s = 0.0
         self._stats = EngineStats()
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Sequence]] = {}
@@ -240,6 +241,7 @@ class Engine:
         if not chunks:
             return []
         is_prompt = not any(self.scheduler.reads_again(sequence) for sequence, _ in chunks)
+        self._draft_length.interrupted()
         hidden, layout = self._passes.prefill(tokens, slots, is_prompt=is_prompt)
         self._stats.prompt_tokens += layout.segments.total
         starts = layout.segments.starts
@@ -271,7 +273,7 @@ class Engine:
         rows = [sequence for sequence in sequences if sequence.slot is not None]
         if not rows:
             return []
-        start = time.perf_counter()
+        start, drafting_s = time.perf_counter(), self._drafting_s
         for sequence in rows:
             del sequence.drafts[count:]
         tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
@@ -280,7 +282,9 @@ class Engine:
         before = [sequence.num_accepted for sequence in rows]
         progress = self._choose(rows, out.hidden, out.logits, tried=out.layout if count else None)
         accepted = [s.num_accepted - b for s, b in zip(rows, before, strict=True)]
-        self._draft_length.record(count, accepted, time.perf_counter() - start)
+        # What these drafts took was spent in the step before, and those of the next one in this.
+        seconds = time.perf_counter() - start - self._drafting_s + drafting_s
+        self._draft_length.record(count, accepted, seconds)
         self._stats.draft_length = count
         return progress
 
@@ -298,12 +302,14 @@ class Engine:
         gains = choose(choosers, logits.flatten(0, 1).float(), windows)
         if tried is not None:
             self.cache.accept(tried, [max(len(gain), 1) for gain in gains])
+        start = time.perf_counter()
         after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
         if self._drafter is not None and count:
             # Those that end here as well: the state that is kept of them has to be whole.
             after = self._drafter.follow(sequences, gains, hidden)
         elif self._drafter is not None:
             self._drafter.put_by(sequences, gains, hidden)
+        self._drafting_s = time.perf_counter() - start
         progress: list[Progress] = []
         going: list[int] = []
         for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
@@ -318,7 +324,9 @@ class Engine:
                 going.append(row)
         if after is not None and going:
             hidden, logits = after
+            start = time.perf_counter()
             self._draft([sequences[row] for row in going], hidden[going], logits[going], count)
+            self._drafting_s += time.perf_counter() - start
         return progress
 
     def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
