@@ -32,6 +32,7 @@ from nemotron3.inference.sampler import TokenChooser, choose, token_logprobs
 from nemotron3.inference.scheduler import Scheduler
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.inference.speculative import Drafter, most_drafts
+from nemotron3.models.allocation import keep_freed_memory
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
@@ -75,6 +76,8 @@ class Engine:
         stop_ids: frozenset[int] | None = None,
     ) -> None:
         """`stop_ids` end every answer; the model's own end token where they are not given."""
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.eval()
         self.config = config or EngineConfig()
         wanted = self.config.max_model_len or model.config.max_position_embeddings
