@@ -10,7 +10,7 @@ import time
 
 import torch
 from benchmarks.models import our_loss, their_loss
-from benchmarks.timing import Contestant, timed
+from benchmarks.timing import Contestant, warmed
 from torch import Tensor, nn
 
 from nemotron3.models.cache import HybridCache
@@ -34,7 +34,7 @@ def training(model: nn.Module, tokens: Tensor) -> Contestant:
         loss.backward()
         optimizer.step()
 
-    return timed(step)
+    return warmed(step)
 
 
 def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:
@@ -44,7 +44,7 @@ def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:
     def read() -> None:
         _our_prompt(model, tokens, model.new_state(len(tokens)))
 
-    return timed(read)
+    return warmed(read)
 
 
 def their_prefill(model: nn.Module, tokens: Tensor) -> Contestant:
@@ -54,7 +54,7 @@ def their_prefill(model: nn.Module, tokens: Tensor) -> Contestant:
     def read() -> None:
         model(tokens, use_cache=True, logits_to_keep=1)
 
-    return timed(read)
+    return warmed(read)
 
 
 def our_decode(model: LanguageModel, prompts: Tensor, steps: int) -> Contestant:
