@@ -39,6 +39,7 @@ from nemotron3.inference.requests import (
 )
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.parallel.threads import release_team
 from nemotron3.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class AsyncLLM(LoadedModel):
         self._num_answers = 0
         self._is_closing = False
         self._stats = self._engine.stats()
+        release_team()  # what was loaded here is computed with over there
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 

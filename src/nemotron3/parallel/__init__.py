@@ -1,1 +1,1 @@
-"""Devices and, later, meshes: the only room that names one."""
+"""Devices, threads and, later, meshes: the only room that names one."""
