@@ -3,12 +3,12 @@
 A step with d drafts yields 1 + a_1 + a_1 a_2 + … tokens, where a_i is how often draft i stands when
 those before it do, and takes as long as it takes: on a GPU with a small batch about as long as one
 without, on a busy one almost d times as much. Both are measured while the engine runs, and the
-number with the most tokens per second is taken. The first step after one of another kind is not
-counted, since it finds nothing of what it needs in a cache; of a new kind the first two are not,
-which compile and record what later ones repeat.
-Every so often a neighbour is tried for some steps, so that what was slow once is not given up
-forever; the less often, the longer nothing has come of it. None of this changes a token, only when
-it comes.
+number with the most tokens per second is taken. None of this changes a token, only when it comes.
+
+The first step after one of another kind is not counted, since it finds nothing of what it needs in
+a cache; of a new kind the first two are not, which compile and record what later ones repeat. Every
+so often a neighbour is tried for some steps, so that what was slow once is not given up forever;
+the less often, the longer nothing has come of it.
 """
 
 from collections.abc import Iterable

@@ -15,7 +15,8 @@ namespace {
 using std::min;
 constexpr int64_t STRIP = detail::WIDTH;
 constexpr int64_t DEPTH = detail::DEPTH;
-constexpr int64_t SLICE = 512, COLUMNS = 512;
+constexpr int64_t SLICE = 512;    // inputs that a block of x brings, where there are many
+constexpr int64_t COLUMNS = 512;  // of the result, which a block goes over while it is near
 constexpr int64_t WORTH_THREADS = 1 << 15;  // multiply-adds below which a second thread costs more
 
 // y [rows, outputs] = x [rows, inputs] W^T.
