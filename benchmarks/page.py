@@ -119,9 +119,16 @@ def _cpu_model(name: str, model: dict[str, Any], runs: list[dict[str, Any]]) -> 
     if "train_memory" in model:
         rows.append(_memory_row(model["train_memory"]["bytes"], names, peers))
     if len(runs) > 1:
-        numbers = [str(runs.index(part["run"]) + 1) for part in _parts(model)]
-        rows = [[*row, end] for row, end in zip(rows, ["run", *numbers], strict=True)]
+        ends = ["run", *(_run_name(part["run"], runs) for part in _parts(model))]
+        rows = [[*row, end] for row, end in zip(rows, ends, strict=True)]
     return text + table(rows)
+
+
+def _run_name(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """The number of a run, and where there are several machines the maker of its processor."""
+    processors = {each["machine"]["cpu"] for each in runs}
+    maker = run["machine"]["cpu"].split("(")[0].split()[0] if len(processors) > 1 else ""
+    return f"{runs.index(run) + 1} {maker}".strip()
 
 
 def _memory_row(memory: dict[str, dict[str, int]], names: list[str], peers: list[str]) -> list[str]:

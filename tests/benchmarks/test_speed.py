@@ -94,6 +94,12 @@ def test_rows_name_the_run_they_come_from(tmp_path):
     assert "| train | 2 (1 to 3) | 50% of read | 1 |" in text
     assert "| decode | 2 (1 to 3) | 50% of read | 2 |" in text
     assert "Not compared" in text
+    for run, processor in zip(runs, ("Intel(R) Xeon(R)", "AMD EPYC"), strict=True):
+        run["machine"]["cpu"] = processor
+    (tmp_path / "cpu-2026-01-01.json").write_text(json.dumps(cpu.merge(old, new)))
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| train | 2 (1 to 3) | 50% of read | 1 Intel |" in text
+    assert "| decode | 2 (1 to 3) | 50% of read | 2 AMD |" in text
 
 
 def test_no_ratio_while_the_programs_disagree(monkeypatch, capsys):
