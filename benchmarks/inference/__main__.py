@@ -38,6 +38,10 @@ RESULTS = Path(__file__).parent.parent / "results"
 _TEXT = ["to be or not to be that is the question " * 8]
 
 
+ANEW = "llama.cpp, anew"
+"""Its server without kept states, as it was for hybrids until it had them."""
+
+
 def chosen(names: list[str] | None) -> list[Workload]:
     """The workloads by name, all where none is named."""
     every = [
@@ -71,6 +75,13 @@ def agree(clients: dict[str, Client], vocab: int, *, end: int) -> dict[str, int]
     return same
 
 
+def takes_part(peer: str, workload: Workload) -> bool:
+    """Whether a peer has something to show at a workload."""
+    if peer == ANEW:
+        return workload.name.startswith("second turn")
+    return not (workload.name.endswith("clients") and peer == "llama.cpp, drafts")
+
+
 def measure(
     path: Path,
     peers: Mapping[str, Path | None],
@@ -93,6 +104,8 @@ def measure(
             shutil.copytree(path, for_llama)
             gguf = llama_cpp.write_gguf_of(llama, for_llama, config.vocab_size)
             clients["llama.cpp"] = start(servers.llama_cpp(llama, gguf, threads=threads))
+            peer = servers.llama_cpp(llama, gguf, threads=threads, slots=1, keeps_states=False)
+            clients[ANEW] = start(peer)
             if has_mtp:
                 peer = servers.llama_cpp(llama, gguf, threads=threads, drafts=3, slots=1)
                 clients["llama.cpp, drafts"] = start(peer)
@@ -109,7 +122,7 @@ def measure(
             contestants = {
                 name: workloads.contestant(workload, client, config.vocab_size)
                 for name, client in clients.items()
-                if not (workload.name.endswith("clients") and name == "llama.cpp, drafts")
+                if takes_part(name, workload)
             }
             third = workloads.by_transformers(workload, theirs, config.vocab_size)
             contestants |= {"transformers": third} if third else {}

@@ -30,13 +30,23 @@ def ours(model: Path, *, threads: int, drafts: int | None = None) -> Iterator[Cl
 
 @contextlib.contextmanager
 def llama_cpp(
-    binary: Path, gguf: Path, *, threads: int, slots: int = 32, drafts: int = 0
+    binary: Path,
+    gguf: Path,
+    *,
+    threads: int,
+    slots: int = 32,
+    drafts: int = 0,
+    keeps_states: bool = True,
 ) -> Iterator[Client]:
-    """llama.cpp's server, with as many slots as ours; `drafts` by its MTP."""
+    """llama.cpp's server, with as many slots as ours; `drafts` by its MTP.
+
+    Unless it `keeps_states` of hybrids at some places, it reads a chat anew whose end has changed.
+    """
     port = _free_port()
     command = [binary, "-m", gguf, "--port", port, "-t", threads, "-tb", threads]
     command += ["-np", slots, "-c", 8192 * 4, "--kv-unified", "--no-webui", "-fa", "off"]
     command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", drafts] if drafts else []
+    command += [] if keeps_states else ["--ctx-checkpoints", 0]
     with _running(command, port, threads) as pid:
         yield Client(port=port, path="/completion", pid=pid)
 
