@@ -9,11 +9,8 @@ many as the engine finds best. Drafts change no token; where rounding breaks a t
 answers that differ from those without drafts are counted. Speeds are of decoding, the prompt left
 out. llama.cpp, where it is given, writes from the same weights and prompts with its own drafting
 (`--spec-type draft-mtp`); with a temperature it draws other random numbers than ours, so that
-answers differ and only rates compare. All take turns, answer by answer.
-
-    python -m benchmarks.speculation runs/reasoner/model --temperature 1 --llama-server ...
-
-is how the published models are sampled.
+answers differ and only rates compare. All take turns, answer by answer. The published models are
+sampled at a temperature of 1.
 """
 
 import argparse
@@ -324,9 +321,9 @@ def main() -> None:
     text = as_markdown(result)
     file = RESULTS / f"speculation-{name}-{result['date']}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
-    PAGE.write_text(
-        fill(PAGE.read_text(encoding="utf-8"), f"speculation-{name}", text), encoding="utf-8"
-    )
+    page, section = PAGE.read_text(encoding="utf-8"), f"speculation-{name}"
+    if f"<!-- {section} -->" in page:  # it shows some models, at some temperatures
+        PAGE.write_text(fill(page, section, text), encoding="utf-8")
     print(text)
 
 

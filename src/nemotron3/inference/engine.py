@@ -108,7 +108,7 @@ class Engine:
         self._passes = Passes(model, self.cache)
         self._drafter = Drafter(self._passes) if drafts else None
         self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
-        self._drafting_s = 0.0
+        self._drafting_s = 0.0  # of the last step, what came after its tokens were chosen
         self._stats = EngineStats()
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Sequence]] = {}
@@ -285,7 +285,7 @@ class Engine:
         before = [sequence.num_accepted for sequence in rows]
         progress = self._choose(rows, out.hidden, out.logits, tried=out.layout if count else None)
         accepted = [s.num_accepted - b for s, b in zip(rows, before, strict=True)]
-        # What these drafts took was spent in the step before, and those of the next one in this.
+        # These drafts were written in the step before, and those of the next one in this.
         seconds = time.perf_counter() - start - self._drafting_s + drafting_s
         self._draft_length.record(count, accepted, seconds)
         self._stats.draft_length = count
@@ -312,7 +312,6 @@ class Engine:
             after = self._drafter.follow(sequences, gains, hidden)
         elif self._drafter is not None:
             self._drafter.put_by(sequences, gains, hidden)
-        self._drafting_s = time.perf_counter() - start
         progress: list[Progress] = []
         going: list[int] = []
         for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
@@ -327,9 +326,8 @@ class Engine:
                 going.append(row)
         if after is not None and going:
             hidden, logits = after
-            start = time.perf_counter()
             self._draft([sequences[row] for row in going], hidden[going], logits[going], count)
-            self._drafting_s += time.perf_counter() - start
+        self._drafting_s = time.perf_counter() - start
         return progress
 
     def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:

@@ -10,8 +10,7 @@ pages are asked: a decoding step reads all active weights once, and with pages o
 time goes into looking up where they are.
 
 What layers hand to each other is freed again within milliseconds. The C library would return it to
-the system, and a prompt of 512 tokens then spent a third of its time on getting it back, a page at
-a time; `keep_freed_memory` has it kept.
+the system and get it back for the next layer, a page at a time; `keep_freed_memory` has it kept.
 """
 
 import ctypes

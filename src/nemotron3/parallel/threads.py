@@ -2,7 +2,7 @@
 
 The runtime of OpenMP gives every thread that starts a region a team of its own, and keeps it. Teams
 wait for the next region spinning, until there are more threads in all of them than processors: then
-they sleep, and a region of a tenth of a millisecond takes two.
+they sleep, and short regions take as long as it takes to wake them.
 """
 
 import ctypes

@@ -42,6 +42,37 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
     task += some;
   }
 }
+
+void copy_lines(const float* from, int64_t ld_from, int64_t lines, int64_t length, float* to,
+                int64_t ld_to) {
+  for (int64_t i = 0; i < lines; i++) memcpy(to + i * ld_to, from + i * ld_from, 4 * length);
+}
+
+// C [rows, columns] = A B, added to C where `add`. A's elements follow each other along the rows
+// where it is `turned` and along the depth where not, its lines lda apart; a block of it is brought
+// together, since lines that far apart fall into a few lines of the cache.
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
+              bool turned, const float* b, int64_t ldb, float* c, bool add, int64_t threads) {
+  const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
+  const int64_t ld = turned ? block : pitch(DEPTH), lines = turned ? DEPTH : block;
+#pragma omp parallel num_threads(threads) if (rows * columns * depth > WORTH_THREADS)
+  {
+    Scratch scratch(lines * ld);
+    float* near = scratch.take(lines, ld);
+#pragma omp for collapse(2)
+    for (int64_t m = 0; m < rows; m += block)
+      for (int64_t n = 0; n < columns; n += COLUMNS) {
+        const int64_t height = min(rows - m, block), width = min(columns - n, COLUMNS);
+        for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
+          const int64_t part = min(depth - t, DEPTH);
+          if (turned) copy_lines(a + t * lda + m, lda, part, height, near, ld);
+          else copy_lines(a + m * lda + t, lda, height, part, near, ld);
+          gemm(height, width, part, near, turned ? 1 : ld, turned ? ld : 1, b + t * ldb + n, ldb,
+               c + m * columns + n, columns, add || t);
+        }
+      }
+  }
+}
 }  // namespace
 
 SHARED(linear_forward, forward)
@@ -51,47 +82,13 @@ extern "C" {
 // dx [rows, inputs] = dy [rows, outputs] W.
 void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,
                            int64_t outputs, int64_t inputs, int64_t lddy, int64_t threads) {
-  const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads), ld = pitch(DEPTH);
-#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
-  {
-    Scratch scratch(ld * block);
-    float* slice = scratch.take(block, ld);  // of dy, brought together
-#pragma omp for collapse(2)
-    for (int64_t m = 0; m < rows; m += block)
-      for (int64_t n = 0; n < inputs; n += COLUMNS) {
-        const int64_t height = min(rows - m, block), width = min(inputs - n, COLUMNS);
-        for (int64_t t = 0; t < outputs; t += DEPTH) {
-          const int64_t depth = min(outputs - t, DEPTH);
-          for (int64_t r = 0; r < height; r++)
-            memcpy(slice + r * ld, dy + (m + r) * lddy + t, 4 * depth);
-          gemm(height, width, depth, slice, ld, 1, w + t * inputs + n, inputs, dx + m * inputs + n,
-               inputs, t);
-        }
-      }
-  }
+  multiply(rows, inputs, outputs, dy, lddy, false, w, inputs, dx, false, threads);
 }
 
 // dW [outputs, inputs] = dy^T x, added to dW where `add`.
 void linear_backward_weight(const float* dy, const float* x, float* dw, int64_t rows,
                             int64_t outputs, int64_t inputs, int64_t lddy, int64_t ldx, int64_t add,
                             int64_t threads) {
-  const int64_t block = block_rows(outputs, DEPTH + COLUMNS, threads);
-#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > WORTH_THREADS)
-  {
-    Scratch scratch(DEPTH * block);
-    float* slice = scratch.take(DEPTH, block);  // of dy, brought together
-#pragma omp for collapse(2)
-    for (int64_t m = 0; m < outputs; m += block)
-      for (int64_t n = 0; n < inputs; n += COLUMNS) {
-        const int64_t height = min(outputs - m, block), width = min(inputs - n, COLUMNS);
-        for (int64_t t = 0; t < rows || t == 0; t += DEPTH) {
-          const int64_t depth = min(rows - t, DEPTH);
-          for (int64_t r = 0; r < depth; r++)
-            memcpy(slice + r * block, dy + (t + r) * lddy + m, 4 * height);
-          gemm(height, width, depth, slice, 1, block, x + t * ldx + n, ldx, dw + m * inputs + n,
-               inputs, add || t);
-        }
-      }
-  }
+  multiply(outputs, inputs, rows, dy, lddy, true, x, ldx, dw, add, threads);
 }
 }

@@ -19,12 +19,6 @@ INLINE vec read(const float* p, int64_t n, float beyond) {
 }
 INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
-INLINE float largest(vec v) {
-  float most = v[0];
-  for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
 void score(const float* logits, float* scores, int64_t n, bool softmax) {
   vec most = splat(-INFINITY), total{};
   if (softmax)
