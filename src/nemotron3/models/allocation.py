@@ -62,7 +62,9 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for what comes next, in one heap for all threads.
+    """Have glibc keep freed memory for what comes next, in one heap for threads without one.
+
+    A thread that has or gets a heap of its own all the same keeps less of it.
 
     It concerns the whole process, so it is for those who own its loop. Whether it was done: other C
     libraries have no such settings, and who has set MALLOC_… or GLIBC_TUNABLES is left alone.
