@@ -29,7 +29,7 @@ from benchmarks.timing import Contestant, Sample, interleave
 
 from benchmarks import limits, llama_cpp, machine, memory, workloads
 from nemotron3.models.accounting import model_costs
-from nemotron3.models.allocation import keep_freed_memory
+from nemotron3.parallel.heap import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = "limit"

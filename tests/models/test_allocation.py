@@ -1,12 +1,7 @@
 """Memory for models that were described without any."""
 
 import copy
-import os
-import platform
-import subprocess
-import sys
 
-import pytest
 import torch
 from torch import nn
 
@@ -63,49 +58,3 @@ def test_a_model_without_parameters_needs_none():
     model = nn.ReLU()
     allocate(model, torch.device("cpu"), torch.float32)
     assert not list(model.parameters())
-
-
-FAULTS = """
-import resource, sys
-import torch
-from nemotron3.models.allocation import keep_freed_memory
-
-kept = keep_freed_memory() if "keep" in sys.argv else None
-
-def fill():
-    torch.empty(10 * 2**20).fill_(1.0)
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def work():
-    counts = []
-    for _ in range(8):
-        before = faults()
-        fill()
-        counts.append(faults() - before)
-    print(kept, min(counts))
-
-work()
-"""
-
-
-def faults(*arguments, **settings):
-    """Whether memory is kept, and the fewest pages that were fetched for tensors of one size."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", FAULTS, *arguments]
-    run = subprocess.run(command, env=plain | settings, capture_output=True, text=True, check=True)
-    kept, count = run.stdout.split()
-    return kept, int(count)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-def test_memory_that_is_kept_is_not_fetched_again():
-    assert faults()[1] > 10 * 2**20 * 4 // 2**16  # pages are no larger than 64 KiB
-    kept, count = faults("keep")
-    assert kept == "True"
-    assert count < 100
-
-
-def test_whoever_has_set_up_the_allocator_is_left_alone():
-    assert faults("keep", MALLOC_ARENA_MAX="3")[0] == "False"

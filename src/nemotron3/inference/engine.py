@@ -32,11 +32,11 @@ from nemotron3.inference.sampler import TokenChooser, choose, token_logprobs
 from nemotron3.inference.scheduler import Scheduler
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.inference.speculative import Drafter, most_drafts
-from nemotron3.models.allocation import keep_freed_memory
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.steps import StepRunner
+from nemotron3.parallel.heap import keep_freed_memory
 
 _LOGIT_ROWS = 256
 """Rows of logits made at a time for a prompt's log-probabilities."""

@@ -8,15 +8,9 @@ the router's selection bias, whose rounding changes which experts are chosen.
 In a computer's own memory all lie in one stretch, in the order of their modules, for which large
 pages are asked: a decoding step reads all active weights once, and with pages of 4 KiB part of its
 time goes into looking up where they are.
-
-What layers hand to each other is freed again within milliseconds. The C library would return it to
-the system and get it back for the next layer, a page at a time; `keep_freed_memory` has it kept.
 """
 
-import ctypes
 import mmap
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import accumulate
@@ -27,11 +21,6 @@ from torch import Tensor, nn
 
 ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 """Last parts of the names of these parameters."""
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-"""Parameters of glibc's `mallopt`."""
-_KEPT_BYTES = 2**30
-"""Free memory beyond which the C library may return some."""
 
 _ALIGNMENT = 64
 """Bytes that every tensor begins at a multiple of: a line of the cache."""
@@ -59,24 +48,6 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
         else:
             # No published layout of a softmax router has the bias, so nothing would fill it.
             place.module.register_buffer(place.name, fresh.zero_())
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for what comes next, in one heap for threads without one.
-
-    A thread that has or gets a heap of its own all the same keeps less of it.
-
-    It concerns the whole process, so it is for those who own its loop. Whether it was done: other C
-    libraries have no such settings, and who has set MALLOC_… or GLIBC_TUNABLES is left alone.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return False
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is None:
-        return False
-    wanted = {_TRIM_THRESHOLD: _KEPT_BYTES, _MMAP_THRESHOLD: _KEPT_BYTES, _ARENA_MAX: 1}
-    done = [set_option(option, value) for option, value in wanted.items()]
-    return all(done)
 
 
 def large_pages(nbytes: int) -> mmap.mmap | bytearray:
