@@ -1,5 +1,8 @@
 """A recorded function played again is the function."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -96,3 +99,18 @@ def test_float32_on_the_cpu_can_be_recorded():
     assert can_record(torch.float32, torch.device("cpu"))
     assert not can_record(torch.float64, torch.device("cpu"))
     assert not can_record(torch.float32, torch.device("meta"))
+
+
+def test_recording_does_not_load_the_compiler():
+    """PyTorch's takes seconds to load, for which a first answer would wait."""
+    program = """
+import sys
+import torch
+from nemotron3.ops.graph import Graph
+
+with torch.inference_mode(), Graph().record():
+    torch.zeros(4).cos().split([1, 3])
+assert "torch._dynamo" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()[-2000:]

@@ -84,6 +84,12 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls = calls
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled, and to have it skipped PyTorch loads its compiler first: seconds
+        # in which the first answer waits.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
