@@ -10,12 +10,20 @@ from nemotron3.ops.conv import causal_conv
 from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.graph import Graph, can_record
 from nemotron3.ops.linear import linear
+from nemotron3.ops.native import Program, calls
 from nemotron3.ops.norm import rms_norm
 from nemotron3.ops.routing import route
 from nemotron3.ops.segments import Segments
 from tests.ops.native import needs_compiler
 
 pytestmark = needs_compiler
+
+
+@pytest.fixture(autouse=True, params=["a thread", "a team"])
+def _team(request, monkeypatch):
+    """Nothing here is worth more than one thread; it has to be right with more."""
+    if request.param == "a team":
+        monkeypatch.setattr(calls, "WORTH_A_MEMBER", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +122,19 @@ assert "torch._dynamo" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert run.returncode == 0, run.stderr.decode()[-2000:]
+
+
+def test_a_team_is_as_large_as_its_work_is_worth(monkeypatch):
+    monkeypatch.setattr(calls, "WORTH_A_MEMBER", 24 * 192 * 5)
+    x, weight = drawn(5, 7), WEIGHTS[3].view(-1, 24)[:128].contiguous()
+
+    def members(products):
+        graph = Graph()
+        with graph.record():
+            for _ in range(products):
+                linear(x, weight)
+        (program,) = graph._steps
+        assert isinstance(program, Program)
+        return program.members
+
+    assert [members(products) for products in (1, 2, 3, 6)] == [1, 1, 2, 4]

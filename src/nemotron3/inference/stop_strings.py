@@ -37,6 +37,8 @@ class StopStrings:
 
     def push(self, tokens: Iterable[int]) -> list[int]:
         """Take tokens; returns those that are certain to be part of the answer."""
+        if not self._strings:
+            return list(tokens)
         certain: list[int] = []
         for token in tokens:
             if self.matched is not None:

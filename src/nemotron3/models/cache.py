@@ -120,11 +120,16 @@ class HybridCache:
         return sum(part.nbytes for layer in self._mamba for part in layer.kept)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where its tensors lie; the same as long as none has been replaced by a larger one."""
+        """Where what may grow lies; the same as long as no tensor has been replaced by a larger one.
+
+        Layers of a kind grow together, so it asks the first of each.
+        """
         tensors = [self.table.tensor]
-        for layer in (*self._mamba, *self._attention):
-            tensors += layer.tensors()
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        if self._mamba:
+            tensors += self._mamba[0].trails
+        if self._attention:
+            tensors.append(self._attention[0].keys)
+        return tuple([tensor.data_ptr() for tensor in tensors])
 
     def layout(
         self,

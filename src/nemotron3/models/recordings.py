@@ -36,11 +36,8 @@ class Recordings:
         self._kept: dict[Hashable, _Recording] = {}
         self._addresses = cache.addresses()
         self._captures = Captures() if can_capture(cache.device) else None
-
-    @property
-    def are_possible(self) -> bool:
+        self.are_possible = self.take_padding or can_record(cache.keys_dtype, cache.device)
         """Whether what a model does on such a cache can be recorded."""
-        return self.take_padding or can_record(self._cache.keys_dtype, self._cache.device)
 
     @property
     def take_padding(self) -> bool:

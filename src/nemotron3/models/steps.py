@@ -88,8 +88,9 @@ class StepRunner:
         else:
             hidden, logits = step(inputs.to(self.cache.device))
         self.cache.advance(layout)
-        hidden, logits = (t[: rows * length].unflatten(0, (rows, length)) for t in (hidden, logits))
-        return StepOutput(hidden, logits, layout)
+        if padded > rows:
+            hidden, logits = hidden[: rows * length], logits[: rows * length]
+        return StepOutput(hidden.view(rows, length, -1), logits.view(rows, length, -1), layout)
 
     def forget(self) -> None:
         """Record anew: the model's parameters are other tensors."""

@@ -6,13 +6,13 @@ and with it the engine's request.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic_core import to_json
 
 from nemotron3.server.border import ClientGoneError, Receive, Scope, Send
 
@@ -24,8 +24,8 @@ DONE = b"data: [DONE]\n\n"
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One server-sent event whose data is JSON, which holds no line end."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+    head = f"event: {name}\n".encode() if name else b""
+    return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
 class EventStream(Response):

@@ -56,6 +56,7 @@ class Tokenizer:
         self._backend = backend
         self.settings = dict(settings) if settings is not None else _default_settings()
         self.chat_template = chat_template
+        self._spelled: dict[int, bytes] = {}
 
     @classmethod
     def train(
@@ -142,6 +143,12 @@ class Tokenizer:
 
         Models may have more rows than the vocabulary has entries; such an id stands for nothing.
         """
+        spelled = self._spelled.get(token_id)
+        if spelled is None:
+            spelled = self._spelled[token_id] = self._spell(token_id)
+        return spelled
+
+    def _spell(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""

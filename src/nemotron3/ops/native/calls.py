@@ -16,6 +16,8 @@ from nemotron3.ops.native.build import library
 
 WORTH_THREADS = 1 << 15
 """Multiply-adds below which the start of a second thread costs more than it gains."""
+WORTH_A_MEMBER = 3 << 19
+"""Multiply-adds of a program for which its team has one thread more."""
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _WORDS = {"p": "q", "i": "q", "f": "d"}
@@ -69,7 +71,7 @@ class TeamFunction:
         self._alone(words, torch.get_num_threads() if work > WORTH_THREADS else 1)
         if _recordings:
             operands = tuple(a for a in arguments if isinstance(a, Tensor))
-            _recordings[-1].append(SharedCall(self._shared, words, operands))
+            _recordings[-1].append(SharedCall(self._shared, words, operands, work))
 
     @cached_property
     def _alone(self) -> Any:
@@ -92,6 +94,8 @@ class SharedCall:
     words: bytes
     operands: tuple[Tensor, ...]
     """They have to stay alive."""
+    work: int
+    """Multiply-adds."""
 
 
 _recordings: list[list[Any]] = []
@@ -108,10 +112,17 @@ def recording(calls: list[Any]) -> Iterator[None]:
 
 
 class Program:
-    """Calls of compiled functions, done one after another by one team of threads."""
+    """Calls of compiled functions, done one after another by one team of threads.
+
+    The team is as large as its work is worth. A step of a very small model is left to one thread:
+    two spend in their meetings what they save, and take a processor from whoever brings its tokens
+    to the clients.
+    """
 
     def __init__(self, calls: list[SharedCall]) -> None:
         self._calls = calls
+        self.members = max(1, sum(call.work for call in calls) // WORTH_A_MEMBER)
+        """Threads of its team, where there are so many."""
         self._words = [ctypes.create_string_buffer(call.words, len(call.words)) for call in calls]
         self._table = (ctypes.c_int64 * (2 * len(calls)))()
         for i, (call, words) in enumerate(zip(calls, self._words, strict=True)):
@@ -122,7 +133,7 @@ class Program:
 
     def __call__(self) -> None:
         """Do all of it."""
-        self._run(self._table, len(self._calls), torch.get_num_threads())
+        self._run(self._table, len(self._calls), min(self.members, torch.get_num_threads()))
 
 
 def serves(x: Tensor) -> bool:
