@@ -120,7 +120,7 @@ class HybridCache:
         return sum(part.nbytes for layer in self._mamba for part in layer.kept)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where what may grow lies; the same as long as no tensor has been replaced by a larger one.
+        """Where what may grow lies: the same until a tensor is replaced by a larger one.
 
         Layers of a kind grow together, so it asks the first of each.
         """
