@@ -1,7 +1,7 @@
 // The causal convolution with SiLU, and its gradients, each in one pass over memory.
 //
-// A task is a span of one segment's tokens. It walks them token by token with all channels, so that
-// memory is read in order and the rows that a token's taps look back at are still in the cache. The
+// A task is a span of one segment's tokens. It walks them with all channels, a few tokens at a time,
+// so that memory is read in order and the rows that taps look back at are still in the cache. The
 // backward pass convolves again, which costs a few multiply-adds and spares a stored tensor. It
 // walks a span from its last token to its first and keeps the gradients of as many preactivations
 // as there are taps; those of the tokens after its span it makes once more. Spans are cut by their
@@ -13,7 +13,8 @@
 #include "simd.h"
 
 namespace {
-constexpr int64_t SPAN = 128;
+constexpr int64_t SPAN = 32, SPAN_BACK = 128;  // longer where each has a part of dW to add
+constexpr int64_t GROUP = 4;                   // tokens that share what is loaded
 constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -47,12 +48,12 @@ struct Span {
   int64_t begin, end;     // positions in it
 };
 
-std::vector<Span> spans_of(const int64_t* bounds, int64_t segments) {
+std::vector<Span> spans_of(const int64_t* bounds, int64_t segments, int64_t size) {
   std::vector<Span> spans;
   for (int64_t i = 0; i < segments; i++) {
     const int64_t length = bounds[i + 1] - bounds[i];
-    for (int64_t at = 0; at < length; at += SPAN)
-      spans.push_back({i, bounds[i], length, at, smaller(at + SPAN, length)});
+    for (int64_t at = 0; at < length; at += size)
+      spans.push_back({i, bounds[i], length, at, smaller(at + size, length)});
   }
   return spans;
 }
@@ -68,17 +69,30 @@ INLINE vec preactivation(const Conv& c, const float* const* rows, int64_t channe
   return z;
 }
 
+// Some tokens at a time: each weight and each input is loaded once for all that it is part of.
+template <int TAPS, int COUNT>
+void convolve_some(const Conv& c, const float* const* rows, float* to) {
+  for (int64_t i = 0; i < c.channels; i += LANES) {
+    const int64_t n = c.channels - i;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < COUNT; k++) {
+      const vec z = preactivation<TAPS>(c, rows + k, i, n);
+      write(to + k * c.channels + i, z * sigmoid(z), n);
+    }
+  }
+}
+
 template <int TAPS>
 void convolve(const Conv& c, const Span& span, float* y) {
   const int64_t taps = TAPS ? TAPS : c.taps;
-  std::vector<const float*> rows(taps);
-  for (int64_t t = span.begin; t < span.end; t++) {
-    for (int64_t j = 0; j < taps; j++) rows[j] = c.input(span.segment, span.first, t - taps + 1 + j);
+  std::vector<const float*> rows(taps + GROUP - 1);
+  for (int64_t t = span.begin; t < span.end;) {
+    const int64_t count = t + GROUP <= span.end ? GROUP : 1;
+    for (int64_t j = 0; j < taps + count - 1; j++)
+      rows[j] = c.input(span.segment, span.first, t - taps + 1 + j);
     float* to = y + (span.first + t) * c.channels;
-    for (int64_t i = 0; i < c.channels; i += LANES) {
-      const vec z = preactivation<TAPS>(c, rows.data(), i, c.channels - i);
-      write(to + i, z * sigmoid(z), c.channels - i);
-    }
+    (count == GROUP ? convolve_some<TAPS, GROUP> : convolve_some<TAPS, 1>)(c, rows.data(), to);
+    t += count;
   }
 }
 
@@ -168,7 +182,7 @@ void conv_forward(const float* x, const float* weight, const float* bias, const 
                   const int64_t* bounds, float* y, float* new_tails, int64_t segments, int64_t taps,
                   int64_t channels, int64_t ldx, int64_t threads) {
   const Conv c(x, weight, bias, tails, taps, channels, ldx);
-  const std::vector<Span> spans = spans_of(bounds, segments);
+  const std::vector<Span> spans = spans_of(bounds, segments, SPAN);
   const auto run = taps == 4 ? convolve<4> : convolve<0>;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (bounds[segments] * channels > WORTH_THREADS)
   for (size_t i = 0; i < spans.size(); i++) run(c, spans[i], y);
@@ -187,7 +201,7 @@ void conv_backward(const float* x, const float* weight, const float* bias, const
                    int64_t channels, int64_t ldx, int64_t lddy, int64_t threads) {
   const Conv c(x, weight, bias, tails, taps, channels, ldx);
   const Gradients g{dy, d_new_tails, lddy, dx, d_tails};
-  const std::vector<Span> spans = spans_of(bounds, segments);
+  const std::vector<Span> spans = spans_of(bounds, segments, SPAN_BACK);
   const auto run = taps == 4 ? convolve_back<4> : convolve_back<0>;
   const int64_t size = (taps + 1) * c.pitch;
   const std::unique_ptr<float[]> parts(new float[spans.size() * size]);
