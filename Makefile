@@ -43,6 +43,7 @@ test-fast: $(VENV)/.dev  ## the tests without those marked slow
 bench-cpu: $(VENV)/.dev  ## measure speed on this machine, beside transformers, into docs/speed.md
 	@$(BIN)/python -m benchmarks.cpu
 	@$(BIN)/python -m benchmarks.profile_layers
+	@$(BIN)/python -m benchmarks.products
 	@$(BIN)/python -m benchmarks.scaling
 	@$(BIN)/python -m benchmarks.page
 

@@ -262,11 +262,12 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """Merge a result into the newest file of a folder, under today's name."""
+    """Merge a result into this processor's newest file in a folder, under today's name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for newest in sorted(folder.glob("cpu-*.json"))[-1:]:
+    name = f"cpu-{machine.processor_name()}"
+    for newest in sorted(folder.glob(f"{name}-????-??-??.json"))[-1:]:
         result = merge(json.loads(newest.read_text()), result)
-    path = folder / f"cpu-{date.today().isoformat()}.json"
+    path = folder / f"{name}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

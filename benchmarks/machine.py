@@ -10,6 +10,7 @@ beside it.
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,12 @@ def description() -> dict[str, Any]:
         "transformers": installed("transformers"),
         "commit": _commit(),
     }
+
+
+def processor_name(described: str | None = None) -> str:
+    """The processor as part of a file's name: its maker and kind."""
+    words = re.sub(r"\(.*?\)", "", described or _cpu_model()).lower().split()
+    return "-".join(words[:2])
 
 
 def command(module: str, arguments: Sequence[str] | None = None) -> str:

@@ -19,6 +19,7 @@ from benchmarks.gpu.section import Section, all_sections, inference_sections
 from benchmarks.gpu.summary import as_markdown
 from benchmarks.gpu.tuning import TUNING
 from benchmarks.machine import BUSY, limits_in_words
+from benchmarks.products import product_table
 from benchmarks.profile_layers import decoding_table, training_table
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +31,13 @@ NOTHING = "Not measured yet.\n"
 def render(text: str, results: Path) -> str:
     """The page with every marked block filled from a folder of results."""
     blocks = {
-        "cpu": "\n".join(_cpu(path) for path in _newest(results, "cpu-*.json")),
+        "cpu": "\n".join(_cpu(path) for path in _newest_of_each(results, "cpu")),
         "profile": "\n".join(
             _profile(path)
             for model in ("30m-latent", "30m-standard", "150m-latent", "150m-standard")
             for path in _newest(results, f"profile-{model}-*.json")
         ),
+        "products": "\n".join(_products(path) for path in _newest_of_each(results, "products")),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
         "serving": "\n".join(_serving(path) for path in _newest_of_each(results, "serving")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
@@ -61,7 +63,7 @@ def _newest(results: Path, pattern: str) -> list[Path]:
 
 
 def _newest_of_each(results: Path, kind: str) -> list[Path]:
-    """The newest of every card or set of models: names are kind, that and date."""
+    """The newest of every processor, card or set of models: names are kind, that and date."""
     by_name = {path.stem[:-10]: path for path in sorted(results.glob(f"{kind}-*.json"))}
     return list(by_name.values())
 
@@ -89,6 +91,7 @@ def _cpu(path: Path) -> str:
         origins = _origin(runs[0])
     else:
         origins = f"Each row says which of these runs it comes from.\n\n{origins}"
+    origins = f"#### {runs[0]['machine']['cpu']}\n\n{origins}" if runs else origins
     return origins + "".join(_cpu_model(name, model, runs) for name, model in models.items())
 
 
@@ -119,16 +122,9 @@ def _cpu_model(name: str, model: dict[str, Any], runs: list[dict[str, Any]]) -> 
     if "train_memory" in model:
         rows.append(_memory_row(model["train_memory"]["bytes"], names, peers))
     if len(runs) > 1:
-        ends = ["run", *(_run_name(part["run"], runs) for part in _parts(model))]
+        ends = ["run", *(str(runs.index(part["run"]) + 1) for part in _parts(model))]
         rows = [[*row, end] for row, end in zip(rows, ends, strict=True)]
     return text + table(rows)
-
-
-def _run_name(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The number of a run, and where there are several machines the maker of its processor."""
-    processors = {each["machine"]["cpu"] for each in runs}
-    maker = run["machine"]["cpu"].split("(")[0].split()[0] if len(processors) > 1 else ""
-    return f"{runs.index(run) + 1} {maker}".strip()
 
 
 def _memory_row(memory: dict[str, dict[str, int]], names: list[str], peers: list[str]) -> list[str]:
@@ -155,6 +151,11 @@ def _profile(path: Path) -> str:
         + f"\n**{result['model']}**, a decoding step\n\n"
         + table(decoding_table(result))
     )
+
+
+def _products(path: Path) -> str:
+    result = json.loads(path.read_text())
+    return f"{_origin(result)}\n{table(product_table(result))}"
 
 
 def _scaling(path: Path) -> str:

@@ -9,7 +9,7 @@ from benchmarks.layers import clocked, flops_per_token, profiled
 from benchmarks.models import TOLERANCE, build_pair, configs, our_loss, parity, tokens_of
 from benchmarks.timing import interleave
 
-from benchmarks import cpu, limits, machine, page, profile_layers, scaling, timing
+from benchmarks import cpu, limits, machine, page, products, profile_layers, scaling, timing
 from nemotron3.models.accounting import forward_flops_per_token, model_costs
 from nemotron3.models.nemotron_h import LanguageModel
 
@@ -94,12 +94,37 @@ def test_rows_name_the_run_they_come_from(tmp_path):
     assert "| train | 2 (1 to 3) | 50% of read | 1 |" in text
     assert "| decode | 2 (1 to 3) | 50% of read | 2 |" in text
     assert "Not compared" in text
-    for run, processor in zip(runs, ("Intel(R) Xeon(R)", "AMD EPYC"), strict=True):
-        run["machine"]["cpu"] = processor
-    (tmp_path / "cpu-2026-01-01.json").write_text(json.dumps(cpu.merge(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("described", "name"),
+    [("Intel(R) Xeon(R) Processor", "intel-xeon"), ("AMD EPYC", "amd-epyc"), ("arm64", "arm64")],
+)
+def test_each_processor_has_a_table_of_its_own(described, name, tmp_path):
+    assert machine.processor_name(described) == name
+    for cpu_name, file in ((described, name), ("another", "another")):
+        described_machine = machine.description() | {"cpu": cpu_name, "load_before": 0}
+        run = {"command": "measure", "date": "2026-01-01"}
+        run["machine"] = described_machine | {"commit": "abc", "load_after": 0}
+        toy = {"parameters": 1, "active": 1, "figures": [_figure("train", run)]}
+        path = tmp_path / f"cpu-{file}-2026-01-01.json"
+        path.write_text(json.dumps({"models": {"toy": toy}}))
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
-    assert "| train | 2 (1 to 3) | 50% of read | 1 Intel |" in text
-    assert "| decode | 2 (1 to 3) | 50% of read | 2 AMD |" in text
+    assert f"#### {described}\n" in text
+    assert "#### another\n" in text
+
+
+def test_products_fill_the_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(products, "SHAPES", {"odd": (17, 9)})
+    monkeypatch.setattr(products, "COLD_BYTES", 2000)
+    monkeypatch.setattr(products, "FEW", (1, 5))
+    monkeypatch.setattr(products, "MANY", 33)
+    monkeypatch.setattr(sys, "argv", ["products", "--repeats", "1", "--out", str(tmp_path)])
+    products.main()
+    assert "33 rows, back" in capsys.readouterr().out
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| GFLOP/s of ours (times the library's) | 1 row | 5 rows | 33 rows |" in text
+    assert "| odd, 17 x 9 |" in text
 
 
 def test_no_ratio_while_the_programs_disagree(monkeypatch, capsys):
