@@ -39,7 +39,8 @@ from nemotron3.inference.requests import (
 )
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.parallel.threads import release_team
+from nemotron3.ops import native
+from nemotron3.parallel.threads import release_team, spread
 from nemotron3.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -241,6 +242,8 @@ class AsyncLLM(LoadedModel):
 
     def _work(self) -> None:
         """The engine's thread."""
+        if self._engine.model.device.type == "cpu" and native.available():
+            spread(native.team_ids())
         while True:
             with self._changed:
                 while not (self._commands or self._engine.has_work or self._is_closing):

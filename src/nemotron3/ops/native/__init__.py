@@ -15,6 +15,7 @@ from nemotron3.ops.native.calls import (
     contiguous_rows,
     recording,
     serves,
+    team_ids,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "contiguous_rows",
     "recording",
     "serves",
+    "team_ids",
 ]

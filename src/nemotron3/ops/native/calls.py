@@ -52,6 +52,17 @@ class NativeFunction:
         )
 
 
+_PROGRAM = Path(__file__).with_name("program.cpp")
+_team_ids = NativeFunction(_PROGRAM, "team_ids", "p")
+
+
+def team_ids() -> list[int]:
+    """The system's numbers of the threads that compiled functions run on when this one calls."""
+    ids = torch.zeros(torch.get_num_threads(), dtype=torch.int64)
+    _team_ids(ids)
+    return ids.tolist()
+
+
 class TeamFunction:
     """A compiled function that a team of threads calls together (team.h): it can be recorded.
 
@@ -127,7 +138,7 @@ class Program:
         self._table = (ctypes.c_int64 * (2 * len(calls)))()
         for i, (call, words) in enumerate(zip(calls, self._words, strict=True)):
             self._table[2 * i : 2 * i + 2] = [call.function, ctypes.addressof(words)]
-        self._run = library(Path(__file__).with_name("program.cpp")).run_program
+        self._run = library(_PROGRAM).run_program
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._run.restype = None
 
