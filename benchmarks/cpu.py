@@ -46,7 +46,7 @@ class Sizes:
     train_length: int = 512
     prefill_lengths: tuple[int, ...] = (512, 4096)
     decode_batches: tuple[int, ...] = (1, 8)
-    decode_steps: int = 32
+    decode_steps: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)

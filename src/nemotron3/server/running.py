@@ -92,8 +92,8 @@ def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> No
         ws="none",
         timeout_graceful_shutdown=2,
     )
-    # Modules, the model and routes stay to the end, hundreds of thousands of objects. Looking through
-    # them for garbage would stop everybody's answers for a twentieth of a second.
+    # Modules, the model and routes stay to the end: hundreds of thousands of objects. To look for
+    # garbage among them would stop everybody's answers for a twentieth of a second.
     gc.collect()
     gc.freeze()
     try:

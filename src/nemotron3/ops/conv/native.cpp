@@ -3,8 +3,8 @@
 // A task is a span of one segment's tokens. It walks them with all channels, a few tokens at a time,
 // so that memory is read in order and the rows that taps look back at are still in the cache. The
 // backward pass convolves again, which costs a few multiply-adds and spares a stored tensor. It
-// walks a span from its last token to its first and keeps the gradients of as many preactivations
-// as there are taps; those of the tokens after its span it makes once more. Spans are cut by their
+// walks a span from its last token to its first and keeps the gradients of the last preactivations
+// that taps reach; those of the tokens after its span it makes once more. Spans are cut by their
 // segment alone, and their parts of the weight's gradient added in order, so no bit depends on
 // threads or neighbours.
 #include <memory>
@@ -102,65 +102,95 @@ struct Gradients {
   float *dx, *d_tails;
 };
 
-// dz = dy SiLU'(z) at one position. Where `parts` is given, its share of the gradients of weight
-// and bias is added there, laid out as `Conv::weights`.
-template <int TAPS>
-void preactivation_gradient(const Conv& c, const float* const* rows, const float* dy, float* dz,
-                            float* parts) {
+// Some tokens of the backward pass, one after another. Rows and dy may be null, which is where no
+// token is: before a segment, whose inputs are the tail's. `added` may hold null.
+template <int COUNT>
+struct Some {
+  const float* const* rows;  // inputs, from the first that the first token's taps look at
+  const float* dy[COUNT];
+  const float* added[COUNT];
+  float* dx[COUNT];  // all null where nobody wants them
+};
+
+// dz = dy SiLU'(z) of each, whose shares of the gradients of weight and bias are added to `parts`
+// (laid out as `Conv::weights`) where it is given; and dx, from these and from `later`, the dz of
+// the taps - 1 tokens behind them [taps - 1, pitch], in whose place those of the first come.
+template <int TAPS, int COUNT>
+void convolve_back_some(const Conv& c, const Some<COUNT>& some, float* later, float* parts) {
   const int64_t taps = TAPS ? TAPS : c.taps;
   for (int64_t i = 0; i < c.channels; i += LANES) {
     const int64_t n = c.channels - i;
-    const vec z = preactivation<TAPS>(c, rows, i, n), s = sigmoid(z);
-    const vec d = read(dy + i, n) * s * (1.0f + z * (1.0f - s));
-    store(dz + i, d);
-    if (!parts) continue;
-    float* part = parts + i;
+    vec dz[COUNT]{};
+    if (some.rows)
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < taps; j++, part += c.pitch)
-      store(part, load(part) + d * read(rows[j] + i, n));
-    store(part, load(part) + d);
+      for (int64_t k = 0; k < COUNT; k++) {
+        const vec z = preactivation<TAPS>(c, some.rows + k, i, n), s = sigmoid(z);
+        dz[k] = read(some.dy[k] + i, n) * s * (1.0f + z * (1.0f - s));
+      }
+    if (parts) {
+      float* part = parts + i;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < taps; j++, part += c.pitch) {
+        vec sum = load(part);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < COUNT; k++) sum += dz[k] * read(some.rows[k + j] + i, n);
+        store(part, sum);
+      }
+      vec sum = load(part);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < COUNT; k++) sum += dz[k];
+      store(part, sum);
+    }
+    const auto at = [&](int64_t k) {
+      return k < COUNT ? dz[k] : load(later + (k - COUNT) * c.pitch + i);
+    };
+    if (some.dx[0])
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < COUNT; k++) {
+        vec d = some.added[k] ? read(some.added[k] + i, n) : vec{};
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < taps; j++)
+          d += load(c.weights.data() + (taps - 1 - j) * c.pitch + i) * at(k + j);
+        write(some.dx[k] + i, d, n);
+      }
+#pragma GCC unroll 4
+    for (int64_t m = taps - 2; m >= 0; m--) store(later + m * c.pitch + i, at(m));
   }
 }
 
-// The gradient of one input, from those of the preactivations that it is part of: `later[i]` of the
-// i-th token after it. `added` may be null.
-template <int TAPS>
-void input_gradient(const Conv& c, const float* const* later, const float* added, float* dx) {
-  const int64_t taps = TAPS ? TAPS : c.taps;
-  for (int64_t i = 0; i < c.channels; i += LANES) {
-    const int64_t n = c.channels - i;
-    vec d = added ? read(added + i, n) : vec{};
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < taps; j++)
-      d += load(c.weights.data() + (taps - 1 - j) * c.pitch + i) * load(later[j] + i);
-    write(dx + i, d, n);
+template <int TAPS, int COUNT>
+void convolve_back_at(const Conv& c, const Gradients& g, const Span& span, int64_t t, float* later,
+                      float* parts) {
+  const int64_t before = (TAPS ? TAPS : c.taps) - 1;
+  std::vector<const float*> rows(before + COUNT);
+  Some<COUNT> some{t < 0 ? nullptr : rows.data(), {}, {}, {}};
+  for (int64_t j = 0; j < before + COUNT && t >= 0; j++)
+    rows[j] = c.input(span.segment, span.first, t - before + j);
+  for (int64_t k = 0; k < COUNT; k++) {
+    const int64_t at = t + k, in_tail = at - (span.length - before);  // row of the new tail
+    if (t >= 0) some.dy[k] = g.dy + (span.first + at) * g.lddy;
+    if (at >= span.end) continue;
+    if (g.d_new_tails && in_tail >= 0)
+      some.added[k] = g.d_new_tails + (span.segment * before + in_tail) * c.channels;
+    if (t >= 0 && g.dx) some.dx[k] = g.dx + (span.first + at) * c.channels;
+    if (t < 0 && g.d_tails)
+      some.dx[k] = g.d_tails + (span.segment * before + before + at) * c.channels;
   }
+  convolve_back_some<TAPS, COUNT>(c, some, later, t >= 0 && t < span.end ? parts : nullptr);
 }
 
 template <int TAPS>
 void convolve_back(const Conv& c, const Gradients& g, const Span& span, float* parts) {
-  const int64_t taps = TAPS ? TAPS : c.taps, before = taps - 1;
-  std::vector<float> ring(taps * c.pitch);  // dz of the last positions; zero outside the segment
-  std::vector<const float*> rows(taps);
-  const auto kept = [&](int64_t t) { return ring.data() + (t + before) % taps * c.pitch; };
-  const int64_t start = span.begin ? span.begin : -before;
-  for (int64_t t = smaller(span.end + before, span.length) - 1; t >= start; t--) {
-    if (t >= 0) {
-      for (int64_t j = 0; j < taps; j++) rows[j] = c.input(span.segment, span.first, t - before + j);
-      preactivation_gradient<TAPS>(c, rows.data(), g.dy + (span.first + t) * g.lddy, kept(t),
-                                   t < span.end ? parts : nullptr);
-    } else {
-      memset(kept(t), 0, 4 * c.pitch);
-    }
-    float* dx = t >= 0 ? g.dx : g.d_tails;
-    if (t >= span.end || !dx) continue;
-    dx += (t >= 0 ? span.first + t : span.segment * before + before + t) * c.channels;
-    for (int64_t j = 0; j < taps; j++) rows[j] = kept(t + j);
-    const int64_t in_tail = t - (span.length - before);  // row of the new tail that this input is
-    const bool leaves = g.d_new_tails && in_tail >= 0;
-    const float* added = g.d_new_tails + (span.segment * before + in_tail) * c.channels;
-    input_gradient<TAPS>(c, rows.data(), leaves ? added : nullptr, dx);
+  const int64_t before = (TAPS ? TAPS : c.taps) - 1;
+  std::vector<float> later(before * c.pitch);  // zero behind the segment
+  int64_t t = smaller(span.end + before, span.length);
+  while (t > span.end) convolve_back_at<TAPS, 1>(c, g, span, --t, later.data(), parts);
+  while (t - GROUP >= span.begin) {
+    t -= GROUP;
+    convolve_back_at<TAPS, GROUP>(c, g, span, t, later.data(), parts);
   }
+  const int64_t start = span.begin ? span.begin : -before;
+  while (t > start) convolve_back_at<TAPS, 1>(c, g, span, --t, later.data(), parts);
 }
 
 // [taps + 1, pitch] of each span, added up in order: to dw [channels, taps] and db [channels].
