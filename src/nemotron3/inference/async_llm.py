@@ -15,6 +15,7 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nemotron3.errors import ConfigError, OverloadedError
+from nemotron3.errors import BackendUnavailableError, ConfigError, OverloadedError
 from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
@@ -243,7 +244,8 @@ class AsyncLLM(LoadedModel):
     def _work(self) -> None:
         """The engine's thread."""
         if self._engine.model.device.type == "cpu" and native.available():
-            spread(native.team_ids())
+            with suppress(BackendUnavailableError):  # the first step says what does not compile
+                spread(native.team_ids())
         while True:
             with self._changed:
                 while not (self._commands or self._engine.has_work or self._is_closing):
