@@ -27,7 +27,7 @@ from benchmarks.inference import servers, workloads
 from benchmarks.inference.client import Client
 from benchmarks.inference.workloads import Workload
 from benchmarks.models import configs, load_theirs
-from benchmarks.timing import interleave
+from benchmarks.timing import Contestant, interleave
 
 from benchmarks import llama_cpp, machine
 from nemotron3.models import huggingface
@@ -126,11 +126,24 @@ def measure(
             }
             third = workloads.by_transformers(workload, theirs, config.vocab_size)
             contestants |= {"transformers": third} if third else {}
+            contestants = {name: _alone(name, run, clients) for name, run in contestants.items()}
             samples = interleave(contestants, repeats=repeats)
             rates = {name: sample.rate(workload.tokens) for name, sample in samples.items()}
             figures.append({"name": workload.name, "tokens_per_s": rates})
             print("  " + line(figures[-1]), flush=True)
     return {"same_tokens": same, "figures": figures}
+
+
+def _alone(name: str, run: Contestant, clients: Mapping[str, Client]) -> Contestant:
+    """A peer's turn, in which the servers of all others are stopped."""
+    servers_ = [client.pid for client in clients.values()]
+    own = clients[name].pid if name in clients else None
+
+    def turn() -> float:
+        with servers.alone(own, servers_):
+            return run()
+
+    return turn
 
 
 def line(figure: dict[str, Any]) -> str:

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.inference.client import Client
@@ -68,6 +69,22 @@ def vllm(python: Path, model: Path, *, threads: int) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
+def alone(group: int | None, everyone: Collection[int]) -> Iterator[None]:
+    """Stop all servers but one, or all: some go on computing for a second after their last answer.
+
+    They are named by their processes, which lead groups.
+    """
+    others = [each for each in everyone if each != group]
+    for each in others:
+        os.killpg(each, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in others:
+            os.killpg(each, signal.SIGCONT)
+
+
+@contextlib.contextmanager
 def _running(
     command: list, port: int, threads: int, settings: Mapping[str, str] | None = None
 ) -> Iterator[int]:
@@ -75,8 +92,9 @@ def _running(
     words = [str(word) for word in command]
     if not (Path(words[0]).exists() or shutil.which(words[0])):
         raise SystemExit(f"{words[0]} does not exist")
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(  # with its own processes a group of its own, for `alone`
+        words, stdout=quiet, stderr=quiet, env=environment, start_new_session=True
     )
     try:
         _wait_for(port, process, words)

@@ -1,10 +1,15 @@
 """The comparison of servers: asked for the same, both write tokens that can all be seen."""
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
+from benchmarks.inference import servers
 from benchmarks.inference.client import Client
 from tokenizers import Tokenizer, decoders
 
@@ -63,3 +68,26 @@ def test_tokens_that_were_not_sent_are_an_error(server):
     port, _ = server
     with pytest.raises(SystemExit, match="sent 2 tokens, 3 were asked for"):
         Client(port=port, path="/theirs", pid=0).ask([5], 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's state is read from /proc")
+@pytest.mark.parametrize("own", [0, None])
+def test_whoever_has_no_turn_is_stopped(own):
+    def state(process):
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    peers = [subprocess.Popen(command, start_new_session=True) for _ in range(3)]
+    try:
+        groups = [peer.pid for peer in peers]
+        with servers.alone(None if own is None else groups[own], groups):
+            deadline = time.monotonic() + 10
+            wanted = [number != own for number in range(3)]
+            while [state(peer) == "T" for peer in peers] != wanted:
+                assert time.monotonic() < deadline, [state(peer) for peer in peers]
+        while "T" in [state(peer) for peer in peers]:
+            assert time.monotonic() < deadline
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.wait()
