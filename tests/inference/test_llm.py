@@ -3,11 +3,13 @@
 import asyncio
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from nemotron3 import LLM, AsyncLLM, EngineConfig, SamplingParams
 from nemotron3.errors import ConfigError, DataError, OverloadedError
+from nemotron3.inference.loading import name_of
 from nemotron3.inference.requests import FailureKind, FinishReason, StructuredOutput
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
 from tests.inference.texts import text_model, tokenizer
@@ -255,3 +257,11 @@ def test_calls_come_out_of_an_answer(llm):
     )
     assert any(isinstance(piece, CallDelta) for piece in pieces)
     assert answer.content.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("runs/tiny/model", "tiny"), ("models/nano-30b", "nano-30b"), ("/model", "model")],
+)
+def test_a_model_has_the_name_of_its_run_or_directory(path, name):
+    assert name_of(Path(path)) == name

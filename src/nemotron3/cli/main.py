@@ -221,7 +221,7 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     http.add_argument(
         "--served-model-name",
         metavar="NAME",
-        help="the name in `model` (default: the directory's)",
+        help="the name in `model` (default: that of the run, or of the directory)",
     )
     http.add_argument(
         "--max-body-mib", type=int, default=32, metavar="MIB", help="largest request (default 32)"

@@ -21,6 +21,14 @@ from nemotron3.parallel.devices import resolve_device
 from nemotron3.text import ChatTemplate, Tokenizer
 
 
+def name_of(path: Path) -> str:
+    """A model's name: its directory's, or that of the run whose `model` it is."""
+    resolved = path.resolve()
+    if resolved.name == "model" and resolved.parent.name:
+        return resolved.parent.name
+    return resolved.name
+
+
 class LoadedModel:
     """Engine and front of one model: what `LLM` and `AsyncLLM` are made of."""
 
@@ -43,7 +51,7 @@ class LoadedModel:
         path: Path | None = None
         if not isinstance(model, LanguageModel):
             path = Path(model)
-            name = path.resolve().name
+            name = name_of(path)
             tokenizer = tokenizer or Tokenizer.from_directory(path)
             model = LanguageModel.from_pretrained(path, device=resolve_device(device), dtype=dtype)
         if tokenizer is None:
@@ -93,7 +101,7 @@ class LoadedModel:
 
     @property
     def model_name(self) -> str:
-        """The directory's name."""
+        """What `name_of` calls it."""
         return self._frontend.model_name
 
     @property
