@@ -3,9 +3,8 @@
     python -m benchmarks.products
 
 Both do the same product in turns, forward and both gradients for many rows as in training, and
-forward alone for the few rows of a decoding step. Every call has another weight matrix, more of
-them than caches hold, since a layer's weights were last used a step ago. Medians; a share is that
-of the faster of both at a large product.
+forward alone for the few rows of a decoding step. There every call has another weight matrix, more
+of them than caches hold, since a layer's weights were last used a step ago. Medians.
 """
 
 import argparse
