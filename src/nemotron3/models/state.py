@@ -107,6 +107,10 @@ class MambaState:
             self._put_rows(slots, kept)
         return torch.stack(outputs, dim=1).flatten(0, 1)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its memory."""
+        return *self.kept, *self.trails
+
     @property
     def kept(self) -> Parts:
         """What it keeps of each slot."""
@@ -193,6 +197,10 @@ class AttentionState:
                 else:
                     parts += [flat[places[:old]], new] if old else [new]
         return _joined(keys), _joined(values)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its memory."""
+        return self.keys, self.values
 
     def attend(
         self,
