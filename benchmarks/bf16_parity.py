@@ -18,12 +18,13 @@ the same, and how often a router chooses exactly the same experts.
 import argparse
 import contextlib
 import io
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from tests.oracles.huggingface import repaired
 from tests.tiny import tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import NemotronHForCausalLM
@@ -76,17 +77,14 @@ def ours_stepwise(model: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> T
     return torch.cat(steps, dim=1).flatten(0, 1)
 
 
-def transformers_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model in `dtype`, repaired."""
     with contextlib.redirect_stderr(io.StringIO()):
-        model = NemotronHForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    for module in model.modules():
-        if type(module).__name__ == "NemotronHMamba2Mixer":
-            module.time_step_limit = (0.0, math.inf)
-    return model
+        model = NemotronHForCausalLM.from_pretrained(folder, dtype=dtype)
+    return repaired(model).eval()
 
 
-def theirs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+def theirs(model: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits and router choices of a full pass."""
     choices: list[Tensor] = []
     hooks = [
@@ -122,7 +120,7 @@ def same_choices(choices: list[Tensor], expected: list[Tensor]) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", help="a directory in the published layout")
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
     arguments = parser.parse_args()

@@ -167,7 +167,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", default=Path("runs/reasoner/model"))
     parser.add_argument("--problems", type=int, default=500)
     arguments = parser.parse_args()

@@ -7,7 +7,7 @@ of the forward operation that made them, which leads back to the part.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +63,8 @@ def parts_of(model: LanguageModel) -> dict[nn.Module, str]:
 
 def flops_per_token(model: LanguageModel, *, context: int) -> dict[str, float]:
     """FLOPs of each part's products in a forward pass."""
-    config, flops = model.config, Counter[str]()
+    config = model.config
+    flops: defaultdict[str, float] = defaultdict(float)
     owners = parts_of(model)
     for module, part in owners.items():
         if isinstance(module, Linear | Router):
@@ -96,7 +97,7 @@ def watched(
 
 def clocked(model: LanguageModel, action: Callable[[], object]) -> dict[str, float]:
     """Seconds of each part in a forward pass, by the clock: for passes of many tiny operations."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     stack, last = [OUTPUT], time.perf_counter()
 
     def charge() -> None:

@@ -116,7 +116,7 @@ def measure(folder: Path, *, rows: int, length: int = 256) -> dict[str, list[flo
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder of a run, as in runs/tiny/model")
     parser.add_argument("--rows", type=int, default=16, help="stretches of each source")
     arguments = parser.parse_args()

@@ -55,7 +55,7 @@ def _settle() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("program", choices=["ours", "transformers"])
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=4)

@@ -97,8 +97,10 @@ class Outcome:
 def held_out_of(model: Path) -> tuple[Tokenizer, dict[str, TokenFile]]:
     """Tokenizer and held-out text, by source, of the run that made a model."""
     run = read_run(model.parent, PretrainRun)
-    is_text = isinstance(run.corpus, CorpusConfig)
-    corpus = prepare_corpus(run.corpus) if is_text else open_tokenized(run.corpus)
+    if isinstance(run.corpus, CorpusConfig):
+        corpus = prepare_corpus(run.corpus)
+    else:
+        corpus = open_tokenized(run.corpus)
     return corpus.tokenizer, dict(corpus.held_out)
 
 
@@ -287,7 +289,7 @@ def _speeds(each: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder of a run, as in runs/tiny/model")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="answers to each prompt")

@@ -184,7 +184,7 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=ROOT / "runs" / "tiny" / "model")
     parser.add_argument("--steps", type=int, default=4096)
     parser.add_argument("--streams", type=int, default=4)

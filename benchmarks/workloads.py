@@ -29,9 +29,10 @@ def training(model: nn.Module, tokens: Tensor) -> Contestant:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        ours = isinstance(model, LanguageModel)
-        loss = our_loss(model, tokens) if ours else their_loss(model, tokens)
-        loss.backward()
+        if isinstance(model, LanguageModel):
+            our_loss(model, tokens).backward()
+        else:
+            their_loss(model, tokens).backward()
         optimizer.step()
 
     return warmed(step)

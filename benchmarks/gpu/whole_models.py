@@ -189,7 +189,7 @@ def throughput(
     steps whose time grows with the context from the shortest to the longest measured one.
     """
     read = next((f for f in figures.values() if f.get("length") == prompt), None)
-    read_s = read and read["step"]["median_s"]
+    read_s = read["step"]["median_s"] if read else None
     by_batch: dict[int, dict[int, float]] = {}
     for figure in figures.values():
         if figure.get("context") in (prompt, prompt + answer) and figure["step"]["median_s"]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from benchmarks.inference.client import Client
 from benchmarks.timing import Contestant
-from torch import nn
 
 _OPENS_TURN = 10
 """`<|im_start|>` in the family's vocabularies; to the other programs a token like any other."""
@@ -86,7 +85,7 @@ def contestant(workload: Workload, client: Client, vocab: int) -> Contestant:
     return run
 
 
-def by_transformers(workload: Workload, model: nn.Module, vocab: int) -> Contestant | None:
+def by_transformers(workload: Workload, model: Any, vocab: int) -> Contestant | None:
     """`generate` at the same work, prompts of a batch of one length; None where it has no form."""
     runs = iter(range(10**9))
 
