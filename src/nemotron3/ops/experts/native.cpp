@@ -108,10 +108,11 @@ struct ForwardRoom {
   }
 };
 
-// All rows of one expert, by one thread.
+// All rows of one expert, by one thread. `kept` [rows, up_rows] gets the results of the first
+// product where it is not null.
 void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                     int64_t ldx, const float* weights, const float* up, const float* down,
-                    const ForwardRoom& room, float* outputs) {
+                    const ForwardRoom& room, float* kept, float* outputs) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows(), block = block_rows(end - begin, room.row());
   for (int64_t first = begin; first < end; first += block) {
@@ -122,6 +123,7 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
                 down);
     for (int64_t r = 0; r < rows; r++) {
       float* h = room.h + r * room.ldh;
+      if (kept) memcpy(kept + (first + r) * up_rows, h, 4 * up_rows);
       activate(h, s.hidden, s.hidden, s.activation, weights[sources[r]], h);
     }
     gemm_turned(rows, s.width, s.hidden, room.h, room.ldh, 1, down, s.hidden,
@@ -165,15 +167,15 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
 }
 
 void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                  const float* weights, const float* up, const float* down, float* outputs,
-                  float* y) {
+                  const float* weights, const float* up, const float* down, float* kept,
+                  float* outputs, float* y) {
   ForwardRoom room(s);
   Scratch scratch(room.floats());
   room.take(scratch);
   for (int64_t e; (e = team.next()) < s.experts;)
     if (order.bounds[e] < order.bounds[e + 1])
       forward_expert(s, order, e, x, ldx, weights, up + e * s.up_rows() * s.width,
-                     down + e * s.hidden * s.width, room, outputs);
+                     down + e * s.hidden * s.width, room, kept, outputs);
   team.wait();
   const Range tokens = team.share(s.tokens);
   for (int64_t t = tokens.first; t < tokens.last; t++)
@@ -199,8 +201,8 @@ struct BackwardRoom {
 
 void backward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                      int64_t ldx, const float* weights, const float* up, const float* down,
-                     const float* grad, int64_t ldgrad, float* dxs, float* d_weights, float* d_up,
-                     float* d_down, const BackwardRoom& room) {
+                     const float* kept, const float* grad, int64_t ldgrad, float* dxs,
+                     float* d_weights, float* d_up, float* d_down, const BackwardRoom& room) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows();
   if (begin == end) {
@@ -215,7 +217,8 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
     const bool add = first > begin;
     gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
     gather(grad, ldgrad, sources, s.choices, rows, s.width, room.dy, room.ldx);
-    gemm_turned(rows, up_rows, s.width, room.xs, room.ldx, 1, up, s.width, room.h, room.ldu);
+    for (int64_t r = 0; r < rows; r++)
+      memcpy(room.h + r * room.ldu, kept + (first + r) * up_rows, 4 * up_rows);
     gemm(rows, s.hidden, s.width, room.dy, room.ldx, 1, down, s.hidden, room.da, room.ldh);
     for (int64_t r = 0; r < rows; r++)
       d_weights[sources[r]] =
@@ -248,15 +251,16 @@ void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* so
 }
 
 // y [tokens, width]; `outputs` [rows, width] is room for the experts' results. Few rows come with
-// room for hidden `units` [rows, up_rows], many with null.
+// room for hidden `units` [rows, up_rows], many with null; those may be asked to keep what the
+// backward pass wants.
 void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
-             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* outputs,
-             float* y, int64_t tokens, int64_t choices, int64_t experts, int64_t width,
-             int64_t hidden, int64_t activation, int64_t ldx) {
+             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
+             float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
+             int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   if (units) forward_few(team, s, order, x, ldx, weights, up, down, units, outputs, y);
-  else forward_many(team, s, order, x, ldx, weights, up, down, outputs, y);
+  else forward_many(team, s, order, x, ldx, weights, up, down, kept, outputs, y);
 }
 
 // a [rows, hidden] = act(h), row by row.
@@ -275,14 +279,14 @@ SHARED(activate_forward, activate_rows)
 
 extern "C" {
 
-// Gradients; `dxs` [rows, width] is room for those of single rows. dx with dxs, d_up and d_down may
-// be null.
+// Gradients, from what the forward pass kept; `dxs` [rows, width] is room for those of single rows.
+// dx with dxs, d_up and d_down may be null.
 void experts_backward(const float* x, const float* weights, const float* up, const float* down,
-                      int64_t* bounds, int64_t* sources, int64_t* places, const float* grad,
-                      float* dxs, float* dx, float* d_weights, float* d_up, float* d_down,
-                      int64_t tokens, int64_t choices, int64_t experts, int64_t width,
-                      int64_t hidden, int64_t activation, int64_t ldx, int64_t ldgrad,
-                      int64_t threads) {
+                      int64_t* bounds, int64_t* sources, int64_t* places, const float* kept,
+                      const float* grad, float* dxs, float* dx, float* d_weights, float* d_up,
+                      float* d_down, int64_t tokens, int64_t choices, int64_t experts,
+                      int64_t width, int64_t hidden, int64_t activation, int64_t ldx,
+                      int64_t ldgrad, int64_t threads) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   const int64_t up_rows = s.up_rows();
@@ -294,7 +298,7 @@ void experts_backward(const float* x, const float* weights, const float* up, con
 #pragma omp for schedule(dynamic)
     for (int64_t e = 0; e < experts; e++)
       backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
-                      down + e * hidden * width, grad, ldgrad, dxs, d_weights,
+                      down + e * hidden * width, kept, grad, ldgrad, dxs, d_weights,
                       d_up ? d_up + e * up_rows * width : nullptr,
                       d_down ? d_down + e * hidden * width : nullptr, room);
     if (dx) {

@@ -1,7 +1,8 @@
 """Routed experts in C++ (native.cpp says how).
 
-The backward pass keeps nothing but the inputs: it does the first product again, a sixth of the
-arithmetic, instead of holding its result for all rows.
+Training keeps the result of the first product, a row of hidden units for each token and choice:
+to make it again is a sixth of the arithmetic. `recompute` of whole blocks is for who lacks the
+memory.
 """
 
 from pathlib import Path
@@ -15,8 +16,8 @@ from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = TeamFunction(_SOURCE, "experts_order", "pppp ii")
-_forward = TeamFunction(_SOURCE, "experts_forward", "pppppppppp iiiiiii")
-_backward = NativeFunction(_SOURCE, "experts_backward", "ppppppppppppp iiiiiiii")
+_forward = TeamFunction(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
+_backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
 _activate = TeamFunction(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
@@ -52,15 +53,22 @@ def _sizes(weights: Tensor, down: Tensor, activation: Activation) -> tuple[int, 
 
 
 def _apply(
-    x: Tensor, weights: Tensor, up: Tensor, down: Tensor, order: _Order, activation: Activation
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    order: _Order,
+    activation: Activation,
+    kept: Tensor | None = None,
 ) -> Tensor:
+    """All experts; `kept` [rows, up_width] gets the results of the first product."""
     outputs = x.new_empty(weights.numel(), x.shape[1])
     y = x.new_empty(x.shape)
-    few = weights.numel() <= _FEW_ROWS * len(up)
+    few = kept is None and weights.numel() <= _FEW_ROWS * len(up)
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = _sizes(weights, down, activation)
     work = weights.numel() * up[0].numel()
-    _forward(x, weights, up, down, *order, units, outputs, y, *sizes, x.stride(0), work=work)
+    _forward(x, weights, up, down, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
     return y
 
 
@@ -75,13 +83,14 @@ class _RoutedExperts(torch.autograd.Function):
         order: _Order,
         activation: Activation,
     ) -> Tensor:
-        ctx.save_for_backward(x, weights, up, down, *order)
+        kept = x.new_empty(weights.numel(), up.shape[1])
+        ctx.save_for_backward(x, weights, up, down, kept, *order)
         ctx.activation = activation
-        return _apply(x, weights, up, down, order, activation)
+        return _apply(x, weights, up, down, order, activation, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, up, down, *order = ctx.saved_tensors
+        x, weights, up, down, kept, *order = ctx.saved_tensors
         needs_x, _, needs_up, needs_down, *_ = ctx.needs_input_grad
         grad = contiguous_rows(grad)
         rows = x.new_empty(weights.numel(), x.shape[1]) if needs_x else None
@@ -91,7 +100,7 @@ class _RoutedExperts(torch.autograd.Function):
         d_down = torch.empty_like(down) if needs_down else None
         sizes = _sizes(weights, down, ctx.activation)
         _backward(
-            x, weights, up, down, *order, grad, rows, dx, d_weights, d_up, d_down,
+            x, weights, up, down, *order, kept, grad, rows, dx, d_weights, d_up, d_down,
             *sizes, x.stride(0), grad.stride(0),
         )  # fmt: skip
         return dx, d_weights, d_up, d_down, None, None
