@@ -1,11 +1,13 @@
 """The least that each workload must do: FLOPs where products bind, bytes where memory does.
 
-Products are counted by `nemotron3.models.accounting`; a training step does three times those of a
-forward pass, and a prefill makes logits for its last token alone. A decoding step must at least
-read the weights that its tokens pass, and read and write their states. Of the routed experts, a
-batch of b tokens that choose evenly touches 1 - (1 - k/E)^b.
+Products are counted by `nemotron3.models.accounting`. A training step does three times those of a
+forward pass; of a prompt the last token alone has to pass the layers behind the last one that
+remembers, and the output layer. A decoding step must at least read the weights that its tokens
+pass, and read and write their states. Of the routed experts, a batch of b tokens that choose evenly
+touches 1 - (1 - k/E)^b.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nemotron3.models.accounting import (
@@ -15,9 +17,14 @@ from nemotron3.models.accounting import (
     state_bytes_per_sequence,
 )
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.pattern import LayerKind
+from nemotron3.models.pattern import LayerKind, last_memory
 
-_PARTS = {LayerKind.MAMBA: "mamba", LayerKind.ATTENTION: "attention", LayerKind.EXPERTS: "moe"}
+_PARTS = {
+    LayerKind.MAMBA: "mamba",
+    LayerKind.ATTENTION: "attention",
+    LayerKind.EXPERTS: "moe",
+    LayerKind.MLP: "mlp",
+}
 
 
 def training_flops(config: ModelConfig, *, length: int) -> float:
@@ -27,8 +34,10 @@ def training_flops(config: ModelConfig, *, length: int) -> float:
 
 def prefill_flops(config: ModelConfig, *, length: int) -> float:
     """FLOPs per token of a prompt."""
-    output = 2 * config.vocab_size * config.hidden_size
-    return backbone_flops(config, length=length) + output / length
+    main = config.pattern.main
+    all_pass = _with_layers(config, main[: last_memory(main) + 1])
+    flops = backbone_flops(all_pass, length=length)
+    return flops + (forward_flops_per_token(config, context=length) - flops) / length
 
 
 def backbone_flops(config: ModelConfig, *, length: int) -> float:
@@ -52,10 +61,16 @@ def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int
 
 def mixing_flops(config: ModelConfig, kind: LayerKind, *, context: int) -> float:
     """FLOPs per token of all layers of a kind that are not products with weights."""
-    others = {part: None for other, part in _PARTS.items() if other is not kind}
-    pattern = kind.value * config.pattern.main.count(kind)
-    if not pattern:
+    layers = config.pattern.main.count(kind)
+    if not layers:
         return 0.0
-    alone = replace(config, hybrid_override_pattern=pattern, mlp=None, **others)
+    alone = _with_layers(config, [kind] * layers)
     flops = forward_flops_per_token(alone, context=context)
     return flops - 2 * model_costs(alone).total_active
+
+
+def _with_layers(config: ModelConfig, kinds: Sequence[LayerKind]) -> ModelConfig:
+    """The same widths in other layers, without MTP."""
+    unused = {part: None for kind, part in _PARTS.items() if kind not in kinds}
+    pattern = "".join(kind.value for kind in kinds)
+    return replace(config, hybrid_override_pattern=pattern, **unused)

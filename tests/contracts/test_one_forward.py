@@ -161,6 +161,27 @@ def test_a_document_cannot_change_a_bit_of_another_nor_of_its_gradients(size, se
         assert torch.equal(gradient_before[first], gradient_after[first])
 
 
+@every_precision
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("wanted", [[0], [4, 23, 32], [32, 0, 7], range(33), []])
+@every_model
+@torch.no_grad()
+def test_what_is_wanted_of_a_call_are_rows_of_the_whole(
+    assert_close, config, dtype, tolerance, wanted
+):
+    """And what is carried on does not depend on it."""
+    model = tiny_model(config, dtype=dtype)
+    tokens, wanted = tokens_for(config, 33), torch.tensor([*wanted], dtype=torch.int64)
+    states = [model.new_state(3), model.new_state(3)]
+    whole, some = (
+        model.hidden_states(tokens, layout=state.layout([5, 19, 9]), state=state, wanted=rows)
+        for state, rows in zip(states, (None, wanted), strict=True)
+    )
+    assert_close(some, whole[wanted], tolerance)
+    after = [model(tokens[:3, None], state=state) for state in states]
+    assert torch.equal(*after)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_recomputation_changes_neither_loss_nor_gradients():
     config = tiny_config("MEM*E-")

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -233,41 +234,53 @@ class Engine:
         for sequence, count in chunks:
             self.scheduler.make_room(sequence, count)
         chunks = [chunk for chunk in chunks if chunk[0].slot is not None]
-        slots = [_slot(sequence) for sequence, _ in chunks]
-        tokens: list[list[int]] = []
-        for (sequence, count), slot in zip(chunks, slots, strict=True):
-            start = self.cache.lengths[slot]
-            if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
-                self._stats.prefix_queries += len(sequence.tokens)
-                self._stats.prefix_hits += start
-            tokens.append(sequence.tokens[start : start + count])
         if not chunks:
             return []
+        slots = [_slot(sequence) for sequence, _ in chunks]
+        tokens = [self._next_tokens(sequence, count) for sequence, count in chunks]
+        ends = list(accumulate(count for _, count in chunks))
+        done = [
+            (sequence, end - 1)
+            for (sequence, count), slot, end in zip(chunks, slots, ends, strict=True)
+            if self.cache.lengths[slot] + count == len(sequence.tokens)
+        ]
+        last = [at for _, at in done]
         is_prompt = not any(self.scheduler.reads_again(sequence) for sequence, _ in chunks)
+        wants_all = self._drafter is not None or any(s.wants_prompt_logprobs for s, _ in chunks)
         self._draft_length.interrupted()
-        hidden, layout = self._passes.prefill(tokens, slots, is_prompt=is_prompt)
-        self._stats.prompt_tokens += layout.segments.total
-        starts = layout.segments.starts
-        for (sequence, count), start in zip(chunks, starts, strict=False):
-            part = hidden[start : start + count]
-            if sequence.wants_prompt_logprobs:
-                self._score_prompt(sequence, part, count)
-        if self._drafter is not None:
-            self._drafter.read(chunks, hidden)
+        hidden = self._passes.prefill(
+            tokens, slots, is_prompt=is_prompt, wanted=None if wants_all else last
+        )
+        self._stats.prompt_tokens += ends[-1]
+        if wants_all:
+            self._follow_prompts(chunks, hidden)
+            hidden = hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
         for sequence, _ in chunks:
             self.scheduler.after_chunk(sequence)
-        done = [
-            (sequence, starts[i + 1] - 1)
-            for i, (sequence, _) in enumerate(chunks)
-            if self.cache.lengths[slots[i]] == len(sequence.tokens)
-        ]
+        for sequence, _ in done:
+            sequence.is_prefilled = True
         if not done:
             return []
-        sequences = [sequence for sequence, _ in done]
-        for sequence in sequences:
-            sequence.is_prefilled = True
-        last = hidden[torch.tensor([at for _, at in done], device=hidden.device)].unsqueeze(1)
-        return self._choose(sequences, last, self.model.logits(last))
+        hidden = hidden.unsqueeze(1)
+        return self._choose([sequence for sequence, _ in done], hidden, self.model.logits(hidden))
+
+    def _next_tokens(self, sequence: Sequence, count: int) -> list[int]:
+        """What is read next of a prompt; at its beginning, what was found of it is counted."""
+        start = self.cache.lengths[_slot(sequence)]
+        if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
+            self._stats.prefix_queries += len(sequence.tokens)
+            self._stats.prefix_hits += start
+        return sequence.tokens[start : start + count]
+
+    def _follow_prompts(self, chunks: list[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Do what needs the hidden states of all tokens of chunks that have just been read."""
+        at = 0
+        for sequence, count in chunks:
+            if sequence.wants_prompt_logprobs:
+                self._score_prompt(sequence, hidden[at : at + count], count)
+            at += count
+        if self._drafter is not None:
+            self._drafter.read(chunks, hidden)
 
     def _decode(self, sequences: list[Sequence]) -> list[Progress]:
         count = min(len(sequence.drafts) for sequence in sequences)

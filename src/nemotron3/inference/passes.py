@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import Places, SequenceLayout
@@ -30,16 +29,25 @@ class Passes:
         self._plays_steps = self._recordings.are_possible and not self._recordings.take_padding
 
     def prefill(
-        self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_prompt: bool = True
-    ) -> tuple[Float[Tensor, "tokens d_model"], SequenceLayout]:
-        """Read prompts, or chunks of them; returns the hidden states, packed.
+        self,
+        tokens: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        *,
+        is_prompt: bool = True,
+        wanted: Sequence[int] | None = None,
+    ) -> Float[Tensor, "tokens d_model"]:
+        """Read prompts, or chunks of them; returns the hidden states, packed, or the `wanted` ones.
 
         What is no prompt was written here before, and is read as it was then: as steps.
         """
         layout = self.cache.layout([len(part) for part in tokens], slots, is_prompt=is_prompt)
+        device = self.model.device
+        at = None if wanted is None else torch.tensor(wanted, dtype=torch.int64, device=device)
         if self._plays_steps and self.cache.takes_steps(layout):
-            return self._read_step(tokens, layout), layout
-        return self.model.backbone(self._embed(tokens), layout, self.cache).hidden, layout
+            hidden = self._read_step(tokens, layout)
+            return hidden if at is None else hidden[at]
+        x = self._embed(tokens)
+        return self.model.backbone(x, layout, self.cache, wanted=at).hidden
 
     def read_drafts(
         self,
@@ -54,7 +62,7 @@ class Passes:
         layout = SequenceLayout(
             Segments([len(part) for part in tokens]), context=tuple(context), slots=tuple(slots)
         )
-        mtp(self._embed(tokens), hidden, layout, self.cache.draft_layers)
+        mtp.read(self._embed(tokens), hidden, layout, self.cache.draft_layers)
 
     def draft(
         self,
@@ -76,8 +84,8 @@ class Passes:
             ids, (at, slots_, context_) = numbers[: -3 * rows], numbers[-3 * rows :].view(3, rows)
             places = Places(slots_, context_)
             layout = SequenceLayout(segments, places=places)
-            out, _ = mtp(self.model.embed(ids), hidden, layout, self.cache.draft_layers)
-            picked = F.embedding(at, out)
+            x, states = self.model.embed(ids), self.cache.draft_layers
+            picked, _ = mtp(x, hidden, layout, states, wanted=at)
             return picked, self.model.logits(picked)
 
         where = [row * steps + place for row, place in enumerate(last)]

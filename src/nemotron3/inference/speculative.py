@@ -4,7 +4,8 @@ The block reads, for each position, the hidden state there and the token after i
 one token behind the state. Its keys and values lie in the same pages as the model's:
 
 - a prompt's chunk is read right after the model has read it, but for the last position, whose next
-  token is not known yet; its hidden state waits in the cache (`HybridCache.hidden`);
+  token is not known yet; its hidden state waits in the cache (`HybridCache.hidden`). To read is to
+  make keys and values: nobody asks for outputs there;
 - after tokens were chosen, the block reads what they settle, and its output at the last position
   gives the first draft; further drafts feed its own output back, as it was trained to (white paper,
   section 2.3), and leave nothing behind;

@@ -41,11 +41,8 @@ class Attention(nn.Module):
         """Attend within each sequence, and to what `state` remembers of it."""
         c = self.config
         q = self.q_norm(self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))
-        if c.rope_theta is not None:
-            positions = layout.positions(x.device)
-            q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+        q = self._rotated(q, layout)
+        k, v = self._keys_and_values(x, layout)
         if state is not None and layout.is_step and not torch.is_grad_enabled():
             y = state.attend(layout, q, k, v)
         else:
@@ -53,3 +50,19 @@ class Attention(nn.Module):
                 k, v = state.extend(layout, k, v)
             y = attention(q, k, v, queries=layout.segments, keys=layout.keys)
         return self.o_proj(y.flatten(-2))
+
+    def remember(
+        self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
+    ) -> None:
+        """Keep the keys and values of tokens whose outputs nobody asks for."""
+        state.remember(layout, *self._keys_and_values(x, layout))
+
+    def _keys_and_values(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        c = self.config
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))
+        return self._rotated(k, layout), v
+
+    def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        theta = self.config.rope_theta
+        return x if theta is None else rotate(x, layout.positions(x.device), theta)

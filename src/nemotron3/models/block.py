@@ -11,7 +11,7 @@ from nemotron3.models.mamba2 import Mamba2Mixer
 from nemotron3.models.mlp import MLP
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.pattern import LayerKind
-from nemotron3.models.state import LayerState
+from nemotron3.models.state import AttentionState, LayerState
 
 Mixer = Mamba2Mixer | Attention | MixtureOfExperts | MLP
 
@@ -55,3 +55,10 @@ class Block(nn.Module):
         if self.kind is LayerKind.EXPERTS:
             y, routing = y
         return x + y, routing
+
+    def remember(
+        self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
+    ) -> None:
+        """Let an attention layer keep what it remembers of `x`, and nothing else."""
+        assert isinstance(self.mixer, Attention)
+        self.mixer.remember(self.norm(x), layout, state)

@@ -16,8 +16,9 @@ part belongs to the first layer and the final norm to the last; `models/huggingf
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nemotron3.models.block import Block
 from nemotron3.models.config import ModelConfig
@@ -25,7 +26,8 @@ from nemotron3.models.experts import Routing
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.state import LayerState
+from nemotron3.models.pattern import last_memory
+from nemotron3.models.state import AttentionState, LayerState
 
 
 class MTPInput(nn.Module):
@@ -52,6 +54,7 @@ class MultiTokenPredictor(nn.Module):
         super().__init__()
         self.input = MTPInput(config)
         self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.mtp)
+        self.last_memory = last_memory(config.pattern.mtp)
         self.final_layernorm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -60,15 +63,40 @@ class MultiTokenPredictor(nn.Module):
         hidden: Float[Tensor, "tokens d_model"],
         layout: SequenceLayout,
         states: Sequence[LayerState | None] | None = None,
+        wanted: Int[Tensor, " wanted"] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
         """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k.
 
-        With the `states` of its layers the block continues what the layout's slots hold.
+        With the `states` of its layers the block continues what the layout's slots hold. Of a
+        call where only some tokens' outputs are `wanted`, these alone pass the last layers.
         """
         x = self.input(embedding, hidden)
         routings = []
-        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
+        states = states or [None] * len(self.layers)
+        for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             x, routing = layer(x, layout, state)
             if routing is not None:
                 routings.append(routing)
+            if wanted is not None and index == self.last_memory:
+                x = F.embedding(wanted, x)
         return self.final_layernorm(x), routings
+
+    def read(
+        self,
+        embedding: Float[Tensor, "tokens d_model"],
+        hidden: Float[Tensor, "tokens d_model"],
+        layout: SequenceLayout,
+        states: Sequence[LayerState | None],
+    ) -> None:
+        """Let the block's layers remember tokens whose outputs nobody asks for."""
+        last = self.last_memory
+        state = states[last]
+        if state is None:
+            return
+        assert isinstance(state, AttentionState), "Mamba layers are refused before"
+        x = self.input(embedding, hidden)
+        for layer, layer_state in zip(self.layers[:last], states, strict=False):
+            x, _ = layer(x, layout, layer_state)
+        block = self.layers[last]
+        assert isinstance(block, Block)
+        block.remember(x, layout, state)

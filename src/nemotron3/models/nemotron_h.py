@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemotron3.errors import ConfigError
@@ -30,6 +31,7 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
+from nemotron3.models.pattern import last_memory
 from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.linear import linear
 
@@ -52,6 +54,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.main)
+        self.last_memory = last_memory(config.pattern.main)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -60,12 +63,15 @@ class Backbone(nn.Module):
         layout: SequenceLayout,
         state: HybridCache | None = None,
         *,
+        wanted: Int[Tensor, " wanted"] | None = None,
         recompute: bool = False,
         measure: bool = False,
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
-        With a `state` the call continues what its slots hold. `recompute` trades time for memory:
+        With a `state` the call continues what its slots hold. Where only some tokens' outputs are
+        `wanted`, the result is theirs, and they alone pass the layers behind the last one that
+        remembers: of a prompt it is a single one. `recompute` trades time for memory:
         only the inputs of blocks are kept for the backward pass. `measure` records the size of the
         residual stream after each block.
         """
@@ -86,6 +92,8 @@ class Backbone(nn.Module):
                 routings.append(routing)
             if measure:
                 residual_rms.append(x.detach().float().square().mean().sqrt())
+            if wanted is not None and index == self.last_memory:
+                x = F.embedding(wanted, x)
         if state is not None:
             state.advance(layout)
         return BackboneOutput(self.norm_f(x), routings, residual_rms)
@@ -174,9 +182,10 @@ class LanguageModel(nn.Module):
         *,
         layout: SequenceLayout,
         state: HybridCache | None = None,
+        wanted: Int[Tensor, " wanted"] | None = None,
     ) -> Float[Tensor, "tokens d_model"]:
-        """The residual stream after the final norm: what `logits` reads."""
-        return self.backbone(self.embed(tokens), layout, state).hidden
+        """The residual stream after the final norm, of all tokens or of those that are wanted."""
+        return self.backbone(self.embed(tokens), layout, state, wanted=wanted).hidden
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
@@ -215,8 +224,9 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, " tokens"], *, layout: SequenceLayout, state: HybridCache
     ) -> Float[Tensor, "sequences vocab"]:
         """Logits after the last token of each sequence: of a long prompt no others are made."""
-        hidden = self.hidden_states(tokens, layout=layout, state=state)
-        return self.logits(hidden[layout.segments.last_indices(hidden.device)])
+        is_long = len(tokens) > len(layout.segments)
+        last = layout.segments.last_indices(tokens.device) if is_long else None
+        return self.logits(self.hidden_states(tokens, layout=layout, state=state, wanted=last))
 
     def new_state(self, slots: int, precision: StatePrecision | None = None) -> HybridCache:
         """An empty state for `slots` sequences."""

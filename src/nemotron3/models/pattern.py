@@ -5,6 +5,7 @@ and after each `/` the layers of one multi-token-prediction depth. Depths share 
 so all of them read the same: `MEMEM*EME/*E/*E` is nine layers and two depths of the block `*E`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,6 +19,11 @@ class LayerKind(Enum):
     ATTENTION = "*"
     EXPERTS = "E"
     MLP = "-"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a token's output depends on the tokens before it."""
+        return self in (LayerKind.MAMBA, LayerKind.ATTENTION)
 
 
 _MEANINGS = ", ".join(f"{kind.value} ({kind.name.lower()})" for kind in LayerKind)
@@ -47,6 +53,14 @@ class LayerPattern:
     def kinds(self) -> set[LayerKind]:
         """Every kind of mixer that occurs."""
         return {*self.main, *self.mtp}
+
+
+def last_memory(kinds: Sequence[LayerKind]) -> int:
+    """The last layer that remembers; the first if none does.
+
+    Behind it a token can be left out, and no other notices.
+    """
+    return max((i for i, kind in enumerate(kinds) if kind.remembers), default=0)
 
 
 def parse_pattern(pattern: str) -> LayerPattern:

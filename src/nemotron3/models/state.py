@@ -172,31 +172,43 @@ class AttentionState:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def extend(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember the call's keys and values; returns all of each sequence, packed."""
-        keys, values = ([], [])
-        sequences = zip(
-            layout.slots,
-            layout.context,
-            k.split(layout.segments.lengths),
-            v.split(layout.segments.lengths),
-            strict=True,
+    def remember(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> None:
+        """Keep the call's keys and values."""
+        lengths = layout.segments.lengths
+        at = _joined(
+            [
+                self.table.positions(slot, old, old + new)
+                for slot, old, new in zip(layout.slots, layout.context, lengths, strict=True)
+            ]
         )
-        for slot, old, new_k, new_v in sequences:
-            places = self.table.positions(slot, 0, old + len(new_k))
-            for pool, new, scale, parts in (
-                (self.keys, new_k, self.scales[0], keys),
-                (self.values, new_v, self.scales[1], values),
-            ):
-                flat = pool.flatten(0, 1)
-                flat[places[old:]] = self._narrowed(new.detach(), scale)
-                if pool.dtype != new.dtype:
-                    parts.append(flat[places].to(new.dtype) * scale)
-                elif old and not new.requires_grad:
-                    parts.append(flat[places])  # of a million keys one copy, not two
-                else:
-                    parts += [flat[places[:old]], new] if old else [new]
-        return _joined(keys), _joined(values)
+        for pool, new, scale in ((self.keys, k, self.scales[0]), (self.values, v, self.scales[1])):
+            pool.flatten(0, 1)[at] = self._narrowed(new.detach(), scale)
+
+    def extend(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the call's keys and values; returns all of each sequence, packed."""
+        self.remember(layout, k, v)
+        scale_k, scale_v = self.scales
+        return (
+            self._recalled(layout, self.keys, k, scale_k),
+            self._recalled(layout, self.values, v, scale_v),
+        )
+
+    def _recalled(self, layout: SequenceLayout, pool: Tensor, new: Tensor, scale: float) -> Tensor:
+        """What a pool holds of each sequence; `new` is what came last."""
+        is_narrow = pool.dtype != new.dtype
+        if not is_narrow and not any(layout.context):
+            return new
+        flat, parts = pool.flatten(0, 1), []
+        news = new.split(layout.segments.lengths)
+        for slot, old, last in zip(layout.slots, layout.context, news, strict=True):
+            if is_narrow:
+                places = self.table.positions(slot, 0, old + len(last))
+                parts.append(flat[places].to(new.dtype) * scale)
+            elif old and not new.requires_grad:  # of a million keys one copy, not two
+                parts.append(flat[self.table.positions(slot, 0, old + len(last))])
+            else:
+                parts += [flat[self.table.positions(slot, 0, old)], last] if old else [last]
+        return _joined(parts)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its memory."""
