@@ -54,7 +54,8 @@ def sources_of(binary: Path) -> Path:
 
 def prefill(binary: Path, gguf: Path, length: int) -> Contestant:
     """Seconds to read a prompt."""
-    command = [binary, "-m", gguf, "-p", length, "-n", 0, "-r", 1, "-o", "json", *_threads()]
+    times = max(1, 2048 // length)  # a turn that lasts as long as those of the others
+    command = [binary, "-m", gguf, "-p", length, "-n", 0, "-r", times, "-o", "json", *_threads()]
     command += ["-b", length, "-ub", min(length, 512)]
     return lambda: json.loads(_output(command))[0]["avg_ns"] / 1e9
 

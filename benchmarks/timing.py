@@ -15,6 +15,9 @@ T = TypeVar("T")
 Contestant = Callable[[], float]
 PAUSE_S = 0.3
 """Before a turn: the threads of some programs spin for a fifth of a second after their work."""
+TURN_S = 0.5
+"""Of work that counts, at least: a processor that has slept through a pause is slow for tens of
+milliseconds, and a single short prompt would be over by then."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,18 @@ def timed(action: Callable[[], object]) -> Contestant:
 
 
 def warmed(action: Callable[[], object]) -> Contestant:
-    """A contestant that does its work twice, of which the second time counts.
+    """A contestant that does its work once before it counts, and then for `TURN_S` at least.
 
     What it finds in the caches is then its own, whoever came before; llama.cpp's programs warm up
-    in the same way.
+    in the same way. The seconds are those of one time.
     """
-    run = timed(action)
 
     def run_warm() -> float:
         action()
-        return run()
+        times, start = 0, time.perf_counter()
+        while not times or time.perf_counter() - start < TURN_S:
+            action()
+            times += 1
+        return (time.perf_counter() - start) / times
 
     return run_warm

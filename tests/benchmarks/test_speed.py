@@ -26,6 +26,7 @@ def _quick_limits(monkeypatch):
     monkeypatch.setattr(machine, "READ_MEGABYTES", 1)
     monkeypatch.setattr(machine, "MOMENT", 1e-3)
     monkeypatch.setattr(timing, "PAUSE_S", 0.0)
+    monkeypatch.setattr(timing, "TURN_S", 0.0)
 
 
 @pytest.fixture
