@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemotron3.ops.linear import linear
+from nemotron3.ops.linear import linear, linear_parts
 from tests.ops.contract import outputs_and_gradients, randn
 from tests.ops.native import assert_native_equals_reference, needs_compiler
 from tests.tolerances import FLOAT32, FLOAT64
@@ -40,6 +40,41 @@ def test_native_goes_over_blocks_whole(shape, assert_close):
     expected = outputs_and_gradients(product("torch"), [t.double() for t in operands])
     for a, e in zip(outputs_and_gradients(product("native"), operands), expected, strict=True):
         assert_close(a.double(), e, FLOAT32)
+
+
+def in_parts(sizes):
+    return lambda backend: lambda x, w: [*linear_parts(x, w, sizes, backend=backend)]
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3], [1, 3, 1]])
+def test_parts_are_columns_of_the_whole(sizes, assert_close):
+    inputs = [randn(2, 3, 7), randn(5, 7)]
+    whole = outputs_and_gradients(lambda x, w: linear(x, w).split(sizes, dim=-1), inputs)
+    for backend in ("reference", "torch"):
+        parts = outputs_and_gradients(in_parts(sizes)(backend), inputs)
+        for a, e in zip(parts, whole, strict=True):
+            assert_close(a, e, FLOAT64)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rows", [1, 9, 241])
+@pytest.mark.parametrize("sizes", [[700], [1, 699], [130, 300, 270], [257, 1, 1, 441]])
+def test_native_parts_equal_reference(rows, sizes, assert_close):
+    """Parts whose bounds are those of no block."""
+    operands = [randn(rows, 140), randn(700, 140)]
+    assert_native_equals_reference(in_parts(sizes), operands, assert_close)
+
+
+@needs_compiler
+def test_a_part_that_nobody_uses_has_no_gradient_and_others_may_lie_anywhere():
+    x, weight = torch.randn(20, 30, requires_grad=True), torch.randn(50, 30, requires_grad=True)
+    first, _, last = linear_parts(x, weight, [12, 8, 30])
+    turned, wide = torch.randn(12, 20).T, torch.randn(20, 90)[:, 30:60]
+    torch.autograd.backward([first, last], [turned, wide])
+    dy = torch.cat([turned, torch.zeros(20, 8), wide], dim=1)
+    assert torch.equal(x.grad, torch.autograd.grad(linear(x, weight), x, dy)[0])
+    assert torch.equal(weight.grad, torch.autograd.grad(linear(x, weight), weight, dy)[0])
 
 
 @needs_compiler

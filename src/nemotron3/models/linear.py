@@ -5,12 +5,14 @@ the product runs in the dtype of the activations. Number formats that quantize o
 here.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemotron3.ops.linear import linear
+from nemotron3.ops.linear import linear, linear_parts
 
 
 class Linear(nn.Module):
@@ -23,6 +25,12 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """x W^T in the dtype of `x`."""
         return linear(x, self.weight.to(x.dtype))
+
+    def parts(
+        self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int]
+    ) -> tuple[Float[Tensor, "*batch d_part"], ...]:
+        """The same, its columns taken apart."""
+        return linear_parts(x, self.weight.to(x.dtype), sizes)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

@@ -48,9 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = token_weights[rows] if needs_hidden or needs_weight else None
             _rows(logits, targets[rows], wanted, losses[rows], correct[rows], *logits.shape)
             if d_hidden is not None:
-                input_gradient(logits, weight, into=d_hidden[rows])
+                input_gradient(logits, weight=weight, into=d_hidden[rows])
             if needs_weight:
-                d_weight = weight_gradient(logits, hidden[rows], add_to=d_weight)
+                d_weight = weight_gradient(logits, x=hidden[rows], add_to=d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses, correct)
         return torch.dot(losses, token_weights), losses, correct

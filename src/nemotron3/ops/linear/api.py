@@ -1,5 +1,8 @@
 """The door to dense products."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +17,19 @@ _PRODUCTS = {
 }
 
 
+def _in_parts(
+    product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    return product(x, weight).split(sizes, dim=-1)
+
+
+_PRODUCTS_IN_PARTS = {
+    "reference": partial(_in_parts, linear_reference),
+    "torch": partial(_in_parts, F.linear),
+    "native": Kernel("nemotron3.ops.linear.native", "linear_parts_native"),
+}
+
+
 def linear(
     x: Float[Tensor, "*batch d_in"],
     weight: Float[Tensor, "d_out d_in"],
@@ -22,3 +38,14 @@ def linear(
 ) -> Float[Tensor, "*batch d_out"]:
     """x W^T, both of one dtype."""
     return resolve("linear", backend, _PRODUCTS, x)(x, weight)
+
+
+def linear_parts(
+    x: Float[Tensor, "*batch d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    sizes: Sequence[int],
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "*batch d_part"], ...]:
+    """x W^T, taken apart into columns of `sizes`: a split whose gradients need no joining."""
+    return resolve("linear", backend, _PRODUCTS_IN_PARTS, x)(x, weight, sizes)

@@ -43,16 +43,30 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
   }
 }
 
-void copy_lines(const float* from, int64_t ld_from, int64_t lines, int64_t length, float* to,
-                int64_t ld_to) {
-  for (int64_t i = 0; i < lines; i++) memcpy(to + i * ld_to, from + i * ld_from, 4 * length);
+// Columns of a matrix that lie in another place than those beside them.
+struct Part {
+  const float* at;
+  int64_t ld, columns;
+};
+
+// Bring some lines of some columns together, which may lie in several parts.
+void copy_lines(const Part* part, int64_t line, int64_t lines, int64_t column, int64_t columns,
+                float* to, int64_t ld_to) {
+  for (; column >= part->columns; part++) column -= part->columns;
+  for (; columns > 0; part++, column = 0) {
+    const int64_t some = min(columns, part->columns - column);
+    const float* from = part->at + line * part->ld + column;
+    for (int64_t i = 0; i < lines; i++) memcpy(to + i * ld_to, from + i * part->ld, 4 * some);
+    columns -= some;
+    to += some;
+  }
 }
 
-// C [rows, columns] = A B, added to C where `add`. A's elements follow each other along the rows
-// where it is `turned` and along the depth where not, its lines lda apart; a block of it is brought
-// together, since lines that far apart fall into a few lines of the cache.
-void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
-              bool turned, const float* b, int64_t ldb, float* c, bool add, int64_t threads) {
+// C [rows, columns] = A B, added to C where `add`. A is a matrix in parts or, where it is `turned`,
+// the transpose of one. A block of it is brought together, since lines that lie as far apart as
+// those of a wide matrix fall into a few lines of the cache.
+void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool turned,
+              const float* b, int64_t ldb, float* c, bool add, int64_t threads) {
   const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
   const int64_t ld = turned ? block : pitch(DEPTH), lines = turned ? DEPTH : block;
 #pragma omp parallel num_threads(threads) if (rows * columns * depth > WORTH_THREADS)
@@ -65,8 +79,8 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
         const int64_t height = min(rows - m, block), width = min(columns - n, COLUMNS);
         for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
           const int64_t part = min(depth - t, DEPTH);
-          if (turned) copy_lines(a + t * lda + m, lda, part, height, near, ld);
-          else copy_lines(a + m * lda + t, lda, height, part, near, ld);
+          if (turned) copy_lines(a, t, part, m, height, near, ld);
+          else copy_lines(a, m, height, t, part, near, ld);
           gemm(height, width, part, near, turned ? 1 : ld, turned ? ld : 1, b + t * ldb + n, ldb,
                c + m * columns + n, columns, add || t);
         }
@@ -79,16 +93,16 @@ SHARED(linear_forward, forward)
 
 extern "C" {
 
-// dx [rows, inputs] = dy [rows, outputs] W.
-void linear_backward_input(const float* dy, const float* w, float* dx, int64_t rows,
-                           int64_t outputs, int64_t inputs, int64_t lddy, int64_t threads) {
-  multiply(rows, inputs, outputs, dy, lddy, false, w, inputs, dx, false, threads);
+// dx [rows, inputs] = dy [rows, outputs] W; dy in parts.
+void linear_backward_input(const Part* dy, const float* w, float* dx, int64_t rows,
+                           int64_t outputs, int64_t inputs, int64_t threads) {
+  multiply(rows, inputs, outputs, dy, false, w, inputs, dx, false, threads);
 }
 
-// dW [outputs, inputs] = dy^T x, added to dW where `add`.
-void linear_backward_weight(const float* dy, const float* x, float* dw, int64_t rows,
-                            int64_t outputs, int64_t inputs, int64_t lddy, int64_t ldx, int64_t add,
+// dW [outputs, inputs] = dy^T x, added to dW where `add`; dy in parts.
+void linear_backward_weight(const Part* dy, const float* x, float* dw, int64_t rows,
+                            int64_t outputs, int64_t inputs, int64_t ldx, int64_t add,
                             int64_t threads) {
-  multiply(outputs, inputs, rows, dy, lddy, true, x, ldx, dw, add, threads);
+  multiply(outputs, inputs, rows, dy, true, x, ldx, dw, add, threads);
 }
 }

@@ -1,28 +1,36 @@
 """Dense products in C++ (native.cpp says how)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = TeamFunction(_SOURCE, "linear_forward", "ppp iiii")
-_backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iiii")
-_backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiiii")
+_backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iii")
+_backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiii")
 
 
 def linear_native(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T; shapes as in `nemotron3.ops.linear.api.linear`."""
+    (y,) = linear_parts_native(x, weight, [weight.shape[0]])
+    return y
+
+
+def linear_parts_native(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Parts of x W^T; shapes as in `nemotron3.ops.linear.api.linear_parts`."""
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     weight = weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        y = _Linear.apply(rows, weight)
+        parts = _Linear.apply(rows, weight, sizes)
     else:
-        y = product(rows, weight)
-    return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+        parts = _split(product(rows, weight), sizes)
+    return parts if x.dim() == 2 else tuple(y.unflatten(0, x.shape[:-1]) for y in parts)
 
 
 def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
@@ -36,35 +44,51 @@ def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
     return y
 
 
-def input_gradient(dy: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
-    """dy [rows, d_out] W, for a contiguous W [d_out, d_in]; written `into` where it is given."""
-    dy = contiguous_rows(dy)
-    outputs, inputs = weight.shape
-    dx = dy.new_empty(dy.shape[0], inputs) if into is None else into
-    _backward_input(dy, weight, dx, dy.shape[0], outputs, inputs, dy.stride(0))
+def input_gradient(*dy: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """dy [rows, d_out] W, for a contiguous W [d_out, d_in]; written `into` where it is given.
+
+    `dy` may come in parts, which are its columns side by side.
+    """
+    dy = tuple(map(contiguous_rows, dy))
+    rows, (outputs, inputs) = len(dy[0]), weight.shape
+    dx = weight.new_empty(rows, inputs) if into is None else into
+    _backward_input(_places(dy), weight, dx, rows, outputs, inputs)
     return dx
 
 
-def weight_gradient(dy: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """dy^T x [d_out, d_in], added to `add_to` where it is given."""
-    dy, x = contiguous_rows(dy), contiguous_rows(x)
-    rows, outputs, inputs = dy.shape[0], dy.shape[1], x.shape[1]
-    dw = dy.new_empty(outputs, inputs) if add_to is None else add_to
-    strides = (dy.stride(0), x.stride(0))
-    _backward_weight(dy, x, dw, rows, outputs, inputs, *strides, int(add_to is not None))
+def weight_gradient(*dy: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """dy^T x [d_out, d_in], added to `add_to` where it is given; `dy` may come in parts."""
+    dy, x = tuple(map(contiguous_rows, dy)), contiguous_rows(x)
+    rows, inputs = x.shape
+    outputs = sum(part.shape[1] for part in dy)
+    dw = x.new_empty(outputs, inputs) if add_to is None else add_to
+    sizes = (rows, outputs, inputs, x.stride(0))
+    _backward_weight(_places(dy), x, dw, *sizes, int(add_to is not None))
     return dw
 
 
+def _places(parts: Sequence[Tensor]) -> Tensor:
+    """Where the parts of a matrix lie, as native.cpp reads it."""
+    return torch.tensor([(part.data_ptr(), part.stride(0), part.shape[1]) for part in parts])
+
+
+def _split(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return (y,) if len(sizes) == 1 else y.split(sizes, dim=-1)
+
+
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        needs_input, needs_weight = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_input else None)
-        return product(x, weight)
+    """A product whose columns are taken apart; their gradients are never put together."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        needs_input, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_input else None)
+        return _split(product(x, weight), sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx = None if weight is None else input_gradient(grad, weight)
-        dw = None if x is None else weight_gradient(grad, x)
-        return dx, dw
+        dx = None if weight is None else input_gradient(*grads, weight=weight)
+        dw = None if x is None else weight_gradient(*grads, x=x)
+        return dx, dw, None
