@@ -2,10 +2,11 @@
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
-from benchmarks.layers import clocked, flops_per_token, profiled
+from benchmarks.layers import clocked, flops_per_token, parts_of, profiled, watched
 from benchmarks.models import TOLERANCE, build_pair, configs, our_loss, parity, tokens_of
 from benchmarks.timing import interleave
 
@@ -32,6 +33,13 @@ def _quick_limits(monkeypatch):
 @pytest.fixture
 def model():
     return LanguageModel.from_config(configs()["toy"])
+
+
+def test_no_module_does_its_work_behind_the_profilers_back(model):
+    entered = Counter()
+    with watched(model, lambda part: entered.update([part]), lambda: None):
+        our_loss(model, tokens_of(model.config, 2, 5))
+    assert entered == Counter(parts_of(model).values())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

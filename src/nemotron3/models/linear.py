@@ -22,15 +22,12 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """x W^T in the dtype of `x`."""
-        return linear(x, self.weight.to(x.dtype))
-
-    def parts(
-        self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int]
-    ) -> tuple[Float[Tensor, "*batch d_part"], ...]:
-        """The same, its columns taken apart."""
-        return linear_parts(x, self.weight.to(x.dtype), sizes)
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
+    ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
+        """x W^T in the dtype of `x`; with `sizes`, taken apart into so many columns each."""
+        weight = self.weight.to(x.dtype)
+        return linear(x, weight) if sizes is None else linear_parts(x, weight, sizes)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

@@ -68,7 +68,7 @@ class Mamba2Mixer(nn.Module):
     ) -> Float[Tensor, "tokens d_model"]:
         """Mix each sequence along time, continuing from `state` where there is one."""
         c = self.config
-        z, xBC, dt = self.in_proj.parts(x, [c.inner_size, c.conv_channels, c.mamba_num_heads])
+        z, xBC, dt = self.in_proj(x, [c.inner_size, c.conv_channels, c.mamba_num_heads])
         dt, A = ssd_rates(dt, self.dt_bias, self.A_log)
         D = self.D.to(dt.dtype)
         if state is not None and state.takes_steps(layout) and not torch.is_grad_enabled():
