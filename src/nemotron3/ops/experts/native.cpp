@@ -6,6 +6,8 @@
 // added up in the order of its choices. No sum depends on threads, and none on how many tokens an
 // expert has; only a call that brings few rows for each, which rows.h serves, sums in another order
 // than others.
+#include <cmath>
+
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
@@ -306,6 +308,12 @@ void experts_backward(const float* x, const float* weights, const float* up, con
       for (int64_t t = 0; t < tokens; t++) combine(dxs, places, choices, width, {0, width}, t, dx);
     }
   }
+}
+
+// dh of relu(h)^2 from its result, whose root is exactly relu(h), and the result's gradient.
+void square_backward(const float* a, const float* grad, float* dh, int64_t n, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (n > WORTH_THREADS)
+  for (int64_t i = 0; i < n; i++) dh[i] = 2.0f * std::sqrt(a[i]) * grad[i];
 }
 
 // dh of act(h), given the gradient of its result.

@@ -19,6 +19,7 @@ _order = TeamFunction(_SOURCE, "experts_order", "pppp ii")
 _forward = TeamFunction(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
 _activate = TeamFunction(_SOURCE, "activate_forward", "pp iii")
+_square_backward = NativeFunction(_SOURCE, "square_backward", "ppp i")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 
@@ -125,14 +126,19 @@ def _hidden_units(h: Tensor, activation: Activation) -> Tensor:
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(h)
         ctx.activation = activation
-        return _hidden_units(h, activation)
+        a = _hidden_units(h, activation)
+        # The next product keeps its input, and a square tells what it is of: so h need not be kept.
+        ctx.save_for_backward(a if activation == "relu2" else h)
+        return a
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (h,) = ctx.saved_tensors
         grad, dh = grad.contiguous(), torch.empty_like(h)
+        if ctx.activation == "relu2":
+            _square_backward(h, grad, dh, h.numel())
+            return dh, None
         hidden = grad.shape[-1]
         rows = grad.numel() // hidden
         _activate_backward(h, grad, dh, rows, hidden, _ACTIVATIONS[ctx.activation])
