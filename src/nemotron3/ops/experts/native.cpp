@@ -310,23 +310,23 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   }
 }
 
-// dh of relu(h)^2 from its result, whose root is exactly relu(h), and the result's gradient.
-void square_backward(const float* a, const float* grad, float* dh, int64_t n, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (n > WORTH_THREADS)
-  for (int64_t i = 0; i < n; i++) dh[i] = 2.0f * std::sqrt(a[i]) * grad[i];
-}
-
-// dh of act(h), given the gradient of its result.
-void activate_backward_rows(const float* h, const float* grad, float* dh, int64_t rows,
+// dh of act(h), given the gradient of its result and what was kept: h of SwiGLU, and the result of a
+// squared ReLU, whose root is exactly relu(h).
+void activate_backward_rows(const float* kept, const float* grad, float* dh, int64_t rows,
                             int64_t hidden, int64_t activation, int64_t threads) {
-  const int64_t wide = activation == SWIGLU ? 2 * hidden : hidden;
+  if (activation == RELU2) {
+#pragma omp parallel for num_threads(threads) if (rows * hidden > WORTH_THREADS)
+    for (int64_t i = 0; i < rows * hidden; i++) dh[i] = 2.0f * std::sqrt(kept[i]) * grad[i];
+    return;
+  }
+  const int64_t wide = 2 * hidden;
 #pragma omp parallel num_threads(threads) if (rows * hidden > WORTH_THREADS)
   {
     float* unused = new float[hidden];
 #pragma omp for
     for (int64_t r = 0; r < rows; r++) {
       float* to = dh + r * wide;
-      memcpy(to, h + r * wide, 4 * wide);
+      memcpy(to, kept + r * wide, 4 * wide);
       activate_backward(to, grad + r * hidden, hidden, activation, 1.0f, unused);
     }
     delete[] unused;

@@ -19,13 +19,14 @@ _order = TeamFunction(_SOURCE, "experts_order", "pppp ii")
 _forward = TeamFunction(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
 _activate = TeamFunction(_SOURCE, "activate_forward", "pp iii")
-_square_backward = NativeFunction(_SOURCE, "square_backward", "ppp i")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 
 _FEW_ROWS = 12
 """Of an expert, on average: up to which turning its matrices costs more than it gains."""
 
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+"""x, weights, up and down."""
 _Order = tuple[Tensor, Tensor, Tensor]
 
 
@@ -37,7 +38,7 @@ def routed_experts_native(
     order = _order_rows(indices.contiguous(), up.shape[0])
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         return _RoutedExperts.apply(*operands, order, activation)
-    return _apply(*operands, order, activation)
+    return _apply(operands, order, activation)
 
 
 def _order_rows(indices: Tensor, experts: int) -> _Order:
@@ -54,22 +55,17 @@ def _sizes(weights: Tensor, down: Tensor, activation: Activation) -> tuple[int, 
 
 
 def _apply(
-    x: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    order: _Order,
-    activation: Activation,
-    kept: Tensor | None = None,
+    operands: _Operands, order: _Order, activation: Activation, kept: Tensor | None = None
 ) -> Tensor:
     """All experts; `kept` [rows, up_width] gets the results of the first product."""
+    x, weights, up, down = operands
     outputs = x.new_empty(weights.numel(), x.shape[1])
     y = x.new_empty(x.shape)
     few = kept is None and weights.numel() <= _FEW_ROWS * len(up)
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = _sizes(weights, down, activation)
     work = weights.numel() * up[0].numel()
-    _forward(x, weights, up, down, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
+    _forward(*operands, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
     return y
 
 
@@ -87,7 +83,7 @@ class _RoutedExperts(torch.autograd.Function):
         kept = x.new_empty(weights.numel(), up.shape[1])
         ctx.save_for_backward(x, weights, up, down, kept, *order)
         ctx.activation = activation
-        return _apply(x, weights, up, down, order, activation, kept)
+        return _apply((x, weights, up, down), order, activation, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,20 +122,17 @@ def _hidden_units(h: Tensor, activation: Activation) -> Tensor:
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
-        ctx.activation = activation
         a = _hidden_units(h, activation)
-        # The next product keeps its input, and a square tells what it is of: so h need not be kept.
+        # The result of a squared ReLU tells all of h that counts, and the next product keeps it.
         ctx.save_for_backward(a if activation == "relu2" else h)
+        ctx.activation = activation
         return a
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (h,) = ctx.saved_tensors
-        grad, dh = grad.contiguous(), torch.empty_like(h)
-        if ctx.activation == "relu2":
-            _square_backward(h, grad, dh, h.numel())
-            return dh, None
+        (kept,) = ctx.saved_tensors
+        grad, dh = grad.contiguous(), torch.empty_like(kept)
         hidden = grad.shape[-1]
         rows = grad.numel() // hidden
-        _activate_backward(h, grad, dh, rows, hidden, _ACTIVATIONS[ctx.activation])
+        _activate_backward(kept, grad, dh, rows, hidden, _ACTIVATIONS[ctx.activation])
         return dh, None
