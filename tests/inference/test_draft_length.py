@@ -69,7 +69,7 @@ def test_a_step_that_was_held_up_changes_little():
 
 
 def test_after_something_else_a_step_is_a_first_one():
-    length = DraftLength(0, adapts=True)
+    length = DraftLength(1, adapts=True)
     for seconds in (9.0, 9.0, 1.0):
         length.record(0, [0], seconds)
     length.interrupted()

@@ -5,9 +5,10 @@
         async for delta in stream: ...
     stream.output()
 
-The thread owns the engine and nobody else touches it; requests and cancellations reach it through a
-queue, tokens come back to the event loop of whoever asked. A reader that is slow delays nobody: its
-pieces wait for it. Leaving a stream early aborts its request.
+The thread owns the engine, of which the others read counts and touch nothing; requests and
+cancellations reach it through a queue, tokens come back to the event loop of whoever asked. A
+reader that is slow delays nobody: its pieces wait for it. Leaving a stream early aborts its
+request.
 """
 
 import asyncio
@@ -147,7 +148,6 @@ class AsyncLLM(LoadedModel):
         self._streams: dict[str, Stream] = {}
         self._num_answers = 0
         self._is_closing = False
-        self._stats = self._engine.stats()
         release_team()  # what was loaded here is computed with over there
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -158,8 +158,8 @@ class AsyncLLM(LoadedModel):
         return self._thread.is_alive() and not self._is_closing
 
     def stats(self) -> EngineStats:
-        """What the engine had done and held after its last step."""
-        return self._stats
+        """What the engine has done so far, and what it holds now."""
+        return self._engine.stats()
 
     def prepare_chat(self, messages: Sequence[Any], **options: Any) -> Prompt:
         """A conversation as a prompt; options as those of `LLM.chat`."""
@@ -262,7 +262,6 @@ class AsyncLLM(LoadedModel):
                 _log.exception("a step of the engine failed; its requests are given up")
                 self._fail("the engine failed in this step; see its log", FinishReason.ERROR)
                 continue
-            self._stats = self._engine.stats()
             self._deliver(progress)
 
     def _fail(self, why: str, reason: FinishReason) -> None:

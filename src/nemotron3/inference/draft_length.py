@@ -75,6 +75,8 @@ class DraftLength:
 
     def record(self, count: int, accepted: Iterable[int], seconds: float) -> None:
         """Take what a step brought: the number of drafts that stood for each of its sequences."""
+        if self.most == 0:
+            return  # there is nothing to choose
         accepted = list(accepted)
         for place in range(count):
             tried = sum(a >= place for a in accepted)

@@ -16,7 +16,7 @@ gives an engine a thread of its own.
 import random
 import time
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -183,16 +183,16 @@ class Engine:
         return progress
 
     def stats(self) -> EngineStats:
-        """What has been done so far, and what is held now."""
-        stats, pool = self._stats, self.cache.pool
-        stats.num_running, stats.num_waiting = (
-            len(self.scheduler.running),
-            len(self.scheduler.waiting),
+        """What has been done so far, and what is held now; any thread may ask."""
+        scheduler, pool = self.scheduler, self.cache.pool
+        return replace(
+            self._stats,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_usage=1 - pool.num_free / len(pool) if len(pool) else 0.0,
+            prefix_bytes=self.prefixes.nbytes,
+            preemptions=scheduler.num_preemptions,
         )
-        stats.kv_usage = 1 - pool.num_free / len(pool) if len(pool) else 0.0
-        stats.prefix_bytes = self.prefixes.nbytes
-        stats.preemptions = self.scheduler.num_preemptions
-        return EngineStats(**vars(stats))
 
     def weights_changed(self) -> None:
         """Forget what other weights have computed; running requests go on with their states.

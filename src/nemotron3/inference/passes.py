@@ -78,12 +78,11 @@ class Passes:
         """
         mtp, rows, steps = self.model.mtp, len(tokens), len(tokens[0])
         assert mtp is not None
-        segments = Segments.uniform(rows, steps)
 
         def step(numbers: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             ids, (at, slots_, context_) = numbers[: -3 * rows], numbers[-3 * rows :].view(3, rows)
             places = Places(slots_, context_)
-            layout = SequenceLayout(segments, places=places)
+            layout = SequenceLayout(Segments.uniform(rows, steps), places=places)
             x, states = self.model.embed(ids), self.cache.draft_layers
             picked, _ = mtp(x, hidden, layout, states, wanted=at)
             return picked, self.model.logits(picked)
@@ -93,11 +92,13 @@ class Passes:
         numbers = numbers.to(self.model.device)
         if not self._recordings.are_possible:
             return step(numbers, hidden)
-        idle = torch.zeros_like(numbers)
-        idle[-2 * rows : -rows] = -1  # no slots
-        picked, logits = self._recordings.run(
-            (rows, steps), (numbers, hidden), step, idle=(idle, torch.zeros_like(hidden))
-        )
+
+        def idle() -> tuple[Tensor, Tensor]:
+            padding = torch.zeros_like(numbers)
+            padding[-2 * rows : -rows] = -1  # no slots
+            return padding, torch.zeros_like(hidden)
+
+        picked, logits = self._recordings.run((rows, steps), (numbers, hidden), step, idle=idle)
         return picked, logits
 
     def forget(self) -> None:
@@ -117,7 +118,7 @@ class Passes:
         stream = [token for part in tokens for token in part]
         numbers = torch.tensor([*stream, *layout.slots, *layout.context])
         shape = ("prompt", rows, segments.max_length)
-        (hidden,) = self._recordings.run(shape, (numbers,), step, idle=(numbers,))
+        (hidden,) = self._recordings.run(shape, (numbers,), step, idle=lambda: (numbers,))
         self.cache.advance(layout)
         return hidden
 

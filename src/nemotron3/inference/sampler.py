@@ -16,6 +16,7 @@ allow (a maximal coupling would agree a little more often, and would make tokens
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def choose(
     assert logits.shape[0] == sum(sizes), f"{logits.shape[0]} rows for windows of {sizes}"
     spans = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     if all(chooser.is_plain for chooser in choosers):
-        chosen = dict(enumerate(_most_probable(logits)))
+        chosen = _most_probable(logits)
     else:
         rows: dict[int, _Row] = {}
         for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
@@ -213,7 +214,7 @@ def choose(
         chosen = _decide(rows, logits)
     gains: list[list[int]] = []
     for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
-        gain = _agreed([chosen[i] for i in span if i in chosen], drafts, chooser.stop_ids)
+        gain = _agreed(chosen[span.start : span.stop], drafts, chooser.stop_ids)
         for token in gain:
             chooser.accept(token)
         if not gain and chooser.error is None:
@@ -234,14 +235,14 @@ def draft(
     choosers stay where they are.
     """
     if all(chooser.is_plain for chooser in choosers):
-        chosen = dict(enumerate(_most_probable(logits)))
+        chosen = _most_probable(logits)
     else:
         rows: dict[int, _Row] = {}
         for i, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
             # No row is left behind a draft that cannot stand; what follows it cannot matter.
             rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
         chosen = _decide(rows, logits)
-    return [max(chosen[i], 0) for i in range(len(choosers))]  # a bad draft is only a bad draft
+    return [max(token, 0) for token in chosen]  # a bad draft is only a bad draft
 
 
 def token_logprobs(
@@ -281,8 +282,8 @@ def _agreed(tokens: Sequence[int], drafts: Sequence[int], stop_ids: frozenset[in
     return gain
 
 
-def _decide(rows: dict[int, _Row], logits: Tensor) -> dict[int, int]:
-    """The token of each row, -1 where there is none."""
+def _decide(rows: dict[int, _Row], logits: Tensor) -> list[int]:
+    """The token of each row of the logits, -1 where there is none, or nothing to decide by."""
     chosen = {i: row.forced for i, row in rows.items() if row.forced is not None}
     greedy = [i for i, row in rows.items() if row.forced is None and row.draw is None]
     if greedy:
@@ -291,7 +292,7 @@ def _decide(rows: dict[int, _Row], logits: Tensor) -> dict[int, int]:
     if drawn:
         tokens = draw(_gathered(rows, list(drawn), logits), list(drawn.values()))
         chosen |= zip(drawn, _tokens(tokens), strict=True)
-    return chosen
+    return [chosen.get(i, -1) for i in range(logits.shape[0])]
 
 
 def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> Tensor:
@@ -304,9 +305,10 @@ def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> T
 
 
 def _most_probable(logits: Tensor) -> list[int]:
-    best = logits.argmax(-1, keepdim=True)
-    is_number = logits.gather(-1, best) > -torch.inf  # NaN counts as the largest
-    return _tokens(best.masked_fill(~is_number, -1).squeeze(-1))
+    best: Any = logits.max(-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    # NaN counts as the largest, and is above nothing.
+    return [token if largest > -inf else -1 for token, largest in pairs]
 
 
 def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` does not say of what

@@ -105,6 +105,8 @@ class Scheduler:
         """Take the pages for more tokens of a running sequence; False where it had to give way."""
         while sequence.slot is not None:
             missing = self.cache.missing_pages(sequence.slot, new_tokens)
+            if missing == 0:
+                return True
             if missing <= self.cache.pool.num_free:
                 self.cache.reserve(sequence.slot, new_tokens)
                 return True

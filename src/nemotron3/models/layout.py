@@ -46,11 +46,11 @@ class SequenceLayout:
     counts then, and may change from call to call."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "slots"):
-            given = getattr(self, name)
-            if given and len(given) != len(self.segments):
+        count = len(self.segments)
+        for name, given in (("context", self.context), ("slots", self.slots)):
+            if given and len(given) != count:
                 raise ConfigError(
-                    f"layout has {len(self.segments)} sequences but {len(given)} entries of {name}"
+                    f"layout has {count} sequences but {len(given)} entries of {name}"
                 )
 
     @classmethod

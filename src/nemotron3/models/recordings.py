@@ -53,11 +53,16 @@ class Recordings:
         return shape in self._kept
 
     def run(
-        self, shape: Hashable, inputs: Tensors, function: Callable[..., Tensors], *, idle: Tensors
+        self,
+        shape: Hashable,
+        inputs: Tensors,
+        function: Callable[..., Tensors],
+        *,
+        idle: Callable[[], Tensors],
     ) -> Tensors:
         """`function(*inputs)`; the results are good until the next call.
 
-        `idle` are inputs like those given, of padding alone.
+        `idle` makes inputs like those given, of padding alone; a capture asks for them.
         """
         if self.find(shape):
             recording = self._kept.pop(shape)
@@ -66,7 +71,7 @@ class Recordings:
             if self._captures is None:
                 recording = _record(inputs, function)
             else:
-                recording = self._capture(self._captures, idle, function)
+                recording = self._capture(self._captures, idle(), function)
                 _play(recording, inputs)
             self.find(shape)  # the call may have made the cache grow
             if len(self._kept) == MAX_RECORDINGS:

@@ -70,8 +70,8 @@ class StepRunner:
         have to be off: in inference mode, if the cache is used in that, else by no_grad.
         """
         assert not torch.is_grad_enabled(), "steps have no gradients"
-        rows, length = len(tokens), len(tokens[0]) if tokens else 0
-        if any(len(part) != length for part in tokens) or not 0 < length <= MAX_STEPS:
+        rows, lengths = len(tokens), {len(part) for part in tokens}
+        if len(lengths) != 1 or not 0 < (length := lengths.pop()) <= MAX_STEPS:
             raise ConfigError(
                 f"a step brings sequences of {[len(part) for part in tokens]} tokens; it takes as "
                 f"many from each, from 1 to {MAX_STEPS}: call the model for anything else"
@@ -83,14 +83,15 @@ class StepRunner:
         inputs = _inputs(shape, [token for part in tokens for token in part], layout)
         step = self._step(shape)
         if self._recordings.are_possible:
-            idle = (_inputs(shape, [], None),)
-            hidden, logits = self._recordings.run(shape, (inputs,), step, idle=idle)
+            hidden, logits = self._recordings.run(
+                shape, (inputs,), step, idle=lambda: (_inputs(shape, [], None),)
+            )
         else:
             hidden, logits = step(inputs.to(self.cache.device))
         self.cache.advance(layout)
         if padded > rows:
-            hidden, logits = hidden[: rows * length], logits[: rows * length]
-        return StepOutput(hidden.view(rows, length, -1), logits.view(rows, length, -1), layout)
+            hidden, logits = hidden[:rows], logits[:rows]
+        return StepOutput(hidden, logits, layout)
 
     def forget(self) -> None:
         """Record anew: the model's parameters are other tensors."""
@@ -98,15 +99,16 @@ class StepRunner:
 
     def _step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The forward pass of such a step, on tokens, then slots, then lengths of the context."""
-        rows, segments = shape.rows, Segments.uniform(shape.rows, shape.length)
+        rows, length, is_tentative = shape
 
         def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
-            tokens, *places = inputs.split([rows * shape.length, rows, rows])
+            tokens, *places = inputs.split([rows * length, rows, rows])
             layout = SequenceLayout(
-                segments, is_tentative=shape.is_tentative, places=Places(*places)
+                Segments.uniform(rows, length), is_tentative=is_tentative, places=Places(*places)
             )
             hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
-            return hidden, self.model.logits(hidden)
+            logits = self.model.logits(hidden)
+            return hidden.view(rows, length, -1), logits.view(rows, length, -1)
 
         return step
 
@@ -120,6 +122,7 @@ def _padded(rows: int) -> int:
 def _inputs(shape: _Shape, tokens: list[int], layout: SequenceLayout | None) -> Tensor:
     """Tokens, slots and lengths of the context; padding where the layout has no more sequences."""
     slots, context = ((), ()) if layout is None else (layout.slots, layout.context)
-    missing = shape.rows - len(slots)
-    parts = [tokens, [0] * (missing * shape.length), slots, [-1] * missing, context, [0] * missing]
-    return torch.tensor([value for part in parts for value in part])
+    if missing := shape.rows - len(slots):
+        tokens = [*tokens, *[0] * (missing * shape.length)]
+        slots, context = (*slots, *[-1] * missing), (*context, *[0] * missing)
+    return torch.tensor([*tokens, *slots, *context])

@@ -24,8 +24,8 @@ class Segments:
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
-        self.lengths = tuple(int(length) for length in lengths)
-        if any(length <= 0 for length in self.lengths):
+        self.lengths = tuple(map(int, lengths))
+        if self.lengths and min(self.lengths) <= 0:
             raise ValueError(f"every segment needs at least one token, got lengths {self.lengths}")
         self.starts = tuple(accumulate(self.lengths, initial=0))
         self.total = self.starts[-1]
