@@ -115,10 +115,11 @@ class Drafter:
 
     def put_by(self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor) -> None:
         """Read later what `follow` would read now."""
-        kept = hidden.clone()  # the next step writes over it
-        for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
+        kept, steps = hidden.clone(), hidden.shape[1]  # the next step writes over it
+        for sequence, gain, part in zip(sequences, gains, kept.unbind(0), strict=True):
             if gain:
-                sequence.unread.append((list(gain), kept[row, : len(gain)]))
+                settled = part if len(gain) == steps else part[: len(gain)]
+                sequence.unread.append((list(gain), settled))
         self.catch_up([s for s in sequences if len(s.unread) >= _MOST_UNREAD])
 
     def catch_up(self, sequences: Many[Sequence]) -> None:
