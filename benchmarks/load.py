@@ -220,10 +220,10 @@ def measure(
         print(f"{clients[-1]:3} clients  {words(figures[str(clients[-1])])}")
         rests = at_rest(server.port)
     third = max(len(samples) // 3, 1)
-    memory = {"after_a_third": max(samples[:third]), "at_the_end": max(samples[-third:])}
+    memory = {"first_third": max(samples[:third]), "last_third": max(samples[-third:])}
     print(
-        f"memory {memory['after_a_third'] / 1e6:.0f} MB after a third of the time, "
-        f"{memory['at_the_end'] / 1e6:.0f} MB at its end; at rest afterwards: {rests}"
+        f"memory at most {memory['first_third'] / 1e6:.0f} MB in the first third of the time, "
+        f"{memory['last_third'] / 1e6:.0f} MB in the last; at rest afterwards: {rests}"
     )
     for line in storm.failed[:5]:
         print(f"  FAILED {line}")
@@ -249,16 +249,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    before = machine.load_average()
+    figures = measure(
+        options.model,
+        seconds=options.seconds,
+        clients=tuple(options.clients),
+        threads=options.threads,
+    )
+    loads = {"load_before": before, "load_after": machine.load_average()}
     result = {
         "command": machine.command("benchmarks.load"),
         "date": date.today().isoformat(),
-        "machine": machine.description() | {"load_before": machine.load_average()},
-        **measure(
-            options.model,
-            seconds=options.seconds,
-            clients=tuple(options.clients),
-            threads=options.threads,
-        ),
+        "machine": machine.description() | loads,
+        "model": options.model.resolve().parent.name,
+        **figures,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / f"load-{result['date']}.json"

@@ -40,6 +40,7 @@ def render(text: str, results: Path) -> str:
         "products": "\n".join(_products(path) for path in _newest_of_each(results, "products")),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
         "serving": "\n".join(_serving(path) for path in _newest_of_each(results, "serving")),
+        "load": "\n".join(_load(path) for path in _newest(results, "load-*.json")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
         "inference": "\n".join(
             _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
@@ -183,6 +184,23 @@ def _serving(path: Path) -> str:
             rows.append([figure["name"], *cells, f"{ratio:.2f}x"])
         text += table(rows)
     return text
+
+
+def _load(path: Path) -> str:
+    result = json.loads(path.read_text())
+    head = ["clients", "tokens/s", "first token, median", "95% within", "whole", "left early"]
+    rows = [[*head, "differing", "lost"]]
+    for clients, figure in result["clients"].items():
+        first = figure["first_token_ms"]
+        times = [f"{first[name]:,.0f} ms" for name in ("median", "p95")]
+        counts = [f"{figure[n]:,}" for n in ("whole", "left_early", "differing", "failed")]
+        rows.append([clients, f"{figure['tokens_per_s']:,.0f}", *times, *counts])
+    early, late = (f"{n / 1e6:,.0f} MB" for n in result["memory_bytes"].values())
+    return (
+        f"{_origin(result)}\n**{result['model']}**, {result['seconds']:,.0f} seconds with the most "
+        f"clients, of which some leave early\n\n{table(rows)}\n"
+        f"The server held at most {early} in the first third of that time and {late} in the last.\n"
+    )
 
 
 def _origin(result: dict[str, Any]) -> str:

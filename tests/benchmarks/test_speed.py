@@ -259,3 +259,21 @@ def test_serving_fills_the_page(tmp_path):
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert "| 8 clients | 2 (1 to 3) | 2 (1 to 3) | 1.00x |" in text
     assert "**other**\n\nNot compared" in text
+
+
+def test_load_fills_the_page(tmp_path):
+    figure = {"whole": 1234, "left_early": 5, "differing": 0, "failed": 0, "tokens_per_s": 99.6}
+    figure |= {"first_token_ms": {"median": 1.2, "p95": 20.4}}
+    result = {
+        "command": "python -m benchmarks.load",
+        "date": "2026-01-01",
+        "machine": machine.description() | {"load_before": 0.1, "load_after": 0.2},
+        "model": "one",
+        "clients": {"64": figure},
+        "memory_bytes": {"first_third": 10**9, "last_third": 10**9 + 10**6},
+        "seconds": 120.0,
+    }
+    (tmp_path / "load-2026-01-01.json").write_text(json.dumps(result))
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| 64 | 100 | 1 ms | 20 ms | 1,234 | 5 | 0 | 0 |" in text
+    assert "at most 1,000 MB in the first third of that time and 1,001 MB in the last" in text
