@@ -5,12 +5,13 @@
 
 One request at a time is answered from the held-out text of the run that made the model (of a
 conversation the prompt, of a text a stretch to go on from), with 0 to 4 drafts a step, and with as
-many as the engine finds best. Drafts change no token; where rounding breaks a tie another way, the
-answers that differ from those without drafts are counted. Speeds are of decoding, the prompt left
-out. llama.cpp, where it is given, writes from the same weights and prompts with its own drafting
-(`--spec-type draft-mtp`); with a temperature it draws other random numbers than ours, so that
-answers differ and only rates compare. All take turns, answer by answer. The published models are
-sampled at a temperature of 1.
+many as the engine finds best where nobody says how many ("up to 3"). Drafts change no token; where
+rounding breaks a tie another way, the answers that differ from those without drafts are counted.
+Speeds are of decoding, the prompt left out. llama.cpp, where it is given, writes from the same
+weights and prompts with its own drafting (`--spec-type draft-mtp`), both to the token that ends a
+text; with a temperature it draws other random numbers than ours, so that answers differ and only
+rates compare. All take turns, answer by answer. The published models are sampled at a temperature
+of 1.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from nemotron3.config import read_run
 from nemotron3.data import CorpusConfig, open_tokenized, prepare_corpus
 from nemotron3.data.token_files import TokenFile
 from nemotron3.inference.answers import Prompt
+from nemotron3.inference.speculative import USUAL_DRAFTS
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.text import Tokenizer
 
@@ -203,11 +205,23 @@ def gains_of(events: Sequence[dict[str, Any]]) -> list[int]:
     return gains
 
 
+def params_for(model: Path, *, temperature: float, max_tokens: int) -> SamplingParams:
+    """Parameters of an answer that ends where llama.cpp ends it: not with a turn, with the text.
+
+    What stands between the two is the easiest to draft, so whoever writes it would seem to draft
+    better.
+    """
+    end: int = json.loads((model / "config.json").read_text())["eos_token_id"]
+    return SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, stop_token_ids=(end,)
+    )
+
+
 def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
     """One for each number of drafts; the adaptive one last."""
     alone = EngineConfig(max_num_seqs=1, adapts_drafts=False)
     configs = [replace(alone, max_draft_tokens=drafts) for drafts in range(MOST + 1)]
-    configs.append(replace(alone, max_draft_tokens=MOST, adapts_drafts=True))
+    configs.append(replace(alone, max_draft_tokens=USUAL_DRAFTS, adapts_drafts=True))
     weights, tokenizer = LanguageModel.from_pretrained(model), Tokenizer.from_directory(model)
     return [
         Ours(LLM(weights, tokenizer=tokenizer, config=config), params, config) for config in configs
@@ -303,7 +317,9 @@ def main() -> None:
     prompts = prompts_of(arguments.model, arguments.prompts)
     before = load_average()
     warn_if_busy(before)
-    params = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
+    params = params_for(
+        arguments.model, temperature=arguments.temperature, max_tokens=arguments.max_tokens
+    )
     with contextlib.ExitStack() as stack:
         ours, theirs = our_engines(arguments.model, params), []
         if arguments.llama_server:
