@@ -99,5 +99,5 @@ def test_the_yield_follows_what_stands():
     length = DraftLength(2, adapts=True)
     for _ in range(200):
         length.record(2, [1], 1.0)
-    assert length.yields(2) == pytest.approx(2, abs=0.01)
-    assert length.yields(0) == 1
+    assert length.yields[2] == pytest.approx(2, abs=0.01)
+    assert length.yields[0] == 1

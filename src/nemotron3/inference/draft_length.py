@@ -12,6 +12,8 @@ the less often, the longer nothing has come of it.
 """
 
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 
 _FORGET = 0.05
 """Weight of a new observation of what stands."""
@@ -23,7 +25,7 @@ _UNCOUNTED = 2
 """First steps of a new kind."""
 _TRIAL = 4
 """Steps for which a neighbour is tried."""
-_SOON, _LATE = 32, 256
+_SOON, _LATE = 32, 512
 """Steps until the next trial: at first, and when none has found better for long."""
 
 
@@ -34,6 +36,8 @@ class DraftLength:
         self.most = most
         self._adapts = adapts
         self._stands = [0.7] * most
+        self.yields = self._expected()
+        """Tokens expected of a step with 0, 1, … drafts."""
         self._seconds: dict[tuple[int, int], float] = {}
         self._last: tuple[int, int] | None = None
         self._in_a_row = 0
@@ -50,7 +54,8 @@ class DraftLength:
         for count in range(self.most, -1, -1):
             if (bucket, count) not in self._seconds:
                 return count
-        best = max(range(self.most + 1), key=lambda d: self.yields(d) / self._seconds[bucket, d])
+        seconds, yields = self._seconds, self.yields
+        best = max(range(self.most + 1), key=lambda d: yields[d] / seconds[bucket, d])
         if best != self._best:
             self._best, self._pause, self._until_trial, self._trial_left = best, _SOON, _SOON, 0
         if self._trial_left:
@@ -65,14 +70,6 @@ class DraftLength:
         self._trial = aside if 0 <= aside <= self.most else best - self._side
         return self._trial
 
-    def yields(self, count: int) -> float:
-        """Tokens expected of a step with so many drafts."""
-        total, all_stand = 1.0, 1.0
-        for rate in self._stands[:count]:
-            all_stand *= rate
-            total += all_stand
-        return total
-
     def record(self, count: int, accepted: Iterable[int], seconds: float) -> None:
         """Take what a step brought: the number of drafts that stood for each of its sequences."""
         if self.most == 0:
@@ -84,6 +81,8 @@ class DraftLength:
                 rate = sum(a > place for a in accepted) / tried
                 weight = 1 - (1 - _FORGET) ** tried
                 self._stands[place] += weight * (rate - self._stands[place])
+        if count:
+            self.yields = self._expected()
         key = (len(accepted).bit_length(), count)
         self._in_a_row = self._in_a_row + 1 if key == self._last else 1
         self._last = key
@@ -98,3 +97,6 @@ class DraftLength:
     def interrupted(self) -> None:
         """Something else has run since the last step."""
         self._last = None
+
+    def _expected(self) -> list[float]:
+        return list(accumulate(accumulate(self._stands, mul), initial=1.0))

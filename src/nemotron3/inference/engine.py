@@ -403,8 +403,6 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         is_whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if self._drafter is not None and is_whole:
-            self._drafter.catch_up([sequence])
         self.scheduler.remove(sequence, keep_state=is_whole)
         left = self._requests[sequence.request_id]
         left.remove(sequence)

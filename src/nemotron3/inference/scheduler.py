@@ -165,7 +165,6 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot, sequence.is_prefilled = None, False
         sequence.drafts.clear()
-        sequence.unread.clear()
 
     def _leads(self, sequence: Sequence) -> bool:
         """Whether other answers to the same prompt may start from this one's state."""

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from nemotron3.inference.requests import (
     FinishReason,
     SamplingParams,
@@ -46,8 +44,6 @@ class Sequence:
     is_prefilled: bool = False
     """Whether all tokens but the last one are in the state."""
     drafts: list[int] = field(default_factory=list[int])
-    unread: list[tuple[list[int], Tensor]] = field(default_factory=list[tuple[list[int], Tensor]])
-    """What the draft block has yet to read: tokens, and the hidden state before each."""
     num_cached_tokens: int = 0
     num_drafted: int = 0
     num_accepted: int = 0

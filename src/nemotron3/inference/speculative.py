@@ -9,8 +9,9 @@ one token behind the state. Its keys and values lie in the same pages as the mod
 - after tokens were chosen, the block reads what they settle, and its output at the last position
   gives the first draft; further drafts feed its own output back, as it was trained to (white paper,
   section 2.3), and leave nothing behind;
-- while nothing is drafted, what it would read is put by, and read in one go when drafts are wanted
-  again or the answer ends, so that drafting nothing costs next to nothing.
+- while nothing is drafted, what it would read is put by in the cache (`HybridCache.unread`), and
+  read in one go when drafts are wanted again, so that drafting nothing costs next to nothing. An
+  answer may end with it: whoever goes on from there reads it first.
 
 Training gives each depth keys of its own depth; here later depths look back at the first one's.
 """
@@ -24,6 +25,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.inference.passes import Passes
 from nemotron3.inference.sampler import draft
 from nemotron3.inference.sequences import Sequence
+from nemotron3.models.cache import Unread
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.pattern import LayerKind
@@ -77,10 +79,12 @@ class Drafter:
             part, at = hidden[at : at + count], at + count
             start, end = cache.draft_lengths[slot], cache.lengths[slot]
             if end - 1 > start:
-                behind = [kept[slot : slot + 1].clone()] if start < end - count else []
-                inputs += [*behind, part[:-1]]
+                inputs += [unread.hidden for unread in cache.unread[slot]]
+                inputs += [kept[slot : slot + 1].clone()] if start < end - count else []
+                inputs.append(part[:-1])
                 tokens.append(sequence.tokens[start + 1 : end])
                 slots.append(slot)
+            cache.unread[slot] = []
             kept[slot] = part[-1]
         if slots:
             context = [cache.draft_lengths[slot] for slot in slots]
@@ -115,28 +119,34 @@ class Drafter:
 
     def put_by(self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor) -> None:
         """Read later what `follow` would read now."""
-        kept, steps = hidden.clone(), hidden.shape[1]  # the next step writes over it
+        unread, steps = self.cache.unread, hidden.shape[1]
+        kept = hidden.clone()  # the next step writes over it
+        full: list[Sequence] = []
         for sequence, gain, part in zip(sequences, gains, kept.unbind(0), strict=True):
-            if gain:
-                settled = part if len(gain) == steps else part[: len(gain)]
-                sequence.unread.append((list(gain), settled))
-        self.catch_up([s for s in sequences if len(s.unread) >= _MOST_UNREAD])
+            if not gain:
+                continue
+            parts = unread[_slot(sequence)]
+            settled = part if len(gain) == steps else part[: len(gain)]
+            parts.append(Unread(tuple(gain), settled))
+            if len(parts) >= _MOST_UNREAD:
+                full.append(sequence)
+        self.catch_up(full)
 
     def catch_up(self, sequences: Many[Sequence]) -> None:
         """Read what was put by."""
-        sequences = [sequence for sequence in sequences if sequence.unread]
-        if not sequences:
+        cache = self.cache
+        slots = [slot for slot in map(_slot, sequences) if cache.unread[slot]]
+        if not slots:
             return
-        cache, slots = self.cache, [_slot(sequence) for sequence in sequences]
-        tokens = [[t for gain, _ in sequence.unread for t in gain] for sequence in sequences]
-        inputs = [torch.cat([part for _, part in sequence.unread]) for sequence in sequences]
+        unread = [Unread.join(cache.unread[slot]) for slot in slots]
+        tokens, hidden = [part.tokens for part in unread], [part.hidden for part in unread]
         context = [cache.draft_lengths[slot] for slot in slots]
-        self.passes.read_drafts(tokens, torch.cat(inputs), slots, context)
-        for sequence, slot, read, hidden in zip(sequences, slots, tokens, inputs, strict=True):
-            cache.draft_lengths[slot] += len(read)
+        self.passes.read_drafts(tokens, torch.cat(hidden), slots, context)
+        for slot, part in zip(slots, unread, strict=True):
+            cache.draft_lengths[slot] += len(part.tokens)
+            cache.unread[slot] = []
             if cache.hidden is not None:
-                cache.hidden[slot] = hidden[-1]
-            sequence.unread.clear()
+                cache.hidden[slot] = part.hidden[-1]
 
     def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Draft `count` tokens for each sequence, from what `follow` returned."""

@@ -19,8 +19,10 @@ megabytes, however long the sequence is.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
@@ -37,6 +39,20 @@ PAGE_SIZE = 64
 """Tokens of a page: long runs for kernels, and little lost in the last page of a sequence."""
 
 
+class Unread(NamedTuple):
+    """What the multi-token-prediction block has yet to read of a sequence."""
+
+    tokens: tuple[int, ...]
+    hidden: Float[Tensor, "tokens d_model"]
+    """The model's state before each of them."""
+
+    @classmethod
+    def join(cls, parts: "Sequence[Unread]") -> "Unread":
+        """Parts that follow one another as one."""
+        tokens = tuple(token for part in parts for token in part.tokens)
+        return cls(tokens, torch.cat([part.hidden for part in parts]))
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What a slot held at one moment; give it back with `HybridCache.drop`."""
@@ -47,11 +63,13 @@ class Snapshot:
     states: tuple[tuple[Tensor, ...], ...]
     """Tail and state of each Mamba layer, as they are kept."""
     hidden: Tensor | None
+    unread: Unread | None
 
     @property
     def nbytes(self) -> int:
         """Memory of its own, without the pages that it shares."""
-        return sum(part.nbytes for state in self.states for part in state)
+        unread = 0 if self.unread is None else self.unread.hidden.nbytes
+        return unread + sum(part.nbytes for state in self.states for part in state)
 
 
 class HybridCache:
@@ -81,6 +99,8 @@ class HybridCache:
         self.lengths = [0] * slots
         self.draft_lengths = [0] * slots
         """How much of each sequence the multi-token-prediction block has read."""
+        self.unread: list[list[Unread]] = [[] for _ in range(slots)]
+        """What it has yet to read of it, in parts."""
         self.pool = PagePool(pages)
         self.table = PageTable(slots, page_size, -(-max_length // page_size), device)
 
@@ -231,6 +251,7 @@ class HybridCache:
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, [])
         self.lengths[slot] = self.draft_lengths[slot] = 0
+        self.unread[slot] = []
         for layer in self._mamba:
             layer.clear(slot)
 
@@ -238,13 +259,20 @@ class HybridCache:
         """Keep what a slot holds."""
         pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
         self.pool.share(pages)
+        hidden = None if self.hidden is None else self.hidden[slot].clone()
+        unread = None
+        # What the draft block reads last depends on the token that comes next.
+        if self.unread[slot]:
+            tokens, before = Unread.join(self.unread[slot])
+            hidden = before[-1]
+            unread = Unread(tokens[:-1], before[:-1]) if len(tokens) > 1 else None
         return Snapshot(
             self.lengths[slot],
-            # What the draft block read last depends on the token that comes next.
             max(min(self.draft_lengths[slot], self.lengths[slot] - 1), 0),
             pages,
             tuple(layer.copy(slot) for layer in self._mamba),
-            None if self.hidden is None else self.hidden[slot].clone(),
+            hidden,
+            unread,
         )
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
@@ -254,6 +282,7 @@ class HybridCache:
         self.table.set(slot, snapshot.pages)
         self.lengths[slot] = snapshot.length
         self.draft_lengths[slot] = snapshot.draft_length
+        self.unread[slot] = [] if snapshot.unread is None else [snapshot.unread]
         for layer, kept in zip(self._mamba, snapshot.states, strict=True):
             layer.put(slot, kept)
         if self.hidden is not None and snapshot.hidden is not None:
