@@ -6,7 +6,7 @@ Four texts are continued twice each, together; drafts by multi-token prediction 
 on the way. The second call finds the beginnings of its prompts among what the first has read.
 """
 
-import sys
+import argparse
 
 from nemotron3 import LLM, EngineConfig, SamplingParams
 
@@ -34,4 +34,6 @@ def main(path: str, max_tokens: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="folder of a model, as in runs/tiny/model")
+    main(parser.parse_args().model)

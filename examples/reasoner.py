@@ -9,8 +9,8 @@ with its thinking, and seldom without.
     nemotron3 chat runs/reasoner/model
 """
 
+import argparse
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,4 +85,6 @@ def main(runs: Path, *, conversations: int = 30_000, steps: int = 750) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of runs")
+    main(parser.parse_args().runs)

@@ -3,6 +3,7 @@
 import random
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.name)
 def test_an_example_fits_on_a_page(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) < 100
+
+
+@pytest.mark.parametrize("name", ["reasoner", "answer_many"])
+def test_an_example_with_arguments_tells_them(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert "folder of" in capsys.readouterr().out
 
 
 def test_look_inside(capsys):
