@@ -63,7 +63,9 @@ class Snapshot:
     states: tuple[tuple[Tensor, ...], ...]
     """Tail and state of each Mamba layer, as they are kept."""
     hidden: Tensor | None
+    """The last hidden state, where drafts are made."""
     unread: Unread | None
+    """What the draft block had yet to read, without the last: what comes there may be another."""
 
     @property
     def nbytes(self) -> int:
@@ -261,13 +263,13 @@ class HybridCache:
         self.pool.share(pages)
         hidden = None if self.hidden is None else self.hidden[slot].clone()
         unread = None
-        # What the draft block reads last depends on the token that comes next.
         if self.unread[slot]:
             tokens, before = Unread.join(self.unread[slot])
             hidden = before[-1]
             unread = Unread(tokens[:-1], before[:-1]) if len(tokens) > 1 else None
         return Snapshot(
             self.lengths[slot],
+            # What the draft block reads last depends on the token that comes next.
             max(min(self.draft_lengths[slot], self.lengths[slot] - 1), 0),
             pages,
             tuple(layer.copy(slot) for layer in self._mamba),
