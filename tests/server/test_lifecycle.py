@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import httpx2
 import pytest
@@ -186,26 +187,81 @@ def test_a_form_that_takes_long_to_compile_delays_nobody(model_folder, monkeypat
     assert answers[0].json()["choices"][0]["message"]["content"] == "slow"
 
 
-@pytest.mark.slow
-def test_the_first_signal_finishes_what_runs_and_sends_the_rest_elsewhere(model_folder):
+@contextmanager
+def serving_process(model_folder, *options):
+    """`nemotron3 serve` as a process; with its address, the lines of its log, and what it logged
+    until requests were taken."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "nemotron3.cli.main", "serve", str(model_folder)]
-    command += ["--port", str(port), "--log-format", "json", "--device", "cpu"]
+    command += ["--port", str(port), "--log-format", "json", "--device", "cpu", *options]
     environment = os.environ | {"NEMOTRON3_API_KEY": "sesame"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: [lines.put(x) for x in process.stderr]).start()
         try:
-            _scenario(process, f"http://127.0.0.1:{port}", lines)
+            logged = [json.loads(lines.get(timeout=60))]
+            while "requests are taken" not in logged[-1]["message"]:
+                logged.append(json.loads(lines.get(timeout=60)))
+            yield process, f"http://127.0.0.1:{port}", lines, logged
         finally:
             process.kill()
 
 
-def _scenario(process, url, lines):
-    logged = [json.loads(lines.get(timeout=60))]
-    while "requests are taken" not in logged[-1]["message"]:
-        logged.append(json.loads(lines.get(timeout=60)))
+@pytest.mark.slow
+def test_what_is_not_finished_in_time_is_told_so(model_folder):
+    """A whole answer gets a 503, streams an error event: nobody is left with half of an answer."""
+    headers = {"authorization": "Bearer sesame"}
+    stream = LONG | {"stream": True, "n": 8}
+    asked = {
+        "whole": (CHAT, LONG | {"n": 8}),
+        "chat": (CHAT, stream),
+        "completions": ("/v1/completions", {**stream, "prompt": "Hello", "max_tokens": 3900}),
+        "responses": ("/v1/responses", {"input": "Hello", "ignore_eos": True, "stream": True}),
+    }
+    asked["completions"][1].pop("messages")
+    answers = {}
+
+    def ask(name):
+        path, body = asked[name]
+        answers[name] = httpx2.post(f"{url}{path}", json=body, headers=headers, timeout=60)
+
+    with serving_process(model_folder, "--drain-timeout", "0.1") as (process, url, lines, _):
+        threads = [threading.Thread(target=ask, args=(name,)) for name in asked]
+        for thread in threads:
+            thread.start()
+        metrics = "nemotron3_requests_running"
+
+        def all_run():
+            text = httpx2.get(f"{url}/metrics", headers=headers).text
+            lines = [line for line in text.splitlines() if line.startswith(metrics)]
+            return bool(lines) and float(lines[0].split()[-1]) == 25
+
+        assert waits_until(all_run)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(30)
+        assert process.wait(30) == 0
+        logged = "".join(lines.get() for _ in range(lines.qsize()))
+    whole = answers["whole"]
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "aborted")
+    assert int(whole.headers["retry-after"]) >= 1
+    for name in ("chat", "completions"):
+        said, done = answers[name].text.split("\n\n")[-3:-1]
+        assert json.loads(said.removeprefix("data: "))["error"]["code"] == "aborted"
+        assert done == "data: [DONE]"
+    assert "event: response.failed" in answers["responses"].text.split("\n\n")[-2]
+    assert "4 requests were not finished" in logged
+    assert "Traceback" not in logged
+
+
+@pytest.mark.slow
+def test_the_first_signal_finishes_what_runs_and_sends_the_rest_elsewhere(model_folder):
+    with serving_process(model_folder) as (process, url, lines, logged):
+        _scenario(process, url, lines, logged)
+
+
+def _scenario(process, url, lines, logged):
     headers = {"authorization": "Bearer sesame"}
     received = []
     with httpx2.stream(

@@ -2,7 +2,8 @@
 
 The first SIGTERM or SIGINT closes the gate: the port stays open and new requests get 503 with
 `Retry-After`, so that a balancer notices and sends them elsewhere, while those inside are finished.
-When the last is, or after `drain_timeout_s`, the server ends. A second signal ends it at once.
+When the last is, or after `drain_timeout_s`, the server ends; whoever is not finished by then is
+told so, by a 503 or an error in the stream. A second signal ends it at once.
 """
 
 import asyncio
@@ -18,6 +19,9 @@ from nemotron3.errors import ConfigError
 from nemotron3.server.app import Server
 
 log = logging.getLogger("nemotron3.server")
+
+_LAST_WORDS_S = 2
+"""Seconds in which those that are given up are told."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -58,6 +62,8 @@ class _Uvicorn(uvicorn.Server):
                 gate.num_inside,
                 self._drain_timeout_s,
             )
+            await asyncio.to_thread(self._server.llm.close)
+            await gate.emptied(_LAST_WORDS_S)
         self.should_exit = True
 
 
@@ -90,7 +96,7 @@ def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> No
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
     )
     # Modules, the model and routes stay to the end: hundreds of thousands of objects. To look for
     # garbage among them would stop everybody's answers for a twentieth of a second.
