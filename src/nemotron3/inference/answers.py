@@ -58,6 +58,8 @@ class AnswerDelta:
     parts: tuple[ResponseDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    content_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens that a chat's content is made of; a part's text may come after them."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or token that ended the answer; None for the model's own end."""
@@ -74,6 +76,8 @@ class CompletionOutput:
     """As it was written, special tokens left out."""
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    content_logprobs: tuple[TokenLogprob, ...]
+    """Those of the tokens that a chat's content is made of."""
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     reasoning: str
@@ -118,12 +122,14 @@ class Answer:
     failure: FailureKind | None = None
     _tokens: list[int] = field(default_factory=list[int])
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    _num_read: int = 0  # tokens that stop strings let through
     _text: list[str] = field(default_factory=list[str])
     _drafts: DraftStats = field(default_factory=DraftStats)
     _stop_reason: str | int | None = None
 
     def __post_init__(self) -> None:
-        self._stop = StopStrings(self.tokenizer, self.params)
+        self._stop = StopStrings(self.tokenizer, self.params, is_chat=self.prompt.is_chat)
         self._detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=True)
         self._parser = (
             ResponseParser(
@@ -161,6 +167,7 @@ class Answer:
                 self._stop_reason = progress.stop_token
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]
+        told = len(self._content_logprobs)
         parts = self._read(self._stop.push(shown))
         if progress.finish_reason is not None:
             parts += self._finish()
@@ -169,6 +176,7 @@ class Answer:
             parts=tuple(parts),
             token_ids=progress.tokens,
             logprobs=progress.logprobs,
+            content_logprobs=tuple(self._content_logprobs[told:]),
             finish_reason=progress.finish_reason,
             stop_reason=self._stop_reason,
             error=progress.error,
@@ -184,6 +192,7 @@ class Answer:
             text=text,
             token_ids=tuple(self._tokens),
             logprobs=tuple(self._logprobs),
+            content_logprobs=tuple(self._content_logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             reasoning=response.reasoning if response is not None else "",
@@ -202,7 +211,9 @@ class Answer:
             self._stop_reason = self._stop.matched
             tail = self._stop.rest  # half a character before it is in it
             if self._parser is not None:
+                before = self._parser.num_content_tokens
                 parts += self._parser.push_text(tail)
+                self._note_content(self._parser, before)
         if self._parser is None:
             return parts + self._show(tail)
         self._text.append(tail)
@@ -214,7 +225,18 @@ class Answer:
         if self._parser is None:
             return self._show(text)
         self._text.append(text)
-        return self._parser.push(tokens)
+        parts: list[ResponseDelta] = []
+        for token in tokens:
+            before = self._parser.num_content_tokens
+            parts += self._parser.push([token])
+            self._note_content(self._parser, before)
+            self._num_read += 1
+        return parts
+
+    def _note_content(self, parser: ResponseParser, before: int) -> None:
+        """Keep the log-probability of the token just read, where content is made of it."""
+        if self._logprobs and parser.num_content_tokens > before:
+            self._content_logprobs.append(self._logprobs[self._num_read])
 
     def _show(self, text: str) -> list[ResponseDelta]:
         self._text.append(text)

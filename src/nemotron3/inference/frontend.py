@@ -128,12 +128,17 @@ class Frontend:
                 last_token=prompt.ids[-1] if prompt.ids else None,
             )
 
+        def stop() -> StopStrings | None:
+            if not params.stop:
+                return None
+            return StopStrings(self.tokenizer, params, is_chat=prompt.is_chat)
+
         return EngineRequest(
             request_id=request_id,
             prompt=prompt.ids,
             params=params,
             boundaries=self._turns(prompt.ids),
-            make_stop=lambda: StopStrings(self.tokenizer, params) if params.stop else None,
+            make_stop=stop,
             make_budget=budget,
             make_constraint=lambda: form.fork() if form is not None else None,
         )

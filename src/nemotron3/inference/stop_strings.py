@@ -2,7 +2,11 @@
 
 A string may begin in one token and end in another, so text that may be its beginning is held back
 until the next tokens decide. The engine asks one of these whether to stop; whoever shows the answer
-asks another one, fed with the same tokens, what to show. Special tokens are no text.
+asks another one, fed with the same tokens, what to show.
+
+Special tokens are no text. Of a text to continue they are left out, and what stands before and
+after one is shown in one piece; in a chat they part what is shown (reasoning from content), and no
+string is found across them. One that a string spells out, as `</think>`, is found where it stands.
 """
 
 from collections import deque
@@ -12,12 +16,21 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.text import IncrementalDetokenizer, Tokenizer
 from nemotron3.text.reasoning import partial_suffix
 
+_BREAK = "\ud800"
+"""Half of a character, which no text has."""
+
 
 class StopStrings:
     """Follows one answer."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, is_chat: bool) -> None:
         self._strings = params.stop
+        self._marks: dict[int, str] = {}  # what stands for the special tokens of a chat
+        if is_chat and self._strings:
+            for token in tokenizer.special_ids:
+                spelled = tokenizer.token_bytes(token).decode()
+                is_wanted = any(spelled in string for string in self._strings)
+                self._marks[token] = spelled if is_wanted else _BREAK
         self._keeps_match = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
@@ -45,7 +58,11 @@ class StopStrings:
                 break
             self._num_tokens += 1
             before = len(self._text)
-            self._text += self._detokenizer.push([token])
+            mark = self._marks.get(token)
+            if mark is None:
+                self._text += self._detokenizer.push([token])
+            else:
+                self._text += self._detokenizer.finish() + mark
             self._held.append((token, len(self._text)))
             self._search(before)
             keep = len(self._text) - partial_suffix(self._text, self._strings)

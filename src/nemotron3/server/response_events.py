@@ -4,7 +4,6 @@ Each item is announced (`output_item.added`), grows by deltas, and is closed wit
 (`output_item.done`). Items follow each other; one is closed when another kind of thing comes.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from nemotron3.inference.answers import AnswerDelta
@@ -35,19 +34,19 @@ class ItemEvents:
         self._call_index: int | None = None
         self._text = ""
         self._logprobs: list[Any] = []
+        self._untold: list[Any] = []  # of tokens whose words have not come
 
     def push(self, delta: AnswerDelta) -> list[Event]:
         """What one delta of the engine comes to."""
         events: list[Event] = []
-        # The log-probabilities of a delta go with the words in it, once.
-        logprobs = chat_logprobs(self._tokenizer, delta.logprobs) if self._with_logprobs else []
+        if self._with_logprobs:
+            self._untold += chat_logprobs(self._tokenizer, delta.content_logprobs)
         for part in delta.parts:
             match part:
                 case ReasoningDelta():
                     events += self._reason(part.text)
                 case ContentDelta():
-                    events += self._say(part.text, logprobs)
-                    logprobs = []
+                    events += self._say(part.text)
                 case CallDelta():
                     events += self._call(part)
         return events
@@ -72,7 +71,7 @@ class ItemEvents:
         events.append(self._at("response.reasoning_text.delta", content_index=0, delta=text))
         return events
 
-    def _say(self, text: str, logprobs: Sequence[Any]) -> list[Event]:
+    def _say(self, text: str) -> list[Event]:
         events: list[Event] = []
         if self._kind() != "message":
             events += self._close()
@@ -80,15 +79,11 @@ class ItemEvents:
             events.append(
                 self._at("response.content_part.added", content_index=0, part=text_part(""))
             )
+        logprobs, self._untold = self._untold, []
         self._text += text
         self._logprobs += logprobs
         events.append(
-            self._at(
-                "response.output_text.delta",
-                content_index=0,
-                delta=text,
-                logprobs=list(logprobs),
-            )
+            self._at("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
         )
         return events
 
@@ -127,7 +122,8 @@ class ItemEvents:
             events.append(self._at("response.content_part.done", content_index=0, part=part))
             item = reasoning_item(opened["id"], text, status=status)
         elif opened["type"] == "message":
-            logprobs = self._logprobs
+            logprobs = [*self._logprobs, *self._untold]
+            self._untold = []
             part = text_part(text, logprobs)
             done = self._at(
                 "response.output_text.done", content_index=0, text=text, logprobs=logprobs

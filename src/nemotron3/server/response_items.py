@@ -110,9 +110,10 @@ def output_items(
     items: list[Item] = []
     calls = answer.tool_calls[:1] if is_single else answer.tool_calls
     if answer.reasoning:
-        items.append(reasoning_item(new_id("rs"), answer.reasoning, status="completed"))
+        ended = "completed" if answer.content or calls else status
+        items.append(reasoning_item(new_id("rs"), answer.reasoning, status=ended))
     if answer.content or not calls:
-        logprobs = chat_logprobs(tokenizer, answer.logprobs) if with_logprobs else []
+        logprobs = chat_logprobs(tokenizer, answer.content_logprobs) if with_logprobs else []
         items.append(message_item(new_id("msg"), answer.content, status=status, logprobs=logprobs))
     for call in calls:
         state = "completed" if call.is_complete else "incomplete"

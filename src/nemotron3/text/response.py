@@ -48,7 +48,8 @@ class ResponseParser:
 
     Tags are taken by their ids; a vocabulary that lacks one of them is read by its characters.
     Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that were generated
-    while the reasoning was open, tags not included.
+    while the reasoning was open, tags not included; `num_content_tokens` those that content is
+    made of: no calls, and no white space that is dropped.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ResponseParser:
         )
         self._calls = ToolCallParser(tools, tags_in_text=False) if tools else None
         self._content: list[str] = []
-        self.num_reasoning_tokens = 0
+        self.num_reasoning_tokens = self.num_content_tokens = 0
 
     def push(self, ids: Iterable[int]) -> list[ResponseDelta]:
         """Take generated ids; what they make certain comes back."""
@@ -85,11 +86,16 @@ class ResponseParser:
                 continue
             tag = self._tags.get(token_id)
             if tag is None:
-                self.num_reasoning_tokens += self._splitter.is_reasoning_open
-                spans = self._splitter.push(self._detokenizer.push([token_id]))
+                is_reasoning = self._splitter.is_reasoning_open
+                self.num_reasoning_tokens += is_reasoning
+                text = self._detokenizer.push([token_id])
+                spans = self._splitter.push(text)
+                self.num_content_tokens += not is_reasoning and self._is_content(text, spans)
             else:
                 spans = self._splitter.push(self._detokenizer.finish())
-                spans += self._splitter.push_tag(tag)
+                shown = self._splitter.push_tag(tag)
+                self.num_content_tokens += any(not s.is_reasoning and not s.is_tag for s in shown)
+                spans += shown
             deltas += self._read(spans)
         return deltas
 
@@ -99,7 +105,11 @@ class ResponseParser:
         It begins with what the tokens before left undecided: half a character, if anything.
         """
         self._detokenizer.finish()
-        return self._read(self._splitter.push(text))
+        is_reasoning = self._splitter.is_reasoning_open
+        spans = self._splitter.push(text)
+        if text and not is_reasoning:
+            self.num_content_tokens += self._is_content(text, spans)
+        return self._read(spans)
 
     def finish(self) -> list[ResponseDelta]:
         """End the stream; what was held back comes."""
@@ -116,6 +126,11 @@ class ResponseParser:
             content="".join(self._content),
             tool_calls=tuple(self._calls.calls) if self._calls is not None else (),
         )
+
+    def _is_content(self, text: str, spans: Sequence[Span]) -> bool:
+        """Whether a token behind the reasoning is one that content is made of."""
+        is_dropped = text.isspace() and not spans
+        return not is_dropped and (self._calls is None or not self._calls.is_open)
 
     def _read(self, spans: Iterable[Span]) -> list[ResponseDelta]:
         deltas: list[ResponseDelta] = []

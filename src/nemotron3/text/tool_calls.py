@@ -108,6 +108,11 @@ class ToolCallParser:
         self._follows_call = False
         self._value = _Value()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what comes next belongs to a call, or may."""
+        return self._state is not _State.TEXT
+
     def push(self, text: str) -> list[ContentDelta | CallDelta]:
         """Take a piece of the answer; what is certain now comes back."""
         self._buffer += text
