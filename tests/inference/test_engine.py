@@ -15,7 +15,7 @@ from nemotron3.inference.memory import page_bytes
 from nemotron3.inference.requests import FailureKind, FinishReason, SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.state_precision import StatePrecision
-from tests.tiny import tiny_config, tiny_model, tokens_for
+from tests.tiny import randomized, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE
 
 CONFIG = tiny_config("MEM*E/*E/*E", eos_token_id=2)
@@ -401,6 +401,62 @@ def test_other_weights_find_no_prefix_of_the_old_ones(model):
     engine.weights_changed()
     run(engine, [request("a", PROMPTS[6])])
     assert engine.stats().prefix_hits == 0
+
+
+def test_other_weights_find_nothing_that_running_answers_keep():
+    """What goes on over a change of weights has a state of both, which nobody may start from."""
+    ours = tiny_model(CONFIG)
+    engine = engine_for(ours, max_num_seqs=1)
+    prompt = PROMPTS[6]
+    answer = []
+    engine.add(request("a", prompt, GREEDY))
+    while engine.has_work:
+        answer += [token for progress in engine.step() for token in progress.tokens]
+        if len(answer) == 3:
+            randomized(ours, 5)
+            engine.weights_changed()
+            answer.append(-1)
+    answer.remove(-1)
+    more = [*prompt, *answer, 5]
+    assert run(engine, [request("b", more)])["b", 0] == greedy(ours, more, 12)
+    assert engine.stats().prefix_hits == 0
+
+
+def test_an_answer_that_waited_for_the_prompt_reads_it_with_the_new_weights():
+    ours = tiny_model(CONFIG)
+    engine = engine_for(ours, max_num_seqs=1)
+    engine.add(request("a", PROMPTS[6], replace(GREEDY, n=2)))
+    second, is_changed = [], False
+    while engine.has_work:
+        second += [token for p in engine.step() if p.index == 1 for token in p.tokens]
+        if not is_changed:
+            randomized(ours, 5)
+            engine.weights_changed()
+            is_changed = True
+    assert second == greedy(ours, PROMPTS[6], 12)
+
+
+@pytest.mark.parametrize("scores", [None, 0])
+def test_prompts_that_are_kept_for_others_make_room(model, scores):
+    """Two requests, each of which fits alone; what one keeps for its answers must not stop both."""
+    config = engine_for(model).config
+    config = replace(config, max_model_len=96, prefix_cache_bytes=0, max_draft_tokens=0)
+    config = replace(config, kv_cache_bytes=29 * page_bytes(model, config))
+    engine = Engine(model, config)
+    params = replace(GREEDY, n=2, max_tokens=76, prompt_logprobs=scores)
+    prompts = {name: tuple(range(start, start + 20)) for name, start in (("a", 3), ("b", 33))}
+    for name, prompt in prompts.items():
+        engine.add(request(name, prompt, params))
+    answers = {}
+    for _ in range(3000):
+        for progress in engine.step():
+            answers.setdefault((progress.request_id, progress.index), []).extend(progress.tokens)
+        if not engine.has_work:
+            break
+    assert_is_empty(engine)
+    for (name, _), answer in answers.items():
+        assert answer == greedy(model, prompts[name], 76)
+    assert len(answers) == 4
 
 
 def test_other_weights_in_tensors_of_their_own_are_used_by_every_step(expected):

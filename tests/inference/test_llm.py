@@ -97,6 +97,33 @@ def test_a_stop_string_ends_the_answer_wherever_tokens_end(llm):
         assert output.outputs[0].text == whole.text[: whole.text.index(stop)] + stop
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_content_has_the_logprobs_of_its_own_tokens(llm, seed):
+    """No reasoning, no tag, no end; streamed or whole, also where a stop string cuts a token."""
+    params = SamplingParams(
+        seed=seed,
+        max_tokens=30,
+        reasoning_budget=seed % 7,
+        logprobs=0,
+        logit_bias={llm.tokenizer.encode(" quick")[-1]: 4},
+        stop=("ick",) if seed % 2 else (),
+    )
+    streamed = []
+    output = llm.chat(
+        [{"role": "user", "content": "hello"}],
+        params,
+        on_delta=lambda _, delta: streamed.extend(delta.content_logprobs),
+    )
+    answer = output[0].outputs[0]
+    assert tuple(streamed) == answer.content_logprobs
+    spelled = b"".join(llm.tokenizer.token_bytes(each.token) for each in streamed)
+    text = spelled.decode("utf-8", "replace").lstrip()
+    if answer.stop_reason in params.stop:
+        assert text.startswith(answer.content)
+    else:
+        assert text == answer.content
+
+
 def test_a_stop_token_is_reported_and_not_shown(llm):
     whole = llm.generate("the quick", GREEDY)[0].outputs[0]
     token = next(t for t in whole.token_ids[3:] if t not in tokenizer().special_ids)
@@ -145,6 +172,31 @@ def test_what_cannot_be_asked_is_refused_by_name(llm):
     with pytest.raises(ConfigError):
         llm.chat([TALK, TALK], [GREEDY, bad])
     assert llm.stats().num_running == llm.stats().num_waiting == 0
+
+
+def test_a_step_that_fails_ends_every_answer_that_was_open():
+    """Also one that ended in that very step, of which the engine knows nothing any more."""
+    server = async_llm(max_num_seqs=1)
+    step = server._engine.step
+
+    def failing():
+        progress = step()
+        if any(p.index == 1 and p.finish_reason for p in progress):
+            raise RuntimeError("what the step did next fails")
+        return progress
+
+    server._engine.step = failing
+
+    async def read():
+        params = replace(GREEDY, n=2, max_tokens=4, ignore_eos=True)
+        prompt = server.prepare_text("to be")
+        async with server.submit(prompt, params, request_id="a") as stream:
+            return [(delta.index, delta.finish_reason) async for delta in stream]
+
+    ends = [end for end in asyncio.run(asyncio.wait_for(read(), 20)) if end[1] is not None]
+    server.close()
+    assert (1, FinishReason.ERROR) in ends
+    assert sorted(index for index, _ in ends) == [0, 1]
 
 
 def test_streams_of_many_clients_are_the_answers_of_one(llm):

@@ -17,7 +17,6 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -56,9 +55,10 @@ class Stream:
         self._abort = abort
         self._deltas: deque[AnswerDelta] = deque()
         self._news = asyncio.Event()
-        self.num_answers = self._num_open = len(answers.each)  # as the engine's thread knows
+        self.open = set(range(len(answers.each)))
+        """Which of the answers are not over, as the engine's thread knows."""
         self.loop = asyncio.get_running_loop()
-        """Of whoever asked; nothing but `ended` is called from elsewhere."""
+        """Of whoever asked; nothing but `open` is used elsewhere."""
 
     @property
     def request_id(self) -> str:
@@ -110,11 +110,6 @@ class Stream:
         except asyncio.CancelledError:
             await self.aclose()
             raise
-
-    def ended(self) -> bool:
-        """One more answer is over; whether all are."""
-        self._num_open -= 1
-        return self._num_open == 0
 
     def receive(self, progress: Progress) -> None:
         """Take what a step brought."""
@@ -269,12 +264,11 @@ class AsyncLLM(LoadedModel):
         failure = FailureKind.ENGINE if reason is FinishReason.ERROR else None
         over: list[Progress] = []
         for request_id, stream in list(self._streams.items()):
-            ended = self._engine.abort(request_id)
-            if not ended:  # it had not reached the engine
-                ended = [Progress(request_id, index, ()) for index in range(stream.num_answers)]
+            self._engine.abort(request_id)
+            # The engine knows less: it has forgotten what ended in a step that then failed.
             over += [
-                replace(progress, finish_reason=reason, error=why, failure=failure)
-                for progress in ended
+                Progress(request_id, index, (), finish_reason=reason, error=why, failure=failure)
+                for index in sorted(stream.open)
             ]
         self._deliver(over)
 
@@ -288,7 +282,8 @@ class AsyncLLM(LoadedModel):
                 by_loop[stream.loop].append((stream, piece))
                 if piece.finish_reason is not None:
                     self._num_answers -= 1
-                    if stream.ended():
+                    stream.open.discard(piece.index)
+                    if not stream.open:
                         del self._streams[piece.request_id]
         for loop, pieces in by_loop.items():
             if not loop.is_closed():

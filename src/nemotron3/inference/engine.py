@@ -199,7 +199,7 @@ class Engine:
 
         The new weights may lie in the old tensors or be tensors of their own.
         """
-        self.prefixes.forget()
+        self.scheduler.forget()
         self._steps.forget()
         self._passes.forget()
 
@@ -321,7 +321,6 @@ class Engine:
         start = time.perf_counter()
         after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
         if self._drafter is not None and count:
-            # Those that end here as well: the state that is kept of them has to be whole.
             after = self._drafter.follow(sequences, gains, hidden)
         elif self._drafter is not None:
             self._drafter.put_by(sequences, gains, hidden)

@@ -118,7 +118,7 @@ class Passes:
         stream = [token for part in tokens for token in part]
         numbers = torch.tensor([*stream, *layout.slots, *layout.context])
         shape = ("prompt", rows, segments.max_length)
-        (hidden,) = self._recordings.run(shape, (numbers,), step, idle=lambda: (numbers,))
+        (hidden,) = self._recordings.run(shape, (numbers,), step)
         self.cache.advance(layout)
         return hidden
 

@@ -2,8 +2,9 @@
 
 First come, first served. A sequence is admitted when a slot is free and the pages for all of its
 tokens are; it then reads its prompt in chunks and writes. Pages for what is written are taken as it
-grows. When there are none, kept prefixes go first, then the sequence that came last is taken off:
-it waits at the head of the queue and reads its tokens again later, so that nothing is lost.
+grows. When there are none, what is kept for others goes first, then the sequence that came last is
+taken off: it waits at the head of the queue and reads its tokens again later, so that nothing is
+lost.
 """
 
 from collections import deque
@@ -96,6 +97,8 @@ class Scheduler:
         """Keep the state where another prompt may go on from it."""
         assert sequence.slot is not None
         length = self.cache.lengths[sequence.slot]
+        if sequence.is_stale:
+            return
         if length in self._stops(sequence):
             self.prefixes.keep(sequence.tokens[:length], sequence.slot)
         if self._leads(sequence) and length == sequence.num_prompt - 1:
@@ -105,12 +108,12 @@ class Scheduler:
         """Take the pages for more tokens of a running sequence; False where it had to give way."""
         while sequence.slot is not None:
             missing = self.cache.missing_pages(sequence.slot, new_tokens)
-            if missing == 0:
+            if missing == 0:  # as in nearly every step
                 return True
             if missing <= self.cache.pool.num_free:
                 self.cache.reserve(sequence.slot, new_tokens)
                 return True
-            if not self.prefixes.evict():
+            if not self._evict():
                 self._take_off(self.running[-1])
         return False
 
@@ -123,7 +126,7 @@ class Scheduler:
         slot = sequence.slot
         if slot is not None:
             length = self.cache.lengths[slot]
-            if keep_state and length <= len(sequence.tokens):
+            if keep_state and not sequence.is_stale and length <= len(sequence.tokens):
                 self.prefixes.keep(sequence.tokens[:length], slot)
             self._leave(sequence)
         everyone = (*self.waiting, *self.running)
@@ -131,6 +134,27 @@ class Scheduler:
             snapshot = self._groups.pop(sequence.request_id, None)
             if snapshot is not None:
                 self.cache.drop(snapshot)
+
+    def forget(self) -> None:
+        """Let nobody start from what has been computed so far: the weights are others now."""
+        self.prefixes.forget()
+        while self._evict():
+            pass
+        for sequence in self.running:
+            sequence.is_stale = True
+
+    def _evict(self) -> bool:
+        """Give up one of the states that are kept for others; whether there was one.
+
+        The answers that wait for a prompt that is given up read it themselves.
+        """
+        if self.prefixes.evict():
+            return True
+        if not self._groups:
+            return False
+        _, snapshot = self._groups.popitem()
+        self.cache.drop(snapshot)
+        return True
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a slot and the pages for all its tokens and one more; False where they lack."""
@@ -141,12 +165,12 @@ class Scheduler:
             snapshot = snapshot or self.prefixes.find(sequence.tokens)
         if snapshot is not None:
             self.cache.restore(slot, snapshot)
-        sequence.slot = slot
+        sequence.slot, sequence.is_stale = slot, False
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = self.cache.lengths[slot]
         rest = len(sequence.tokens) + 1 - self.cache.lengths[slot]
         while self.cache.missing_pages(slot, rest) > self.cache.pool.num_free:
-            if not self.prefixes.evict():
+            if not self._evict():
                 self._leave(sequence)
                 return False
         self.cache.reserve(slot, rest)
@@ -169,14 +193,14 @@ class Scheduler:
     def _leads(self, sequence: Sequence) -> bool:
         """Whether other answers to the same prompt may start from this one's state."""
         return (
-            sequence.request.params.n > 1
+            _shares_prompt(sequence)
             and sequence.num_prompt > 1
             and sequence.num_generated == 0
             and sequence.request_id not in self._groups
         )
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
-        if sequence.request.params.n == 1 or sequence.request_id in self._groups:
+        if not _shares_prompt(sequence) or sequence.request_id in self._groups:
             return False
         return any(
             other.request is sequence.request and not other.is_prefilled for other in self.running
@@ -210,3 +234,9 @@ class Scheduler:
         grid = range(interval, length, interval)
         close = interval // _CLOSE
         return {*ends, *(at for at in grid if not any(0 < at - k < close for k in kept))}
+
+
+def _shares_prompt(sequence: Sequence) -> bool:
+    """Whether other answers to its request start from the prompt as one of them has read it."""
+    params = sequence.request.params
+    return params.n > 1 and params.prompt_logprobs is None  # with these each reads all of it

@@ -43,6 +43,8 @@ class Sequence:
     slot: int | None = None
     is_prefilled: bool = False
     """Whether all tokens but the last one are in the state."""
+    is_stale: bool = False
+    """Whether a part of the state was computed by weights that are no more."""
     drafts: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0
     num_drafted: int = 0

@@ -1,7 +1,7 @@
 """Drafting by multi-token prediction: the shared block writes ahead, the model checks in one step.
 
-The block reads, for each position, the hidden state there and the token after it, so it is always
-one token behind the state. Its keys and values lie in the same pages as the model's:
+The block reads, for each position, the hidden state there and the token after it, so in a prompt it
+is one token behind the state. Its keys and values lie in the same pages as the model's:
 
 - a prompt's chunk is read right after the model has read it, but for the last position, whose next
   token is not known yet; its hidden state waits in the cache (`HybridCache.hidden`). To read is to
@@ -79,6 +79,7 @@ class Drafter:
             part, at = hidden[at : at + count], at + count
             start, end = cache.draft_lengths[slot], cache.lengths[slot]
             if end - 1 > start:
+                # What was put by before this prompt is a part of it, so its tokens are here.
                 inputs += [unread.hidden for unread in cache.unread[slot]]
                 inputs += [kept[slot : slot + 1].clone()] if start < end - count else []
                 inputs.append(part[:-1])
@@ -102,7 +103,8 @@ class Drafter:
         each sequence's state holds; what is beyond the gained tokens was refused.
         """
         self.catch_up(sequences)
-        cache, (rows, steps, _) = self.cache, hidden.shape
+        cache, kept, (rows, steps, _) = self.cache, self.cache.hidden, hidden.shape
+        assert kept is not None
         if rows == 1:  # of several one is long nearly always
             steps = max(len(gains[0]), 1)
             hidden = hidden[:, :steps]  # what is beyond would choose experts of its own
@@ -111,8 +113,7 @@ class Drafter:
         context = [cache.draft_lengths[slot] for slot in slots]
         last = [max(len(gain), 1) - 1 for gain in gains]
         after = self.passes.draft(tokens, hidden.flatten(0, 1), slots, context, last)
-        if cache.hidden is not None:
-            cache.hidden[slots] = hidden[torch.arange(rows), last]
+        kept[slots] = hidden[torch.arange(rows), last]
         for slot, place in zip(slots, last, strict=True):
             cache.draft_lengths[slot] += place + 1
         return after
@@ -134,7 +135,8 @@ class Drafter:
 
     def catch_up(self, sequences: Many[Sequence]) -> None:
         """Read what was put by."""
-        cache = self.cache
+        cache, kept = self.cache, self.cache.hidden
+        assert kept is not None
         slots = [slot for slot in map(_slot, sequences) if cache.unread[slot]]
         if not slots:
             return
@@ -145,8 +147,7 @@ class Drafter:
         for slot, part in zip(slots, unread, strict=True):
             cache.draft_lengths[slot] += len(part.tokens)
             cache.unread[slot] = []
-            if cache.hidden is not None:
-                cache.hidden[slot] = part.hidden[-1]
+            kept[slot] = part.hidden[-1]
 
     def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Draft `count` tokens for each sequence, from what `follow` returned."""

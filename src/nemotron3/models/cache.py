@@ -13,8 +13,8 @@ Sequences come and go by four verbs, whatever their layers keep: `snapshot` keep
 Prefix caching, several answers to one prompt and preemption are made of these. A fifth pair serves
 drafts that may be refused: a tentative call changes nothing until `accept` says how far it stands.
 
-Keys and values lie in shared pages, so a snapshot costs no more than the Mamba layers' states: some
-megabytes, however long the sequence is.
+Keys and values lie in shared pages, so a snapshot costs little more than the Mamba layers' states:
+some megabytes, however long the sequence is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ class Snapshot:
     states: tuple[tuple[Tensor, ...], ...]
     """Tail and state of each Mamba layer, as they are kept."""
     hidden: Tensor | None
-    """The last hidden state, where drafts are made."""
+    """The model's state at the last token, where drafts are made."""
     unread: Unread | None
     """What the draft block had yet to read, without the last: what comes there may be another."""
 
@@ -102,7 +102,8 @@ class HybridCache:
         self.draft_lengths = [0] * slots
         """How much of each sequence the multi-token-prediction block has read."""
         self.unread: list[list[Unread]] = [[] for _ in range(slots)]
-        """What it has yet to read of it, in parts."""
+        """What it has yet to read of it, in parts. Both together are as long as the sequence while
+        it is written, and one token shorter in a prompt, whose next token is not known."""
         self.pool = PagePool(pages)
         self.table = PageTable(slots, page_size, -(-max_length // page_size), device)
 
@@ -128,7 +129,8 @@ class HybridCache:
         self.hidden = (
             torch.zeros(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
-        """Last hidden state of each sequence: what its next draft begins with."""
+        """The model's state at the last token of each prompt, which the block reads with the next
+        one; of a sequence that is written, at the last token that the block has read."""
         self._mamba = [layer for layer in self.layers if isinstance(layer, MambaState)]
         self._attention = [
             layer
@@ -261,16 +263,19 @@ class HybridCache:
         """Keep what a slot holds."""
         pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
         self.pool.share(pages)
+        # Of what the draft block reads the last depends on the token that comes next, which is
+        # another wherever one goes on from here: it is taken back.
+        draft_length, unread = self.draft_lengths[slot], None
         hidden = None if self.hidden is None else self.hidden[slot].clone()
-        unread = None
-        if self.unread[slot]:
+        if not self.unread[slot]:
+            draft_length = max(min(draft_length, self.lengths[slot] - 1), 0)
+        else:
             tokens, before = Unread.join(self.unread[slot])
             hidden = before[-1]
             unread = Unread(tokens[:-1], before[:-1]) if len(tokens) > 1 else None
         return Snapshot(
             self.lengths[slot],
-            # What the draft block reads last depends on the token that comes next.
-            max(min(self.draft_lengths[slot], self.lengths[slot] - 1), 0),
+            draft_length,
             pages,
             tuple(layer.copy(slot) for layer in self._mamba),
             hidden,

@@ -58,11 +58,11 @@ class Recordings:
         inputs: Tensors,
         function: Callable[..., Tensors],
         *,
-        idle: Callable[[], Tensors],
+        idle: Callable[[], Tensors] | None = None,
     ) -> Tensors:
         """`function(*inputs)`; the results are good until the next call.
 
-        `idle` makes inputs like those given, of padding alone; a capture asks for them.
+        `idle` makes inputs like those given, of padding alone, which a capture cannot do without.
         """
         if self.find(shape):
             recording = self._kept.pop(shape)
@@ -71,6 +71,7 @@ class Recordings:
             if self._captures is None:
                 recording = _record(inputs, function)
             else:
+                assert idle is not None, "a capture would write into the state that it runs on"
                 recording = self._capture(self._captures, idle(), function)
                 _play(recording, inputs)
             self.find(shape)  # the call may have made the cache grow
