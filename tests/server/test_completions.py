@@ -133,3 +133,33 @@ def test_what_cannot_be_is_refused_by_name(served, path, body, param):
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"].startswith(param)
+
+
+def test_logprobs_tell_bytes_of_characters_apart_and_where_they_stand(client):
+    """Half a character has no text: its bytes are spelled out, or one would hide the other."""
+    text = "naïve 🙂🙃 日本"
+    echoed = complete(client, text, echo=True, logprobs=5, max_tokens=24, temperature=1.5)
+    said, logprobs = echoed.choices[0].text, echoed.choices[0].logprobs
+    assert said.startswith(text)
+    assert any(token == "bytes:\\xf0" for token in logprobs.tokens)
+    assert logprobs.text_offset == sorted(logprobs.text_offset)
+    places = dict(zip(logprobs.text_offset, logprobs.tokens, strict=True))
+    assert len(places) < len(logprobs.tokens)  # of one character all bytes stand in one place
+    for place, token in places.items():
+        if not token.startswith(("bytes:", "<")):
+            assert said[place:].startswith(token)
+    for token, top in zip(logprobs.tokens[1:], logprobs.top_logprobs[1:], strict=True):
+        assert token in top
+        assert len(top) >= 5
+
+
+def test_a_streams_logprobs_stand_where_the_wholes_do(client):
+    options = {"logprobs": 2, "temperature": 1.5, "max_tokens": 40}
+    whole = complete(client, **options).choices[0].logprobs
+    pieces = [
+        chunk.choices[0].logprobs
+        for chunk in complete(client, stream=True, **options)
+        if chunk.choices and chunk.choices[0].logprobs
+    ]
+    for name in ("tokens", "text_offset", "top_logprobs"):
+        assert [v for piece in pieces for v in getattr(piece, name)] == getattr(whole, name)

@@ -193,3 +193,17 @@ def test_an_answer_that_fails_in_the_stream_says_so(client, served):
     assert "no token can continue" in events[-1].response.error.message
     with pytest.raises(APIError):
         respond(client, extra=extra)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_logprobs_are_those_of_the_words(client, is_streamed):
+    """Not of the reasoning, the tags and the end; and of all words, also those that were held."""
+    options = {"include": ["message.output_text.logprobs"], "max_output_tokens": 40}
+    options |= {"temperature": 1.5, "extra": {"reasoning_budget": 3, "stop": ["zq"]}}
+    answer = respond(client, stream=is_streamed, **options)
+    if is_streamed:
+        answer = list(answer)[-1].response
+    (part,) = [item for item in answer.output if item.type == "message"][0].content
+    spelled = bytes(byte for each in part.logprobs for byte in each.bytes)
+    assert spelled.decode(errors="replace").lstrip() == part.text
+    assert part.text

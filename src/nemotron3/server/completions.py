@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from nemotron3.inference.answers import AnswerDelta, CompletionOutput, Prompt, RequestOutput
-from nemotron3.inference.requests import SamplingParams, TokenLogprob
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.server.answering import Answering, Desk, finish_of
 from nemotron3.server.completion_bodies import CompletionBody
 from nemotron3.server.length import assert_fits
-from nemotron3.server.logprobs import completion_logprobs, prompt_logprobs
+from nemotron3.server.logprobs import CompletionLogprobs, prompt_logprobs
 from nemotron3.server.refusals import RefusedError, invalid
 from nemotron3.server.sampling import (
     NO_DEFAULTS,
@@ -100,7 +100,7 @@ class CompletionAnswer:
         self._body = body
         self._n = params.n
         self._answerings = answerings
-        self._text_lengths: dict[int, int] = {}
+        self._logprobs: dict[int, CompletionLogprobs] = {}
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -170,10 +170,8 @@ class CompletionAnswer:
         is_bare = self._body.max_tokens == 0
         text = "" if is_bare else answer.text
         ids = () if is_bare else answer.token_ids
-        logprobs: list[TokenLogprob | None] = [] if is_bare else list(answer.logprobs)
         if self._body.echo:
             text = self._tokenizer.decode(output.prompt.ids) + text
-            logprobs = [*output.prompt_logprobs, *logprobs]
         choice: dict[str, Any] = {
             "index": index,
             "text": text,
@@ -182,8 +180,14 @@ class CompletionAnswer:
             "stop_reason": answer.stop_reason,
         }
         if self._body.logprobs is not None:
-            first = output.prompt.ids[0] if self._body.echo else None
-            choice["logprobs"] = completion_logprobs(self._tokenizer, logprobs, first=first)
+            shown = CompletionLogprobs(self._tokenizer)
+            pieces: list[dict[str, Any]] = []
+            if self._body.echo:
+                pieces.append(shown.of_prompt(output.prompt.ids, output.prompt_logprobs))
+            pieces.append(shown.of_answer(() if is_bare else answer.logprobs))
+            choice["logprobs"] = {
+                name: [value for piece in pieces for value in piece[name]] for name in pieces[0]
+            }
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, output.prompt_logprobs)
         if self._body.return_token_ids:
@@ -204,10 +208,9 @@ class CompletionAnswer:
         if delta.finish_reason is not None:
             choice["finish_reason"] = finish_of(delta.finish_reason, ())
         if self._body.logprobs is not None and delta.logprobs:
-            start = self._text_lengths.get(index, 0)
-            shown = completion_logprobs(self._tokenizer, delta.logprobs, start=start)
-            self._text_lengths[index] = start + sum(map(len, shown["tokens"]))
-            choice["logprobs"] = shown
+            if index not in self._logprobs:
+                self._logprobs[index] = CompletionLogprobs(self._tokenizer)
+            choice["logprobs"] = self._logprobs[index].of_answer(delta.logprobs)
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
         return {**self._head, "choices": [choice]}

@@ -1,14 +1,15 @@
 """Log-probabilities in the shapes of the three endpoints that report them.
 
 A token is shown as the text that it stands for. Bytes that are no whole character by themselves
-become the replacement sign in that text, and stand unharmed in `bytes`.
+become the replacement sign in that text, and stand unharmed in `bytes`. Completions, where tokens
+are told apart by their texts alone, spell such bytes out (`bytes:\\xf0\\x9f`).
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nemotron3.inference.requests import TokenLogprob
-from nemotron3.text import Tokenizer
+from nemotron3.text import IncrementalDetokenizer, Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -27,36 +28,68 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> lis
     ]
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer,
-    logprobs: Sequence[TokenLogprob | None],
-    *,
-    start: int = 0,
-    first: int | None = None,
-) -> dict[str, Any]:
-    """`logprobs` of a completion; `start` is where its first token stands in the text.
+class CompletionLogprobs:
+    """`logprobs` of one completion, piece by piece: of its prompt, where it is echoed, and after.
 
-    The first token of a prompt has no log-probability: null, for the token `first`.
+    A token stands in the text where the first character that it is a part of does; a special one
+    of the answer, which is not shown, where the next one does.
     """
-    texts: list[str] = []
-    offsets: list[int] = []
-    for logprob in logprobs:
-        token = first if logprob is None else logprob.token
-        texts.append("" if token is None else token_text(tokenizer, token))
-        offsets.append(start)
-        start += len(texts[-1])
-    return {
-        "tokens": texts,
-        "token_logprobs": [None if each is None else each.logprob for each in logprobs],
-        "top_logprobs": [None if each is None else _top(tokenizer, each) for each in logprobs],
-        "text_offset": offsets,
-    }
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._answer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
+        self._length = 0  # of the text so far
+
+    def of_prompt(
+        self, prompt: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    ) -> dict[str, Any]:
+        """Those of the prompt; its first token has none."""
+        text = IncrementalDetokenizer(self._tokenizer)
+        shown = self._shown(text, prompt, logprobs)
+        self._length += len(text.finish())
+        return shown
+
+    def of_answer(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Those of the next tokens of the answer."""
+        return self._shown(self._answer, [each.token for each in logprobs], logprobs)
+
+    def _shown(
+        self,
+        text: IncrementalDetokenizer,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob | None],
+    ) -> dict[str, Any]:
+        offsets: list[int] = []
+        for token in tokens:
+            before = self._length
+            self._length += len(text.push([token]))
+            # Bytes before it that never became a character have come with it.
+            own = _whole(self._tokenizer.token_bytes(token))
+            offsets.append(max(before, self._length - len(own)) if own else before)
+        return {
+            "tokens": [self._spelled(token) for token in tokens],
+            "token_logprobs": [None if each is None else each.logprob for each in logprobs],
+            "top_logprobs": [None if each is None else self._top(each) for each in logprobs],
+            "text_offset": offsets,
+        }
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        # The token itself is always there, whether it is among the most probable or not.
+        shown = (*logprob.top, (logprob.token, logprob.logprob))
+        return {self._spelled(token): value for token, value in shown}
+
+    def _spelled(self, token: int) -> str:
+        spelled = self._tokenizer.token_bytes(token)
+        text = _whole(spelled)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled) if text is None else text
 
 
-def _top(tokenizer: Tokenizer, logprob: TokenLogprob) -> dict[str, float]:
-    # The token itself is always there, whether it is among the most probable or not.
-    shown = (*logprob.top, (logprob.token, logprob.logprob))
-    return {token_text(tokenizer, token): value for token, value in shown}
+def _whole(spelled: bytes) -> str | None:
+    """The text of bytes that are whole characters; None of others."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def prompt_logprobs(
