@@ -330,7 +330,7 @@ def test_what_can_never_be_answered_is_refused_before_it_runs(model):
         ((), GREEDY, "no tokens"),
         ((1,) * 96, GREEDY, "has 96 tokens.*may have 96"),
         ((1,) * 90, GREEDY, "max_tokens is 12 and the prompt has 90"),
-        ((1, 97), GREEDY, "the prompt has token 97; the vocabulary has 97"),
+        ((1, 97), GREEDY, "prompt has token 97; the vocabulary has 97"),
         ((1,), SamplingParams(logit_bias={200: 1.0}), "logit_bias has token 200"),
     ]
     for prompt, params, message in cases:

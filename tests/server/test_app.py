@@ -41,19 +41,34 @@ BAD_CHATS = {
     "more tokens than the context": ({"max_tokens": 5000}, "max_tokens"),
     "more tokens than a number": ({"max_completion_tokens": 10**40}, "max_completion_tokens"),
     "a negative budget": ({"reasoning_budget": -1}, "reasoning_budget"),
-    "too many alternatives": ({"logprobs": True, "top_logprobs": 1000}, "logprobs"),
+    "too many alternatives": ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
+    "no tokens by another name": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "a negative budget by vLLM's name": ({"thinking_token_budget": -1}, "thinking_token_budget"),
+    "a choice of tools that is none": ({"tool_choice": "any"}, "tool_choice"),
+    "a stop that is no text": ({"stop": [1]}, "stop"),
+    "no choices": ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    "a parameter that no call can name": (
+        {"tools": [{"name": "f", "parameters": {"properties": {"a>b": {}}}}]},
+        "tools[0].parameters.properties",
+    ),
     "a bias for no token": ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
     "a token that is none": ({"stop_token_ids": [10**9]}, "stop_token_ids"),
     "a negative token": ({"stop_token_ids": [-5]}, "stop_token_ids"),
     "an empty stop": ({"stop": ""}, "stop"),
-    "an effort of other models": ({"reasoning_effort": "low"}, None),
-    "a broken expression": ({"structured_outputs": {"regex": "("}}, None),
-    "a broken grammar": ({"structured_outputs": {"grammar": "start: nowhere"}}, None),
-    "a broken schema": ({"structured_outputs": {"json": {"type": "nothing"}}}, None),
-    "a schema that is no JSON": ({"structured_outputs": {"json": "{"}}, None),
+    "an effort of other models": ({"reasoning_effort": "low"}, "reasoning_effort"),
+    "a broken expression": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+    "a broken grammar": (
+        {"structured_outputs": {"grammar": "start: nowhere"}},
+        "structured_outputs.grammar",
+    ),
+    "a broken schema": (
+        {"structured_outputs": {"json": {"type": "nothing"}}},
+        "structured_outputs.json",
+    ),
+    "a schema that is no JSON": ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
     "a form without an end": (
         {"structured_outputs": {"regex": "a"}, "ignore_eos": True},
-        None,
+        "structured_outputs.regex",
     ),
     "an unknown name": ({"temprature": 1}, "temprature"),
     "an unknown name inside": (
@@ -215,3 +230,16 @@ def test_the_page_fetches_nothing_from_elsewhere(served):
     assert "default-src 'none'" in page.headers["content-security-policy"]
     for sign in ("https://", "src=", "@import", "url("):
         assert sign not in page.text
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_a_probe_may_ask_for_the_head_alone(served, path):
+    answer = served.send("HEAD", path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_pages_of_kept_prefixes_are_not_in_use(served):
+    assert served.post(CHAT, {"messages": HELLO, "max_tokens": 40}).status_code == 200
+    assert served.becomes_idle()
+    assert served.llm.stats().prefix_bytes > 0
+    assert served.llm.stats().kv_usage == 0

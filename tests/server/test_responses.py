@@ -158,7 +158,8 @@ def test_stored_responses_can_be_read_and_forgotten(client):
         ({"reasoning": {"effort": "low"}}, "effort"),
         ({"top_logprobs": 2}, "needs include"),
         ({"text": {"format": {"type": "json_object"}}, "tools": [TOOL]}, "no tool could be called"),
-        ({"max_output_tokens": 0}, "max_tokens is 0"),
+        ({"max_output_tokens": 0}, "max_output_tokens is 0"),
+        ({"reasoning": {"effort": "low"}}, r"reasoning\.effort = "),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(client, options, said):
@@ -203,7 +204,7 @@ def test_logprobs_are_those_of_the_words(client, is_streamed):
     answer = respond(client, stream=is_streamed, **options)
     if is_streamed:
         answer = list(answer)[-1].response
-    (part,) = [item for item in answer.output if item.type == "message"][0].content
+    (part,) = next(item for item in answer.output if item.type == "message").content
     spelled = bytes(byte for each in part.logprobs for byte in each.bytes)
     assert spelled.decode(errors="replace").lstrip() == part.text
     assert part.text

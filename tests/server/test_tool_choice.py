@@ -141,3 +141,9 @@ def test_choices_that_cannot_be_made_are_refused(tools, choice, named, said):
 def test_a_tool_that_cannot_be_read_is_named():
     with pytest.raises(DataError, match=r"tools\[1\]\.name"):
         tool_use([NOTHING, {"name": ""}], "auto")
+
+
+def test_a_required_argument_that_is_not_described_is_written_all_the_same():
+    tool = {"name": "f", "parameters": {"properties": {"n": {}}, "required": ["n", "zz"]}}
+    grammar = tool_use([tool], "required").structured.value
+    assert "<parameter=zz>" in grammar

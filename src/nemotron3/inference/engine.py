@@ -50,7 +50,7 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
-    """Share of the pages that are held."""
+    """Share of the pages that running sequences hold; those of kept prefixes can be had."""
     prefix_bytes: int = 0
     prefix_queries: int = 0
     """Prompt tokens looked up among kept prefixes."""
@@ -135,7 +135,7 @@ class Engine:
                 f"max_tokens is {params.max_tokens} and the prompt has {length} tokens; together "
                 f"they may have {self.max_model_len}"
             )
-        named = {"the prompt": request.prompt, "stop_token_ids": params.stop_token_ids,
+        named = {"prompt": request.prompt, "stop_token_ids": params.stop_token_ids,
                  "logit_bias": params.logit_bias}  # fmt: skip
         for name, tokens in named.items():
             wrong = [token for token in tokens if not 0 <= token < vocab]
@@ -184,12 +184,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What has been done so far, and what is held now; any thread may ask."""
-        scheduler, pool = self.scheduler, self.cache.pool
+        scheduler = self.scheduler
         return replace(
             self._stats,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_usage=1 - pool.num_free / len(pool) if len(pool) else 0.0,
+            kv_usage=self.cache.table.num_held / max(len(self.cache.pool), 1),
             prefix_bytes=self.prefixes.nbytes,
             preemptions=scheduler.num_preemptions,
         )

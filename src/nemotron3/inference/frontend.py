@@ -83,7 +83,7 @@ class Frontend:
         """A text to continue, as it is."""
         ids = self.tokenizer.encode(text)
         if not ids:
-            raise DataError("the prompt is empty; give at least one character to continue")
+            raise DataError("prompt is empty; give at least one character to continue")
         return Prompt(ids=tuple(ids))
 
     def form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:

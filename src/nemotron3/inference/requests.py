@@ -25,6 +25,8 @@ class StructuredOutput:
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
     value: Any = None
     """The schema, expression, list of choices or grammar (Lark); None for any object."""
+    source: str | None = field(default=None, compare=False)
+    """What the request calls it, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True)

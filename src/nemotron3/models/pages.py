@@ -81,6 +81,11 @@ class PageTable:
         self.rows: list[list[int]] = [[] for _ in range(slots)]
         self.tensor = torch.zeros(slots, max(width, 1), dtype=torch.int64, device=device)
 
+    @property
+    def num_held(self) -> int:
+        """Pages that any slot's tokens lie in."""
+        return len({page for row in self.rows for page in row})
+
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens fill or begin."""
         return -(-tokens // self.page_size)

@@ -15,7 +15,7 @@ from nemotron3.inference.requests import FailureKind, FinishReason, SamplingPara
 from nemotron3.server.length import assert_fits, assert_not_hopeless, texts_in
 from nemotron3.server.metrics import ServerMetrics
 from nemotron3.server.plan import ChatPlan
-from nemotron3.server.refusals import RefusedError, invalid
+from nemotron3.server.refusals import RefusedError, invalid, spelled
 
 Notes = MutableMapping[str, Any]
 
@@ -45,9 +45,10 @@ class Desk:
         if not plan.messages:
             raise invalid(f"{plan.source} is empty; say something", plan.source)
         assert_not_hopeless(texts_in(plan.messages), limit, plan.source)
-        prompt = await asyncio.to_thread(
-            self.llm.prepare_chat, plan.messages, tools=plan.tools or None, **plan.options
-        )
+        with spelled(plan.names):
+            prompt = await asyncio.to_thread(
+                self.llm.prepare_chat, plan.messages, tools=plan.tools or None, **plan.options
+            )
         most = plan.params.max_tokens
         assert_fits(len(prompt.ids), most, limit, plan.source, plan.max_tokens_name)
         return prompt
@@ -66,8 +67,11 @@ class Desk:
         """
         params = self.llm.with_default_length(prompt, params)
         form = None
-        if params.structured is not None:
-            form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)
+        wanted = params.structured
+        if wanted is not None:
+            source = wanted.source or wanted.kind
+            with spelled({wanted.kind: source, "": source}):
+                form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, form=form)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size

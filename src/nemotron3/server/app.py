@@ -8,6 +8,7 @@ plan, an answer from the engine, whole or as a stream. Whatever can be wrong wit
 in the first two or when the engine takes it, so it is an HTTP status and not an event in a stream.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -50,6 +51,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "The server is shutting down; see Retry-After.",
     }.items()
 }
+
+_IS_BRANCH = re.compile(r"(str|int|float|bool|list|dict|literal)(\[.*\])?|[A-Z]\w*", re.DOTALL)
+"""What pydantic adds to the place of an error where a field may be of several types."""
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -115,10 +119,12 @@ def _add_pages(api: FastAPI, desk: Desk, gate: Gate) -> None:
     page = (files("nemotron3.server") / "page.html").read_text(encoding="utf-8")
 
     @api.get("/", include_in_schema=False)
+    @api.head("/", include_in_schema=False)
     async def chat_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     @api.get("/health")
+    @api.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         """200 while requests are taken, 503 while they are not."""
         if not desk.llm.is_alive:
@@ -261,7 +267,7 @@ def _answer(refused: RefusedError) -> Response:
 def _refusal_of_validation(error: RequestValidationError) -> RefusedError:
     """The first thing that is wrong with a body, in a sentence that names it."""
     found = cast(Mapping[str, Any], error.errors()[0])
-    place = [str(part) for part in found["loc"][1:]]
+    place = [str(part) for part in found["loc"][1:] if not _IS_BRANCH.fullmatch(str(part))]
     param = ".".join(place) or None
     given = found.get("input")
     match found["type"]:

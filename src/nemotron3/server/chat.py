@@ -19,6 +19,7 @@ from nemotron3.server.plan import ChatPlan, ending_with_call, json_form, wanted_
 from nemotron3.server.refusals import RefusedError, invalid
 from nemotron3.server.sampling import (
     NO_DEFAULTS,
+    budget_name,
     one_of,
     resolve_thinking,
     sampling_params,
@@ -43,9 +44,15 @@ def plan_chat(
         "continue_final_message": body.continue_final_message,
     }
     limits = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
+    limit = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
     params = sampling_params(
         body,
         defaults,
+        names={
+            "max_tokens": limit,
+            "logprobs": "top_logprobs",
+            "reasoning_budget": budget_name(body, body.chat_template_kwargs),
+        },
         n=body.n,
         max_tokens=one_of(limits),
         logprobs=_logprobs(body),
@@ -64,7 +71,11 @@ def plan_chat(
         options=thinking.template_options() | {k: v for k, v in said.items() if v is not None},
         params=ending_with_call(params, tools, tool_call_end),
         is_single_call=tools.is_single,
-        max_tokens_name="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
+        max_tokens_name=limit,
+        names={
+            "effort": "reasoning_effort",
+            "budget_hint": "chat_template_kwargs.budget_hint",
+        },
     )
 
 

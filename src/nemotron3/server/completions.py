@@ -22,6 +22,7 @@ from nemotron3.server.logprobs import CompletionLogprobs, prompt_logprobs
 from nemotron3.server.refusals import RefusedError, invalid
 from nemotron3.server.sampling import (
     NO_DEFAULTS,
+    budget_name,
     reasoning_budget,
     sampling_params,
     structured_output,
@@ -51,6 +52,7 @@ def plan_completion(
     return sampling_params(
         body,
         defaults,
+        names={"reasoning_budget": budget_name(body, None)},
         n=body.n,
         max_tokens=max(most, 1) if most >= 0 else most,
         logprobs=body.logprobs,

@@ -19,7 +19,10 @@ _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _GAUGES = {
     "num_running": ("requests_running", "Answers that the engine writes at this moment."),
     "num_waiting": ("requests_waiting", "Requests that wait for room."),
-    "kv_usage": ("kv_cache_usage_ratio", "Part of the pages of keys and values in use."),
+    "kv_usage": (
+        "kv_cache_usage_ratio",
+        "Part of the pages of keys and values that running answers hold.",
+    ),
     "prefix_bytes": ("prefix_cache_bytes", "Memory of states kept for prompts that begin alike."),
     "draft_length": ("draft_length_tokens", "Tokens drafted ahead in a step, as it stands."),
 }

@@ -1,7 +1,7 @@
 """What is asked of the model in a conversation, whichever endpoint it came by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemotron3.inference.requests import SamplingParams, StructuredOutput
@@ -24,6 +24,8 @@ class ChatPlan:
     source: str = "messages"
     """The field that holds the conversation, for errors."""
     max_tokens_name: str = "max_completion_tokens"
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the request calls the options of `prepare_chat`, where that is something else."""
 
 
 def wanted_form(tools: ToolUse, **spellings: StructuredOutput | None) -> StructuredOutput | None:
@@ -46,10 +48,10 @@ def json_form(kind: str, schema: Mapping[str, Any] | None, where: str) -> Struct
     if kind == "text":
         return None
     if kind == "json_object":
-        return StructuredOutput(kind="json_object")
+        return StructuredOutput(kind="json_object", source=where)
     if schema is None:
         raise invalid(f"{where} is of type json_schema and has no schema", where)
-    return StructuredOutput(kind="json_schema", value=schema)
+    return StructuredOutput(kind="json_schema", value=schema, source=where)
 
 
 def ending_with_call(params: SamplingParams, tools: ToolUse, tool_call_end: int) -> SamplingParams:

@@ -8,8 +8,9 @@ which the log has the rest.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemotron3.errors import ConfigError, DataError, DependencyMissingError, OverloadedError
@@ -48,6 +49,25 @@ class RefusedError(Exception):
                 "code": self.code,
             }
         }
+
+
+@contextmanager
+def spelled(names: Mapping[str, str]) -> Generator[None, None, None]:
+    """Give what is refused within the names by which the client knows it.
+
+    `names` maps the package's to the client's; "" is for errors that name nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = refusal_of(error)
+        if refused is None or refused.status != 400 or (refused.param or "") not in names:
+            raise
+        ours, theirs = refused.param or "", names[refused.param or ""]
+        message = refused.message
+        if ours and message.startswith(ours):
+            message = theirs + message.removeprefix(ours)
+        raise replace(refused, message=message, param=theirs) from error
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> RefusedError:

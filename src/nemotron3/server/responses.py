@@ -16,6 +16,7 @@ from nemotron3.server.response_store import ResponseStore
 from nemotron3.server.responses_bodies import NamedFunctionTool, ResponsesBody
 from nemotron3.server.sampling import (
     NO_DEFAULTS,
+    budget_name,
     resolve_thinking,
     sampling_params,
     structured_output,
@@ -57,6 +58,11 @@ def plan_response(
     params = sampling_params(
         body,
         defaults,
+        names={
+            "max_tokens": "max_output_tokens",
+            "logprobs": "top_logprobs",
+            "reasoning_budget": budget_name(body, body.chat_template_kwargs),
+        },
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if with_logprobs else None,
         reasoning_budget=thinking.budget,
@@ -74,6 +80,10 @@ def plan_response(
         is_single_call=tools.is_single,
         source="input",
         max_tokens_name="max_output_tokens",
+        names={
+            "effort": "reasoning.effort",
+            "budget_hint": "chat_template_kwargs.budget_hint",
+        },
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from nemotron3.inference.requests import SamplingParams, StructuredOutput
 from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, StructuredOutputsBody
-from nemotron3.server.refusals import invalid
+from nemotron3.server.refusals import invalid, spelled
 
+_BUDGET = "reasoning_budget"
 _SAME_NAME = (
     "temperature",
     "top_p",
@@ -32,14 +33,20 @@ _SAME_NAME = (
 
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 """Of a model whose directory has none."""
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+"""Of an endpoint that calls everything as `SamplingParams` does."""
 
 
 def sampling_params(
-    body: SamplingBody, defaults: Mapping[str, Any], **others: Any
+    body: SamplingBody,
+    defaults: Mapping[str, Any],
+    *,
+    names: Mapping[str, str] = NO_NAMES,
+    **others: Any,
 ) -> SamplingParams:
     """What the body says of sampling, and the model's defaults where it says nothing.
 
-    Fields that endpoints spell differently come in `others`.
+    Fields that endpoints spell differently come in `others`; `names` are those spellings.
     """
     given = {name: getattr(body, name) for name in _SAME_NAME}
     if body.stop is not None:
@@ -50,7 +57,8 @@ def sampling_params(
         given["logit_bias"] = _logit_bias(body.logit_bias)
     given |= others
     said = {name: value for name, value in given.items() if value is not None}
-    return SamplingParams(**{**defaults, **said})
+    with spelled(names):
+        return SamplingParams(**{**defaults, **said})
 
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
@@ -62,8 +70,20 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
 
 def reasoning_budget(body: SamplingBody, template: ChatTemplateKwargs | None) -> int | None:
     """The one budget that a request states, in whichever spelling."""
+    return one_of(_budget_spellings(body, template))
+
+
+def budget_name(body: SamplingBody, template: ChatTemplateKwargs | None) -> str:
+    """What the request calls it."""
+    spellings = _budget_spellings(body, template)
+    return next((name for name, value in spellings.items() if value is not None), _BUDGET)
+
+
+def _budget_spellings(
+    body: SamplingBody, template: ChatTemplateKwargs | None
+) -> dict[str, int | None]:
     spellings = {
-        "reasoning_budget": body.reasoning_budget,
+        _BUDGET: body.reasoning_budget,
         "thinking_token_budget": body.thinking_token_budget,
     }
     if template is not None:
@@ -71,7 +91,7 @@ def reasoning_budget(body: SamplingBody, template: ChatTemplateKwargs | None) ->
             "chat_template_kwargs.reasoning_budget": template.reasoning_budget,
             "chat_template_kwargs.thinking_token_budget": template.thinking_token_budget,
         }
-    return one_of(spellings)
+    return spellings
 
 
 def one_of(spellings: Mapping[str, Any]) -> Any:
@@ -170,7 +190,8 @@ def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | 
             "structured_outputs",
         )
     kind, value = named[0]
-    return form(kind, value, "structured_outputs")
+    name = "json" if kind == "json_schema" else kind
+    return replace(form(kind, value, "structured_outputs"), source=f"structured_outputs.{name}")
 
 
 def form(kind: str, value: Any, where: str) -> StructuredOutput:

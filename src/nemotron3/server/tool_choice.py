@@ -60,7 +60,8 @@ def tool_use(
 
 
 def _calls(tools: Iterable[Tool], *, is_single: bool) -> StructuredOutput:
-    return StructuredOutput(kind="grammar", value=call_grammar(tools, is_single=is_single))
+    grammar = call_grammar(tools, is_single=is_single)
+    return StructuredOutput(kind="grammar", value=grammar, source="tools")
 
 
 def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
@@ -97,11 +98,12 @@ def _call_rules(rule: str, tool: Tool) -> list[str]:
     required: Any = (tool.parameters or {}).get("required") or ()
     parts: list[str] = []
     rules: list[str] = []
-    for i, name in enumerate(cast(Mapping[str, Any], properties)):
+    described = cast(Mapping[str, Any], properties)
+    for i, name in enumerate([*described, *(r for r in required if r not in described)]):
         parts.append(f"{rule}_{i}" + ("" if name in required else "?"))
         opening = json.dumps(f"<parameter={name}>\n")
         schema = tool.parameter_schema(name)
-        if is_plain_text(schema, root=tool.parameters):
+        if schema is None or is_plain_text(schema, root=tool.parameters):
             value = _text_rule(schema)
         else:
             value = f'{rule}_{i}_value "\\n</parameter>\\n"'

@@ -192,6 +192,10 @@ def _tool(value: Any, where: str) -> Tool:
     if kind != "function":
         raise DataError(f"{where}.type is {kind!r}; only functions can be offered")
     parameters = tool.get("parameters")
+    if isinstance(parameters, Mapping):
+        properties = cast(Mapping[str, Any], parameters).get("properties")
+        for name in cast(Mapping[str, Any], properties) if isinstance(properties, Mapping) else ():
+            _assert_writable(name, f"{at}.parameters.properties")
     named = ("type", "name", "description", "parameters")
     return Tool(
         name=_name(tool, at),
@@ -229,9 +233,14 @@ def _name(fields: Mapping[str, Any], where: str) -> str:
     name = fields.get("name")
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where}.name is {name!r}, the name of a function was expected")
-    if any(character in name for character in "<>\n"):
-        raise DataError(f"{where}.name is {name!r}; a name holds no '<', '>' or line end")
+    _assert_writable(name, f"{where}.name")
     return name
+
+
+def _assert_writable(name: str, where: str) -> None:
+    """Refuse a name that a call could not be read back with."""
+    if any(character in name for character in "<>\n"):
+        raise DataError(f"{where} is {name!r}; a name holds no '<', '>' or line end")
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
