@@ -1,5 +1,7 @@
 """The verbs of the carried state, in any order: a slot always holds exactly what it was told."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nemotron3.errors import OverloadedError
 from nemotron3.models.cache import HybridCache
-from nemotron3.models.pages import PagePool
+from nemotron3.models.pages import PagePool, page_memory
 from tests.tiny import tiny_config, tiny_model, tokens_for
 from tests.tolerances import FLOAT64
 
@@ -142,6 +144,30 @@ def test_a_growing_pool_grows_and_uses_what_is_free_first():
     assert pool.take(1) == [1]
     assert len(pool) == 3
     assert len(pool.take(2)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("pages", [0, 3])
+def test_pages_begin_as_zeros_on_a_line_of_the_cache(dtype, pages):
+    memory = page_memory((pages, 4, 2, 5), dtype, torch.device("cpu"))
+    assert (memory.shape, memory.dtype) == ((pages, 4, 2, 5), dtype)
+    assert memory.is_contiguous()
+    assert memory.data_ptr() % 64 == 0
+    assert not memory.float().any()
+
+
+def resident_bytes():
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_pages_take_no_memory_before_they_are_written_to():
+    before = resident_bytes()
+    memory = page_memory((2**16, 64, 2, 64), torch.float32, torch.device("cpu"))  # 2 GiB
+    assert resident_bytes() - before < 2**26
+    memory[5] = 1
+    assert memory[4:7].sum() == 64 * 2 * 64
 
 
 def test_what_is_released_too_often_or_shared_when_free_is_noticed():

@@ -6,12 +6,30 @@ write into a shared page takes a copy first. Bookkeeping is in plain integers on
 table that kernels read is a tensor that changes only when a sequence takes or leaves a page.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemotron3.errors import OverloadedError
+
+_LINE = 64
+"""Bytes of a cache line, across which no number should lie."""
+
+
+def page_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for pages. In a computer's own memory they take none before they are written to.
+
+    The pages of an engine are as many as might be wanted, and most of them never are.
+    """
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _LINE, dtype=np.uint8))
+    start = -memory.data_ptr() % _LINE
+    return memory[start : start + size].view(dtype).view(*shape)
 
 
 class PagePool:

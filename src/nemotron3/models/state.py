@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemotron3.models.config import AttentionConfig, MambaConfig
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.pages import PageTable
+from nemotron3.models.pages import PageTable, page_memory
 from nemotron3.models.state_format import Parts, StateFormat
 from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.attention import attention_steps
@@ -169,8 +169,8 @@ class AttentionState:
         self.table = table
         self.scales = scales
         shape = (pages, table.page_size, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = page_memory(shape, dtype, device)
+        self.values = page_memory(shape, dtype, device)
 
     def remember(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> None:
         """Keep the call's keys and values."""
