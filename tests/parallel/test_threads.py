@@ -9,7 +9,7 @@ import pytest
 from tests.ops.native import needs_compiler
 
 PROGRAM = """
-import os, sys
+import os, sys, threading
 import torch
 from nemotron3 import LanguageModel
 from nemotron3.inference.async_llm import AsyncLLM
@@ -32,8 +32,11 @@ if sys.argv[1] == "release":
     linear(torch.randn(300, 300), torch.randn(300, 300), backend="native")
     assert threads() == with_team
 else:
+    may_begin, work = threading.Event(), AsyncLLM._work
+    AsyncLLM._work = lambda self: may_begin.wait() and work(self)
     llm = AsyncLLM(model, tokenizer=tokenizer)
     assert threads() == with_team - 2 + 1, "the engine's thread, without a team so far"
+    may_begin.set()
     llm.close()
 """
 
