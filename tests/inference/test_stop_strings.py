@@ -35,6 +35,18 @@ def test_a_special_token_that_is_spelled_out_is_found(stop, is_kept):
     assert found == (WRITTEN[:end], stop)
 
 
+@pytest.mark.parametrize("other", ["think", "/", "<"])
+def test_what_one_string_spells_out_lets_no_other_find_a_part_of_it(other):
+    assert read(("</think>!", other), is_chat=True) == (WRITTEN, None)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_no_part_of_a_character_comes_before_it_is_known(is_kept):
+    text = "be 😀😁 or"
+    found = read("😁", is_chat=True, text=text, include_stop_str_in_output=is_kept)
+    assert found == ("be 😀😁" if is_kept else "be 😀", "😁")
+
+
 def test_characters_of_a_tag_are_text():
     plain = tokenizer().encode("a </think> b", parse_special=False)
     stops = StopStrings(tokenizer(), SamplingParams(stop="k> b"), is_chat=True)

@@ -24,18 +24,25 @@ class StopStrings:
     """Follows one answer."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, is_chat: bool) -> None:
-        self._strings = params.stop
+        self._strings = {string: string for string in params.stop}
+        """As they are searched, and as they were given."""
         self._marks: dict[int, str] = {}  # what stands for the special tokens of a chat
         if is_chat and self._strings:
-            for token in tokenizer.special_ids:
-                spelled = tokenizer.token_bytes(token).decode()
-                is_wanted = any(spelled in string for string in self._strings)
-                self._marks[token] = spelled if is_wanted else _BREAK
+            self._marks = dict.fromkeys(tokenizer.special_ids, _BREAK)
+            spelled = {token: tokenizer.token_bytes(token).decode() for token in self._marks}
+            wanted = [t for t, s in spelled.items() if any(s in string for string in params.stop)]
+            for place, token in enumerate(sorted(wanted), start=ord(_BREAK) + 1):
+                self._marks[token] = chr(place)  # one character, so that no part of it is found
+                self._strings = {
+                    searched.replace(spelled[token], chr(place)): string
+                    for searched, string in self._strings.items()
+                }
         self._keeps_match = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
         self._text = ""  # of the held tokens
         self._held: deque[tuple[int, int]] = deque()  # token, and where in the text it ends
+        self._unheard: list[int] = []  # tokens whose text has not come
         self._num_tokens = 0
         self._cut = 0
         self.matched: str | None = None
@@ -63,7 +70,10 @@ class StopStrings:
                 self._text += self._detokenizer.push([token])
             else:
                 self._text += self._detokenizer.finish() + mark
-            self._held.append((token, len(self._text)))
+            self._unheard.append(token)
+            if len(self._text) > before:  # else its bytes are a part of a character
+                self._held += [(part, len(self._text)) for part in self._unheard]
+                self._unheard = []
             self._search(before)
             keep = len(self._text) - partial_suffix(self._text, self._strings)
             certain += self._release(keep if self.matched is None else self._cut)
@@ -71,7 +81,10 @@ class StopStrings:
 
     def finish(self) -> list[int]:
         """End the answer; returns the tokens that were held back in vain."""
-        return [] if self.matched is not None else self._release(len(self._text))
+        if self.matched is not None:
+            return []
+        unheard, self._unheard = self._unheard, []
+        return self._release(len(self._text)) + unheard
 
     def _search(self, before: int) -> None:
         if self._num_tokens < self._min_tokens:
@@ -83,8 +96,9 @@ class StopStrings:
             if start >= 0:
                 found.append((start, string))
         if found:
-            start, self.matched = min(found)
-            self._cut = start + (len(self.matched) if self._keeps_match else 0)
+            start, string = min(found)
+            self.matched = self._strings[string]
+            self._cut = start + (len(string) if self._keeps_match else 0)
 
     def _release(self, end: int) -> list[int]:
         """Let go of the tokens whose text ends by then."""
