@@ -104,10 +104,14 @@ BAD_INPUT = {
     ),
     "no model to write with": (
         ["generate", "{bad}/none", "Hi"],
-        ["holds no tokenizer.json", "directory of a model"],
+        ["is no directory", "the one of a model"],
     ),
-    "no model to serve": (["serve", "{bad}/none", "--port", "0"], ["holds no tokenizer.json"]),
-    "no model to talk to": (["chat", "{bad}/none"], ["holds no tokenizer.json"]),
+    "no model to serve": (["serve", "{bad}/none", "--port", "0"], ["is no directory"]),
+    "no time to wait": (
+        ["serve", "{bad}/none", "--drain-timeout", "nan"],
+        ["--drain-timeout", "nan is no time to wait"],
+    ),
+    "no model to talk to": (["chat", "{bad}/none"], ["is no directory"]),
     "no port": (["serve", "{bad}/none", "--port", "99999"], ["port 99999", "--port"]),
     "no address": (["serve", "{bad}/none", "--host", "256.0.0.1"], ["256.0.0.1", "--host"]),
     "no body at all": (["serve", "x", "--max-body-mib", "0"], ["--max-body-mib is 0"]),

@@ -44,6 +44,14 @@ BAD_CHATS = {
     "too many alternatives": ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
     "no tokens by another name": ({"max_completion_tokens": 0}, "max_completion_tokens"),
     "a negative budget by vLLM's name": ({"thinking_token_budget": -1}, "thinking_token_budget"),
+    "an argument that no call can name": (
+        {"tools": [{"name": "f", "parameters": {"properties": {}, "required": ["c>d"]}}]},
+        "tools[0].parameters.required",
+    ),
+    "required arguments that are no list": (
+        {"tools": [{"name": "f", "parameters": {"required": "a"}}]},
+        "tools[0].parameters.required",
+    ),
     "a choice of tools that is none": ({"tool_choice": "any"}, "tool_choice"),
     "a stop that is no text": ({"stop": [1]}, "stop"),
     "no choices": ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),

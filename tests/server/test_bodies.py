@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from nemotron3.errors import ConfigError
 from nemotron3.inference.requests import StructuredOutput
 from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, Unsupported
 from nemotron3.server.chat import plan_chat
@@ -233,7 +232,7 @@ def test_a_completion_without_tokens_is_for_echo_alone():
     assert plan_completion(CompletionBody(prompt="Hi")).max_tokens == 16
     with pytest.raises(RefusedError, match="max_tokens is 0"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=0))
-    with pytest.raises(ConfigError, match="max_tokens is -1"):
+    with pytest.raises(RefusedError, match="max_tokens is -1"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=-1))
     echoed = plan_completion(CompletionBody(prompt="Hi", echo=True, logprobs=2))
     assert (echoed.logprobs, echoed.prompt_logprobs) == (2, 2)

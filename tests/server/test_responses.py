@@ -160,6 +160,10 @@ def test_stored_responses_can_be_read_and_forgotten(client):
         ({"text": {"format": {"type": "json_object"}}, "tools": [TOOL]}, "no tool could be called"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0"),
         ({"reasoning": {"effort": "low"}}, r"reasoning\.effort = "),
+        (
+            {"max_output_tokens": 5, "extra": {"min_tokens": 50}},
+            r"min_tokens is 50; it must be at most max_output_tokens \(5\)",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(client, options, said):

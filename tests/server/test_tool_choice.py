@@ -144,6 +144,8 @@ def test_a_tool_that_cannot_be_read_is_named():
 
 
 def test_a_required_argument_that_is_not_described_is_written_all_the_same():
-    tool = {"name": "f", "parameters": {"properties": {"n": {}}, "required": ["n", "zz"]}}
-    grammar = tool_use([tool], "required").structured.value
-    assert "<parameter=zz>" in grammar
+    for properties in ({"properties": {"n": {}}}, {}):
+        tool = {"name": "f", "parameters": {**properties, "required": ["n", "zz"]}}
+        grammar = tool_use([tool], "required").structured.value
+        assert "<parameter=n>" in grammar
+        assert "<parameter=zz>" in grammar

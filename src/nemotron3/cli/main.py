@@ -6,6 +6,7 @@ where PyTorch is not installed yet.
 
 import argparse
 import errno
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -106,6 +107,14 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
 
             return merge_command(known)
     raise AssertionError(f"no verb {known.verb}")
+
+
+def seconds(text: str) -> float:
+    """A time to wait, as an option has it."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds, 0 or more")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,7 +244,7 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     http.add_argument(
         "--drain-timeout",
-        type=float,
+        type=seconds,
         default=60.0,
         metavar="S",
         help="seconds that SIGTERM leaves to the answers being written (default 60)",

@@ -39,8 +39,8 @@ class GenerationConfig:
             raise ConfigError(
                 f"max_new_tokens is {self.max_new_tokens}; ask for at least one token"
             )
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) to 100")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:

@@ -61,13 +61,15 @@ def spelled(names: Mapping[str, str]) -> Generator[None, None, None]:
         yield
     except Exception as error:
         refused = refusal_of(error)
-        if refused is None or refused.status != 400 or (refused.param or "") not in names:
+        if refused is None or refused.status != 400:
             raise
-        ours, theirs = refused.param or "", names[refused.param or ""]
         message = refused.message
-        if ours and message.startswith(ours):
-            message = theirs + message.removeprefix(ours)
-        raise replace(refused, message=message, param=theirs) from error
+        for ours, theirs in names.items():
+            if ours:  # a name that is a word as well is one where it begins the message
+                place = "(?<![\\w.])" if "_" in ours else "^"
+                message = re.sub(rf"{place}{ours}\b", theirs, message)
+        param = names.get(refused.param or "", refused.param)
+        raise replace(refused, message=message, param=param) from error
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> RefusedError:

@@ -92,13 +92,13 @@ def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
 def _call_rules(rule: str, tool: Tool) -> list[str]:
     head, tail = json.dumps(f"<function={tool.name}>\n"), json.dumps("</function>")
     properties = (tool.parameters or {}).get("properties")
-    if not isinstance(properties, Mapping):
+    required: Any = (tool.parameters or {}).get("required") or ()
+    if not isinstance(properties, Mapping) and not required:
         any_argument = r'"<parameter=" /[^<>\n]{1,256}/ ">\n" text "\n"'
         return [f"{rule}: {head} {rule}_any* {tail}", f"{rule}_any: {any_argument}"]
-    required: Any = (tool.parameters or {}).get("required") or ()
     parts: list[str] = []
     rules: list[str] = []
-    described = cast(Mapping[str, Any], properties)
+    described = cast(Mapping[str, Any], properties or {})
     for i, name in enumerate([*described, *(r for r in required if r not in described)]):
         parts.append(f"{rule}_{i}" + ("" if name in required else "?"))
         opening = json.dumps(f"<parameter={name}>\n")

@@ -193,9 +193,14 @@ def _tool(value: Any, where: str) -> Tool:
         raise DataError(f"{where}.type is {kind!r}; only functions can be offered")
     parameters = tool.get("parameters")
     if isinstance(parameters, Mapping):
-        properties = cast(Mapping[str, Any], parameters).get("properties")
+        described = cast(Mapping[str, Any], parameters)
+        properties, required = described.get("properties"), described.get("required")
         for name in cast(Mapping[str, Any], properties) if isinstance(properties, Mapping) else ():
             _assert_writable(name, f"{at}.parameters.properties")
+        if required is not None and not _is_list(required):
+            raise DataError(f"{at}.parameters.required is {_kind(required)}; give a list of names")
+        for name in cast(Sequence[Any], required or ()):
+            _assert_writable(name, f"{at}.parameters.required")
     named = ("type", "name", "description", "parameters")
     return Tool(
         name=_name(tool, at),
@@ -237,8 +242,10 @@ def _name(fields: Mapping[str, Any], where: str) -> str:
     return name
 
 
-def _assert_writable(name: str, where: str) -> None:
+def _assert_writable(name: Any, where: str) -> None:
     """Refuse a name that a call could not be read back with."""
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{where} is {name!r}; a name is a text that is not blank")
     if any(character in name for character in "<>\n"):
         raise DataError(f"{where} is {name!r}; a name holds no '<', '>' or line end")
 

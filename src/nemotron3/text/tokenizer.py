@@ -82,6 +82,12 @@ class Tokenizer:
         """Read the tokenizer files of a model directory."""
         directory = Path(path)
         file = directory / _TOKENIZER_FILE
+        if not directory.is_dir():
+            raise DataError(
+                f"{directory} is no directory; give the one of a model or of a tokenizer"
+            )
+        if (directory / "model" / _TOKENIZER_FILE).is_file() and not file.is_file():
+            raise DataError(f"{directory} is a run; give the model in it: {directory / 'model'}")
         if not file.is_file():
             raise DataError(
                 f"{directory} holds no {_TOKENIZER_FILE}; "
