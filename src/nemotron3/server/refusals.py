@@ -10,7 +10,7 @@ which the log has the rest.
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemotron3.errors import ConfigError, DataError, DependencyMissingError, OverloadedError
@@ -69,7 +69,7 @@ def spelled(names: Mapping[str, str]) -> Generator[None, None, None]:
                 place = "(?<![\\w.])" if "_" in ours else "^"
                 message = re.sub(rf"{place}{ours}\b", theirs, message)
         param = names.get(refused.param or "", refused.param)
-        raise replace(refused, message=message, param=param) from error
+        raise RefusedError(refused.status, message, param, refused.code, refused.headers) from error
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> RefusedError:
