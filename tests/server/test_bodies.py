@@ -123,7 +123,7 @@ CONTRADICTIONS = {
     ),
     "two forms": (
         {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-        "these name one setting",
+        "structured_outputs.regex and response_format hold the answer to different forms",
     ),
     "two forms in one": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "regex, choice"),
     "no form": ({"structured_outputs": {}}, "has nothing"),

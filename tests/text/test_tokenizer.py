@@ -184,3 +184,9 @@ def test_special_token_names_fill_the_slots():
     assert names[3] == "<SPECIAL_3>"
     assert names[12] == "<think>"
     assert names[999] == "<SPECIAL_999>"
+
+
+def test_half_of_a_character_is_no_text():
+    tokenizer = Tokenizer.train(["some text"], vocab_size=288)
+    with pytest.raises(DataError, match=r"'a\\udcff' is no Unicode"):
+        tokenizer.encode("a\udcff")

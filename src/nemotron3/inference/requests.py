@@ -18,11 +18,14 @@ MAX_LOGPROBS = 64
 """Most alternatives that a request may ask for per token."""
 
 
+FormKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
     """What the answer has to look like; the reasoning before it is free."""
 
-    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    kind: FormKind
     value: Any = None
     """The schema, expression, list of choices or grammar (Lark); None for any object."""
     source: str | None = field(default=None, compare=False)

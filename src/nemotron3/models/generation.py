@@ -41,6 +41,8 @@ class GenerationConfig:
             )
         if not 0 <= self.temperature <= 100:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) to 100")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 to 2^63 - 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:

@@ -60,8 +60,8 @@ def plan_chat(
         reasoning_budget=thinking.budget,
         structured=wanted_form(
             tools,
-            structured_outputs=structured_output(body.structured_outputs),
-            response_format=_response_format(body),
+            structured_output(body.structured_outputs),
+            _response_format(body),
         ),
     )
     _assert_stream_options(body)

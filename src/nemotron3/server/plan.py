@@ -6,7 +6,6 @@ from typing import Any
 
 from nemotron3.inference.requests import SamplingParams, StructuredOutput
 from nemotron3.server.refusals import invalid
-from nemotron3.server.sampling import one_of
 from nemotron3.server.tool_choice import ToolUse
 from nemotron3.text import Tool
 
@@ -28,17 +27,20 @@ class ChatPlan:
     """What the request calls the options of `prepare_chat`, where that is something else."""
 
 
-def wanted_form(tools: ToolUse, **spellings: StructuredOutput | None) -> StructuredOutput | None:
+def wanted_form(tools: ToolUse, *forms: StructuredOutput | None) -> StructuredOutput | None:
     """The one form that the answer is held to, from whatever fields ask for one."""
-    wanted = one_of(spellings)
-    if wanted is None:
+    given = [form for form in forms if form is not None]
+    if not given:
         return tools.structured
+    wanted, name = given[0], given[0].source
+    if any(form != wanted for form in given):
+        names = " and ".join(str(form.source) for form in given)
+        raise invalid(f"{names} hold the answer to different forms; give one of them", name)
     if tools.listed:
-        names = " and ".join(name for name, value in spellings.items() if value is not None)
         raise invalid(
-            f"{names} holds the answer to a form in which no tool could be called; send "
+            f"{name} holds the answer to a form in which no tool could be called; send "
             f"tool_choice: 'none', or leave one of them out",
-            names,
+            name,
         )
     return wanted
 

@@ -68,8 +68,8 @@ def plan_response(
         reasoning_budget=thinking.budget,
         structured=wanted_form(
             tools,
-            structured_outputs=structured_output(body.structured_outputs),
-            text=json_form(form.type, form.schema_, "text.format") if form is not None else None,
+            structured_output(body.structured_outputs),
+            json_form(form.type, form.schema_, "text.format") if form is not None else None,
         ),
     )
     return ChatPlan(

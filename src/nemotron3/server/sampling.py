@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from nemotron3.inference.requests import SamplingParams, StructuredOutput
+from nemotron3.inference.requests import FormKind, SamplingParams, StructuredOutput
 from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, StructuredOutputsBody
 from nemotron3.server.refusals import invalid, spelled
 
@@ -174,14 +174,14 @@ def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | 
     """The one form that vLLM's `structured_outputs` names."""
     if body is None:
         return None
-    said = {
+    said: dict[FormKind, Any] = {
         "json_schema": body.json_schema,
         "regex": body.regex,
         "choice": body.choice,
         "grammar": body.grammar,
         "json_object": True if body.json_object else None,
     }
-    named = [(kind, value) for kind, value in said.items() if value is not None]
+    named: list[tuple[FormKind, Any]] = [each for each in said.items() if each[1] is not None]
     if len(named) != 1:
         found = ", ".join("json" if kind == "json_schema" else kind for kind, _ in named)
         raise invalid(
@@ -190,22 +190,8 @@ def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | 
             "structured_outputs",
         )
     kind, value = named[0]
-    name = "json" if kind == "json_schema" else kind
-    return replace(form(kind, value, "structured_outputs"), source=f"structured_outputs.{name}")
-
-
-def form(kind: str, value: Any, where: str) -> StructuredOutput:
-    """A structured output of the kind; a schema may be JSON text."""
-    match kind:
-        case "json_object":
-            return StructuredOutput(kind="json_object")
-        case "json_schema":
-            return StructuredOutput(kind="json_schema", value=value)
-        case "regex":
-            return StructuredOutput(kind="regex", value=value)
-        case "choice":
-            return StructuredOutput(kind="choice", value=value)
-        case "grammar":
-            return StructuredOutput(kind="grammar", value=value)
-        case _:
-            raise invalid(f"{where} is of kind {kind!r}, which is unknown", where)
+    return StructuredOutput(
+        kind=kind,
+        value=None if kind == "json_object" else value,
+        source=f"structured_outputs.{'json' if kind == 'json_schema' else kind}",
+    )

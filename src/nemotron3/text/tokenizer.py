@@ -128,7 +128,10 @@ class Tokenizer:
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Token ids of a text; `parse_special=False` reads special tokens as ordinary text."""
         backend = self._backend if parse_special else self._plain_backend
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise DataError(f"the text {text[:40]!a} is no Unicode; give it as UTF-8") from error
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """Token ids of many texts, spread over the machine's cores."""
