@@ -108,11 +108,11 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class Answer:
-    """Reads one answer."""
+    """Reads one answer; without a tokenizer its tokens alone."""
 
     prompt: Prompt
     params: SamplingParams
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     index: int
     eos_ids: frozenset[int] = frozenset()
     """The model's own end tokens."""
@@ -129,18 +129,19 @@ class Answer:
     _stop_reason: str | int | None = None
 
     def __post_init__(self) -> None:
+        self._stop: StopStrings | None = None
+        self._parser: ResponseParser | None = None
+        if self.tokenizer is None:
+            return
         self._stop = StopStrings(self.tokenizer, self.params, is_chat=self.prompt.is_chat)
         self._detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=True)
-        self._parser = (
-            ResponseParser(
+        if self.prompt.is_chat:
+            self._parser = ResponseParser(
                 self.tokenizer,
                 is_reasoning_open=self.prompt.is_reasoning_open,
                 tools=self.prompt.tools,
                 force_nonempty_content=self.prompt.force_nonempty_content,
             )
-            if self.prompt.is_chat
-            else None
-        )
 
     @property
     def num_tokens(self) -> int:
@@ -168,9 +169,11 @@ class Answer:
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]
         told = len(self._content_logprobs)
-        parts = self._read(self._stop.push(shown))
-        if progress.finish_reason is not None:
-            parts += self._finish()
+        parts: list[ResponseDelta] = []
+        if self._stop is not None:
+            parts = self._read(self._stop.push(shown))
+            if progress.finish_reason is not None:
+                parts += self._finish(self._stop)
         return AnswerDelta(
             index=self.index,
             parts=tuple(parts),
@@ -204,12 +207,12 @@ class Answer:
             failure=self.failure,
         )
 
-    def _finish(self) -> list[ResponseDelta]:
-        parts = self._read(self._stop.finish())
+    def _finish(self, stop: StopStrings) -> list[ResponseDelta]:
+        parts = self._read(stop.finish())
         tail = self._detokenizer.finish()
-        if self._stop.matched is not None:
-            self._stop_reason = self._stop.matched
-            tail = self._stop.rest  # half a character before it is in it
+        if stop.matched is not None:
+            self._stop_reason = stop.matched
+            tail = stop.rest  # half a character before it is in it
             if self._parser is not None:
                 before = self._parser.num_content_tokens
                 parts += self._parser.push_text(tail)

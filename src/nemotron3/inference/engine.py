@@ -79,7 +79,7 @@ class Engine:
         """`stop_ids` end every answer; the model's own end token where they are not given."""
         if model.device.type == "cpu":
             keep_freed_memory()
-        self.model = model.eval()
+        self.model = model  # as it is: it may be in training, and no module of it asks whether
         self.config = config or EngineConfig()
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
@@ -194,10 +194,11 @@ class Engine:
             preemptions=scheduler.num_preemptions,
         )
 
-    def weights_changed(self) -> None:
+    def invalidate_caches(self) -> None:
         """Forget what other weights have computed; running requests go on with their states.
 
-        The new weights may lie in the old tensors or be tensors of their own.
+        For whoever has changed the model's weights. The new ones may lie in the old tensors or be
+        tensors of their own.
         """
         self.scheduler.forget()
         self._steps.forget()

@@ -30,18 +30,32 @@ class Frontend:
     """Everything about a model that is text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: frozenset[int], name: str
+        self, tokenizer: Tokenizer | None, *, vocab_size: int, eos_ids: frozenset[int], name: str
     ) -> None:
-        self.tokenizer = tokenizer
+        """Without a `tokenizer` prompts and answers are token ids, and text is an error."""
+        self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self.model_name = name
-        source = tokenizer.chat_template
+        source = tokenizer.chat_template if tokenizer is not None else None
         style = CHAT_STYLES["nano"] if source is None else style_of_template(source)
         self._jinja = source if style is None else None
         self.template = ChatTemplate(style or ChatStyle(name="foreign"))
         self._compiler: GrammarCompiler | None = None
         self._building = Lock()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; a ConfigError where none was given."""
+        return self._tokenizer_for("text")
+
+    def _tokenizer_for(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ConfigError(
+                f"{what} needs a tokenizer, and this model was given without one; give "
+                "tokenizer=..., or use token ids alone"
+            )
+        return self._tokenizer
 
     def chat_prompt(
         self,
@@ -101,7 +115,9 @@ class Frontend:
         with self._building:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(
-                    self.tokenizer, self.template.style, vocab_size=self.vocab_size
+                    self._tokenizer_for("a structured answer"),
+                    self.template.style,
+                    vocab_size=self.vocab_size,
                 )
             return self._compiler
 
@@ -115,14 +131,18 @@ class Frontend:
         """The engine's form of a request; `form` is that of these parameters, where it is ready."""
         if form is None:
             form = self.form(prompt, params)
+        if params.stop:
+            self._tokenizer_for(f"stop = {params.stop!r}")
+
+        ids = None if params.reasoning_budget is None else self._budget_ids
 
         def budget() -> ThinkingBudget | None:
-            if params.reasoning_budget is None:
+            if params.reasoning_budget is None or ids is None:
                 return None
             return ThinkingBudget(
                 budget=params.reasoning_budget,
                 grace=params.reasoning_grace,
-                ids=self._budget_ids,
+                ids=ids,
                 is_open=prompt.is_reasoning_open,
                 has_tools=bool(prompt.tools),
                 last_token=prompt.ids[-1] if prompt.ids else None,
@@ -146,16 +166,19 @@ class Frontend:
     def answers(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Answers:
         """The readers of a request's answers."""
         each = [
-            Answer(prompt, params, self.tokenizer, index, self.eos_ids) for index in range(params.n)
+            Answer(prompt, params, self._tokenizer, index, self.eos_ids)
+            for index in range(params.n)
         ]
         return Answers(request_id, prompt, each)
 
     def _turns(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Where the last turns of a conversation begin, whoever rendered it."""
-        start = self.tokenizer.token_to_id(IM_START)
+        if self._tokenizer is None:
+            return ()
+        start = self._tokenizer.token_to_id(IM_START)
         places = (i for i in range(len(ids) - 1, 0, -1) if ids[i] == start)
         return tuple(islice(places, _KEPT_BOUNDARIES))
 
     @cached_property
     def _budget_ids(self) -> BudgetIds:
-        return budget_ids(self.tokenizer, self.template.style)
+        return budget_ids(self._tokenizer_for("reasoning_budget"), self.template.style)

@@ -89,7 +89,8 @@ class Server:
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
-    """The whole server around an engine."""
+    """The whole server around an engine; a ConfigError where it has no tokenizer."""
+    _ = llm.tokenizer
     gate = Gate()
     metrics = ServerMetrics(llm.stats)
     desk = Desk(llm=llm, metrics=metrics, model_name=settings.served_model_name or llm.model_name)
