@@ -10,11 +10,7 @@ from nemotron3.inference.answers import Prompt
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.frontend import Frontend
-from nemotron3.inference.generation_config import (
-    GenerationDefaults,
-    Source,
-    read_generation_defaults,
-)
+from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.parallel.devices import resolve_device
@@ -44,11 +40,10 @@ class LoadedModel:
     ) -> None:
         """`model` is a directory in the published layout, or a model together with a tokenizer.
 
-        `generation_config` says whether the directory's defaults of sampling hold ("auto") or not
-        ("none").
+        `generation_config` says whether the defaults of sampling of the directory that the model
+        was loaded from hold ("auto") or not ("none").
         """
         name = "model"
-        path: Path | None = None
         if not isinstance(model, LanguageModel):
             path = Path(model)
             name = name_of(path)
@@ -62,14 +57,12 @@ class LoadedModel:
                 f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}; "
                 "they do not belong together"
             )
-        defaults = GenerationDefaults()
-        if path is not None:
-            defaults = read_generation_defaults(
-                path, source=generation_config, vocab_size=vocab_size
-            )
+        defaults = generation_defaults(
+            model.companions, source=generation_config, vocab_size=vocab_size
+        )
         self.defaults = defaults
         """What the model's directory says of sampling."""
-        eos_ids = defaults.eos_ids | {*tokenizer.stop_ids, model.config.eos_token_id}
+        eos_ids = defaults.eos_ids | {*tokenizer.stop_ids} | model.config.eos_token_ids
         self._engine = Engine(model, config, stop_ids=eos_ids)
         self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
 
