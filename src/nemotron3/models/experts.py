@@ -22,6 +22,7 @@ from nemotron3.models.config import MoEConfig
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.mlp import MLP
+from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.experts.activations import up_factor
 from nemotron3.ops.linear import linear
@@ -39,15 +40,19 @@ class Routing(NamedTuple):
     """Scores of all experts, without the selection bias."""
 
 
-class Router(nn.Module):
+class Router(DeclaredModule):
     """Chooses experts for each token, in float32 whatever the model runs in."""
+
+    weight: nn.Parameter
+    e_score_correction_bias: Tensor
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, hidden_size))
-        self.e_score_correction_bias: Tensor
-        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts))
+        experts = config.n_routed_experts
+        self.declare("weight", (experts, hidden_size), decays=True)
+        # Its rounding would change which experts are chosen, and steps of 1e-3 would be lost in it.
+        self.declare_buffer("e_score_correction_bias", (experts,), keep_float32=True)
 
     def forward(self, x: Float[Tensor, "tokens d_model"]) -> Routing:
         """Score all experts, choose the best, weigh them."""
@@ -66,16 +71,19 @@ class Router(nn.Module):
         )
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(DeclaredModule):
     """The experts' matrices, stacked."""
+
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
         self.config = config
         hidden = config.moe_intermediate_size
         rows = hidden * up_factor(config.activation)
-        self.up_proj = nn.Parameter(torch.empty(config.n_routed_experts, rows, width))
-        self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, width, hidden))
+        self.declare("up_proj", (config.n_routed_experts, rows, width), decays=True)
+        self.declare("down_proj", (config.n_routed_experts, width, hidden), decays=True)
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Tensor:
         """Weighted sum of each token's experts."""

@@ -13,19 +13,23 @@ from nemotron3.models.config import MambaConfig
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import GatedGroupNorm
+from nemotron3.models.parameter import DeclaredModule
 from nemotron3.models.state import MambaState
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.ssd import ssd, ssd_rates
 
 
-class CausalConv1d(nn.Module):
+class CausalConv1d(DeclaredModule):
     """Weights of the depthwise convolution over x, B and C."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         # The middle axis is the published layout's: input channels per group, which is one.
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.declare("weight", (channels, 1, taps), decays=True)
+        self.declare("bias", (channels,), decays=False)
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, tails: Tensor | None
@@ -44,8 +48,12 @@ class CausalConv1d(nn.Module):
         )
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(DeclaredModule):
     """Mixes along time through a state of fixed size."""
+
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: MambaConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -54,9 +62,11 @@ class Mamba2Mixer(nn.Module):
         # Rows of in_proj: gate z, then what is convolved (x, B, C), then the steps dt.
         self.in_proj = Linear(hidden_size, inner + config.conv_channels + heads)
         self.conv1d = CausalConv1d(config.conv_channels, config.conv_kernel)
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.empty(heads))
+        # The state sums their rounding up over the whole sequence, and to shrink them would change
+        # the dynamics rather than regularise.
+        self.declare("dt_bias", (heads,), decays=False, keep_float32=True)
+        self.declare("A_log", (heads,), decays=False, keep_float32=True)
+        self.declare("D", (heads,), decays=False, keep_float32=True)
         self.norm = GatedGroupNorm(inner, config.n_groups, eps)
         self.out_proj = Linear(inner, hidden_size)
 

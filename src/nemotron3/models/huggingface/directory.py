@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from nemotron3.checkpoint.files import full_disk_named, write_file
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError
-from nemotron3.models.allocation import ALWAYS_FLOAT32, allocate
+from nemotron3.models.allocation import allocate
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface import native, nemotron_h, qwen3_moe
 from nemotron3.models.huggingface.fields import Fields
+from nemotron3.models.parameter import parameter_specs
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
 """First to last choice for writing; the last can express every model."""
@@ -69,7 +70,7 @@ def read_weights(
     shapes = dict(dialect.published_views(model, config))
     stacked = _stacked_names(shapes, stored)
     _compare(reader, stored, shapes, stacked)
-    parameter_dtype = dtype or _stored_dtype(reader, stored)
+    parameter_dtype = dtype or _stored_dtype(model, reader, stored)
     allocate(model, device, parameter_dtype)
     destinations = dict(dialect.published_views(model, config))
     ours = {name: spelling for spelling, name in stored.items()}
@@ -168,11 +169,12 @@ def _why_missing(names: list[str]) -> str:
     return "the download is incomplete or config.json is of another model"
 
 
-def _stored_dtype(reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
+def _stored_dtype(model: nn.Module, reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
+    # Dialects may name modules as they like, but keep the last parts of these names.
+    specs = parameter_specs(model)
+    wide = tuple({f".{n.rpartition('.')[2]}" for n, spec in specs.items() if spec.keep_float32})
     return next(
-        reader.info(name).dtype
-        for spelling, name in stored.items()
-        if not spelling.endswith(ALWAYS_FLOAT32)
+        reader.info(name).dtype for spelling, name in stored.items() if not spelling.endswith(wide)
     )
 
 
