@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nemotron3.models.allocation import allocate
+from nemotron3.models.initial_values import Constant
 from nemotron3.models.parameter import DeclaredModule
 
 
@@ -15,9 +16,9 @@ class _Mixer(DeclaredModule):
     def __init__(self):
         super().__init__()
         self.odd = nn.Linear(3, 5)
-        self.declare("slopes", (7,), decays=False, keep_float32=True)
-        self.declare("gains", (7,), decays=False)
-        self.declare_buffer("bias", (1,), keep_float32=True)
+        self.declare("slopes", (7,), init=Constant(1.0), decays=False, keep_float32=True)
+        self.declare("gains", (7,), init=Constant(1.0), decays=False)
+        self.declare_buffer("bias", (1,), init=Constant(0.0), keep_float32=True)
 
 
 def _allocated(dtype):

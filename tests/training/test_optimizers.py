@@ -7,6 +7,7 @@ from torch import nn
 from nemotron3.checkpoint import CheckpointStore
 from nemotron3.config import from_record, to_record
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mamba2 import CausalConv1d
@@ -34,10 +35,10 @@ class Block(DeclaredModule):
         self.norm = RMSNorm(4, 1e-5)
         self.conv1d = CausalConv1d(4, 3)
         self.in_proj = Linear(4, 6)
-        self.declare("experts", (2, 4, 6), decays=True)
-        self.declare("A_log", (2, 3), decays=False, keep_float32=True)
-        self.declare("D", (3,), decays=False)
-        self.declare("dt_bias", (1, 3), decays=False)
+        self.declare("experts", (2, 4, 6), init=Normal(), decays=True)
+        self.declare("A_log", (2, 3), init=Constant(0.0), decays=False, keep_float32=True)
+        self.declare("D", (3,), init=Constant(1.0), decays=False)
+        self.declare("dt_bias", (1, 3), init=Constant(0.0), decays=False)
         self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
         self.unused = Linear(2, 2)
         self.lm_head = Linear(4, 7)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron3.models.config import MoEConfig
+from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.mlp import MLP
@@ -50,9 +51,11 @@ class Router(DeclaredModule):
         super().__init__()
         self.config = config
         experts = config.n_routed_experts
-        self.declare("weight", (experts, hidden_size), decays=True)
+        self.declare("weight", (experts, hidden_size), init=Normal(), decays=True)
         # Its rounding would change which experts are chosen, and steps of 1e-3 would be lost in it.
-        self.declare_buffer("e_score_correction_bias", (experts,), keep_float32=True)
+        self.declare_buffer(
+            "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
+        )
 
     def forward(self, x: Float[Tensor, "tokens d_model"]) -> Routing:
         """Score all experts, choose the best, weigh them."""
@@ -81,9 +84,11 @@ class RoutedExperts(DeclaredModule):
         super().__init__()
         self.config = config
         hidden = config.moe_intermediate_size
-        rows = hidden * up_factor(config.activation)
-        self.declare("up_proj", (config.n_routed_experts, rows, width), decays=True)
-        self.declare("down_proj", (config.n_routed_experts, width, hidden), decays=True)
+        rows, experts = hidden * up_factor(config.activation), config.n_routed_experts
+        self.declare("up_proj", (experts, rows, width), init=Normal(), decays=True)
+        # Megatron scales both second matrices of a latent mixture: this one and fc2_latent_proj.
+        second = Normal(writes_residual=True)
+        self.declare("down_proj", (experts, width, hidden), init=second, decays=True)
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Tensor:
         """Weighted sum of each token's experts."""
@@ -112,7 +117,7 @@ class MixtureOfExperts(nn.Module):
         )
         latent = config.moe_latent_size is not None
         self.fc1_latent_proj = Linear(hidden_size, width) if latent else None
-        self.fc2_latent_proj = Linear(width, hidden_size) if latent else None
+        self.fc2_latent_proj = Linear(width, hidden_size, writes_residual=True) if latent else None
 
     def forward(
         self,

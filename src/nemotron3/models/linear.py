@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemotron3.models.initial_values import Normal
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.linear import linear, linear_parts
 
@@ -20,9 +21,14 @@ class Linear(DeclaredModule):
 
     weight: nn.Parameter
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, writes_residual: bool = False
+    ) -> None:
+        """`writes_residual` is for a product that is added to the residual stream."""
         super().__init__()
-        self.declare("weight", (out_features, in_features), decays=True)
+        self.declare(
+            "weight", (out_features, in_features), init=Normal(writes_residual), decays=True
+        )
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
@@ -46,7 +52,7 @@ class Embedding(DeclaredModule):
 
     def __init__(self, num_embeddings: int, size: int) -> None:
         super().__init__()
-        self.declare("weight", (num_embeddings, size), decays=True)
+        self.declare("weight", (num_embeddings, size), init=Normal(), decays=True)
 
     def forward(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
         """The vectors of `tokens`."""

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nemotron3.models.initial_values import Constant
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.norm import gated_group_norm, rms_norm
 
@@ -14,7 +15,7 @@ class RMSNorm(DeclaredModule):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.declare("weight", (size,), decays=False)
+        self.declare("weight", (size,), init=Constant(1.0), decays=False)
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -29,7 +30,7 @@ class GatedGroupNorm(DeclaredModule):
 
     def __init__(self, size: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.declare("weight", (size,), decays=False)
+        self.declare("weight", (size,), init=Constant(1.0), decays=False)
         self.groups = groups
         self.eps = eps
 

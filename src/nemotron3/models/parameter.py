@@ -1,14 +1,15 @@
 """What a module says of each of its parameters, once, where it makes them.
 
-Whether weight decay applies to it, and whether it stays in float32 whatever the model is kept in.
-Memory (allocation.py) and the optimizer's groups read this, so none of them has a list of names.
+What it begins with, whether weight decay applies to it, and whether it stays in float32 whatever
+the model is kept in. Memory (allocation.py), initial values (initialization.py) and the optimizer's
+groups read this, so none of them has a list of names.
 
     class Gain(DeclaredModule):
         weight: nn.Parameter
 
         def __init__(self, size: int) -> None:
             super().__init__()
-            self.declare("weight", (size,), decays=False)
+            self.declare("weight", (size,), init=Constant(1.0), decays=False)
 
 Declarations belong to the module and not to the tensor, which every conversion replaces. So they
 outlive `deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and what was declared to
@@ -22,11 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemotron3.models.initial_values import InitialValue
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
     """What is known of one parameter or buffer."""
 
+    init: InitialValue
+    """What it begins with."""
     decays: bool
     """Whether weight decay applies: to matrices, and not to what sets scales or dynamics."""
     keep_float32: bool
@@ -46,17 +51,23 @@ class DeclaredModule(nn.Module):
         """Of its own parameters and buffers, by their names in this module."""
 
     def declare(
-        self, name: str, shape: Sequence[int], *, decays: bool, keep_float32: bool = False
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        init: InitialValue,
+        decays: bool,
+        keep_float32: bool = False,
     ) -> None:
         """Make a parameter, without values."""
-        self.specs[name] = ParameterSpec(decays=decays, keep_float32=keep_float32)
+        self.specs[name] = ParameterSpec(init=init, decays=decays, keep_float32=keep_float32)
         self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
 
     def declare_buffer(
-        self, name: str, shape: Sequence[int], *, keep_float32: bool = False
+        self, name: str, shape: Sequence[int], *, init: InitialValue, keep_float32: bool = False
     ) -> None:
         """Make a tensor that is saved with the model and not trained, without values."""
-        self.specs[name] = ParameterSpec(decays=False, keep_float32=keep_float32)
+        self.specs[name] = ParameterSpec(init=init, decays=False, keep_float32=keep_float32)
         self.register_buffer(name, torch.empty(*shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001
