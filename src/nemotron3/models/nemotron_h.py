@@ -125,14 +125,14 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageModel":
-        """A new model with initial weights drawn from `seed`.
+        """A new model with initial weights drawn from `seed`, the same on every device.
 
         Parameters are kept in `dtype`; the scan's own and the router's bias always in float32.
         """
         with torch.device("meta"):
             model = cls(config)
         allocate(model, torch.device(device), dtype)
-        initialize(model, config, torch.Generator(device=device).manual_seed(seed))
+        initialize(model, config, seed)
         return model
 
     @classmethod
