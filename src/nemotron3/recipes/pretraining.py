@@ -35,7 +35,7 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.metrics import MetricLog, MetricSink
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.observe.sinks import JsonlSink, TensorBoardSink
-from nemotron3.ops.backends import chosen_backends
+from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.parallel.devices import describe_device, measure_product_rate, resolve_device
@@ -113,13 +113,13 @@ def pretrain(
     write_run(folder, run, extra=found)
     corpus.tokenizer.save(folder / TOKENIZER_FOLDER)
 
-    model = _train(run, folder, corpus, device, watcher)
-
-    watcher.stage("Writing the model")
-    model.save_pretrained(folder / MODEL_FOLDER)
-    corpus.tokenizer.save(folder / MODEL_FOLDER)
-    summary = _look(run, corpus, model, watcher, started)
-    write_run(folder, run, extra=found | {"backends": chosen_backends()})
+    with recorded_backends() as backends:
+        model = _train(run, folder, corpus, device, watcher)
+        watcher.stage("Writing the model")
+        model.save_pretrained(folder / MODEL_FOLDER)
+        corpus.tokenizer.save(folder / MODEL_FOLDER)
+        summary = _look(run, corpus, model, watcher, started)
+    write_run(folder, run, extra=found | {"backends": backends})
     write_report(folder, summary=_report(run, corpus, summary, device))
     # Last, because a run with a summary is finished.
     _write_summary(folder, summary)

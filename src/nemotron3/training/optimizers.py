@@ -1,8 +1,8 @@
 """AdamW as the reports use it: which parameters decay, and state that is saved by name.
 
-Weight decay is for matrices. It is left off everything one-dimensional, off biases and norm
-weights, and off the state-space parameters `A_log`, `D` and `dt_bias`, whatever their shape: to
-shrink those is to change the dynamics, not to regularise.
+Weight decay is for matrices, and each module declares for which of its parameters
+(models/parameter.py). Norm weights, biases and the state-space parameters have none: to shrink
+those is to change scales and dynamics, not to regularise.
 
 PyTorch numbers its optimizer state by the order of parameters, so that a module added in front
 moves every moment to a wrong parameter without an error. Here state is a flat dict by parameter
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.parameter import parameter_specs
 from nemotron3.parallel.devices import FUSED_OPTIMIZER_DEVICES
 
-_STATE_SPACE_NAMES = frozenset({"A_log", "D", "dt_bias"})
 _STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -64,26 +64,26 @@ class AdamWConfig:
             )
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter of this name and shape."""
-    *modules, leaf = name.split(".")
-    if parameter.ndim < 2 or leaf in _STATE_SPACE_NAMES:
-        return False
-    return not (leaf.endswith("bias") or any("norm" in part for part in (*modules[-1:], leaf)))
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one of two groups, decayed and not; tied ones once."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if is_decayed(name, p)]},
-        {"params": [p for name, p in trainable if not is_decayed(name, p)]},
-    ]
-    rates = (weight_decay, 0.0)
+    """Every trainable parameter in exactly one of two groups, decayed and not; tied ones once.
+
+    Raises ConfigError for a parameter that its module does not declare.
+    """
+    specs = parameter_specs(model)
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in specs:
+            raise ConfigError(
+                f"nobody says whether weight decay applies to parameter {name!r}; make it by "
+                "DeclaredModule.declare, or set its requires_grad to False"
+            )
+        groups[specs[name].decays].append(parameter)
     return [
-        {**group, "weight_decay": rate}
-        for group, rate in zip(groups, rates, strict=True)
-        if group["params"]
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
     ]
 
 
