@@ -26,6 +26,7 @@ from nemotron3.models.generation import GenerationConfig
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.parallel.devices import DeviceName
 from nemotron3.training.optimizers import AdamWConfig
+from nemotron3.training.pretrain_objective import PretrainLossConfig
 from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import TrainingConfig
 
@@ -44,7 +45,9 @@ class PretrainRun:
     corpus: CorpusConfig | TokenizedConfig
     """The text, its split, and the tokenizer; or token files that stand already."""
     training: TrainingConfig
-    """Steps, batch, optimizer, schedule, loss."""
+    """Steps, batch, optimizer, schedule."""
+    loss: PretrainLossConfig = field(default_factory=PretrainLossConfig)
+    """Weights of the terms of the loss."""
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
     """Blends of the sources, one after another; the last one ends at 1.0."""
     device: DeviceName = "auto"

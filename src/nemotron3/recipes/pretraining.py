@@ -40,8 +40,9 @@ from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.parallel.devices import describe_device, measure_product_rate, resolve_device
 from nemotron3.recipes.pretrain import TOKENIZER_FOLDER, PretrainRun
+from nemotron3.training.batch import TrainBatch
 from nemotron3.training.evaluation import evaluate
-from nemotron3.training.losses import Targets
+from nemotron3.training.pretrain_objective import PretrainObjective
 from nemotron3.training.trainer import StepReport, Trainer
 
 SUMMARY_FILE = "summary.json"
@@ -182,11 +183,11 @@ def _train(
     )
     passes = config.batch_size // config.microbatch_size
 
-    def batches(step: int) -> list[Targets]:
+    def batches(step: int) -> list[TrainBatch]:
         parts = (
             loader.batch(step, microbatch=part, num_microbatches=passes) for part in range(passes)
         )
-        return [_targets(part, device) for part in parts]
+        return [_train_batch(part, device) for part in parts]
 
     model = LanguageModel.from_config(run.model, seed=run.seed, device=device)
     watcher.stage(f"Training on {describe_device(device)}")
@@ -199,6 +200,7 @@ def _train(
     trainer = Trainer(
         model,
         config,
+        objective=PretrainObjective(run.loss, num_mtp_depths=run.model.pattern.num_mtp_depths),
         batches=batches,
         evaluation=lambda m: _bits(run, corpus, m, run.evaluation_rows)[0],
         store=CheckpointStore(folder / "checkpoints", retention=run.retention),
@@ -218,9 +220,9 @@ def _sinks(folder: Path, next_step: int) -> list[MetricSink]:
     return [JsonlSink(folder / METRICS_FILE, next_step=next_step), tensorboard]
 
 
-def _targets(batch: Batch, device: torch.device) -> Targets:
+def _train_batch(batch: Batch, device: torch.device) -> TrainBatch:
     batch = batch.to(device)
-    return Targets(
+    return TrainBatch(
         tokens=batch.tokens,
         targets=batch.targets,
         mask=batch.loss_mask,
@@ -244,7 +246,7 @@ def _bits(
             batch_size=run.training.microbatch_size,
             max_rows=rows,
         )
-        metrics = evaluate(model, (_targets(b, model.device) for b in batches), token_bytes)
+        metrics = evaluate(model, (_train_batch(b, model.device) for b in batches), token_bytes)
         share = source.held_out.bytes / all_bytes
         for name, value in metrics.items():
             total[name] = total.get(name, 0.0) + share * value
