@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemotron3.data import FilesConfig, PhaseConfig
-from nemotron3.recipes import pretraining
+from nemotron3.recipes import run_pretrain
 from nemotron3.training.parameter_groups import ParameterGroupConfig
 from tests.small_run import lasting_metrics, leaves, small_run, with_leaf, write_text
 
@@ -53,7 +53,7 @@ CHANGES = {
     "baselines.train_bytes": 500,
     "baselines.xz_train_bytes": 100,
     "prompts": ("my neighbour",),
-    "sampling.max_new_tokens": 3,
+    "sampling.max_tokens": 3,
     "sampling.temperature": 0.0,
     "sampling.top_p": 0.2,
     "sampling.top_k": 1,
@@ -87,8 +87,8 @@ def kept(tmp_path_factory):
 def trace(run, folder, kept, monkeypatch):
     """What a run leaves behind, without what hangs on the clock."""
     monkeypatch.setenv("NEMOTRON3_CACHE", str(kept / "cache"))
-    monkeypatch.setattr(pretraining, "measure_product_rate", lambda *_, **__: 1e9)
-    summary = asdict(pretraining.pretrain(run, runs=folder))
+    monkeypatch.setattr(run_pretrain, "measure_product_rate", lambda *_, **__: 1e9)
+    summary = asdict(run_pretrain.pretrain(run, runs=folder))
     del summary["seconds"]
     weights = load_file(folder / run.name / "model" / "model.safetensors")
     return {

@@ -95,6 +95,8 @@ class StepReport:
 
     step: int
     """Updates made, this one included."""
+    steps: int
+    """Updates in all."""
     metrics: dict[str, float]
     """The update's metrics."""
 
@@ -167,7 +169,7 @@ class Trainer(Generic[BatchT]):
             log.log(self.step, metrics)
             if is_last or self.step % config.checkpoint_every_steps == 0:
                 self.save()
-            on_step(StepReport(step=self.step, metrics=metrics))
+            on_step(StepReport(step=self.step, steps=config.steps, metrics=metrics))
 
     def save(self) -> None:
         """Write a checkpoint of the current step: weights, optimizer, and the objective's state."""
