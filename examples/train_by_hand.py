@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron3 import LanguageModel, ModelConfig
-from nemotron3.models.generation import GenerationConfig
+from nemotron3 import LLM, LanguageModel, ModelConfig, SamplingParams
 from nemotron3.ops.segments import Segments
 from nemotron3.training.batch import TrainBatch
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
@@ -66,8 +65,9 @@ def main() -> None:
                 f"{m['optim/grad_norm']:14.2f}"
             )
     prompt = list(b"def batch(")
-    written = model.generate([prompt], GenerationConfig(max_new_tokens=80, temperature=0.0))[0]
-    print(bytes(prompt + written).decode(errors="replace"))
+    greedy = SamplingParams(max_tokens=80, temperature=0.0)
+    written = LLM(model).generate([prompt], greedy)[0].outputs[0].token_ids
+    print(bytes([*prompt, *written]).decode(errors="replace"))
 
 
 if __name__ == "__main__":

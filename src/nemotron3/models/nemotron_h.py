@@ -26,7 +26,6 @@ from nemotron3.models.block import Block
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Router, Routing
-from nemotron3.models.generation import GenerationConfig, generate
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.linear import Embedding, Linear
@@ -354,17 +353,6 @@ class LanguageModel(nn.Module):
         return HybridCache(
             self.config, slots=slots, dtype=dtype, device=self.device, precision=precision
         )
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig | None = None,
-        *,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:
-        """Continue prompts of token ids; returns the new tokens of each."""
-        config = config or GenerationConfig(stop_token_ids=(self.config.eos_token_id,))
-        return generate(self, prompts, config, on_token=on_token)
 
 
 def _ahead(tokens: Tensor, layout: SequenceLayout, by: int) -> Tensor:
