@@ -84,7 +84,7 @@ class Engine:
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
         self.max_model_len = longest_sequence(self.config, wanted, pages)
-        self.stop_ids = frozenset({model.config.eos_token_id}) if stop_ids is None else stop_ids
+        self.stop_ids = model.config.eos_token_ids if stop_ids is None else stop_ids
         drafts = most_drafts(model, self.config.max_draft_tokens)
         with torch.inference_mode():
             self.cache = HybridCache(

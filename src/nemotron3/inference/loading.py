@@ -10,11 +10,7 @@ from nemotron3.inference.answers import Prompt
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.frontend import Frontend
-from nemotron3.inference.generation_config import (
-    GenerationDefaults,
-    Source,
-    read_generation_defaults,
-)
+from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.parallel.devices import resolve_device
@@ -49,11 +45,10 @@ class LoadedModel:
         be called. It needs a `tokenizer` for text; without one, prompts are token ids, and so are
         answers. `device` and `dtype` are for a directory.
 
-        `generation_config` says whether the directory's defaults of sampling hold ("auto") or not
-        ("none").
+        `generation_config` says whether the defaults of sampling of the directory that the model
+        was loaded from hold ("auto") or not ("none").
         """
         name = "model"
-        path: Path | None = None
         if not isinstance(model, LanguageModel):
             path = Path(model)
             name = name_of(path)
@@ -65,15 +60,13 @@ class LoadedModel:
                 f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}; "
                 "they do not belong together"
             )
-        defaults = GenerationDefaults()
-        if path is not None:
-            defaults = read_generation_defaults(
-                path, source=generation_config, vocab_size=vocab_size
-            )
+        defaults = generation_defaults(
+            model.companions, source=generation_config, vocab_size=vocab_size
+        )
         self.defaults = defaults
         """What the model's directory says of sampling."""
         stop_ids = () if tokenizer is None else tokenizer.stop_ids
-        eos_ids = defaults.eos_ids | {*stop_ids, model.config.eos_token_id}
+        eos_ids = defaults.eos_ids | {*stop_ids} | model.config.eos_token_ids
         self._engine = Engine(model, config, stop_ids=eos_ids)
         self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
 

@@ -151,6 +151,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.activation_dtype: torch.dtype | None = None
         """What products run in; None for the dtype of the parameters."""
+        self.companions: huggingface.Companions | None = None
+        """What the directory that the model was loaded from says beside its tensors."""
         self.backbone = Backbone(config)
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -166,14 +168,14 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageModel":
-        """A new model with initial weights drawn from `seed`.
+        """A new model with initial weights drawn from `seed`, the same on every device.
 
         Parameters are kept in `dtype`; the scan's own and the router's bias always in float32.
         """
         with torch.device("meta"):
             model = cls(config)
         allocate(model, torch.device(device), dtype)
-        initialize(model, config, torch.Generator(device=device).manual_seed(seed))
+        initialize(model, config, seed)
         return model
 
     @classmethod
@@ -189,15 +191,27 @@ class LanguageModel(nn.Module):
         Weights stream onto `device` shard by shard, in `dtype` where it is given and as they are
         stored where not; the scan's own parameters and the router's bias stay float32.
         """
-        config = huggingface.read_config(path)
+        companions = huggingface.read_directory(path)
+        config = companions.config
         with torch.device("meta"):
             model = cls(config)
         huggingface.read_weights(model, config, path, device=torch.device(device), dtype=dtype)
+        model.companions = companions
         return model
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Write the published directory layout, which Hugging Face and other engines read."""
-        huggingface.write_model(self, self.config, path, max_shard_bytes=max_shard_bytes)
+        """Write the published directory layout, which Hugging Face and other engines read.
+
+        A model that was loaded gets back what its directory held beside the tensors: fields of
+        config.json and generation_config.json that nothing here reads, tokenizer and chat template.
+        """
+        huggingface.write_model(
+            self,
+            self.config,
+            path,
+            max_shard_bytes=max_shard_bytes,
+            companions=self.companions,
+        )
 
     @property
     def output_weight(self) -> Tensor:

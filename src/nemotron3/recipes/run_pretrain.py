@@ -29,7 +29,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.accounting import model_costs
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
-from nemotron3.ops.backends import chosen_backends
+from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.parallel.devices import describe_device, measure_product_rate
@@ -92,13 +92,13 @@ def pretrain(
     folder.record(found)
     corpus.tokenizer.save(folder.tokenizer)
 
-    model = _train(folder, corpus, callback)
-
-    callback.stage("Writing the model")
-    model.save_pretrained(folder.model)
-    corpus.tokenizer.save(folder.model)
-    summary = _final_evaluation(run, corpus, model, callback, started)
-    folder.record(found | {"backends": chosen_backends()})
+    with recorded_backends() as backends:
+        model = _train(folder, corpus, callback)
+        callback.stage("Writing the model")
+        model.save_pretrained(folder.model)
+        corpus.tokenizer.save(folder.model)
+        summary = _final_evaluation(run, corpus, model, callback, started)
+    folder.record(found | {"backends": backends})
     write_report(folder.path, summary=_report(run, corpus, summary, folder.device))
     folder.finish(summary)
     return summary

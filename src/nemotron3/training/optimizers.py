@@ -1,8 +1,8 @@
 """Optimizers: which parameters decay and how fast they learn, and state that is saved by name.
 
-Weight decay is for matrices. It is left off everything one-dimensional, off biases and norm
-weights, and off the state-space parameters `A_log`, `D` and `dt_bias`, whatever their shape: to
-shrink those is to change the dynamics, not to regularise.
+Weight decay is for matrices, and each module declares for which of its parameters
+(models/parameter.py). Norm weights, biases and the state-space parameters have none: to shrink
+those is to change scales and dynamics, not to regularise.
 
 PyTorch numbers its optimizer state by the order of parameters, so that a module added in front
 moves every moment to a wrong parameter without an error. Here state is a flat dict by parameter
@@ -27,10 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.parameter import parameter_specs
 from nemotron3.parallel.devices import FUSED_OPTIMIZER_DEVICES
 from nemotron3.training.parameter_groups import ParameterGroupConfig, group_of_parameters
-
-_STATE_SPACE_NAMES = frozenset({"A_log", "D", "dt_bias"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,29 +90,28 @@ def _check(lr: float, weight_decay: float, clip_grad_norm: float | None) -> None
         )
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter of this name and shape."""
-    *modules, leaf = name.split(".")
-    if parameter.ndim < 2 or leaf in _STATE_SPACE_NAMES:
-        return False
-    return not (leaf.endswith("bias") or any("norm" in part for part in (*modules[-1:], leaf)))
-
-
 def parameter_groups(
     model: nn.Module, weight_decay: float, groups: Sequence[ParameterGroupConfig] = ()
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one group, tied ones once.
 
-    The parameters of each of `groups`, and those of none, are in two: decayed and not.
+    The parameters of each of `groups`, and those of none, are in two: decayed and not. Raises
+    ConfigError for a parameter that its module does not declare.
     """
-    members = group_of_parameters(model, groups)
+    members, specs = group_of_parameters(model, groups), parameter_specs(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, _ in trainable:
+        if name not in specs:
+            raise ConfigError(
+                f"nobody says whether weight decay applies to parameter {name!r}; make it by "
+                "DeclaredModule.declare, or set its requires_grad to False"
+            )
     built: list[dict[str, Any]] = []
     for group in (None, *groups):
         rate = weight_decay if group is None or group.weight_decay is None else group.weight_decay
         own = [(name, p) for name, p in trainable if members.get(name) is group]
         for decays in (True, False):
-            parameters = [p for name, p in own if is_decayed(name, p) is decays]
+            parameters = [p for name, p in own if specs[name].decays is decays]
             if parameters:
                 built.append(
                     {

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from nemotron3.errors import BackendUnavailableError
@@ -36,6 +37,8 @@ FLAGS = (
 )
 
 _log = logging.getLogger(__name__)
+_compiling = threading.Lock()
+"""Threads that need the same library first wait for one of them to compile it."""
 
 
 @functools.cache
@@ -56,9 +59,10 @@ def library(source: Path) -> ctypes.CDLL:
             "install g++, or use backend='torch'"
         )
     path = _cache() / f"{source.parent.name}-{_digest(source, compiler)}.so"
-    if not path.exists():
-        _log.info("compiling %s for this processor, once", source)
-        _compile(compiler, source, path)
+    with _compiling:
+        if not path.exists():
+            _log.info("compiling %s for this processor, once", source)
+            _compile(compiler, source, path)
     return ctypes.CDLL(str(path))
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class NativeFunction:
 
     def __call__(self, *arguments: Argument) -> None:
         """Run it on the threads that PyTorch uses."""
-        assert not _recordings, f"{self.name} cannot be recorded; make it a TeamFunction"
+        if _thread.recording is not None:
+            raise RuntimeError(f"{self.name} cannot be recorded; make it a TeamFunction")
         function = self._function
         if function is None:
             function = getattr(library(self.source), self.name)
@@ -80,9 +82,9 @@ class TeamFunction:
             *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
         )
         self._alone(words, torch.get_num_threads() if work > WORTH_THREADS else 1)
-        if _recordings:
+        if _thread.recording is not None:
             operands = tuple(a for a in arguments if isinstance(a, Tensor))
-            _recordings[-1].append(SharedCall(self._shared, words, operands, work))
+            _thread.recording.append(SharedCall(self._shared, words, operands, work))
 
     @cached_property
     def _alone(self) -> Any:
@@ -109,17 +111,28 @@ class SharedCall:
     """Multiply-adds."""
 
 
-_recordings: list[list[Any]] = []
+class _Thread(threading.local):
+    """What belongs to the calling thread alone, as PyTorch's dispatch modes do.
+
+    Engines and trainers of one process compute in threads of their own; a list that they shared
+    would have the calls of one replayed by another.
+    """
+
+    recording: list[Any] | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def recording(calls: list[Any]) -> Iterator[None]:
-    """Append every compiled call within to `calls`, as a `SharedCall`."""
-    _recordings.append(calls)
+    """Append every compiled call that this thread makes within to `calls`, as a `SharedCall`."""
+    outer = _thread.recording
+    _thread.recording = calls
     try:
         yield
     finally:
-        _recordings.pop()
+        _thread.recording = outer
 
 
 class Program:
