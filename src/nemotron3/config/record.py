@@ -185,6 +185,9 @@ def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
         raise _mismatch(path, value, f"a JSON object for {cls.__name__}")
     record = cast("dict[str, Any]", value)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
+    hints = get_type_hints(cls)
+    if "kind" in names and "kind" in record:  # of another kind, other fields are no misspellings
+        _decode(hints["kind"], record["kind"], _join(path, "kind"))
     for key in record:
         if key not in names:
             close = _close_match(key, names) or f"; it has {', '.join(names)}"
@@ -197,7 +200,6 @@ def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
             raise ConfigError(
                 f"{_join(path, name)} is missing; {cls.__name__} needs it in a record"
             )
-    hints = get_type_hints(cls)
     fields = {name: _decode(hints[name], record[name], _join(path, name)) for name in names}
     return _build(cls, path, **fields)
 
