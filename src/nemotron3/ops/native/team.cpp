@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -150,6 +151,20 @@ class Size {
   Share seen;
 };
 
+// Threads that start meanwhile get no signals: those are for threads that know what to do with them.
+class NoSignals {
+ public:
+  NoSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+  }
+  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+
+ private:
+  sigset_t before;
+};
+
 std::atomic<int64_t> forks{0};
 
 // The helpers of one calling thread.
@@ -164,7 +179,7 @@ class Helpers {
   void run(int64_t wanted, TeamBody body, void* context) {
     while ((int64_t)sizes.size() <= wanted) sizes.emplace_back(sizes.size());
     Size& size = sizes[wanted];
-    const int64_t threads = size.threads();
+    const int64_t threads = present(size.threads());
     if (threads == 1) {
       Meeting alone;
       Team team(0, 1, alone);
@@ -176,7 +191,6 @@ class Helpers {
       share.lasted = now() - watch.start;
       return size.learn(share, now());
     }
-    while ((int64_t)helpers.size() < threads - 1) start();
     this->body = body;
     this->context = context;
     this->threads = threads;
@@ -216,16 +230,21 @@ class Helpers {
       await(all_ended, ended, SPIN_IN_TEAM, waiting);
   }
 
-  void start() {
-    const int64_t index = helpers.size();
-    helpers.push_back(std::make_unique<Helper>());
-    Helper& helper = *helpers.back();
-    // Signals are for threads that know what to do with them.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    helper.thread = std::thread([this, index, &helper] { serve(index + 1, helper); });
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  // So many threads, or as many as the system lets there be.
+  int64_t present(int64_t threads) {
+    while ((int64_t)helpers.size() < threads - 1) {
+      auto helper = std::make_unique<Helper>();
+      Helper* at = helper.get();
+      const int64_t number = helpers.size() + 1;
+      const NoSignals while_it_starts;
+      try {
+        helper->thread = std::thread([this, number, at] { serve(number, *at); });
+      } catch (const std::system_error&) {
+        break;
+      }
+      helpers.push_back(std::move(helper));
+    }
+    return std::min<int64_t>(threads, helpers.size() + 1);
   }
 
   void serve(int64_t thread, Helper& helper) {
@@ -312,14 +331,11 @@ int nemotron3_calm_openmp() {
   openmp.parallel = (decltype(openmp.parallel))dlsym(library, "GOMP_parallel");
   openmp.processors = (decltype(openmp.processors))dlsym(library, "omp_get_num_procs");
   if (!openmp.parallel || !openmp.processors) return 0;
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const NoSignals while_it_starts;
   pthread_t thread;
-  const bool made = pthread_create(&thread, nullptr, keep_idle_team, &openmp) == 0;
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (made) pthread_detach(thread);
-  return made;
+  if (pthread_create(&thread, nullptr, keep_idle_team, &openmp) != 0) return 0;
+  pthread_detach(thread);
+  return 1;
 }
 
 void nemotron3_raise(Signal& signal) { raise(signal); }
