@@ -166,12 +166,13 @@ def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
     The arguments of a call that was cut off are no whole JSON: it is none to run, and the answer
     does not end with `tool_calls`.
     """
-    if reason is FinishReason.STOP and arguments and all(map(_is_json, arguments)):
+    if reason is FinishReason.STOP and arguments and all(map(is_whole_json, arguments)):
         return "tool_calls"
     return "length" if reason is FinishReason.LENGTH else "stop"
 
 
-def _is_json(text: str) -> bool:
+def is_whole_json(text: str) -> bool:
+    """Whether a call's arguments are whole, as a client finds out too."""
     try:
         json.loads(text)
     except json.JSONDecodeError:

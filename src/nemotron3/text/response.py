@@ -16,12 +16,9 @@ from dataclasses import dataclass
 
 from nemotron3.text.detokenize import IncrementalDetokenizer
 from nemotron3.text.messages import Tool
-from nemotron3.text.reasoning import TAGS, ReasoningSplitter, Span
+from nemotron3.text.reasoning import CALL_TAGS, TAGS, ReasoningSplitter, Span
 from nemotron3.text.tokenizer import Tokenizer
 from nemotron3.text.tool_calls import CallDelta, ContentDelta, ParsedCall, ToolCallParser
-from nemotron3.text.vocabulary import TOOL_CALL_END, TOOL_RESPONSE_END, TOOL_RESPONSE_START
-
-_SHOWN = (TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPONSE_END)  # to the readers; no tags to them
 
 
 @dataclass(frozen=True)
@@ -63,9 +60,9 @@ class ResponseParser:
     ) -> None:
         ids = {tokenizer.token_to_id(tag): tag for tag in TAGS}
         in_text = None in ids
+        ids |= {tokenizer.token_to_id(tag): tag for tag in CALL_TAGS}
         self._tags: dict[int | None, str] = {} if in_text else ids
-        shown = {tokenizer.token_to_id(token) for token in _SHOWN}
-        self._hidden = tokenizer.special_ids - shown - set(ids)
+        self._hidden = tokenizer.special_ids - set(ids)
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._splitter = ReasoningSplitter(
             is_open=is_reasoning_open,
@@ -74,7 +71,7 @@ class ResponseParser:
             keep_whitespace=keep_whitespace,
             force_nonempty_content=force_nonempty_content,
         )
-        self._calls = ToolCallParser(tools, tags_in_text=False) if tools else None
+        self._calls = ToolCallParser(tools, tags_in_text=in_text) if tools else None
         self._content: list[str] = []
         self.num_reasoning_tokens = self.num_content_tokens = 0
 
@@ -85,8 +82,8 @@ class ResponseParser:
             if token_id in self._hidden:
                 continue
             tag = self._tags.get(token_id)
-            if tag is None:
-                is_reasoning = self._splitter.is_reasoning_open
+            is_reasoning = self._splitter.is_reasoning_open
+            if tag is None or (is_reasoning and tag in CALL_TAGS):
                 self.num_reasoning_tokens += is_reasoning
                 text = self._detokenizer.push([token_id])
                 spans = self._splitter.push(text)
@@ -94,7 +91,7 @@ class ResponseParser:
             else:
                 spans = self._splitter.push(self._detokenizer.finish())
                 shown = self._splitter.push_tag(tag)
-                self.num_content_tokens += any(not s.is_reasoning and not s.is_tag for s in shown)
+                self.num_content_tokens += any(map(self._is_shown, shown))
                 spans += shown
             deltas += self._read(spans)
         return deltas
@@ -132,6 +129,13 @@ class ResponseParser:
         is_dropped = text.isspace() and not spans
         return not is_dropped and (self._calls is None or not self._calls.is_open)
 
+    def _is_shown(self, span: Span) -> bool:
+        """Whether a special token behind the reasoning is content itself."""
+        is_of_call = span.is_tag and (
+            span.text not in CALL_TAGS or (self._calls is not None and self._calls.is_open)
+        )
+        return not span.is_reasoning and not is_of_call
+
     def _read(self, spans: Iterable[Span]) -> list[ResponseDelta]:
         deltas: list[ResponseDelta] = []
         for span in spans:
@@ -139,8 +143,8 @@ class ResponseParser:
                 deltas.append(ReasoningDelta(span.text))
             elif self._calls is None:
                 deltas += self._keep([ContentDelta(span.text)])
-            elif span.is_tag:
-                deltas += self._keep(self._calls.push_tag())
+            elif span.is_tag and self._tags:
+                deltas += self._keep(self._calls.push_tag(span.text))
             else:
                 deltas += self._keep(self._calls.push(span.text))
         return deltas
