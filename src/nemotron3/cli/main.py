@@ -216,6 +216,14 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="N",
         help="answers that may wait for their turn; beyond that, 429 (default 256)",
     )
+    serve.add_argument(
+        "--reasoning-grace",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens beyond a request's reasoning budget in which a line end is waited for, where "
+        "the request does not say; 500 is the model card's rule (default 0: budgets are exact)",
+    )
     http = serve.add_argument_group("http")
     http.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for everyone (default 127.0.0.1)"

@@ -111,6 +111,12 @@ class Stream:
             await self.aclose()
             raise
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose state was kept from before, once the first token has come."""
+        report = self._answers.report
+        return 0 if report is None else report.num_cached_tokens
+
     def receive(self, progress: Progress) -> None:
         """Take what a step brought."""
         self._deltas.append(self._answers.push(progress))
@@ -163,6 +169,10 @@ class AsyncLLM(LoadedModel):
     def prepare_text(self, text: str) -> Prompt:
         """A text to continue as a prompt."""
         return self._frontend.text_prompt(text)
+
+    def prepare_ids(self, ids: Sequence[int]) -> Prompt:
+        """Token ids to continue as a prompt."""
+        return self._frontend.ids_prompt(ids)
 
     def prepare_forms(self) -> None:
         """Build what forms are compiled with, which else the first request with one waits for."""

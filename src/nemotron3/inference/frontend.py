@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from threading import Lock
 from typing import Any
@@ -20,7 +20,7 @@ from nemotron3.text import CHAT_STYLES, ChatStyle, ChatTemplate, Tokenizer
 from nemotron3.text.chat_style import style_of_template
 from nemotron3.text.jinja_render import render_jinja
 from nemotron3.text.messages import parse_tools
-from nemotron3.text.vocabulary import IM_START, THINK_START
+from nemotron3.text.vocabulary import IM_START, THINK_END, THINK_START
 
 _KEPT_BOUNDARIES = 2
 """Of a conversation's turns the last ones are where the next request parts from this one."""
@@ -98,7 +98,21 @@ class Frontend:
         ids = self.tokenizer.encode(text)
         if not ids:
             raise DataError("prompt is empty; give at least one character to continue")
-        return Prompt(ids=tuple(ids))
+        return self.ids_prompt(ids)
+
+    def ids_prompt(self, ids: Sequence[int]) -> Prompt:
+        """Token ids to continue, as they are; they may be a conversation that someone rendered."""
+        return Prompt(ids=tuple(ids), is_reasoning_open=self._ends_in_reasoning(ids))
+
+    def _ends_in_reasoning(self, ids: Sequence[int]) -> bool:
+        """Whether `<think>` is the last of the tags, and its turn is not over."""
+        if self._tokenizer is None:
+            return False
+        start = self._tokenizer.token_to_id(THINK_START)
+        if start is None or start not in ids:
+            return False
+        ends = {self._tokenizer.token_to_id(tag) for tag in (THINK_END, IM_START)} | self.eos_ids
+        return next(token for token in reversed(ids) if token == start or token in ends) == start
 
     def form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
         """What answers are held to, compiled; may be asked for in any thread."""
@@ -133,20 +147,8 @@ class Frontend:
             form = self.form(prompt, params)
         if params.stop:
             self._tokenizer_for(f"stop = {params.stop!r}")
-
-        ids = None if params.reasoning_budget is None else self._budget_ids
-
-        def budget() -> ThinkingBudget | None:
-            if params.reasoning_budget is None or ids is None:
-                return None
-            return ThinkingBudget(
-                budget=params.reasoning_budget,
-                grace=params.reasoning_grace,
-                ids=ids,
-                is_open=prompt.is_reasoning_open,
-                has_tools=bool(prompt.tools),
-                last_token=prompt.ids[-1] if prompt.ids else None,
-            )
+        if params.reasoning_budget is not None:
+            self._tokenizer_for("reasoning_budget")
 
         def stop() -> StopStrings | None:
             if not params.stop:
@@ -159,17 +161,32 @@ class Frontend:
             params=params,
             boundaries=self._turns(prompt.ids),
             make_stop=stop,
-            make_budget=budget,
+            make_budget=partial(self._budget, prompt, params),
             make_constraint=lambda: form.fork() if form is not None else None,
         )
 
     def answers(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Answers:
         """The readers of a request's answers."""
         each = [
-            Answer(prompt, params, self._tokenizer, index, self.eos_ids)
+            Answer(
+                prompt, params, self._tokenizer, index, self.eos_ids, self._budget(prompt, params)
+            )
             for index in range(params.n)
         ]
         return Answers(request_id, prompt, each)
+
+    def _budget(self, prompt: Prompt, params: SamplingParams) -> ThinkingBudget | None:
+        """What limits one answer's reasoning: of the engine's, and of who reads the answer."""
+        if params.reasoning_budget is None:
+            return None
+        return ThinkingBudget(
+            budget=params.reasoning_budget,
+            grace=params.reasoning_grace,
+            ids=self._budget_ids,
+            is_open=prompt.is_reasoning_open,
+            has_tools=bool(prompt.tools),
+            last_token=prompt.ids[-1] if prompt.ids else None,
+        )
 
     def _turns(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Where the last turns of a conversation begin, whoever rendered it."""
@@ -181,4 +198,4 @@ class Frontend:
 
     @cached_property
     def _budget_ids(self) -> BudgetIds:
-        return budget_ids(self._tokenizer_for("reasoning_budget"), self.template.style)
+        return budget_ids(self.tokenizer, self.template.style)

@@ -77,7 +77,7 @@ class LLM(LoadedModel):
             return prompt
         if isinstance(prompt, str):
             return self._frontend.text_prompt(prompt)
-        return Prompt(ids=tuple(prompt))
+        return self._frontend.ids_prompt(prompt)
 
     def _run(
         self,
