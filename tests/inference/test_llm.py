@@ -386,3 +386,17 @@ def test_a_model_is_sampled_from_while_it_is_trained():
     beside = train(samples=True)
     assert alone[:2] == beside[:2]
     assert all(torch.equal(a, b) for a, b in zip(alone[2], beside[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"top_p": 3.0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {7: 1e9}}, "logit_bias[7]"),
+    ],
+)
+def test_a_refused_parameter_is_named_as_data(given, field):
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(**given)
+    assert caught.value.field == field

@@ -66,7 +66,8 @@ class PretrainRun(RunConfig):
         ):
             raise ConfigError(
                 f"corpus.tokenizer.vocab_size is {tokenizer.vocab_size}, more than "
-                f"model.vocab_size {self.model.vocab_size}; make them equal"
+                f"model.vocab_size {self.model.vocab_size}; make them equal",
+                field="corpus.tokenizer.vocab_size",
             )
 
 
