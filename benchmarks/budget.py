@@ -24,7 +24,7 @@ from benchmarks.page import ROOT, fill, table
 from examples.sums import problem, question
 
 from nemotron3 import LLM, EngineConfig, SamplingParams
-from nemotron3.inference.answers import CompletionOutput
+from nemotron3.inference.output_processor import CompletionOutput
 
 PAGE = ROOT / "docs" / "reasoning.md"
 DRAWING = ROOT / "docs" / "assets" / "reasoning-budget.svg"

@@ -28,8 +28,8 @@ from benchmarks.models import TOLERANCE, Pair, build_pair, configs, parity, toke
 from benchmarks.timing import Contestant, Sample, interleave
 
 from benchmarks import limits, llama_cpp, machine, memory, workloads
-from nemotron3.models.accounting import model_costs
-from nemotron3.parallel.heap import keep_freed_memory
+from nemotron3.models.costs import model_costs
+from nemotron3.runtime.malloc import retain_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = "limit"
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a built llama-bench")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args(arguments)
-    keep_freed_memory()  # as an engine does; for both programs of this process
+    retain_freed_memory()  # as an engine does; for both programs of this process
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     llama = options.llama_cpp

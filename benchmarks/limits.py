@@ -1,6 +1,6 @@
 """The least that each workload must do: FLOPs where products bind, bytes where memory does.
 
-Products are counted by `nemotron3.models.accounting`. A training step does three times those of a
+Products are counted by `nemotron3.models.costs`. A training step does three times those of a
 forward pass; of a prompt the last token alone has to pass the layers behind the last one that
 remembers, and the output layer. A decoding step must at least read the weights that its tokens
 pass, and read and write their states. Of the routed experts, a batch of b tokens that choose evenly
@@ -10,14 +10,14 @@ touches 1 - (1 - k/E)^b.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nemotron3.models.accounting import (
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.costs import (
     forward_flops_per_token,
     kv_bytes_per_token,
     model_costs,
     state_bytes_per_sequence,
 )
-from nemotron3.models.config import ModelConfig
-from nemotron3.models.pattern import LayerKind, last_memory
+from nemotron3.models.pattern import LayerKind, last_stateful_layer
 
 _PARTS = {
     LayerKind.MAMBA: "mamba",
@@ -35,7 +35,7 @@ def training_flops(config: ModelConfig, *, length: int) -> float:
 def prefill_flops(config: ModelConfig, *, length: int) -> float:
     """FLOPs per token of a prompt."""
     main = config.pattern.main
-    all_pass = _with_layers(config, main[: last_memory(main) + 1])
+    all_pass = _with_layers(config, main[: last_stateful_layer(main) + 1])
     flops = backbone_flops(all_pass, length=length)
     return flops + (forward_flops_per_token(config, context=length) - flops) / length
 

@@ -25,7 +25,7 @@ from benchmarks.speculation import held_out_of
 from torch import Tensor
 
 from nemotron3 import LanguageModel
-from nemotron3.models.cache import HybridCache
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.ops.segments import Segments
 
@@ -63,7 +63,7 @@ def as_drafted(model: LanguageModel, ids: Tensor, hidden: Tensor, way: str) -> l
 
     def draft(tokens: Tensor, state: Tensor, context: int) -> Tensor:
         layout = SequenceLayout(
-            Segments([1] * rows), context=(context,) * rows, slots=tuple(range(rows))
+            Segments([1] * rows), cached_lengths=(context,) * rows, slots=tuple(range(rows))
         )
         return mtp(model.embed(tokens), state, layout, cache.draft_layers)[0]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nemotron3.models.allocation import large_pages
 from nemotron3.ops.linear import linear
-from nemotron3.parallel.devices import measure_product_rate
+from nemotron3.runtime.devices import measure_product_rate
 
 BUSY = 1.5
 """Load average from which measurements are called noisy."""

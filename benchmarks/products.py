@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks import machine
 from nemotron3.ops.linear import linear
-from nemotron3.parallel.heap import keep_freed_memory
+from nemotron3.runtime.malloc import retain_freed_memory
 
 SHAPES = {
     "30M, into Mamba": (1552, 256),
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args()
-    keep_freed_memory()
+    retain_freed_memory()
     torch.set_num_threads(options.threads)
     result = measure(options.repeats)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from benchmarks.workloads import OPTIMIZER, PROMPT
 
 from benchmarks import machine
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.parallel.heap import keep_freed_memory
+from nemotron3.runtime.malloc import retain_freed_memory
 from nemotron3.training.optimizers import build_optimizer
 
 Parts = dict[str, float]
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args(arguments)
-    keep_freed_memory()  # as training does
+    retain_freed_memory()  # as training does
     result = measure(
         options.model, batch=options.batch, length=options.length, repeats=options.repeats
     )

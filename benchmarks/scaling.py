@@ -25,7 +25,7 @@ from benchmarks.workloads import training
 from benchmarks import machine
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.parallel.heap import keep_freed_memory
+from nemotron3.runtime.malloc import retain_freed_memory
 
 AXES = {
     "sequence length": (256, 512, 1024, 2048, 4096),
@@ -104,7 +104,7 @@ def main(
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and SVG")
     options = parser.parse_args(arguments)
-    keep_freed_memory()  # as training does
+    retain_freed_memory()  # as training does
     load = machine.load_average()
     machine.warn_if_busy(load)
     result: dict[str, Any] = {

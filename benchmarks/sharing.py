@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.timing import turns
-from nemotron3.training.losses import LossConfig, Targets
+from nemotron3.training.losses import LossConfig, TrainBatch
 
 from benchmarks import machine
 from nemotron3 import EngineConfig, LanguageModel, ModelConfig, SamplingParams
@@ -76,7 +76,7 @@ def work(kind: str) -> Callable[[], int]:
 def _training(model: LanguageModel) -> Callable[[], int]:
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-4))
     tokens = torch.randint(3, 4096, (2049,), generator=torch.Generator().manual_seed(0))
-    batch = Targets(
+    batch = TrainBatch(
         tokens=tokens[:-1],
         targets=tokens[1:],
         mask=torch.ones(2048),

@@ -41,8 +41,8 @@ from nemotron3 import LLM, EngineConfig, LanguageModel, SamplingParams
 from nemotron3.config import read_run
 from nemotron3.data import CorpusConfig, open_tokenized, prepare_corpus
 from nemotron3.data.token_files import TokenFile
-from nemotron3.inference.answers import Prompt
-from nemotron3.inference.speculative import USUAL_DRAFTS
+from nemotron3.inference.output_processor import Prompt
+from nemotron3.inference.speculative import DEFAULT_DRAFTS
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.text import Tokenizer
 
@@ -221,7 +221,7 @@ def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
     """One for each number of drafts; the adaptive one last."""
     alone = EngineConfig(max_num_seqs=1, adapts_drafts=False)
     configs = [replace(alone, max_draft_tokens=drafts) for drafts in range(MOST + 1)]
-    configs.append(replace(alone, max_draft_tokens=USUAL_DRAFTS, adapts_drafts=True))
+    configs.append(replace(alone, max_draft_tokens=DEFAULT_DRAFTS, adapts_drafts=True))
     weights, tokenizer = LanguageModel.from_pretrained(model), Tokenizer.from_directory(model)
     return [
         Ours(LLM(weights, tokenizer=tokenizer, config=config), params, config) for config in configs

@@ -25,9 +25,9 @@ import torch
 from benchmarks.drawing import pyplot
 from torch import Tensor
 
+from nemotron3.models.cache.state_format import StateFormat
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.state_format import StateFormat
-from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.rounding.bits import RandomBits, philox, sixteen_bits
 
 ROOT = Path(__file__).parent.parent
@@ -93,9 +93,9 @@ def scan(steps: int) -> list[dict]:
             # As with small steps dt: what comes in is small where little is forgotten.
             x = (1 - decays) * (1 + torch.randn(shape, generator=generator))
             exact = decays.double() * exact + x.double()
-            kept = form.keep(decays * form.widen(kept) + x, torch.tensor([t + 1]))
+            kept = form.quantize(decays * form.dequantize(kept) + x, torch.tensor([t + 1]))
             if (t + 1) & t == 0 or (t + 1) % (steps // 16) == 0:
-                off = (form.widen(kept).double() - exact).square().sum((0, 2, 3))
+                off = (form.dequantize(kept).double() - exact).square().sum((0, 2, 3))
                 marks.append(t + 1)
                 errors.append((off / exact.square().sum((0, 2, 3))).sqrt().tolist())
         rows.append({"state": name, "steps": marks, "decays": DECAYS, "errors": errors})
@@ -152,8 +152,10 @@ def _distance(cache: Any, wide: Any) -> float:
     for mine, exact in zip(cache.layers, wide.layers, strict=True):
         if hasattr(exact, "format"):
             slots = torch.arange(len(wide.lengths))
-            states = exact.format.widen(tuple(part[slots] for part in exact.states)).double()
-            kept = mine.format.widen(tuple(part[slots] for part in mine.states)).double()
+            states = exact.format.dequantize(
+                tuple(part[slots] for part in exact.ssm_states)
+            ).double()
+            kept = mine.format.dequantize(tuple(part[slots] for part in mine.ssm_states)).double()
             off += float((kept - states).square().sum())
             size += float(states.square().sum())
     return (off / size) ** 0.5

@@ -13,7 +13,7 @@ from benchmarks.models import our_loss, their_loss
 from benchmarks.timing import Contestant, warmed
 from torch import Tensor, nn
 
-from nemotron3.models.cache import HybridCache
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.steps import StepRunner
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer

@@ -13,9 +13,9 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGE = _ROOT / "src" / "nemotron3"
-_ROOMS = (
+_PACKAGES = (
     *("models", "ops", "inference", "server", "training", "data", "checkpoint"),
-    *("text", "config", "observe", "parallel", "recipes", "cli"),
+    *("text", "config", "observe", "runtime", "recipes", "cli"),
 )
 _SOURCE_LINK = re.compile(r"\]\((?:\.\./)+src/nemotron3/([\w/]+?)(?:/__init__)?\.py\)")
 _OTHER_LINK = re.compile(
@@ -25,10 +25,10 @@ _OTHER_LINK = re.compile(
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add a reference page for each room."""
-    for room in _ROOMS:
-        content = "\n\n".join([f"# {room}", *(f"::: {name}" for name in _modules(room))])
-        files.append(File.generated(config, f"reference/{room}.md", content=content))
+    """Add a reference page for each package."""
+    for package in _PACKAGES:
+        content = "\n\n".join([f"# {package}", *(f"::: {name}" for name in _modules(package))])
+        files.append(File.generated(config, f"reference/{package}.md", content=content))
     return files
 
 
@@ -40,10 +40,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return _OTHER_LINK.sub(r"\1", markdown)
 
 
-def _modules(room: str) -> list[str]:
-    """The modules of a room, its face first."""
+def _modules(package: str) -> list[str]:
+    """The modules of a package, its `__init__` first."""
     names: list[str] = []
-    for file in sorted((_PACKAGE / room).rglob("*.py")):
+    for file in sorted((_PACKAGE / package).rglob("*.py")):
         parts = file.relative_to(_PACKAGE).with_suffix("").parts
         if parts[-1].startswith("_") and parts[-1] != "__init__":
             continue

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from nemotron3 import LanguageModel, ModelConfig
-from nemotron3.models.accounting import model_costs
+from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.training.balancing import expert_load, max_violation
 

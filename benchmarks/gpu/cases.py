@@ -134,7 +134,7 @@ def _scan_size(mamba: MambaConfig, lengths: Sequence[int]) -> str:
 def convolution(
     channels: int, lengths: Sequence[int], dtype: torch.dtype, *, taps: int = 4
 ) -> Case:
-    """The causal convolution with its SiLU, over packed sequences with tails before them."""
+    """The causal convolution with its SiLU, over packed sequences with states before them."""
     segments = Segments(lengths)
 
     def draw(d: Draw) -> Problem:
@@ -147,7 +147,7 @@ def convolution(
             ],
             lambda backend: (
                 lambda x, w, b, tails: causal_conv(
-                    x, w, b, segments=segments, tails=tails, backend=backend
+                    x, w, b, segments=segments, conv_states=tails, backend=backend
                 )
             ),
         )

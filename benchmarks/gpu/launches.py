@@ -11,7 +11,7 @@ from typing import Any
 
 def kernel_modules() -> list[Any]:
     """The kernel files that something has imported."""
-    names = [n for n in sys.modules if n.startswith("nemotron3.ops.") and n.endswith(".triton")]
+    names = [n for n in sys.modules if n.startswith("nemotron3.ops.") and n.endswith("triton")]
     return [sys.modules[name] for name in sorted(names)]
 
 

@@ -42,8 +42,9 @@ def scan_steps(
 ) -> Case:
     """`length` tokens for each of `rows` states, which are written in place.
 
-    Where states are `kept`, they stay, and the one after each token goes to a trail, as when
-    drafted tokens are checked. Slots are not in the order of the sequences, as they seldom are.
+    Where states are `kept`, they stay, and the one after each token goes to intermediate states, as
+    when drafted tokens are checked. Slots are not in the order of the sequences, as they seldom
+    are.
     """
     segments = Segments.uniform(rows, length)
 
@@ -57,9 +58,22 @@ def scan_steps(
 
             def run(*t: Tensor) -> Sequence[Tensor]:
                 x, dt, A, B, C, D, states = t
-                trail = states.new_empty(rows, length, *states.shape[1:]) if kept else None
-                y = ssd_steps(x, dt, A, B, C, D, states, slots, trail=trail, backend=backend)
-                return y, states if trail is None else trail
+                intermediate_states = (
+                    states.new_empty(rows, length, *states.shape[1:]) if kept else None
+                )
+                y = ssd_steps(
+                    x,
+                    dt,
+                    A,
+                    B,
+                    C,
+                    D,
+                    states,
+                    slots,
+                    intermediate_states=intermediate_states,
+                    backend=backend,
+                )
+                return y, states if intermediate_states is None else intermediate_states
 
             return run
 
@@ -72,7 +86,7 @@ def scan_steps(
 def convolution_steps(
     channels: int, rows: int, length: int, dtype: torch.dtype, *, kept: bool = False, taps: int = 4
 ) -> Case:
-    """The convolution for `length` tokens of each of `rows` tails; `kept` as above."""
+    """The convolution for `length` tokens of each of `rows` states; `kept` as above."""
 
     def draw(d: Draw) -> Problem:
         operands = [
@@ -87,12 +101,20 @@ def convolution_steps(
             # The steps have no form of their own that is written out token by token.
             chosen: Backend = "torch" if backend == "reference" else backend
 
-            def run(x: Tensor, w: Tensor, b: Tensor, tails: Tensor) -> Sequence[Tensor]:
-                trail = tails.new_empty(rows, length, *tails.shape[1:]) if kept else None
-                y = causal_conv_steps(
-                    x, w, b, tails=tails, slots=slots, trail=trail, backend=chosen
+            def run(x: Tensor, w: Tensor, b: Tensor, conv_states: Tensor) -> Sequence[Tensor]:
+                intermediate_states = (
+                    conv_states.new_empty(rows, length, *conv_states.shape[1:]) if kept else None
                 )
-                return y, tails if trail is None else trail
+                y = causal_conv_steps(
+                    x,
+                    w,
+                    b,
+                    conv_states=conv_states,
+                    slots=slots,
+                    intermediate_states=intermediate_states,
+                    backend=chosen,
+                )
+                return y, conv_states if intermediate_states is None else intermediate_states
 
             return run
 
@@ -129,7 +151,8 @@ def attention_steps_after(
                 if backend == "reference":
                     return [_attention_reference(q, k, v, keys, values, table, contexts)]
                 y = attention_steps(
-                    q, k, v, keys=keys, values=values, table=table, slots=slots, context=context,
+                    q, k, v, keys=keys, values=values, table=table, slots=slots,
+                    cached_lengths=context,
                     backend=backend,
                 )  # fmt: skip
                 return [y]

@@ -33,8 +33,8 @@ from nemotron3.models.config import ModelConfig
 
 _SCAN, _CONV = "nemotron3.ops.ssd.triton", "nemotron3.ops.conv.triton"
 _EXPERTS, _NORM = "nemotron3.ops.experts.triton", "nemotron3.ops.norm.triton"
-_LOSS, _STEPS = "nemotron3.ops.cross_entropy.triton", "nemotron3.ops.ssd.decoding.triton"
-_ATTENTION = "nemotron3.ops.attention.triton"
+_LOSS, _STEPS = "nemotron3.ops.cross_entropy.triton", "nemotron3.ops.ssd.decode_triton"
+_ATTENTION = "nemotron3.ops.attention.decode_triton"
 
 
 @dataclass(frozen=True, kw_only=True)

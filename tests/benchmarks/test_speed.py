@@ -11,7 +11,7 @@ from benchmarks.models import TOLERANCE, build_pair, configs, our_loss, parity, 
 from benchmarks.timing import interleave
 
 from benchmarks import cpu, limits, machine, page, products, profile_layers, scaling, timing
-from nemotron3.models.accounting import forward_flops_per_token, model_costs
+from nemotron3.models.costs import forward_flops_per_token, model_costs
 from nemotron3.models.nemotron_h import LanguageModel
 
 SIZES = cpu.Sizes(

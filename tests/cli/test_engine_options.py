@@ -7,7 +7,7 @@ import pytest
 from nemotron3.cli.engine_options import add_engine_options, engine_config
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.models.state_precision import StatePrecision
+from nemotron3.models.cache.state_precision import StatePrecision
 
 
 def config(*words):

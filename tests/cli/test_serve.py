@@ -37,7 +37,7 @@ def test_what_compiles_forms_is_there_before_the_first_request(serve, monkeypatc
     monkeypatch.setattr(structured_output, "_line_ends", lambda _: built.append(1) or frozenset())
     server = serve()
     assert built == [1]
-    server.llm.prepare_forms()
+    server.llm.prepare_grammars()
     assert built == [1]
 
 
@@ -70,5 +70,5 @@ def test_without_what_compiles_forms_it_serves_and_says_so(serve, monkeypatch, c
 
     monkeypatch.setattr(structured_output, "import_module", missing)
     assert serve().llm.is_alive
-    assert "requests with a form will be refused" in capsys.readouterr().err
+    assert "structured outputs will be refused" in capsys.readouterr().err
     assert not logging.getLogger("nemotron3.server").handlers

@@ -76,7 +76,7 @@ PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 def test_links_lead_somewhere(page, target):
     path, _, anchor = target.partition("#")
     file = (page.parent / path).resolve() if path else page
-    # The reference's pages of rooms are made by the build, from folders of the package.
+    # The reference's pages of packages are made by the build, from folders of the package.
     if file.parent == ROOT / "docs" / "reference" and file.name != "index.md":
         assert (ROOT / "src" / "nemotron3" / file.stem).is_dir()
         return

@@ -65,9 +65,9 @@ def test_only_kernels_and_the_devices_name_cuda():
         for file, where, node in nodes((ast.Constant, ast.Attribute))
         if (getattr(node, "value", None) == "cuda" or getattr(node, "attr", None) == "cuda")
         and file.name not in ("triton.py", "backends.py")
-        and not file.is_relative_to(PACKAGE / "parallel")
+        and not file.is_relative_to(PACKAGE / "runtime")
     ]
-    assert not named, f"{named}: a device is an argument, and parallel/devices.py finds it"
+    assert not named, f"{named}: a device is an argument, and runtime/devices.py finds it"
 
 
 def test_only_the_command_line_prints():

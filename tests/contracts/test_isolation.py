@@ -20,7 +20,7 @@ from nemotron3 import LLM, AsyncLLM, EngineConfig, SamplingParams
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.graph import Graph
 from nemotron3.ops.linear import linear
-from nemotron3.ops.native import SharedCall, recording
+from nemotron3.ops.native import GraphNode, recording
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 from nemotron3.training.step import TrainingStep
 from tests.inference.texts import tokenizer
@@ -161,7 +161,7 @@ def test_what_other_threads_compute_is_not_recorded():
         wanted = linear(x, weight)
         pool.submit(linear, x, weight).result()
     assert len(calls) == 1
-    assert isinstance(calls[0], SharedCall)
+    assert isinstance(calls[0], GraphNode)
     graph = Graph()
     with ThreadPoolExecutor(1) as pool, torch.no_grad(), graph.record():
         y = linear(x, weight)

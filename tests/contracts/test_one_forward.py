@@ -174,7 +174,9 @@ def test_what_is_wanted_of_a_call_are_rows_of_the_whole(
     tokens, wanted = tokens_for(config, 33), torch.tensor([*wanted], dtype=torch.int64)
     states = [model.new_state(3), model.new_state(3)]
     whole, some = (
-        model.hidden_states(tokens, layout=state.layout([5, 19, 9]), state=state, wanted=rows)
+        model.hidden_states(
+            tokens, layout=state.layout([5, 19, 9]), state=state, output_indices=rows
+        )
         for state, rows in zip(states, (None, wanted), strict=True)
     )
     assert_close(some, whole[wanted], tolerance)
@@ -215,7 +217,7 @@ def test_within_a_call_gradients_flow_and_into_the_state_they_do_not(assert_clos
     (whole,) = torch.autograd.grad(full.square().sum(), y)
     assert_close(carried, whole[7:], FLOAT64)
     assert not any(
-        buffer.requires_grad for buffer in (*state.layers[0].states, state.layers[1].keys)
+        buffer.requires_grad for buffer in (*state.layers[0].ssm_states, state.layers[1].keys)
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nemotron3.data import sources
-from nemotron3.data.origins import PackageText, PythonPackage, content_digest
+from nemotron3.data.package_archives import PackageText, PythonPackage, content_digest
 from nemotron3.data.sources import SOURCES, PinnedConfig, find_source, read_source
 from nemotron3.errors import ConfigError, DataError
 

@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 
-from nemotron3.inference.answers import Answers, CompletionOutput, Prompt, RequestOutput
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.frontend import Frontend
+from nemotron3.inference.output_processor import (
+    CompletionOutput,
+    Prompt,
+    RequestOutput,
+    RequestOutputProcessor,
+)
 from nemotron3.inference.requests import FinishReason, SamplingParams, TokenLogprob
 
 
@@ -21,7 +26,7 @@ class Ask:
 
 def serve(engine: Engine, frontend: Frontend, asks: list[Ask]) -> list[RequestOutput]:
     """Everything that the answers tell, request by request."""
-    answers: dict[str, Answers] = {}
+    answers: dict[str, RequestOutputProcessor] = {}
     waiting, step = dict(enumerate(asks)), 0
     while waiting or engine.has_work:
         for number, ask in list(waiting.items()):

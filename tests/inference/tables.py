@@ -29,11 +29,11 @@ def write(choosers, length, *, vocab, drafts=0, salt=0, head=0):
             for i, window in zip(running, windows, strict=True)
             for ahead in range(drafts + 1)
         ]
-        gains = choose(those, torch.stack(rows), windows)
-        for i, gain in zip(list(running), gains, strict=True):
+        accepted = choose(those, torch.stack(rows), windows)
+        for i, new_tokens in zip(list(running), accepted, strict=True):
             assert choosers[i].error is None, choosers[i].error
-            assert 1 <= len(gain) <= drafts + 1
-            answers[i] += gain
-            if gain[-1] in choosers[i].stop_ids or len(answers[i]) >= length:
+            assert 1 <= len(new_tokens) <= drafts + 1
+            answers[i] += new_tokens
+            if new_tokens[-1] in choosers[i].stop_ids or len(answers[i]) >= length:
                 running.remove(i)
     return [answer[:length] for answer in answers]

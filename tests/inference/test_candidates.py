@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nemotron3.inference import candidates
 from nemotron3.inference.candidates import Draw, draw, truncate
-from nemotron3.ops.drawing.noise import gumbel, position_key
+from nemotron3.ops.sampling.noise import gumbel, position_key
 
 
 def draws(**fields):

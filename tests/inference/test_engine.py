@@ -14,7 +14,7 @@ from nemotron3.inference.engine import Engine
 from nemotron3.inference.memory import page_bytes
 from nemotron3.inference.requests import FailureKind, FinishReason, SamplingParams
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.models.state_precision import StatePrecision
+from nemotron3.models.cache.state_precision import StatePrecision
 from tests.tiny import randomized, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE
 
@@ -45,9 +45,9 @@ def run(engine, requests, *, at=None, scored=False):
         for arriving in [r for r in waiting if at.get(r.request_id, 0) <= step]:
             engine.add(arriving)
             waiting.remove(arriving)
-        for progress in engine.step():
-            answer = answers.setdefault((progress.request_id, progress.index), [])
-            answer += [p.logprob for p in progress.logprobs] if scored else progress.tokens
+        for delta in engine.step():
+            answer = answers.setdefault((delta.request_id, delta.index), [])
+            answer += [p.logprob for p in delta.logprobs] if scored else delta.tokens
         step += 1
         assert step < 2000, "the engine makes no progress"
     return answers
@@ -315,8 +315,8 @@ def test_an_aborted_request_leaves_and_the_others_go_on(model, expected):
         if step == 3:
             (last,) = engine.abort("4")
             assert last.finish_reason is FinishReason.ABORT
-        for progress in engine.step():
-            tokens.setdefault(progress.request_id, []).extend(progress.tokens)
+        for delta in engine.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.tokens)
     assert engine.abort("4") == []
     assert tokens["3"] == expected[3]
     assert tokens["5"] == expected[5]
@@ -357,7 +357,7 @@ def read_by(engine, prompt, **more):
     engine.scheduler.admit()
     calls = []
     while any(not sequence.is_prefilled for sequence in engine.scheduler.running):
-        [chunks] = engine.scheduler.calls()
+        [chunks] = engine.scheduler.schedule_prefill()
         calls.append(chunks[0][1])
         engine.step()
     while engine.has_work:
@@ -382,7 +382,7 @@ def test_what_follows_a_kept_state_is_read_in_one_call(model, state):
 
 
 def test_chunks_of_a_step_are_the_models_own_pass(model):
-    passes, plain = (engine_for(model, prefix_interval=64)._passes for _ in range(2))
+    passes, plain = (engine_for(model, prefix_interval=64)._runner for _ in range(2))
     with torch.inference_mode():
         for seed, lengths in enumerate([(9, 9), (5, 5), (5, 5), (30, 2), (5, 5), (1, 1)]):
             tokens = [tokens_for(CONFIG, n, seed=seed + n + 40 * i).tolist() for i, n in
@@ -411,7 +411,7 @@ def test_other_weights_find_nothing_that_running_answers_keep():
     answer = []
     engine.add(request("a", prompt, GREEDY))
     while engine.has_work:
-        answer += [token for progress in engine.step() for token in progress.tokens]
+        answer += [token for delta in engine.step() for token in delta.tokens]
         if len(answer) == 3:
             randomized(ours, 5)
             engine.invalidate_caches()
@@ -449,8 +449,8 @@ def test_prompts_that_are_kept_for_others_make_room(model, scores):
         engine.add(request(name, prompt, params))
     answers = {}
     for _ in range(3000):
-        for progress in engine.step():
-            answers.setdefault((progress.request_id, progress.index), []).extend(progress.tokens)
+        for delta in engine.step():
+            answers.setdefault((delta.request_id, delta.index), []).extend(delta.tokens)
         if not engine.has_work:
             break
     assert_is_empty(engine)
@@ -497,6 +497,6 @@ def test_one_answer_that_cannot_go_on_leaves_the_others(model, expected):
         steps += engine.step()
     (bad,) = [step for step in steps if step.request_id == "bad"]
     assert (bad.finish_reason, bad.error) == (FinishReason.ERROR, "the grammar has no way on")
-    assert bad.failure is FailureKind.FORM
+    assert bad.failure is FailureKind.GRAMMAR
     good = [t for step in steps if step.request_id == "good" for t in step.tokens]
     assert good == expected[3]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nemotron3 import LLM, AsyncLLM, EngineConfig, SamplingParams
 from nemotron3.errors import ConfigError, DataError, OverloadedError
-from nemotron3.inference.loading import name_of
+from nemotron3.inference.base_llm import name_of
 from nemotron3.inference.requests import FailureKind, FinishReason, StructuredOutput
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
 from tests.inference.texts import text_model, tokenizer

@@ -8,8 +8,8 @@ from nemotron3.inference import memory
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.memory import batched_tokens, cache_bytes
-from nemotron3.models.accounting import state_bytes_per_sequence
-from nemotron3.models.state_precision import StatePrecision
+from nemotron3.models.cache.state_precision import StatePrecision
+from nemotron3.models.costs import state_bytes_per_sequence
 from tests.tiny import tiny_config, tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -41,7 +41,7 @@ def test_the_longest_kept_beginning_is_found(kept, dropped, wanted):
     slots = Slots()
     prefixes = PrefixCache(slots, max_bytes=100)
     for slot, tokens in enumerate(kept):
-        prefixes.keep(tokens, slot)
+        prefixes.insert(tokens, slot)
     there = [slot for slot, tokens in enumerate(kept) if tokens]
     for _ in range(dropped):
         prefixes.evict()
@@ -53,7 +53,7 @@ def test_the_longest_kept_beginning_is_found(kept, dropped, wanted):
             for slot in there
             if len(kept[slot]) < len(tokens) and tokens[: len(kept[slot])] == kept[slot]
         ]
-        found = prefixes.find(tokens)
+        found = prefixes.match(tokens)
         best = max(begins, key=lambda slot: len(kept[slot]), default=None)
         assert (None if found is None else found.slot) == best
 
@@ -61,19 +61,19 @@ def test_the_longest_kept_beginning_is_found(kept, dropped, wanted):
 def test_what_was_found_last_goes_last():
     prefixes = PrefixCache(Slots(), max_bytes=2)
     for slot, tokens in enumerate(([1], [2], [2, 3])):
-        prefixes.keep(tokens, slot)
-        prefixes.find([1, 9])
-    assert prefixes.find([1, 9]).slot == 0
-    assert prefixes.find([2, 3, 9]).slot == 2
-    assert prefixes.find([2, 9]) is None
+        prefixes.insert(tokens, slot)
+        prefixes.match([1, 9])
+    assert prefixes.match([1, 9]).slot == 0
+    assert prefixes.match([2, 3, 9]).slot == 2
+    assert prefixes.match([2, 9]) is None
 
 
 def test_a_new_version_of_the_weights_finds_nothing():
     slots = Slots()
     prefixes = PrefixCache(slots, max_bytes=100)
-    prefixes.keep([1, 2], 0)
-    prefixes.forget()
-    assert prefixes.find([1, 2, 3]) is None
+    prefixes.insert([1, 2], 0)
+    prefixes.clear()
+    assert prefixes.match([1, 2, 3]) is None
     assert slots.held == 0
-    prefixes.keep([1, 2], 5)
-    assert prefixes.find([1, 2, 3]).slot == 5
+    prefixes.insert([1, 2], 5)
+    assert prefixes.match([1, 2, 3]).slot == 5

@@ -144,10 +144,10 @@ def test_a_head_that_knows_the_model_is_always_believed(temperature):
             for _ in range(3):
                 window += draft([one], table((*answer, *window), VOCAB, 0)[None], [window])
             rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(4)]
-            (gain,) = choose([one], torch.stack(rows), [window])
-            assert gain[:3] == window
-            assert len(gain) == 4
-            answer += gain
+            (new_tokens,) = choose([one], torch.stack(rows), [window])
+            assert new_tokens[:3] == window
+            assert len(new_tokens) == 4
+            answer += new_tokens
         assert END in answer
 
 
@@ -267,7 +267,7 @@ def test_a_constraint_that_fails_is_reported_where_plain_decoding_meets_it():
                 window += draft([one], table((*answer, *window), VOCAB, 0)[None], [window])
             rows = [table((*answer, *window[:i]), VOCAB, 0) for i in range(drafts + 1)]
             answer += choose([one], torch.stack(rows), [window])[0]
-        assert (one.error, one.failure) == ("out of step", FailureKind.FORM)
+        assert (one.error, one.failure) == ("out of step", FailureKind.GRAMMAR)
         assert len(answer) == 2
 
 

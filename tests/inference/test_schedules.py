@@ -49,7 +49,7 @@ def lively():
     return dict.fromkeys(tokens, 3.0)
 
 
-FORM = StructuredOutput(kind="regex", value="[a-z ]{2,9}")
+GRAMMAR = StructuredOutput(kind="regex", value="[a-z ]{2,9}")
 
 
 def params_drawn():
@@ -57,7 +57,7 @@ def params_drawn():
         if is_lively:
             given["logit_bias"] = lively()
         if form and given["n"] == 1:
-            given |= {"structured": FORM, "ignore_eos": False}  # a form can only end by them
+            given |= {"structured": GRAMMAR, "ignore_eos": False}  # a form can only end by them
         return SamplingParams(**given)
 
     return st.builds(

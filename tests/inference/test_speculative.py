@@ -60,8 +60,8 @@ def drafts_of(engine, *prompts):
     for name, prompt in enumerate(prompts):
         engine.add(EngineRequest(request_id=str(name), prompt=tuple(prompt), params=params))
     while engine.has_work:
-        for progress in engine.step():
-            answers.setdefault(progress.request_id, []).extend(progress.tokens)
+        for delta in engine.step():
+            answers.setdefault(delta.request_id, []).extend(delta.tokens)
     engine._drafter.write = write
     return answers, drafted
 
@@ -75,7 +75,7 @@ def assert_same_where_both(ours, theirs, *, at_least):
 @pytest.mark.parametrize("most", [3, 128])
 @pytest.mark.parametrize("pauses", [[0] * 7, [2, 2, 0, 0, 0, 2, 0, 2, 0, 0]])
 def test_drafts_after_a_pause_are_those_without_one(model, pauses, most, monkeypatch):
-    monkeypatch.setattr(speculative, "_MOST_UNREAD", most)
+    monkeypatch.setattr(speculative, "_MAX_PENDING", most)
     prompts = [tokens_for(CONFIG, n, seed=n).tolist() for n in (17, 5)]
     answers, eager = drafts_of(engine_of(model, []), *prompts)
     late_answers, late = drafts_of(engine_of(model, pauses), *prompts)
@@ -88,9 +88,9 @@ def test_an_answer_that_ends_in_a_pause_leaves_a_whole_state(model, assert_close
     engine = engine_of(model, [0] * 2 * LENGTH)
     answers, drafted = drafts_of(engine, prompt)
     assert not drafted
-    kept = engine.prefixes.find([*prompt, *answers["0"]])
+    kept = engine.prefixes.match([*prompt, *answers["0"]])
     assert (kept.length, kept.draft_length) == (len(prompt) + LENGTH - 1, len(prompt) - 1)
-    assert kept.unread.tokens == tuple(answers["0"][:-1])  # what follows the last one may change
+    assert kept.pending.tokens == tuple(answers["0"][:-1])  # what follows the last one may change
     read = torch.tensor([*prompt, *answers["0"]][: kept.length])
     with torch.no_grad():
         hidden = model.hidden_states(read, layout=SequenceLayout.of(read[None]))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nemotron3.models.cache import HybridCache
+from nemotron3.models.cache.state import AttentionState
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.state import AttentionState
 from nemotron3.ops.segments import Segments
 from tests.tiny import tiny_config, tiny_model
 from tests.tolerances import DECODE
@@ -25,15 +25,15 @@ def model_and_cache(block):
     return model, cache
 
 
-def inputs(lengths, context=(0, 0)):
+def inputs(lengths, cached_lengths=(0, 0)):
     """Embeddings and hidden states of some tokens of two sequences, and where they lie."""
     width, whole = tiny_config().hidden_size, 32
     chance = torch.Generator().manual_seed(0)
     both = torch.randn(2, 2, whole, width, generator=chance)
-    spans = [slice(old, old + new) for old, new in zip(context, lengths, strict=True)]
+    spans = [slice(old, old + new) for old, new in zip(cached_lengths, lengths, strict=True)]
     embedding, hidden = (torch.cat([row[span] for row, span in zip(kind, spans, strict=True)])
                          for kind in both)  # fmt: skip
-    layout = SequenceLayout(Segments(lengths), context=tuple(context), slots=(1, 0))
+    layout = SequenceLayout(Segments(lengths), cached_lengths=tuple(cached_lengths), slots=(1, 0))
     return embedding, hidden, layout
 
 
@@ -41,11 +41,11 @@ def inputs(lengths, context=(0, 0)):
 @pytest.mark.parametrize("wanted", [[2], [16, 0], []])
 @every_block
 @torch.no_grad()
-def test_wanted_tokens_have_the_outputs_they_have_among_all(assert_close, block, wanted):
+def test_chosen_tokens_have_the_outputs_they_have_among_all(assert_close, block, wanted):
     rows = torch.tensor(wanted, dtype=torch.int64)
     model, cache = model_and_cache(block)
     whole, _ = model.mtp(*inputs(LENGTHS), cache.draft_layers)
-    some, _ = model.mtp(*inputs(LENGTHS), cache.draft_layers, wanted=rows)
+    some, _ = model.mtp(*inputs(LENGTHS), cache.draft_layers, output_indices=rows)
     assert_close(some, whole[rows], DECODE)
 
 
@@ -58,10 +58,10 @@ def test_reading_leaves_what_a_whole_pass_leaves(assert_close, block, parts):
     model, whole = model_and_cache(block)
     model.mtp(*inputs(LENGTHS), whole.draft_layers)
     _, read = model_and_cache(block)
-    context = (0, 0)
+    cached_lengths = (0, 0)
     for part in parts:
-        model.mtp.read(*inputs(part, context), read.draft_layers)
-        context = tuple(old + new for old, new in zip(context, part, strict=True))
+        model.mtp.read(*inputs(part, cached_lengths), read.draft_layers)
+        cached_lengths = tuple(old + new for old, new in zip(cached_lengths, part, strict=True))
     after = [model.mtp(*inputs((2, 2), LENGTHS), cache.draft_layers)[0] for cache in (whole, read)]
     assert_close(*after, DECODE)
     remembering = [s for s in read.draft_layers if isinstance(s, AttentionState)]

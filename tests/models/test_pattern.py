@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron3.errors import ConfigError
-from nemotron3.models.pattern import LayerKind, last_memory, parse_pattern
+from nemotron3.models.pattern import LayerKind, last_stateful_layer, parse_pattern
 
 
 def test_a_pattern_is_layers_and_repeated_prediction_depths():
@@ -57,4 +57,4 @@ def test_an_impossible_pattern_is_refused_and_the_place_is_named(pattern, messag
     ("main", "last"), [("MEM*E", 3), ("ME-", 0), ("E-", 0), ("*", 0), ("EEM", 2)]
 )
 def test_the_last_layer_that_remembers(main, last):
-    assert last_memory(parse_pattern(main).main) == last
+    assert last_stateful_layer(parse_pattern(main).main) == last

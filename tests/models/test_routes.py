@@ -138,7 +138,7 @@ def test_a_call_that_wants_a_few_outputs_takes_the_routes_of_all_its_tokens(asse
     routes = other_choices(model, output_of(model, tokens)).backbone
     x, rows = model.embed(tokens), torch.tensor([4, 14, 0])
     whole = model.backbone(x, layout, routes=routes)
-    some = model.backbone(x, layout, routes=routes, wanted=rows)
+    some = model.backbone(x, layout, routes=routes, output_indices=rows)
     assert_close(some.hidden, whole.hidden[rows], 1e-5)
     assert torch.equal(some.routings[1].indices, routes[1][rows])
 

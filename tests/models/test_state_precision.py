@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
-from nemotron3.models.cache import HybridCache
-from nemotron3.models.state_precision import StatePrecision
+from nemotron3.models.cache.state_precision import StatePrecision
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.ops.rounding import RandomBits, to_float16, to_int8
 from tests.tiny import tiny_config, tiny_model, tokens_for
 
@@ -76,7 +76,7 @@ def test_company_slot_and_drafts_change_nothing(model, precision):
         tokens = answer[read : read + stands].clone()
         tokens = torch.cat([tokens, tokens_for(CONFIG, drafted - stands, seed=read)])
         feeds = {2: tokens_for(CONFIG, drafted, seed=6), 4: tokens}
-        layout, seen = call(model, busy, feeds, is_tentative=True)
+        layout, seen = call(model, busy, feeds, is_verification=True)
         for i in range(stands):
             assert torch.allclose(seen[4][i], logits[read + i], rtol=0, atol=1e-10)
         busy.accept(layout, [1, stands])
@@ -100,11 +100,11 @@ def test_a_step_widens_reads_rounds_and_keeps(model, ssm):
         return flat if ssm == "float16" else to_int8(states, positions, bits)
 
     for token in tokens_for(CONFIG, 6, seed=8).split(1):
-        expected = rounded(wide.states[0])
-        ours = tuple(part[:1] for part in layer.states)
+        expected = rounded(wide.ssm_states[0])
+        ours = tuple(part[:1] for part in layer.ssm_states)
         for part, mine in zip(ours, expected, strict=True):
             assert torch.equal(part, mine)
-        wide.states[0].copy_(layer.format.widen(ours))
+        wide.ssm_states[0].copy_(layer.format.dequantize(ours))
         for cache in (exact, narrow):
             call(model, cache, {0: token})
         positions += 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
-from nemotron3.models.state_precision import StatePrecision
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.steps import StepRunner
 from nemotron3.ops.native import calls
 from tests.ops.native import needs_compiler
@@ -25,7 +25,7 @@ every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=
 @pytest.fixture(autouse=True)
 def _team(monkeypatch):
     """Several threads, as for a larger model; the engine's tests leave such steps to one."""
-    monkeypatch.setattr(calls, "WORTH_A_MEMBER", 1)
+    monkeypatch.setattr(calls, "WORK_PER_THREAD", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +51,10 @@ def drawn(rows, steps, seed):
     return tokens_for(CONFIG, rows, steps, seed=seed).tolist()
 
 
-def plainly(model, cache, tokens, slots, *, is_tentative=False):
+def plainly(model, cache, tokens, slots, *, is_verification=False):
     """The same step by the model itself."""
     lengths = [len(part) for part in tokens]
-    layout = cache.layout(lengths, slots, is_tentative=is_tentative)
+    layout = cache.layout(lengths, slots, is_verification=is_verification)
     flat = torch.tensor(tokens).flatten()
     hidden = model.hidden_states(flat, layout=layout, state=cache)
     shape = len(slots), lengths[0]
@@ -95,8 +95,8 @@ def test_a_tentative_step_stands_as_far_as_it_is_accepted(model, precision):
     runner = StepRunner(model, ours)
     for seed, (steps, slots) in enumerate([(3, [0, 2]), (1, [1]), (5, [2, 1, 0]), (3, [1, 2])] * 2):
         tokens = drawn(len(slots), steps, seed)
-        out = runner.run(tokens, slots, is_tentative=True)
-        other = plainly(model, theirs, tokens, slots, is_tentative=True)
+        out = runner.run(tokens, slots, is_verification=True)
+        other = plainly(model, theirs, tokens, slots, is_verification=True)
         assert_same(out, other)
         counts = [1 + (seed + slot) % steps for slot in slots]
         ours.accept(out.layout, counts)
@@ -127,7 +127,7 @@ def test_steps_are_recorded_once_per_shape_and_anew_as_memory_grows(model, monke
         runner.run([[1], [2]], [0, 1])
         runner.run([[1]], [1])
     assert len(passes) == 2
-    runner.forget()
+    runner.clear_graphs()
     runner.run([[1]], [1])
     assert len(passes) == 3
     for _ in range(70):  # into the next page

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemotron3.ops.attention import attention, sdpa
+from nemotron3.ops.attention import attention
+from nemotron3.ops.attention import torch as torch_attention
 from nemotron3.ops.segments import Segments
 from tests.ops.contract import outputs_and_gradients, randn
 from tests.tolerances import FLOAT64
@@ -45,9 +46,9 @@ def test_equals_reference(queries, keys, heads, kv_heads, assert_close):
 @pytest.mark.parametrize("way", ["some queries at a time", "flash attention's corner"])
 def test_queries_behind_many_keys(way, assert_close, monkeypatch):
     if way == "some queries at a time":
-        monkeypatch.setattr(sdpa, "_MOST_SCORES", 4 * 40 * 3)
+        monkeypatch.setattr(torch_attention, "_MAX_SCORES", 4 * 40 * 3)
     else:  # without a device the corner is written out by PyTorch itself
-        monkeypatch.setattr(sdpa, "can_use_flash_attention", lambda _: True)
+        monkeypatch.setattr(torch_attention, "can_use_flash_attention", lambda _: True)
     inputs = [randn(25, 4, 8), randn(48, 2, 8), randn(48, 2, 8)]
     expected = outputs_and_gradients(attend((14, 11), (33, 15), "reference"), inputs)
     actual = outputs_and_gradients(attend((14, 11), (33, 15), "torch"), inputs)

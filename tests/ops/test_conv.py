@@ -11,7 +11,9 @@ from tests.tolerances import FLOAT64
 
 def convolution(lengths, backend):
     segments = Segments(lengths)
-    return lambda x, w, b, t: causal_conv(x, w, b, segments=segments, tails=t, backend=backend)
+    return lambda x, w, b, t: causal_conv(
+        x, w, b, segments=segments, conv_states=t, backend=backend
+    )
 
 
 def operands(lengths, channels=3, taps=4):
@@ -37,7 +39,7 @@ def test_equals_reference(lengths, taps, assert_close):
 def test_no_tail_means_zeros_before():
     x, w, b, t = operands((6,))
     implicit, _ = causal_conv(x, w, b, segments=Segments((6,)))
-    explicit, _ = causal_conv(x, w, b, segments=Segments((6,)), tails=torch.zeros_like(t))
+    explicit, _ = causal_conv(x, w, b, segments=Segments((6,)), conv_states=torch.zeros_like(t))
     assert torch.equal(implicit, explicit)
 
 

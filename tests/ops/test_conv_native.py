@@ -28,7 +28,9 @@ def test_many_rows_without_bias(assert_close):
     x, w, _, t = operands((300, 5, 200), channels=130)
     segments = Segments((300, 5, 200))
     assert_native_equals_reference(
-        lambda b: lambda x, w, t: causal_conv(x, w, None, segments=segments, tails=t, backend=b),
+        lambda b: (
+            lambda x, w, t: causal_conv(x, w, None, segments=segments, conv_states=t, backend=b)
+        ),
         [x, w, t],
         assert_close,
     )
@@ -42,8 +44,8 @@ def test_reads_columns_of_a_wider_stream(assert_close):
     def sliced(backend):
         def call(x, w, b, t):
             wide = torch.cat([x, x, x], dim=1)
-            y, tails = convolution(lengths, backend)(wide[:, 20:40], w, b, t)
-            return y.repeat(1, 3)[:, 20:40], tails
+            y, conv_states = convolution(lengths, backend)(wide[:, 20:40], w, b, t)
+            return y.repeat(1, 3)[:, 20:40], conv_states
 
         return call
 
@@ -54,12 +56,12 @@ def test_neighbours_change_no_bit():
     x, w, b, t = (v.float() for v in operands((150,), channels=33))
     other, *_, other_tail = (v.float() for v in operands((7,), channels=33))
     results = []
-    for streams, tails, rows, row in (
+    for streams, conv_states, rows, row in (
         ([x], [t], slice(None), 0),
         ([other, x, other], [other_tail, t, other_tail], slice(7, -7), 1),
     ):
         lengths = tuple(len(stream) for stream in streams)
-        leaves = [torch.cat(streams).requires_grad_(), torch.cat(tails).requires_grad_()]
+        leaves = [torch.cat(streams).requires_grad_(), torch.cat(conv_states).requires_grad_()]
         y, tail = convolution(lengths, "native")(leaves[0], w, b, leaves[1])
         ((y**2).sum() + (tail**2).sum()).backward()
         results.append([y[rows], tail[row], leaves[0].grad[rows], leaves[1].grad[row]])

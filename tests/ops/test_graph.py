@@ -23,7 +23,7 @@ pytestmark = needs_compiler
 def _team(request, monkeypatch):
     """Nothing here is worth more than one thread; it has to be right with more."""
     if request.param == "a team":
-        monkeypatch.setattr(calls, "WORTH_A_MEMBER", 1)
+        monkeypatch.setattr(calls, "WORK_PER_THREAD", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -125,16 +125,16 @@ assert "torch._dynamo" not in sys.modules
 
 
 def test_a_team_is_as_large_as_its_work_is_worth(monkeypatch):
-    monkeypatch.setattr(calls, "WORTH_A_MEMBER", 24 * 192 * 5)
+    monkeypatch.setattr(calls, "WORK_PER_THREAD", 24 * 192 * 5)
     x, weight = drawn(5, 7), WEIGHTS[3].view(-1, 24)[:128].contiguous()
 
-    def members(products):
+    def num_threads(products):
         graph = Graph()
         with graph.record():
             for _ in range(products):
                 linear(x, weight)
         (program,) = graph._steps
         assert isinstance(program, Program)
-        return program.members
+        return program.num_threads
 
-    assert [members(products) for products in (1, 2, 3, 6)] == [1, 1, 2, 4]
+    assert [num_threads(products) for products in (1, 2, 3, 6)] == [1, 1, 2, 4]

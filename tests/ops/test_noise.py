@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from nemotron3.ops.drawing.noise import ROUNDING, gumbel, gumbel_bound, position_key
+from nemotron3.ops.sampling.noise import ROUNDING, gumbel, gumbel_bound, position_key
 
 
 def test_keys_differ_wherever_anything_differs():

@@ -61,7 +61,7 @@ CHANGES = {
     "sampling.seed": 1,
 }
 # By design these change nothing in the result. Memory and place are looked at elsewhere:
-# tests/training/test_pretrain_objective.py and tests/parallel/test_devices.py.
+# tests/training/test_pretrain_objective.py and tests/runtime/test_devices.py.
 WITHOUT_TRACE = {"training.recompute", "device"}
 
 

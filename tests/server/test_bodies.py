@@ -12,7 +12,7 @@ from nemotron3.server.chat import plan_chat
 from nemotron3.server.chat_bodies import ChatBody
 from nemotron3.server.completion_bodies import CompletionBody
 from nemotron3.server.completions import plan_completion
-from nemotron3.server.refusals import RefusedError
+from nemotron3.server.errors import APIError
 from nemotron3.server.response_items import items_of
 from nemotron3.server.responses import plan_response
 from nemotron3.server.responses_bodies import ResponsesBody
@@ -185,7 +185,7 @@ def test_an_effort_is_what_the_template_knows_of_it(effort, expected):
 @pytest.mark.parametrize(("given", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
 def test_contradictions_are_refused_whoever_would_win(given, said):
     body = ChatBody.model_validate({"messages": MESSAGES, **given})
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(APIError) as refused:
         plan_chat(body, TOOL_CALL_END)
     assert said in refused.value.message
     assert refused.value.status == 400
@@ -230,13 +230,13 @@ def test_values_that_ask_for_what_happens_anyway_are_taken(body):
 def test_a_completion_without_tokens_is_for_echo_alone():
     assert plan_completion(CompletionBody(prompt="Hi", max_tokens=0, echo=True)).max_tokens == 1
     assert plan_completion(CompletionBody(prompt="Hi")).max_tokens == 16
-    with pytest.raises(RefusedError, match="max_tokens is 0"):
+    with pytest.raises(APIError, match="max_tokens is 0"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=0))
-    with pytest.raises(RefusedError, match="max_tokens is -1"):
+    with pytest.raises(APIError, match="max_tokens is -1"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=-1))
     echoed = plan_completion(CompletionBody(prompt="Hi", echo=True, logprobs=2))
     assert (echoed.logprobs, echoed.prompt_logprobs) == (2, 2)
-    with pytest.raises(RefusedError, match="echo is not part of a stream"):
+    with pytest.raises(APIError, match="echo is not part of a stream"):
         plan_completion(CompletionBody(prompt="Hi", echo=True, stream=True))
 
 

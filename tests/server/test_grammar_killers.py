@@ -65,10 +65,10 @@ def blocked(served):
     """A server whose grammars wait."""
     served.post("/v1/completions", TEXT | {"structured_outputs": {"choice": ["yes"]}})
     checks = served.llm._frontend.compiler()._checks
-    gate = threading.Event()
-    checks.submit(gate.wait)
+    in_flight = threading.Event()
+    checks.submit(in_flight.wait)
     yield checks
-    gate.set()
+    in_flight.set()
 
 
 def waits(checks, count):

@@ -71,7 +71,7 @@ def test_more_than_may_wait_are_told_to_come_back(small):
         connections.append(begin(small, LONG))
         assert waits_until(lambda: small.llm.stats().num_running == 1)
         connections.append(begin(small, LONG))
-        assert waits_until(lambda: small.server.gate.num_inside == 2)
+        assert waits_until(lambda: small.server.in_flight.count == 2)
         time.sleep(0.05)
         answer = small.post(CHAT, LONG | {"stream": True})
         assert answer.status_code == 429
@@ -167,7 +167,7 @@ def test_a_form_that_takes_long_to_compile_delays_nobody(model_folder, monkeypat
 
     with running(model_folder) as server:
         if not is_first:
-            server.llm.prepare_forms()
+            server.llm.prepare_grammars()
         monkeypatch.setattr(GrammarCompiler, held, slowly)
         body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
         answers = []

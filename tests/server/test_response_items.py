@@ -3,9 +3,9 @@
 import pytest
 
 from nemotron3.errors import DataError
-from nemotron3.inference.answers import AnswerDelta, CompletionOutput
+from nemotron3.inference.output_processor import AnswerDelta, CompletionOutput
 from nemotron3.inference.requests import DraftStats, FinishReason
-from nemotron3.server.refusals import RefusedError
+from nemotron3.server.errors import APIError
 from nemotron3.server.response_events import ItemEvents
 from nemotron3.server.response_items import items_of, messages_of, output_items
 from nemotron3.server.response_store import ResponseStore
@@ -76,7 +76,7 @@ def test_the_store_forgets_the_oldest():
     store.get("a", "response_id")
     store.put({"id": "c"}, [])
     assert store.get("a", "response_id").body == {"id": "a"}
-    with pytest.raises(RefusedError, match="forgotten"):
+    with pytest.raises(APIError, match="forgotten"):
         store.get("b", "response_id")
 
 
@@ -87,7 +87,7 @@ def test_the_store_is_bounded_in_size():
     store.put({"id": "large"}, [asked("x" * 300)])
     assert store.get("b", "response_id").size_bytes > 100
     for name in ("a", "large"):
-        with pytest.raises(RefusedError):
+        with pytest.raises(APIError):
             store.get(name, "response_id")
     store.delete("b")
     store.put({"id": "c"}, [asked("x" * 150)])

@@ -6,7 +6,7 @@ import pytest
 
 from nemotron3.errors import DataError
 from nemotron3.inference.structured_output import GrammarCompiler
-from nemotron3.server.refusals import RefusedError
+from nemotron3.server.errors import APIError
 from nemotron3.server.tool_choice import tool_use
 from nemotron3.text import ResponseParser, Tokenizer, ToolCall, parse_tools
 from nemotron3.text.tool_listing import write_call
@@ -134,7 +134,7 @@ def test_a_model_that_may_not_call_is_not_told_of_tools():
     ],
 )
 def test_choices_that_cannot_be_made_are_refused(tools, choice, named, said):
-    with pytest.raises(RefusedError, match=said):
+    with pytest.raises(APIError, match=said):
         tool_use(tools, choice, named=named)
 
 

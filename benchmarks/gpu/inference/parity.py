@@ -39,7 +39,7 @@ def steps_of_a_model(setting: Setting) -> Figure:
     for seed, slots in enumerate([[0, 1, 2], [2], [1, 2], [2, 0, 1], [0], [1, 0]]):
         length = 1 + 2 * (seed % 2)
         new = [tokens[slot, seed : seed + length].tolist() for slot in slots]
-        out = runner.run(new, slots, is_tentative=length > 1)
+        out = runner.run(new, slots, is_verification=length > 1)
         for row, slot in enumerate(slots):
             whole = torch.tensor([[*ours[slot], *new[row]]], device=setting.device)
             expected = model(whole)[0, -length:]

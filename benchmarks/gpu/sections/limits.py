@@ -15,7 +15,7 @@ from benchmarks.gpu.record import Figure, Results
 from benchmarks.gpu.section import Part, Rows, Section
 from benchmarks.gpu.setting import Draw, Setting
 
-from nemotron3.parallel.devices import measure_product_rate
+from nemotron3.runtime.devices import measure_product_rate
 
 _QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
 _SLOW, _MOVED = 0.5, 0.1

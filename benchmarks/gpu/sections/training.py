@@ -4,7 +4,7 @@
 loss, clipping and AdamW. Of `nano` and `super` one group of layers, up to the first attention, runs
 forward and backward on random hidden states; their optimizer, embedding and output layer are left
 out, since a group of `super` with them does not fit one GPU. FLOPs are those that the model needs
-(nemotron3.models.accounting), not those that were spent.
+(nemotron3.models.costs), not those that were spent.
 """
 
 from collections import Counter
@@ -21,8 +21,8 @@ from benchmarks.limits import backbone_flops
 from benchmarks.models import configs, objective_of, targets, tokens_of
 from benchmarks.workloads import OPTIMIZER
 
-from nemotron3.models.accounting import forward_flops_per_token
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.costs import forward_flops_per_token
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision

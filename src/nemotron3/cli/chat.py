@@ -14,8 +14,8 @@ from typing import Any
 from nemotron3.cli import terminal
 from nemotron3.cli.engine_options import load_engine
 from nemotron3.errors import Nemotron3Error
-from nemotron3.inference.answers import RequestOutput
 from nemotron3.inference.async_llm import AsyncLLM
+from nemotron3.inference.output_processor import RequestOutput
 from nemotron3.inference.requests import FinishReason, SamplingParams
 from nemotron3.text import ContentDelta, ReasoningDelta
 

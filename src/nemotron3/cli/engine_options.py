@@ -107,7 +107,7 @@ def load_engine(known: argparse.Namespace) -> "AsyncLLM":
 def engine_config(known: argparse.Namespace) -> "EngineConfig":
     """The limits that the options describe; what is not given is the engine's own default."""
     from nemotron3.inference.config import EngineConfig
-    from nemotron3.models.state_precision import StatePrecision
+    from nemotron3.models.cache.state_precision import StatePrecision
 
     keys = {"auto": "model", "fp8": "float8"}.get(known.kv_cache_dtype, known.kv_cache_dtype)
     state = {

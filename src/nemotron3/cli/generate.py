@@ -3,9 +3,9 @@
 import argparse
 
 from nemotron3.cli import terminal
-from nemotron3.inference.answers import AnswerDelta
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
+from nemotron3.inference.output_processor import AnswerDelta
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.text import ContentDelta
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from nemotron3.errors import CheckpointError, ConfigError
-from nemotron3.models.accounting import (
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.costs import (
     ModelCosts,
     forward_flops_per_token,
     kv_bytes_per_token,
     model_costs,
     state_bytes_per_sequence,
 )
-from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface import read_config
 from nemotron3.models.pattern import LayerKind
 
@@ -33,7 +33,7 @@ def info(model: str, *, context: int, as_json: bool) -> int:
 def model_facts(name: str, config: ModelConfig, context: int) -> dict[str, Any]:
     """Everything that `info` prints, as a record."""
     costs = model_costs(config)
-    states, tails = state_bytes_per_sequence(config)
+    states, conv_states = state_bytes_per_sequence(config)
     kv = kv_bytes_per_token(config)
     return {
         "model": name,
@@ -55,8 +55,8 @@ def model_facts(name: str, config: ModelConfig, context: int) -> dict[str, Any]:
         "bytes": {
             "kv_per_token_bf16": kv,
             "ssm_state_per_sequence_fp32": states,
-            "conv_state_per_sequence_bf16": tails,
-            "sequence_at_context": context * kv + states + tails,
+            "conv_state_per_sequence_bf16": conv_states,
+            "sequence_at_context": context * kv + states + conv_states,
         },
         "context": context,
         "forward_flops_per_token": forward_flops_per_token(config, context=context),

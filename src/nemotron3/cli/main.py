@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
 from nemotron3.errors import Nemotron3Error
-from nemotron3.parallel.heap import keep_freed_memory
+from nemotron3.runtime.malloc import retain_freed_memory
 
 _EPILOG = """\
 start here:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.verb is None:
         parser.print_help()
         return 0
-    keep_freed_memory()  # before any thread has a heap of its own
+    retain_freed_memory()  # before any thread has a heap of its own
     try:
         return _run(known, rest)
     except Nemotron3Error as error:

@@ -48,9 +48,9 @@ def serve_command(known: argparse.Namespace) -> int:
             )
         llm = load_engine(known)
         try:
-            llm.prepare_forms()
+            llm.prepare_grammars()
         except DependencyMissingError as error:
-            log.warning("requests with a form will be refused: %s", error)
+            log.warning("structured outputs will be refused: %s", error)
         if defaults := llm.defaults.described():
             log.info("the model's generation_config.json gives defaults: %s", defaults)
         server = create_app(llm, settings)

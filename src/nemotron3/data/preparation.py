@@ -35,7 +35,7 @@ from nemotron3.data.corpus import (
 )
 from nemotron3.data.documents import Document, ReadReport
 from nemotron3.data.manifest import FORMAT, MANIFEST_FILE, Manifest, SourceManifest, SplitSize
-from nemotron3.data.origins import cache_directory
+from nemotron3.data.package_archives import cache_directory
 from nemotron3.data.splits import Selection, Survey, cut_document, document_key
 from nemotron3.data.text_sources import TextSource, open_source, source_identity
 from nemotron3.data.token_files import TokenFileWriter
@@ -61,7 +61,8 @@ def prepare_corpus(
 ) -> PreparedCorpus:
     """The prepared corpus of a config: opened where it stands, made where it does not.
 
-    `directory` is where it goes, by default a folder of the cache (`origins.cache_directory`).
+    `directory` is where it goes, by default a folder of the cache
+    (`package_archives.cache_directory`).
     """
     cache_folder = Path(cache) if cache is not None else cache_directory()
     key = corpus_key(config)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nemotron3.data.origins import (
+from nemotron3.data.package_archives import (
     DebianPackage,
     NpmPackage,
     Origin,

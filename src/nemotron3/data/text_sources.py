@@ -16,7 +16,7 @@ from nemotron3.data.documents import (
     find_files,
     read_documents,
 )
-from nemotron3.data.origins import PackageText, PythonPackage, installed_version
+from nemotron3.data.package_archives import PackageText, PythonPackage, installed_version
 from nemotron3.data.sources import CorpusSource, PinnedConfig, find_source, read_source
 
 SourceConfig = PinnedConfig | FilesConfig

@@ -24,18 +24,23 @@ from typing import Any
 import torch
 
 from nemotron3.errors import ConfigError, OverloadedError
-from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
+from nemotron3.inference.base_llm import BaseLLM
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
 from nemotron3.inference.generation_config import Source
-from nemotron3.inference.loading import LoadedModel
+from nemotron3.inference.output_processor import (
+    AnswerDelta,
+    Prompt,
+    RequestOutput,
+    RequestOutputProcessor,
+)
 from nemotron3.inference.requests import (
     FailureKind,
     FinishReason,
-    Progress,
     PromptReport,
     SamplingParams,
     TokenConstraint,
+    TokenDelta,
 )
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
@@ -47,12 +52,12 @@ _log = logging.getLogger(__name__)
 class Stream:
     """The pieces of all answers to one request, in the order in which they came."""
 
-    def __init__(self, answers: Answers, abort: Callable[[str], None]) -> None:
-        self._answers = answers
+    def __init__(self, processor: RequestOutputProcessor, abort: Callable[[str], None]) -> None:
+        self._processor = processor
         self._abort = abort
         self._deltas: deque[AnswerDelta] = deque()
         self._news = asyncio.Event()
-        self.open = set(range(len(answers.each)))
+        self.open = set(range(len(processor.each)))
         """Which of the answers are not over, as the engine's thread knows."""
         self.loop = asyncio.get_running_loop()
         """Of whoever asked; nothing but `open` is used elsewhere."""
@@ -60,31 +65,31 @@ class Stream:
     @property
     def request_id(self) -> str:
         """The request's name."""
-        return self._answers.request_id
+        return self._processor.request_id
 
     async def prompt_report(self) -> PromptReport:
         """What was done with the prompt; waits for the first token."""
-        while self._answers.report is None and not self._answers.is_finished:
+        while self._processor.report is None and not self._processor.is_finished:
             await self._next_news()
-        return self._answers.report or PromptReport()
+        return self._processor.report or PromptReport()
 
     def output(self) -> RequestOutput:
         """Everything that has come, whole once the stream is over."""
-        return self._answers.output()
+        return self._processor.output()
 
     def __aiter__(self) -> "Stream":
         return self
 
     async def __anext__(self) -> AnswerDelta:
         while not self._deltas:
-            if self._answers.is_finished:
+            if self._processor.is_finished:
                 raise StopAsyncIteration
             await self._next_news()
         return self._deltas.popleft()
 
     async def aclose(self) -> None:
         """Abort what is not over."""
-        if not self._answers.is_finished:
+        if not self._processor.is_finished:
             self._abort(self.request_id)
 
     async def __aenter__(self) -> "Stream":
@@ -111,16 +116,16 @@ class Stream:
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens whose state was kept from before, once the first token has come."""
-        report = self._answers.report
+        report = self._processor.report
         return 0 if report is None else report.num_cached_tokens
 
-    def receive(self, progress: Progress) -> None:
+    def receive(self, delta: TokenDelta) -> None:
         """Take what a step brought."""
-        self._deltas.append(self._answers.push(progress))
+        self._deltas.append(self._processor.push(delta))
         self._news.set()
 
 
-class AsyncLLM(LoadedModel):
+class AsyncLLM(BaseLLM):
     """A model that answers many clients."""
 
     def __init__(
@@ -142,7 +147,7 @@ class AsyncLLM(LoadedModel):
             generation_config=generation_config,
         )
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[], Sequence[Progress]]] = deque()
+        self._commands: deque[Callable[[], Sequence[TokenDelta]]] = deque()
         self._streams: dict[str, Stream] = {}
         self._num_answers = 0
         self._is_closing = False
@@ -170,11 +175,13 @@ class AsyncLLM(LoadedModel):
         """Token ids to continue as a prompt."""
         return self._frontend.ids_prompt(ids)
 
-    def prepare_forms(self) -> None:
-        """Build what forms are compiled with, which else the first request with one waits for."""
+    def prepare_grammars(self) -> None:
+        """Build the compiler of grammars, for which else the first structured output waits."""
         self._frontend.compiler()
 
-    async def prepare_form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
+    async def compile_grammar(
+        self, prompt: Prompt, params: SamplingParams
+    ) -> TokenConstraint | None:
         """What answers are held to, compiled in its turn; None where they are free.
 
         Whoever is cancelled while it waits gives its turn up.
@@ -189,7 +196,7 @@ class AsyncLLM(LoadedModel):
             if task is not None and task.cancelling():
                 raise
             raise OverloadedError("the engine has been closed; start another one") from None
-        return await asyncio.to_thread(self._frontend.form, prompt, params)
+        return await asyncio.to_thread(self._frontend.grammar, prompt, params)
 
     def submit(
         self,
@@ -197,14 +204,14 @@ class AsyncLLM(LoadedModel):
         params: SamplingParams,
         *,
         request_id: str,
-        form: TokenConstraint | None = None,
+        grammar: TokenConstraint | None = None,
     ) -> Stream:
         """Ask for answers. What can be refused is refused here, before anything runs.
 
-        `form` is what `prepare_form` made of the same prompt and parameters; without it a form is
-        compiled here, and an event loop stands still.
+        `grammar` is what `compile_grammar` made of the same prompt and parameters; without it a
+        form is compiled here, and an event loop stands still.
         """
-        request = self._frontend.request(prompt, params, request_id, form)
+        request = self._frontend.request(prompt, params, request_id, grammar)
         self._engine.check(request)
         config = self._engine.config
         may = config.max_num_seqs + config.max_num_waiting
@@ -218,8 +225,8 @@ class AsyncLLM(LoadedModel):
                     f"{self._num_answers} answers are being written or wait, and {may} may; "
                     "try later"
                 )
-            answers = self._frontend.answers(prompt, params, request_id)
-            stream = Stream(answers, self._abort)
+            processor = self._frontend.output_processor(prompt, params, request_id)
+            stream = Stream(processor, self._abort)
             self._streams[request_id] = stream
             self._num_answers += params.n
             self._command(partial(self._add, request))
@@ -241,7 +248,7 @@ class AsyncLLM(LoadedModel):
         self._thread.join()
         self._frontend.close()
 
-    def _add(self, request: EngineRequest) -> Sequence[Progress]:
+    def _add(self, request: EngineRequest) -> Sequence[TokenDelta]:
         self._engine.add(request)
         return ()
 
@@ -249,7 +256,7 @@ class AsyncLLM(LoadedModel):
         with self._changed:
             self._command(partial(self._engine.abort, request_id))
 
-    def _command(self, command: Callable[[], Sequence[Progress]]) -> None:
+    def _command(self, command: Callable[[], Sequence[TokenDelta]]) -> None:
         self._commands.append(command)
         self._changed.notify()
 
@@ -265,31 +272,33 @@ class AsyncLLM(LoadedModel):
                 self._fail("the engine is closed", FinishReason.ABORT)
                 return
             try:
-                progress = [p for command in commands for p in command()]
-                progress += self._engine.step()
+                deltas = [p for command in commands for p in command()]
+                deltas += self._engine.step()
             except Exception:  # noqa: BLE001 - the outermost handler: whoever waits must be told
                 _log.exception("a step of the engine failed; its requests are given up")
                 self._fail("the engine failed in this step; see its log", FinishReason.ERROR)
                 continue
-            self._deliver(progress)
+            self._deliver(deltas)
 
     def _fail(self, why: str, reason: FinishReason) -> None:
         """Give up everything that runs or waits."""
         failure = FailureKind.ENGINE if reason is FinishReason.ERROR else None
-        over: list[Progress] = []
+        over: list[TokenDelta] = []
         for request_id, stream in list(self._streams.items()):
             self._engine.abort(request_id)
             # The engine knows less: it has forgotten what ended in a step that then failed.
             over += [
-                Progress(request_id, index, (), finish_reason=reason, error=why, failure=failure)
+                TokenDelta(request_id, index, (), finish_reason=reason, error=why, failure=failure)
                 for index in sorted(stream.open)
             ]
         self._deliver(over)
 
-    def _deliver(self, progress: Sequence[Progress]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Progress]]] = defaultdict(list)
+    def _deliver(self, deltas: Sequence[TokenDelta]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, TokenDelta]]] = defaultdict(
+            list
+        )
         with self._changed:
-            for piece in progress:
+            for piece in deltas:
                 stream = self._streams.get(piece.request_id)
                 if stream is None:
                     continue
@@ -304,6 +313,6 @@ class AsyncLLM(LoadedModel):
                 loop.call_soon_threadsafe(_hand_over, pieces)
 
 
-def _hand_over(pieces: Sequence[tuple[Stream, Progress]]) -> None:
-    for stream, progress in pieces:
-        stream.receive(progress)
+def _hand_over(pieces: Sequence[tuple[Stream, TokenDelta]]) -> None:
+    for stream, delta in pieces:
+        stream.receive(delta)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from nemotron3.ops.drawing import gumbel_argmax
+from nemotron3.ops.sampling import gumbel_argmax
 
 _BLOCK = 2**17
 """Numbers that a processor's cache holds while a row is worked on."""

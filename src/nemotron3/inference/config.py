@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from nemotron3.errors import ConfigError
-from nemotron3.models.state_precision import StatePrecision
+from nemotron3.models.cache.state_precision import StatePrecision
 
 
 @dataclass(frozen=True, kw_only=True)

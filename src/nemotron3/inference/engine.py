@@ -7,7 +7,7 @@ packed sequences and a carried state. Which requests share a step changes none o
     engine = Engine(model, EngineConfig())
     engine.add(EngineRequest(request_id="a", prompt=(1, 2, 3), params=SamplingParams()))
     while engine.has_work:
-        for progress in engine.step(): ...
+        for delta in engine.step(): ...
 
 Token ids only: text, chat and stop strings are `llm.py`'s. Not safe for threads; `async_llm.py`
 gives an engine a thread of its own.
@@ -26,18 +26,18 @@ from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.draft_length import DraftLength
 from nemotron3.inference.memory import batched_tokens, longest_sequence, num_pages
-from nemotron3.inference.passes import Passes
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.prefix_cache import PrefixCache
-from nemotron3.inference.requests import FinishReason, Progress, PromptReport, TokenLogprob
+from nemotron3.inference.requests import FinishReason, PromptReport, TokenDelta, TokenLogprob
 from nemotron3.inference.sampler import TokenChooser, choose, token_logprobs
 from nemotron3.inference.scheduler import Scheduler
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.inference.speculative import Drafter, most_drafts
-from nemotron3.models.cache import HybridCache
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.steps import StepRunner
-from nemotron3.parallel.heap import keep_freed_memory
+from nemotron3.runtime.malloc import retain_freed_memory
 
 _LOGIT_ROWS = 256
 """Rows of logits made at a time for a prompt's log-probabilities."""
@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         """`stop_ids` end every answer; the model's own end token where they are not given."""
         if model.device.type == "cpu":
-            keep_freed_memory()
+            retain_freed_memory()
         self.model = model  # as it is: it may be in training, and no module of it asks whether
         self.config = config or EngineConfig()
         wanted = self.config.max_model_len or model.config.max_position_embeddings
@@ -106,8 +106,8 @@ class Engine:
             max_num_batched_tokens=batched_tokens(self.config, model.device),
         )
         self._steps = StepRunner(model, self.cache)
-        self._passes = Passes(model, self.cache)
-        self._drafter = Drafter(self._passes) if drafts else None
+        self._runner = ModelRunner(model, self.cache)
+        self._drafter = Drafter(self._runner) if drafts else None
         self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
         self._drafting_s = 0.0  # of the last step, what came after its tokens were chosen
         self._stats = EngineStats()
@@ -159,28 +159,28 @@ class Engine:
         self.scheduler.add(sequences)
 
     @torch.inference_mode()
-    def abort(self, request_id: str) -> list[Progress]:
+    def abort(self, request_id: str) -> list[TokenDelta]:
         """Stop answering a request; of one that is over already, nothing."""
-        progress: list[Progress] = []
+        deltas: list[TokenDelta] = []
         for sequence in list(self._requests.get(request_id, ())):
             self._end(sequence, FinishReason.ABORT)
-            progress.append(
-                Progress(request_id, sequence.index, (), finish_reason=FinishReason.ABORT)
+            deltas.append(
+                TokenDelta(request_id, sequence.index, (), finish_reason=FinishReason.ABORT)
             )
-        return progress
+        return deltas
 
     @torch.inference_mode()
-    def step(self) -> list[Progress]:
+    def step(self) -> list[TokenDelta]:
         """Do one step of work; returns what it brought."""
         self.scheduler.admit()
         self._stats.steps += 1
-        progress: list[Progress] = []
+        deltas: list[TokenDelta] = []
         decoding = self.scheduler.decoding
         if decoding:
-            progress += self._decode(decoding)
-        for chunks in self.scheduler.calls():
-            progress += self._prefill(chunks)
-        return progress
+            deltas += self._decode(decoding)
+        for chunks in self.scheduler.schedule_prefill():
+            deltas += self._prefill(chunks)
+        return deltas
 
     def stats(self) -> EngineStats:
         """What has been done so far, and what is held now; any thread may ask."""
@@ -201,8 +201,8 @@ class Engine:
         tensors of their own.
         """
         self.scheduler.forget()
-        self._steps.forget()
-        self._passes.forget()
+        self._steps.clear_graphs()
+        self._runner.clear_graphs()
 
     def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
         params = request.params
@@ -230,7 +230,7 @@ class Engine:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         )
 
-    def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Progress]:
+    def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[TokenDelta]:
         for sequence, count in chunks:
             self.scheduler.make_room(sequence, count)
         chunks = [chunk for chunk in chunks if chunk[0].slot is not None]
@@ -245,11 +245,11 @@ class Engine:
             if self.cache.lengths[slot] + count == len(sequence.tokens)
         ]
         last = [at for _, at in done]
-        is_prompt = not any(self.scheduler.reads_again(sequence) for sequence, _ in chunks)
+        is_prompt = not any(self.scheduler.is_recompute(sequence) for sequence, _ in chunks)
         wants_all = self._drafter is not None or any(s.wants_prompt_logprobs for s, _ in chunks)
         self._draft_length.interrupted()
-        hidden = self._passes.prefill(
-            tokens, slots, is_prompt=is_prompt, wanted=None if wants_all else last
+        hidden = self._runner.prefill(
+            tokens, slots, is_prompt=is_prompt, output_indices=None if wants_all else last
         )
         self._stats.prompt_tokens += ends[-1]
         if wants_all:
@@ -282,7 +282,7 @@ class Engine:
         if self._drafter is not None:
             self._drafter.read(chunks, hidden)
 
-    def _decode(self, sequences: list[Sequence]) -> list[Progress]:
+    def _decode(self, sequences: list[Sequence]) -> list[TokenDelta]:
         count = min(len(sequence.drafts) for sequence in sequences)
         for sequence in sequences:
             self.scheduler.make_room(sequence, 1 + count)
@@ -294,15 +294,15 @@ class Engine:
             del sequence.drafts[count:]
         tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
         slots = [_slot(sequence) for sequence in rows]
-        out = self._steps.run(tokens, slots, is_tentative=count > 0)
-        progress, stood = self._choose(
+        out = self._steps.run(tokens, slots, is_verification=count > 0)
+        deltas, stood = self._choose(
             rows, out.hidden, out.logits, tried=out.layout if count else None
         )
         # These drafts were written in the step before, and those of the next one in this.
         seconds = time.perf_counter() - start - self._drafting_s + drafting_s
         self._draft_length.record(count, stood, seconds)
         self._stats.draft_length = count
-        return progress
+        return deltas
 
     def _choose(
         self,
@@ -311,7 +311,7 @@ class Engine:
         logits: Tensor,
         *,
         tried: SequenceLayout | None = None,
-    ) -> tuple[list[Progress], list[int]]:
+    ) -> tuple[list[TokenDelta], list[int]]:
         """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones.
 
         Returns what it brought, and how many drafts of each sequence stood. Where an answer ends
@@ -319,27 +319,27 @@ class Engine:
         """
         windows = [sequence.drafts for sequence in sequences]
         choosers = [sequence.chooser for sequence in sequences]
-        gains = choose(choosers, logits.flatten(0, 1).float(), windows)
+        accepted = choose(choosers, logits.flatten(0, 1).float(), windows)
         if tried is not None:
-            self.cache.accept(tried, [max(len(gain), 1) for gain in gains])
+            self.cache.accept(tried, [max(len(new_tokens), 1) for new_tokens in accepted])
         start = time.perf_counter()
         after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
         if self._drafter is not None and count:
-            after = self._drafter.follow(sequences, gains, hidden)
+            after = self._drafter.advance(sequences, accepted, hidden)
         elif self._drafter is not None:
-            self._drafter.put_by(sequences, gains, hidden)
-        progress: list[Progress] = []
-        stood = [max(len(gain) - 1, 0) for gain in gains]
+            self._drafter.defer(sequences, accepted, hidden)
+        deltas: list[TokenDelta] = []
+        stood = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
         going: list[int] = []
-        for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
-            progress.append(self._take(sequence, gain, stood[row], logits[row]))
+        for row, (sequence, new_tokens) in enumerate(zip(sequences, accepted, strict=True)):
+            deltas.append(self._take(sequence, new_tokens, stood[row], logits[row]))
             if sequence.finish_reason is None:
                 going.append(row)
         if after is not None and going:
             hidden, logits = after
             self._draft([sequences[row] for row in going], hidden[going], logits[going], count)
         self._drafting_s = time.perf_counter() - start
-        return progress, stood
+        return deltas, stood
 
     def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Write `count` drafts for as many sequences as there are pages for."""
@@ -354,12 +354,14 @@ class Engine:
             chosen = [sequences[row] for row in with_room]
             self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
-    def _take(self, sequence: Sequence, gain: Many[int], stood: int, logits: Tensor) -> Progress:
+    def _take(
+        self, sequence: Sequence, new_tokens: Many[int], stood: int, logits: Tensor
+    ) -> TokenDelta:
         """Add chosen tokens to an answer, up to its end; the first `stood` of them are drafts."""
         taken: list[int] = []
         reason = FinishReason.ERROR if sequence.chooser.error is not None else None
         stop_token = None
-        for token in gain:
+        for token in new_tokens:
             sequence.tokens.append(token)
             taken.append(token)
             if token in sequence.chooser.stop_ids:
@@ -384,7 +386,7 @@ class Engine:
             )
         if reason is not None:
             self._end(sequence, reason)
-        return Progress(
+        return TokenDelta(
             request_id=sequence.request_id,
             index=sequence.index,
             tokens=tuple(taken),

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 
 from nemotron3.errors import ConfigError, DataError
-from nemotron3.inference.answers import Answer, Answers, Prompt
+from nemotron3.inference.output_processor import OutputProcessor, Prompt, RequestOutputProcessor
 from nemotron3.inference.requests import SamplingParams, StructuredOutput, TokenConstraint
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.inference.stop_strings import StopStrings
@@ -115,8 +115,8 @@ class Frontend:
         ends = {self._tokenizer.token_to_id(tag) for tag in (THINK_END, IM_START)} | self.eos_ids
         return next(token for token in reversed(ids) if token == start or token in ends) == start
 
-    def form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
-        """What answers are held to, compiled; may be asked for in any thread."""
+    def compile_grammar(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
+        """The grammar that answers are held to, compiled; any thread may call it."""
         if params.structured is None:
             return None
         stop_ids = frozenset(params.stop_token_ids)
@@ -130,7 +130,7 @@ class Frontend:
         return self.compiler().prepare(structured)
 
     def compiler(self) -> GrammarCompiler:
-        """What compiles forms, built at the first call: a large vocabulary takes its time."""
+        """The compiler of grammars, built at the first call: a large vocabulary takes its time."""
         with self._building:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(
@@ -151,11 +151,11 @@ class Frontend:
         prompt: Prompt,
         params: SamplingParams,
         request_id: str,
-        form: TokenConstraint | None = None,
+        grammar: TokenConstraint | None = None,
     ) -> EngineRequest:
-        """The engine's form of a request; `form` is that of these parameters, where it is ready."""
-        if form is None:
-            form = self.form(prompt, params)
+        """A request in token ids; `grammar` is that of these parameters, where it is compiled."""
+        if grammar is None:
+            grammar = self.compile_grammar(prompt, params)
         if params.stop:
             self._tokenizer_for(f"stop = {params.stop!r}")
         if params.reasoning_budget is not None:
@@ -173,18 +173,20 @@ class Frontend:
             boundaries=self._turns(prompt.ids),
             make_stop=stop,
             make_budget=partial(self._budget, prompt, params),
-            make_constraint=lambda: form.fork() if form is not None else None,
+            make_constraint=lambda: grammar.fork() if grammar is not None else None,
         )
 
-    def answers(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Answers:
-        """The readers of a request's answers."""
+    def output_processor(
+        self, prompt: Prompt, params: SamplingParams, request_id: str
+    ) -> RequestOutputProcessor:
+        """What reads the tokens of a request's answers."""
         each = [
-            Answer(
+            OutputProcessor(
                 prompt, params, self._tokenizer, index, self.eos_ids, self._budget(prompt, params)
             )
             for index in range(params.n)
         ]
-        return Answers(request_id, prompt, each)
+        return RequestOutputProcessor(request_id, prompt, each)
 
     def _budget(self, prompt: Prompt, params: SamplingParams) -> ThinkingBudget | None:
         """What limits one answer's reasoning: of the engine's, and of who reads the answer."""

@@ -14,16 +14,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemotron3.errors import ConfigError
-from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
+from nemotron3.inference.base_llm import BaseLLM
 from nemotron3.inference.engine import EngineStats
-from nemotron3.inference.loading import LoadedModel
+from nemotron3.inference.output_processor import (
+    AnswerDelta,
+    Prompt,
+    RequestOutput,
+    RequestOutputProcessor,
+)
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 
 OnDelta = Callable[[int, AnswerDelta], None]
 
 
-class LLM(LoadedModel):
+class LLM(BaseLLM):
     """A model that answers."""
 
     def stats(self) -> EngineStats:
@@ -93,23 +98,23 @@ class LLM(LoadedModel):
         if len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts were given and {len(params)} params")
         waiting: deque[EngineRequest] = deque()
-        answers: list[Answers] = []
+        processors: list[RequestOutputProcessor] = []
         for place, (prompt, how) in enumerate(zip(prompts, params, strict=True)):
             name = str(place)  # none of another call is left
             request = self._frontend.request(prompt, how, name)
             self._engine.check(request)
             waiting.append(request)
-            answers.append(self._frontend.answers(prompt, how, name))
+            processors.append(self._frontend.output_processor(prompt, how, name))
         try:
             while waiting or self._engine.has_work:
                 while waiting and self._engine.has_room(waiting[0]):
                     self._engine.add(waiting.popleft())
-                for progress in self._engine.step():
-                    place = int(progress.request_id)
-                    delta = answers[place].push(progress)
+                for token_delta in self._engine.step():
+                    place = int(token_delta.request_id)
+                    delta = processors[place].push(token_delta)
                     if on_delta is not None:
                         on_delta(place, delta)
         finally:
-            for each in answers:  # nothing is left behind by an interrupted call
+            for each in processors:  # nothing is left behind by an interrupted call
                 self._engine.abort(each.request_id)
-        return [each.output() for each in answers]
+        return [each.output() for each in processors]

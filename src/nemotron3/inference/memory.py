@@ -10,11 +10,11 @@ import torch
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.speculative import most_drafts
-from nemotron3.models.cache import HybridCache
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.pattern import LayerKind
-from nemotron3.parallel.devices import free_memory_bytes, has_memory_of_its_own
+from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
 
 _SHARE, _GPU_SHARE = 0.25, 0.9
 """At most this part of the free memory is taken, where nobody says how much."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from nemotron3.models.cache import HybridCache, Snapshot
+from nemotron3.models.hybrid_cache import HybridCache, Snapshot
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PrefixCache:
         """Of the entries: no others need be looked up."""
         self._bytes = 0
         self.version = 0
-        """Of the weights; whoever changes them calls `forget`."""
+        """Of the weights; whoever changes them calls `clear`."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -53,7 +53,7 @@ class PrefixCache:
         """Memory of the kept states."""
         return self._bytes
 
-    def find(self, tokens: Sequence[int]) -> Snapshot | None:
+    def match(self, tokens: Sequence[int]) -> Snapshot | None:
         """The longest kept beginning that leaves at least one token to read."""
         packed = _packed(tokens[:-1])
         for key in reversed(list(self._keys(packed))):
@@ -63,7 +63,7 @@ class PrefixCache:
                 return entry.snapshot
         return None
 
-    def keep(self, tokens: Sequence[int], slot: int) -> None:
+    def insert(self, tokens: Sequence[int], slot: int) -> None:
         """Keep what a slot holds, which is what these tokens led to."""
         if self._max_bytes == 0 or not tokens:
             return
@@ -90,7 +90,7 @@ class PrefixCache:
         self._cache.drop(entry.snapshot)
         return True
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop everything: the weights are others now."""
         while self.evict():
             pass

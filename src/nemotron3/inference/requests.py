@@ -18,14 +18,14 @@ MAX_LOGPROBS = 64
 """Most alternatives that a request may ask for per token."""
 
 
-FormKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
     """What the answer has to look like; the reasoning before it is free."""
 
-    kind: FormKind
+    kind: GrammarKind
     value: Any = None
     """The schema, expression, list of choices or grammar (Lark); None for any object."""
     source: str | None = field(default=None, compare=False)
@@ -137,8 +137,8 @@ class FinishReason(Enum):
 class FailureKind(Enum):
     """Whose an answer's failure is: what `FinishReason.ERROR` alone does not say."""
 
-    FORM = "form"
-    """The form that was asked for leaves no token to go on with; another form may."""
+    GRAMMAR = "grammar"
+    """The grammar leaves no token to go on with; another may."""
     ENGINE = "engine"
     """A step failed, or the model's logits are no numbers; the request is not to blame."""
 
@@ -149,7 +149,7 @@ class TokenConstraint(Protocol):
     def mask(self) -> Tensor | None:
         """True for each token that may come next, [vocab]; None where all may.
 
-        A DataError where none may: the answer ends as a `FailureKind.FORM`.
+        A DataError where none may: the answer ends as a `FailureKind.GRAMMAR`.
         """
         ...
 
@@ -192,8 +192,8 @@ class PromptReport:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What one step of the engine brought to one answer."""
+class TokenDelta:
+    """The tokens that one step of the engine brought to one answer."""
 
     request_id: str
     index: int

@@ -28,7 +28,7 @@ from nemotron3.inference.candidates import Draw, draw
 from nemotron3.inference.logit_rules import LogitRules
 from nemotron3.inference.requests import FailureKind, SamplingParams, TokenConstraint, TokenLogprob
 from nemotron3.inference.thinking_budget import ThinkingBudget
-from nemotron3.ops.drawing.noise import position_key
+from nemotron3.ops.sampling.noise import position_key
 
 COLDEST = 1e-5
 """Temperatures below this take the most probable token: dividing by them would overflow."""
@@ -108,7 +108,7 @@ class TokenChooser:
                 mask = here.mask() if forced is None else None
             except DataError as error:
                 if ahead == 0:
-                    self.error, self.failure = str(error), FailureKind.FORM
+                    self.error, self.failure = str(error), FailureKind.GRAMMAR
                 break
             if ahead >= first:
                 rows.append(self._row(logits[ahead - first], drafts[:ahead], forced, mask))
@@ -194,12 +194,12 @@ def choose(
     logits: Float[Tensor, "rows vocab"],
     windows: Sequence[Sequence[int]],
 ) -> list[list[int]]:
-    """The tokens that each answer gains: the agreed beginning of its drafts, and one more.
+    """The tokens accepted for each answer: the agreed beginning of its drafts, and one more.
 
     `logits` (float32) has the rows of the first window, then those of the second, and so on; a
     window is the drafts that the rows were computed after. A token of `stop_ids` is the last one.
-    The choosers are advanced by what is returned. An answer that cannot go on gains nothing and its
-    chooser's `error` says why; the others are not concerned.
+    The choosers are advanced by what is returned. For an answer that cannot go on there is none and
+    its chooser's `error` says why; the others are not concerned.
     """
     sizes = [len(drafts) + 1 for drafts in windows]
     assert logits.shape[0] == sum(sizes), f"{logits.shape[0]} rows for windows of {sizes}"
@@ -212,16 +212,16 @@ def choose(
             decided = chooser.rows(drafts, logits[span.start : span.stop])
             rows |= zip(span, decided, strict=False)  # there may be fewer
         chosen = _decide(rows, logits)
-    gains: list[list[int]] = []
+    accepted: list[list[int]] = []
     for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
-        gain = _agreed(chosen[span.start : span.stop], drafts, chooser.stop_ids)
-        for token in gain:
+        new_tokens = _agreed(chosen[span.start : span.stop], drafts, chooser.stop_ids)
+        for token in new_tokens:
             chooser.accept(token)
-        if not gain and chooser.error is None:
+        if not new_tokens and chooser.error is None:
             chooser.error = "the model's logits are no numbers, or leave no token to choose"
             chooser.failure = FailureKind.ENGINE
-        gains.append(gain)
-    return gains
+        accepted.append(new_tokens)
+    return accepted
 
 
 def draft(
@@ -272,14 +272,14 @@ def _may_be(token: int, forced: int | None, mask: Tensor | None, stop_ids: froze
 
 
 def _agreed(tokens: Sequence[int], drafts: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    gain: list[int] = []
+    new_tokens: list[int] = []
     for i, token in enumerate(tokens):
         if token < 0:
             break
-        gain.append(token)
+        new_tokens.append(token)
         if token in stop_ids or i == len(drafts) or token != drafts[i]:
             break
-    return gain
+    return new_tokens
 
 
 def _decide(rows: dict[int, _Row], logits: Tensor) -> list[int]:

@@ -1,9 +1,9 @@
-"""Who runs, who waits, how much of a prompt is read next, and who gives way when memory is short.
+"""Who runs, who waits, how much of a prompt is read next, and who is preempted.
 
 First come, first served. A sequence is admitted when a slot is free and the pages for all of its
 tokens are; it then reads its prompt in chunks and writes. Pages for what is written are taken as it
 grows. When there are none, what is kept for others goes first, then the sequence that came last is
-taken off: it waits at the head of the queue and reads its tokens again later, so that nothing is
+preempted: it waits at the head of the queue and reads its tokens again later, so that nothing is
 lost.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.prefix_cache import PrefixCache
 from nemotron3.inference.sequences import Sequence
-from nemotron3.models.cache import HybridCache, Snapshot
+from nemotron3.models.hybrid_cache import HybridCache, Snapshot
 from nemotron3.models.layout import MAX_STEPS
 
 _CLOSE = 8
@@ -60,18 +60,18 @@ class Scheduler:
                 return
             if self._waits_for_leader(sequence):
                 continue
-            if not self._start(sequence):
+            if not self._allocate(sequence):
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
             self.running.sort(key=lambda running: running.order)
 
-    def calls(self) -> list[list[tuple[Sequence, int]]]:
+    def schedule_prefill(self) -> list[list[tuple[Sequence, int]]]:
         """Who reads on in this step, and how many tokens, call by call.
 
         Narrow states are rounded where a chunk of a prompt ends, and after each token of an answer.
         That a sequence's tokens be the same in any company, its chunks then end only where its own
-        prompt says; and what it had written before it was taken off is read by itself, as steps.
+        prompt says; and what it had written before it was preempted is read by itself, as steps.
         """
         budget = self.max_num_batched_tokens
         prompts: list[tuple[Sequence, int]] = []
@@ -84,11 +84,11 @@ class Scheduler:
                 if self._is_narrow:
                     break
                 count = budget
-            (again if self.reads_again(sequence) else prompts).append((sequence, count))
+            (again if self.is_recompute(sequence) else prompts).append((sequence, count))
             budget -= count
         return [*([prompts] if prompts else []), *([chunk] for chunk in again)]
 
-    def reads_again(self, sequence: Sequence) -> bool:
+    def is_recompute(self, sequence: Sequence) -> bool:
         """Whether it reads what it has written, in a way that rounding would notice."""
         assert sequence.slot is not None
         return self._is_narrow and self.cache.lengths[sequence.slot] >= sequence.num_prompt
@@ -100,12 +100,12 @@ class Scheduler:
         if sequence.is_stale:
             return
         if length in self._stops(sequence):
-            self.prefixes.keep(sequence.tokens[:length], sequence.slot)
+            self.prefixes.insert(sequence.tokens[:length], sequence.slot)
         if self._leads(sequence) and length == sequence.num_prompt - 1:
             self._groups[sequence.request_id] = self.cache.snapshot(sequence.slot)
 
     def make_room(self, sequence: Sequence, new_tokens: int) -> bool:
-        """Take the pages for more tokens of a running sequence; False where it had to give way."""
+        """Take the pages for more tokens of a running sequence; False where it was preempted."""
         while sequence.slot is not None:
             missing = self.cache.missing_pages(sequence.slot, new_tokens)
             if missing == 0:  # as in nearly every step
@@ -114,7 +114,7 @@ class Scheduler:
                 self.cache.reserve(sequence.slot, new_tokens)
                 return True
             if not self._evict():
-                self._take_off(self.running[-1])
+                self._preempt(self.running[-1])
         return False
 
     def remove(self, sequence: Sequence, *, keep_state: bool = False) -> None:
@@ -127,8 +127,8 @@ class Scheduler:
         if slot is not None:
             length = self.cache.lengths[slot]
             if keep_state and not sequence.is_stale and length <= len(sequence.tokens):
-                self.prefixes.keep(sequence.tokens[:length], slot)
-            self._leave(sequence)
+                self.prefixes.insert(sequence.tokens[:length], slot)
+            self._release(sequence)
         everyone = (*self.waiting, *self.running)
         if not any(other.request is sequence.request for other in everyone):
             snapshot = self._groups.pop(sequence.request_id, None)
@@ -137,7 +137,7 @@ class Scheduler:
 
     def forget(self) -> None:
         """Let nobody start from what has been computed so far: the weights are others now."""
-        self.prefixes.forget()
+        self.prefixes.clear()
         while self._evict():
             pass
         for sequence in self.running:
@@ -156,32 +156,32 @@ class Scheduler:
         self.cache.drop(snapshot)
         return True
 
-    def _start(self, sequence: Sequence) -> bool:
+    def _allocate(self, sequence: Sequence) -> bool:
         """Give a slot and the pages for all its tokens and one more; False where they lack."""
         slot = self._free_slots.pop()
         snapshot = None
         if not sequence.wants_prompt_logprobs:
             snapshot = self._groups.get(sequence.request_id)
-            snapshot = snapshot or self.prefixes.find(sequence.tokens)
+            snapshot = snapshot or self.prefixes.match(sequence.tokens)
         if snapshot is not None:
             self.cache.restore(slot, snapshot)
         sequence.begin(slot, self.cache.lengths[slot])
         rest = len(sequence.tokens) + 1 - self.cache.lengths[slot]
         while self.cache.missing_pages(slot, rest) > self.cache.pool.num_free:
             if not self._evict():
-                self._leave(sequence)
+                self._release(sequence)
                 return False
         self.cache.reserve(slot, rest)
         return True
 
-    def _take_off(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._leave(sequence)
+        self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self.cache.free(sequence.slot)
         self._free_slots.append(sequence.slot)

@@ -38,7 +38,7 @@ class Sequence:
     stop: StopCondition | None
     tokens: list[int]
     order: int
-    """Of arrival: who came first is served first, and taken off last."""
+    """Of arrival: who came first is served first, and preempted last."""
     max_tokens: int
     slot: int | None = None
     is_prefilled: bool = False

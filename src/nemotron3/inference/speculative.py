@@ -9,7 +9,7 @@ is one token behind the state. Its keys and values lie in the same pages as the 
 - after tokens were chosen, the block reads what they settle, and its output at the last position
   gives the first draft; further drafts feed its own output back, as it was trained to (white paper,
   section 2.3), and leave nothing behind;
-- while nothing is drafted, what it would read is put by in the cache (`HybridCache.unread`), and
+- while nothing is drafted, what it would read is kept in the cache (`HybridCache.pending`), and
   read in one go when drafts are wanted again, so that drafting nothing costs next to nothing. An
   answer may end with it: whoever goes on from there reads it first.
 
@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
-from nemotron3.inference.passes import Passes
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.sampler import draft
 from nemotron3.inference.sequences import Sequence
-from nemotron3.models.cache import Unread
+from nemotron3.models.hybrid_cache import PendingTokens
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.pattern import LayerKind
 
-USUAL_DRAFTS = 3
+DEFAULT_DRAFTS = 3
 """Most drafts where nobody says how many. One block drafts at all depths, so the number that it was
 trained at is no limit, and published checkpoints do not tell it."""
 
 
 def most_drafts(model: LanguageModel, wanted: int | None) -> int:
-    """How many tokens may be drafted: what is wanted, else the usual number."""
+    """How many tokens may be drafted: what is wanted, else the default."""
     if wanted == 0 or (wanted is None and model.mtp is None):
         return 0
     if model.mtp is None:
@@ -49,22 +49,22 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
             "the model's multi-token-prediction block has Mamba layers, which drafts cannot be "
             "taken back from; set max_draft_tokens to 0"
         )
-    wanted = USUAL_DRAFTS if wanted is None else wanted
+    wanted = DEFAULT_DRAFTS if wanted is None else wanted
     if wanted >= MAX_STEPS:
         raise ConfigError(f"max_draft_tokens is {wanted}; it must be below {MAX_STEPS}")
     return wanted
 
 
-_MOST_UNREAD = 128
-"""Steps of a sequence that are put by: a bound of memory, and enough to make reading cheap."""
+_MAX_PENDING = 128
+"""Steps of a sequence that are deferred: a bound of memory, and enough to make reading cheap."""
 
 
 class Drafter:
     """Runs the draft block along with the model."""
 
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
-        self.cache = passes.cache
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.cache = runner.cache
 
     def read(self, chunks: Many[tuple[Sequence, int]], hidden: Tensor) -> None:
         """Follow the model over chunks of prompts that it has just read; `hidden` is its output."""
@@ -79,86 +79,86 @@ class Drafter:
             part, at = hidden[at : at + count], at + count
             start, end = cache.draft_lengths[slot], cache.lengths[slot]
             if end - 1 > start:
-                # What was put by before this prompt is a part of it, so its tokens are here.
-                inputs += [unread.hidden for unread in cache.unread[slot]]
+                # What was deferred before this prompt is a part of it, so its tokens are here.
+                inputs += [pending.hidden for pending in cache.pending[slot]]
                 inputs += [kept[slot : slot + 1].clone()] if start < end - count else []
                 inputs.append(part[:-1])
                 tokens.append(sequence.tokens[start + 1 : end])
                 slots.append(slot)
-            cache.unread[slot] = []
+            cache.pending[slot] = []
             kept[slot] = part[-1]
         if slots:
-            context = [cache.draft_lengths[slot] for slot in slots]
-            self.passes.read_drafts(tokens, torch.cat(inputs), slots, context)
+            cached_lengths = [cache.draft_lengths[slot] for slot in slots]
+            self.runner.read_drafts(tokens, torch.cat(inputs), slots, cached_lengths)
         for sequence, _ in chunks:
             slot = _slot(sequence)
             cache.draft_lengths[slot] = cache.lengths[slot] - 1
 
-    def follow(
-        self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor
+    def advance(
+        self, sequences: Many[Sequence], accepted: Many[Many[int]], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read what newly chosen tokens settle; returns the block's output and logits after it.
 
         `hidden` [rows, steps, d_model] is the model's, at and before the last of the tokens that
-        each sequence's state holds; what is beyond the gained tokens was refused.
+        each sequence's state holds; what is beyond the accepted tokens was refused.
         """
-        self.catch_up(sequences)
+        self.flush(sequences)
         cache, kept, (rows, steps, _) = self.cache, self.cache.hidden, hidden.shape
         assert kept is not None
         if rows == 1:  # of several one is long nearly always
-            steps = max(len(gains[0]), 1)
+            steps = max(len(accepted[0]), 1)
             hidden = hidden[:, :steps]  # what is beyond would choose experts of its own
         slots = [_slot(sequence) for sequence in sequences]
-        tokens = [[*gain, *[0] * (steps - len(gain))] for gain in gains]
-        context = [cache.draft_lengths[slot] for slot in slots]
-        last = [max(len(gain), 1) - 1 for gain in gains]
-        after = self.passes.draft(tokens, hidden.flatten(0, 1), slots, context, last)
+        tokens = [[*new_tokens, *[0] * (steps - len(new_tokens))] for new_tokens in accepted]
+        cached_lengths = [cache.draft_lengths[slot] for slot in slots]
+        last = [max(len(new_tokens), 1) - 1 for new_tokens in accepted]
+        after = self.runner.draft(tokens, hidden.flatten(0, 1), slots, cached_lengths, last)
         kept[slots] = hidden[torch.arange(rows), last]
         for slot, place in zip(slots, last, strict=True):
             cache.draft_lengths[slot] += place + 1
         return after
 
-    def put_by(self, sequences: Many[Sequence], gains: Many[Many[int]], hidden: Tensor) -> None:
-        """Read later what `follow` would read now."""
-        unread, steps = self.cache.unread, hidden.shape[1]
+    def defer(self, sequences: Many[Sequence], accepted: Many[Many[int]], hidden: Tensor) -> None:
+        """Read later what `advance` would read now."""
+        pending, steps = self.cache.pending, hidden.shape[1]
         kept = hidden.clone()  # the next step writes over it
         full: list[Sequence] = []
-        for sequence, gain, part in zip(sequences, gains, kept.unbind(0), strict=True):
-            if not gain:
+        for sequence, new_tokens, part in zip(sequences, accepted, kept.unbind(0), strict=True):
+            if not new_tokens:
                 continue
-            parts = unread[_slot(sequence)]
-            settled = part if len(gain) == steps else part[: len(gain)]
-            parts.append(Unread(tuple(gain), settled))
-            if len(parts) >= _MOST_UNREAD:
+            parts = pending[_slot(sequence)]
+            settled = part if len(new_tokens) == steps else part[: len(new_tokens)]
+            parts.append(PendingTokens(tuple(new_tokens), settled))
+            if len(parts) >= _MAX_PENDING:
                 full.append(sequence)
-        self.catch_up(full)
+        self.flush(full)
 
-    def catch_up(self, sequences: Many[Sequence]) -> None:
-        """Read what was put by."""
+    def flush(self, sequences: Many[Sequence]) -> None:
+        """Read what was deferred."""
         cache, kept = self.cache, self.cache.hidden
         assert kept is not None
-        slots = [slot for slot in map(_slot, sequences) if cache.unread[slot]]
+        slots = [slot for slot in map(_slot, sequences) if cache.pending[slot]]
         if not slots:
             return
-        unread = [Unread.join(cache.unread[slot]) for slot in slots]
-        tokens, hidden = [part.tokens for part in unread], [part.hidden for part in unread]
-        context = [cache.draft_lengths[slot] for slot in slots]
-        self.passes.read_drafts(tokens, torch.cat(hidden), slots, context)
-        for slot, part in zip(slots, unread, strict=True):
+        pending = [PendingTokens.join(cache.pending[slot]) for slot in slots]
+        tokens, hidden = [part.tokens for part in pending], [part.hidden for part in pending]
+        cached_lengths = [cache.draft_lengths[slot] for slot in slots]
+        self.runner.read_drafts(tokens, torch.cat(hidden), slots, cached_lengths)
+        for slot, part in zip(slots, pending, strict=True):
             cache.draft_lengths[slot] += len(part.tokens)
-            cache.unread[slot] = []
+            cache.pending[slot] = []
             kept[slot] = part.hidden[-1]
 
     def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
-        """Draft `count` tokens for each sequence, from what `follow` returned."""
+        """Draft `count` tokens for each sequence, from what `advance` returned."""
         choosers = [sequence.chooser for sequence in sequences]
         slots = [_slot(sequence) for sequence in sequences]
         drafts: list[list[int]] = [[] for _ in sequences]
         for ahead in range(count):
             if ahead:
-                context = [self.cache.draft_lengths[slot] + ahead - 1 for slot in slots]
+                cached_lengths = [self.cache.draft_lengths[slot] + ahead - 1 for slot in slots]
                 tokens, last = [[drafted[-1]] for drafted in drafts], [0] * len(slots)
-                hidden, logits = self.passes.draft(tokens, hidden, slots, context, last)
+                hidden, logits = self.runner.draft(tokens, hidden, slots, cached_lengths, last)
             written = draft(choosers, logits.float(), drafts)
             for drafted, token in zip(drafts, written, strict=True):
                 drafted.append(token)

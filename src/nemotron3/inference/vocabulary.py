@@ -1,6 +1,6 @@
-"""What the engine's room asks of a tokenizer: ids and the bytes behind them, never text of its own.
+"""What the engine asks of a tokenizer: ids and the bytes behind them, never text of its own.
 
-`nemotron3.text.Tokenizer` is one. The room does not import it, so that a model with another
+`nemotron3.text.Tokenizer` is one. This package does not import it, so that a model with another
 tokenizer can be run by whoever writes these few names for it.
 """
 
@@ -65,7 +65,7 @@ class Vocabulary(Protocol):
 
 
 class ReasoningStyle(Protocol):
-    """What the room asks of a chat style (`nemotron3.text.chat_style.ChatStyle` is one)."""
+    """What the engine asks of a chat style (`nemotron3.text.chat_style.ChatStyle` is one)."""
 
     @property
     def reasoning_end(self) -> str:

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nemotron3.models.cache.state import AttentionState
 from nemotron3.models.config import AttentionConfig
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.state import AttentionState
 from nemotron3.ops.attention import attention
 from nemotron3.ops.rotary import rotate
 
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         layout: SequenceLayout,
         state: AttentionState | None = None,
     ) -> Float[Tensor, "tokens d_model"]:
-        """Attend within each sequence, and to what `state` remembers of it."""
+        """Attend within each sequence, and to the keys and values in `state`."""
         c = self.config
         q = self.q_norm(self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)))
         q = self._rotated(q, layout)
@@ -51,11 +51,11 @@ class Attention(nn.Module):
             y = attention(q, k, v, queries=layout.segments, keys=layout.keys)
         return self.o_proj(y.flatten(-2))
 
-    def remember(
+    def write_kv(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
     ) -> None:
-        """Keep the keys and values of tokens whose outputs nobody asks for."""
-        state.remember(layout, *self._keys_and_values(x, layout))
+        """Write keys and values of tokens whose outputs nobody asks for."""
+        state.write_kv(layout, *self._keys_and_values(x, layout))
 
     def _keys_and_values(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         c = self.config

@@ -4,6 +4,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron3.models.attention import Attention
+from nemotron3.models.cache.state import AttentionState, LayerState
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import MixtureOfExperts, Routing
 from nemotron3.models.layout import SequenceLayout
@@ -11,7 +12,6 @@ from nemotron3.models.mamba2 import Mamba2Mixer
 from nemotron3.models.mlp import MLP
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.pattern import LayerKind
-from nemotron3.models.state import AttentionState, LayerState
 
 Mixer = Mamba2Mixer | Attention | MixtureOfExperts | MLP
 
@@ -65,9 +65,9 @@ class Block(nn.Module):
         """Whether the mixer chooses experts."""
         return self.kind is LayerKind.EXPERTS
 
-    def remember(
+    def write_kv(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
     ) -> None:
-        """Let an attention layer keep what it remembers of `x`, and nothing else."""
+        """Write an attention layer's keys and values of `x`, and compute nothing else."""
         assert isinstance(self.mixer, Attention)
-        self.mixer.remember(self.norm(x), layout, state)
+        self.mixer.write_kv(self.norm(x), layout, state)

@@ -20,11 +20,11 @@ MAX_STEPS = 16
 """Up to this many new tokens of each sequence are steps: the state is read and written in place."""
 
 
-class Places(NamedTuple):
-    """Where the sequences of a call are, for kernels."""
+class DeviceLayout(NamedTuple):
+    """`slots` and `cached_lengths` of a layout as tensors, for kernels."""
 
     slots: Int[Tensor, " sequence"]
-    context: Int[Tensor, " sequence"]
+    cached_lengths: Int[Tensor, " sequence"]
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class SequenceLayout:
 
     segments: Segments
     """The tokens of this call."""
-    context: tuple[int, ...] = ()
+    cached_lengths: tuple[int, ...] = ()
     """Tokens of each sequence in the state before this call; empty where there is no state."""
     slots: tuple[int, ...] = ()
     """Row of the state that belongs to each sequence; empty where there is no state."""
-    is_tentative: bool = False
-    """Whether the state must stay as it is until it is said how many of the tokens stand."""
+    is_verification: bool = False
+    """Whether the call verifies drafts: the state stays as it is until `HybridCache.accept`."""
     is_prompt: bool = False
     """Whether the tokens are read as a whole: a narrow state is then rounded once, after them."""
-    places: "Places | None" = None
-    """`slots` and `context` as tensors, where whoever made the layout keeps them: they are what
-    counts then, and may change from call to call."""
+    device_layout: "DeviceLayout | None" = None
+    """`slots` and `cached_lengths` as tensors, where whoever made the layout keeps them: they are
+    what counts then, and may change from call to call."""
 
     def __post_init__(self) -> None:
         count = len(self.segments)
-        for name, given in (("context", self.context), ("slots", self.slots)):
+        for name, given in (("cached_lengths", self.cached_lengths), ("slots", self.slots)):
             if given and len(given) != count:
                 raise ConfigError(
                     f"layout has {count} sequences but {len(given)} entries of {name}"
@@ -68,44 +68,45 @@ class SequenceLayout:
     def is_step(self) -> bool:
         """Whether every sequence of a state goes on by the same few tokens."""
         length = self.segments.uniform_length
-        has_state = bool(self.slots) or self.places is not None
+        has_state = bool(self.slots) or self.device_layout is not None
         return has_state and length is not None and length <= MAX_STEPS
 
     def slot_index(self, device: torch.device) -> Tensor:
         """`slots` as a tensor, int64 [sequences]."""
-        return self._places(device).slots
+        return self._device_layout(device).slots
 
-    def context_lengths(self, device: torch.device) -> Tensor:
-        """`context` as a tensor, int64 [sequences]."""
-        return self._places(device).context
+    def cached_lengths_tensor(self, device: torch.device) -> Tensor:
+        """`cached_lengths` as a tensor, int64 [sequences]."""
+        return self._device_layout(device).cached_lengths
 
-    def _places(self, device: torch.device) -> "Places":
-        if self.places is not None:
-            return self.places
+    def _device_layout(self, device: torch.device) -> "DeviceLayout":
+        if self.device_layout is not None:
+            return self.device_layout
         if device not in self._made:
-            self._made[device] = Places(
-                torch.tensor(self.slots, device=device), torch.tensor(self.context, device=device)
+            self._made[device] = DeviceLayout(
+                torch.tensor(self.slots, device=device),
+                torch.tensor(self.cached_lengths, device=device),
             )
         return self._made[device]
 
     @cached_property
-    def _made(self) -> dict[torch.device, "Places"]:
+    def _made(self) -> dict[torch.device, "DeviceLayout"]:
         return {}
 
     @cached_property
     def keys(self) -> Segments:
         """What attention looks at: remembered tokens and those of this call."""
-        if not any(self.context):
+        if not any(self.cached_lengths):
             return self.segments
         return Segments(
-            old + new for old, new in zip(self.context, self.segments.lengths, strict=True)
+            old + new for old, new in zip(self.cached_lengths, self.segments.lengths, strict=True)
         )
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token within its whole sequence, int64 [tokens]."""
         positions = self.segments.positions(device)
-        if any(self.context) or self.places is not None:
-            positions = positions + self.context_lengths(device)[self.segments.ids(device)]
+        if any(self.cached_lengths) or self.device_layout is not None:
+            positions = positions + self.cached_lengths_tensor(device)[self.segments.ids(device)]
         return positions
 
 

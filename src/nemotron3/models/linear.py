@@ -1,4 +1,4 @@
-"""The embedding table, and the door through which every dense product of the model goes.
+"""The embedding table, and the one module through which every dense product goes.
 
 Weights keep the dtype they are stored in (float32 masters in training, bfloat16 in inference), and
 the product runs in the dtype of the activations. Number formats that quantize operands plug in

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nemotron3.models.cache.state import MambaState
 from nemotron3.models.config import MambaConfig
 from nemotron3.models.initial_values import Constant, Elements, InitialScale, Uniform
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.models.state import MambaState
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.ssd import ssd, ssd_rates
 
@@ -61,19 +61,24 @@ class CausalConv1d(DeclaredModule):
         self.declare("bias", (channels,), init=init, decays=False)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, tails: Tensor | None
+        self, x: Tensor, layout: SequenceLayout, conv_states: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Convolution and SiLU; returns outputs [tokens, channel] and new tails."""
+        """Convolution and SiLU; returns outputs [tokens, channel] and new states."""
         return causal_conv(
-            x, self.weight.squeeze(1), self.bias, segments=layout.segments, tails=tails
+            x, self.weight.squeeze(1), self.bias, segments=layout.segments, conv_states=conv_states
         )
 
     def steps(
-        self, x: Tensor, tails: Tensor, slots: Tensor, trail: Tensor | None
+        self, x: Tensor, conv_states: Tensor, slots: Tensor, intermediate_states: Tensor | None
     ) -> Float[Tensor, "tokens channel"]:
-        """The same for a few tokens behind the tails of `slots`, which go on in place."""
+        """The same for a few tokens behind the states of `slots`, which go on in place."""
         return causal_conv_steps(
-            x, self.weight.squeeze(1), self.bias, tails=tails, slots=slots, trail=trail
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            conv_states=conv_states,
+            slots=slots,
+            intermediate_states=intermediate_states,
         )
 
 
@@ -115,20 +120,24 @@ class Mamba2Mixer(DeclaredModule):
         D = self.D.to(dt.dtype)
         if state is not None and state.takes_steps(layout) and not torch.is_grad_enabled():
             slots = layout.slot_index(x.device)
-            xBC = self.conv1d.steps(xBC, state.tails, slots, state.tail_trail(layout))
+            xBC = self.conv1d.steps(
+                xBC, state.conv_states, slots, state.conv_intermediate_states(layout)
+            )
             y = state.scan(layout, self._operands(xBC, dt, A, D))
         else:
-            assert not layout.is_tentative, "a tentative call takes few tokens and no gradients"
-            tails, states = (None, None) if state is None else state.read(layout)
-            xBC, tails = self.conv1d(xBC, layout, tails)
-            y, states = ssd(
+            assert not layout.is_verification, (
+                "a verification call takes few tokens and no gradients"
+            )
+            conv_states, ssm_states = (None, None) if state is None else state.read(layout)
+            xBC, conv_states = self.conv1d(xBC, layout, conv_states)
+            y, ssm_states = ssd(
                 *self._operands(xBC, dt, A, D),
                 segments=layout.segments,
                 chunk_size=c.chunk_size,
-                initial_states=states,
+                initial_states=ssm_states,
             )
             if state is not None:
-                state.write(layout, tails, states)
+                state.write(layout, conv_states, ssm_states)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _operands(

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemotron3.models.block import Block
+from nemotron3.models.cache.state import AttentionState, LayerState
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Routing
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.pattern import last_memory
-from nemotron3.models.state import AttentionState, LayerState
+from nemotron3.models.pattern import last_stateful_layer
 
 
 class MTPInput(nn.Module):
@@ -55,7 +55,7 @@ class MultiTokenPredictor(nn.Module):
         super().__init__()
         self.input = MTPInput(config)
         self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.mtp)
-        self.last_memory = last_memory(config.pattern.mtp)
+        self.last_stateful_layer = last_stateful_layer(config.pattern.mtp)
         self.final_layernorm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -64,13 +64,13 @@ class MultiTokenPredictor(nn.Module):
         hidden: Float[Tensor, "tokens d_model"],
         layout: SequenceLayout,
         states: Sequence[LayerState | None] | None = None,
-        wanted: Int[Tensor, " wanted"] | None = None,
+        output_indices: Int[Tensor, " outputs"] | None = None,
         routes: Sequence[Int[Tensor, "tokens choice"]] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
         """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k.
 
-        With the `states` of its layers the block continues what the layout's slots hold. Of a
-        call where only some tokens' outputs are `wanted`, these alone pass the last layers.
+        With the `states` of its layers the block continues what the layout's slots hold. With
+        `output_indices` these tokens alone pass the last layers.
         `routes` are the experts of all tokens of the call, for each mixture of the block.
         """
         x = self.input(embedding, hidden)
@@ -85,8 +85,8 @@ class MultiTokenPredictor(nn.Module):
             x, routing = layer(x, layout, state, chosen)
             if routing is not None:
                 routings.append(routing)
-            if wanted is not None and index == self.last_memory:
-                x, rows = F.embedding(wanted, x), wanted
+            if output_indices is not None and index == self.last_stateful_layer:
+                x, rows = F.embedding(output_indices, x), output_indices
         return self.final_layernorm(x), routings
 
     def unroll(
@@ -125,8 +125,8 @@ class MultiTokenPredictor(nn.Module):
         layout: SequenceLayout,
         states: Sequence[LayerState | None],
     ) -> None:
-        """Let the block's layers remember tokens whose outputs nobody asks for."""
-        last = self.last_memory
+        """Write keys and values of tokens whose outputs nobody asks for."""
+        last = self.last_stateful_layer
         state = states[last]
         if state is None:
             return
@@ -136,4 +136,4 @@ class MultiTokenPredictor(nn.Module):
             x, _ = layer(x, layout, layer_state)
         block = self.layers[last]
         assert isinstance(block, Block)
-        block.remember(x, layout, state)
+        block.write_kv(x, layout, state)

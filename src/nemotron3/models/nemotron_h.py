@@ -23,17 +23,17 @@ from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.allocation import allocate
 from nemotron3.models.block import Block
-from nemotron3.models.cache import HybridCache
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Router, Routing
+from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.pattern import last_memory
+from nemotron3.models.pattern import last_stateful_layer
 from nemotron3.models.routes import RecordedRoutes
-from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.linear import linear
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.main)
-        self.last_memory = last_memory(config.pattern.main)
+        self.last_stateful_layer = last_stateful_layer(config.pattern.main)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -93,16 +93,16 @@ class Backbone(nn.Module):
         layout: SequenceLayout,
         state: HybridCache | None = None,
         *,
-        wanted: Int[Tensor, " wanted"] | None = None,
+        output_indices: Int[Tensor, " outputs"] | None = None,
         recompute: bool = False,
         measure: bool = False,
         routes: Sequence[Int[Tensor, "tokens choice"]] | None = None,
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
-        With a `state` the call continues what its slots hold. Where only some tokens' outputs are
-        `wanted`, the result is theirs, and they alone pass the layers behind the last one that
-        remembers: of a prompt it is a single one. `recompute` trades time for memory:
+        With a `state` the call continues what its slots hold. With `output_indices` the result is
+        that of these tokens, and they alone pass the layers behind the last one with a state: of a
+        prompt it is a single one. `recompute` trades time for memory:
         only the inputs of blocks are kept for the backward pass. `measure` records the size of the
         residual stream after each block. `routes` are the experts of all tokens of the call, for
         each mixture; without them the routers choose.
@@ -135,8 +135,8 @@ class Backbone(nn.Module):
                 routings.append(routing)
             if measure:
                 residual_rms.append(x.detach().float().square().mean().sqrt())
-            if wanted is not None and index == self.last_memory:
-                x, rows = F.embedding(wanted, x), wanted
+            if output_indices is not None and index == self.last_stateful_layer:
+                x, rows = F.embedding(output_indices, x), output_indices
         if state is not None:
             state.advance(layout)
         return BackboneOutput(self.norm_f(x), routings, residual_rms)
@@ -239,10 +239,13 @@ class LanguageModel(nn.Module):
         *,
         layout: SequenceLayout,
         state: HybridCache | None = None,
-        wanted: Int[Tensor, " wanted"] | None = None,
+        output_indices: Int[Tensor, " outputs"] | None = None,
     ) -> Float[Tensor, "tokens d_model"]:
-        """The residual stream after the final norm, of all tokens or of those that are wanted."""
-        return self.backbone(self.embed(tokens), layout, state, wanted=wanted).hidden
+        """The residual stream after the final norm, of all tokens or of those at
+        `output_indices`."""
+        return self.backbone(
+            self.embed(tokens), layout, state, output_indices=output_indices
+        ).hidden
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
@@ -347,9 +350,10 @@ class LanguageModel(nn.Module):
                 f"the layout describes {layout.segments.total} tokens, "
                 f"but {tokens.numel()} were given"
             )
-        if state is None and any(layout.context):
+        if state is None and any(layout.cached_lengths):
             raise ConfigError(
-                f"the layout continues sequences of {layout.context} tokens; give the state too"
+                f"the layout continues sequences of {layout.cached_lengths} tokens; "
+                "give the state too"
             )
         return layout
 
@@ -359,7 +363,9 @@ class LanguageModel(nn.Module):
         """Logits after the last token of each sequence: of a long prompt no others are made."""
         is_long = len(tokens) > len(layout.segments)
         last = layout.segments.last_indices(tokens.device) if is_long else None
-        return self.logits(self.hidden_states(tokens, layout=layout, state=state, wanted=last))
+        return self.logits(
+            self.hidden_states(tokens, layout=layout, state=state, output_indices=last)
+        )
 
     def new_state(self, slots: int, precision: StatePrecision | None = None) -> HybridCache:
         """An empty state for `slots` sequences."""

@@ -21,7 +21,7 @@ class LayerKind(Enum):
     MLP = "-"
 
     @property
-    def remembers(self) -> bool:
+    def is_stateful(self) -> bool:
         """Whether a token's output depends on the tokens before it."""
         return self in (LayerKind.MAMBA, LayerKind.ATTENTION)
 
@@ -55,12 +55,12 @@ class LayerPattern:
         return {*self.main, *self.mtp}
 
 
-def last_memory(kinds: Sequence[LayerKind]) -> int:
-    """The last layer that remembers; the first if none does.
+def last_stateful_layer(kinds: Sequence[LayerKind]) -> int:
+    """The last layer with a state; the first if none has one.
 
     Behind it a token can be left out, and no other notices.
     """
-    return max((i for i, kind in enumerate(kinds) if kind.remembers), default=0)
+    return max((i for i, kind in enumerate(kinds) if kind.is_stateful), default=0)
 
 
 def parse_pattern(pattern: str) -> LayerPattern:

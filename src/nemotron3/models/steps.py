@@ -7,9 +7,9 @@ Whoever decodes calls `StepRunner.run` and need not know how the step is carried
     out.logits[:, -1].argmax(-1)                              # next tokens of slots 3 and 0
 
 The first step of each shape is the model's forward pass; where that can be recorded, those after it
-are its recording (recordings.py), played on new tokens, slots and lengths.
+replay its graph (graph_cache.py) on new tokens, slots and lengths.
 
-Where padding is taken, steps come in few sizes, each at most an eighth larger than the rows it is
+Where batches are padded, steps come in few sizes, each at most an eighth larger than the rows it is
 for. The rows that are too many have slot -1, which kernels leave alone.
 """
 
@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
-from nemotron3.models.cache import HybridCache
-from nemotron3.models.layout import MAX_STEPS, Places, SequenceLayout
-from nemotron3.models.recordings import Recordings
+from nemotron3.models.graph_cache import GraphCache
+from nemotron3.models.hybrid_cache import HybridCache
+from nemotron3.models.layout import MAX_STEPS, DeviceLayout, SequenceLayout
 from nemotron3.ops.segments import Segments
 
 
@@ -44,13 +44,13 @@ class StepOutput(NamedTuple):
     """The residual stream after the final norm."""
     logits: Float[Tensor, "sequence step vocab"]
     layout: SequenceLayout
-    """For `HybridCache.accept` after a tentative step."""
+    """For `HybridCache.accept` after a verification step."""
 
 
 class _Shape(NamedTuple):
     rows: int
     length: int
-    is_tentative: bool
+    is_verification: bool
 
 
 class StepRunner:
@@ -58,10 +58,14 @@ class StepRunner:
 
     def __init__(self, model: SteppingModel, cache: HybridCache) -> None:
         self.model, self.cache = model, cache
-        self._recordings = Recordings(cache)
+        self._graphs = GraphCache(cache)
 
     def run(
-        self, tokens: Sequence[Sequence[int]], slots: Sequence[int], *, is_tentative: bool = False
+        self,
+        tokens: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        *,
+        is_verification: bool = False,
     ) -> StepOutput:
         """Feed each slot its tokens, the same number (at most `MAX_STEPS`) for all.
 
@@ -75,15 +79,15 @@ class StepRunner:
                 f"a step brings sequences of {[len(part) for part in tokens]} tokens; it takes as "
                 f"many from each, from 1 to {MAX_STEPS}: call the model for anything else"
             )
-        layout = self.cache.layout([length] * rows, slots, is_tentative=is_tentative)
+        layout = self.cache.layout([length] * rows, slots, is_verification=is_verification)
         self.cache.check(layout)
-        padded = _padded(rows) if self._recordings.take_padding else rows
-        shape = _Shape(padded, length, is_tentative)
+        padded = _padded(rows) if self._graphs.pads_batch else rows
+        shape = _Shape(padded, length, is_verification)
         inputs = _inputs(shape, [token for part in tokens for token in part], layout)
         step = self._step(shape)
-        if self._recordings.are_possible:
-            hidden, logits = self._recordings.run(
-                shape, (inputs,), step, idle=lambda: (_inputs(shape, [], None),)
+        if self._graphs.is_supported:
+            hidden, logits = self._graphs.run(
+                shape, (inputs,), step, padding_inputs=lambda: (_inputs(shape, [], None),)
             )
         else:
             hidden, logits = step(inputs.to(self.cache.device))
@@ -92,18 +96,20 @@ class StepRunner:
             hidden, logits = hidden[:rows], logits[:rows]
         return StepOutput(hidden, logits, layout)
 
-    def forget(self) -> None:
+    def clear_graphs(self) -> None:
         """Record anew: the model's parameters are other tensors."""
-        self._recordings.forget()
+        self._graphs.clear()
 
     def _step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The forward pass of such a step, on tokens, then slots, then lengths of the context."""
-        rows, length, is_tentative = shape
+        rows, length, is_verification = shape
 
         def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
-            tokens, *places = inputs.split([rows * length, rows, rows])
+            tokens, *device_layout = inputs.split([rows * length, rows, rows])
             layout = SequenceLayout(
-                Segments.uniform(rows, length), is_tentative=is_tentative, places=Places(*places)
+                Segments.uniform(rows, length),
+                is_verification=is_verification,
+                device_layout=DeviceLayout(*device_layout),
             )
             hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
             logits = self.model.logits(hidden)
@@ -120,8 +126,8 @@ def _padded(rows: int) -> int:
 
 def _inputs(shape: _Shape, tokens: list[int], layout: SequenceLayout | None) -> Tensor:
     """Tokens, slots and lengths of the context; padding where the layout has no more sequences."""
-    slots, context = ((), ()) if layout is None else (layout.slots, layout.context)
+    slots, cached_lengths = ((), ()) if layout is None else (layout.slots, layout.cached_lengths)
     if missing := shape.rows - len(slots):
         tokens = [*tokens, *[0] * (missing * shape.length)]
-        slots, context = (*slots, *[-1] * missing), (*context, *[0] * missing)
-    return torch.tensor([*tokens, *slots, *context])
+        slots, cached_lengths = (*slots, *[-1] * missing), (*cached_lengths, *[0] * missing)
+    return torch.tensor([*tokens, *slots, *cached_lengths])

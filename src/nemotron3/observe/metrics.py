@@ -1,6 +1,6 @@
 """The numbers of a run: one flat dict per step, through one call.
 
-A metric is a float under a name with a room in front: `train/loss`, `optim/grad_norm`,
+A metric is a float under a name with an area in front: `train/loss`, `optim/grad_norm`,
 `perf/tokens_per_s`. Everything that a step has to say is logged together, so that the files of a
 resumed run can be cut at a step and every reader sees whole steps.
 

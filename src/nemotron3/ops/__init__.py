@@ -1,1 +1,1 @@
-"""Pure tensor functions: a folder per operation, with a reference, faster files and one door."""
+"""Pure tensor functions, a folder per operation: a reference, faster files, one entry point."""

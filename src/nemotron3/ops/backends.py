@@ -100,7 +100,7 @@ def _say(operation: str, name: str) -> None:
 
 
 def _fastest(implementations: Implementations, like: Tensor) -> str:
-    if "native" in implementations and native.serves(like) and native.available():
+    if "native" in implementations and native.supports(like) and native.available():
         return "native"
     if "triton" in implementations and like.device.type == "cuda" and _has_triton():
         return "triton"
@@ -127,7 +127,7 @@ def _require_triton(operation: str, like: Tensor) -> None:
 
 
 def _require_native(operation: str, like: Tensor) -> None:
-    if not native.serves(like):
+    if not native.supports(like):
         raise BackendUnavailableError(
             f"the native backend of {operation!r} computes in float32 on the CPU, and was given "
             f"{like.dtype} on {like.device}; use backend='auto'"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from nemotron3.ops.drawing.noise import random_bits
+from nemotron3.ops.sampling.noise import random_bits
 
 _BITS = 24
 _MASK = 2**_BITS - 1

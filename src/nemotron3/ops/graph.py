@@ -29,15 +29,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron3.ops import native
-from nemotron3.ops.native import Program, SharedCall, TeamFunction
+from nemotron3.ops.native import GraphNode, ParallelKernel, Program
 
 _READS_VALUES = {
     f"aten::{name}"
     for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose")
 }
 _SOURCE = Path(native.__file__).with_name("program.cpp")
-_add = TeamFunction(_SOURCE, "add", "ppp i")
-_pick_rows = TeamFunction(_SOURCE, "pick_rows", "ppp ii")
+_add = ParallelKernel(_SOURCE, "add", "ppp i")
+_embedding = ParallelKernel(_SOURCE, "embedding", "ppp ii")
 
 
 class Graph:
@@ -64,9 +64,9 @@ class Graph:
 def _joined(calls: list[Any]) -> list[Callable[[], object]]:
     """Compiled calls in a row as one program."""
     steps: list[Callable[[], object]] = []
-    row: list[SharedCall] = []
+    row: list[GraphNode] = []
     for call in [*calls, None]:
-        if isinstance(call, SharedCall):
+        if isinstance(call, GraphNode):
             row.append(call)
             continue
         if row:
@@ -117,15 +117,15 @@ def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor 
     if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
         return None
     a, b = args
-    if not (a.is_contiguous() and b.is_contiguous() and native.serves(a)):
+    if not (a.is_contiguous() and b.is_contiguous() and native.supports(a)):
         return None
-    if name == "aten::add" and native.serves(b) and a.shape == b.shape:
+    if name == "aten::add" and native.supports(b) and a.shape == b.shape:
         y = torch.empty_like(a)
         _add(a, b, y, a.numel(), work=a.numel())
         return y
     if name == "aten::embedding" and b.dtype == torch.int64 and b.device == a.device:
         y = a.new_empty(*b.shape, a.shape[1])
-        _pick_rows(a, b, y, b.numel(), a.shape[1], work=y.numel())
+        _embedding(a, b, y, b.numel(), a.shape[1], work=y.numel())
         return y
     return None
 
@@ -154,4 +154,4 @@ def can_record(dtype: torch.dtype, device: torch.device) -> bool:
 
     Compiled operations decide nothing in Python; PyTorch's way to route tokens to experts does.
     """
-    return native.serves(torch.empty(0, dtype=dtype, device=device)) and native.available()
+    return native.supports(torch.empty(0, dtype=dtype, device=device)) and native.available()

@@ -23,8 +23,3 @@ def require_kernel_dtypes(operation: str, *operands: Tensor | None) -> None:
                 f"the triton backend of {operation!r} computes in float32, and an operand is "
                 "float64; use backend='torch'"
             )
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """`x` itself where its last axis is contiguous (a slice of columns is), else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from nemotron3.checkpoint.retention import RetentionConfig
 from nemotron3.errors import ConfigError
-from nemotron3.parallel.devices import DeviceName
+from nemotron3.runtime.devices import DeviceName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from nemotron3.config import RUN_FILE, from_record, read_run, to_record, write_r
 from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.observe.sinks import JsonlSink, TensorBoardSink
-from nemotron3.parallel.devices import describe_device, resolve_device
 from nemotron3.recipes.run_config import RunConfig
+from nemotron3.runtime.devices import describe_device, resolve_device
 from nemotron3.training.trainer import StepReport, Trainer
 
 SUMMARY_FILE = "summary.json"

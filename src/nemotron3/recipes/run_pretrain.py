@@ -26,16 +26,16 @@ from nemotron3.data import (
     prepare_corpus,
 )
 from nemotron3.errors import ConfigError
-from nemotron3.models.accounting import model_costs
+from nemotron3.models.costs import model_costs
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
-from nemotron3.parallel.devices import describe_device, measure_product_rate
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.samples import write_samples
+from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.training.batch import TrainBatch
 from nemotron3.training.evaluation import evaluate
 from nemotron3.training.pretrain_objective import PretrainObjective

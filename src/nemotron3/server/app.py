@@ -22,23 +22,23 @@ from starlette.exceptions import HTTPException
 from nemotron3.errors import Nemotron3Error
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.requests import SamplingParams
-from nemotron3.server.answering import Desk
-from nemotron3.server.border import App, Border
 from nemotron3.server.chat import ChatAnswer, plan_chat
 from nemotron3.server.chat_bodies import ChatBody
 from nemotron3.server.completion_bodies import CompletionBody, DetokenizeBody, TokenizeBody
 from nemotron3.server.completions import CompletionAnswer, completion_prompts, plan_completion
-from nemotron3.server.gate import Gate
+from nemotron3.server.cors import assert_origins, with_cors
+from nemotron3.server.drain import InFlightRequests
+from nemotron3.server.errors import APIError, internal_error, invalid_request, to_api_error
 from nemotron3.server.metrics import CONTENT_TYPE, ServerMetrics
-from nemotron3.server.origins import assert_origins, opened
-from nemotron3.server.refusals import RefusedError, failed, invalid, refusal_of
+from nemotron3.server.middleware import App, RequestMiddleware
 from nemotron3.server.response_store import ResponseStore
 from nemotron3.server.responses import ResponseAnswer, conversation, plan_response
 from nemotron3.server.responses_bodies import ResponsesBody
+from nemotron3.server.serving import ServingContext
 from nemotron3.server.streaming import EventStream, answered, submitted
 from nemotron3.server.tokenizing import detokenize, tokenize
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
         400: "The request asks for what cannot be.",
@@ -88,7 +88,7 @@ class Server:
     """The application as an ASGI server runs it, and what an end of it needs."""
 
     app: App
-    gate: Gate
+    in_flight: InFlightRequests
     llm: AsyncLLM
     api: FastAPI
 
@@ -96,9 +96,9 @@ class Server:
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
     """The whole server around an engine; a ConfigError where it has no tokenizer."""
     _ = llm.tokenizer
-    gate = Gate()
+    in_flight = InFlightRequests()
     metrics = ServerMetrics(llm.stats)
-    desk = Desk(
+    serving = ServingContext(
         llm=llm,
         metrics=metrics,
         model_name=settings.served_model_name or llm.model_name,
@@ -111,22 +111,22 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
         redoc_url=None,
     )
     _add_errors(api)
-    _add_pages(api, desk, gate)
-    _add_models(api, desk)
-    _add_generation(api, desk)
-    _add_responses(api, desk)
-    app = Border(
+    _add_pages(api, serving, in_flight)
+    _add_models(api, serving)
+    _add_generation(api, serving)
+    _add_responses(api, serving)
+    app = RequestMiddleware(
         cast(App, api),
-        gate=gate,
+        in_flight=in_flight,
         metrics=metrics,
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
     )
-    app = opened(app, settings.allowed_origins)
-    return Server(app=app, gate=gate, llm=llm, api=api)
+    app = with_cors(app, settings.allowed_origins)
+    return Server(app=app, in_flight=in_flight, llm=llm, api=api)
 
 
-def _add_pages(api: FastAPI, desk: Desk, gate: Gate) -> None:
+def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequests) -> None:
     page = (files("nemotron3.server") / "page.html").read_text(encoding="utf-8")
 
     @api.get("/", include_in_schema=False)
@@ -138,28 +138,28 @@ def _add_pages(api: FastAPI, desk: Desk, gate: Gate) -> None:
     @api.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         """200 while requests are taken, 503 while they are not."""
-        if not desk.llm.is_alive:
+        if not serving.llm.is_alive:
             return JSONResponse({"status": "failed"}, 503)
-        if not gate.is_open:
+        if not in_flight.is_accepting:
             return JSONResponse({"status": "draining"}, 503, headers={"Retry-After": "5"})
         return JSONResponse({"status": "ok"})
 
     @api.get("/metrics")
     async def metrics() -> Response:
         """Counts and latencies for Prometheus."""
-        return Response(desk.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(serving.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _add_models(api: FastAPI, desk: Desk) -> None:
+def _add_models(api: FastAPI, serving: ServingContext) -> None:
     def card() -> dict[str, Any]:
         return {
-            "id": desk.model_name,
+            "id": serving.model_name,
             "object": "model",
-            "created": desk.created,
+            "created": serving.created,
             "owned_by": "nemotron3",
-            "root": desk.model_name,
+            "root": serving.model_name,
             "parent": None,
-            "max_model_len": desk.llm.max_model_len,
+            "max_model_len": serving.llm.max_model_len,
         }
 
     @api.get("/v1/models")
@@ -167,76 +167,76 @@ def _add_models(api: FastAPI, desk: Desk) -> None:
         """The one model of this server."""
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @api.get("/v1/models/{model:path}", responses=_REFUSALS)
+    @api.get("/v1/models/{model:path}", responses=_ERROR_RESPONSES)
     async def model(model: str) -> JSONResponse:
         """A model by its name."""
-        desk.assert_serves(model)
+        serving.assert_serves(model)
         return JSONResponse(card())
 
 
-def _add_generation(api: FastAPI, desk: Desk) -> None:
-    @api.post("/v1/chat/completions", responses=_REFUSALS)
+def _add_generation(api: FastAPI, serving: ServingContext) -> None:
+    @api.post("/v1/chat/completions", responses=_ERROR_RESPONSES)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Go on with a conversation."""
-        desk.assert_serves(body.model)
-        plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id, desk.defaults)
-        prompt = await desk.prepare_chat(plan)
-        job = desk.submit(prompt, plan.params, request.state.notes)
-        answering = await submitted(request, job)
-        answer = ChatAnswer(desk, body, plan, prompt, answering)
+        serving.assert_serves(body.model)
+        plan = plan_chat(body, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
+        prompt = await serving.prepare_chat(plan)
+        job = serving.submit(prompt, plan.params, request.state.notes)
+        handle = await submitted(request, job)
+        answer = ChatAnswer(serving, body, plan, prompt, handle)
         if body.stream:
-            return EventStream(answer.events(), answering.stop)
-        return JSONResponse(await answered(request, answer.whole(), answering.stop))
+            return EventStream(answer.events(), handle.stop)
+        return JSONResponse(await answered(request, answer.whole(), handle.stop))
 
-    @api.post("/v1/completions", responses=_REFUSALS)
+    @api.post("/v1/completions", responses=_ERROR_RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with texts."""
-        desk.assert_serves(body.model)
-        params = plan_completion(body, desk.defaults)
-        prompts = await completion_prompts(desk, body)
-        job = desk.submit_all(prompts, params, request.state.notes)
-        answerings = await submitted(request, job)
-        answer = CompletionAnswer(desk, body, params, answerings)
+        serving.assert_serves(body.model)
+        params = plan_completion(body, serving.defaults)
+        prompts = await completion_prompts(serving, body)
+        job = serving.submit_all(prompts, params, request.state.notes)
+        handles = await submitted(request, job)
+        answer = CompletionAnswer(serving, body, params, handles)
         if body.stream:
             return EventStream(answer.events(), answer.stop)
         return JSONResponse(await answered(request, answer.whole(), answer.stop))
 
-    @api.post("/tokenize", responses=_REFUSALS)
+    @api.post("/tokenize", responses=_ERROR_RESPONSES)
     async def to_tokens(body: TokenizeBody) -> JSONResponse:
         """Cut a text or a conversation into tokens."""
-        desk.assert_serves(body.model)
-        return JSONResponse(await tokenize(desk, body))
+        serving.assert_serves(body.model)
+        return JSONResponse(await tokenize(serving, body))
 
-    @api.post("/detokenize", responses=_REFUSALS)
+    @api.post("/detokenize", responses=_ERROR_RESPONSES)
     async def to_text(body: DetokenizeBody) -> JSONResponse:
         """Put tokens together again."""
-        desk.assert_serves(body.model)
-        return JSONResponse(detokenize(desk, body))
+        serving.assert_serves(body.model)
+        return JSONResponse(detokenize(serving, body))
 
 
-def _add_responses(api: FastAPI, desk: Desk) -> None:
+def _add_responses(api: FastAPI, serving: ServingContext) -> None:
     store = ResponseStore()
 
-    @api.post("/v1/responses", responses=_REFUSALS)
+    @api.post("/v1/responses", responses=_ERROR_RESPONSES)
     async def create(body: ResponsesBody, request: Request) -> Response:
         """Answer items."""
-        desk.assert_serves(body.model)
+        serving.assert_serves(body.model)
         items = conversation(body, store)
-        plan = plan_response(body, items, desk.llm.tokenizer.tool_call_end_id, desk.defaults)
-        prompt = await desk.prepare_chat(plan)
-        job = desk.submit(prompt, plan.params, request.state.notes)
-        answering = await submitted(request, job)
-        answer = ResponseAnswer(desk, body, plan, items, answering, store)
+        plan = plan_response(body, items, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
+        prompt = await serving.prepare_chat(plan)
+        job = serving.submit(prompt, plan.params, request.state.notes)
+        handle = await submitted(request, job)
+        answer = ResponseAnswer(serving, body, plan, items, handle, store)
         if body.stream:
-            return EventStream(answer.events(), answering.stop)
-        return JSONResponse(await answered(request, answer.whole(), answering.stop))
+            return EventStream(answer.events(), handle.stop)
+        return JSONResponse(await answered(request, answer.whole(), handle.stop))
 
-    @api.get("/v1/responses/{response_id}", responses=_REFUSALS)
+    @api.get("/v1/responses/{response_id}", responses=_ERROR_RESPONSES)
     async def retrieve(response_id: str) -> JSONResponse:
         """A response that is stored."""
         return JSONResponse(store.get(response_id, "response_id").body)
 
-    @api.delete("/v1/responses/{response_id}", responses=_REFUSALS)
+    @api.delete("/v1/responses/{response_id}", responses=_ERROR_RESPONSES)
     async def delete(response_id: str) -> JSONResponse:
         """Forget a response."""
         store.delete(response_id)
@@ -246,21 +246,21 @@ def _add_responses(api: FastAPI, desk: Desk) -> None:
 def _add_errors(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid_body(_: Request, error: RequestValidationError) -> Response:
-        return _answer(_refusal_of_validation(error))
+        return _answer(_validation_error(error))
 
-    @api.exception_handler(RefusedError)
+    @api.exception_handler(APIError)
     @api.exception_handler(Nemotron3Error)
-    async def refused(_: Request, error: Exception) -> Response:
-        found = refusal_of(error)
+    async def api_error(_: Request, error: Exception) -> Response:
+        found = to_api_error(error)
         if found is None:
             raise error
         return _answer(found)
 
     @api.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
-        # The border, outside of the framework, sees the error too and logs it.
+        # The middleware, outside of the framework, sees the error too and logs it.
         del error
-        return _answer(failed(request.state.request_id))
+        return _answer(internal_error(request.state.request_id))
 
     @api.exception_handler(HTTPException)
     async def no_such_thing(request: Request, error: HTTPException) -> Response:
@@ -268,15 +268,15 @@ def _add_errors(api: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         headers = dict(error.headers or {})
         return _answer(
-            RefusedError(error.status_code, f"{where}: {error.detail}", code=code, headers=headers)
+            APIError(error.status_code, f"{where}: {error.detail}", code=code, headers=headers)
         )
 
 
-def _answer(refused: RefusedError) -> Response:
-    return JSONResponse(refused.body(), refused.status, headers=dict(refused.headers))
+def _answer(api_error: APIError) -> Response:
+    return JSONResponse(api_error.body(), api_error.status, headers=dict(api_error.headers))
 
 
-def _refusal_of_validation(error: RequestValidationError) -> RefusedError:
+def _validation_error(error: RequestValidationError) -> APIError:
     """The first thing that is wrong with a body, in a sentence that names it."""
     found = cast(Mapping[str, Any], error.errors()[0])
     place = [str(part) for part in found["loc"][1:] if not _IS_BRANCH.fullmatch(str(part))]
@@ -295,4 +295,4 @@ def _refusal_of_validation(error: RequestValidationError) -> RefusedError:
             shown = repr(given) if len(repr(given)) < 100 else f"of type {type(given).__name__}"
             said = str(found["msg"])
             message = f"{param or 'the body'} is {shown}: {said[:1].lower()}{said[1:]}"
-    return invalid(message, param)
+    return invalid_request(message, param)

@@ -11,12 +11,16 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from nemotron3.inference.answers import AnswerDelta, CompletionOutput, Prompt
-from nemotron3.server.answering import Answering, Desk, finish_of, new_id
+from nemotron3.inference.output_processor import AnswerDelta, CompletionOutput, Prompt
 from nemotron3.server.chat_bodies import ChatBody, NamedTool
+from nemotron3.server.errors import APIError, invalid_request
 from nemotron3.server.logprobs import chat_logprobs, prompt_logprobs
-from nemotron3.server.plan import ChatPlan, ending_with_call, json_form, wanted_form
-from nemotron3.server.refusals import RefusedError, invalid
+from nemotron3.server.plan import (
+    ChatPlan,
+    ending_with_call,
+    json_structured_output,
+    select_structured_output,
+)
 from nemotron3.server.sampling import (
     NO_DEFAULTS,
     budget_name,
@@ -25,6 +29,7 @@ from nemotron3.server.sampling import (
     sampling_params,
     structured_output,
 )
+from nemotron3.server.serving import RequestHandle, ServingContext, finish_of, new_id
 from nemotron3.server.streaming import DONE, event
 from nemotron3.server.tool_choice import tool_use
 from nemotron3.server.usage import usage_of
@@ -58,7 +63,7 @@ def plan_chat(
         logprobs=_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
         reasoning_budget=thinking.budget,
-        structured=wanted_form(
+        structured=select_structured_output(
             tools,
             structured_output(body.structured_outputs),
             _response_format(body),
@@ -84,40 +89,47 @@ def _response_format(body: ChatBody) -> Any:
     if wanted is None:
         return None
     schema = wanted.json_schema.schema_ if wanted.json_schema is not None else None
-    return json_form(wanted.type, schema, "response_format")
+    return json_structured_output(wanted.type, schema, "response_format")
 
 
 def _logprobs(body: ChatBody) -> int | None:
     if body.logprobs:
         return body.top_logprobs or 0
     if body.top_logprobs:
-        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+        raise invalid_request("top_logprobs needs logprobs: true", "top_logprobs")
     return None
 
 
 def _assert_stream_options(body: ChatBody) -> None:
     options = body.stream_options
     if options is not None and not body.stream:
-        raise invalid("stream_options is for streams; send stream: true", "stream_options")
+        raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
     if options is not None and options.continuous_usage_stats and not options.include_usage:
-        raise invalid(
+        raise invalid_request(
             "stream_options.continuous_usage_stats needs include_usage: true", "stream_options"
         )
     if body.stream and body.prompt_logprobs is not None:
-        raise invalid("prompt_logprobs is not part of a stream; leave one out", "prompt_logprobs")
+        raise invalid_request(
+            "prompt_logprobs is not part of a stream; leave one out", "prompt_logprobs"
+        )
 
 
 class ChatAnswer:
     """One request's answer, whole or as a stream."""
 
     def __init__(
-        self, desk: Desk, body: ChatBody, plan: ChatPlan, prompt: Prompt, answering: Answering
+        self,
+        serving: ServingContext,
+        body: ChatBody,
+        plan: ChatPlan,
+        prompt: Prompt,
+        handle: RequestHandle,
     ) -> None:
-        self._tokenizer = desk.llm.tokenizer
+        self._tokenizer = serving.llm.tokenizer
         self._body = body
         self._plan = plan
         self._prompt = prompt
-        self._answering = answering
+        self._handle = handle
         self._shows_reasoning = body.include_reasoning is not False
         self._shows_logprobs = bool(body.logprobs)
         self._num_answers = plan.params.n
@@ -126,12 +138,12 @@ class ChatAnswer:
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": desk.model_name,
+            "model": serving.model_name,
         }
 
     async def whole(self) -> dict[str, Any]:
         """The answer's JSON."""
-        output = await self._answering.whole()
+        output = await self._handle.whole()
         said: dict[str, Any] = {
             **self._head,
             "object": "chat.completion",
@@ -155,18 +167,18 @@ class ChatAnswer:
                 first["prompt_token_ids"] = list(self._prompt.ids)
             yield event(first)
         try:
-            async with aclosing(self._answering.deltas()) as deltas:
+            async with aclosing(self._handle.deltas()) as deltas:
                 async for delta in deltas:
                     for chunk in self._chunks(delta, with_usage):
                         if is_continuous:
-                            chunk["usage"] = self._answering.usage_so_far().body()
+                            chunk["usage"] = self._handle.usage_so_far().body()
                         yield event(chunk)
-        except RefusedError as error:
+        except APIError as error:
             yield event(error.body())
             yield DONE
             return
         if with_usage:
-            usage = usage_of(self._answering.output()).body()
+            usage = usage_of(self._handle.output()).body()
             last: dict[str, Any] = {"object": self._kind, "choices": [], "usage": usage}
             yield event(self._head | last)
         yield DONE

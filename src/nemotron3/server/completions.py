@@ -12,13 +12,17 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from nemotron3.inference.answers import AnswerDelta, CompletionOutput, Prompt, RequestOutput
+from nemotron3.inference.output_processor import (
+    AnswerDelta,
+    CompletionOutput,
+    Prompt,
+    RequestOutput,
+)
 from nemotron3.inference.requests import SamplingParams
-from nemotron3.server.answering import Answering, Desk, finish_of
 from nemotron3.server.completion_bodies import CompletionBody
+from nemotron3.server.errors import APIError, invalid_request
 from nemotron3.server.length import assert_fits
 from nemotron3.server.logprobs import CompletionLogprobs, prompt_logprobs
-from nemotron3.server.refusals import RefusedError, invalid
 from nemotron3.server.sampling import (
     NO_DEFAULTS,
     budget_name,
@@ -26,6 +30,7 @@ from nemotron3.server.sampling import (
     sampling_params,
     structured_output,
 )
+from nemotron3.server.serving import RequestHandle, ServingContext, finish_of
 from nemotron3.server.streaming import DONE, event
 from nemotron3.server.usage import Usage, usage_of
 from nemotron3.text import ContentDelta
@@ -40,13 +45,15 @@ def plan_completion(
 ) -> SamplingParams:
     """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
     if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options is for streams; send stream: true", "stream_options")
+        raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
     if body.stream and (body.echo or body.prompt_logprobs is not None):
         name = "echo" if body.echo else "prompt_logprobs"
-        raise invalid(f"{name} is not part of a stream; leave one of them out", name)
+        raise invalid_request(f"{name} is not part of a stream; leave one of them out", name)
     most = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if most == 0 and not body.echo:
-        raise invalid("max_tokens is 0; ask for at least one token, or for echo", "max_tokens")
+        raise invalid_request(
+            "max_tokens is 0; ask for at least one token, or for echo", "max_tokens"
+        )
     echoed = body.logprobs if body.echo else None
     return sampling_params(
         body,
@@ -61,17 +68,17 @@ def plan_completion(
     )
 
 
-async def completion_prompts(desk: Desk, body: CompletionBody) -> list[Prompt]:
+async def completion_prompts(serving: ServingContext, body: CompletionBody) -> list[Prompt]:
     """The prompts, cut into tokens and measured."""
     given = _prompts_of(body.prompt)
     prompts: list[Prompt] = []
     for one in given:
         if isinstance(one, str):
-            prompts.append(await desk.prepare_text(one))
+            prompts.append(await serving.prepare_text(one))
         else:
-            prompts.append(desk.llm.prepare_ids(one))
+            prompts.append(serving.llm.prepare_ids(one))
         size = len(prompts[-1].ids)
-        assert_fits(size, body.max_tokens, desk.llm.max_model_len, "prompt", "max_tokens")
+        assert_fits(size, body.max_tokens, serving.llm.max_model_len, "prompt", "max_tokens")
     return prompts
 
 
@@ -80,7 +87,7 @@ def _prompts_of(
 ) -> Sequence[str | Sequence[int]]:
     """One or many prompts as many."""
     if not given:
-        raise invalid("prompt is empty; give a text or token ids", "prompt")
+        raise invalid_request("prompt is empty; give a text or token ids", "prompt")
     if isinstance(given, str):
         return [given]
     ids = [token for token in given if isinstance(token, int)]
@@ -92,26 +99,26 @@ class CompletionAnswer:
 
     def __init__(
         self,
-        desk: Desk,
+        serving: ServingContext,
         body: CompletionBody,
         params: SamplingParams,
-        answerings: Sequence[Answering],
+        handles: Sequence[RequestHandle],
     ) -> None:
-        self._tokenizer = desk.llm.tokenizer
+        self._tokenizer = serving.llm.tokenizer
         self._body = body
         self._n = params.n
-        self._answerings = answerings
+        self._handles = handles
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": desk.model_name,
+            "model": serving.model_name,
         }
 
     async def whole(self) -> dict[str, Any]:
         """The answer's JSON."""
-        outputs = await _together([answering.whole() for answering in self._answerings])
+        outputs = await _together([handle.whole() for handle in self._handles])
         return {
             **self._head,
             "choices": [
@@ -129,14 +136,14 @@ class CompletionAnswer:
         is_continuous = options is not None and bool(options.continuous_usage_stats)
         arrived: asyncio.Queue[tuple[int, AnswerDelta] | None] = asyncio.Queue()
 
-        async def pump(i: int, answering: Answering) -> None:
-            async with aclosing(answering.deltas()) as deltas:
+        async def pump(i: int, handle: RequestHandle) -> None:
+            async with aclosing(handle.deltas()) as deltas:
                 async for delta in deltas:
                     arrived.put_nowait((i, delta))
 
         async def pump_all() -> None:
             try:
-                await _together([pump(i, each) for i, each in enumerate(self._answerings)])
+                await _together([pump(i, each) for i, each in enumerate(self._handles)])
             finally:
                 arrived.put_nowait(None)
 
@@ -151,9 +158,9 @@ class CompletionAnswer:
                 yield event(chunk)
             await pumping
             if with_usage:
-                usage = self._usage([answering.output() for answering in self._answerings])
+                usage = self._usage([handle.output() for handle in self._handles])
                 yield event({**self._head, "choices": [], "usage": usage.body()})
-        except RefusedError as error:
+        except APIError as error:
             yield event(error.body())
         finally:
             pumping.cancel()
@@ -162,8 +169,8 @@ class CompletionAnswer:
 
     async def stop(self) -> None:
         """Give all of it up."""
-        for answering in self._answerings:
-            await answering.stop()
+        for handle in self._handles:
+            await handle.stop()
 
     def _choice(
         self, index: int, output: RequestOutput, answer: CompletionOutput
@@ -217,7 +224,7 @@ class CompletionAnswer:
         return {**self._head, "choices": [choice]}
 
     def _usage_so_far(self) -> Usage:
-        return sum((each.usage_so_far() for each in self._answerings), Usage(prompt=0))
+        return sum((each.usage_so_far() for each in self._handles), Usage(prompt=0))
 
     def _usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         usage = sum(map(usage_of, outputs), Usage(prompt=0))

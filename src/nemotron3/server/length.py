@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from nemotron3.server.refusals import RefusedError, invalid
+from nemotron3.server.errors import APIError, invalid_request
 
 _MAX_BYTES_PER_TOKEN = 256
 """No entry of a vocabulary stands for more text, but for runs of blanks and signs."""
@@ -21,11 +21,11 @@ def assert_fits(
 ) -> None:
     """Refuse a prompt that leaves no room, and a limit of the answer beyond the context."""
     if num_tokens == 0:
-        raise invalid(f"{where} has no tokens; give at least one", where)
+        raise invalid_request(f"{where} has no tokens; give at least one", where)
     if num_tokens >= max_model_len:
         raise _too_long(f"{where} has {num_tokens:,} tokens", max_model_len, where)
     if max_tokens is not None and num_tokens + max_tokens > max_model_len:
-        raise invalid(
+        raise invalid_request(
             f"{max_tokens_name} is {max_tokens:,} and {where} has {num_tokens:,} tokens: together "
             f"more than the context of {max_model_len:,}; ask for at most "
             f"{max_model_len - num_tokens:,}",
@@ -46,8 +46,8 @@ def texts_in(value: Any) -> Iterable[str]:
             yield from texts_in(inner)
 
 
-def _too_long(found: str, max_model_len: int, where: str) -> RefusedError:
-    return invalid(
+def _too_long(found: str, max_model_len: int, where: str) -> APIError:
+    return invalid_request(
         f"{found}, and the context of this model is {max_model_len:,} tokens, prompt and answer "
         f"together; shorten it",
         where,

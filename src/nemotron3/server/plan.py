@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemotron3.inference.requests import SamplingParams, StructuredOutput
-from nemotron3.server.refusals import invalid
+from nemotron3.server.errors import invalid_request
 from nemotron3.server.tool_choice import ToolUse
 from nemotron3.text import Tool
 
@@ -27,17 +27,19 @@ class ChatPlan:
     """What the request calls the options of `prepare_chat`, where that is something else."""
 
 
-def wanted_form(tools: ToolUse, *forms: StructuredOutput | None) -> StructuredOutput | None:
-    """The one form that the answer is held to, from whatever fields ask for one."""
-    given = [form for form in forms if form is not None]
+def select_structured_output(
+    tools: ToolUse, *outputs: StructuredOutput | None
+) -> StructuredOutput | None:
+    """The one structured output that is asked for, from whatever fields ask for one."""
+    given = [output for output in outputs if output is not None]
     if not given:
         return tools.structured
     wanted, name = given[0], given[0].source
-    if any(form != wanted for form in given):
-        names = " and ".join(str(form.source) for form in given)
-        raise invalid(f"{names} hold the answer to different forms; give one of them", name)
+    if any(output != wanted for output in given):
+        names = " and ".join(str(output.source) for output in given)
+        raise invalid_request(f"{names} hold the answer to different forms; give one of them", name)
     if tools.listed:
-        raise invalid(
+        raise invalid_request(
             f"{name} holds the answer to a form in which no tool could be called; send "
             f"tool_choice: 'none', or leave one of them out",
             name,
@@ -45,14 +47,16 @@ def wanted_form(tools: ToolUse, *forms: StructuredOutput | None) -> StructuredOu
     return wanted
 
 
-def json_form(kind: str, schema: Mapping[str, Any] | None, where: str) -> StructuredOutput | None:
+def json_structured_output(
+    kind: str, schema: Mapping[str, Any] | None, where: str
+) -> StructuredOutput | None:
     """OpenAI's `text`, `json_object` and `json_schema`."""
     if kind == "text":
         return None
     if kind == "json_object":
         return StructuredOutput(kind="json_object", source=where)
     if schema is None:
-        raise invalid(f"{where} is of type json_schema and has no schema", where)
+        raise invalid_request(f"{where} is of type json_schema and has no schema", where)
     return StructuredOutput(kind="json_schema", value=schema, source=where)
 
 

@@ -6,8 +6,7 @@ Each item is announced (`output_item.added`), grows by deltas, and is closed wit
 
 from typing import Any
 
-from nemotron3.inference.answers import AnswerDelta
-from nemotron3.server.answering import is_whole_json, new_id
+from nemotron3.inference.output_processor import AnswerDelta
 from nemotron3.server.logprobs import chat_logprobs
 from nemotron3.server.response_items import (
     Item,
@@ -16,6 +15,7 @@ from nemotron3.server.response_items import (
     reasoning_item,
     text_part,
 )
+from nemotron3.server.serving import is_whole_json, new_id
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta, Tokenizer
 
 Event = tuple[str, dict[str, Any]]

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from nemotron3.errors import DataError
-from nemotron3.inference.answers import CompletionOutput
-from nemotron3.server.answering import new_id
+from nemotron3.inference.output_processor import CompletionOutput
 from nemotron3.server.logprobs import chat_logprobs
+from nemotron3.server.serving import new_id
 from nemotron3.text import Tokenizer
 
 Item = dict[str, Any]

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemotron3.server.refusals import RefusedError
+from nemotron3.server.errors import APIError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ResponseStore:
     def get(self, response_id: str, param: str) -> StoredResponse:
         """A response that is still there."""
         if response_id not in self._stored:
-            raise RefusedError(
+            raise APIError(
                 404,
                 f"{param} is {response_id!r}, and no such response is stored: it never was, or it "
                 f"was forgotten for newer ones; send the whole conversation as input",

@@ -5,11 +5,15 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from nemotron3.inference.answers import RequestOutput
+from nemotron3.inference.output_processor import RequestOutput
 from nemotron3.inference.requests import FinishReason
-from nemotron3.server.answering import Answering, Desk, new_id
-from nemotron3.server.plan import ChatPlan, ending_with_call, json_form, wanted_form
-from nemotron3.server.refusals import RefusedError, invalid
+from nemotron3.server.errors import APIError, invalid_request
+from nemotron3.server.plan import (
+    ChatPlan,
+    ending_with_call,
+    json_structured_output,
+    select_structured_output,
+)
 from nemotron3.server.response_events import ItemEvents
 from nemotron3.server.response_items import Item, items_of, messages_of, output_items
 from nemotron3.server.response_store import ResponseStore
@@ -21,6 +25,7 @@ from nemotron3.server.sampling import (
     sampling_params,
     structured_output,
 )
+from nemotron3.server.serving import RequestHandle, ServingContext, new_id
 from nemotron3.server.streaming import event
 from nemotron3.server.tool_choice import tool_use
 from nemotron3.server.usage import usage_of
@@ -49,12 +54,12 @@ def plan_response(
     tools = tool_use(body.tools, word, named=named, is_parallel=body.parallel_tool_calls)
     effort = body.reasoning.effort if body.reasoning is not None else None
     thinking = resolve_thinking(body, body.chat_template_kwargs, effort)
-    form = body.text.format if body.text is not None else None
+    text_format = body.text.format if body.text is not None else None
     with_logprobs = _LOGPROBS in (body.include or ())
     if body.top_logprobs and not with_logprobs:
-        raise invalid(f"top_logprobs needs include: [{_LOGPROBS!r}]", "top_logprobs")
+        raise invalid_request(f"top_logprobs needs include: [{_LOGPROBS!r}]", "top_logprobs")
     if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options is for streams; send stream: true", "stream_options")
+        raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
     params = sampling_params(
         body,
         defaults,
@@ -66,10 +71,12 @@ def plan_response(
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if with_logprobs else None,
         reasoning_budget=thinking.budget,
-        structured=wanted_form(
+        structured=select_structured_output(
             tools,
             structured_output(body.structured_outputs),
-            json_form(form.type, form.schema_, "text.format") if form is not None else None,
+            json_structured_output(text_format.type, text_format.schema_, "text.format")
+            if text_format is not None
+            else None,
         ),
     )
     return ChatPlan(
@@ -92,18 +99,18 @@ class ResponseAnswer:
 
     def __init__(
         self,
-        desk: Desk,
+        serving: ServingContext,
         body: ResponsesBody,
         plan: ChatPlan,
         items: list[Item],
-        answering: Answering,
+        handle: RequestHandle,
         store: ResponseStore,
     ) -> None:
-        self._desk = desk
+        self._serving = serving
         self._body = body
         self._plan = plan
         self._items = items
-        self._answering = answering
+        self._handle = handle
         self._store = store
         self._with_logprobs = _LOGPROBS in (body.include or ())
         self._response_id = new_id("resp")
@@ -111,9 +118,9 @@ class ResponseAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer's JSON."""
-        output = await self._answering.whole()
+        output = await self._handle.whole()
         said = output_items(
-            self._desk.llm.tokenizer,
+            self._serving.llm.tokenizer,
             output.outputs[0],
             is_single=self._plan.is_single_call,
             with_logprobs=self._with_logprobs,
@@ -132,21 +139,21 @@ class ResponseAnswer:
         for kind in ("response.created", "response.in_progress"):
             yield numbered(kind, {"response": self._body_so_far("in_progress", [])})
         items = ItemEvents(
-            self._desk.llm.tokenizer,
+            self._serving.llm.tokenizer,
             is_single=self._plan.is_single_call,
             with_logprobs=self._with_logprobs,
         )
         try:
-            async with aclosing(self._answering.deltas()) as deltas:
+            async with aclosing(self._handle.deltas()) as deltas:
                 async for delta in deltas:
                     for kind, fields in items.push(delta):
                         yield numbered(kind, fields)
-        except RefusedError as error:
+        except APIError as error:
             failure = {"code": "server_error", "message": error.message}
             body = self._body_so_far("failed", items.items) | {"error": failure}
             yield numbered("response.failed", {"response": body})
             return
-        output = self._answering.output()
+        output = self._handle.output()
         is_whole = output.outputs[0].finish_reason is FinishReason.STOP
         for kind, fields in items.finish(is_whole=is_whole):
             yield numbered(kind, fields)
@@ -179,7 +186,7 @@ class ResponseAnswer:
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": asked.metadata or {},
-            "model": self._desk.model_name,
+            "model": self._serving.model_name,
             "output": items,
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
@@ -204,7 +211,7 @@ class ResponseAnswer:
         }
 
     def _text(self) -> dict[str, Any]:
-        form = self._body.text.format if self._body.text is not None else None
-        if form is None:
+        text_format = self._body.text.format if self._body.text is not None else None
+        if text_format is None:
             return {"format": {"type": "text"}}
-        return {"format": form.model_dump(by_alias=True, exclude_none=True)}
+        return {"format": text_format.model_dump(by_alias=True, exclude_none=True)}

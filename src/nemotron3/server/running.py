@@ -1,6 +1,6 @@
 """Run the application with uvicorn, and end it gracefully.
 
-The first SIGTERM or SIGINT closes the gate: the port stays open and new requests get 503 with
+The first SIGTERM or SIGINT begins to drain: the port stays open and new requests get 503 with
 `Retry-After`, so that a balancer notices and sends them elsewhere, while those inside are finished.
 When the last is, or after `drain_timeout_s`, the server ends; whoever is not finished by then is
 told so, by a 503 or an error in the stream. A second signal ends it at once.
@@ -43,27 +43,27 @@ class _Uvicorn(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, end at the second."""
         del frame
-        if self._loop is None or not self._server.gate.is_open:
+        if self._loop is None or not self._server.in_flight.is_accepting:
             self.should_exit = self.force_exit = True
             return
         name = signal.Signals(sig).name
-        self._server.gate.close()
+        self._server.in_flight.stop_accepting()
         self._loop.call_soon_threadsafe(self._begin_drain, name)
 
     def _begin_drain(self, name: str) -> None:
         self._draining = asyncio.ensure_future(self._drain(name))
 
     async def _drain(self, name: str) -> None:
-        gate = self._server.gate
-        log.info("%s: no more requests are taken; %d are being finished", name, gate.num_inside)
-        if not await gate.emptied(self._drain_timeout_s):
+        in_flight = self._server.in_flight
+        log.info("%s: no more requests are taken; %d are being finished", name, in_flight.count)
+        if not await in_flight.wait_empty(self._drain_timeout_s):
             log.warning(
                 "%d requests were not finished in %g s and are given up",
-                gate.num_inside,
+                in_flight.count,
                 self._drain_timeout_s,
             )
             await asyncio.to_thread(self._server.llm.close)
-            await gate.emptied(_LAST_WORDS_S)
+            await in_flight.wait_empty(_LAST_WORDS_S)
         self.should_exit = True
 
 

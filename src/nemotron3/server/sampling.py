@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from nemotron3.inference.requests import FormKind, SamplingParams, StructuredOutput
+from nemotron3.inference.requests import GrammarKind, SamplingParams, StructuredOutput
 from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, StructuredOutputsBody
-from nemotron3.server.refusals import invalid, spelled
+from nemotron3.server.errors import invalid_request, rename_params
 
 _BUDGET = "reasoning_budget"
 _SAME_NAME = (
@@ -57,14 +57,14 @@ def sampling_params(
         given["logit_bias"] = _logit_bias(body.logit_bias)
     given |= others
     said = {name: value for name, value in given.items() if value is not None}
-    with spelled(names):
+    with rename_params(names):
         return SamplingParams(**{**defaults, **said})
 
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     if not all(token.isascii() and token.isdecimal() for token in bias):
         wrong = next(token for token in bias if not (token.isascii() and token.isdecimal()))
-        raise invalid(f"logit_bias names {wrong!r}; it is a map of token ids", "logit_bias")
+        raise invalid_request(f"logit_bias names {wrong!r}; it is a map of token ids", "logit_bias")
     return {int(token): float(value) for token, value in bias.items()}
 
 
@@ -100,7 +100,9 @@ def one_of(spellings: Mapping[str, Any]) -> Any:
     values = list(said.values())
     if any(value != values[0] for value in values):
         listed = ", ".join(f"{name} = {value!r}" for name, value in said.items())
-        raise invalid(f"{listed}: these name one setting; give one of them", next(iter(said)))
+        raise invalid_request(
+            f"{listed}: these name one setting; give one of them", next(iter(said))
+        )
     return values[0] if values else None
 
 
@@ -155,14 +157,14 @@ def resolve_thinking(
     chosen = one_of(said)
     if chosen == "none":
         if thinking.is_enabled:
-            raise invalid(
+            raise invalid_request(
                 "reasoning_effort is 'none' and chat_template_kwargs.enable_thinking is true; "
                 "leave one out",
                 "reasoning_effort",
             )
         return replace(thinking, is_enabled=False)
     if chosen is not None and thinking.is_enabled is False:
-        raise invalid(
+        raise invalid_request(
             f"reasoning_effort is {chosen!r} and chat_template_kwargs.enable_thinking is false; "
             f"leave one out",
             "reasoning_effort",
@@ -174,17 +176,17 @@ def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | 
     """The one form that vLLM's `structured_outputs` names."""
     if body is None:
         return None
-    said: dict[FormKind, Any] = {
+    said: dict[GrammarKind, Any] = {
         "json_schema": body.json_schema,
         "regex": body.regex,
         "choice": body.choice,
         "grammar": body.grammar,
         "json_object": True if body.json_object else None,
     }
-    named: list[tuple[FormKind, Any]] = [each for each in said.items() if each[1] is not None]
+    named: list[tuple[GrammarKind, Any]] = [each for each in said.items() if each[1] is not None]
     if len(named) != 1:
         found = ", ".join("json" if kind == "json_schema" else kind for kind, _ in named)
-        raise invalid(
+        raise invalid_request(
             f"structured_outputs has {found or 'nothing'}; give one of json, regex, choice, "
             f"grammar, json_object",
             "structured_outputs",

@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
 
-from nemotron3.server.border import ClientGoneError, Receive, Scope, Send
+from nemotron3.server.middleware import ClientGoneError, Receive, Scope, Send
 
 T = TypeVar("T")
 Stop = Callable[[], Awaitable[None]]

@@ -3,22 +3,22 @@
 import asyncio
 from typing import Any
 
-from nemotron3.server.answering import Desk
 from nemotron3.server.bodies import SamplingBody
 from nemotron3.server.completion_bodies import DetokenizeBody, TokenizeBody
+from nemotron3.server.errors import invalid_request
 from nemotron3.server.length import assert_not_hopeless, texts_in
 from nemotron3.server.logprobs import token_text
-from nemotron3.server.refusals import invalid
 from nemotron3.server.sampling import resolve_thinking
+from nemotron3.server.serving import ServingContext
 
 
-async def tokenize(desk: Desk, body: TokenizeBody) -> dict[str, Any]:
+async def tokenize(serving: ServingContext, body: TokenizeBody) -> dict[str, Any]:
     """Token ids of a text or of a conversation."""
-    limit = desk.llm.max_model_len
+    limit = serving.llm.max_model_len
     if body.prompt is not None and body.messages is None:
         _assert_text_alone(body)
         assert_not_hopeless([body.prompt], limit, "prompt")
-        prompt = await asyncio.to_thread(desk.llm.prepare_text, body.prompt)
+        prompt = await asyncio.to_thread(serving.llm.prepare_text, body.prompt)
     elif body.messages is not None and body.prompt is None:
         thinking = resolve_thinking(SamplingBody(), body.chat_template_kwargs, None)
         options = thinking.template_options()
@@ -27,10 +27,10 @@ async def tokenize(desk: Desk, body: TokenizeBody) -> dict[str, Any]:
                 options[name] = value
         assert_not_hopeless(texts_in(body.messages), limit, "messages")
         prompt = await asyncio.to_thread(
-            desk.llm.prepare_chat, body.messages, tools=body.tools, **options
+            serving.llm.prepare_chat, body.messages, tools=body.tools, **options
         )
     else:
-        raise invalid("give either prompt or messages", "prompt")
+        raise invalid_request("give either prompt or messages", "prompt")
     said: dict[str, Any] = {
         "count": len(prompt.ids),
         "max_model_len": limit,
@@ -38,19 +38,19 @@ async def tokenize(desk: Desk, body: TokenizeBody) -> dict[str, Any]:
         "token_strs": None,
     }
     if body.return_token_strs:
-        said["token_strs"] = [token_text(desk.llm.tokenizer, token) for token in prompt.ids]
+        said["token_strs"] = [token_text(serving.llm.tokenizer, token) for token in prompt.ids]
     return said
 
 
-def detokenize(desk: Desk, body: DetokenizeBody) -> dict[str, Any]:
+def detokenize(serving: ServingContext, body: DetokenizeBody) -> dict[str, Any]:
     """The text of token ids."""
-    size = desk.llm.tokenizer.vocab_size
+    size = serving.llm.tokenizer.vocab_size
     for i, token in enumerate(body.tokens):
         if not 0 <= token < size:
-            raise invalid(
+            raise invalid_request(
                 f"tokens[{i}] is {token}; this vocabulary has the ids 0 to {size - 1:,}", "tokens"
             )
-    return {"prompt": desk.llm.tokenizer.decode(body.tokens)}
+    return {"prompt": serving.llm.tokenizer.decode(body.tokens)}
 
 
 def _assert_text_alone(body: TokenizeBody) -> None:
@@ -62,4 +62,4 @@ def _assert_text_alone(body: TokenizeBody) -> None:
     )
     for name in chat_only:
         if getattr(body, name) is not None:
-            raise invalid(f"{name} belongs to messages, and a prompt is given", name)
+            raise invalid_request(f"{name} belongs to messages, and a prompt is given", name)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron3.inference.requests import StructuredOutput
-from nemotron3.server.refusals import invalid
+from nemotron3.server.errors import invalid_request
 from nemotron3.text import Tool, parse_tools
 from nemotron3.text.call_grammar import call_grammar
 
@@ -39,10 +39,14 @@ def tool_use(
     """Read `tools`, `tool_choice` (a word, or a function's name) and `parallel_tool_calls`."""
     parsed = parse_tools(tools)
     if len({tool.name for tool in parsed}) < len(parsed):
-        raise invalid("tools has two functions of one name; names tell calls apart", "tools")
+        raise invalid_request(
+            "tools has two functions of one name; names tell calls apart", "tools"
+        )
     if not parsed:
         if named is not None or choice == "required":
-            raise invalid("tool_choice asks for a call and there are no tools", "tool_choice")
+            raise invalid_request(
+                "tool_choice asks for a call and there are no tools", "tool_choice"
+            )
         return ToolUse()
     if choice == "none":
         return ToolUse()
@@ -51,7 +55,7 @@ def tool_use(
         chosen = [tool for tool in parsed if tool.name == named]
         if not chosen:
             known = ", ".join(tool.name for tool in parsed)
-            raise invalid(f"tool_choice is {named!r}; the tools are {known}", "tool_choice")
+            raise invalid_request(f"tool_choice is {named!r}; the tools are {known}", "tool_choice")
         return ToolUse(listed=parsed, structured=_calls(chosen, is_single=True))
     if choice == "required":
         return ToolUse(listed=parsed, structured=_calls(parsed, is_single=is_single))

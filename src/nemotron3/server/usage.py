@@ -8,7 +8,7 @@ tokens that stood, `rejected_prediction_tokens` those that did not. Only the for
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron3.inference.answers import RequestOutput
+from nemotron3.inference.output_processor import RequestOutput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.parameter import parameter_specs
-from nemotron3.parallel.devices import FUSED_OPTIMIZER_DEVICES
+from nemotron3.runtime.devices import FUSED_OPTIMIZER_DEVICES
 from nemotron3.training.parameter_groups import ParameterGroupConfig, group_of_parameters
 
 

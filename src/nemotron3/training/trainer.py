@@ -15,11 +15,11 @@ from torch import Tensor
 
 from nemotron3.checkpoint.store import Checkpoint, CheckpointStore
 from nemotron3.errors import CheckpointError, ConfigError
-from nemotron3.models.accounting import forward_flops_per_token
+from nemotron3.models.costs import forward_flops_per_token
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
 from nemotron3.observe.metrics import MetricLog
-from nemotron3.parallel.devices import synchronize
+from nemotron3.runtime.devices import synchronize
 from nemotron3.training.objective import BatchT, Objective, Stateful
 from nemotron3.training.optimizers import (
     OptimizerConfig,

@@ -1,23 +1,23 @@
-"""The door to attention."""
+"""The entry point of attention."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.ops.attention.decode_torch import attention_steps_torch
 from nemotron3.ops.attention.reference import attention_reference
-from nemotron3.ops.attention.sdpa import attention_sdpa
-from nemotron3.ops.attention.steps import attention_steps_torch
+from nemotron3.ops.attention.torch import attention_torch
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
 
 _ATTENTIONS = {
     "reference": attention_reference,
-    "torch": attention_sdpa,
-    "native": Kernel("nemotron3.ops.attention.blocked", "attention_blocked"),
+    "torch": attention_torch,
+    "native": Kernel("nemotron3.ops.attention.native", "attention_native"),
 }
 _STEPS = {
     "torch": attention_steps_torch,
-    "native": Kernel("nemotron3.ops.attention.native", "attention_steps_native"),
-    "triton": Kernel("nemotron3.ops.attention.triton", "attention_steps_triton"),
+    "native": Kernel("nemotron3.ops.attention.decode_native", "attention_steps_native"),
+    "triton": Kernel("nemotron3.ops.attention.decode_triton", "attention_steps_triton"),
 }
 
 
@@ -47,17 +47,19 @@ def attention_steps(
     values: Float[Tensor, "page place kv_head head_dim"],
     table: Int[Tensor, "slot pages"],
     slots: Int[Tensor, " sequence"],
-    context: Int[Tensor, " sequence"],
+    cached_lengths: Int[Tensor, " sequence"],
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens head head_dim"]:
     """The same for the same few new tokens of each sequence, without gradients.
 
-    Sequence i has `context[i]` tokens in the pages that row `slots[i]` of `table` lists; the new
-    ones are written behind them, in place. No shape depends on how long a sequence is. Keys and
+    Sequence i has `cached_lengths[i]` tokens in the pages that row `slots[i]` of `table` lists; the
+    new ones are written behind them, in place. No shape depends on how long a sequence is. Keys and
     values may be kept in fewer bits than those of `q`; new ones are then within their range.
 
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
     steps = resolve("attention_steps", backend, _STEPS, keys)
-    return steps(q, k, v, keys=keys, values=values, table=table, slots=slots, context=context)
+    return steps(
+        q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths
+    )

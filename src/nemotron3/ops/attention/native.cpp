@@ -1,125 +1,284 @@
-// Attention of a few new tokens of each sequence over the pages that hold its keys and values.
+// Causal attention of whole sequences, block by block, and its gradients: FlashAttention
+// (arXiv 2205.14135, 2307.08691) for the caches of a processor.
 //
-// Bound by the reading of keys and values: a thread takes the heads that share one key head, page by
-// page, and keeps nothing but the scores of those heads for one token.
+// Scores exist for one block of queries and keys at a time. Forward, a task is a block of queries
+// with all heads that share one key head, so that keys are turned and values brought together once
+// for all of them; it keeps the running maximum and sum of its rows. Backward, a task is a segment
+// and a key head: it goes through the blocks of keys, makes their scores again from what the forward
+// pass kept of each row (the logarithm of its sum), and adds to the gradients of queries as it goes.
+// Nothing depends on threads or neighbours.
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "gemm.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace {
-struct Pages {
-  const float *keys, *values;  // of one key head
-  const int64_t* pages;        // of one sequence
-  int64_t page_size, stride;   // tokens of a page, elements between tokens
-  const float* key(int64_t token) const { return keys + at(token); }
-  const float* value(int64_t token) const { return values + at(token); }
-  int64_t at(int64_t token) const {
-    return (pages[token / page_size] * page_size + token % page_size) * stride;
+constexpr int64_t QUERIES = 48;  // of a block: whole tiles
+constexpr int64_t KEYS = 128;    // of a block: whole vectors
+constexpr int64_t SCORES = pitch(KEYS);
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+
+struct Shape {
+  int64_t heads, kv_heads, head_dim;
+  float scale() const { return 1.0f / std::sqrt((float)head_dim); }
+  int64_t group() const { return heads / kv_heads; }
+};
+
+struct Operands {
+  const float *q, *k, *v;
+  int64_t ldq, ldk, ldv;
+};
+
+// Where a segment's queries and keys lie; the queries are the last of its positions.
+struct Segment {
+  int64_t first_query, queries, first_key, keys;
+  Segment(const int64_t* query_bounds, const int64_t* key_bounds, int64_t i)
+      : first_query(query_bounds[i]), queries(query_bounds[i + 1] - query_bounds[i]),
+        first_key(key_bounds[i]), keys(key_bounds[i + 1] - key_bounds[i]) {}
+  // Of the keys from `key` on, how many the query sees.
+  int64_t seen(int64_t query, int64_t key) const { return keys - queries + query + 1 - key; }
+};
+
+// to = from * factor, row by row.
+void copy_rows(const float* from, int64_t ld, int64_t rows, int64_t columns, float factor, float* to,
+               int64_t ld_to) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < columns; i += LANES)
+      write(to + r * ld_to + i, read(from + r * ld + i, columns - i) * factor, columns - i);
+}
+
+// `value` in the first n lanes and `rest` in the others.
+INLINE vec first(int64_t n, vec value, float rest) {
+  ivec lane;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  return lane < (int32_t)n ? value : splat(rest);
+}
+
+struct ForwardRoom {
+  int64_t ldd;
+  float *q, *out, *keys, *values, *scores, *most, *total;
+  static int64_t floats(const Shape& s) {
+    const int64_t ldd = pitch(s.head_dim), rows = s.group() * QUERIES;
+    return (2 * rows + KEYS) * ldd + (s.head_dim + QUERIES) * SCORES + 2 * rows;
+  }
+  ForwardRoom(const Shape& s, Scratch& scratch) : ldd(pitch(s.head_dim)) {
+    q = scratch.take(s.group() * QUERIES, ldd);
+    out = scratch.take(s.group() * QUERIES, ldd);
+    keys = scratch.take(s.head_dim, SCORES);
+    values = scratch.take(KEYS, ldd);
+    scores = scratch.take(QUERIES, SCORES);
+    most = scratch.take(s.group(), QUERIES);
+    total = scratch.take(s.group(), QUERIES);
   }
 };
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The dot products of `query` with LANES keys that follow each other.
-INLINE vec scores_of(const float* query, const float* keys, int64_t stride, int64_t head_dim) {
-  vec total[LANES]{};
-  int64_t d = 0;
-  for (; d + LANES <= head_dim; d += LANES) {
-    const vec q = load(query + d);
-#pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) total[r] += q * load(keys + r * stride + d);
+// A row of scores becomes e^(score - most), where `most` is the largest that the row has had, and
+// zero beyond the n keys that the query sees. What has been summed up is brought to the same scale.
+INLINE void weigh(float* scores, int64_t n, int64_t columns, float& most, float& total, float* out,
+                  int64_t head_dim) {
+  vec highest = splat(most);
+  for (int64_t j = 0; j < n; j += LANES)
+    highest = max(first(n - j, load(scores + j), -INFINITY), highest);
+  const float now = largest(highest);
+  vec sums{};
+  for (int64_t j = 0; j < columns; j += LANES) {
+    const vec e = first(n - j, exp(load(scores + j) - now), 0.0f);
+    store(scores + j, e);
+    sums += e;
   }
-  if (d < head_dim) {
-    const vec q = load_part(query + d, head_dim - d);
-    for (int r = 0; r < LANES; r++) total[r] += q * load_part(keys + r * stride + d, head_dim - d);
+  if (now > most) {
+    const float factor = exp(splat(most - now))[0];
+    total *= factor;
+    for (int64_t i = 0; i < head_dim; i += LANES) store(out + i, load(out + i) * factor);
+    most = now;
   }
-  transpose(total);
-  for (int r = 1; r < LANES; r++) total[0] += total[r];
-  return total[0];
+  total += sum(sums);
 }
 
-INLINE float score_of(const float* query, const float* key, int64_t head_dim) {
-  vec total{};
-  for (int64_t d = 0; d < head_dim; d += LANES) {
-    const int64_t n = smaller(LANES, head_dim - d);
-    total += load_part(query + d, n) * load_part(key + d, n);
-  }
-  return sum(total);
-}
-
-// scores = softmax(query keys^T scale) without its denominator, which is returned.
-float weigh(const Pages& p, const float* query, int64_t count, int64_t head_dim, float scale,
-            float* scores) {
-  float most = -INFINITY;
-  for (int64_t start = 0; start < count; start += p.page_size) {
-    const int64_t n = smaller(p.page_size, count - start);
-    const float* keys = p.key(start);
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES)
-      store(scores + start + j, scores_of(query, keys + j * p.stride, p.stride, head_dim) * scale);
-    for (; j < n; j++)
-      scores[start + j] = score_of(query, keys + j * p.stride, head_dim) * scale;
-  }
-  for (int64_t j = 0; j < count; j++) most = scores[j] > most ? scores[j] : most;
-  vec total{};
-  for (int64_t j = 0; j < count; j += LANES) {
-    const int64_t n = smaller(LANES, count - j);
-    store_part(scores + j, exp(load_part(scores + j, n) - most), n);
-    total += load_part(scores + j, n);
-  }
-  return sum(total);
-}
-
-// y = sum of values by their scores, for LANES columns at a time.
-void gather(const Pages& p, const float* scores, int64_t count, int64_t head_dim, float share,
-            float* y) {
-  for (int64_t d = 0; d < head_dim; d += LANES) {
-    const int64_t width = smaller(LANES, head_dim - d);
-    vec out[4]{};
-    for (int64_t start = 0; start < count; start += p.page_size) {
-      const int64_t n = smaller(p.page_size, count - start);
-      const float *values = p.value(start) + d, *s = scores + start;
-      int64_t j = 0;
-      if (width == LANES)
-        for (; j + 4 <= n; j += 4)
-          for (int r = 0; r < 4; r++) out[r] += s[j + r] * load(values + (j + r) * p.stride);
-      for (; j < n; j++) out[0] += s[j] * load_part(values + j * p.stride, width);
+// A block of queries, of the heads that share a key head. `sums` [heads, queries of all] gets the
+// logarithm of each row's sum.
+void attend(const Shape& s, const Operands& o, const Segment& segment, int64_t query, int64_t kv_head,
+            const ForwardRoom& room, float* y, float* sums, int64_t ldsums) {
+  const int64_t D = s.head_dim, group = s.group(), n = smaller(QUERIES, segment.queries - query);
+  const int64_t row = segment.first_query + query, head = kv_head * group;
+  for (int64_t h = 0; h < group; h++)
+    copy_rows(o.q + row * o.ldq + (head + h) * D, o.ldq, n, D, s.scale(),
+              room.q + h * QUERIES * room.ldd, room.ldd);
+  memset(room.out, 0, 4 * group * QUERIES * room.ldd);
+  for (int64_t i = 0; i < group * QUERIES; i++) room.most[i] = -INFINITY, room.total[i] = 0;
+  const int64_t end = segment.seen(query + n - 1, 0);
+  for (int64_t key = 0; key < end; key += KEYS) {
+    const int64_t columns = smaller(KEYS, end - key), at = segment.first_key + key;
+    transpose(o.k + at * o.ldk + kv_head * D, o.ldk, columns, D, room.keys, SCORES);
+    copy_rows(o.v + at * o.ldv + kv_head * D, o.ldv, columns, D, 1.0f, room.values, room.ldd);
+    for (int64_t h = 0; h < group; h++) {
+      const int64_t first_row = h * QUERIES;
+      float* out = room.out + first_row * room.ldd;
+      gemm(n, columns, D, room.q + first_row * room.ldd, room.ldd, 1, room.keys, SCORES, room.scores,
+           SCORES);
+      for (int64_t i = 0; i < n; i++)
+        weigh(room.scores + i * SCORES, smaller(columns, segment.seen(query + i, key)), columns,
+              room.most[first_row + i], room.total[first_row + i], out + i * room.ldd, D);
+      gemm(n, D, columns, room.scores, SCORES, 1, room.values, room.ldd, out, room.ldd, true);
     }
-    store_part(y + d, ((out[0] + out[1]) + (out[2] + out[3])) * share, width);
+  }
+  for (int64_t h = 0; h < group; h++)
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t at = h * QUERIES + i;
+      copy_rows(room.out + at * room.ldd, 0, 1, D, 1.0f / room.total[at],
+                y + ((row + i) * s.heads + head + h) * D, 0);
+      if (sums) sums[(head + h) * ldsums + row + i] = room.most[at] + std::log(room.total[at]);
+    }
+}
+
+struct Gradients {
+  const float *y, *sums, *dy;
+  int64_t ldsums, lddy;
+  float *dq, *dk, *dv;
+};
+
+struct BackwardRoom {
+  int64_t ldd;
+  float *q, *dy, *keys, *keys_turned, *values_turned, *weights, *d_scores, *dk, *dv, *along;
+  static int64_t floats(const Shape& s, int64_t longest) {
+    return (2 * QUERIES + 3 * KEYS) * pitch(s.head_dim) + 2 * (s.head_dim + QUERIES) * SCORES +
+           s.group() * longest;
+  }
+  BackwardRoom(const Shape& s, int64_t longest, Scratch& scratch) : ldd(pitch(s.head_dim)) {
+    q = scratch.take(QUERIES, ldd);
+    dy = scratch.take(QUERIES, ldd);
+    keys = scratch.take(KEYS, ldd);
+    dk = scratch.take(KEYS, ldd);
+    dv = scratch.take(KEYS, ldd);
+    keys_turned = scratch.take(s.head_dim, SCORES);
+    values_turned = scratch.take(s.head_dim, SCORES);
+    weights = scratch.take(QUERIES, SCORES);
+    d_scores = scratch.take(QUERIES, SCORES);
+    along = scratch.take(s.group(), longest);
+  }
+};
+
+// A row of scores becomes the row of weights, and that of their gradients the one of the scores'.
+INLINE void differentiate(float* weights, float* d_scores, int64_t n, int64_t columns, float sum,
+                          float along) {
+  for (int64_t j = 0; j < columns; j += LANES) {
+    const vec weight = first(n - j, exp(load(weights + j) - sum), 0.0f);
+    store(weights + j, weight);
+    store(d_scores + j, first(n - j, weight * (load(d_scores + j) - along), 0.0f));
   }
 }
 
-// Put k, v [rows * steps, kv_heads, head_dim] behind what the pages hold, and y = attention of q
-// [rows * steps, heads, head_dim]. `keys`, `values` [pages, page_size, kv_heads, head_dim]; sequence r
-// holds context[r] tokens in the pages table[slots[r]], a row of `width`. q, k, v have rows of ldq,
-// ldk, ldv elements.
-void steps(Team& team, const float* q, const float* k, const float* v, float* keys, float* values,
-           const int64_t* table, const int64_t* slots, const int64_t* context, float* y,
-           int64_t rows, int64_t steps, int64_t heads, int64_t kv_heads, int64_t head_dim,
-           int64_t page_size, int64_t width, int64_t ldq, int64_t ldk, int64_t ldv) {
-  const int64_t group = heads / kv_heads, stride = kv_heads * head_dim;
-  const float scale = 1.0f / std::sqrt((float)head_dim);
-  std::vector<float> scores;
-  for (int64_t task; (task = team.next()) < rows * kv_heads;) {
-    const int64_t r = task / kv_heads, h = task % kv_heads;
-    float *ours = keys + h * head_dim, *our_values = values + h * head_dim;
-    const Pages p{ours, our_values, table + slots[r] * width, page_size, stride};
-    scores.resize(context[r] + steps + LANES);
-    for (int64_t t = 0; t < steps; t++) {
-      const int64_t count = context[r] + t + 1, token = r * steps + t, at = p.at(count - 1);
-      memcpy(ours + at, k + token * ldk + h * head_dim, 4 * head_dim);
-      memcpy(our_values + at, v + token * ldv + h * head_dim, 4 * head_dim);
-      for (int64_t g = h * group; g < (h + 1) * group; g++) {
-        const float* query = q + token * ldq + g * head_dim;
-        const float sum = weigh(p, query, count, head_dim, scale, scores.data());
-        float* out = y + (token * heads + g) * head_dim;
-        gather(p, scores.data(), count, head_dim, 1.0f / sum, out);
-      }
+// Scale is in q as it is copied, and so in the gradient of keys; that of queries gets it with keys.
+void attend_back_block(const Shape& s, const Operands& o, const Gradients& g, const Segment& segment,
+                       int64_t query, int64_t head, int64_t key, const BackwardRoom& room) {
+  const int64_t D = s.head_dim, n = smaller(QUERIES, segment.queries - query), ldd = room.ldd;
+  const int64_t columns = smaller(KEYS, segment.seen(query + n - 1, key));
+  const int64_t row = segment.first_query + query;
+  copy_rows(o.q + row * o.ldq + head * D, o.ldq, n, D, s.scale(), room.q, ldd);
+  copy_rows(g.dy + row * g.lddy + head * D, g.lddy, n, D, 1.0f, room.dy, ldd);
+  gemm(n, columns, D, room.q, ldd, 1, room.keys_turned, SCORES, room.weights, SCORES);
+  gemm(n, columns, D, room.dy, ldd, 1, room.values_turned, SCORES, room.d_scores, SCORES);
+  const float* sums = g.sums + head * g.ldsums + row;
+  const float* along = room.along + head % s.group() * segment.queries + query;
+  for (int64_t i = 0; i < n; i++)
+    differentiate(room.weights + i * SCORES, room.d_scores + i * SCORES,
+                  smaller(columns, segment.seen(query + i, key)), columns, sums[i], along[i]);
+  gemm(columns, D, n, room.weights, 1, SCORES, room.dy, ldd, room.dv, ldd, true);
+  gemm(columns, D, n, room.d_scores, 1, SCORES, room.q, ldd, room.dk, ldd, true);
+  gemm(n, D, columns, room.d_scores, SCORES, 1, room.keys, ldd, g.dq + (row * s.heads + head) * D,
+       s.heads * D, key > 0);
+}
+
+// All gradients of a segment and a key head.
+void attend_back(const Shape& s, const Operands& o, const Gradients& g, const Segment& segment,
+                 int64_t kv_head, const BackwardRoom& room) {
+  const int64_t D = s.head_dim, group = s.group(), head = kv_head * group;
+  for (int64_t h = 0; h < group; h++)  // what a row's weights have in common: dy y^T
+    for (int64_t i = 0; i < segment.queries; i++) {
+      const int64_t row = segment.first_query + i;
+      const float *dy = g.dy + row * g.lddy + (head + h) * D, *y = g.y + (row * s.heads + head + h) * D;
+      vec total{};
+      for (int64_t d = 0; d < D; d += LANES) total += read(dy + d, D - d) * read(y + d, D - d);
+      room.along[h * segment.queries + i] = sum(total);
     }
+  for (int64_t key = 0; key < segment.keys; key += KEYS) {
+    const int64_t columns = smaller(KEYS, segment.keys - key), at = segment.first_key + key;
+    const float *k = o.k + at * o.ldk + kv_head * D, *v = o.v + at * o.ldv + kv_head * D;
+    copy_rows(k, o.ldk, columns, D, s.scale(), room.keys, room.ldd);
+    transpose(k, o.ldk, columns, D, room.keys_turned, SCORES);
+    transpose(v, o.ldv, columns, D, room.values_turned, SCORES);
+    memset(room.dk, 0, 4 * KEYS * room.ldd);
+    memset(room.dv, 0, 4 * KEYS * room.ldd);
+    for (int64_t query = 0; query < segment.queries; query += QUERIES) {
+      const int64_t last = smaller(query + QUERIES, segment.queries) - 1;
+      if (segment.seen(last, key) <= 0) continue;
+      for (int64_t h = 0; h < group; h++)
+        attend_back_block(s, o, g, segment, query, head + h, key, room);
+    }
+    const int64_t to = (at * s.kv_heads + kv_head) * D;
+    copy_rows(room.dk, room.ldd, columns, D, 1.0f, g.dk + to, s.kv_heads * D);
+    copy_rows(room.dv, room.ldd, columns, D, 1.0f, g.dv + to, s.kv_heads * D);
   }
 }
 }  // namespace
 
-SHARED(attention_steps, steps)
+extern "C" {
+
+// y [queries, heads, head_dim]; `sums` [heads, queries], which the gradients want, may be null.
+void attention_forward(const float* q, const float* k, const float* v, const int64_t* query_bounds,
+                       const int64_t* key_bounds, float* y, float* sums, int64_t segments,
+                       int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq, int64_t ldk,
+                       int64_t ldv, int64_t threads) {
+  const Shape s{heads, kv_heads, head_dim};
+  const Operands o{q, k, v, ldq, ldk, ldv};
+  struct Task {
+    int64_t segment, query, kv_head;
+  };
+  std::vector<Task> tasks;
+  for (int64_t i = 0; i < segments; i++) {
+    const int64_t queries = query_bounds[i + 1] - query_bounds[i];
+    // The last queries have the most keys to see: what takes longest is begun first.
+    for (int64_t block = (queries - 1) / QUERIES; block >= 0; block--)
+      for (int64_t h = 0; h < kv_heads; h++) tasks.push_back({i, block * QUERIES, h});
+  }
+  const int64_t queries = query_bounds[segments];
+  const bool worth = tasks.size() > 1 && queries * heads * head_dim * KEYS > MIN_PARALLEL_WORK;
+  together(worth ? threads : 1, [&](Team& team) {
+    Scratch scratch(ForwardRoom::floats(s));
+    const ForwardRoom room(s, scratch);
+    for (int64_t i; (i = team.next()) < (int64_t)tasks.size();)
+      attend(s, o, Segment(query_bounds, key_bounds, tasks[i].segment), tasks[i].query,
+             tasks[i].kv_head, room, y, sums, queries);
+  });
+}
+
+// dq [queries, heads, head_dim], dk and dv [keys, kv_heads, head_dim].
+void attention_backward(const float* q, const float* k, const float* v, const int64_t* query_bounds,
+                        const int64_t* key_bounds, const float* y, const float* sums,
+                        const float* dy, float* dq, float* dk, float* dv, int64_t segments,
+                        int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq, int64_t ldk,
+                        int64_t ldv, int64_t lddy, int64_t threads) {
+  const Shape s{heads, kv_heads, head_dim};
+  const Operands o{q, k, v, ldq, ldk, ldv};
+  const int64_t queries = query_bounds[segments];
+  const Gradients g{y, sums, dy, queries, lddy, dq, dk, dv};
+  int64_t longest = 0;
+  for (int64_t i = 0; i < segments; i++)
+    if (query_bounds[i + 1] - query_bounds[i] > longest)
+      longest = query_bounds[i + 1] - query_bounds[i];
+  const bool worth = queries * heads * head_dim * KEYS > MIN_PARALLEL_WORK;
+  together(worth ? threads : 1, [&](Team& team) {
+    Scratch scratch(BackwardRoom::floats(s, longest));
+    const BackwardRoom room(s, longest, scratch);
+    for (int64_t i; (i = team.next()) < segments * kv_heads;)
+      attend_back(s, o, g, Segment(query_bounds, key_bounds, i / kv_heads), i % kv_heads, room);
+  });
+}
+}

@@ -1,34 +1,74 @@
-"""Attention of a few new tokens in C++ (native.cpp says how)."""
+"""Attention of whole sequences in C++, block by block (native.cpp says how).
+
+The backward pass keeps the operands, the result and a number for each row of scores.
+"""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import TeamFunction
+from nemotron3.ops.native import NativeFunction
+from nemotron3.ops.segments import Segments
 
-_steps = TeamFunction(
-    Path(__file__).with_name("native.cpp"), "attention_steps", "ppppppppp iiiiiiiiii"
-)
+_SOURCE = Path(__file__).with_name("native.cpp")
+_forward = NativeFunction(_SOURCE, "attention_forward", "ppppppp iiiiiii")
+_backward = NativeFunction(_SOURCE, "attention_backward", "ppppppppppp iiiiiiii")
 
 
-def attention_steps_native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    context: Tensor,
+def attention_native(
+    q: Tensor, k: Tensor, v: Tensor, *, queries: Segments, keys: Segments
 ) -> Tensor:
-    """Shapes as in `nemotron3.ops.attention.api.attention_steps`."""
-    assert keys.is_contiguous(), "a pool of keys is never a slice"
-    tokens, heads, head_dim = q.shape
-    q, k, v = (t if t.stride()[1:] == (head_dim, 1) else t.contiguous() for t in (q, k, v))
+    """Attend in all segments; shapes as in `nemotron3.ops.attention.api.attention`."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        return _Attention.apply(q, k, v, queries, keys)
+    return _attend(q, k, v, queries, keys, sums=None)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As C++ reads it: only the stride of tokens is free, as slices have it."""
+    return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
+
+
+def _bounds(queries: Segments, keys: Segments, like: Tensor) -> tuple[Tensor, Tensor]:
+    return queries.cu_seqlens(like.device), keys.cu_seqlens(like.device)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, queries: Segments) -> tuple[int, ...]:
+    _, heads, head_dim = q.shape
+    return (len(queries), heads, k.shape[1], head_dim, q.stride(0), k.stride(0), v.stride(0))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, sums: Tensor | None
+) -> Tensor:
     y = q.new_empty(q.shape)
-    sizes = (len(slots), tokens // len(slots), heads, k.shape[1], head_dim, keys.shape[1])
-    strides = (table.shape[1], q.stride(0), k.stride(0), v.stride(0))
-    work = table.shape[1] * keys[0].numel() * tokens  # for sequences as long as the table allows
-    _steps(q, k, v, keys, values, table, slots, context, y, *sizes, *strides, work=work)
+    _forward(q, k, v, *_bounds(queries, keys, q), y, sums, *_sizes(q, k, v, queries))
     return y
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
+    ) -> Tensor:
+        sums = q.new_empty(q.shape[1], q.shape[0])
+        y = _attend(q, k, v, queries, keys, sums)
+        ctx.save_for_backward(q, k, v, y, sums)
+        ctx.queries, ctx.keys = queries, keys
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, sums = ctx.saved_tensors
+        dy = _rows(dy)
+        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+        _backward(
+            q, k, v, *_bounds(ctx.queries, ctx.keys, q), y, sums, dy, dq, dk, dv,
+            *_sizes(q, k, v, ctx.queries), dy.stride(0),
+        )  # fmt: skip
+        return dq, dk, dv, None, None

@@ -1,4 +1,4 @@
-"""The door to the causal convolution."""
+"""The entry point of the causal convolution."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.conv.decode import causal_conv_steps_native, causal_conv_steps_torch
 from nemotron3.ops.conv.reference import causal_conv_reference
-from nemotron3.ops.conv.shifted import causal_conv_shifted
-from nemotron3.ops.conv.steps import causal_conv_steps_native, causal_conv_steps_torch
+from nemotron3.ops.conv.torch import causal_conv_torch
 from nemotron3.ops.segments import Segments
 
 
@@ -21,28 +21,28 @@ def _widened(conv: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     """
 
     def widened(
-        x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, tails: Tensor
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, conv_states: Tensor
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         bias = None if bias is None else bias.to(wide)
-        y, new_tails = conv(
-            x.to(wide), weight.to(wide), bias, segments=segments, tails=tails.to(wide)
+        y, new_conv_states = conv(
+            x.to(wide), weight.to(wide), bias, segments=segments, conv_states=conv_states.to(wide)
         )
-        return y.to(x.dtype), new_tails.to(x.dtype)
+        return y.to(x.dtype), new_conv_states.to(x.dtype)
 
     return widened
 
 
 _CONVOLUTIONS = {
     "reference": _widened(causal_conv_reference),
-    "torch": _widened(causal_conv_shifted),
+    "torch": _widened(causal_conv_torch),
     "native": Kernel("nemotron3.ops.conv.native", "causal_conv_native"),
     "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
 }
 _STEPS = {
     "torch": causal_conv_steps_torch,
     "native": causal_conv_steps_native,
-    "triton": Kernel("nemotron3.ops.conv.decoding.triton", "causal_conv_steps_triton"),
+    "triton": Kernel("nemotron3.ops.conv.decode_triton", "causal_conv_steps_triton"),
 }
 
 
@@ -52,19 +52,19 @@ def causal_conv(
     bias: Float[Tensor, " channel"] | None,
     *,
     segments: Segments,
-    tails: Float[Tensor, "segment tap-1 channel"] | None = None,
+    conv_states: Float[Tensor, "segment tap-1 channel"] | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "tokens channel"], Float[Tensor, "segment tap-1 channel"]]:
     """Depthwise causal convolution and SiLU over packed sequences.
 
-    `tails` holds the last `tap - 1` inputs before each segment (zeros where omitted: new
-    sequences). Returns the outputs and the tails to hand to the next call, both in the dtype of
+    `conv_states` holds the last `tap - 1` inputs before each segment (zeros where omitted: new
+    sequences). Returns the outputs and the states to hand to the next call, both in the dtype of
     `x`; taps are summed in float32 at least, whatever the operands are.
     """
-    if tails is None:
-        tails = x.new_zeros(len(segments), weight.shape[1] - 1, x.shape[1])
+    if conv_states is None:
+        conv_states = x.new_zeros(len(segments), weight.shape[1] - 1, x.shape[1])
     return resolve("conv", backend, _CONVOLUTIONS, x)(
-        x, weight, bias, segments=segments, tails=tails.to(x.dtype)
+        x, weight, bias, segments=segments, conv_states=conv_states.to(x.dtype)
     )
 
 
@@ -73,18 +73,25 @@ def causal_conv_steps(
     weight: Float[Tensor, "channel tap"],
     bias: Float[Tensor, " channel"] | None,
     *,
-    tails: Float[Tensor, "slot tap-1 channel"],
+    conv_states: Float[Tensor, "slot tap-1 channel"],
     slots: Int[Tensor, " sequence"],
-    trail: Float[Tensor, "sequence step tap-1 channel"] | None = None,
+    intermediate_states: Float[Tensor, "sequence step tap-1 channel"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens channel"]:
     """The same for the same few tokens of each sequence, without gradients.
 
-    Sequence i goes on from row `slots[i]` of `tails`, which is written in place. With a `trail` the
-    tails stay as they are, and the trail gets what they would be after each token.
+    Sequence i goes on from row `slots[i]` of `conv_states`, which is written in place. With
+    `intermediate_states` they stay as they are, and what they would be after each token goes there.
 
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
     steps = resolve("conv_steps", backend, _STEPS, x)
-    return steps(x, weight, bias, tails=tails, slots=slots, trail=trail)
+    return steps(
+        x,
+        weight,
+        bias,
+        conv_states=conv_states,
+        slots=slots,
+        intermediate_states=intermediate_states,
+    )

@@ -16,30 +16,30 @@
 namespace {
 constexpr int64_t SPAN = 32, SPAN_BACK = 128;  // longer where each has a part of dW to add
 constexpr int64_t GROUP = 4;                   // tokens that share what is loaded
-constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
 INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
 struct Conv {
-  const float *x, *tails;
+  const float *x, *conv_states;
   int64_t taps, channels, ldx;
   int64_t pitch;               // of rows of scratch: whole vectors
   std::vector<float> weights;  // [taps, pitch], then the bias
 
-  Conv(const float* x, const float* weight, const float* bias, const float* tails, int64_t taps,
+  Conv(const float* x, const float* weight, const float* bias, const float* conv_states, int64_t taps,
        int64_t channels, int64_t ldx)
-      : x(x), tails(tails), taps(taps), channels(channels), ldx(ldx),
+      : x(x), conv_states(conv_states), taps(taps), channels(channels), ldx(ldx),
         pitch((channels + LANES - 1) / LANES * LANES), weights((taps + 1) * pitch) {
     transpose(weight, taps, channels, taps, weights.data(), pitch);
     if (bias) memcpy(weights.data() + taps * pitch, bias, 4 * channels);
   }
 
-  // The input at a position of a segment; before the first stands the tail.
+  // The input at a position of a segment; before the first stands the state.
   const float* input(int64_t segment, int64_t first, int64_t position) const {
     if (position >= 0) return x + (first + position) * ldx;
-    return tails + (segment * (taps - 1) + taps - 1 + position) * channels;
+    return conv_states + (segment * (taps - 1) + taps - 1 + position) * channels;
   }
 };
 
@@ -98,13 +98,13 @@ void convolve(const Conv& c, const Span& span, float* y) {
 }
 
 struct Gradients {
-  const float *dy, *d_new_tails;
+  const float *dy, *d_new_conv_states;
   int64_t lddy;
-  float *dx, *d_tails;
+  float *dx, *d_conv_states;
 };
 
 // Some tokens of the backward pass, one after another. Rows and dy may be null, which is where no
-// token is: before a segment, whose inputs are the tail's. `added` may hold null.
+// token is: before a segment, whose inputs are the state's. `added` may hold null.
 template <int COUNT>
 struct Some {
   const float* const* rows;  // inputs, from the first that the first token's taps look at
@@ -168,14 +168,14 @@ void convolve_back_at(const Conv& c, const Gradients& g, const Span& span, int64
   for (int64_t j = 0; j < before + COUNT && t >= 0; j++)
     rows[j] = c.input(span.segment, span.first, t - before + j);
   for (int64_t k = 0; k < COUNT; k++) {
-    const int64_t at = t + k, in_tail = at - (span.length - before);  // row of the new tail
+    const int64_t at = t + k, in_tail = at - (span.length - before);  // row of the new conv_state
     if (t >= 0) some.dy[k] = g.dy + (span.first + at) * g.lddy;
     if (at >= span.end) continue;
-    if (g.d_new_tails && in_tail >= 0)
-      some.added[k] = g.d_new_tails + (span.segment * before + in_tail) * c.channels;
+    if (g.d_new_conv_states && in_tail >= 0)
+      some.added[k] = g.d_new_conv_states + (span.segment * before + in_tail) * c.channels;
     if (t >= 0 && g.dx) some.dx[k] = g.dx + (span.first + at) * c.channels;
-    if (t < 0 && g.d_tails)
-      some.dx[k] = g.d_tails + (span.segment * before + before + at) * c.channels;
+    if (t < 0 && g.d_conv_states)
+      some.dx[k] = g.d_conv_states + (span.segment * before + before + at) * c.channels;
   }
   convolve_back_some<TAPS, COUNT>(c, some, later, t >= 0 && t < span.end ? parts : nullptr);
 }
@@ -208,36 +208,36 @@ void add_parts(const Conv& c, const float* parts, int64_t spans, float* dw, floa
 
 extern "C" {
 
-// y [tokens, channels] and new_tails [segments, taps - 1, channels]; bias may be null.
-void conv_forward(const float* x, const float* weight, const float* bias, const float* tails,
-                  const int64_t* bounds, float* y, float* new_tails, int64_t segments, int64_t taps,
+// y [tokens, channels] and new_conv_states [segments, taps - 1, channels]; bias may be null.
+void conv_forward(const float* x, const float* weight, const float* bias, const float* conv_states,
+                  const int64_t* bounds, float* y, float* new_conv_states, int64_t segments, int64_t taps,
                   int64_t channels, int64_t ldx, int64_t threads) {
-  const Conv c(x, weight, bias, tails, taps, channels, ldx);
+  const Conv c(x, weight, bias, conv_states, taps, channels, ldx);
   const std::vector<Span> spans = spans_of(bounds, segments, SPAN);
   const auto run = taps == 4 ? convolve<4> : convolve<0>;
-  together(bounds[segments] * channels > WORTH_THREADS ? threads : 1, [&](Team& team) {
+  together(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     for (int64_t i; (i = team.next()) < (int64_t)spans.size();) run(c, spans[i], y);
   });
   for (int64_t s = 0; s < segments; s++)
     for (int64_t r = 0; r < taps - 1; r++)
-      memcpy(new_tails + (s * (taps - 1) + r) * channels,
+      memcpy(new_conv_states + (s * (taps - 1) + r) * channels,
              c.input(s, bounds[s], bounds[s + 1] - bounds[s] - (taps - 1) + r), 4 * channels);
 }
 
-// Gradients from those of y and of the new tails (which may be null): dx [tokens, channels],
-// dw [channels, taps], db [channels], d_tails [segments, taps - 1, channels]. dx, db and d_tails
-// may be null.
-void conv_backward(const float* x, const float* weight, const float* bias, const float* tails,
-                   const int64_t* bounds, const float* dy, const float* d_new_tails, float* dx,
-                   float* dw, float* db, float* d_tails, int64_t segments, int64_t taps,
+// Gradients from those of y and of the new states (which may be null): dx [tokens, channels],
+// dw [channels, taps], db [channels], d_conv_states [segments, taps - 1, channels]. dx, db and
+// d_conv_states may be null.
+void conv_backward(const float* x, const float* weight, const float* bias, const float* conv_states,
+                   const int64_t* bounds, const float* dy, const float* d_new_conv_states, float* dx,
+                   float* dw, float* db, float* d_conv_states, int64_t segments, int64_t taps,
                    int64_t channels, int64_t ldx, int64_t lddy, int64_t threads) {
-  const Conv c(x, weight, bias, tails, taps, channels, ldx);
-  const Gradients g{dy, d_new_tails, lddy, dx, d_tails};
+  const Conv c(x, weight, bias, conv_states, taps, channels, ldx);
+  const Gradients g{dy, d_new_conv_states, lddy, dx, d_conv_states};
   const std::vector<Span> spans = spans_of(bounds, segments, SPAN_BACK);
   const auto run = taps == 4 ? convolve_back<4> : convolve_back<0>;
   const int64_t size = (taps + 1) * c.pitch;
   const std::unique_ptr<float[]> parts(new float[spans.size() * size]);
-  together(bounds[segments] * channels > WORTH_THREADS ? threads : 1, [&](Team& team) {
+  together(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     for (int64_t i; (i = team.next()) < (int64_t)spans.size();) {
       memset(parts.get() + i * size, 0, 4 * size);
       run(c, g, spans[i], parts.get() + i * size);

@@ -6,8 +6,8 @@ backward pass recomputes the convolution, which costs a few multiply-adds and sp
 tensor: it reads inputs and gradients once and writes the gradient of the inputs once.
 
 Boundaries come from the index of each token's segment; a tap that reaches before a segment's first
-token reads the segment's tail. Gradients of weight and bias are summed by each program over its own
-span of tokens, and over programs in a fixed order, so that no sum depends on timing.
+token reads the segment's state. Gradients of weight and bias are summed by each program over its
+own span of tokens, and over programs in a fixed order, so that no sum depends on timing.
 """
 
 # Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.kernels import require_kernel_dtypes, rows_of
+from nemotron3.ops.kernels import require_kernel_dtypes
 from nemotron3.ops.segments import Segments
+from nemotron3.ops.strides import contiguous_rows
 
 jit: Any = triton.jit
 # Tokens, channels and warps of a program. Compiled for compute capability 9.0 neither spills; at 32
@@ -37,11 +38,11 @@ _PROGRAMS = 2048
 
 
 def causal_conv_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, tails: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, conv_states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Convolve all segments at once; shapes as in `nemotron3.ops.conv.api.causal_conv`."""
     require_kernel_dtypes("conv", x, weight, bias)
-    return _CausalConv.apply(x, weight, bias, tails, segments)
+    return _CausalConv.apply(x, weight, bias, conv_states, segments)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -51,40 +52,40 @@ class _CausalConv(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tails: Tensor,
+        conv_states: Tensor,
         segments: Segments,
     ) -> tuple[Tensor, Tensor]:
-        x, weight, tails = rows_of(x), weight.contiguous(), tails.contiguous()
+        x, weight, conv_states = contiguous_rows(x), weight.contiguous(), conv_states.contiguous()
         total, channels = x.shape
         ids, starts = segments.ids(x.device), segments.cu_seqlens(x.device)
         y = torch.empty(total, channels, dtype=x.dtype, device=x.device)
-        new_tails = torch.empty_like(tails)
+        new_conv_states = torch.empty_like(conv_states)
         taps = _taps(weight, bias)
         _forward_kernel[_grid(total, channels, _FORWARD)](
-            x, weight, bias, tails, ids, starts, y,
+            x, weight, bias, conv_states, ids, starts, y,
             total, channels, x.stride(0), **taps, **_FORWARD,
         )  # fmt: skip
-        if tails.numel():
-            _tails_kernel[_grid(len(segments), channels, _TAILS)](
-                x, tails, starts, new_tails,
+        if conv_states.numel():
+            _conv_states_kernel[_grid(len(segments), channels, _TAILS)](
+                x, conv_states, starts, new_conv_states,
                 channels, x.stride(0), ROWS=_tail_rows(weight), TAPS=taps["TAPS"], **_TAILS,
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, tails)
+        ctx.save_for_backward(x, weight, bias, conv_states)
         ctx.segments = segments
         ctx.set_materialize_grads(False)
-        return y, new_tails
+        return y, new_conv_states
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: Tensor | None, tails_grad: Tensor | None
+        ctx: Any, grad: Tensor | None, conv_states_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, tails = ctx.saved_tensors
+        x, weight, bias, conv_states = ctx.saved_tensors
         segments: Segments = ctx.segments
         total, channels = x.shape
         ids, starts = segments.ids(x.device), segments.cu_seqlens(x.device)
-        grad = torch.zeros_like(x) if grad is None else rows_of(grad)
-        tails_grad = None if tails_grad is None else tails_grad.contiguous()
+        grad = torch.zeros_like(x) if grad is None else contiguous_rows(grad)
+        conv_states_grad = None if conv_states_grad is None else conv_states_grad.contiguous()
         tiles, blocks = _grid(total, channels, _BACKWARD)
         span = triton.cdiv(tiles * blocks, _PROGRAMS)
         spans = triton.cdiv(tiles, span)
@@ -93,23 +94,24 @@ class _CausalConv(torch.autograd.Function):
         d_weights = x.new_empty(spans, channels, taps["TAPS"], dtype=torch.float32)
         d_biases = x.new_empty(spans, channels, dtype=torch.float32)
         _backward_kernel[(spans, blocks)](
-            x, weight, bias, tails, ids, starts, grad, tails_grad, dx, d_weights, d_biases,
+            x, weight, bias, conv_states, ids, starts, grad, conv_states_grad, dx, d_weights,
+            d_biases,
             total, channels, span, x.stride(0), grad.stride(0),
-            HAS_TAILS_GRAD=tails_grad is not None,
+            HAS_TAILS_GRAD=conv_states_grad is not None,
             ROWS=triton.next_power_of_2(taps["TAPS"]), **taps, **_BACKWARD,
         )  # fmt: skip
-        d_tails = None
-        if ctx.needs_input_grad[3] and tails.numel():
-            d_tails = torch.empty_like(tails)
-            _tails_backward_kernel[_grid(len(segments), channels, _TAILS)](
-                x, weight, bias, tails, starts, grad, tails_grad, d_tails,
+        d_conv_states = None
+        if ctx.needs_input_grad[3] and conv_states.numel():
+            d_conv_states = torch.empty_like(conv_states)
+            _conv_states_backward_kernel[_grid(len(segments), channels, _TAILS)](
+                x, weight, bias, conv_states, starts, grad, conv_states_grad, d_conv_states,
                 channels, x.stride(0), grad.stride(0),
-                HAS_TAILS_GRAD=tails_grad is not None, ROWS=_tail_rows(weight),
+                HAS_TAILS_GRAD=conv_states_grad is not None, ROWS=_tail_rows(weight),
                 **taps, **_TAILS,
             )  # fmt: skip
         d_weight = d_weights.sum(0).to(weight.dtype)
         d_bias = None if bias is None else d_biases.sum(0).to(bias.dtype)
-        return dx, d_weight, d_bias, d_tails, None
+        return dx, d_weight, d_bias, d_conv_states, None
 
 
 def _grid(rows: int, channels: int, block: dict[str, int]) -> tuple[int, int]:
@@ -130,10 +132,10 @@ def _tail_rows(weight: Tensor) -> int:
 
 @jit
 def _input_at(
-    x_ptr, tails_ptr, start, position, segment, channel, mask, channels, stride_x,
+    x_ptr, conv_states_ptr, start, position, segment, channel, mask, channels, stride_x,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """x at `position` of its segment, [token, channel]: the stream from 0 on, the tail before."""
+    """x at `position` of its segment, [token, channel]: the stream from 0 on, the state before."""
     column = channel[None, :]
     token = start + position
     kept = segment * (TAPS - 1) + (TAPS - 1) + position
@@ -141,8 +143,10 @@ def _input_at(
     here = (mask & (position >= 0))[:, None] & inside
     before = (mask & (position < 0))[:, None] & inside
     x = tl.load(x_ptr + token[:, None] * stride_x + column, mask=here, other=0.0)
-    tail = tl.load(tails_ptr + kept[:, None] * channels + column, mask=before, other=0.0)
-    return x.to(tl.float32) + tail.to(tl.float32)
+    conv_state = tl.load(
+        conv_states_ptr + kept[:, None] * channels + column, mask=before, other=0.0
+    )
+    return x.to(tl.float32) + conv_state.to(tl.float32)
 
 
 @jit
@@ -154,7 +158,7 @@ def _tap(weight_ptr, tap, channel, channels, TAPS: tl.constexpr):
 
 @jit
 def _preactivation(
-    x_ptr, weight_ptr, bias_ptr, tails_ptr, start, position, segment, channel, mask,
+    x_ptr, weight_ptr, bias_ptr, conv_states_ptr, start, position, segment, channel, mask,
     channels, stride_x,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -166,7 +170,7 @@ def _preactivation(
         z += bias.to(tl.float32)[None, :]
     for tap in tl.static_range(TAPS):
         x = _input_at(
-            x_ptr, tails_ptr, start, position - (TAPS - 1) + tap, segment, channel, mask,
+            x_ptr, conv_states_ptr, start, position - (TAPS - 1) + tap, segment, channel, mask,
             channels, stride_x, TAPS,
         )  # fmt: skip
         z += _tap(weight_ptr, tap, channel, channels, TAPS) * x
@@ -175,14 +179,14 @@ def _preactivation(
 
 @jit
 def _preactivation_gradient(
-    x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, start, position, segment, channel, mask,
+    x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, start, position, segment, channel, mask,
     channels, stride_x, stride_grad,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dz = dy s (1 + z (1 - s)) with s = sigmoid(z); zero where `mask` is false."""
     z = _preactivation(
-        x_ptr, weight_ptr, bias_ptr, tails_ptr, start, position, segment, channel, mask,
+        x_ptr, weight_ptr, bias_ptr, conv_states_ptr, start, position, segment, channel, mask,
         channels, stride_x, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
     )  # fmt: skip
     at = (start + position)[:, None] * stride_grad + channel[None, :]
@@ -193,12 +197,12 @@ def _preactivation_gradient(
 
 @jit
 def _gradient_from_later(
-    x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, tails_grad_ptr,
+    x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, conv_states_grad_ptr,
     start, position, segment, length, channel, mask, channels, stride_x, stride_grad,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """What an input gets from the K - 1 outputs after its own, and from the new tail.
+    """What an input gets from the K - 1 outputs after its own, and from the new state.
 
     sum_{o >= 1} weight_{K - 1 - o} dz_{t + o} within the segment, + d_tail where x_t is kept.
     """
@@ -206,7 +210,7 @@ def _gradient_from_later(
     for ahead in tl.static_range(1, TAPS):
         later = position + ahead
         dz = _preactivation_gradient(
-            x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, start, later, segment, channel,
+            x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, start, later, segment, channel,
             mask & (later >= 0) & (later < length),
             channels, stride_x, stride_grad, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
         )  # fmt: skip
@@ -215,13 +219,13 @@ def _gradient_from_later(
         row = position - length + (TAPS - 1)
         at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
         kept = (mask & (row >= 0))[:, None] & (channel < channels)[None, :]
-        dx += tl.load(tails_grad_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        dx += tl.load(conv_states_grad_ptr + at, mask=kept, other=0.0).to(tl.float32)
     return dx
 
 
 @jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, tails_ptr, ids_ptr, starts_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, conv_states_ptr, ids_ptr, starts_ptr, y_ptr,
     total, channels, stride_x,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -233,7 +237,7 @@ def _forward_kernel(
     segment = tl.load(ids_ptr + token, mask=mask, other=0)
     start = tl.load(starts_ptr + segment)
     z = _preactivation(
-        x_ptr, weight_ptr, bias_ptr, tails_ptr, start, token - start, segment, channel, mask,
+        x_ptr, weight_ptr, bias_ptr, conv_states_ptr, start, token - start, segment, channel, mask,
         channels, stride_x, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
     )  # fmt: skip
     y = z * tl.sigmoid(z)
@@ -243,11 +247,11 @@ def _forward_kernel(
 
 
 @jit
-def _tails_kernel(
-    x_ptr, tails_ptr, starts_ptr, new_tails_ptr, channels, stride_x,
+def _conv_states_kernel(
+    x_ptr, conv_states_ptr, starts_ptr, new_conv_states_ptr, channels, stride_x,
     ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The last K - 1 inputs of one segment; a short one keeps the end of its old tail."""
+    """The last K - 1 inputs of one segment; a short one keeps the end of its old state."""
     row = tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     segment = tl.program_id(0).to(tl.int64)
@@ -255,16 +259,17 @@ def _tails_kernel(
     position = tl.load(starts_ptr + segment + 1) - start - (TAPS - 1) + row
     mask = row < TAPS - 1
     kept = _input_at(
-        x_ptr, tails_ptr, start, position, segment, channel, mask, channels, stride_x, TAPS
+        x_ptr, conv_states_ptr, start, position, segment, channel, mask, channels, stride_x, TAPS
     )
     at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
     inside = mask[:, None] & (channel < channels)[None, :]
-    tl.store(new_tails_ptr + at, kept.to(new_tails_ptr.dtype.element_ty), mask=inside)
+    tl.store(new_conv_states_ptr + at, kept.to(new_conv_states_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
 def _backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, tails_ptr, ids_ptr, starts_ptr, grad_ptr, tails_grad_ptr,
+    x_ptr, weight_ptr, bias_ptr, conv_states_ptr, ids_ptr, starts_ptr, grad_ptr,
+    conv_states_grad_ptr,
     dx_ptr, d_weights_ptr, d_biases_ptr, total, channels, span, stride_x, stride_grad,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -283,12 +288,13 @@ def _backward_kernel(
         length = tl.load(starts_ptr + segment + 1) - start
         position = token - start
         dz = _preactivation_gradient(
-            x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, start, position, segment, channel,
+            x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, start, position, segment,
+            channel,
             mask, channels, stride_x, stride_grad, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
         )  # fmt: skip
         dx = _tap(weight_ptr, TAPS - 1, channel, channels, TAPS) * dz
         dx += _gradient_from_later(
-            x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, tails_grad_ptr,
+            x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, conv_states_grad_ptr,
             start, position, segment, length, channel, mask, channels, stride_x, stride_grad,
             TAPS, HAS_BIAS, HAS_TAILS_GRAD, BLOCK_TOKENS, BLOCK_CHANNELS,
         )  # fmt: skip
@@ -298,7 +304,7 @@ def _backward_kernel(
         d_bias += tl.sum(dz, axis=0)
         for tap in tl.static_range(TAPS):
             x = _input_at(
-                x_ptr, tails_ptr, start, position - (TAPS - 1) + tap, segment, channel, mask,
+                x_ptr, conv_states_ptr, start, position - (TAPS - 1) + tap, segment, channel, mask,
                 channels, stride_x, TAPS,
             )  # fmt: skip
             d_weight += tl.where(taps == tap, tl.sum(dz * x, axis=0)[None, :], 0.0)
@@ -309,13 +315,14 @@ def _backward_kernel(
 
 
 @jit
-def _tails_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, tails_ptr, starts_ptr, grad_ptr, tails_grad_ptr, d_tails_ptr,
+def _conv_states_backward_kernel(
+    x_ptr, weight_ptr, bias_ptr, conv_states_ptr, starts_ptr, grad_ptr, conv_states_grad_ptr,
+    d_conv_states_ptr,
     channels, stride_x, stride_grad,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one segment's tail: of inputs at the positions -(K - 1) to -1."""
+    """Gradient of one segment's state: of inputs at the positions -(K - 1) to -1."""
     row = tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     segment = tl.program_id(0).to(tl.int64)
@@ -323,10 +330,10 @@ def _tails_backward_kernel(
     length = tl.load(starts_ptr + segment + 1) - start
     mask = row < TAPS - 1
     d_tail = _gradient_from_later(
-        x_ptr, weight_ptr, bias_ptr, tails_ptr, grad_ptr, tails_grad_ptr,
+        x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, conv_states_grad_ptr,
         start, row - (TAPS - 1), segment, length, channel, mask, channels, stride_x, stride_grad,
         TAPS, HAS_BIAS, HAS_TAILS_GRAD, ROWS, BLOCK_CHANNELS,
     )  # fmt: skip
     at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
     inside = mask[:, None] & (channel < channels)[None, :]
-    tl.store(d_tails_ptr + at, d_tail.to(d_tails_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_conv_states_ptr + at, d_tail.to(d_conv_states_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""The door to the cross-entropy of the output layer."""
+"""The entry point of the cross-entropy of the output layer."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
-from nemotron3.ops.cross_entropy.chunked import linear_cross_entropy_chunked
 from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
+from nemotron3.ops.cross_entropy.torch import linear_cross_entropy_torch
 
 _LOSSES = {
     "reference": linear_cross_entropy_reference,
-    "torch": linear_cross_entropy_chunked,
+    "torch": linear_cross_entropy_torch,
     "native": Kernel("nemotron3.ops.cross_entropy.native", "linear_cross_entropy_native"),
     "triton": Kernel("nemotron3.ops.cross_entropy.triton", "linear_cross_entropy_triton"),
 }

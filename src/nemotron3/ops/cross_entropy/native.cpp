@@ -72,7 +72,7 @@ extern "C" {
 // overwritten: with weight * (softmax - one_hot(target)) where `weights` is given.
 void cross_entropy_rows(float* logits, const int64_t* targets, const float* weights, float* losses,
                         uint8_t* correct, int64_t rows, int64_t n, int64_t threads) {
-  together(threads, [&](Team& team) {
+  parallel_region(threads, [&](Team& team) {
     const Range part = team.share(rows);
     for (int64_t r = part.first; r < part.last; r++)
       loss_of_row(logits + r * n, targets[r], weights ? weights + r : nullptr, n, losses + r,

@@ -1,4 +1,4 @@
-"""Cross-entropy over chunks of tokens with compiled products and softmax (see chunked.py)."""
+"""Cross-entropy over chunks of tokens with compiled products and softmax (see torch.py)."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron3.ops.cross_entropy.chunked import CACHED_LOGITS
+from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
 from nemotron3.ops.linear.native import input_gradient, product, weight_gradient
 from nemotron3.ops.native import NativeFunction
 

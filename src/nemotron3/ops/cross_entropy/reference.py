@@ -10,7 +10,7 @@ def linear_cross_entropy_reference(
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    max_logits: int | None,  # noqa: ARG001 - the reference holds every logit; the door passes one shape of call
+    max_logits: int | None,  # noqa: ARG001 - the reference holds every logit; every backend is called alike
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of losses, each token's loss, and whether its best guess was right."""
     logits = hidden @ weight.T

@@ -1,6 +1,6 @@
 """Cross-entropy over chunks of tokens, a chunk's logits turned into gradients where they lie.
 
-The plan is that of `chunked.py`: a chunk's logits are made, turned into losses and at once into
+The plan is that of `torch.py`: a chunk's logits are made, turned into losses and at once into
 gradients, and dropped. The three products stay with the matrix library. Between them stood half a
 dozen passes over the logits in float32; here one program takes one token's row, reads it for the
 normalizer and again, mostly from cache, to write the gradient in its place. Logits stay in the
@@ -12,7 +12,7 @@ device's memory allows, and of equal size.
 
 Whether the best guess was right needs no search for the best guess: it was unless some logit beats
 the target's, ties going to the earlier entry. The output matrix's gradient is summed in float32
-whatever the products run in, for the reason that `chunked.py` gives.
+whatever the products run in, for the reason that `torch.py` gives.
 """
 
 # Triton reads a kernel's arguments its own way: pointers and numbers without annotation.
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.cross_entropy.chunked import CACHED_LOGITS
+from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
 from nemotron3.ops.kernels import require_kernel_dtypes
 
 jit: Any = triton.jit

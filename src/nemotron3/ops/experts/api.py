@@ -1,4 +1,4 @@
-"""The door to the routed experts."""
+"""The entry point of the routed experts."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch import Tensor
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.experts import activations
 from nemotron3.ops.experts.activations import Activation
-from nemotron3.ops.experts.grouped import routed_experts_grouped
 from nemotron3.ops.experts.reference import routed_experts_reference
+from nemotron3.ops.experts.torch import routed_experts_torch
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
 _EXPERTS = {
     "reference": routed_experts_reference,
-    "torch": routed_experts_grouped,
+    "torch": routed_experts_torch,
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
 }

@@ -14,7 +14,7 @@
 #include "team.h"
 
 namespace {
-constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
 enum Activation { RELU2, SWIGLU };
 
@@ -275,9 +275,9 @@ void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t h
 }
 }  // namespace
 
-SHARED(experts_order, order_rows)
-SHARED(experts_forward, forward)
-SHARED(activate_forward, activate_rows)
+PARALLEL_KERNEL(experts_order, order_rows)
+PARALLEL_KERNEL(experts_forward, forward)
+PARALLEL_KERNEL(activate_forward, activate_rows)
 
 extern "C" {
 
@@ -292,7 +292,7 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   const int64_t up_rows = s.up_rows();
-  together(threads, [&](Team& team) {
+  parallel_region(threads, [&](Team& team) {
     BackwardRoom room(s);
     Scratch scratch(room.floats());
     room.take(scratch);
@@ -313,7 +313,7 @@ void experts_backward(const float* x, const float* weights, const float* up, con
 // squared ReLU, whose root is exactly relu(h).
 void activate_backward_rows(const float* kept, const float* grad, float* dh, int64_t rows,
                             int64_t hidden, int64_t activation, int64_t threads) {
-  together(rows * hidden > WORTH_THREADS ? threads : 1, [&](Team& team) {
+  together(rows * hidden > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const Range part = team.share(rows);
     if (activation == RELU2) {
       for (int64_t i = part.first * hidden; i < part.last * hidden; i++)

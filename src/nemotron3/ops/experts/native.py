@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from nemotron3.ops.experts.activations import Activation, up_factor
-from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_order = TeamFunction(_SOURCE, "experts_order", "pppp ii")
-_forward = TeamFunction(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
+_order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
+_forward = ParallelKernel(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
-_activate = TeamFunction(_SOURCE, "activate_forward", "pp iii")
+_activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 

@@ -9,7 +9,8 @@ from nemotron3.ops.experts.activations import Activation, activate
 def routed_experts_reference(
     x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
-    """Apply each token's experts in turn; shapes as in the door's `routed_experts`."""
+    """Apply each token's experts in turn; shapes as in
+    `nemotron3.ops.experts.api.routed_experts`."""
     outputs = []
     for x_t, experts, w in zip(x, indices.tolist(), weights, strict=True):
         parts = [

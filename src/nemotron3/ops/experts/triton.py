@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.experts.activations import Activation, activate, activation_backward
-from nemotron3.ops.kernels import INTERPRETED, require_kernel_dtypes, rows_of
+from nemotron3.ops.kernels import INTERPRETED, require_kernel_dtypes
+from nemotron3.ops.strides import contiguous_rows
 
 jit: Any = triton.jit
 _COMBINE_BLOCK = 1024
@@ -90,7 +91,7 @@ class _RoutedExperts(torch.autograd.Function):
         plan: _Plan,
         activation: Activation,
     ) -> Tensor:
-        x = rows_of(x)
+        x = contiguous_rows(x)
         row_weights = weights.flatten()[plan.order]
         rows, up_t = len(plan.order), up.transpose(1, 2)
         h = x.new_empty(rows, up.shape[1])
@@ -114,7 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row_weights, up, down, h, *rest = ctx.saved_tensors
-        plan, grad = _Plan(*rest), rows_of(grad)
+        plan, grad = _Plan(*rest), contiguous_rows(grad)
         dh = torch.empty_like(h)
         if ctx.activation == "relu2":
             a = torch.empty_like(h)

@@ -1,4 +1,4 @@
-"""The door to dense products."""
+"""The entry point of dense products."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

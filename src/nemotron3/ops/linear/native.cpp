@@ -17,7 +17,7 @@ constexpr int64_t STRIP = detail::WIDTH;
 constexpr int64_t DEPTH = detail::DEPTH;
 constexpr int64_t SLICE = 512;    // inputs that a block of x brings, where there are many
 constexpr int64_t COLUMNS = 512;  // of the result, which a block goes over while it is near
-constexpr int64_t WORTH_THREADS = 1 << 15;  // multiply-adds below which a second thread costs more
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more
 
 // y [rows, outputs] = x [rows, inputs] W^T.
 void forward(Team& team, const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
@@ -70,7 +70,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
   const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
   const int64_t ld = turned ? block : pitch(DEPTH), lines = turned ? DEPTH : block;
   const int64_t across = (columns + COLUMNS - 1) / COLUMNS;
-  together(rows * columns * depth > WORTH_THREADS ? threads : 1, [&](Team& team) {
+  together(rows * columns * depth > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     Scratch scratch(lines * ld);
     float* near = scratch.take(lines, ld);
     const Range share = team.share((rows + block - 1) / block * across);
@@ -89,7 +89,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
 }
 }  // namespace
 
-SHARED(linear_forward, forward)
+PARALLEL_KERNEL(linear_forward, forward)
 
 extern "C" {
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = TeamFunction(_SOURCE, "linear_forward", "ppp iiii")
+_forward = ParallelKernel(_SOURCE, "linear_forward", "ppp iiii")
 _backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iii")
 _backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiii")
 

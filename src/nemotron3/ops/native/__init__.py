@@ -8,22 +8,20 @@ the model spends its time in have a third implementation beside `reference` and 
 
 from nemotron3.ops.native.build import available
 from nemotron3.ops.native.calls import (
+    GraphNode,
     NativeFunction,
+    ParallelKernel,
     Program,
-    SharedCall,
-    TeamFunction,
-    contiguous_rows,
     recording,
-    serves,
+    supports,
 )
 
 __all__ = [
+    "GraphNode",
     "NativeFunction",
+    "ParallelKernel",
     "Program",
-    "SharedCall",
-    "TeamFunction",
     "available",
-    "contiguous_rows",
     "recording",
-    "serves",
+    "supports",
 ]

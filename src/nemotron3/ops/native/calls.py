@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nemotron3.ops.native.build import library
 
-WORTH_THREADS = 1 << 15
+MIN_PARALLEL_WORK = 1 << 15
 """Multiply-adds below which the start of a second thread costs more than it gains."""
-WORTH_A_MEMBER = 3 << 19
+WORK_PER_THREAD = 3 << 19
 """Multiply-adds of a program for which its team has one thread more."""
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -45,7 +45,7 @@ class NativeFunction:
     def __call__(self, *arguments: Argument) -> None:
         """Run it on as many threads as PyTorch uses."""
         if _thread.recording is not None:
-            raise RuntimeError(f"{self.name} cannot be recorded; make it a TeamFunction")
+            raise RuntimeError(f"{self.name} cannot be recorded; make it a ParallelKernel")
         function = self._function
         if function is None:
             function = getattr(library(self.source), self.name)
@@ -60,8 +60,8 @@ class NativeFunction:
 _PROGRAM = Path(__file__).with_name("program.cpp")
 
 
-class TeamFunction:
-    """A compiled function that a team of threads calls together (team.h): it can be recorded.
+class ParallelKernel:
+    """A compiled function that all threads of a team call (team.h): it can be recorded.
 
     `signature` as that of `NativeFunction`.
     """
@@ -76,10 +76,10 @@ class TeamFunction:
         words = self._words.pack(
             *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
         )
-        self._alone(words, _num_threads() if work > WORTH_THREADS else 1)
+        self._alone(words, _num_threads() if work > MIN_PARALLEL_WORK else 1)
         if _thread.recording is not None:
             operands = tuple(a for a in arguments if isinstance(a, Tensor))
-            _thread.recording.append(SharedCall(self._shared, words, operands, work))
+            _thread.recording.append(GraphNode(self._shared, words, operands, work))
 
     @cached_property
     def _alone(self) -> Any:
@@ -89,13 +89,13 @@ class TeamFunction:
 
     @cached_property
     def _shared(self) -> int:
-        function = getattr(library(self.source), f"{self.name}_shared")
+        function = getattr(library(self.source), f"{self.name}_node")
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @dataclass(frozen=True)
-class SharedCall:
-    """A call of a `TeamFunction` that a program can repeat."""
+class GraphNode:
+    """A call of a `ParallelKernel` that a program can repeat."""
 
     function: int
     """Address of what a thread of the team calls."""
@@ -121,7 +121,7 @@ _thread = _Thread()
 
 @contextmanager
 def recording(calls: list[Any]) -> Iterator[None]:
-    """Append every compiled call that this thread makes within to `calls`, as a `SharedCall`."""
+    """Append every compiled call that this thread makes within to `calls`, as a `GraphNode`."""
     outer = _thread.recording
     _thread.recording = calls
     try:
@@ -134,13 +134,13 @@ class Program:
     """Calls of compiled functions, done one after another by one team of threads.
 
     The team is as large as its work is worth. A step of a very small model is left to one thread:
-    two spend in their meetings what they save, and take a processor from whoever brings its tokens
+    two spend at their barriers what they save, and take a processor from whoever brings its tokens
     to the clients.
     """
 
-    def __init__(self, calls: list[SharedCall]) -> None:
+    def __init__(self, calls: list[GraphNode]) -> None:
         self._calls = calls
-        self.members = max(1, sum(call.work for call in calls) // WORTH_A_MEMBER)
+        self.num_threads = max(1, sum(call.work for call in calls) // WORK_PER_THREAD)
         """Threads of its team, where there are so many."""
         self._words = [ctypes.create_string_buffer(call.words, len(call.words)) for call in calls]
         self._table = (ctypes.c_int64 * (2 * len(calls)))()
@@ -152,14 +152,9 @@ class Program:
 
     def __call__(self) -> None:
         """Do all of it."""
-        self._run(self._table, len(self._calls), min(self.members, _num_threads()))
+        self._run(self._table, len(self._calls), min(self.num_threads, _num_threads()))
 
 
-def serves(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether compiled functions can take a tensor like this one: float32 on the CPU."""
     return x.dtype == torch.float32 and x.device.type == "cpu"
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """`x` itself where its last axis is contiguous (a slice of columns is), else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

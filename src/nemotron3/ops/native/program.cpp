@@ -13,7 +13,7 @@ void add(Team& team, const float* a, const float* b, float* to, int64_t n) {
 }
 
 // to [rows, width] = the rows of `table` that `indices` names.
-void pick_rows(Team& team, const float* table, const int64_t* indices, float* to, int64_t rows,
+void embedding(Team& team, const float* table, const int64_t* indices, float* to, int64_t rows,
                int64_t width) {
   const Range part = team.share(rows);
   for (int64_t r = part.first; r < part.last; r++)
@@ -26,11 +26,11 @@ struct Call {
 };
 }  // namespace
 
-SHARED(add, add)
-SHARED(pick_rows, pick_rows)
+PARALLEL_KERNEL(add, add)
+PARALLEL_KERNEL(embedding, embedding)
 
 extern "C" void run_program(const Call* calls, int64_t count, int64_t threads) {
-  together(threads, [&](Team& team) {
+  parallel_region(threads, [&](Team& team) {
     for (int64_t i = 0; i < count; i++) {
       calls[i].operation(&team, calls[i].words);
       team.wait();

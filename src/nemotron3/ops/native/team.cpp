@@ -181,7 +181,7 @@ class Helpers {
     Size& size = sizes[wanted];
     const int64_t threads = present(size.threads());
     if (threads == 1) {
-      Meeting alone;
+      Barrier alone;
       Team team(0, 1, alone);
       if (!size.asks()) return body(context, team);
       const Stopwatch watch;
@@ -196,10 +196,10 @@ class Helpers {
     this->threads = threads;
     is_measured = size.asks();
     began = is_measured ? now() : 0;
-    meeting.taken.store(0, std::memory_order_relaxed);
+    barrier.taken.store(0, std::memory_order_relaxed);
     left.store(threads - 1, std::memory_order_relaxed);
     for (int64_t i = 0; i < threads - 1; i++) raise(helpers[i]->called);
-    Team team(0, threads, meeting);
+    Team team(0, threads, barrier);
     Share share;
     if (!is_measured) {
       body(context, team);
@@ -253,7 +253,7 @@ class Helpers {
     for (uint32_t calls = 1;; calls++) {
       await(helper.called, calls, SPIN_FOR_WORK, between);
       if (is_over) return;
-      Team team(thread, threads, meeting);
+      Team team(thread, threads, barrier);
       if (is_measured) {
         helper.share = Share();
         const Stopwatch watch;
@@ -276,7 +276,7 @@ class Helpers {
   int64_t threads = 0;
   bool is_measured = false;
   int64_t began = 0;
-  Meeting meeting;
+  Barrier barrier;
   alignas(64) std::atomic<int64_t> left{0};
   Signal all_ended;
   uint32_t ended = 0;

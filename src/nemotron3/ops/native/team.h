@@ -1,10 +1,10 @@
-// Threads that do an operation together and meet at its end.
+// Threads that do an operation as a team, with a barrier at its end.
 //
 // An operation is a function that every thread of a team calls with the same arguments; it takes its
-// own part of the work from `share` or `next`. One operation may have a team to itself (`together`),
-// and many may be done one after another by the same team (program.cpp): that is what makes a
-// decoding step of a hundred small operations cheap, since a meeting takes a fraction of the time in
-// which threads are started. What a thread writes before `wait` all threads see after it.
+// own part of the work from `share` or `next`. One operation may have a team to itself
+// (`parallel_region`), and many may be done one after another by the same team (program.cpp): that is
+// what makes a decoding step of a hundred small operations cheap, since a barrier takes a fraction of
+// the time in which threads are started. What a thread writes before `wait` all threads see after it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -23,9 +23,9 @@ struct alignas(64) Signal {
   std::atomic<int64_t> raised_at{0};  // when somebody slept
 };
 
-// What the threads of a team share.
-struct Meeting {
-  Signal held;  // meetings so far
+// Where the threads of a team wait for each other, and the next piece of work that is free.
+struct Barrier {
+  Signal held;  // times that all have come
   alignas(64) std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int64_t> taken{0};
 };
@@ -48,8 +48,8 @@ void nemotron3_together(int64_t threads, TeamBody body, void* context);
 
 class Team {
  public:
-  Team(int64_t thread, int64_t threads, Meeting& meeting)
-      : thread(thread), threads(threads), meeting(meeting), held(meeting.held.count.load()) {}
+  Team(int64_t thread, int64_t threads, Barrier& barrier)
+      : thread(thread), threads(threads), barrier(barrier), held(barrier.held.count.load()) {}
 
   // This thread's part of n pieces of equal work, in multiples of `grain`.
   Range share(int64_t n, int64_t grain = 1) const {
@@ -59,40 +59,40 @@ class Team {
     return {first, last < n ? last : n};
   }
 
-  // The next piece that nobody has begun, counted from the last meeting: for unequal work.
-  int64_t next() { return meeting.taken.fetch_add(1, std::memory_order_relaxed); }
+  // The next piece that nobody has begun, counted from the last wait: for unequal work.
+  int64_t next() { return barrier.taken.fetch_add(1, std::memory_order_relaxed); }
 
   // Go on when all have come here.
   void wait() {
     if (threads == 1) {
-      meeting.taken.store(0, std::memory_order_relaxed);
+      barrier.taken.store(0, std::memory_order_relaxed);
       return;
     }
     held++;
-    if (meeting.arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      meeting.arrived.store(0, std::memory_order_relaxed);
-      meeting.taken.store(0, std::memory_order_relaxed);
-      nemotron3_raise(meeting.held);
+    if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      barrier.arrived.store(0, std::memory_order_relaxed);
+      barrier.taken.store(0, std::memory_order_relaxed);
+      nemotron3_raise(barrier.held);
       return;
     }
-    if (meeting.held.count.load(std::memory_order_acquire) != held)
-      nemotron3_await(meeting.held, held, waiting);
+    if (barrier.held.count.load(std::memory_order_acquire) != held)
+      nemotron3_await(barrier.held, held, waiting);
   }
 
   const int64_t thread, threads;
   Waiting waiting;
 
  private:
-  Meeting& meeting;
+  Barrier& barrier;
   uint32_t held;
 };
 
 // Give a piece of work a team of so many threads, or fewer: `body` asks the team how many it has.
 template <class Body>
-static void together(int64_t threads, const Body& body) {
+static void parallel_region(int64_t threads, const Body& body) {
   if (threads == 1) {
-    Meeting meeting;
-    Team team(0, 1, meeting);
+    Barrier barrier;
+    Team team(0, 1, barrier);
     body(team);
     return;
   }
@@ -125,12 +125,12 @@ static void call(void (*body)(Team&, T...), Team& team, const int64_t* words) {
   call(body, team, words, std::index_sequence_for<T...>{});
 }
 
-// Make `body(Team&, ...)` known to Python: NAME as an operation of its own, NAME_shared as one of a
+// Make `body(Team&, ...)` known to Python: NAME as an operation of its own, NAME_node as one of a
 // program.
-#define SHARED(NAME, body)                                                    \
-  extern "C" void NAME##_shared(Team* team, const int64_t* words) {           \
+#define PARALLEL_KERNEL(NAME, body)                                                    \
+  extern "C" void NAME##_node(Team* team, const int64_t* words) {           \
     call(body, *team, words);                                                 \
   }                                                                           \
   extern "C" void NAME(const int64_t* words, int64_t threads) {               \
-    together(threads, [&](Team& team) { call(body, team, words); });          \
+    parallel_region(threads, [&](Team& team) { call(body, team, words); });          \
   }

@@ -1,21 +1,21 @@
-"""The door to the norms."""
+"""The entry point of the norms."""
 
 from jaxtyping import Float
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
-from nemotron3.ops.norm.fused import gated_group_norm_fused, rms_norm_fused
 from nemotron3.ops.norm.reference import gated_group_norm_reference, rms_norm_reference
+from nemotron3.ops.norm.torch import gated_group_norm_torch, rms_norm_torch
 
 _NORMS = {
     "reference": rms_norm_reference,
-    "torch": rms_norm_fused,
+    "torch": rms_norm_torch,
     "native": Kernel("nemotron3.ops.norm.native", "rms_norm_native"),
     "triton": Kernel("nemotron3.ops.norm.triton", "rms_norm_triton"),
 }
 _GATED_NORMS = {
     "reference": gated_group_norm_reference,
-    "torch": gated_group_norm_fused,
+    "torch": gated_group_norm_torch,
     "native": Kernel("nemotron3.ops.norm.native", "gated_group_norm_native"),
     "triton": Kernel("nemotron3.ops.norm.triton", "gated_group_norm_triton"),
 }

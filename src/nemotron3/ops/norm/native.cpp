@@ -13,7 +13,7 @@
 
 namespace {
 constexpr int64_t SPAN = 64;
-constexpr int64_t WORTH_THREADS = 1 << 14;  // elements below which a second thread costs more
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
 INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
 INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
@@ -95,7 +95,7 @@ void forward(Team& team, const float* x, const float* gate, const float* weight,
 }
 }  // namespace
 
-SHARED(norm_forward, forward)
+PARALLEL_KERNEL(norm_forward, forward)
 
 extern "C" {
 
@@ -108,7 +108,7 @@ void norm_backward(const float* x, const float* gate, const float* weight, const
   const auto run = gate ? norm_row_back<true> : norm_row_back<false>;
   const int64_t spans = (rows + SPAN - 1) / SPAN;
   const std::unique_ptr<float[]> parts(new float[spans * width]);
-  together(rows * width > WORTH_THREADS ? threads : 1, [&](Team& team) {
+  together(rows * width > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const std::unique_ptr<float[]> u(new float[s.group()]);
     const Range share = team.share(spans);
     for (int64_t k = share.first; k < share.last; k++) {

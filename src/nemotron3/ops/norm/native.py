@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = TeamFunction(_SOURCE, "norm_forward", "pppp iiiii f")
+_forward = ParallelKernel(_SOURCE, "norm_forward", "pppp iiiii f")
 _backward = NativeFunction(_SOURCE, "norm_backward", "ppppppp iiiiii f")
 
 

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.kernels import require_kernel_dtypes, rows_of
+from nemotron3.ops.kernels import require_kernel_dtypes
+from nemotron3.ops.strides import contiguous_rows
 
 _TILE = 2048
 """Elements that a program holds at a time, where one group is not larger by itself. With twice as
@@ -99,7 +100,7 @@ class _Norm(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     """`x` as [rows, width], without a copy where its rows are at a constant distance."""
-    return rows_of(x.reshape(-1, x.shape[-1]))
+    return contiguous_rows(x.reshape(-1, x.shape[-1]))
 
 
 def _sizes(width: int, groups: int, gate: Tensor | None) -> dict[str, Any]:

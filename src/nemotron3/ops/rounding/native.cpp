@@ -143,5 +143,5 @@ void to_steps(Team& team, const float* x, const int64_t* positions, int8_t* code
 }
 }  // namespace
 
-SHARED(to_float16, to_half)
-SHARED(to_int8, to_steps)
+PARALLEL_KERNEL(to_float16, to_half)
+PARALLEL_KERNEL(to_int8, to_steps)

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotron3.ops.native import TeamFunction
+from nemotron3.ops.native import ParallelKernel
 from nemotron3.ops.rounding.bits import BLOCK, RandomBits
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_to_float16 = TeamFunction(_SOURCE, "to_float16", "ppp iiiii")
-_to_int8 = TeamFunction(_SOURCE, "to_int8", "pppp iiiiii")
+_to_float16 = ParallelKernel(_SOURCE, "to_float16", "ppp iiiii")
+_to_int8 = ParallelKernel(_SOURCE, "to_int8", "pppp iiiiii")
 _WORK = 8
 """What an element costs, in multiply-adds."""
 

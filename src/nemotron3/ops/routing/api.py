@@ -1,4 +1,4 @@
-"""The door to the choice of experts."""
+"""The entry point of the choice of experts."""
 
 import torch
 from jaxtyping import Float, Int

@@ -9,7 +9,7 @@
 #include "team.h"
 
 namespace {
-constexpr int64_t WORTH_THREADS = 1 << 13;  // scores below which a second thread costs more
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 13;  // scores below which a second thread costs more
 
 INLINE vec read(const float* p, int64_t n, float beyond) {
   if (n >= LANES) return load(p);
@@ -81,7 +81,7 @@ void score_backward(const float* scores, float* ds, int64_t n, bool softmax) {
 }
 }  // namespace
 
-SHARED(route, route)
+PARALLEL_KERNEL(route, route)
 
 extern "C" {
 
@@ -90,7 +90,7 @@ extern "C" {
 void route_backward(const int64_t* indices, const float* scores, const float* d_weights,
                     float* d_logits, int64_t tokens, int64_t experts, int64_t choices,
                     int64_t softmax, int64_t normalise, float scale, int64_t threads) {
-  together(tokens * experts > WORTH_THREADS ? threads : 1, [&](Team& team) {
+  together(tokens * experts > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const Range part = team.share(tokens);
     for (int64_t t = part.first; t < part.last; t++) {
       const int64_t* chosen = indices + t * choices;

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron3.ops.native import NativeFunction, TeamFunction, contiguous_rows
+from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.routing.reference import Scoring
+from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = TeamFunction(_SOURCE, "route", "ppppp iiiiiii f")
+_forward = ParallelKernel(_SOURCE, "route", "ppppp iiiiiii f")
 _backward = NativeFunction(_SOURCE, "route_backward", "pppp iiiii f")
 
 _Routed = tuple[Tensor, Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""The door to the state-space scan."""
+"""The entry point of the state-space scan."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.ssd.chunked import ssd_chunked
+from nemotron3.ops.ssd.decode_torch import ssd_steps_torch
 from nemotron3.ops.ssd.native import ssd_native, ssd_steps_native
 from nemotron3.ops.ssd.rates import ssd_rates_native, ssd_rates_torch
 from nemotron3.ops.ssd.reference import ssd_reference
-from nemotron3.ops.ssd.step import ssd_steps_torch
+from nemotron3.ops.ssd.torch import ssd_torch
 
 
 def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -32,7 +32,7 @@ def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 
 _SCANS = {
     "reference": _widened(ssd_reference),
-    "torch": _widened(ssd_chunked),
+    "torch": _widened(ssd_torch),
     "native": _widened(ssd_native),
     "triton": Kernel("nemotron3.ops.ssd.triton", "ssd_triton"),
 }
@@ -53,7 +53,7 @@ def _widened_steps(steps: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _STEPS = {
     "torch": ssd_steps_torch,
     "native": _widened_steps(ssd_steps_native),
-    "triton": Kernel("nemotron3.ops.ssd.decoding.triton", "ssd_steps_triton"),
+    "triton": Kernel("nemotron3.ops.ssd.decode_triton", "ssd_steps_triton"),
 }
 
 _RATES = {"reference": ssd_rates_torch, "torch": ssd_rates_torch, "native": ssd_rates_native}
@@ -110,19 +110,19 @@ def ssd_steps(
     B: Float[Tensor, "tokens group d_state"],
     C: Float[Tensor, "tokens group d_state"],
     D: Float[Tensor, " head"],
-    states: Float[Tensor, "slot head head_dim d_state"],
+    ssm_states: Float[Tensor, "slot head head_dim d_state"],
     slots: Int[Tensor, " sequence"],
     *,
-    trail: Float[Tensor, "sequence step head head_dim d_state"] | None = None,
+    intermediate_states: Float[Tensor, "sequence step head head_dim d_state"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens head head_dim"]:
     """The same for the same few tokens of each sequence, without gradients.
 
-    Sequence i goes on from row `slots[i]` of `states`, which is written in place. With a `trail`
-    the states stay as they are, and the trail gets what they would be after each token.
+    Sequence i goes on from row `slots[i]` of `ssm_states`, which is written in place. With
+    `intermediate_states` they stay as they are, and what they would be after each token goes there.
 
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
     steps = resolve("ssd_steps", backend, _STEPS, dt)
-    return steps(x, dt, A, B, C, D, states, slots, trail=trail)
+    return steps(x, dt, A, B, C, D, ssm_states, slots, intermediate_states=intermediate_states)

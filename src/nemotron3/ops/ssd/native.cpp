@@ -1,4 +1,4 @@
-// The state-space scan in chunks (see chunked.py for the mathematics), its gradients, and the
+// The state-space scan in chunks (see torch.py for the mathematics), its gradients, and the
 // recurrence for a few tokens.
 //
 // One thread does all of a unit: a segment, a group and a block of the heads that share it. It
@@ -21,7 +21,7 @@
 namespace {
 constexpr int64_t CHUNK = 48;  // tokens: whole tiles, and whole vectors
 constexpr int64_t BLOCK = 256;  // columns of a block of heads: so much state stays in the cache
-constexpr int64_t WORTH_THREADS = 1 << 17;  // elements of states, times tokens, from which a second
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 17;  // elements of states, times tokens, from which a second
                                             // thread saves more than it costs
 constexpr int STEP_ROWS = LANES < 8 ? LANES : 8;  // whose sums are in flight together
 constexpr float GENTLE = 40.0f;  // log decay of a chunk up to which factors are exact and finite
@@ -460,7 +460,7 @@ void scan_back(const Shape& s, const Operands& o, const Gradients& g, const Unit
 
 // to [n] = the sum of `planes` rows of n.
 void add_planes(const float* planes, int64_t count, int64_t n, float* to, int64_t threads) {
-  together(threads, [&](Team& team) {
+  parallel_region(threads, [&](Team& team) {
     const Range part = team.share(n);
     for (int64_t i = part.first; i < part.last; i++) {
       float total = planes[i];
@@ -500,7 +500,7 @@ INLINE void step_rows(int64_t N, const float* h, float* to, float decay, float d
 
 // Where the states of a sequence's tokens are: the first reads `from`, each writes `to` and the next
 // reads that; `stride` lies between the places of two tokens (0 where each replaces the last).
-struct Trail {
+struct Intermediate {
   const float* from;
   float* to;
   int64_t stride;
@@ -509,11 +509,11 @@ struct Trail {
 // The recurrence, token by token; only the first reads what is far away, the others find in the cache
 // what the one before has written.
 void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head,
-                   const Trail& trail, float* y) {
+                   const Intermediate& intermediate, float* y) {
   const int64_t P = s.head_dim, N = s.d_state, group = head / s.per_group();
-  const float* from = trail.from;
-  float* to = trail.to;
-  for (int64_t t = row * length; t < (row + 1) * length; t++, from = to, to += trail.stride) {
+  const float* from = intermediate.from;
+  float* to = intermediate.to;
+  for (int64_t t = row * length; t < (row + 1) * length; t++, from = to, to += intermediate.stride) {
     const float dt = o.dt[t * o.lddt + head], D = o.D[head];
     const float decay = decayed(splat(dt * o.A[head]))[0];
     const float *x = o.x + t * o.ldx + head * P, *B = o.B + t * o.ldB + group * N;
@@ -528,12 +528,12 @@ void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t lengt
 }
 
 // As ssd_forward, for `length` tokens of each of `rows` sequences, which go on from states[slots[r]]
-// [heads, head_dim, d_state]. Those are written in place, unless there is a trail [rows, length, ...],
-// with `ldtrail` between its rows, for the states after each token.
+// [heads, head_dim, d_state]. Those are written in place, unless there is `intermediate`
+// [rows, length, ...], with `ld_intermediate` between its rows, for the states after each token.
 void steps(Team& team, const float* x, const float* dt, const float* A, const float* B,
-           const float* C, const float* D, float* states, const int64_t* slots, float* trail,
+           const float* C, const float* D, float* states, const int64_t* slots, float* intermediate,
            float* y, int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
-           int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC, int64_t ldtrail) {
+           int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC, int64_t ld_intermediate) {
   const Shape s{heads, head_dim, groups, d_state};
   const Operands o{x, dt, A, B, C, D, states, ldx, lddt, ldB, ldC};
   const int64_t of_head = head_dim * d_state, size = heads * of_head;
@@ -541,14 +541,14 @@ void steps(Team& team, const float* x, const float* dt, const float* A, const fl
   for (int64_t i = part.first; i < part.last; i++) {
     const int64_t row = i / heads, head = i % heads;
     float* state = states + slots[row] * size + head * of_head;
-    const Trail kept = trail ? Trail{state, trail + row * ldtrail + head * of_head, size}
-                             : Trail{state, state, 0};
+    const Intermediate kept = intermediate ? Intermediate{state, intermediate + row * ld_intermediate + head * of_head, size}
+                             : Intermediate{state, state, 0};
     steps_of_head(s, o, row, length, head, kept, y);
   }
 }
 }  // namespace
 
-SHARED(ssd_steps, steps)
+PARALLEL_KERNEL(ssd_steps, steps)
 
 extern "C" {
 
@@ -561,7 +561,7 @@ void ssd_forward(const float* x, const float* dt, const float* A, const float* B
   const Shape s{heads, head_dim, groups, d_state};
   const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
   const int64_t units = segments * groups * s.blocks();
-  const bool worth = units > 1 && bounds[segments] * heads * head_dim * d_state > WORTH_THREADS;
+  const bool worth = units > 1 && bounds[segments] * heads * head_dim * d_state > MIN_PARALLEL_WORK;
   together(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(ForwardRoom::floats(s));
     const ForwardRoom room(s, scratch);
@@ -600,7 +600,7 @@ void ssd_backward(const float* x, const float* dt, const float* A, const float* 
   for (int64_t i = 0; i < segments; i++)
     if (bounds[i + 1] - bounds[i] > longest) longest = bounds[i + 1] - bounds[i];
   const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
-  const bool worth = units > 1 && tokens * heads * head_dim * d_state > WORTH_THREADS;
+  const bool worth = units > 1 && tokens * heads * head_dim * d_state > MIN_PARALLEL_WORK;
   together(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(BackwardRoom::floats(s, chunks));
     const BackwardRoom room(s, chunks, scratch);

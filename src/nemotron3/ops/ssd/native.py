@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction, TeamFunction
+from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.segments import Segments
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = NativeFunction(_SOURCE, "ssd_forward", "pppppppppp iiiiiiiii")
 _backward = NativeFunction(_SOURCE, "ssd_backward", "ppppppppppppppppp iiiiiiiiii")
-_steps = TeamFunction(_SOURCE, "ssd_steps", "pppppppppp iiiiiiiiiii")
+_steps = ParallelKernel(_SOURCE, "ssd_steps", "pppppppppp iiiiiiiiiii")
 
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -48,18 +48,19 @@ def ssd_steps_native(
     B: Tensor,
     C: Tensor,
     D: Tensor,
-    states: Tensor,
+    ssm_states: Tensor,
     slots: Tensor,
     *,
-    trail: Tensor | None,
+    intermediate_states: Tensor | None,
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.ssd.api.ssd_steps`."""
-    assert states.is_contiguous(), "a pool of states is never a slice"
-    operands = _laid_out(x, dt, A, B, C, D, states)
+    assert ssm_states.is_contiguous(), "a pool of states is never a slice"
+    operands = _laid_out(x, dt, A, B, C, D, ssm_states)
     y, rows = _like(x), len(slots)
     _steps(
-        *operands, slots, trail, y, rows, len(x) // rows, *_sizes(operands),
-        0 if trail is None else trail.stride(0), work=rows * states[0].numel(),
+        *operands, slots, intermediate_states, y, rows, len(x) // rows, *_sizes(operands),
+        0 if intermediate_states is None else intermediate_states.stride(0),
+        work=rows * ssm_states[0].numel(),
     )  # fmt: skip
     return y
 

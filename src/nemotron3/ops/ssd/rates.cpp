@@ -20,4 +20,4 @@ void rates(Team& team, const float* dt, const float* bias, const float* A_log, f
 }
 }  // namespace
 
-SHARED(ssd_rates, rates)
+PARALLEL_KERNEL(ssd_rates, rates)

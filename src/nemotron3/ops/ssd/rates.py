@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemotron3.ops.native import TeamFunction, contiguous_rows
+from nemotron3.ops.native import ParallelKernel
+from nemotron3.ops.strides import contiguous_rows
 
-_rates = TeamFunction(Path(__file__).with_name("rates.cpp"), "ssd_rates", "ppppp iii")
+_rates = ParallelKernel(Path(__file__).with_name("rates.cpp"), "ssd_rates", "ppppp iii")
 
 
 def ssd_rates_torch(dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def ssd_reference(
     *,
     segments: Segments,
     initial_states: Tensor,
-    chunk_size: int,  # noqa: ARG001 - the recurrence has no chunks; the door passes one shape of call
+    chunk_size: int,  # noqa: ARG001 - the recurrence has no chunks; every backend is called alike
 ) -> tuple[Tensor, Tensor]:
     """Scan each segment token by token; shapes as in `nemotron3.ops.ssd.api.ssd`."""
     heads_per_group = x.shape[1] // B.shape[1]

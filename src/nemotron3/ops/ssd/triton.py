@@ -1,6 +1,6 @@
 """The scan as Triton kernels: three passes forward, three backward, one kernel for decoding steps.
 
-The mathematics of `ops/ssd/chunked.py` (Dao & Gu, *Transformers are SSMs*, arXiv 2405.21060,
+The mathematics of `ops/ssd/torch.py` (Dao & Gu, *Transformers are SSMs*, arXiv 2405.21060,
 section 6), arranged for a processor whose memory is slow and whose matrix units are fast. Within a
 chunk, with T the running sum of dt A, E its last value and h the state before the chunk:
 

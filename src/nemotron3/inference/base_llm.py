@@ -1,0 +1,107 @@
+"""A model ready to answer: weights, tokenizer and engine, from a directory or from memory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nemotron3.errors import ConfigError
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine import Engine
+from nemotron3.inference.frontend import Frontend
+from nemotron3.inference.generation_config import Source, generation_defaults
+from nemotron3.inference.output_processor import Prompt
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.runtime.devices import resolve_device
+from nemotron3.text import ChatTemplate, Tokenizer
+
+
+def name_of(path: Path) -> str:
+    """A model's name: its directory's, or that of the run whose `model` it is."""
+    resolved = path.resolve()
+    if resolved.name == "model" and resolved.parent.name:
+        return resolved.parent.name
+    return resolved.name
+
+
+class BaseLLM:
+    """Engine and frontend of one model: the base of `LLM` and `AsyncLLM`."""
+
+    def __init__(
+        self,
+        model: str | Path | LanguageModel,
+        *,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        generation_config: Source = "auto",
+    ) -> None:
+        """`model` is a directory in the published layout, or a model in memory.
+
+        A model in memory is used as it is, weights and all: it may be one that is being trained,
+        which sampling leaves alone, and after its weights have changed `invalidate_caches` has to
+        be called. It needs a `tokenizer` for text; without one, prompts are token ids, and so are
+        answers. `device` and `dtype` are for a directory.
+
+        `generation_config` says whether the defaults of sampling of the directory that the model
+        was loaded from hold ("auto") or not ("none").
+        """
+        name = "model"
+        if not isinstance(model, LanguageModel):
+            path = Path(model)
+            name = name_of(path)
+            tokenizer = tokenizer or Tokenizer.from_directory(path)
+            model = LanguageModel.from_pretrained(path, device=resolve_device(device), dtype=dtype)
+        vocab_size = model.config.vocab_size
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}; "
+                "they do not belong together"
+            )
+        defaults = generation_defaults(
+            model.companions, source=generation_config, vocab_size=vocab_size
+        )
+        self.defaults = defaults
+        """What the model's directory says of sampling."""
+        stop_ids = () if tokenizer is None else tokenizer.stop_ids
+        eos_ids = defaults.eos_ids | {*stop_ids} | model.config.eos_token_ids
+        self._engine = Engine(model, config, stop_ids=eos_ids)
+        self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How the model is sampled where nobody says otherwise."""
+        return SamplingParams(**self.defaults.sampling, max_tokens=self.defaults.max_tokens)
+
+    def with_default_length(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
+        """`max_tokens` as the model's directory has it, where they say nothing of it.
+
+        As everywhere, an answer ends where the context does: a default is never too much to ask.
+        """
+        most = self.defaults.max_tokens
+        if most is None or params.max_tokens is not None:
+            return params
+        most = max(most, params.min_tokens)
+        room = self.max_model_len - len(prompt.ids)
+        return params if most >= room else replace(params, max_tokens=most)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; a ConfigError where none was given."""
+        return self._frontend.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How conversations are written for the model."""
+        return self._frontend.template
+
+    @property
+    def model_name(self) -> str:
+        """What `name_of` calls it."""
+        return self._frontend.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.max_model_len

@@ -1,0 +1,315 @@
+"""From the engine's tokens to what a client sees: text, reasoning, calls, piece by piece.
+
+One `OutputProcessor` per sequence, one `RequestOutputProcessor` per request. It holds back text
+that may still become a stop string, leaves out the token that ended it, and hands everything else
+to the readers of `nemotron3.text`.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from nemotron3.inference.requests import (
+    FailureKind,
+    FinishReason,
+    PromptReport,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+)
+from nemotron3.inference.stop_strings import StopStrings
+from nemotron3.inference.thinking_budget import ThinkingBudget
+from nemotron3.text import (
+    ContentDelta,
+    IncrementalDetokenizer,
+    ParsedCall,
+    ResponseParser,
+    Tokenizer,
+    Tool,
+)
+from nemotron3.text.response import ResponseDelta
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What an answer continues. Of a chat the answer is read as reasoning, content and calls."""
+
+    ids: tuple[int, ...]
+    is_chat: bool = False
+    is_reasoning_open: bool = False
+    """Whether the prompt ends inside a `<think>` block."""
+    tools: tuple[Tool, ...] = ()
+    force_nonempty_content: bool = False
+    """Give the reasoning as the content where the content would be empty."""
+
+
+@dataclass(frozen=True)
+class DraftStats:
+    """Tokens drafted for an answer, and how many of them stood."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDelta:
+    """A piece of one answer."""
+
+    index: int
+    parts: tuple[ResponseDelta, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    content_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens that a chat's content is made of; a part's text may come after them."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or token that ended the answer; None for the model's own end."""
+    num_reasoning_tokens: int = 0
+    """Tokens of reasoning so far, in this answer."""
+    error: str | None = None
+    failure: FailureKind | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One whole answer."""
+
+    index: int
+    text: str
+    """As it was written, special tokens left out."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    content_logprobs: tuple[TokenLogprob, ...]
+    """Those of the tokens that a chat's content is made of."""
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    reasoning: str
+    content: str
+    """The text without reasoning and calls."""
+    tool_calls: tuple[ParsedCall, ...]
+    num_reasoning_tokens: int
+    """Tokens that the model generated between the tags of its reasoning; a budget's forced end is
+    not among them."""
+    acceptance: DraftStats
+    error: str | None = None
+    failure: FailureKind | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """All answers to a request."""
+
+    request_id: str
+    prompt: Prompt
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()
+    outputs: tuple[CompletionOutput, ...] = ()
+    num_cached_tokens: int = 0
+    """Prompt tokens whose state was kept from before."""
+    first_token_s: float | None = None
+    """From the request to its first token, seconds."""
+    total_s: float = 0.0
+    """From the request to its last token, seconds."""
+
+
+@dataclass(eq=False)
+class OutputProcessor:
+    """Reads one answer; without a tokenizer its tokens alone."""
+
+    prompt: Prompt
+    params: SamplingParams
+    tokenizer: Tokenizer | None
+    index: int
+    eos_ids: frozenset[int] = frozenset()
+    """The model's own end tokens."""
+    budget: ThinkingBudget | None = None
+    """Of the reasoning, where there is one: it tells which tokens were forced."""
+    report: PromptReport | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    failure: FailureKind | None = None
+    _tokens: list[int] = field(default_factory=list[int])
+    _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    _num_read: int = 0  # tokens that stop strings let through
+    _text: list[str] = field(default_factory=list[str])
+    _drafts: DraftStats = field(default_factory=DraftStats)
+    _stop_reason: str | int | None = None
+
+    def __post_init__(self) -> None:
+        self._stop: StopStrings | None = None
+        self._parser: ResponseParser | None = None
+        self._counter: ResponseParser | None = None
+        """Counts reasoning: a chat's parser, or one for a text whose reasoning is asked after."""
+        if self.tokenizer is None:
+            return
+        self._stop = StopStrings(self.tokenizer, self.params, is_chat=self.prompt.is_chat)
+        self._detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=True)
+        if self.prompt.is_chat or self.prompt.is_reasoning_open or self.budget is not None:
+            self._counter = ResponseParser(
+                self.tokenizer,
+                is_reasoning_open=self.prompt.is_reasoning_open,
+                tools=self.prompt.tools,
+                force_nonempty_content=self.prompt.force_nonempty_content,
+            )
+        self._parser = self._counter if self.prompt.is_chat else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self._tokens)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many of them were reasoning, of the model's own."""
+        return self._counter.num_reasoning_tokens if self._counter is not None else 0
+
+    def push(self, delta: TokenDelta) -> AnswerDelta:
+        """Take what a step of the engine brought; returns what can be shown of it."""
+        self._tokens += delta.tokens
+        self._logprobs += delta.logprobs
+        self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
+        self.finish_reason = delta.finish_reason
+        self.error, self.failure = delta.error, delta.failure
+        if delta.prompt is not None:
+            self.report = delta.prompt
+        shown = delta.tokens
+        if delta.stop_token is not None:
+            if delta.stop_token not in self.eos_ids:
+                self._stop_reason = delta.stop_token
+            if not self.params.include_stop_str_in_output:
+                shown = shown[:-1]
+        told = len(self._content_logprobs)
+        parts: list[ResponseDelta] = []
+        if self._stop is not None:
+            parts = self._read(self._stop.push(shown))
+            if delta.finish_reason is not None:
+                parts += self._finish(self._stop)
+        return AnswerDelta(
+            index=self.index,
+            parts=tuple(parts),
+            token_ids=delta.tokens,
+            logprobs=delta.logprobs,
+            content_logprobs=tuple(self._content_logprobs[told:]),
+            finish_reason=delta.finish_reason,
+            stop_reason=self._stop_reason,
+            num_reasoning_tokens=self.num_reasoning_tokens,
+            error=delta.error,
+            failure=delta.failure,
+        )
+
+    def output(self) -> CompletionOutput:
+        """The whole answer, once it is over."""
+        text = "".join(self._text)
+        response = self._parser.response() if self._parser is not None else None
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tuple(self._tokens),
+            logprobs=tuple(self._logprobs),
+            content_logprobs=tuple(self._content_logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            reasoning=response.reasoning if response is not None else "",
+            content=response.content if response is not None else text,
+            tool_calls=response.tool_calls if response is not None else (),
+            num_reasoning_tokens=self.num_reasoning_tokens,
+            acceptance=self._drafts,
+            error=self.error,
+            failure=self.failure,
+        )
+
+    def _finish(self, stop: StopStrings) -> list[ResponseDelta]:
+        parts = self._read(stop.finish())
+        tail = self._detokenizer.finish()
+        if stop.matched is not None:
+            self._stop_reason = stop.matched
+            tail = stop.rest  # half a character before it is in it
+            if self._counter is not None:
+                unshown = self._tokens[self._num_read :]
+                self._counter.count_unshown(t for t in unshown if not self._is_forced(t))
+            if self._parser is not None:
+                before = self._parser.num_content_tokens
+                parts += self._parser.push_text(tail)
+                self._note_content(self._parser, before)
+        ending = [] if self._counter is None else self._counter.finish()
+        if self._parser is None:
+            return parts + self._show(tail)
+        self._text.append(tail)
+        return [*parts, *ending]
+
+    def _read(self, tokens: Iterable[int]) -> list[ResponseDelta]:
+        tokens = list(tokens)
+        text, counter = self._detokenizer.push(tokens), self._counter
+        if counter is None:
+            return self._show(text)
+        parts: list[ResponseDelta] = []
+        for token in tokens:
+            before = counter.num_content_tokens
+            parts += counter.push([token], is_forced=self._is_forced(token))
+            self._note_content(counter, before)
+            self._num_read += 1
+        if self._parser is None:
+            return self._show(text)
+        self._text.append(text)
+        return parts
+
+    def _is_forced(self, token: int) -> bool:
+        """Take the next token to the budget; whether the budget had forced it."""
+        if self.budget is None:
+            return False
+        forced = self.budget.forced()
+        self.budget.accept(token)
+        return forced is not None
+
+    def _note_content(self, parser: ResponseParser, before: int) -> None:
+        """Keep the log-probability of the token just read, where content is made of it."""
+        if self._parser is None:  # a text to continue has no other
+            return
+        if self._logprobs and parser.num_content_tokens > before:
+            self._content_logprobs.append(self._logprobs[self._num_read])
+
+    def _show(self, text: str) -> list[ResponseDelta]:
+        self._text.append(text)
+        return [ContentDelta(text)] if text else []
+
+
+class RequestOutputProcessor:
+    """The processors of all answers to one request, and when tokens came."""
+
+    def __init__(self, request_id: str, prompt: Prompt, each: Sequence[OutputProcessor]) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.each = each
+        self._start_s = time.monotonic()
+        self._first_s: float | None = None
+        self._last_s = self._start_s
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer is over."""
+        return all(answer.finish_reason is not None for answer in self.each)
+
+    @property
+    def report(self) -> PromptReport | None:
+        """What was done with the prompt, once that is known."""
+        return self.each[0].report
+
+    def push(self, delta: TokenDelta) -> AnswerDelta:
+        """Take what a step of the engine brought to one of them."""
+        self._last_s = time.monotonic()
+        if delta.tokens and self._first_s is None:
+            self._first_s = self._last_s
+        return self.each[delta.index].push(delta)
+
+    def output(self) -> RequestOutput:
+        """The whole, once it is over."""
+        report = self.report or PromptReport()
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_logprobs=report.logprobs,
+            outputs=tuple(answer.output() for answer in self.each),
+            num_cached_tokens=report.num_cached_tokens,
+            first_token_s=None if self._first_s is None else self._first_s - self._start_s,
+            total_s=self._last_s - self._start_s,
+        )

@@ -1,0 +1,59 @@
+"""The scan's states of one layer as the tensors that keep them, and back.
+
+One tensor where they are float32 or float16, two where they are int8 with a step for each block.
+What holds rows of states (slots, snapshots, drafts) handles the tensors alike, whatever they mean.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron3.models.cache.state_precision import StatePrecision
+from nemotron3.ops.rounding import BLOCK, RandomBits, from_int8, to_float16, to_int8
+
+Parts = tuple[Tensor, ...]
+
+
+class StateFormat:
+    """Quantizes and dequantizes the states of the layer `layer`, which are computed in `dtype`."""
+
+    def __init__(self, precision: StatePrecision, layer: int, dtype: torch.dtype) -> None:
+        self.kind: Literal["float32", "float16", "int8"] = precision.ssm
+        self.is_narrow = precision.is_narrow
+        self.dtype = dtype
+        self._bits = None
+        if precision.rounding == "stochastic":
+            self._bits = RandomBits(precision.seed, layer, precision.philox_rounds)
+
+    def zeros(self, *shape: int, device: torch.device) -> Parts:
+        """States of sequences that have not begun."""
+        match self.kind:
+            case "float32":
+                return (torch.zeros(shape, dtype=self.dtype, device=device),)
+            case "float16":
+                return (torch.zeros(shape, dtype=torch.float16, device=device),)
+            case "int8":
+                steps = (*shape[:-1], -(-shape[-1] // BLOCK))
+                return (
+                    torch.zeros(shape, dtype=torch.int8, device=device),
+                    torch.zeros(steps, dtype=torch.float32, device=device),
+                )
+
+    def dequantize(self, parts: Parts) -> Float[Tensor, "row head head_dim d_state"]:
+        """The states that these tensors keep."""
+        wide = from_int8(*parts) if self.kind == "int8" else parts[0]
+        return wide.to(self.dtype)
+
+    def quantize(
+        self, states: Float[Tensor, "row head head_dim d_state"], positions: Int[Tensor, " row"]
+    ) -> Parts:
+        """The tensors that keep these states, which have read so many tokens."""
+        match self.kind:
+            case "float32":
+                return (states,)
+            case "float16":
+                return (to_float16(states, positions, self._bits),)
+            case "int8":
+                return to_int8(states, positions, self._bits)

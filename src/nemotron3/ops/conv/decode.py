@@ -1,0 +1,73 @@
+"""The convolution for a few tokens behind states that lie in a pool.
+
+The history of a sequence is its state, the last inputs, and its new tokens; the state after each
+token is a window of that. Without `intermediate_states` the pool goes on; with them it stays, and
+they get every window.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron3.ops.conv.torch import causal_conv_torch
+from nemotron3.ops.native import ParallelKernel
+from nemotron3.ops.segments import Segments
+from nemotron3.ops.strides import contiguous_rows
+
+_steps = ParallelKernel(
+    Path(__file__).with_name("decode_native.cpp"), "conv_steps", "ppppppp iiiiii"
+)
+_MAX_TAPS = 64
+
+
+def causal_conv_steps_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    conv_states: Tensor,
+    slots: Tensor,
+    intermediate_states: Tensor | None,
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.conv.api.causal_conv_steps`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = len(slots)
+    before = conv_states[slots]
+    y, after = causal_conv_torch(
+        x.to(wide),
+        weight.to(wide),
+        None if bias is None else bias.to(wide),
+        segments=Segments.uniform(rows, len(x) // rows),
+        conv_states=before.to(wide),
+    )
+    if intermediate_states is None:
+        conv_states[slots] = after.to(conv_states.dtype)
+    else:
+        history = torch.cat([before, x.unflatten(0, (rows, -1)).to(conv_states.dtype)], dim=1)
+        windows = history.unfold(1, conv_states.shape[1], 1)[:, 1:]  # row step channel tap
+        intermediate_states.copy_(windows.transpose(2, 3))
+    return y.to(x.dtype)
+
+
+def causal_conv_steps_native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    conv_states: Tensor,
+    slots: Tensor,
+    intermediate_states: Tensor | None,
+) -> Tensor:
+    """The same in C++ (decode_native.cpp says how)."""
+    (channels, taps), rows = weight.shape, len(slots)
+    assert conv_states.is_contiguous(), "a pool of states is never a slice"
+    assert taps <= _MAX_TAPS, f"a convolution of {taps} taps is not short"
+    x, y = contiguous_rows(x), x.new_empty(x.shape)
+    _steps(
+        x, weight.contiguous(), bias, conv_states, slots, intermediate_states, y, rows,
+        len(x) // rows, taps, channels,
+        x.stride(0), 0 if intermediate_states is None else intermediate_states.stride(0),
+        work=x.numel() * taps,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,63 @@
+// The convolution with SiLU for a few tokens behind states that lie in a pool.
+//
+// A thread takes whole vectors of channels and walks each sequence with them: what the taps look back
+// at stays in registers. Taps are summed in the order of native.cpp, so both give the same bits.
+#include "simd.h"
+#include "team.h"
+
+namespace {
+constexpr int64_t MAX_TAPS = 64;
+
+struct Shape {
+  int64_t rows, length, taps, channels, ldx, ld_intermediate;
+};
+
+INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+
+// Channels c, c + 1, ... of every row. TAPS is their number, or 0 where it is known at run time only.
+template <int TAPS>
+void convolve(const Shape& s, int64_t c, const float* x, const float* weight, const float* bias,
+              float* conv_states, const int64_t* slots, float* intermediate, float* y) {
+  const int64_t taps = TAPS ? TAPS : s.taps, n = s.channels - c < LANES ? s.channels - c : LANES;
+  constexpr int ROOM = TAPS ? TAPS : MAX_TAPS;
+  float turned[ROOM][LANES];
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j < taps; j++) turned[j][i] = weight[(c + i) * taps + j];
+  vec weights[ROOM], seen[ROOM];
+  for (int64_t j = 0; j < taps; j++) weights[j] = load(turned[j]);
+  const vec start = bias ? read(bias + c, n) : vec{};
+  const auto keep = [&](float* conv_state) {
+    for (int64_t j = 0; j + 1 < taps; j++) write(conv_state + j * s.channels + c, seen[j], n);
+  };
+  for (int64_t r = 0; r < s.rows; r++) {
+    float* conv_state = conv_states + slots[r] * (taps - 1) * s.channels;
+    for (int64_t j = 0; j + 1 < taps; j++) seen[j] = read(conv_state + j * s.channels + c, n);
+    for (int64_t t = 0; t < s.length; t++) {
+      const int64_t token = r * s.length + t;
+      seen[taps - 1] = read(x + token * s.ldx + c, n);
+      vec z = start;
+      for (int64_t j = 0; j < taps; j++) z += weights[j] * seen[j];
+      write(y + token * s.channels + c, z * sigmoid(z), n);
+      for (int64_t j = 0; j + 1 < taps; j++) seen[j] = seen[j + 1];
+      if (intermediate) keep(intermediate + r * s.ld_intermediate + t * (taps - 1) * s.channels);
+    }
+    if (!intermediate) keep(conv_state);
+  }
+}
+
+// y [rows * length, channels]; x has rows of ldx elements, weight is [channels, taps], bias may be
+// null. Sequence r goes on from conv_states[slots[r]] [taps - 1, channels], written in place unless
+// there is `intermediate` [rows, length, taps - 1, channels], with ld_intermediate between its rows.
+void steps(Team& team, const float* x, const float* weight, const float* bias, float* conv_states,
+           const int64_t* slots, float* intermediate, float* y, int64_t rows, int64_t length, int64_t taps,
+           int64_t channels, int64_t ldx, int64_t ld_intermediate) {
+  const Shape s{rows, length, taps, channels, ldx, ld_intermediate};
+  const auto run = taps == 4 ? convolve<4> : convolve<0>;
+  const Range part = team.share(channels, LANES);
+  for (int64_t c = part.first; c < part.last; c += LANES)
+    run(s, c, x, weight, bias, conv_states, slots, intermediate, y);
+}
+}  // namespace
+
+PARALLEL_KERNEL(conv_steps, steps)

@@ -1,1 +1,0 @@
-"""Kernels of the convolution for a few tokens against a carried state."""

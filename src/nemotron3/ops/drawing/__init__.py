@@ -1,5 +1,0 @@
-"""Draws from a softmax whose noise is a function of where it is used."""
-
-from nemotron3.ops.drawing.api import gumbel_argmax
-
-__all__ = ["gumbel_argmax"]

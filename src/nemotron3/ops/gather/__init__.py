@@ -1,0 +1,5 @@
+"""Putting rows of some tensors over rows of others."""
+
+from nemotron3.ops.gather.api import copy_rows
+
+__all__ = ["copy_rows"]

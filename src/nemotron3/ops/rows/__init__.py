@@ -1,5 +1,0 @@
-"""Putting rows of some tensors over rows of others."""
-
-from nemotron3.ops.rows.api import copy_rows
-
-__all__ = ["copy_rows"]

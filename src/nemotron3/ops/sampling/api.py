@@ -1,0 +1,25 @@
+"""The entry point of draws."""
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.sampling.reference import gumbel_argmax_reference
+from nemotron3.ops.sampling.torch import gumbel_argmax_torch
+
+_DRAWS = {
+    "reference": gumbel_argmax_reference,
+    "torch": gumbel_argmax_torch,
+    "native": Kernel("nemotron3.ops.sampling.native", "gumbel_argmax_native"),
+}
+
+
+def gumbel_argmax(
+    logits: Float[Tensor, "rows vocab"], keys: Int64[Tensor, " rows"], *, backend: Backend = "auto"
+) -> Int64[Tensor, " rows"]:
+    """The token of each row with the largest sum of logit and noise: a draw from their softmax.
+
+    The noise is that of `noise.gumbel` under the row's key. Tokens at minus infinity are not drawn;
+    the result is -1 where a row has nothing else, or has a NaN.
+    """
+    return resolve("gumbel_argmax", backend, _DRAWS, logits)(logits, keys)

@@ -1,0 +1,33 @@
+"""A draw that makes exact noise only for the tokens that can still win."""
+
+import torch
+from torch import Tensor
+
+from nemotron3.ops.sampling.noise import ROUNDING, gumbel, gumbel_bound
+
+_MANY = 2**13
+"""Tokens for which exact noise costs more than to find out who can win."""
+
+
+def gumbel_argmax_torch(logits: Tensor, keys: Tensor) -> Tensor:
+    """Shapes as in `nemotron3.ops.sampling.api.gumbel_argmax`."""
+    contenders = logits > -torch.inf
+    if contenders.sum() > _MANY:
+        contenders = _likely(logits, keys)
+    rows, tokens = contenders.nonzero(as_tuple=True)
+    scores = logits[rows, tokens].double() + gumbel(keys[rows], tokens)
+    best = scores.new_full((len(keys),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
+    wins = scores == best[rows]
+    result = torch.full_like(keys, -1)
+    result[rows[wins]] = tokens[wins]
+    return result.masked_fill(~(logits.amax(-1) > -torch.inf), -1)  # NaN is the largest
+
+
+def _likely(logits: Tensor, keys: Tensor) -> Tensor:
+    """Tokens whose score can be the best of their row; the best is among them."""
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    logits = logits - logits.amax(-1, keepdim=True)
+    bound = gumbel_bound(keys[:, None], tokens).add_(logits)
+    one = bound.argmax(-1, keepdim=True)
+    reached = logits.gather(-1, one).double() + gumbel(keys[:, None], one)
+    return bound >= reached - ROUNDING

@@ -1,1 +1,0 @@
-"""Kernels of the scan for a few tokens against a carried state."""

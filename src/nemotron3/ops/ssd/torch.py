@@ -1,0 +1,187 @@
+"""The scan in chunks: quadratic within a chunk, a recurrence of states between chunks.
+
+Dao & Gu, *Transformers are SSMs* (arXiv 2405.21060), section 6. Within a chunk of L tokens the scan
+is a masked matrix product, which is what processors are good at; between chunks only one state per
+segment and head is carried on. With a_l the log decay from the chunk's start to token l:
+
+    scores = C B^T                              within a chunk, once per group
+    y_l    = sum_s scores_ls e^(a_l - a_s) dt_s x_s    each token from its own chunk
+    local  = sum_s e^(a_L - a_s) dt_s x_s B_s^T        what a chunk adds to the state
+    y_l   += e^(a_l) C_l state                         each token from all earlier chunks
+
+Written so, the decay is a matrix per head and costs more than the products. But e^(a_l - a_s) is
+e^(a_l - m) e^(m - a_s) for any m, which scales the rows of x before the product and those of y
+after it: one product serves all heads of a group, and B and C are never expanded to heads. With m
+in the middle of the chunk's range both factors stay finite while the whole range is below 2 * 80.
+Where a head forgets faster than that (e^-160 over one chunk), its chunk is computed with the
+matrix, and the choice is made for each chunk and head by itself.
+
+Every segment starts a chunk of its own, and a segment's last chunk is padded with dt = 0, which is
+a step that changes nothing. So no product ever sees two segments, and what one segment holds cannot
+change a single bit of another's output: masks over a shared chunk would have left the rounding of
+the running sum of dt A in common.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemotron3.ops.segments import Segments
+
+_EXPONENT = 80.0
+"""Largest exponent of a factor: e^80 times anything a model holds is finite in float32."""
+
+
+class _Chunks(NamedTuple):
+    """How a stream is cut: chunks per segment, and how tokens get into them and out."""
+
+    size: int
+    counts: tuple[int, ...]
+    split: Callable[[Tensor], Tensor]  # [tokens, ...] -> [chunks, size, ...], zero where padded
+    join: Callable[[Tensor], Tensor]  # and back
+
+
+def _cut(segments: Segments, chunk_size: int, device: torch.device) -> _Chunks:
+    size = min(chunk_size, segments.max_length)
+    counts = tuple(-(-length // size) for length in segments.lengths)
+    length = segments.uniform_length
+    if length is not None:
+        rows, padding = len(segments), counts[0] * size - length
+
+        def split(t: Tensor) -> Tensor:
+            t = t.reshape(rows, length, *t.shape[1:])
+            t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) if padding else t
+            return t.reshape(rows * counts[0], size, *t.shape[2:])
+
+        def join(t: Tensor) -> Tensor:
+            t = t.reshape(rows, counts[0] * size, *t.shape[2:])[:, :length]
+            return t.reshape(rows * length, *t.shape[2:])
+
+    else:
+        first_slot = torch.tensor(
+            [sum(counts[:i]) * size for i in range(len(segments))], device=device
+        )
+        slot = first_slot[segments.ids(device)] + segments.positions(device)
+        slots = sum(counts) * size
+
+        def split(t: Tensor) -> Tensor:
+            padded = t.new_zeros(slots, *t.shape[1:]).index_copy(0, slot, t)
+            return padded.reshape(-1, size, *t.shape[1:])
+
+        def join(t: Tensor) -> Tensor:
+            return t.flatten(0, 1).index_select(0, slot)
+
+    return _Chunks(size, counts, split, join)
+
+
+def ssd_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    segments: Segments,
+    initial_states: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Scan each segment in chunks; shapes as in `nemotron3.ops.ssd.api.ssd`."""
+    _, heads, head_dim = x.shape
+    groups, per_group = B.shape[1], heads // B.shape[1]
+    chunks = _cut(segments, chunk_size, x.device)
+
+    xc = chunks.split(x).unflatten(2, (groups, per_group)).transpose(1, 2)  # c g l r p
+    dtc = chunks.split(dt).unflatten(2, (groups, per_group)).transpose(1, 2)  # c g l r
+    Bc = chunks.split(B).transpose(1, 2)  # c g l n
+    Cc = chunks.split(C).transpose(1, 2)
+
+    total = torch.cumsum(dtc * A.view(groups, 1, per_group), dim=2)  # log decay since chunk start
+    half = total[:, :, -1:] / 2
+    centred = (total - half).clamp(-_EXPONENT, _EXPONENT)
+    scaled = (xc * (dtc * torch.exp(-centred)).unsqueeze(-1)).flatten(3)  # c g l (r p)
+    scores = Cc @ Bc.transpose(-1, -2)  # c g l s
+    y = (scores.tril() @ scaled).unflatten(3, (per_group, head_dim))
+    y = y * torch.exp(centred).unsqueeze(-1)  # c g l r p
+
+    local = (scaled.transpose(-1, -2) @ Bc).unflatten(2, (per_group, head_dim))  # c g r p n
+    local = local * torch.exp(half).transpose(2, 3).unsqueeze(-1)
+
+    steep = half.squeeze(2) < -_EXPONENT  # c g r
+    if steep.any():
+        c, g, r = steep.nonzero(as_tuple=True)
+        y_steep, local_steep = _steep(
+            xc[c, g, :, r], dtc[c, g, :, r], total[c, g, :, r], Bc[c, g], scores[c, g]
+        )
+        y = y.transpose(2, 3).index_put((c, g, r), y_steep).transpose(2, 3)
+        local = local.index_put((c, g, r), local_steep)
+
+    chunk_decay = total[:, :, -1].exp().flatten(1, 2)  # c h
+    states, final = _pass_states(local.flatten(1, 2), chunk_decay, initial_states, chunks.counts)
+    states = states.unflatten(1, (groups, per_group)).flatten(2, 3)  # c g (r p) n
+    from_before = (Cc @ states.transpose(-1, -2)).unflatten(3, (per_group, head_dim))
+    y = torch.addcmul(y, from_before, total.exp().unsqueeze(-1))
+
+    y = chunks.join(y.transpose(1, 2).flatten(2, 3))
+    return torch.addcmul(y, x, D.unsqueeze(-1)), final
+
+
+def _steep(
+    x: Tensor, dt: Tensor, total: Tensor, B: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output within the chunk and addition to the state, for (chunk, head) pairs of steep decay.
+
+    x [pair, l, p], dt and total [pair, l], B [pair, l, n], scores [pair, l, s]. Here the decay from
+    s to l is taken as one exponential of a difference, which can only underflow.
+    """
+    length = x.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    within = (total.unsqueeze(2) - total.unsqueeze(1)).masked_fill(future, -torch.inf)
+    xdt = x * dt.unsqueeze(-1)
+    y = (scores * within.exp()) @ xdt
+    to_end = torch.exp(total[:, -1:] - total)
+    return y, (xdt * to_end.unsqueeze(-1)).transpose(1, 2) @ B
+
+
+def _pass_states(
+    local: Tensor, decay: Tensor, initial: Tensor, counts: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk [chunks, head, head_dim, d_state], and after each segment's last.
+
+    Walks over chunk positions and carries all segments that reach so far at once.
+    """
+    decay = decay[..., None, None]
+    if len(set(counts)) == 1:
+        shape = (len(counts), counts[0])
+        steps = zip(
+            local.unflatten(0, shape).unbind(1), decay.unflatten(0, shape).unbind(1), strict=True
+        )
+        state, before = initial, []
+        for added, kept in steps:
+            before.append(state)
+            state = torch.addcmul(added, state, kept)
+        return torch.stack(before, dim=1).flatten(0, 1), state
+
+    # Longest segments first, so that those still running are always a prefix; and chunks by their
+    # position, so that what a step needs lies together.
+    order = sorted(range(len(counts)), key=lambda i: -counts[i])
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    running = [sum(count > step for count in counts) for step in range(max(counts))]
+    place = torch.tensor(
+        [first[i] + step for step, still in enumerate(running) for i in order[:still]],
+        device=local.device,
+    )
+    state, before, finished = initial[order], [], []
+    pairs = zip(local[place].split(running), decay[place].split(running), strict=True)
+    for still, (added, kept) in zip(running, pairs, strict=True):
+        finished.append(state[still:])
+        state = state[:still]
+        before.append(state)
+        state = torch.addcmul(added, state, kept)
+    finished.append(state)
+    final = torch.cat(finished[::-1])  # in the order of `order`
+    back = torch.tensor(order, device=local.device).argsort()
+    return torch.cat(before)[place.argsort()], final[back]

@@ -1,1 +1,0 @@
-"""Devices, threads and, later, meshes: the only room that names one."""

@@ -1,0 +1,1 @@
+"""Devices, threads, memory and CUDA graphs of a process: the only package that names them."""
