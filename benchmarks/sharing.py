@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.models import objective_of
 from benchmarks.timing import turns
-from nemotron3.training.losses import LossConfig, TrainBatch
 
 from benchmarks import machine
 from nemotron3 import EngineConfig, LanguageModel, ModelConfig, SamplingParams
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.ops.segments import Segments
+from nemotron3.training.batch import TrainBatch
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("prompts", "decoding", "training")
@@ -82,11 +83,10 @@ def _training(model: LanguageModel) -> Callable[[], int]:
         mask=torch.ones(2048),
         segments=Segments([256] * 8),
     )
+    update = TrainingStep(model, optimizer, objective_of(model), clip_grad_norm=1.0)
 
     def some() -> int:
-        training_step(
-            model, optimizer, [batch], loss=LossConfig(), learning_rate=1e-4, clip_grad_norm=1.0
-        )
+        update([batch], learning_rate=1e-4)
         return 2048
 
     return some

@@ -196,7 +196,7 @@ class AsyncLLM(BaseLLM):
             if task is not None and task.cancelling():
                 raise
             raise OverloadedError("the engine has been closed; start another one") from None
-        return await asyncio.to_thread(self._frontend.grammar, prompt, params)
+        return await asyncio.to_thread(self._frontend.compile_grammar, prompt, params)
 
     def submit(
         self,
