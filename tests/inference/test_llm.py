@@ -443,3 +443,17 @@ def test_weights_are_replaced_between_the_pieces_of_a_call():
     answer = llm.generate("the quick", GREEDY, on_delta=on_delta)[0].outputs[0]
     assert answer.weight_versions == (0, *(1,) * 23)
     assert llm.invalidate_caches(version=9) == llm.weight_version == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"top_p": 3.0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {7: 1e9}}, "logit_bias[7]"),
+    ],
+)
+def test_a_refused_parameter_is_named_as_data(given, field):
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(**given)
+    assert caught.value.field == field

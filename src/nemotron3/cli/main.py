@@ -190,7 +190,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     generate = verbs.add_parser("generate", help="continue a text with a model")
     generate.add_argument("path", type=Path, help="a model directory, such as runs/tiny/model")
     generate.add_argument("prompt", help="the beginning of the text")
-    generate.add_argument("--max-new-tokens", type=int, default=200, help="default 200")
+    generate.add_argument("--max-tokens", type=int, default=200, help="default 200")
     generate.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
     )

@@ -47,7 +47,9 @@ def prepared_weights(model: LanguageModel, weights: Weights) -> Callable[[], Non
 def assert_running(running: str) -> None:
     """Refuse what is no way to treat running requests."""
     if running not in _RUNNING:
-        raise ConfigError(f"running is {running!r}; it must be one of {', '.join(_RUNNING)}")
+        raise ConfigError(
+            f"running is {running!r}; it must be one of {', '.join(_RUNNING)}", field="running"
+        )
 
 
 def next_version(current: int, wanted: int | None) -> int:
@@ -57,7 +59,8 @@ def next_version(current: int, wanted: int | None) -> int:
     if wanted <= current:
         raise ConfigError(
             f"version is {wanted}, and the weights have version {current} already; a version must "
-            "grow, so that it tells which weights a token came from"
+            "grow, so that it tells which weights a token came from",
+            field="version",
         )
     return wanted
 

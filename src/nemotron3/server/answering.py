@@ -65,8 +65,7 @@ class Desk:
         """Hand a request to the engine; raises where it is full or the request is wrong.
 
         A form is compiled beside the event loop, and an answer without a length has that of the
-        model's directory. `notes` become part of the log's record of the
-        HTTP request.
+        model's directory. `notes` become part of the log's record of the HTTP request.
         """
         params = self.llm.with_default_length(prompt, params)
         form = None
@@ -74,7 +73,7 @@ class Desk:
         if wanted is not None:
             source = wanted.source or wanted.kind
             with spelled({wanted.kind: source, "": source}):
-                form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)
+                form = await self.llm.prepare_form(prompt, params)
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, form=form)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
@@ -180,12 +179,13 @@ def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
     The arguments of a call that was cut off are no whole JSON: it is none to run, and the answer
     does not end with `tool_calls`.
     """
-    if reason is FinishReason.STOP and arguments and all(map(_is_json, arguments)):
+    if reason is FinishReason.STOP and arguments and all(map(is_whole_json, arguments)):
         return "tool_calls"
     return "length" if reason is FinishReason.LENGTH else "stop"
 
 
-def _is_json(text: str) -> bool:
+def is_whole_json(text: str) -> bool:
+    """Whether a call's arguments are whole, as a client finds out too."""
     try:
         json.loads(text)
     except json.JSONDecodeError:

@@ -16,17 +16,10 @@ from dataclasses import dataclass
 
 from nemotron3.text.detokenize import IncrementalDetokenizer
 from nemotron3.text.messages import Tool
-from nemotron3.text.reasoning import TAGS, ReasoningSplitter, Span
+from nemotron3.text.reasoning import CALL_TAGS, TAGS, ReasoningSplitter, Span
 from nemotron3.text.tokenizer import Tokenizer
 from nemotron3.text.tool_calls import CallDelta, ContentDelta, ParsedCall, ToolCallParser
-from nemotron3.text.vocabulary import (
-    THINK_END,
-    TOOL_CALL_END,
-    TOOL_RESPONSE_END,
-    TOOL_RESPONSE_START,
-)
-
-_SHOWN = (TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPONSE_END)  # to the readers; no tags to them
+from nemotron3.text.vocabulary import THINK_END
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,9 @@ class ResponseParser:
     ) -> None:
         ids = {tokenizer.token_to_id(tag): tag for tag in TAGS}
         in_text = None in ids
+        ids |= {tokenizer.token_to_id(tag): tag for tag in CALL_TAGS}
         self._tags: dict[int | None, str] = {} if in_text else ids
-        shown = {tokenizer.token_to_id(token) for token in _SHOWN}
-        self._hidden = tokenizer.special_ids - shown - set(ids)
+        self._hidden = tokenizer.special_ids - set(ids)
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._splitter = ReasoningSplitter(
             is_open=is_reasoning_open,
@@ -80,7 +73,7 @@ class ResponseParser:
             keep_whitespace=keep_whitespace,
             force_nonempty_content=force_nonempty_content,
         )
-        self._calls = ToolCallParser(tools, tags_in_text=False) if tools else None
+        self._calls = ToolCallParser(tools, tags_in_text=in_text) if tools else None
         self._content: list[str] = []
         self.num_reasoning_tokens = self.num_content_tokens = 0
         self._num_undecided = 0
@@ -94,6 +87,8 @@ class ResponseParser:
         for token_id in ids:
             was_open = self._splitter.is_reasoning_open
             tag = self._tags.get(token_id)
+            if was_open and tag in CALL_TAGS:  # in the reasoning they are text
+                tag = None
             if token_id in self._hidden:
                 spans = []
             elif tag is None:
@@ -103,7 +98,7 @@ class ResponseParser:
             else:
                 spans = self._splitter.push(self._detokenizer.finish())
                 shown = self._splitter.push_tag(tag)
-                self.num_content_tokens += any(not s.is_reasoning and not s.is_tag for s in shown)
+                self.num_content_tokens += any(map(self._is_shown, shown))
                 spans += shown
             if was_open:
                 is_nothing = tag is not None and not spans  # a tag that repeats the prompt's
@@ -168,6 +163,13 @@ class ResponseParser:
         is_dropped = text.isspace() and not spans
         return not is_dropped and (self._calls is None or not self._calls.is_open)
 
+    def _is_shown(self, span: Span) -> bool:
+        """Whether a special token behind the reasoning is content itself."""
+        is_of_call = span.is_tag and (
+            span.text not in CALL_TAGS or (self._calls is not None and self._calls.is_open)
+        )
+        return not span.is_reasoning and not is_of_call
+
     def _read(self, spans: Iterable[Span]) -> list[ResponseDelta]:
         deltas: list[ResponseDelta] = []
         for span in spans:
@@ -175,8 +177,8 @@ class ResponseParser:
                 deltas.append(ReasoningDelta(span.text))
             elif self._calls is None:
                 deltas += self._keep([ContentDelta(span.text)])
-            elif span.is_tag:
-                deltas += self._keep(self._calls.push_tag())
+            elif span.is_tag and self._tags:
+                deltas += self._keep(self._calls.push_tag(span.text))
             else:
                 deltas += self._keep(self._calls.push(span.text))
         return deltas
