@@ -113,6 +113,11 @@ BAD_INPUT = {
     "no model to talk to": (["chat", "{bad}/none"], ["is no directory"]),
     "no port": (["serve", "{bad}/none", "--port", "99999"], ["port 99999", "--port"]),
     "no address": (["serve", "{bad}/none", "--host", "256.0.0.1"], ["256.0.0.1", "--host"]),
+    "updates without a key": (
+        ["serve", "x", "--enable-weight-updates", "."],
+        ["--enable-weight-updates", "NEMOTRON3_API_KEY"],
+    ),
+    "a negative grace": (["serve", "x", "--reasoning-grace", "-1"], ["reasoning_grace is -1"]),
     "no body at all": (["serve", "x", "--max-body-mib", "0"], ["--max-body-mib is 0"]),
     "no sequences": (
         ["serve", "{bad}/none", "--port", "0", "--max-num-seqs", "0"],

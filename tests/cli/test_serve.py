@@ -72,3 +72,12 @@ def test_without_what_compiles_forms_it_serves_and_says_so(serve, monkeypatch, c
     assert serve().llm.is_alive
     assert "structured outputs will be refused" in capsys.readouterr().err
     assert not logging.getLogger("nemotron3.server").handlers
+
+
+def test_weights_are_updated_only_where_a_folder_is_named(serve, tmp_path, monkeypatch):
+    def addresses(server):
+        return {getattr(route, "path", None) for route in server.api.routes}
+
+    assert "/update_weights" not in addresses(serve("--api-key", "secret"))
+    monkeypatch.setenv("NEMOTRON3_API_KEY", "secret")
+    assert "/update_weights" in addresses(serve("--enable-weight-updates", str(tmp_path)))

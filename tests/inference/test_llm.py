@@ -388,6 +388,63 @@ def test_a_model_is_sampled_from_while_it_is_trained():
     assert all(torch.equal(a, b) for a, b in zip(alone[2], beside[2], strict=True))
 
 
+def test_weights_are_replaced_in_the_middle_of_a_stream(llm):
+    """By the event loop, while the engine's thread runs; the other requests go on."""
+    new = tiny_model(text_model().config, seed=5)
+
+    async def read(server):
+        prompt = server.prepare_text("the quick")
+        params = replace(GREEDY, max_tokens=200, logprobs=0)
+        async with server.submit(prompt, params, request_id="a") as stream:
+            async for delta in stream:
+                if delta.token_ids and server.weight_version == 0:
+                    with pytest.raises(ConfigError, match="lack"):
+                        await server.update_weights({})
+                    assert await server.update_weights(new.state_dict(), version=3) == 3
+        return stream.output().outputs[0]
+
+    async def paused(server):
+        prompt = server.prepare_text("not to be")
+        await server.pause_generation()
+        assert server.is_paused
+        async with server.submit(prompt, GREEDY, request_id="b") as stream:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(stream.prompt_report(), 0.1)
+            assert server.stats().num_running == 0
+
+    async def everything():
+        ours = tiny_model(text_model().config)
+        config = EngineConfig(max_num_seqs=4, page_size=8, max_model_len=400)
+        server = AsyncLLM(ours, tokenizer=tokenizer(), config=config)
+        answer = await asyncio.wait_for(read(server), 60)
+        await paused(server)
+        await server.resume_generation()
+        assert await server.invalidate_caches() == 4
+        server.close()
+        with pytest.raises(OverloadedError, match="has been closed"):
+            await server.update_weights(new.state_dict())
+        return answer
+
+    answer = asyncio.run(everything())
+    assert len(answer.weight_versions) == len(answer.token_ids) == 200
+    assert set(answer.weight_versions) == {0, 3}
+    assert sorted(answer.weight_versions) == list(answer.weight_versions)
+    assert [entry.weight_version for entry in answer.logprobs] == list(answer.weight_versions)
+
+
+def test_weights_are_replaced_between_the_pieces_of_a_call():
+    new = tiny_model(text_model().config, seed=5)
+    llm = LLM(tiny_model(text_model().config), tokenizer=tokenizer(), config=SMALL)
+
+    def on_delta(_, delta):
+        if delta.token_ids and llm.weight_version == 0:
+            llm.update_weights(new.state_dict())
+
+    answer = llm.generate("the quick", GREEDY, on_delta=on_delta)[0].outputs[0]
+    assert answer.weight_versions == (0, *(1,) * 23)
+    assert llm.invalidate_caches(version=9) == llm.weight_version == 9
+
+
 @pytest.mark.parametrize(
     ("given", "field"),
     [

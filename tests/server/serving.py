@@ -72,6 +72,7 @@ def running(
     api_key: str | None = None,
     allowed_origins: tuple[str, ...] = (),
     reasoning_grace: int = 0,
+    weights_folder: Path | None = None,
     **limits: Any,
 ) -> Iterator[Running]:
     """Serve a model directory."""
@@ -81,6 +82,7 @@ def running(
         api_key=api_key,
         allowed_origins=allowed_origins,
         reasoning_grace=reasoning_grace,
+        weights_folder=weights_folder,
     )
     server = create_app(llm, settings)
     config = uvicorn.Config(server.app, port=0, log_config=None, access_log=False, ws="none")

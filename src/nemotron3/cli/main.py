@@ -251,6 +251,13 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "https://a.example,http://localhost:3000; * for all (default: none)",
     )
     http.add_argument(
+        "--enable-weight-updates",
+        type=Path,
+        metavar="FOLDER",
+        help="let clients with the key replace the model's weights by those of a directory below "
+        "FOLDER, and pause answers (default: off)",
+    )
+    http.add_argument(
         "--drain-timeout",
         type=seconds,
         default=60.0,

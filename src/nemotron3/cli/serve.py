@@ -25,12 +25,18 @@ def serve_command(known: argparse.Namespace) -> int:
     key = known.api_key or os.environ.get(_KEY_VARIABLE) or None
     if known.max_body_mib < 1:
         raise ConfigError(f"--max-body-mib is {known.max_body_mib}; it must be 1 or more")
+    if known.enable_weight_updates is not None and key is None:
+        raise ConfigError(
+            f"--enable-weight-updates lets clients replace the model, so it takes a key; set "
+            f"{_KEY_VARIABLE}"
+        )
     settings = ServerSettings(
         served_model_name=known.served_model_name,
         api_key=key,
         max_body_bytes=known.max_body_mib * _MIB,
         allowed_origins=tuple(filter(None, map(str.strip, known.allowed_origins.split(",")))),
         reasoning_grace=known.reasoning_grace,
+        weights_folder=known.enable_weight_updates,
     )
     log = logging.getLogger("nemotron3.server")
     with written_logs(known.log_format), bind(known.host, known.port) as bound:

@@ -16,10 +16,11 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,8 +44,11 @@ from nemotron3.inference.requests import (
     TokenDelta,
 )
 from nemotron3.inference.sequences import EngineRequest
+from nemotron3.inference.weights import RunningRequests, Weights
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.text import Tokenizer
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -151,6 +155,9 @@ class AsyncLLM(BaseLLM):
         self._streams: dict[str, Stream] = {}
         self._num_answers = 0
         self._is_closing = False
+        self._is_paused = False
+        self._calls: set[Future[Any]] = set()
+        """What was asked of the engine's thread and is not done yet."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -162,6 +169,50 @@ class AsyncLLM(BaseLLM):
     def stats(self) -> EngineStats:
         """What the engine has done so far, and what it holds now."""
         return self._engine.stats()
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that the next token is sampled with."""
+        return self._engine.weight_version
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether requests wait for `resume_generation`."""
+        return self._is_paused
+
+    async def pause_generation(self) -> None:
+        """Let requests stand where they are, once the step that runs is over."""
+        await self._call(partial(self._set_paused, value=True))
+
+    async def resume_generation(self) -> None:
+        """Let requests go on."""
+        await self._call(partial(self._set_paused, value=False))
+
+    async def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: int | None = None,
+        running: RunningRequests = "recompute",
+    ) -> int:
+        """Put other weights into the model between two steps; see `Engine.update_weights`.
+
+        Requests need not be paused for it.
+        """
+        return await self._call(
+            partial(self._engine.update_weights, weights, version=version, running=running)
+        )
+
+    async def invalidate_caches(
+        self, *, version: int | None = None, running: RunningRequests = "recompute"
+    ) -> int:
+        """Forget what other weights have computed; see `Engine.invalidate_caches`.
+
+        Whoever changes the weights of a model in memory pauses generation meanwhile.
+        """
+        return await self._call(
+            partial(self._engine.invalidate_caches, version=version, running=running)
+        )
 
     def prepare_chat(self, messages: Sequence[Any], **options: Any) -> Prompt:
         """A conversation as a prompt; options as those of `LLM.chat`."""
@@ -248,6 +299,29 @@ class AsyncLLM(BaseLLM):
         self._thread.join()
         self._frontend.close()
 
+    async def _call(self, function: Callable[[], T]) -> T:
+        """Call a function in the engine's thread, between two steps."""
+        outcome: Future[T] = Future()
+
+        def command() -> Sequence[TokenDelta]:
+            if outcome.set_running_or_notify_cancel():
+                try:
+                    outcome.set_result(function())
+                except Exception as error:  # noqa: BLE001 - it is for whoever called
+                    outcome.set_exception(error)
+            return ()
+
+        with self._changed:
+            if not self.is_alive:
+                raise OverloadedError("the engine has been closed; start another one")
+            self._calls.add(outcome)
+            outcome.add_done_callback(self._calls.discard)
+            self._command(command)
+        return await asyncio.wrap_future(outcome)
+
+    def _set_paused(self, *, value: bool) -> None:
+        self._is_paused = value
+
     def _add(self, request: EngineRequest) -> Sequence[TokenDelta]:
         self._engine.add(request)
         return ()
@@ -264,21 +338,28 @@ class AsyncLLM(BaseLLM):
         """The engine's thread."""
         while True:
             with self._changed:
-                while not (self._commands or self._engine.has_work or self._is_closing):
+                while not (self._commands or self._has_steps or self._is_closing):
                     self._changed.wait()
                 commands = list(self._commands)
                 self._commands.clear()
             if self._is_closing:
                 self._fail("the engine is closed", FinishReason.ABORT)
+                for call in list(self._calls):
+                    call.set_exception(OverloadedError("the engine has been closed"))
                 return
             try:
                 deltas = [p for command in commands for p in command()]
-                deltas += self._engine.step()
+                if self._has_steps:
+                    deltas += self._engine.step()
             except Exception:  # noqa: BLE001 - the outermost handler: whoever waits must be told
                 _log.exception("a step of the engine failed; its requests are given up")
                 self._fail("the engine failed in this step; see its log", FinishReason.ERROR)
                 continue
             self._deliver(deltas)
+
+    @property
+    def _has_steps(self) -> bool:
+        return self._engine.has_work and not self._is_paused
 
     def _fail(self, why: str, reason: FinishReason) -> None:
         """Give up everything that runs or waits."""

@@ -22,7 +22,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from nemotron3.errors import ConfigError
+from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.draft_length import DraftLength
 from nemotron3.inference.memory import batched_tokens, longest_sequence, num_pages
@@ -33,6 +33,13 @@ from nemotron3.inference.sampler import TokenChooser, choose, token_logprobs
 from nemotron3.inference.scheduler import Scheduler
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.inference.speculative import Drafter, most_drafts
+from nemotron3.inference.weights import (
+    RunningRequests,
+    Weights,
+    assert_running,
+    next_version,
+    prepared_weights,
+)
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
@@ -114,6 +121,10 @@ class Engine:
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Sequence]] = {}
         self._num_added = 0
+        self.weight_version = 0
+        """Of the weights that the next step computes with."""
+        self._addresses = _addresses(model)
+        self._is_half_written = False
 
     @property
     def has_work(self) -> bool:
@@ -172,6 +183,11 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TokenDelta]:
         """Do one step of work; returns what it brought."""
+        if self._is_half_written:
+            raise CheckpointError(
+                "the model's weights are half written: update_weights failed while it wrote; call "
+                "it again with weights that can be read"
+            )
         self.scheduler.admit()
         self._stats.steps += 1
         deltas: list[TokenDelta] = []
@@ -194,15 +210,48 @@ class Engine:
             preemptions=scheduler.num_preemptions,
         )
 
-    def invalidate_caches(self) -> None:
-        """Forget what other weights have computed; running requests go on with their states.
+    def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: int | None = None,
+        running: RunningRequests = "recompute",
+    ) -> int:
+        """Put other weights into the model's own tensors, between two steps; returns their version.
 
-        For whoever has changed the model's weights. The new ones may lie in the old tensors or be
-        tensors of their own.
+        `weights` are a model directory, or all tensors by the names of `model.state_dict()`. What
+        does not fit raises before anything is written. Running requests keep their tokens; with
+        "recompute" they read them again under the new weights, with "keep" their states, computed
+        by the old ones, go on. Nothing else that old weights computed is used again.
         """
+        assert_running(running)
+        version = next_version(self.weight_version, version)
+        write = prepared_weights(self.model, weights)
+        self._is_half_written = True
+        write()
+        self._is_half_written = False
+        return self.invalidate_caches(version=version, running=running)
+
+    @torch.inference_mode()
+    def invalidate_caches(
+        self, *, version: int | None = None, running: RunningRequests = "recompute"
+    ) -> int:
+        """Forget what other weights have computed: for whoever has changed the model's itself.
+
+        The new weights may lie in the old tensors or be tensors of their own. Arguments and result
+        are those of `update_weights`.
+        """
+        assert_running(running)
+        self.weight_version = next_version(self.weight_version, version)
+        if running == "recompute":
+            self.scheduler.preempt_all()
         self.scheduler.forget()
-        self._steps.clear_graphs()
-        self._runner.clear_graphs()
+        addresses = _addresses(self.model)
+        if addresses != self._addresses:  # recordings stand on the memory of the weights
+            self._addresses = addresses
+            self._steps.clear_graphs()
+            self._runner.clear_graphs()
+        return self.weight_version
 
     def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
         params = request.params
@@ -376,7 +425,9 @@ class Engine:
         top = sequence.request.params.logprobs
         logprobs: list[TokenLogprob] = []
         if top is not None:
-            logprobs = token_logprobs(logits[: len(taken)], taken, top)
+            logprobs = token_logprobs(
+                logits[: len(taken)], taken, top, weight_version=self.weight_version
+            )
         report = None
         if not sequence.is_reported:
             sequence.is_reported = True
@@ -398,6 +449,7 @@ class Engine:
             failure=sequence.chooser.failure,
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
+            weight_version=self.weight_version,
         )
 
     def _count(self, sequence: Sequence, taken: int, *, accepted: int) -> None:
@@ -426,7 +478,14 @@ class Engine:
         for first in range(0, len(following), _LOGIT_ROWS):
             tokens = following[first : first + _LOGIT_ROWS]
             logits = self.model.logits(hidden[first : first + len(tokens)])
-            sequence.prompt_logprobs += token_logprobs(logits, tokens, top)
+            sequence.prompt_logprobs += token_logprobs(
+                logits, tokens, top, weight_version=self.weight_version
+            )
+
+
+def _addresses(model: LanguageModel) -> tuple[int, ...]:
+    """Where the weights lie."""
+    return tuple(tensor.data_ptr() for tensor in model.state_dict().values())
 
 
 def _slot(sequence: Sequence) -> int:

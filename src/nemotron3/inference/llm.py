@@ -24,6 +24,7 @@ from nemotron3.inference.output_processor import (
 )
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
+from nemotron3.inference.weights import RunningRequests, Weights
 
 OnDelta = Callable[[int, AnswerDelta], None]
 
@@ -35,9 +36,29 @@ class LLM(BaseLLM):
         """What the engine has done so far."""
         return self._engine.stats()
 
-    def invalidate_caches(self) -> None:
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that the next token is sampled with."""
+        return self._engine.weight_version
+
+    def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: int | None = None,
+        running: RunningRequests = "recompute",
+    ) -> int:
+        """Put other weights into the model (`Engine.update_weights`); returns their version.
+
+        `on_delta` may do so in the middle of answers, which `running` is about.
+        """
+        return self._engine.update_weights(weights, version=version, running=running)
+
+    def invalidate_caches(
+        self, *, version: int | None = None, running: RunningRequests = "recompute"
+    ) -> int:
         """Forget what other weights have computed: the model's have been changed in place."""
-        self._engine.invalidate_caches()
+        return self._engine.invalidate_caches(version=version, running=running)
 
     def generate(
         self,

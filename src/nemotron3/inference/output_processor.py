@@ -58,6 +58,8 @@ class AnswerDelta:
     index: int
     parts: tuple[ResponseDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
+    weight_versions: tuple[int, ...] = ()
+    """Of the weights that each token was sampled with."""
     logprobs: tuple[TokenLogprob, ...] = ()
     content_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the tokens that a chat's content is made of; a part's text may come after them."""
@@ -78,6 +80,8 @@ class CompletionOutput:
     text: str
     """As it was written, special tokens left out."""
     token_ids: tuple[int, ...]
+    weight_versions: tuple[int, ...]
+    """Of the weights that each token was sampled with."""
     logprobs: tuple[TokenLogprob, ...]
     content_logprobs: tuple[TokenLogprob, ...]
     """Those of the tokens that a chat's content is made of."""
@@ -128,6 +132,7 @@ class OutputProcessor:
     error: str | None = None
     failure: FailureKind | None = None
     _tokens: list[int] = field(default_factory=list[int])
+    _versions: list[int] = field(default_factory=list[int])
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _num_read: int = 0  # tokens that stop strings let through
@@ -166,6 +171,8 @@ class OutputProcessor:
     def push(self, delta: TokenDelta) -> AnswerDelta:
         """Take what a step of the engine brought; returns what can be shown of it."""
         self._tokens += delta.tokens
+        versions = (delta.weight_version,) * len(delta.tokens)
+        self._versions += versions
         self._logprobs += delta.logprobs
         self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
         self.finish_reason = delta.finish_reason
@@ -188,6 +195,7 @@ class OutputProcessor:
             index=self.index,
             parts=tuple(parts),
             token_ids=delta.tokens,
+            weight_versions=versions,
             logprobs=delta.logprobs,
             content_logprobs=tuple(self._content_logprobs[told:]),
             finish_reason=delta.finish_reason,
@@ -205,6 +213,7 @@ class OutputProcessor:
             index=self.index,
             text=text,
             token_ids=tuple(self._tokens),
+            weight_versions=tuple(self._versions),
             logprobs=tuple(self._logprobs),
             content_logprobs=tuple(self._content_logprobs),
             finish_reason=self.finish_reason,

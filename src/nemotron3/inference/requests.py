@@ -180,6 +180,8 @@ class TokenLogprob:
     """1 for the most probable token."""
     top: tuple[tuple[int, float], ...] = ()
     """The most probable tokens and their log-probabilities, where they were asked for."""
+    weight_version: int = 0
+    """Of the weights that they were computed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,4 +213,6 @@ class TokenDelta:
     num_drafted: int = 0
     """Tokens drafted for this answer so far."""
     num_accepted: int = 0
-    """Drafts that stood so far."""
+    """Drafts that are part of the answer so far."""
+    weight_version: int = 0
+    """Of the weights that the tokens were sampled with."""

@@ -246,7 +246,7 @@ def draft(
 
 
 def token_logprobs(
-    logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], top: int
+    logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], top: int, *, weight_version: int = 0
 ) -> list[TokenLogprob]:
     """The log-probability of one token per row, its rank, and the `top` most probable ones.
 
@@ -260,7 +260,8 @@ def token_logprobs(
     result: list[TokenLogprob] = []
     for row, token in enumerate(tokens):
         others = zip(_tokens(best.indices[row]), map(float, best.values[row]), strict=True)
-        result.append(TokenLogprob(token, float(chosen[row]), ranks[row], tuple(others)))
+        logprob = float(chosen[row])
+        result.append(TokenLogprob(token, logprob, ranks[row], tuple(others), weight_version))
     return result
 
 

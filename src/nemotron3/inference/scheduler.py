@@ -143,6 +143,11 @@ class Scheduler:
         for sequence in self.running:
             sequence.is_stale = True
 
+    def preempt_all(self) -> None:
+        """Have all that run read their tokens again."""
+        for sequence in reversed(list(self.running)):
+            self._preempt(sequence)
+
     def _evict(self) -> bool:
         """Give up one of the states that are kept for others; whether there was one.
 

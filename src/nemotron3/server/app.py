@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -19,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from nemotron3.errors import Nemotron3Error
+from nemotron3.errors import ConfigError, Nemotron3Error
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.server.chat import ChatAnswer, plan_chat
@@ -37,6 +38,7 @@ from nemotron3.server.responses_bodies import ResponsesBody
 from nemotron3.server.serving import ServingContext
 from nemotron3.server.streaming import EventStream, answered, submitted
 from nemotron3.server.tokenizing import detokenize, tokenize
+from nemotron3.server.weights import add_weights
 
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -78,8 +80,23 @@ class ServerSettings:
     """Tokens beyond a reasoning budget in which a line end is waited for, where a request does not
     say; 0 leaves budgets exact, 500 is the model card's rule."""
 
+    weights_folder: Path | None = None
+    """Where the directories lie whose weights clients may put into the model; None lets nobody.
+    It takes an API key."""
+
     def __post_init__(self) -> None:
         assert_origins(self.allowed_origins)
+        if self.weights_folder is not None and not self.api_key:
+            raise ConfigError(
+                f"weights_folder is {str(self.weights_folder)!r} and there is no API key: whoever "
+                "reaches the server could replace its model; set api_key",
+                field="api_key",
+            )
+        if self.weights_folder is not None and not self.weights_folder.is_dir():
+            raise ConfigError(
+                f"weights_folder is {str(self.weights_folder)!r}, which is no directory; make it",
+                field="weights_folder",
+            )
         SamplingParams(reasoning_grace=self.reasoning_grace)
 
 
@@ -115,6 +132,8 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
     _add_models(api, serving)
     _add_generation(api, serving)
     _add_responses(api, serving)
+    if settings.weights_folder is not None:
+        add_weights(api, llm, settings.weights_folder, _ERROR_RESPONSES)
     app = RequestMiddleware(
         cast(App, api),
         in_flight=in_flight,

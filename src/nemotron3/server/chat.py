@@ -211,6 +211,7 @@ class ChatAnswer:
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(answer.token_ids)
+            choice["weight_versions"] = list(answer.weight_versions)
         return choice
 
     def _stop_reason(self, reason: str | int | None) -> str | int | None:
@@ -247,6 +248,7 @@ class ChatAnswer:
                 choice["logprobs"] = self._logprobs(delta.logprobs)
             if self._body.return_token_ids:
                 choice["token_ids"] = list(delta.token_ids)
+                choice["weight_versions"] = list(delta.weight_versions)
             chunks.append(chunk)
         if delta.finish_reason is not None:
             chunk = self._chunk(delta.index, {}, with_usage)

@@ -199,7 +199,11 @@ class CompletionAnswer:
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, output.prompt_logprobs)
         if self._body.return_token_ids:
-            choice |= {"token_ids": list(ids), "prompt_token_ids": list(output.prompt.ids)}
+            choice |= {
+                "token_ids": list(ids),
+                "weight_versions": list(answer.weight_versions[: len(ids)]),
+                "prompt_token_ids": list(output.prompt.ids),
+            }
         return choice
 
     def _chunk(self, index: int, delta: AnswerDelta) -> dict[str, Any] | None:
@@ -221,6 +225,7 @@ class CompletionAnswer:
             choice["logprobs"] = self._logprobs[index].of_answer(delta.logprobs)
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
+            choice["weight_versions"] = list(delta.weight_versions)
         return {**self._head, "choices": [choice]}
 
     def _usage_so_far(self) -> Usage:

@@ -2,10 +2,18 @@
 
 from nemotron3.models.huggingface.companions import Companions
 from nemotron3.models.huggingface.directory import (
+    prepared_weights,
     read_config,
     read_directory,
     read_weights,
     write_model,
 )
 
-__all__ = ["Companions", "read_config", "read_directory", "read_weights", "write_model"]
+__all__ = [
+    "Companions",
+    "prepared_weights",
+    "read_config",
+    "read_directory",
+    "read_weights",
+    "write_model",
+]

@@ -8,10 +8,10 @@ tensor and costs nothing.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,21 +112,43 @@ def read_weights(
     dtype: torch.dtype | None,
 ) -> None:
     """Fill a model on the meta device from a directory, one tensor at a time."""
+    dialect, files = _opened(model, config, path)
+    allocate(model, device, dtype or _stored_dtype(model, files.reader, files.stored))
+    files.copy_to(dict(dialect.published_views(model, config)))
+
+
+def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> Callable[[], None]:
+    """Compare a directory with a model that has its memory; returns what copies it in there."""
+    dialect, files = _opened(model, config, path)
+    return lambda: files.copy_to(dict(dialect.published_views(model, config)))
+
+
+class _Files(NamedTuple):
+    """The tensors of a directory, compared with those of a model."""
+
+    reader: ShardedReader
+    stored: dict[str, str]
+    """Names in the files, by our spelling."""
+    stacked: dict[str, list[tuple[int, str]]]
+
+    def copy_to(self, destinations: Mapping[str, Tensor]) -> None:
+        """Copy into a model's tensors, one at a time."""
+        ours = {name: spelling for spelling, name in self.stored.items()}
+        with torch.no_grad():
+            for name, tensor in self.reader.tensors():
+                spelling = ours[name]
+                for part, destination in self.stacked.get(spelling, ((None, spelling),)):
+                    destinations[destination].copy_(tensor if part is None else tensor[part])
+
+
+def _opened(model: nn.Module, config: ModelConfig, path: Path | str) -> tuple[ModuleType, _Files]:
     dialect, _ = _read_fields(path)
     reader = ShardedReader(path)
     stored = {dialect.our_spelling(name): name for name in reader.names}
     shapes = dict(dialect.published_views(model, config))
     stacked = _stacked_names(shapes, stored)
     _compare(reader, stored, shapes, stacked)
-    parameter_dtype = dtype or _stored_dtype(model, reader, stored)
-    allocate(model, device, parameter_dtype)
-    destinations = dict(dialect.published_views(model, config))
-    ours = {name: spelling for spelling, name in stored.items()}
-    with torch.no_grad():
-        for name, tensor in reader.tensors():
-            spelling = ours[name]
-            for part, destination in stacked.get(spelling, ((None, spelling),)):
-                destinations[destination].copy_(tensor if part is None else tensor[part])
+    return dialect, _Files(reader, stored, stacked)
 
 
 def _read_fields(path: Path | str) -> tuple[ModuleType, Fields]:

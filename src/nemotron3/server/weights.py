@@ -1,0 +1,96 @@
+"""Other weights for a server that runs: where reinforcement learning meets it.
+
+These addresses exist only on a server that was started for them (`ServerSettings.weights_folder`),
+which wants an API key, and read model directories below that folder alone.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from nemotron3.errors import CheckpointError
+from nemotron3.inference.async_llm import AsyncLLM
+from nemotron3.inference.weights import RunningRequests
+from nemotron3.server.bodies import Body
+from nemotron3.server.errors import APIError, invalid_request, spelled
+
+log = logging.getLogger("nemotron3.server")
+
+
+class UpdateWeightsBody(Body):
+    """Which weights come next, and what becomes of the requests that run."""
+
+    model_path: str
+    """A model directory, from the server's folder for weights on."""
+    weight_version: int | None = None
+    running: RunningRequests = "recompute"
+
+
+def add_weights(
+    api: FastAPI, llm: AsyncLLM, folder: Path, responses: dict[int | str, dict[str, Any]]
+) -> None:
+    """Add the addresses that replace weights, and hold generation meanwhile."""
+
+    @api.post("/update_weights", responses=responses)
+    async def update_weights(body: UpdateWeightsBody) -> JSONResponse:
+        """Put the weights of a model directory into the model that is served."""
+        path = directory_below(folder, body.model_path)
+        try:
+            with spelled({"version": "weight_version"}):
+                version = await llm.update_weights(
+                    path, version=body.weight_version, running=body.running
+                )
+        except CheckpointError as error:
+            raise invalid_request(str(error), "model_path") from error
+        log.info("weights of version %d, from %s", version, path)
+        return JSONResponse({"weight_version": version})
+
+    @api.get("/weight_version", responses=responses)
+    async def weight_version() -> JSONResponse:
+        """Version of the weights that the next token is sampled with."""
+        return JSONResponse({"weight_version": llm.weight_version})
+
+    @api.post("/pause", responses=responses)
+    async def pause() -> JSONResponse:
+        """Let all requests stand where they are."""
+        await llm.pause_generation()
+        return JSONResponse({"is_paused": llm.is_paused})
+
+    @api.post("/resume", responses=responses)
+    async def resume() -> JSONResponse:
+        """Let them go on."""
+        await llm.resume_generation()
+        return JSONResponse({"is_paused": llm.is_paused})
+
+    @api.get("/is_paused", responses=responses)
+    async def is_paused() -> JSONResponse:
+        """Whether requests wait for /resume."""
+        return JSONResponse({"is_paused": llm.is_paused})
+
+
+def directory_below(folder: Path, path: str) -> Path:
+    """A model directory of the folder, all links followed; nothing outside is looked at.
+
+    What a directory holds counts as well: a link from there to elsewhere is refused.
+    """
+    try:
+        base = folder.resolve()
+        found = (base / path).resolve()
+        if found == base or not found.is_relative_to(base):
+            raise _no_model(path, "a directory below the server's folder for weights, and is not")
+        if not found.is_dir():
+            raise _no_model(path, "a directory there, and is not")
+        leaves = [file.name for file in found.iterdir() if not file.resolve().is_relative_to(base)]
+    # A null byte, a circle of links (for which Python before 3.13 has a RuntimeError), no rights.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _no_model(path, f"a directory that can be followed ({error})") from error
+    if leaves:
+        raise _no_model(path, f"free of links out of the server's folder, and {leaves[0]} is one")
+    return found
+
+
+def _no_model(path: str, wanted: str) -> APIError:
+    return invalid_request(f"model_path is {path!r}; it must be {wanted}", "model_path")
