@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from benchmarks.timing import turns
+from nemotron3.training.losses import LossConfig, Targets
 
 from benchmarks import machine
 from nemotron3 import EngineConfig, LanguageModel, ModelConfig, SamplingParams
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.ops.segments import Segments
-from nemotron3.training.losses import LossConfig, Targets
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 from nemotron3.training.step import training_step
 

@@ -21,13 +21,12 @@ from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.graph import Graph
 from nemotron3.ops.linear import linear
 from nemotron3.ops.native import SharedCall, recording
-from nemotron3.training.losses import LossConfig
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 from tests.inference.texts import tokenizer
 from tests.ops.native import needs_compiler
 from tests.tiny import tiny_config, tiny_model, tokens_for
-from tests.training.batches import documents, pack
+from tests.training.batches import documents, pack, pretraining
 
 CONFIG = tiny_config("MEM*E-/*E", vocab_size=tokenizer().vocab_size + 3, eos_token_id=2)
 ENGINE = EngineConfig(max_num_seqs=4, page_size=8, max_model_len=200, adapts_drafts=False)
@@ -80,19 +79,11 @@ def training(seed: int, rounds: int) -> list[Any]:
     """Losses and gradient norms of training steps, and the weights in the end."""
     model = tiny_model(CONFIG, seed)
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
+    step = TrainingStep(model, optimizer, pretraining(model), clip_grad_norm=1.0)
     results: list[Any] = []
     for turn in range(8 * rounds):
         batch = pack(documents(31, 1, 40, seed=turn))
-        results.append(
-            training_step(
-                model,
-                optimizer,
-                [batch],
-                loss=LossConfig(),
-                learning_rate=1e-3,
-                clip_grad_norm=1.0,
-            )
-        )
+        results.append(step([batch], learning_rate=1e-3))
     return [*results, *(tensor.tolist() for tensor in model.state_dict().values())]
 
 

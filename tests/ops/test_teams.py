@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nemotron3.training.losses import LossConfig
 
 from nemotron3 import EngineConfig, LanguageModel, ModelConfig, SamplingParams
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.native import NativeFunction, calls
-from nemotron3.training.losses import LossConfig
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 from nemotron3.training.step import training_step
 from tests.ops.native import needs_compiler

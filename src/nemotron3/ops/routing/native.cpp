@@ -47,22 +47,23 @@ int64_t take_largest(float* values, int64_t n) {
 }
 
 // indices, weights [tokens, choices] and scores [tokens, experts]; logits have rows of ldlogits.
+// Where the indices are given they are read, and written otherwise.
 void route(Team& team, const float* logits, const float* bias, int64_t* indices, float* weights,
            float* scores, int64_t tokens, int64_t experts, int64_t choices, int64_t ldlogits,
-           int64_t softmax, int64_t normalise, float scale) {
+           int64_t given, int64_t softmax, int64_t normalise, float scale) {
   const int64_t padded = (experts + LANES - 1) / LANES * LANES;
   const std::unique_ptr<float[]> left(new float[padded]);
   const Range part = team.share(tokens);
   for (int64_t t = part.first; t < part.last; t++) {
     float *s = scores + t * experts, *w = weights + t * choices, total = 1e-20f;
     score(logits + t * ldlogits, s, experts, softmax);
-    for (int64_t i = 0; i < padded; i++) {
+    for (int64_t i = 0; i < padded && !given; i++) {
       const float value = i < experts ? s[i] + bias[i] : -INFINITY;
       left[i] = value != value ? INFINITY : value;
     }
     for (int64_t i = 0; i < choices; i++) {
-      const int64_t chosen = take_largest(left.get(), experts);
-      indices[t * choices + i] = chosen;
+      int64_t& chosen = indices[t * choices + i];
+      if (!given) chosen = take_largest(left.get(), experts);
       w[i] = s[chosen];
       total += w[i];
     }
