@@ -44,6 +44,7 @@ def render(text: str, results: Path) -> str:
         ),
         "serving": "\n".join(_serving(path) for path in _newest_of_each(results, "serving")),
         "load": "\n".join(_load(path) for path in _newest(results, "load-*.json")),
+        "sharing": "\n".join(_sharing(path) for path in _newest_of_each(results, "sharing")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
         "inference": "\n".join(
             _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
@@ -222,6 +223,15 @@ def _load(path: Path) -> str:
         f"clients, of which some leave early\n\n{table(rows)}\n"
         f"The server held at most {early} in the first third of that time and {late} in the last.\n"
     )
+
+
+def _sharing(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [["", "of its speed alone", "lowest to highest"]]
+    for name, line in result["lines"].items():
+        spread = f"{line['share_min']:.0%} to {line['share_max']:.0%}"
+        rows.append([name, f"{line['share']:.0%}", spread])
+    return f"{_origin(result)}\n{table(rows)}"
 
 
 def _origin(result: dict[str, Any]) -> str:

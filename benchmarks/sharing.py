@@ -136,7 +136,7 @@ class Worker:
     def close(self) -> None:
         """End it."""
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -310,7 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
     result: dict[str, Any] = {
         "command": machine.command("benchmarks.sharing"),
         "date": date.today().isoformat(),
-        "machine": machine.description() | {"load_before": before},
+        "machine": machine.description()
+        | {"load_before": before, "load_after": machine.load_average()},
         "seconds": options.seconds,
         "repeats": options.repeats,
         "lines": lines,

@@ -277,3 +277,16 @@ def test_load_fills_the_page(tmp_path):
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert "| 64 | 100 | 1 ms | 20 ms | 1,234 | 5 | 0 | 0 |" in text
     assert "at most 1,000 MB in the first third of that time and 1,001 MB in the last" in text
+
+
+def test_sharing_fills_the_page(tmp_path):
+    line = {"share": 0.512, "share_min": 0.5, "share_max": 0.6}
+    result = {
+        "command": "python -m benchmarks.sharing",
+        "date": "2026-01-01",
+        "machine": machine.description() | {"load_before": 0.1, "load_after": 0.2},
+        "lines": {"training beside 1 busy": line},
+    }
+    (tmp_path / "sharing-amd-epyc-2026-01-01.json").write_text(json.dumps(result))
+    text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| training beside 1 busy | 51% | 50% to 60% |" in text
