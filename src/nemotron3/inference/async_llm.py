@@ -36,6 +36,7 @@ from nemotron3.inference.requests import (
     Progress,
     PromptReport,
     SamplingParams,
+    StructuredOutput,
     TokenConstraint,
 )
 from nemotron3.inference.sequences import EngineRequest
@@ -165,8 +166,8 @@ class AsyncLLM(LoadedModel):
         return self._frontend.text_prompt(text)
 
     def prepare_forms(self) -> None:
-        """Build what forms are compiled with, which else the first request with one waits for."""
-        self._frontend.compiler()
+        """Have what compiles forms ready, for which else the first request with one waits."""
+        self._frontend.prepare(StructuredOutput(kind="json_object")).result()
 
     async def prepare_form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
         """What answers are held to, compiled in its turn; None where they are free.
