@@ -3,8 +3,8 @@
 import pytest
 
 from nemotron3.errors import DataError
-from nemotron3.inference.answers import AnswerDelta, CompletionOutput, DraftStats
-from nemotron3.inference.requests import FinishReason
+from nemotron3.inference.answers import AnswerDelta, CompletionOutput
+from nemotron3.inference.requests import DraftStats, FinishReason
 from nemotron3.server.refusals import RefusedError
 from nemotron3.server.response_events import ItemEvents
 from nemotron3.server.response_items import items_of, messages_of, output_items

@@ -16,7 +16,6 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from nemotron3.errors import BackendUnavailableError, ConfigError, OverloadedError
+from nemotron3.errors import ConfigError, OverloadedError
 from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
@@ -41,8 +40,6 @@ from nemotron3.inference.requests import (
 )
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.ops import native
-from nemotron3.parallel.threads import release_team, spread
 from nemotron3.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -112,6 +109,12 @@ class Stream:
             await self.aclose()
             raise
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose state was kept from before, once the first token has come."""
+        report = self._answers.report
+        return 0 if report is None else report.num_cached_tokens
+
     def receive(self, progress: Progress) -> None:
         """Take what a step brought."""
         self._deltas.append(self._answers.push(progress))
@@ -144,7 +147,6 @@ class AsyncLLM(LoadedModel):
         self._streams: dict[str, Stream] = {}
         self._num_answers = 0
         self._is_closing = False
-        release_team()  # what was loaded here is computed with over there
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -164,6 +166,10 @@ class AsyncLLM(LoadedModel):
     def prepare_text(self, text: str) -> Prompt:
         """A text to continue as a prompt."""
         return self._frontend.text_prompt(text)
+
+    def prepare_ids(self, ids: Sequence[int]) -> Prompt:
+        """Token ids to continue as a prompt."""
+        return self._frontend.ids_prompt(ids)
 
     def prepare_forms(self) -> None:
         """Have what compiles forms ready, for which else the first request with one waits."""
@@ -250,9 +256,6 @@ class AsyncLLM(LoadedModel):
 
     def _work(self) -> None:
         """The engine's thread."""
-        if self._engine.model.device.type == "cpu" and native.available():
-            with suppress(BackendUnavailableError):  # the first step says what does not compile
-                spread(native.team_ids())
         while True:
             with self._changed:
                 while not (self._commands or self._engine.has_work or self._is_closing):

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from nemotron3.server.length import assert_fits, assert_not_hopeless, texts_in
 from nemotron3.server.metrics import ServerMetrics
 from nemotron3.server.plan import ChatPlan
 from nemotron3.server.refusals import RefusedError, invalid, spelled
+from nemotron3.server.usage import Usage
 
 Notes = MutableMapping[str, Any]
 
@@ -27,6 +28,8 @@ class Desk:
     llm: AsyncLLM
     metrics: ServerMetrics
     model_name: str
+    defaults: Mapping[str, Any]
+    """Of `SamplingParams`, for what a request leaves out."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def assert_serves(self, model: str | None) -> None:
@@ -107,6 +110,16 @@ class Answering:
         self._notes = notes
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = 0
+        self._reasoning: dict[int, int] = {}  # tokens of it in each answer
+
+    def usage_so_far(self) -> Usage:
+        """What the pieces that have been taken cost; drafts are counted at the end."""
+        return Usage(
+            prompt=self.num_prompt_tokens,
+            completion=self.num_tokens,
+            cached=self._stream.num_cached_tokens,
+            reasoning=sum(self._reasoning.values()),
+        )
 
     async def deltas(self) -> AsyncGenerator[AnswerDelta, None]:
         """What comes; an answer that failed raises, and leaving early stops the engine's work."""
@@ -117,6 +130,7 @@ class Answering:
                 if first is None and delta.token_ids:
                     first = time.perf_counter()
                 self._count(len(delta.token_ids))
+                self._reasoning[delta.index] = delta.num_reasoning_tokens
                 self._assert_sound(delta)
                 yield delta
         if first is not None:

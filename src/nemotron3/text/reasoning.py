@@ -98,6 +98,11 @@ class ReasoningSplitter:
         return self._state is not _State.ANSWER
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether the last of the text may turn out to be no reasoning: a tag or a call."""
+        return self._state is _State.PERHAPS_CALL or bool(self._unread)
+
+    @property
     def reasoning(self) -> str:
         """All reasoning so far."""
         return "".join(self._reasoning)

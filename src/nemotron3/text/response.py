@@ -19,6 +19,7 @@ from nemotron3.text.messages import Tool
 from nemotron3.text.reasoning import CALL_TAGS, TAGS, ReasoningSplitter, Span
 from nemotron3.text.tokenizer import Tokenizer
 from nemotron3.text.tool_calls import CallDelta, ContentDelta, ParsedCall, ToolCallParser
+from nemotron3.text.vocabulary import THINK_END
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class ResponseParser:
     """Reads one stream of generated ids.
 
     Tags are taken by their ids; a vocabulary that lacks one of them is read by its characters.
-    Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that were generated
-    while the reasoning was open, tags not included; `num_content_tokens` those that content is
-    made of: no calls, and no white space that is dropped.
+    Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that a model generated
+    between the tags of its reasoning: no tag, no beginning of a call that ends it, and nothing that
+    was forced on the model. `num_content_tokens` counts those that content is made of: no calls,
+    and no white space that is dropped.
     """
 
     def __init__(
@@ -74,27 +76,58 @@ class ResponseParser:
         self._calls = ToolCallParser(tools, tags_in_text=in_text) if tools else None
         self._content: list[str] = []
         self.num_reasoning_tokens = self.num_content_tokens = 0
+        self._num_undecided = 0
 
-    def push(self, ids: Iterable[int]) -> list[ResponseDelta]:
-        """Take generated ids; what they make certain comes back."""
+    def push(self, ids: Iterable[int], *, is_forced: bool = False) -> list[ResponseDelta]:
+        """Take generated ids; what they make certain comes back.
+
+        Ids that were forced (`is_forced`) are read like any others, and not counted as reasoning.
+        """
         deltas: list[ResponseDelta] = []
         for token_id in ids:
-            if token_id in self._hidden:
-                continue
+            was_open = self._splitter.is_reasoning_open
             tag = self._tags.get(token_id)
-            is_reasoning = self._splitter.is_reasoning_open
-            if tag is None or (is_reasoning and tag in CALL_TAGS):
-                self.num_reasoning_tokens += is_reasoning
+            if was_open and tag in CALL_TAGS:  # in the reasoning they are text
+                tag = None
+            if token_id in self._hidden:
+                spans = []
+            elif tag is None:
                 text = self._detokenizer.push([token_id])
                 spans = self._splitter.push(text)
-                self.num_content_tokens += not is_reasoning and self._is_content(text, spans)
+                self.num_content_tokens += not was_open and self._is_content(text, spans)
             else:
                 spans = self._splitter.push(self._detokenizer.finish())
                 shown = self._splitter.push_tag(tag)
                 self.num_content_tokens += any(map(self._is_shown, shown))
                 spans += shown
+            if was_open:
+                is_nothing = tag is not None and not spans  # a tag that repeats the prompt's
+                self._count_reasoning(int(not is_forced and not is_nothing), tag)
             deltas += self._read(spans)
         return deltas
+
+    def _count_reasoning(self, one: int, tag: str | None) -> None:
+        """Count what came while the reasoning was open, once it is known to be reasoning."""
+        if tag is not None:  # what came before it was no beginning of a call
+            self._decide()
+        if not self._splitter.is_reasoning_open:  # what is undecided was a call, or a tag as text
+            self._num_undecided = 0
+        elif self._splitter.is_undecided:
+            self._num_undecided += 1
+        else:
+            self._decide()
+            self.num_reasoning_tokens += one
+
+    def _decide(self) -> None:
+        self.num_reasoning_tokens += self._num_undecided
+        self._num_undecided = 0
+
+    def count_unshown(self, ids: Iterable[int]) -> None:
+        """Count ids at the end of the answer that are not shown: those of a stop string."""
+        for token_id in ids:
+            if not self._splitter.is_reasoning_open or self._tags.get(token_id) == THINK_END:
+                return
+            self.num_reasoning_tokens += 1
 
     def push_text(self, text: str) -> list[ResponseDelta]:
         """Take text that the answer ends with, inside a token.
@@ -111,6 +144,7 @@ class ResponseParser:
     def finish(self) -> list[ResponseDelta]:
         """End the stream; what was held back comes."""
         deltas = self._read(self._splitter.push(self._detokenizer.finish()))
+        self._decide()
         deltas += self._read(self._splitter.finish())
         if self._calls is not None:
             deltas += self._keep(self._calls.finish())
