@@ -191,6 +191,7 @@ def read(tokenizer, tools, ids):
     return parser.response()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=300,
     deadline=None,

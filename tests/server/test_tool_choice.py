@@ -167,6 +167,11 @@ SAID = [
     ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"a": 1}', {"a": 1}),
     ({"type": "array", "items": {"type": "string"}}, '["</parameter>\\n</function>"]',
      ["</parameter>\n</function>"]),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}},
+     '{"any": 1}', {"any": 1}),
+    ({"type": "object", "propertyNames": {"$ref": "#/$defs/Color"},
+      "additionalProperties": {"type": "integer"}}, '{"red": 1}', {"red": 1}),
+    ({"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^(?!x)"}]}, "2.5", 2.5),
     ({"type": "string", "format": "date-time"}, "2024-02-29T10:00:00Z", "2024-02-29T10:00:00Z"),
 ]  # fmt: skip
 UNSAID = [
@@ -180,6 +185,9 @@ UNSAID = [
     ({"type": "string", "pattern": "^[a-z]+$"}, "W"),
     ({"type": "string", "format": "date"}, "2023-02-29"),
     ({"type": "string"}, "a\n<parameter=other>\nb"),
+    ({"type": "object", "propertyNames": {"$ref": "#/$defs/Color"}}, '{"green": 1}'),
+    ({"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^(?!x)"}]}, "word"),
+    ({"type": "number", "minimum": 0}, "1e999"),
     ({"type": "string"}, "a</parameter>\n</function>"),
     ({"type": ["string", "integer"], "maxLength": 3}, '"1234"'),
 ]
@@ -222,6 +230,7 @@ def test_what_does_not_fit_the_schema_may_not_be_written(tokenizer, schema, writ
         ({"type": "object", "properties": {"x": {"$ref": "#/$defs/Gone"}}}, "leads nowhere"),
         ({"type": "string", "not": {"const": "a"}}, "cannot be held to 'not'"),
         ({"type": "string", "pattern": "a(^b)"}, "'\\^' and '\\$' can be held at the ends"),
+        ({"type": "string", "pattern": "^(?!x)"}, "one that looks around"),
         ({"type": "string", "minLength": "x"}, "give a number of characters"),
     ],
 )

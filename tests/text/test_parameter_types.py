@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nemotron3.errors import DataError
 from nemotron3.text.parameter_types import ANYTHING, parameter_type, readable_type
+from nemotron3.text.schemas import closed
 from nemotron3.text.tool_listing import write_argument
 
 OPTIONAL = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
@@ -204,6 +205,19 @@ def test_a_schema_that_cannot_be_followed_is_said_and_read_as_none(root):
     with pytest.raises(DataError, match="write it flatter"):
         parameter_type({"$ref": "#/$defs/d0"}, root)
     assert readable_type({"$ref": "#/$defs/d0"}, root) is ANYTHING
+
+
+def test_a_deep_schema_is_refused_before_it_is_followed():
+    schema = {"type": "string"}
+    for _ in range(5000):
+        schema = {"anyOf": [schema]}
+    with pytest.raises(DataError, match="write it flatter"):
+        parameter_type(schema)
+    nested = {"type": "array"}
+    for _ in range(5000):
+        nested = {"type": "array", "items": nested}
+    with pytest.raises(DataError, match="write it flatter"):
+        closed([(nested,)], {})
 
 
 def test_long_lists_of_choices_are_read_at_once():

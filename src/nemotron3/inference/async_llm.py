@@ -40,6 +40,7 @@ from nemotron3.inference.requests import (
     FinishReason,
     PromptReport,
     SamplingParams,
+    StructuredOutput,
     TokenConstraint,
     TokenDelta,
 )
@@ -227,8 +228,8 @@ class AsyncLLM(BaseLLM):
         return self._frontend.ids_prompt(ids)
 
     def prepare_grammars(self) -> None:
-        """Build the compiler of grammars, for which else the first structured output waits."""
-        self._frontend.compiler()
+        """Have what compiles forms ready, for which else the first request with one waits."""
+        self._frontend.prepare(StructuredOutput(kind="json_object")).result()
 
     async def compile_grammar(
         self, prompt: Prompt, params: SamplingParams

@@ -163,7 +163,12 @@ class _Values:
             banned.append("~/[-0-9](?s:.*)/")
         found: list[str] = []
         for conjunction in held.texts:
-            regexes = [f"/{regex}/" for part in conjunction for regex in _regexes(part)]
+            try:
+                regexes = [f"/{regex}/" for part in conjunction for regex in _regexes(part)]
+            except DataError:
+                if len(held.texts) == 1 and not (held.others or held.literals):
+                    raise
+                continue  # what cannot be held is not written, where something else can be
             found.append(f"({' & '.join([self._safe, *regexes, *banned])})")
             for kind in sorted(held.kinds & _SCALARS.keys()):
                 content = " & ".join([f"/{LOOKS[kind]}/", *regexes])

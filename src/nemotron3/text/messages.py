@@ -18,6 +18,9 @@ from typing import Any, cast
 
 from nemotron3.errors import DataError
 
+MAX_NAME = 256
+"""Characters of the name of a function or a parameter; OpenAI allows 64."""
+
 Json = Any
 """A JSON value: None, bool, int, float, str, a list or a mapping with string keys."""
 
@@ -84,14 +87,6 @@ class Tool:
     description: str | None = None
     parameters: Mapping[str, Json] | None = None
     extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
-
-    def parameter_schema(self, name: str) -> Mapping[str, Json] | None:
-        """The JSON schema of one parameter, or None where the tool does not describe it."""
-        properties = (self.parameters or {}).get("properties")
-        if not isinstance(properties, Mapping):
-            return None
-        schema = cast(Mapping[str, Json], properties).get(name)
-        return cast(Mapping[str, Json], schema) if isinstance(schema, Mapping) else None
 
 
 def parse_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
@@ -174,6 +169,8 @@ def _call(value: Any, where: str) -> ToolCall:
                 f"{at}.arguments is not JSON ({error.msg} at character {error.pos}); "
                 f"give an object, or the JSON text of one"
             ) from error
+        except RecursionError as error:
+            raise DataError(f"{at}.arguments is nested too deep; write it flatter") from error
     return ToolCall(
         name=_name(call, at),
         arguments=_object(arguments, f"{at}.arguments"),
@@ -248,6 +245,8 @@ def _assert_writable(name: Any, where: str) -> None:
         raise DataError(f"{where} is {name!r}; a name is a text that is not blank")
     if any(character in name for character in "<>\n"):
         raise DataError(f"{where} is {name!r}; a name holds no '<', '>' or line end")
+    if len(name) > MAX_NAME:
+        raise DataError(f"{where} has {len(name)} characters; a name has {MAX_NAME} at most")
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:

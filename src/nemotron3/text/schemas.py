@@ -39,7 +39,7 @@ def alternatives(schema: Json, root: Mapping[str, Json] | None) -> list[Conjunct
     `root` is the document in which `$ref` looks; a reference that leads nowhere stays in its plain
     schema. Raises `DataError` where they are too many to be told.
     """
-    return _Alternatives(root or {}).of(schema, frozenset())
+    return _Alternatives(root or {}).of(schema, frozenset(), 0)
 
 
 def closed(schemas: Sequence[Conjunction], root: Mapping[str, Json] | None) -> dict[str, Json]:
@@ -55,21 +55,21 @@ class _Alternatives:
         self._root = root
         self._steps = 0
 
-    def of(self, schema: Json, seen: frozenset[str]) -> list[Conjunction]:
+    def of(self, schema: Json, seen: frozenset[str], depth: int) -> list[Conjunction]:
         self._steps += 1
-        if self._steps > _MAX_STEPS or len(seen) > _MAX_DEPTH:
+        if self._steps > _MAX_STEPS or depth > _MAX_DEPTH:
             raise DataError("a schema refers to others too often to be followed; write it flatter")
         if schema is False:
             return []
         if not isinstance(schema, Mapping):
             return [()]
         given = cast(Mapping[str, Json], schema)
-        factors = [self._plain(given, seen)]
+        factors = [self._plain(given, seen, depth)]
         for part in _schemas(given.get("allOf")):
-            factors.append(self.of(part, seen))
+            factors.append(self.of(part, seen, depth + 1))
         for key in ("anyOf", "oneOf"):
             if isinstance(given.get(key), list):
-                factors.append([c for part in _schemas(given[key]) for c in self.of(part, seen)])
+                factors.append(self._any(given[key], seen, depth + 1))
         found: list[Conjunction] = [()]
         for factor in factors:
             if len(found) * len(factor) > _MAX_ALTERNATIVES:
@@ -79,7 +79,12 @@ class _Alternatives:
             found = [(*left, *right) for left, right in product(found, factor)]
         return [*found, ({"type": "null"},)] if given.get("nullable") is True else found
 
-    def _plain(self, given: Mapping[str, Json], seen: frozenset[str]) -> list[Conjunction]:
+    def _any(self, listed: Json, seen: frozenset[str], depth: int) -> list[Conjunction]:
+        return [found for part in _schemas(listed) for found in self.of(part, seen, depth)]
+
+    def _plain(
+        self, given: Mapping[str, Json], seen: frozenset[str], depth: int
+    ) -> list[Conjunction]:
         own = {key: value for key, value in given.items() if key not in _COMBINING}
         reference = given.get("$ref")
         if not isinstance(reference, str):
@@ -89,7 +94,7 @@ class _Alternatives:
             return [({**own, "$ref": reference},)]
         if reference in seen:
             return []  # what fits only if it fits is no alternative
-        reached = self.of(target, seen | {reference})
+        reached = self.of(target, seen | {reference}, depth + 1)
         return [(own, *conjunction) for conjunction in reached]
 
 
@@ -125,7 +130,7 @@ class _Closing:
             raise DataError(f"a schema is more than {_MAX_DEPTH} deep; write it flatter")
         if not isinstance(schema, Mapping):
             return schema
-        given = cast(Mapping[str, Json], schema)
+        given = self._with_names(cast(Mapping[str, Json], schema))
         found = {
             key: self._value(key, value, depth + 1)
             for key, value in given.items()
@@ -139,6 +144,27 @@ class _Closing:
         if given.get("nullable") is True:
             return {"anyOf": [found, {"type": "null"}]}
         return found
+
+    def _with_names(self, schema: Mapping[str, Json]) -> Mapping[str, Json]:
+        """A schema without `propertyNames`, where that lists names, or says no more than text."""
+        if "propertyNames" not in schema:
+            return schema
+        listed: list[Json] = []
+        for conjunction in alternatives(schema["propertyNames"], self._root):
+            lists = [_listed(part) for part in conjunction if {"enum", "const"} & set(part)]
+            if not lists:
+                is_any = all(set(part) - _DESCRIBING <= {"type"} for part in conjunction)
+                others = {key: schema[key] for key in schema if key != "propertyNames"}
+                return others if is_any else schema
+            listed += [name for name in lists[0] if all(name in each for each in lists)]
+        given = cast(Mapping[str, Json], schema.get("properties") or {})
+        value = schema.get("additionalProperties", True)
+        names = [name for name in listed if isinstance(name, str)]
+        return {
+            **{key: schema[key] for key in schema if key != "propertyNames"},
+            "properties": {name: given.get(name, value) for name in names},
+            "additionalProperties": False,
+        }
 
     def _value(self, key: str, value: Json, depth: int) -> Json:
         if key == "$ref" and isinstance(value, str):
@@ -174,6 +200,12 @@ def _target(reference: str, root: Mapping[str, Json]) -> Json:
 
 def _schemas(listed: Json) -> list[Json]:
     return cast(list[Json], listed) if isinstance(listed, list) else []
+
+
+def _listed(schema: Mapping[str, Json]) -> list[Json]:
+    """The values of a plain schema's `enum` or `const`."""
+    listed = schema.get("enum")
+    return cast(list[Json], listed) if isinstance(listed, list) else [schema.get("const")]
 
 
 def _patterns(schema: Mapping[str, Json]) -> list[str]:

@@ -139,6 +139,8 @@ def _length(value: Json) -> int | None:
 
 def _searched(pattern: str) -> str:
     """A `pattern` of ECMA's, which may match anywhere, as one that matches the whole text."""
+    if _LOOKS_AROUND.search(pattern) is not None:
+        raise DataError(f"pattern is {pattern!r}; no text can be held to one that looks around")
     found: list[str] = []
     for starts, inner, ends in _branches(pattern):
         found.append(f"{'' if starts else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}")

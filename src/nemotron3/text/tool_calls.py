@@ -46,7 +46,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from nemotron3.text.messages import Tool
+from nemotron3.text.messages import MAX_NAME, Tool
 from nemotron3.text.parameter_types import ANYTHING, ParameterType
 from nemotron3.text.reasoning import partial_suffix
 from nemotron3.text.tool_parameters import ToolParameters
@@ -57,7 +57,6 @@ _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _NAME_END = re.compile(r"[<>\n]")
 _STRING_MARK = re.compile(r'\\.?|"|\n', re.DOTALL)
 _LAST_CLOSING = re.compile(r"\n?</function>\s*\Z")
-_MAX_NAME = 256  # characters; OpenAI allows 64
 
 
 @dataclass(frozen=True)
@@ -400,8 +399,8 @@ class ToolCallParser:
 
     def _name(self, at: int) -> tuple[str, int] | None:
         """The name between `at` and the next `>`, and where that ends."""
-        found = _NAME_END.search(self._buffer, at, at + _MAX_NAME)
-        if found is None and len(self._buffer) < at + _MAX_NAME:
+        found = _NAME_END.search(self._buffer, at, at + MAX_NAME)
+        if found is None and len(self._buffer) < at + MAX_NAME:
             raise _UndecidedError
         if found is None:
             return None

@@ -22,6 +22,8 @@ _UNHELD = frozenset(
     | {"minProperties", "not", "propertyNames", "then", "unevaluatedProperties"}
 )
 
+_ANY_NAME = {"type": "string"}  # zod's `propertyNames` of a record
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArgumentSet:
@@ -109,7 +111,7 @@ def assert_held(parameters: Mapping[str, Json]) -> None:
     """Refuse what a grammar of calls cannot hold a tool's arguments to."""
     for conjunction in alternatives(parameters, parameters):
         for schema in conjunction:
-            unheld = sorted(_UNHELD & set(schema))
+            unheld = sorted(key for key in _UNHELD & set(schema) if schema[key] != _ANY_NAME)
             if unheld:
                 raise DataError(
                     f"parameters has {unheld[0]!r}, to which no call can be held; leave it out, "
