@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron3.errors import BackendUnavailableError
 from nemotron3.ops.conv.shifted import causal_conv_shifted
 from nemotron3.ops.native import TeamFunction, contiguous_rows
 from nemotron3.ops.segments import Segments
@@ -57,11 +58,15 @@ def causal_conv_steps_native(
 ) -> Tensor:
     """The same in C++ (steps.cpp says how)."""
     (channels, taps), rows = weight.shape, len(slots)
-    assert tails.is_contiguous(), "a pool of tails is never a slice"
-    assert taps <= _MOST_TAPS, f"a convolution of {taps} taps is not short"
+    if taps > _MOST_TAPS:
+        raise BackendUnavailableError(
+            f"the native backend of 'conv_steps' takes {_MOST_TAPS} taps, not {taps}; use "
+            "backend='torch'"
+        )
     x, y = contiguous_rows(x), x.new_empty(x.shape)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     _steps(
-        x, weight.contiguous(), bias, tails, slots, trail, y, rows, len(x) // rows, taps, channels,
+        x, weight, bias, tails, slots, trail, y, rows, len(x) // rows, taps, channels,
         x.stride(0), 0 if trail is None else trail.stride(0), work=x.numel() * taps,
     )  # fmt: skip
     return y
