@@ -41,6 +41,14 @@ class BackendUnavailableError(Nemotron3Error, RuntimeError):
     """A device or kernel that was asked for by name and is not there."""
 
 
+class OperandError(Nemotron3Error, RuntimeError):
+    """An operand of the wrong dtype, shape, device or layout: where PyTorch has a RuntimeError."""
+
+
+class OperandIndexError(Nemotron3Error, IndexError):
+    """An operand that names something that is not there: an expert, a token, a slot, a page."""
+
+
 class DependencyMissingError(Nemotron3Error, ImportError):
     """An optional package that the requested feature needs; the message holds the install line."""
 

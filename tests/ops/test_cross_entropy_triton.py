@@ -112,3 +112,13 @@ def test_float64_is_refused():
     targets, weights, inputs = operands()
     with pytest.raises(BackendUnavailableError, match="'cross_entropy' computes in float32"):
         loss(targets, weights, "triton")(*inputs)
+
+
+def test_a_target_outside_the_vocabulary_shows_as_a_loss_that_is_no_number():
+    """On a GPU nobody looks at the values of targets, so the kernel is called as it is there."""
+    from nemotron3.ops.cross_entropy.triton import linear_cross_entropy_triton  # noqa: PLC0415
+
+    targets = torch.tensor([1, -100, 33, 2])
+    h, w = torch.randn(4, 5), torch.randn(33, 5)
+    _, losses, _ = linear_cross_entropy_triton(h, w, targets, torch.ones(4), None)
+    assert losses.isnan().tolist() == [False, True, True, False]

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,19 +47,22 @@ Implementations = Mapping[str, Callable[..., Any] | Kernel]
 
 
 def resolve(
-    operation: str, backend: str, implementations: Implementations, like: Tensor
+    operation: str, backend: str, implementations: Implementations, *operands: Tensor | None
 ) -> Callable[..., Any]:
-    """The implementation of `operation` to run on tensors like `like`."""
-    name = _fastest(implementations, like) if backend == "auto" else backend
+    """The implementation of `operation` to run on these operands, which are on one device.
+
+    `operands` are all whose dtype matters: compiled functions read each of them as float32.
+    """
+    name = _fastest(implementations, operands) if backend == "auto" else backend
     if name not in implementations:
         raise BackendUnavailableError(
             f"operation {operation!r} has no backend {backend!r}; choose from "
             f"auto, {', '.join(implementations)}"
         )
     if backend == "triton":
-        _require_triton(operation, like)
+        _require_triton(operation, operands)
     elif backend == "native":
-        _require_native(operation, like)
+        _require_native(operation, operands)
     _say(operation, name)
     if _thread.choices is not None:
         _thread.choices[operation] = name
@@ -99,12 +102,22 @@ def _say(operation: str, name: str) -> None:
     _log.info("%s runs on the %s backend", operation, name)
 
 
-def _fastest(implementations: Implementations, like: Tensor) -> str:
-    if "native" in implementations and native.supports(like) and native.available():
+def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]) -> str:
+    if "native" in implementations and _unserved(operands) is None and native.available():
         return "native"
-    if "triton" in implementations and like.device.type == "cuda" and _has_triton():
+    first = operands[0]
+    assert first is not None, "the first operand is never optional"
+    if "triton" in implementations and first.device.type == "cuda" and _has_triton():
         return "triton"
     return "torch"
+
+
+def _unserved(operands: Sequence[Tensor | None]) -> Tensor | None:
+    """The first operand that compiled functions cannot read."""
+    for operand in operands:
+        if operand is not None and not native.supports(operand):
+            return operand
+    return None
 
 
 @functools.cache
@@ -112,12 +125,14 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _require_triton(operation: str, like: Tensor) -> None:
+def _require_triton(operation: str, operands: Sequence[Tensor | None]) -> None:
     if not _has_triton():
         raise BackendUnavailableError(
             f"the triton backend of {operation!r} needs the package triton: "
             "pip install 'nemotron3[gpu]'"
         )
+    like = operands[0]
+    assert like is not None, "the first operand is never optional"
     if like.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendUnavailableError(
             f"the triton backend of {operation!r} needs tensors on a CUDA device, not "
@@ -126,8 +141,9 @@ def _require_triton(operation: str, like: Tensor) -> None:
         )
 
 
-def _require_native(operation: str, like: Tensor) -> None:
-    if not native.supports(like):
+def _require_native(operation: str, operands: Sequence[Tensor | None]) -> None:
+    like = _unserved(operands)
+    if like is not None:
         raise BackendUnavailableError(
             f"the native backend of {operation!r} computes in float32 on the CPU, and was given "
             f"{like.dtype} on {like.device}; use backend='auto'"

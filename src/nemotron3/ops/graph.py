@@ -15,7 +15,8 @@ the results from where they were.
 Compiled operations in a row become a `Program`, which one team of threads goes through without
 coming back to Python; PyTorch's are called as they were. What the function decides from shapes or
 from values that it reads is fixed by the recording, so reading a value is refused where PyTorch
-lets one see it.
+lets one see it. Indices that it was given (tokens, slots, lengths) are others in each replay, and a
+replay checks that they are in the ranges that the operations asked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron3.ops import native
+from nemotron3.ops.checks import WatchedIndices, check_indices, watching_indices
 from nemotron3.ops.native import GraphNode, ParallelKernel, Program
 
 _READS_VALUES = {
@@ -45,18 +47,24 @@ class Graph:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
+        self._checks: list[Callable[[], None]] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Record what is done within, which has to be without gradients."""
         assert not torch.is_grad_enabled(), "a graph has no gradients"
         calls: list[Any] = []
-        with native.recording(calls), _Recorder(calls):
+        watched: list[WatchedIndices] = []
+        recorder = _Recorder(calls)
+        with native.recording(calls), recorder, watching_indices(watched):
             yield
         self._steps = _joined(calls)
+        self._checks = _of_given(watched, recorder.made)
 
     def replay(self) -> None:
-        """Do it all again."""
+        """Do it all again; raises OperandIndexError where an index has come to be out of range."""
+        for check in self._checks:
+            check()
         for step in self._steps:
             step()
 
@@ -77,12 +85,24 @@ def _joined(calls: list[Any]) -> list[Callable[[], object]]:
     return steps
 
 
+def _of_given(watched: list[WatchedIndices], made: set[int]) -> list[Callable[[], None]]:
+    """A check for each range of indices that the recording was given, not of those it makes."""
+    checks: dict[Any, Callable[[], None]] = {}
+    for indices, bounds, check in watched:
+        if indices.untyped_storage().data_ptr() not in made:
+            place = (indices.data_ptr(), indices.shape, indices.stride(), bounds)
+            checks.setdefault(place, check)
+    return list(checks.values())
+
+
 class _Recorder(TorchDispatchMode):
     """Notes PyTorch's operations; compiled ones note themselves."""
 
     def __init__(self, calls: list[Any]) -> None:
         super().__init__()
         self.calls = calls
+        self.made: set[int] = set()
+        """Addresses of memory that was made within."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -99,17 +119,23 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError(f"{name} reads the value of a tensor; a graph cannot record that")
         compiled = _compiled(name, args, kwargs)
         if compiled is not None:
+            self._note_made([compiled])
             return compiled
         result = func(*args, **kwargs)
         call = partial(func, *args, **kwargs)
         if func._schema.is_mutable:
             self.calls.append(call)
-        elif "empty" not in name:
-            outputs = _tensors(result)
-            operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            if outputs and not _shares_memory(outputs[0], operands):
+            return result
+        outputs = _tensors(result)
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if outputs and not _shares_memory(outputs[0], operands):
+            self._note_made(outputs)
+            if "empty" not in name:
                 self.calls.append(partial(_again, call, outputs))
         return result
+
+    def _note_made(self, outputs: list[Tensor]) -> None:
+        self.made.update(output.untyped_storage().data_ptr() for output in outputs)
 
 
 def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
@@ -124,6 +150,8 @@ def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor 
         _add(a, b, y, a.numel(), work=a.numel())
         return y
     if name == "aten::embedding" and b.dtype == torch.int64 and b.device == a.device:
+        bounds, hint = (0, len(a)), ", the tokens of the vocabulary"
+        check_indices("embedding", "tokens", b, b.shape, a, bounds, hint)
         y = a.new_empty(*b.shape, a.shape[1])
         _embedding(a, b, y, b.numel(), a.shape[1], work=y.numel())
         return y

@@ -7,11 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.ops.checks import check_axes, check_divides, check_integers
+
 
 def rotate(
     x: Float[Tensor, "tokens head head_dim"], positions: Int[Tensor, " tokens"], theta: float
 ) -> Float[Tensor, "tokens head head_dim"]:
     """Turn channel pair (i, i + head_dim / 2) by the angle position * theta^(-2 i / head_dim)."""
+    check_axes("rotate", "x", x, "tokens head head_dim")
+    check_divides("rotate", "halves", 2, "head_dim", x.shape[-1])
+    positions = check_integers("rotate", "positions", positions, x.shape[:1], x)
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     exponent = torch.arange(half, device=x.device, dtype=wide) / half

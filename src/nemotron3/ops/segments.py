@@ -12,6 +12,7 @@ shapes and loops are decided from them; the index tensors are made on demand, on
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Segments:
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
-        self.lengths = tuple(map(int, lengths))
+        self.lengths = tuple(map(index, lengths))
         if self.lengths and min(self.lengths) <= 0:
             raise ValueError(f"every segment needs at least one token, got lengths {self.lengths}")
         self.starts = tuple(accumulate(self.lengths, initial=0))
@@ -40,6 +41,10 @@ class Segments:
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> "Segments":
         """From cumulative boundaries [0, l0, l0 + l1, ...], as flash-attention calls them."""
         bounds = cu_seqlens.tolist()
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or bounds[:1] != [0]:
+            raise ValueError(
+                f"cu_seqlens is {bounds} of {cu_seqlens.dtype}; expected integers that begin at 0"
+            )
         return cls(end - start for start, end in pairwise(bounds))
 
     def __len__(self) -> int:
@@ -62,7 +67,7 @@ class Segments:
     @property
     def max_length(self) -> int:
         """Length of the longest segment."""
-        return max(self.lengths)
+        return max(self.lengths, default=0)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Cumulative boundaries, int64 [n_segments + 1]."""
@@ -73,13 +78,15 @@ class Segments:
         return self._cached(
             "ids",
             device,
-            lambda: torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.lengths)),
+            lambda: torch.repeat_interleave(
+                torch.arange(len(self)), torch.tensor(self.lengths, dtype=torch.int64)
+            ),
         )
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token within its segment, int64 [total]."""
         return self._cached(
-            "positions", device, lambda: torch.cat([torch.arange(n) for n in self.lengths])
+            "positions", device, lambda: torch.cat([torch.arange(n) for n in (*self.lengths, 0)])
         )
 
     def last_indices(self, device: torch.device) -> Tensor:

@@ -3,10 +3,25 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.errors import OperandError, OperandIndexError
 from nemotron3.ops.attention.decode_torch import attention_steps_torch
 from nemotron3.ops.attention.reference import attention_reference
 from nemotron3.ops.attention.torch import attention_torch
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import (
+    check_axes,
+    check_divides,
+    check_indices,
+    check_integers,
+    check_no_gradients,
+    check_operand,
+    check_pool,
+    check_positive,
+    check_segments,
+    check_sequences,
+    check_shape,
+    without_tokens,
+)
 from nemotron3.ops.segments import Segments
 
 _ATTENTIONS = {
@@ -35,7 +50,38 @@ def attention(
     `queries` and `keys` cut their streams into the same number of sequences. Where a sequence has
     more keys than queries, the extra keys come first: they are what a cache remembers.
     """
+    _check_heads("attention", q, k, v)
+    check_segments("attention", "queries", queries, len(q))
+    check_segments("attention", "keys", keys, len(k))
+    if queries is not keys:
+        _check_order(queries, keys)
+    if not len(q):
+        return without_tokens(q, k, v)
     return resolve("attention", backend, _ATTENTIONS, q)(q, k, v, queries=queries, keys=keys)
+
+
+def _check_heads(operation: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_axes(operation, "q", q, "tokens head head_dim")
+    check_axes(operation, "k", k, "tokens kv_head head_dim")
+    _, heads, head_dim = q.shape
+    check_positive(operation, heads=heads, head_dim=head_dim)
+    check_operand(operation, "k", k, (*k.shape[:2], head_dim), q)
+    check_operand(operation, "v", v, k.shape, q)
+    check_divides(operation, "kv_heads", k.shape[1], "heads", heads)
+
+
+def _check_order(queries: Segments, keys: Segments) -> None:
+    if len(queries) != len(keys):
+        raise OperandError(
+            f"attention: queries are {len(queries)} sequences and keys {len(keys)}; expected as "
+            "many"
+        )
+    for i, (new, all_) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
+        if new > all_:
+            raise OperandError(
+                f"attention: sequence {i} has {new} queries and {all_} keys; expected a key for "
+                "each query at least"
+            )
 
 
 def attention_steps(
@@ -59,7 +105,66 @@ def attention_steps(
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    steps = resolve("attention_steps", backend, _STEPS, keys)
+    least_slot = -1 if backend == "triton" else 0
+    table, slots, cached_lengths = _check_steps(
+        q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths,
+        least_slot=least_slot,
+    )  # fmt: skip
+    if not len(q):
+        return q.new_empty(q.shape)
+    steps = resolve("attention_steps", backend, _STEPS, keys, q, values)
     return steps(
         q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths
     )
+
+
+def _check_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    cached_lengths: Tensor,
+    least_slot: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Table, slots and context as the backends read them."""
+    name = "attention_steps"
+    _check_heads(name, q, k, v)
+    check_shape(name, "k", k, (len(q), *k.shape[1:]))
+    check_no_gradients(name, q, k, v)
+    check_axes(name, "keys", keys, "page place kv_head head_dim")
+    pages, page_size, *_ = keys.shape
+    check_operand(name, "keys", keys, (pages, page_size, *k.shape[1:]), q, same_dtype=False)
+    check_operand(name, "values", values, keys.shape, keys)
+    check_pool(name, "keys", keys)
+    check_pool(name, "values", values)
+    if table.dim() != 2:
+        raise OperandError(f"{name}: table has shape {list(table.shape)}; expected [slot, pages]")
+    table = check_integers(name, "table", table, table.shape, q)
+    rows, steps = check_sequences(name, slots, len(q))
+    slots = check_indices(name, "slots", slots, (rows,), q, (least_slot, len(table)))
+    most = table.shape[1] * page_size - steps
+    hint = f": {table.shape[1]} pages of {page_size} tokens hold those and {steps} more"
+    cached_lengths = check_indices(
+        name, "cached_lengths", cached_lengths, (rows,), q, (0, most + 1), hint
+    )
+    if rows and q.is_cpu:
+        _check_pages(table, slots, cached_lengths, steps, keys)
+    return table, slots, cached_lengths
+
+
+def _check_pages(
+    table: Tensor, slots: Tensor, cached_lengths: Tensor, steps: int, keys: Tensor
+) -> None:
+    """Refuse pages that do not exist, as far as the longest of the sequences goes."""
+    pages, page_size, *_ = keys.shape
+    rows, ends = table.numpy()[slots.numpy()], cached_lengths.numpy() + steps
+    used = rows[slots.numpy() >= 0, : -(-int(ends.max()) // page_size)]
+    wrong = used[(used < 0) | (used >= pages)]
+    if wrong.size:
+        raise OperandIndexError(
+            f"attention_steps: table holds page {wrong[0]}; expected values from 0 to {pages - 1}"
+        )

@@ -55,8 +55,6 @@ def attention_steps_triton(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.attention.api.attention_steps`."""
     require_kernel_dtypes("attention_steps", q, k, v, keys, values)
-    assert keys.is_contiguous(), "a pool of keys is never a slice"
-    assert values.is_contiguous(), "a pool of values is never a slice"
     (tokens, heads, head_dim), kv_heads, page_size = q.shape, k.shape[1], keys.shape[1]
     rows, group = len(slots), heads // kv_heads
     steps = tokens // rows

@@ -7,6 +7,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import (
+    check_axes,
+    check_indices,
+    check_intermediate_states,
+    check_no_gradients,
+    check_operand,
+    check_pool,
+    check_positive,
+    check_segments,
+    check_sequences,
+    without_tokens,
+)
 from nemotron3.ops.conv.decode import causal_conv_steps_native, causal_conv_steps_torch
 from nemotron3.ops.conv.reference import causal_conv_reference
 from nemotron3.ops.conv.torch import causal_conv_torch
@@ -61,11 +73,17 @@ def causal_conv(
     sequences). Returns the outputs and the states to hand to the next call, both in the dtype of
     `x`; taps are summed in float32 at least, whatever the operands are.
     """
+    _check("conv", x, weight, bias)
+    check_segments("conv", "segments", segments, len(x))
+    shape = (len(segments), weight.shape[1] - 1, x.shape[1])
     if conv_states is None:
-        conv_states = x.new_zeros(len(segments), weight.shape[1] - 1, x.shape[1])
-    return resolve("conv", backend, _CONVOLUTIONS, x)(
-        x, weight, bias, segments=segments, conv_states=conv_states.to(x.dtype)
-    )
+        conv_states = x.new_zeros(shape)
+    check_operand("conv", "conv_states", conv_states, shape, x, same_dtype=False)
+    conv_states = conv_states.to(x.dtype)
+    if not len(x):
+        return without_tokens(x, weight, bias), conv_states
+    conv = resolve("conv", backend, _CONVOLUTIONS, x, weight, bias)
+    return conv(x, weight, bias, segments=segments, conv_states=conv_states)
 
 
 def causal_conv_steps(
@@ -86,7 +104,25 @@ def causal_conv_steps(
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    steps = resolve("conv_steps", backend, _STEPS, x)
+    name = "conv_steps"
+    _check(name, x, weight, bias)
+    check_no_gradients(name, x, weight, bias)
+    check_axes(name, "conv_states", conv_states, "slot tail channel")
+    conv_state = (weight.shape[1] - 1, x.shape[1])
+    check_operand(
+        name, "conv_states", conv_states, (len(conv_states), *conv_state), x, same_dtype=False
+    )
+    check_pool(name, "conv_states", conv_states)
+    rows, length = check_sequences(name, slots, len(x))
+    least = -1 if backend == "triton" else 0
+    slots = check_indices(name, "slots", slots, (rows,), x, (least, len(conv_states)))
+    if not rows:
+        return x.new_empty(x.shape)
+    if intermediate_states is not None:
+        check_intermediate_states(
+            name, intermediate_states, (rows, length, *conv_state), conv_states
+        )
+    steps = resolve(name, backend, _STEPS, x, weight, bias, conv_states)
     return steps(
         x,
         weight,
@@ -95,3 +131,13 @@ def causal_conv_steps(
         slots=slots,
         intermediate_states=intermediate_states,
     )
+
+
+def _check(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_axes(operation, "x", x, "tokens channel")
+    check_axes(operation, "weight", weight, "channel tap")
+    channels, taps = x.shape[1], weight.shape[1]
+    check_positive(operation, channels=channels, taps=taps)
+    check_operand(operation, "weight", weight, (channels, taps), x, same_dtype=False)
+    if bias is not None:
+        check_operand(operation, "bias", bias, (channels,), x, same_dtype=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron3.errors import BackendUnavailableError
 from nemotron3.ops.conv.torch import causal_conv_torch
 from nemotron3.ops.native import ParallelKernel
 from nemotron3.ops.segments import Segments
@@ -61,12 +62,16 @@ def causal_conv_steps_native(
 ) -> Tensor:
     """The same in C++ (decode_native.cpp says how)."""
     (channels, taps), rows = weight.shape, len(slots)
-    assert conv_states.is_contiguous(), "a pool of states is never a slice"
-    assert taps <= _MAX_TAPS, f"a convolution of {taps} taps is not short"
+    if taps > _MAX_TAPS:
+        raise BackendUnavailableError(
+            f"the native backend of 'conv_steps' takes {_MAX_TAPS} taps, not {taps}; use "
+            "backend='torch'"
+        )
     x, y = contiguous_rows(x), x.new_empty(x.shape)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     _steps(
-        x, weight.contiguous(), bias, conv_states, slots, intermediate_states, y, rows,
-        len(x) // rows, taps, channels,
+        x, weight, bias, conv_states, slots, intermediate_states, y, rows, len(x) // rows, taps,
+        channels,
         x.stride(0), 0 if intermediate_states is None else intermediate_states.stride(0),
         work=x.numel() * taps,
     )  # fmt: skip

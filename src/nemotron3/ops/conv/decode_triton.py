@@ -93,11 +93,8 @@ def causal_conv_steps_triton(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.conv.api.causal_conv_steps`."""
     require_kernel_dtypes("conv_steps", x, weight, bias, conv_states)
-    assert conv_states.is_contiguous(), "a pool of states is never a slice"
-    assert intermediate_states is None or intermediate_states[0, 0].is_contiguous(), (
-        "a window lies in one piece"
-    )
     x, rows, (channels, taps) = contiguous_rows(x), len(slots), weight.shape
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _steps_kernel[(rows, triton.cdiv(channels, _STEPS["BLOCK"]))](
         x, weight.contiguous(), bias, conv_states, slots,

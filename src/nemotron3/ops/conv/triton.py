@@ -56,6 +56,7 @@ class _CausalConv(torch.autograd.Function):
         segments: Segments,
     ) -> tuple[Tensor, Tensor]:
         x, weight, conv_states = contiguous_rows(x), weight.contiguous(), conv_states.contiguous()
+        bias = None if bias is None else bias.contiguous()
         total, channels = x.shape
         ids, starts = segments.ids(x.device), segments.cu_seqlens(x.device)
         y = torch.empty(total, channels, dtype=x.dtype, device=x.device)

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import check_axes, check_indices, check_operand, check_positive
 from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
 from nemotron3.ops.cross_entropy.torch import linear_cross_entropy_torch
 
@@ -39,12 +41,28 @@ def linear_cross_entropy(
 ) -> TokenLosses:
     """Cross-entropy of softmax(hidden weight^T) against `targets`, each token with its own weight.
 
-    A token that should not count has weight 0 and any valid target. At most `max_logits` logits
-    exist at a time; None leaves the number to the backend: what a CPU's cache holds, or a small
-    share of a GPU's memory. `token_weights` carries no gradient.
+    A token that should not count has weight 0 and any target of the vocabulary: no target, not even
+    PyTorch's -100, means that a token is left out. A target outside the vocabulary is an
+    OperandIndexError on the CPU; on a GPU, where nobody waits to look at it, kernels give it a loss
+    of NaN. At most `max_logits` logits exist at a time; None leaves the number to the backend: what
+    a CPU's cache holds, or a small share of a GPU's memory. `token_weights` carries no gradient.
     """
+    check_axes("cross_entropy", "hidden", hidden, "tokens d_model")
+    check_axes("cross_entropy", "weight", weight, "vocab d_model")
+    (tokens, width), vocab = hidden.shape, len(weight)
+    check_positive("cross_entropy", vocab=vocab, d_model=width)
+    check_operand("cross_entropy", "weight", weight, (vocab, width), hidden, same_dtype=False)
+    check_operand(
+        "cross_entropy", "token_weights", token_weights, (tokens,), hidden, same_dtype=False
+    )
+    hint = "; a token that should not count has weight 0 and any of these"
+    targets = check_indices(
+        "cross_entropy", "targets", targets, (tokens,), hidden, (0, vocab), hint
+    )
+    if max_logits is not None and max_logits < 1:
+        raise ValueError(f"cross_entropy: max_logits is {max_logits}; expected 1 or more")
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = resolve("cross_entropy", backend, _LOSSES, hidden)
     return TokenLosses(
-        *resolve("cross_entropy", backend, _LOSSES, hidden)(
-            hidden, weight, targets, token_weights, max_logits
-        )
+        *losses(hidden, weight, targets, token_weights.detach().to(wide), max_logits)
     )

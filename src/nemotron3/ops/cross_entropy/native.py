@@ -37,10 +37,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, targets = hidden.contiguous(), targets.contiguous()
         token_weights = token_weights.contiguous()
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = None
+        d_weight = None if len(hidden) or not needs_weight else torch.zeros_like(weight)
         losses = hidden.new_empty(len(hidden))
         correct = torch.empty(len(hidden), dtype=torch.bool)
-        chunk = min(max(1, max_logits // weight.shape[0]), len(hidden))
+        chunk = max(1, min(max_logits // weight.shape[0], len(hidden)))
         room = hidden.new_empty(chunk, weight.shape[0])
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)

@@ -125,7 +125,8 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocab
     target = tl.load(targets_ptr + row)
-    target_logit = tl.load(logits_ptr + target).to(tl.float32)
+    exists = (target >= 0) & (target < vocab)
+    target_logit = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
     # The target's own logit is a maximum to start from: it is finite, and the first rescaling of an
     # empty sum is then harmless.
     highest = target_logit

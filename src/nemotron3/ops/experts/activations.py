@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Activation = Literal["relu2", "swiglu"]
+_UP_FACTORS = {"relu2": 1, "swiglu": 2}
 
 
 def up_factor(activation: Activation) -> int:
     """Rows of the first matrix per hidden unit."""
-    return 2 if activation == "swiglu" else 1
+    factor = _UP_FACTORS.get(activation)
+    if factor is None:
+        raise ValueError(f"activation is {activation!r}; choose from {', '.join(_UP_FACTORS)}")
+    return factor
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:

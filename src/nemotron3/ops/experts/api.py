@@ -4,8 +4,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import (
+    check_axes,
+    check_divides,
+    check_indices,
+    check_operand,
+    check_positive,
+    without_tokens,
+)
 from nemotron3.ops.experts import activations
-from nemotron3.ops.experts.activations import Activation
+from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.reference import routed_experts_reference
 from nemotron3.ops.experts.torch import routed_experts_torch
 
@@ -28,6 +36,10 @@ def activate(
     h: Float[Tensor, "*batch up_width"], activation: Activation, *, backend: Backend = "auto"
 ) -> Float[Tensor, "*batch width"]:
     """The hidden units of an expert or a dense layer from its first product."""
+    if h.dim() == 0 or not h.is_floating_point():
+        check_axes("activation", "h", h, "tokens up_width")
+    check_divides("activation", "halves", up_factor(activation), "columns", h.shape[-1])
+    check_positive("activation", columns=h.shape[-1])
     return resolve("activation", backend, _ACTIVATIONS, h)(h, activation)
 
 
@@ -47,6 +59,18 @@ def routed_experts(
     twice `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token at
     all.
     """
-    return resolve("experts", backend, _EXPERTS, x)(
-        x, indices, weights.to(x.dtype), up, down, activation
-    )
+    check_axes("experts", "x", x, "tokens d_in")
+    check_axes("experts", "down", down, "expert d_in width")
+    (tokens, d_in), (experts, _, width) = x.shape, down.shape
+    check_positive("experts", experts=experts, d_in=d_in, width=width)
+    check_operand("experts", "up", up, (experts, up_factor(activation) * width, d_in), x)
+    check_operand("experts", "down", down, (experts, d_in, width), x)
+    check_axes("experts", "weights", weights, "tokens choice")
+    shape = (tokens, weights.shape[1])
+    check_operand("experts", "weights", weights, shape, x, same_dtype=False)
+    check_positive("experts", choices=shape[1])
+    indices = check_indices("experts", "indices", indices, shape, x, (0, experts))
+    weights = weights.to(x.dtype)
+    if not tokens:
+        return without_tokens(x, weights, up, down)
+    return resolve("experts", backend, _EXPERTS, x)(x, indices, weights, up, down, activation)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from jaxtyping import Int
 from torch import Tensor
 
+from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import check_device, check_indices, check_pool, check_shape
 from nemotron3.ops.gather.reference import copy_rows_reference
 
 _ROUTES = {
@@ -28,5 +30,27 @@ def copy_rows(
     All are contiguous, and a target has the dtype of its source and rows of its shape; no two of
     `to` are the same. Without gradients.
     """
-    if targets:
-        resolve("copy_rows", backend, _ROUTES, targets[0])(targets, to, sources, places)
+    if len(targets) != len(sources):
+        raise OperandError(f"copy_rows: {len(targets)} targets for {len(sources)} sources")
+    if not targets:
+        return
+    first = targets[0]
+    for target, source in zip(targets, sources, strict=True):
+        for name, t in (("target", target), ("source", source)):
+            check_device("copy_rows", name, t, first)
+            check_pool("copy_rows", name, t)
+            if t.dim() == 0:
+                raise OperandError(f"copy_rows: a {name} has shape []; expected rows")
+        check_shape("copy_rows", "source", source, (*source.shape[:1], *target.shape[1:]))
+        if target.dtype != source.dtype:
+            raise OperandError(
+                f"copy_rows: a source has dtype {source.dtype} and its target {target.dtype}; "
+                "expected the same"
+            )
+    if to.dim() != 1:
+        raise OperandError(f"copy_rows: to has shape {list(to.shape)}; expected [row]")
+    rows = [min(map(len, tensors)) for tensors in (targets, sources)]
+    to = check_indices("copy_rows", "to", to, to.shape[:1], first, (0, rows[0]))
+    places = check_indices("copy_rows", "places", places, to.shape, first, (0, rows[1]))
+    if len(to):
+        resolve("copy_rows", backend, _ROUTES, first)(targets, to, sources, places)

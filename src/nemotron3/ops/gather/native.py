@@ -17,7 +17,7 @@ def copy_rows_native(
     """As `nemotron3.ops.gather.api.copy_rows`."""
     pairs: list[tuple[int, int, int]] = []
     for target, source in zip(targets, sources, strict=True):
-        row_bytes = target.stride(0) * target.element_size()
+        row_bytes = target.nbytes // len(target)
         pairs.append((target.data_ptr(), source.data_ptr(), row_bytes))
     work = len(to) * sum(row_bytes for *_, row_bytes in pairs)
     _copy_rows(torch.tensor(pairs), to, places, len(pairs), len(to), work=work)

@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import check_axes, check_operand
 from nemotron3.ops.linear.reference import linear_reference
 
 _PRODUCTS = {
@@ -37,6 +39,7 @@ def linear(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d_out"]:
     """x W^T, both of one dtype."""
+    _check(x, weight)
     return resolve("linear", backend, _PRODUCTS, x)(x, weight)
 
 
@@ -48,4 +51,16 @@ def linear_parts(
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T, taken apart into columns of `sizes`: a split whose gradients need no joining."""
+    _check(x, weight)
+    if sum(sizes) != weight.shape[0] or min(sizes, default=0) < 0:
+        raise OperandError(
+            f"linear: sizes {list(sizes)} do not make up the {weight.shape[0]} rows of weight"
+        )
     return resolve("linear", backend, _PRODUCTS_IN_PARTS, x)(x, weight, sizes)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check_axes("linear", "weight", weight, "d_out d_in")
+    if x.dim() == 0:
+        check_axes("linear", "x", x, "tokens d_in")
+    check_operand("linear", "weight", weight, (weight.shape[0], x.shape[-1]), x)

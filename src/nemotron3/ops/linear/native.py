@@ -25,13 +25,13 @@ def linear_native(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_parts_native(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Parts of x W^T; shapes as in `nemotron3.ops.linear.api.linear_parts`."""
-    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     weight = weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         parts = _Linear.apply(rows, weight, sizes)
     else:
         parts = _split(product(rows, weight), sizes)
-    return parts if x.dim() == 2 else tuple(y.unflatten(0, x.shape[:-1]) for y in parts)
+    return parts if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in parts)
 
 
 def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import check_axes, check_divides, check_operand, check_positive
 from nemotron3.ops.norm.reference import gated_group_norm_reference, rms_norm_reference
 from nemotron3.ops.norm.torch import gated_group_norm_torch, rms_norm_torch
 
@@ -29,7 +30,8 @@ def rms_norm(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d"]:
     """Root-mean-square norm over the last axis, in float32 inside, in the dtype of `x` outside."""
-    return resolve("rms_norm", backend, _NORMS, x)(x, weight, eps)
+    _check("rms_norm", x, weight)
+    return resolve("rms_norm", backend, _NORMS, x, weight)(x, weight, eps)
 
 
 def gated_group_norm(
@@ -42,4 +44,15 @@ def gated_group_norm(
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d"]:
     """RMS norm of `x * SiLU(gate)` within each of `groups` equal parts of the last axis."""
-    return resolve("gated_group_norm", backend, _GATED_NORMS, x)(x, gate, weight, groups, eps)
+    _check("gated_group_norm", x, weight)
+    check_operand("gated_group_norm", "gate", gate, x.shape, x, same_dtype=False)
+    check_divides("gated_group_norm", "groups", groups, "columns", x.shape[-1])
+    norm = resolve("gated_group_norm", backend, _GATED_NORMS, x, gate, weight)
+    return norm(x, gate, weight, groups, eps)
+
+
+def _check(operation: str, x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        check_axes(operation, "x", x, "tokens d")
+    check_positive(operation, columns=x.shape[-1])
+    check_operand(operation, "weight", weight, x.shape[-1:], x, same_dtype=False)

@@ -10,8 +10,16 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int, Int8
 from torch import Tensor
 
+from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, Kernel, resolve
-from nemotron3.ops.rounding.bits import RandomBits
+from nemotron3.ops.checks import (
+    check_axes,
+    check_device,
+    check_integers,
+    check_positive,
+    check_shape,
+)
+from nemotron3.ops.rounding.bits import BLOCK, RandomBits
 from nemotron3.ops.rounding.native import to_float16_native, to_int8_native
 from nemotron3.ops.rounding.reference import (
     scales,
@@ -43,7 +51,10 @@ def to_float16(
     backend: Backend = "auto",
 ) -> Float16[Tensor, "row ..."]:
     """States in float16, at most its largest number; `positions` are the tokens each has read."""
-    if bits is None:
+    if x.dim() < 2 or not x.is_floating_point():
+        check_axes("to_float16", "x", x, "row element")
+    positions = check_integers("to_float16", "positions", positions, x.shape[:1], x)
+    if bits is None or not x.numel():
         return x.clamp(-_LARGEST, _LARGEST).half()
     flat = x.float().flatten(1).contiguous()
     round_ = resolve("to_float16", backend, _TO_FLOAT16, flat)
@@ -58,17 +69,26 @@ def to_int8(
     backend: Backend = "auto",
 ) -> tuple[Int8[Tensor, "row *unit d_state"], Float32[Tensor, "row *unit block"]]:
     """States as numbers of steps, and the step of each block of 128 along the last axis."""
+    if x.dim() < 3 or not x.is_floating_point():
+        check_axes("to_int8", "x", x, "row unit d_state")
+    check_positive("to_int8", d_state=x.shape[-1])
+    positions = check_integers("to_int8", "positions", positions, x.shape[:1], x)
     flat = x.float().flatten(1, -2).contiguous()
-    if bits is None:
+    if bits is None or not x.numel():
         steps, inverse = scales(flat)
         codes = (flat * spread(inverse, x.shape[-1])).round().nan_to_num(0.0).to(torch.int8)
     else:
         codes, steps = resolve("to_int8", backend, _TO_INT8, flat)(flat, positions, bits)
-    return codes.view(x.shape), steps.view(*x.shape[:-1], -1)
+    return codes.view(x.shape), steps.view(*x.shape[:-1], steps.shape[-1])
 
 
 def from_int8(
     codes: Int8[Tensor, "*unit d_state"], steps: Float32[Tensor, "*unit block"]
 ) -> Float32[Tensor, "*unit d_state"]:
     """The states that `to_int8` kept."""
+    if codes.dim() == 0:
+        raise OperandError("from_int8: codes has shape []; expected [unit, d_state]")
+    blocks = -(-codes.shape[-1] // BLOCK)
+    check_shape("from_int8", "steps", steps, (*codes.shape[:-1], blocks))
+    check_device("from_int8", "steps", steps, codes)
     return codes.float() * spread(steps, codes.shape[-1])

@@ -40,6 +40,13 @@ class RandomBits:
     stream: int = 0
     rounds: int = 10
 
+    def __post_init__(self) -> None:
+        for name, word in (("seed", self.seed), ("stream", self.stream)):
+            if not 0 <= word <= _WORD:
+                raise ValueError(f"{name} of random bits is {word}; expected 0 to 2^32 - 1")
+        if self.rounds < 1:
+            raise ValueError(f"rounds of Philox are {self.rounds}; expected 1 or more")
+
 
 def philox(counter: list[Tensor], key: tuple[int, int], rounds: int) -> list[Tensor]:
     """The four words after so many rounds; words are int64 tensors of values below 2^32."""

@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron3.errors import ConfigError
+from nemotron3.errors import ConfigError, OperandError
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import check_axes, check_operand
 from nemotron3.ops.routing.reference import Scoring, route_reference
 
 __all__ = ["Scoring", "check_indices", "route"]
@@ -35,10 +36,16 @@ def route(
     `bias` only selects. With `normalise` the weights of a token add up to `scale`. With `indices`
     the experts are those, in their order, and weights and gradients follow from these logits.
     """
+    check_axes("route", "logits", logits, "tokens expert")
+    experts = logits.shape[1]
+    check_operand("route", "bias", bias, (experts,), logits, same_dtype=False)
+    if not 1 <= choices <= experts:
+        raise OperandError(f"route: choices is {choices}; expected 1 to {experts}, the experts")
+    if scoring not in ("sigmoid", "softmax"):
+        raise ValueError(f"route: scoring is {scoring!r}; choose from sigmoid, softmax")
     if indices is not None:
-        tokens, experts = logits.shape
-        check_indices(indices, tokens=tokens, choices=choices, experts=experts)
-    chosen = resolve("route", backend, _ROUTES, logits)
+        check_indices(indices, tokens=len(logits), choices=choices, experts=experts)
+    chosen = resolve("route", backend, _ROUTES, logits, bias)
     return chosen(
         logits, bias, indices, choices=choices, scoring=scoring, normalise=normalise, scale=scale
     )

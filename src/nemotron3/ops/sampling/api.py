@@ -4,6 +4,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import check_axes, check_integers, check_positive
 from nemotron3.ops.sampling.reference import gumbel_argmax_reference
 from nemotron3.ops.sampling.torch import gumbel_argmax_torch
 
@@ -22,4 +23,7 @@ def gumbel_argmax(
     The noise is that of `noise.gumbel` under the row's key. Tokens at minus infinity are not drawn;
     the result is -1 where a row has nothing else, or has a NaN.
     """
+    check_axes("gumbel_argmax", "logits", logits, "rows vocab")
+    check_positive("gumbel_argmax", vocab=logits.shape[1])
+    keys = check_integers("gumbel_argmax", "keys", keys, logits.shape[:1], logits)
     return resolve("gumbel_argmax", backend, _DRAWS, logits)(logits, keys)

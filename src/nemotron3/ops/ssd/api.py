@@ -8,6 +8,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.checks import (
+    check_axes,
+    check_divides,
+    check_indices,
+    check_intermediate_states,
+    check_no_gradients,
+    check_operand,
+    check_pool,
+    check_positive,
+    check_segments,
+    check_sequences,
+    without_tokens,
+)
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd.decode_torch import ssd_steps_torch
 from nemotron3.ops.ssd.native import ssd_native, ssd_steps_native
@@ -70,6 +83,10 @@ def ssd_rates(
 
     In float32 at least: they accumulate over the whole sequence.
     """
+    check_axes("ssd_rates", "dt", dt, "tokens head")
+    heads = dt.shape[1:]
+    check_operand("ssd_rates", "dt_bias", dt_bias, heads, dt, same_dtype=False)
+    check_operand("ssd_rates", "A_log", A_log, heads, dt, same_dtype=False)
     wide = torch.promote_types(dt.dtype, torch.float32)
     dt, dt_bias, A_log = dt.to(wide), dt_bias.to(wide), A_log.to(wide)
     return resolve("ssd_rates", backend, _RATES, dt)(dt, dt_bias, A_log)
@@ -91,11 +108,20 @@ def ssd(
     """Mamba-2's selective scan over packed sequences; returns the outputs and each final state.
 
     `dt` is the step after softplus, `A` is negative. Without `initial_states` every segment starts
-    from zero. States are kept in the dtype of `dt` (float32 in the model), whatever that of `x` is.
+    from zero. `A`, `D` and states are taken in the dtype of `dt` (float32 in the model), whatever
+    that of `x` is.
     """
+    _check("ssd", x, dt, A, B, C, D)
+    check_segments("ssd", "segments", segments, len(x))
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size is {chunk_size}; expected 1 or more")
+    shape = (len(segments), x.shape[1], x.shape[2], B.shape[2])
     if initial_states is None:
-        initial_states = dt.new_zeros(len(segments), x.shape[1], x.shape[2], B.shape[2])
-    initial_states = initial_states.to(dt.dtype)
+        initial_states = dt.new_zeros(shape)
+    check_operand("ssd", "initial_states", initial_states, shape, x, same_dtype=False)
+    initial_states, A, D = (t.to(dt.dtype) for t in (initial_states, A, D))
+    if not len(x):
+        return without_tokens(x, dt, A, B, C, D), initial_states
     scan = resolve("ssd", backend, _SCANS, dt)
     return scan(
         x, dt, A, B, C, D,
@@ -124,5 +150,38 @@ def ssd_steps(
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    steps = resolve("ssd_steps", backend, _STEPS, dt)
+    name = "ssd_steps"
+    _check(name, x, dt, A, B, C, D)
+    check_no_gradients(name, x, dt, A, B, C, D, ssm_states)
+    check_axes(name, "ssm_states", ssm_states, "slot head head_dim d_state")
+    state = (*x.shape[1:], B.shape[2])
+    check_operand(name, "ssm_states", ssm_states, (len(ssm_states), *state), x, same_dtype=False)
+    check_pool(name, "ssm_states", ssm_states)
+    rows, length = check_sequences(name, slots, len(x))
+    least = -1 if backend == "triton" else 0
+    slots = check_indices(name, "slots", slots, (rows,), x, (least, len(ssm_states)))
+    if not rows:
+        return x.new_empty(x.shape)
+    if intermediate_states is not None:
+        check_intermediate_states(name, intermediate_states, (rows, length, *state), ssm_states)
+    A, D = A.to(dt.dtype), D.to(dt.dtype)
+    steps = resolve(name, backend, _STEPS, dt, ssm_states)
     return steps(x, dt, A, B, C, D, ssm_states, slots, intermediate_states=intermediate_states)
+
+
+def _check(
+    operation: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> None:
+    check_axes(operation, "x", x, "tokens head head_dim")
+    check_axes(operation, "B", B, "tokens group d_state")
+    (tokens, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
+    check_positive(operation, heads=heads, head_dim=head_dim, d_state=d_state)
+    check_divides(operation, "groups", groups, "heads", heads)
+    for name, t, shape in (
+        ("dt", dt, (tokens, heads)),
+        ("A", A, (heads,)),
+        ("B", B, (tokens, groups, d_state)),
+        ("C", C, (tokens, groups, d_state)),
+        ("D", D, (heads,)),
+    ):
+        check_operand(operation, name, t, shape, x, same_dtype=False)

@@ -1,0 +1,222 @@
+"""What every operation asks of its operands before a backend sees them.
+
+Compiled functions and kernels read memory by the sizes that they are told, so a mistake that
+PyTorch answers with an error would give them wrong numbers or end the process. The entry point of
+each operation (`api.py`) therefore checks all operands once, and a mistake has the same error on
+every backend:
+
+* `OperandError`, a RuntimeError: dtype, shape, device, memory layout;
+* `OperandIndexError`, an IndexError: an index outside what it indexes;
+* ValueError: a number or a name that is no operand (a count of groups, an activation).
+
+Each check costs a fraction of a microsecond. The values of indices are looked at where that waits
+for nobody, on the CPU; on a GPU they are the caller's word. A recording (graph.py) is played on
+other indices in the same memory, so it keeps the ranges of those that it did not make itself
+(`watching_indices`) and checks them before each replay.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import OperandError, OperandIndexError
+from nemotron3.ops.segments import Segments
+
+_FEW = 64
+"""Indices that are read faster as a list than as an array."""
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+Shape = Sequence[int]
+
+
+def check_axes(operation: str, name: str, t: Tensor, axes: str) -> None:
+    """Refuse what has other axes than e.g. "tokens head head_dim", or is not floating-point."""
+    if t.dim() != axes.count(" ") + 1:
+        raise OperandError(
+            f"{operation}: {name} has shape {list(t.shape)}; expected [{axes.replace(' ', ', ')}]"
+        )
+    if not t.is_floating_point():
+        raise _wrong_dtype(operation, name, t, "a floating-point dtype")
+
+
+def check_operand(
+    operation: str, name: str, t: Tensor, shape: Shape, like: Tensor, *, same_dtype: bool = True
+) -> None:
+    """Refuse another shape, device or dtype than that of `like`; else any floating-point dtype."""
+    check_shape(operation, name, t, shape)
+    check_device(operation, name, t, like)
+    if same_dtype:
+        if t.dtype != like.dtype:
+            raise _wrong_dtype(operation, name, t, f"{like.dtype} as the other operands have")
+    elif not t.is_floating_point():
+        raise _wrong_dtype(operation, name, t, "a floating-point dtype")
+
+
+def check_shape(operation: str, name: str, t: Tensor, shape: Shape) -> None:
+    """Refuse another shape."""
+    if t.shape != shape:
+        raise OperandError(
+            f"{operation}: {name} has shape {list(t.shape)}; expected {list(shape)}, which the "
+            "other operands imply"
+        )
+
+
+def check_device(operation: str, name: str, t: Tensor, like: Tensor) -> None:
+    """Refuse another device than that of `like`."""
+    if t.device != like.device:
+        raise OperandError(
+            f"{operation}: {name} is on {t.device}; expected {like.device} as the other operands"
+        )
+
+
+def check_pool(operation: str, name: str, t: Tensor) -> None:
+    """Refuse memory that is written in place and does not lie in one piece."""
+    if not t.is_contiguous():
+        raise OperandError(
+            f"{operation}: {name} has shape {list(t.shape)} and strides {list(t.stride())}; it is "
+            "written in place and has to be contiguous"
+        )
+
+
+def check_intermediate_states(operation: str, t: Tensor, shape: Shape, pool: Tensor) -> None:
+    """Refuse a trail that is not like its pool, or whose rows do not lie in one piece each."""
+    check_operand(operation, "intermediate_states", t, shape, pool)
+    if not shape[0] or (t.stride(0) >= t[0].numel() and t[0].is_contiguous()):
+        return
+    raise OperandError(
+        f"{operation}: intermediate_states has shape {list(t.shape)} and strides "
+        f"{list(t.stride())}; what it "
+        "keeps of each sequence has to be contiguous memory of its own"
+    )
+
+
+def check_positive(operation: str, **sizes: int) -> None:
+    """Refuse sizes below one; tokens and sequences alone may be missing."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise OperandError(f"{operation}: there are {size} of {name}; expected one at least")
+
+
+def check_divides(operation: str, name: str, count: int, of: str, total: int) -> None:
+    """Refuse a count of equal parts that do not make up the whole."""
+    if count < 1 or total % count:
+        raise OperandError(f"{operation}: {total} of {of} are not divisible by {count} of {name}")
+
+
+def check_no_gradients(operation: str, *operands: Tensor | None) -> None:
+    """Refuse operands that want gradients of what changes memory in place and has none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        raise OperandError(
+            f"{operation} has no gradients and an operand requires them; run it under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def check_segments(operation: str, name: str, segments: Segments, tokens: int) -> None:
+    """Refuse segments of another number of tokens than there are."""
+    if segments.total != tokens:
+        raise OperandError(
+            f"{operation}: {name} holds {segments.total} tokens in {len(segments)} sequences; "
+            f"expected {tokens}, the length of the operands"
+        )
+
+
+def check_sequences(operation: str, slots: Tensor, tokens: int) -> tuple[int, int]:
+    """Sequences of a step, and how many tokens it brings of each."""
+    if slots.dim() != 1:
+        raise OperandError(f"{operation}: slots has shape {list(slots.shape)}; expected [sequence]")
+    rows = len(slots)
+    if tokens % rows if rows else tokens:
+        raise OperandError(
+            f"{operation}: {tokens} tokens for {rows} slots; expected as many of each sequence"
+        )
+    return rows, tokens // rows if rows else 0
+
+
+def check_indices(
+    operation: str,
+    name: str,
+    t: Tensor,
+    shape: Shape,
+    like: Tensor,
+    bounds: tuple[int, int],
+    hint: str = "",
+) -> Tensor:
+    """The indices as contiguous int64, refused where some are not in the range [low, high)."""
+    integers = check_integers(operation, name, t, shape, like)
+    if t.is_cpu:
+        _check_range(operation, name, t, bounds, hint)
+        watched = _watched.get()
+        if watched is not None:
+            check = partial(_check_range, operation, name, t, bounds, hint)
+            watched.append(WatchedIndices(t, bounds, check))
+    return integers
+
+
+def check_integers(operation: str, name: str, t: Tensor, shape: Shape, like: Tensor) -> Tensor:
+    """Integers of any width as contiguous int64, whatever their values."""
+    check_shape(operation, name, t, shape)
+    check_device(operation, name, t, like)
+    if t.dtype != torch.int64:
+        if t.dtype not in _INTEGERS:
+            raise _wrong_dtype(operation, name, t, "integers, of which int64 needs no conversion")
+        t = t.long()
+    return t.contiguous()
+
+
+def _check_range(operation: str, name: str, t: Tensor, bounds: tuple[int, int], hint: str) -> None:
+    count = t.numel()
+    if count == 0:
+        return
+    # Neither way of reading is one of PyTorch's operations, so neither is recorded.
+    if count > _FEW:
+        array = t.numpy()
+        least, most = array.min(), array.max()
+    else:
+        values = t.tolist() if t.dim() == 1 else list(chain.from_iterable(t.tolist()))
+        least, most = min(values), max(values)
+    low, high = bounds
+    if least < low or most >= high:
+        raise OperandIndexError(
+            f"{operation}: {name} holds {least if least < low else most}; expected values from "
+            f"{low} to {high - 1}{hint}"
+        )
+
+
+class WatchedIndices(NamedTuple):
+    """Indices in memory that may come to hold others, and the check that those have to pass."""
+
+    indices: Tensor
+    bounds: tuple[int, int]
+    check: Callable[[], None]
+
+
+_watched: ContextVar[list[WatchedIndices] | None] = ContextVar("watched", default=None)
+
+
+@contextmanager
+def watching_indices(watched: list[WatchedIndices]) -> Iterator[None]:
+    """Append all indices whose values are checked within to `watched`."""
+    token = _watched.set(watched)
+    try:
+        yield
+    finally:
+        _watched.reset(token)
+
+
+def without_tokens(x: Tensor, *operands: Tensor | None) -> Tensor:
+    """An empty `x` as the result of an operation on it: gradients of all operands are zero."""
+    for t in operands:
+        if t is not None:
+            x = x * t.flatten()[:0].sum().to(x.dtype)
+    return x
+
+
+def _wrong_dtype(operation: str, name: str, t: Tensor, expected: str) -> OperandError:
+    return OperandError(f"{operation}: {name} has dtype {t.dtype}; expected {expected}")
