@@ -10,8 +10,8 @@ from nemotron3.models.accounting import (
     state_bytes_per_sequence,
 )
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.mamba_state import MambaState
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.state import MambaState
 from tests.tiny import qwen_config, tiny_config
 
 # Totals without multi-token prediction, keys and values per token, states and tails per sequence:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from nemotron3.models.attention_state import AttentionState
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.state import AttentionState
 from nemotron3.ops.segments import Segments
 from tests.tiny import tiny_config, tiny_model
 from tests.tolerances import DECODE

@@ -25,9 +25,9 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Routing
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
+from nemotron3.models.mixer import last_stateful_layer
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.pattern import last_memory
-from nemotron3.models.state import AttentionState, LayerState
+from nemotron3.models.state import LayerState
 
 
 class MTPInput(nn.Module):
@@ -53,8 +53,8 @@ class MultiTokenPredictor(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input = MTPInput(config)
-        self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.mtp)
-        self.last_memory = last_memory(config.pattern.mtp)
+        self.layers = nn.ModuleList(Block(kind, config) for kind in config.mtp_layers)
+        self.last_stateful_layer = last_stateful_layer(config.mtp_layers)
         self.final_layernorm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -77,7 +77,7 @@ class MultiTokenPredictor(nn.Module):
             x, routing = layer(x, layout, state)
             if routing is not None:
                 routings.append(routing)
-            if wanted is not None and index == self.last_memory:
+            if wanted is not None and index == self.last_stateful_layer:
                 x = F.embedding(wanted, x)
         return self.final_layernorm(x), routings
 
@@ -88,15 +88,14 @@ class MultiTokenPredictor(nn.Module):
         layout: SequenceLayout,
         states: Sequence[LayerState | None],
     ) -> None:
-        """Let the block's layers remember tokens whose outputs nobody asks for."""
-        last = self.last_memory
+        """Let the states of the block's layers take in tokens whose outputs nobody asks for."""
+        last = self.last_stateful_layer
         state = states[last]
         if state is None:
             return
-        assert isinstance(state, AttentionState), "Mamba layers are refused before"
         x = self.input(embedding, hidden)
         for layer, layer_state in zip(self.layers[:last], states, strict=False):
             x, _ = layer(x, layout, layer_state)
         block = self.layers[last]
         assert isinstance(block, Block)
-        block.remember(x, layout, state)
+        block.update_state(x, layout, state)

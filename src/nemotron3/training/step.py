@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nemotron3.errors import DivergenceError
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.pattern import LayerKind
 from nemotron3.training.balancing import max_violation, update_selection_bias
 from nemotron3.training.losses import LossConfig, LossTerms, Targets, loss_terms
 from nemotron3.training.optimizers import clip_gradients, set_learning_rate
@@ -101,10 +100,10 @@ def _residual_metrics(parts: Sequence[LossTerms]) -> dict[str, float]:
 
 def router_names(model: LanguageModel) -> list[str]:
     """A name for each router, `layer_07` in the backbone and `mtp_layer_01` in the MTP block."""
-    pattern = model.config.pattern
+    config = model.config
     return [
         f"{prefix}layer_{index:02d}"
-        for prefix, kinds in (("", pattern.main), ("mtp_", pattern.mtp))
-        for index, kind in enumerate(kinds)
-        if kind is LayerKind.EXPERTS
+        for prefix, mixers in (("", config.layers), ("mtp_", config.mtp_layers))
+        for index, mixer in enumerate(mixers)
+        if mixer.has_router
     ]

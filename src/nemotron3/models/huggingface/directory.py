@@ -30,9 +30,11 @@ _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 
-def read_config(path: Path | str) -> ModelConfig:
-    """The configuration of a model directory."""
+def read_config(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
+    """The configuration of a model directory; `config_class` is what our own layout holds."""
     dialect, fields = _read_fields(path)
+    if dialect is native:
+        return native.config_from(fields, config_class)
     return dialect.config_from(fields)
 
 

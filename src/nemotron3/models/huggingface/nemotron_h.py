@@ -19,7 +19,6 @@ from nemotron3.models.config import (
     MoEConfig,
 )
 from nemotron3.models.huggingface.fields import Fields, number
-from nemotron3.models.pattern import LayerKind
 
 MODEL_TYPE = "nemotron_h"
 
@@ -42,7 +41,7 @@ def config_from(fields: Fields) -> ModelConfig:
     if depths:
         depths = fields.get(int, "num_mtp_depths", default=depths)
         mtp = _pattern(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type", default="*E")
-    kinds = {LayerKind(c) for c in main + mtp if c in _WRITTEN_BLOCK_TYPES}
+    kinds = set(main + mtp)
     layers = fields.raw("num_hidden_layers")
     if layers is not None and layers != len(main):
         raise ConfigError(
@@ -53,11 +52,11 @@ def config_from(fields: Fields) -> ModelConfig:
         hybrid_override_pattern="/".join([main] + [mtp] * depths),
         vocab_size=fields.get(int, "vocab_size"),
         hidden_size=fields.get(int, "hidden_size"),
-        mamba=_mamba(fields) if LayerKind.MAMBA in kinds else None,
-        attention=_attention(fields) if LayerKind.ATTENTION in kinds else None,
-        moe=_moe(fields) if LayerKind.EXPERTS in kinds else None,
+        mamba=_mamba(fields) if MambaConfig.symbol in kinds else None,
+        attention=_attention(fields) if AttentionConfig.symbol in kinds else None,
+        moe=_moe(fields) if MoEConfig.symbol in kinds else None,
         mlp=MLPConfig(intermediate_size=fields.get(int, "intermediate_size"))
-        if LayerKind.MLP in kinds
+        if MLPConfig.symbol in kinds
         else None,
         layer_norm_epsilon=fields.get(float, "layer_norm_epsilon", "norm_eps", default=1e-5),
         tie_word_embeddings=False,
@@ -69,8 +68,7 @@ def config_from(fields: Fields) -> ModelConfig:
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """The fields of a config.json, in the spellings that most readers understand."""
-    main = "".join(kind.value for kind in config.pattern.main)
-    mtp = "".join(kind.value for kind in config.pattern.mtp)
+    main, mtp = "".join(config.pattern.main), "".join(config.pattern.mtp)
     fields: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "architectures": ["NemotronHForCausalLM"],
@@ -134,6 +132,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 def unsupported(model: nn.Module, config: ModelConfig) -> str | None:  # noqa: ARG001
     """Why this dialect cannot express `model`, or None where it can."""
     moe, attention, mlp = config.moe, config.attention, config.mlp
+    if type(config) is not ModelConfig:
+        return "its configuration has fields of its own"
     if config.tie_word_embeddings:
         return "its output layer is the embedding matrix"
     if moe is not None and (moe.activation != "relu2" or moe.scoring != "sigmoid"):
