@@ -111,7 +111,7 @@ def measure(
                 clients["llama.cpp, drafts"] = start(peer)
         if python := peers["vLLM"]:
             clients["vLLM"] = start(servers.vllm(python, path, threads=threads))
-        same = agree(clients, config.vocab_size, end=config.eos_token_id)
+        same = agree(clients, config.vocab_size, end=min(config.eos_token_ids))
         print("  same greedy tokens, of 48: " + ", ".join(f"{n} {s}" for n, s in same.items()))
         if min(same.values()) < 48:
             print("  NOT COMPARED: the peers do not run the same model")

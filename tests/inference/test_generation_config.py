@@ -5,9 +5,11 @@ import json
 import pytest
 
 from nemotron3 import LLM, SamplingParams
-from nemotron3.errors import ConfigError
+from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.generation_config import GenerationDefaults, read_generation_defaults
+from nemotron3.inference.generation_config import GenerationDefaults, generation_defaults
+from nemotron3.models.huggingface import read_directory
+from nemotron3.models.nemotron_h import LanguageModel
 from tests.inference.texts import text_model, tokenizer
 
 SAID = {
@@ -38,8 +40,9 @@ def load(folder, said=SAID, **options):
 
 def read(folder, said, **options):
     text = said if isinstance(said, str) else json.dumps(said)
+    text_model().save_pretrained(folder)
     (folder / "generation_config.json").write_text(text)
-    return read_generation_defaults(folder, vocab_size=100, **options)
+    return generation_defaults(read_directory(folder), vocab_size=100, **options)
 
 
 def test_what_the_file_says_is_how_a_model_is_sampled(folder):
@@ -81,9 +84,31 @@ def test_a_request_that_wants_more_tokens_than_the_default_gets_them(folder):
 
 
 def test_a_directory_without_the_file_has_no_defaults(tmp_path):
-    nothing = read_generation_defaults(tmp_path, vocab_size=100)
-    assert nothing == GenerationDefaults()
-    assert nothing.described() == ""
+    text_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    for companions in (None, read_directory(tmp_path)):
+        nothing = generation_defaults(companions, vocab_size=100)
+        assert nothing == GenerationDefaults()
+        assert nothing.described() == ""
+
+
+def test_a_model_in_memory_is_sampled_as_the_directory_it_was_loaded_from_says(folder):
+    from_path = load(folder)
+    model = LanguageModel.from_pretrained(folder)
+    llm = LLM(model, tokenizer=tokenizer(), config=SMALL)
+    assert llm.get_default_sampling_params() == from_path.get_default_sampling_params()
+    greedy = SamplingParams(temperature=0, logit_bias={9: 100.0}, max_tokens=4)
+    assert llm.generate(["the quick"], greedy)[0].outputs[0].token_ids == (9,)
+
+
+def test_every_end_token_of_the_configuration_ends_an_answer(folder, tmp_path):
+    LanguageModel.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | {"eos_token_id": [2, 9]}))
+    llm = LLM(tmp_path, config=SMALL, device="cpu")
+    greedy = SamplingParams(temperature=0, logit_bias={9: 100.0}, max_tokens=4)
+    assert llm.generate(["the quick"], greedy)[0].outputs[0].token_ids == (9,)
 
 
 BAD = {
@@ -114,9 +139,9 @@ def test_an_end_token_that_is_none_is_named(tmp_path, eos, source):
         read(tmp_path, {"eos_token_id": eos}, source=source)
 
 
-@pytest.mark.parametrize(("said", "error"), [("{", "is no JSON"), ("[1]", "must be an object")])
+@pytest.mark.parametrize(("said", "error"), [("{", "is not JSON"), ("[1]", "no JSON object")])
 def test_a_file_that_is_no_object_is_named(tmp_path, said, error):
-    with pytest.raises(ConfigError, match=error):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json.* " + error):
         read(tmp_path, said)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.huggingface import read_config
+from nemotron3.models.huggingface import nemotron_h, read_config
 from nemotron3.models.nemotron_h import LanguageModel
 from tests.tiny import qwen_config, tiny_config, tiny_model, tokens_for
 
@@ -244,7 +244,17 @@ LISTS = {
         {"time_step_limit": [0, "Infinity"]},
         {"time_step_limit": ...},
         {"time_step_limit": ..., "mamba_dt_limit": [0.0, 1e30]},
-        {"eos_token_id": [2, 11]},
+        {"eos_token_id": [2]},
+        {"layer_types": LISTS["linear"]},
+        {"layers_block_type": LISTS["linear"], "layer_types": LISTS["mamba"]},
+        {"norm_eps": 1e-5, "rms_norm_eps": 1e-5},
+        {"hybrid_override_pattern": "MEM*E/*E/*E"},
+        {
+            "hybrid_override_pattern": "MEM*E/*E/*E",
+            "layers_block_type": ...,
+            "num_nextn_predict_layers": ...,
+            "num_mtp_depths": ...,
+        },
         {"num_hidden_layers": ...},
         {"rope_theta": 10_000, "partial_rotary_factor": 1.0, "expand": 2},
     ],
@@ -256,21 +266,12 @@ def test_every_spelling_of_a_field_means_the_same(tmp_path, fields):
     assert read_config(tmp_path) == expected
 
 
-ALIASES = {
-    "n_groups": "mamba_n_groups",
-    "conv_kernel": "mamba_d_conv",
-    "chunk_size": "mamba_chunk_size",
-    "time_step_min": "mamba_dt_min",
-    "time_step_max": "mamba_dt_max",
-    "time_step_floor": "mamba_dt_init_floor",
-    "layer_norm_epsilon": "norm_eps",
-    "n_routed_experts": "num_local_experts",
-    "head_dim": "attention_head_dim",
-}
+ALIAS_PAIRS = [(name, alias) for name, aliases in nemotron_h.ALIASES.items() for alias in aliases]
 
 
-@pytest.mark.parametrize("name", ALIASES)
-def test_aliases_are_read(tmp_path, name):
+@pytest.fixture
+def distinct(tmp_path):
+    """A saved model none of whose fields has its default."""
     config = tiny_config(
         mamba={
             "conv_kernel": 3,
@@ -281,10 +282,79 @@ def test_aliases_are_read(tmp_path, name):
         layer_norm_epsilon=3e-5,
     )
     tiny_model(config).save_pretrained(tmp_path)
-    expected = read_config(tmp_path)
-    value = json.loads((tmp_path / "config.json").read_text())[name]
-    change_config(tmp_path, **{name: ..., ALIASES[name]: value})
-    assert read_config(tmp_path) == expected
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "alias"), ALIAS_PAIRS)
+def test_aliases_are_read_alone_and_beside_the_name(distinct, name, alias):
+    expected = read_config(distinct)
+    value = json.loads((distinct / "config.json").read_text())[name]
+    change_config(distinct, **{alias: value})
+    assert read_config(distinct) == expected
+    others = {other: ... for other in nemotron_h.ALIASES[name] if other != alias}
+    change_config(distinct, **{name: ...} | others)
+    assert read_config(distinct) == expected
+    assert read_config(distinct).layer_norm_epsilon == 3e-5
+
+
+OTHER_VALUES = {
+    "hybrid_override_pattern": "MEM*M",
+    "mtp_hybrid_override_pattern": "*-",
+    "time_step_limit": [0.0, 1.0],
+    "use_conv_bias": False,
+}
+
+
+@pytest.mark.parametrize(("name", "alias"), ALIAS_PAIRS)
+def test_two_names_with_two_values_are_refused_by_both(distinct, name, alias):
+    value = json.loads((distinct / "config.json").read_text())[name]
+    change_config(distinct, **dict.fromkeys(nemotron_h.ALIASES[name]))
+    other = OTHER_VALUES.get(name) or (False if name == "use_conv_bias" else 2 * value)
+    for first, second in ((value, other), (other, value)):
+        change_config(distinct, **{name: first, alias: second})
+        with pytest.raises(ConfigError) as raised:
+            read_config(distinct)
+        if name in ("time_step_limit", "use_conv_bias"):  # one of the two is refused for itself
+            assert (alias if second == other else name) + " is " in str(raised.value)
+        else:
+            assert f"{name} is {first!r} and {alias} is {second!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"layers_block_type": ["mamba", "moe", "moe", "attention", "moe"]},
+            "hybrid_override_pattern is 'MEM\\*E' and layers_block_type is 'MEE\\*E'",
+        ),
+        (
+            {"hybrid_override_pattern": ..., "layer_types": ["moe"]},
+            "layers_block_type is 'MEM\\*E' and layer_types is 'E'",
+        ),
+        (
+            {"mtp_layers_block_type": ["moe"]},
+            "mtp_hybrid_override_pattern is '\\*E' and mtp_layers_block_type is 'E'",
+        ),
+        (
+            {"hybrid_override_pattern": "MEM*E/*/*", "layers_block_type": ...},
+            "block in hybrid_override_pattern is '\\*' and mtp_hybrid_override_pattern is '\\*E'",
+        ),
+        (
+            {"hybrid_override_pattern": "MEM*E/*E", "layers_block_type": ...},
+            "number of depths in hybrid_override_pattern is 1 and num_mtp_depths is 2",
+        ),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, below 0"),
+        ({"eos_token_id": []}, r"eos_token_id is \[\], but an id or a list of ids"),
+        ({"eos_token_id": [2, "x"]}, r"eos_token_id is \[2, 'x'\], but an id or a list of ids"),
+        ({"layers_block_type": 5}, "layers_block_type is 5, but a pattern or a list"),
+    ],
+    ids=str,
+)
+def test_fields_that_contradict_each_other_are_refused_by_both(tmp_path, fields, message):
+    saved(tmp_path)
+    change_config(tmp_path, **fields)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("nest", ["llm_config", "text_config"])
@@ -383,14 +453,50 @@ PUBLISHED = {
 }
 
 
+PUBLISHED["ultra"] = PUBLISHED["super"] | {
+    "hybrid_override_pattern": None,
+    "layers_block_type": [
+        {"M": "mamba", "E": "moe", "*": "attention"}[kind]
+        for kind in ModelConfig.preset("ultra").pattern.main
+    ],
+    "num_hidden_layers": 108,
+    "hidden_size": 8192,
+    "intermediate_size": 5120,
+    "num_attention_heads": 64,
+    "mamba_num_heads": 256,
+    "moe_intermediate_size": 5120,
+    "moe_shared_expert_intermediate_size": 10_240,
+    "moe_latent_size": 2048,
+    "mtp_hybrid_override_pattern": None,
+    "mtp_layers_block_type": ["attention", "moe"],
+    "time_step_limit": [0.0, 1e30],
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_is_the_preset(tmp_path, name):
+def test_a_published_config_is_the_preset(tmp_path, caplog, name):
+    """One physical prediction block is trained for two depths, and reading the file says so."""
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    read = read_config(tmp_path)
     preset = ModelConfig.preset(name)
-    # The files give one physical prediction block and transformers' initial spread.
-    pattern = preset.hybrid_override_pattern.replace("/*E/*E", "/*E")
-    assert read == replace(preset, hybrid_override_pattern=pattern, initializer_range=0.02)
+    assert read_config(tmp_path) == replace(preset, initializer_range=0.02)
+    depths = [record.getMessage() for record in caplog.records]
+    assert len(depths) == (name != "nano")
+    assert all("num_nextn_predict_layers is 1" in line and "2 depths" in line for line in depths)
+
+
+@pytest.mark.parametrize(("depths", "expected"), [(1, 1), (3, 3)])
+def test_a_file_that_says_its_depths_has_them(tmp_path, caplog, depths, expected):
+    record = PUBLISHED["super"] | {"num_mtp_depths": depths}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert read_config(tmp_path).pattern.num_mtp_depths == expected
+    assert not caplog.records
+
+
+def test_other_layers_have_the_depths_that_the_file_counts(tmp_path, caplog):
+    saved(tmp_path)
+    change_config(tmp_path, num_mtp_depths=...)
+    assert read_config(tmp_path).pattern.num_mtp_depths == 1
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -442,6 +548,18 @@ def test_a_config_we_cannot_run_is_refused_by_field(tmp_path, fields, message):
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers is set"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rotary type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "rotary type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rotary type 'llama3' is not supported"),
+        (
+            {"rope_parameters": {"rope_theta": 5.0}},
+            r"rope_theta is 10000.0 and rope_parameters.rope_theta is 5.0, two names",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_theta": ...}, "lacks rope_theta"),
+        ({"rope_theta": "x"}, "rope_theta is 'x', but a float"),
+        ({"rope_scaling": 2}, "rope_scaling is 2, but an object is needed"),
+        ({"num_local_experts": 3}, "num_experts is 8 and num_local_experts is 3"),
+        ({"norm_eps": 1e-3}, "rms_norm_eps is 1e-06 and norm_eps is 0.001"),
     ],
     ids=str,
 )

@@ -31,13 +31,14 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.steps import StepRunner
 from nemotron3.ops.segments import Segments
-from nemotron3.training.losses import LossConfig, Targets
+from nemotron3.training.batch import TrainBatch
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer, parameter_groups
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 from tests.contracts import test_one_forward as contract
 from tests.models.test_cache import Verbs
 from tests.tiny import ATTENTION, MAMBA, MOE, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE, FLOAT32, FLOAT64
+from tests.training.batches import pretraining
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "add-a-mixer.md"
 
@@ -212,16 +213,12 @@ def test_it_trains_in_the_groups_that_it_declares(config):
     assert {id(mixer.in_proj.weight), id(mixer.out_proj.weight)} <= decayed
     assert id(mixer.decay) in plain
     tokens = tokens_for(config, 40)
-    batch = Targets(
+    batch = TrainBatch(
         tokens=tokens, targets=tokens.roll(-1), mask=torch.ones(40), segments=Segments([11, 1, 28])
     )
     optimizer, before = build_optimizer(model, AdamWConfig(lr=1e-2)), mixer.decay.detach().clone()
-    losses = [
-        training_step(
-            model, optimizer, [batch], loss=LossConfig(), learning_rate=1e-2, clip_grad_norm=1.0
-        )["train/loss"]
-        for _ in range(8)
-    ]
+    update = TrainingStep(model, optimizer, pretraining(model), clip_grad_norm=1.0)
+    losses = [update([batch], learning_rate=1e-2)["train/loss"] for _ in range(8)]
     assert losses[-1] < losses[0] - 0.5
     assert not torch.equal(mixer.decay, before)
 

@@ -113,6 +113,26 @@ def test_save_and_load_keep_ids_settings_and_template(tokenizer, tmp_path):
     assert [loaded.encode(text) for text in SAMPLES] == [original.encode(text) for text in SAMPLES]
 
 
+def test_special_tokens_of_a_published_tokenizer_survive(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "first")
+    file = tmp_path / "first" / "special_tokens_map.json"
+    said = {
+        "bos_token": {"content": "<s>", "lstrip": False, "normalized": False},
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["<think>", "</think>"],
+    }
+    file.write_text(json.dumps(said))
+    loaded = Tokenizer.from_directory(tmp_path / "first")
+    loaded.save(tmp_path / "second")
+    assert json.loads((tmp_path / "second" / file.name).read_text()) == said
+    loaded.settings["eos_token"] = "<|im_end|>"
+    loaded.save(tmp_path / "third")
+    changed = json.loads((tmp_path / "third" / file.name).read_text())
+    assert changed == said | {"eos_token": "<|im_end|>"}
+
+
 def test_template_among_the_settings_is_found(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     settings_file = tmp_path / "tokenizer_config.json"

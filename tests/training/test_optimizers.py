@@ -16,6 +16,8 @@ from nemotron3.models.norm import RMSNorm
 from nemotron3.models.parameter import DeclaredModule, parameter_specs
 from nemotron3.training.optimizers import (
     AdamWConfig,
+    OptimizerConfig,
+    SGDConfig,
     build_optimizer,
     clip_gradients,
     load_optimizer_tensors,
@@ -277,5 +279,39 @@ def test_impossible_settings_are_refused(fields, message):
         AdamWConfig(**fields)
 
 
-def test_the_configuration_is_recorded():
-    assert from_record(AdamWConfig, to_record(CONFIG)) == CONFIG
+def test_a_step_of_gradient_descent_by_hand():
+    model = Linear(3, 2)
+    with torch.no_grad():
+        model.weight.normal_()
+    before = model.weight.detach().clone()
+    config = SGDConfig(lr=0.1, momentum=0.5, weight_decay=0.2)
+    optimizer = build_optimizer(model, config)
+    gradient = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -1.0]])
+    momentum, wanted = torch.zeros(2, 3), before
+    for _ in range(2):
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.5 * momentum + gradient + 0.2 * wanted
+        wanted = wanted - 0.1 * momentum
+    torch.testing.assert_close(model.weight.detach(), wanted)
+    assert optimizer_tensors(optimizer, model).keys() == {"momentum_buffer.weight"}
+
+
+def test_without_momentum_there_is_no_state():
+    model = Linear(3, 2)
+    optimizer = build_optimizer(model, SGDConfig(lr=0.1, momentum=0.0))
+    model.weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert optimizer_tensors(optimizer, model) == {}
+    load_optimizer_tensors(optimizer, model, {})
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
+def test_impossible_momentum_is_refused(momentum):
+    with pytest.raises(ConfigError, match="momentum is"):
+        SGDConfig(lr=1.0, momentum=momentum)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SGDConfig(lr=1.0)])
+def test_the_configuration_is_recorded(config):
+    assert from_record(OptimizerConfig, to_record(config)) == config

@@ -6,7 +6,6 @@ defaults, for what a request leaves out; `max_new_tokens` is one for a request's
 defaults are not wanted: they are part of the model and not of taste.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal, cast
 
 from nemotron3.errors import ConfigError
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.huggingface import Companions
 
 Source = Literal["auto", "none"]
 """Where defaults come from: the model's directory, or nowhere."""
@@ -48,22 +48,15 @@ class GenerationDefaults:
         return ", ".join(f"{name} {value}" for name, value in {**self.sampling, **length}.items())
 
 
-def read_generation_defaults(
-    folder: Path, *, source: Source = "auto", vocab_size: int
+def generation_defaults(
+    companions: Companions | None, *, source: Source = "auto", vocab_size: int
 ) -> GenerationDefaults:
-    """Read a directory's file, which may be missing; a ConfigError names what is wrong in it."""
+    """What a loaded model's directory says; a ConfigError names what is wrong in its file."""
     if source not in ("auto", "none"):
         raise ConfigError(f"generation_config is {source!r}; it must be 'auto' or 'none'")
-    path = folder / _FILE
-    if not path.is_file():
+    if companions is None or companions.generation_config is None:
         return GenerationDefaults()
-    try:
-        said: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); mend or remove it") from error
-    if not isinstance(said, dict):
-        raise ConfigError(f"{path} holds {said!r}; it must be an object, or be removed")
-    values = cast(dict[str, Any], said)
+    path, values = companions.path / _FILE, companions.generation_config
     sampling: dict[str, Any] = {}
     if source == "auto":
         for key, name in _PARAMETERS.items():

@@ -1,4 +1,4 @@
-"""A model ready to answer: weights, tokenizer and engine from one directory."""
+"""A model ready to answer: weights, tokenizer and engine, from a directory or from memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,7 @@ from nemotron3.inference.answers import Prompt
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.frontend import Frontend
-from nemotron3.inference.generation_config import (
-    GenerationDefaults,
-    Source,
-    read_generation_defaults,
-)
+from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.parallel.devices import resolve_device
@@ -42,34 +38,35 @@ class LoadedModel:
         dtype: torch.dtype | None = None,
         generation_config: Source = "auto",
     ) -> None:
-        """`model` is a directory in the published layout, or a model together with a tokenizer.
+        """`model` is a directory in the published layout, or a model in memory.
 
-        `generation_config` says whether the directory's defaults of sampling hold ("auto") or not
-        ("none").
+        A model in memory is used as it is, weights and all: it may be one that is being trained,
+        which sampling leaves alone, and after its weights have changed `invalidate_caches` has to
+        be called. It needs a `tokenizer` for text; without one, prompts are token ids, and so are
+        answers. `device` and `dtype` are for a directory.
+
+        `generation_config` says whether the defaults of sampling of the directory that the model
+        was loaded from hold ("auto") or not ("none").
         """
         name = "model"
-        path: Path | None = None
         if not isinstance(model, LanguageModel):
             path = Path(model)
             name = name_of(path)
             tokenizer = tokenizer or Tokenizer.from_directory(path)
             model = LanguageModel.from_pretrained(path, device=resolve_device(device), dtype=dtype)
-        if tokenizer is None:
-            raise ConfigError("a model in memory comes without a tokenizer; give tokenizer=...")
         vocab_size = model.config.vocab_size
-        if tokenizer.vocab_size > vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}; "
                 "they do not belong together"
             )
-        defaults = GenerationDefaults()
-        if path is not None:
-            defaults = read_generation_defaults(
-                path, source=generation_config, vocab_size=vocab_size
-            )
+        defaults = generation_defaults(
+            model.companions, source=generation_config, vocab_size=vocab_size
+        )
         self.defaults = defaults
         """What the model's directory says of sampling."""
-        eos_ids = defaults.eos_ids | {*tokenizer.stop_ids, model.config.eos_token_id}
+        stop_ids = () if tokenizer is None else tokenizer.stop_ids
+        eos_ids = defaults.eos_ids | {*stop_ids} | model.config.eos_token_ids
         self._engine = Engine(model, config, stop_ids=eos_ids)
         self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
 
@@ -91,7 +88,7 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer; a ConfigError where none was given."""
         return self._frontend.tokenizer
 
     @property

@@ -58,13 +58,15 @@ class ModelConfig:
     """Longest context the model is meant for; no tensor has this size."""
     bos_token_id: int = 1
     """Begin of sequence."""
-    eos_token_id: int = 2
-    """End of sequence; also ends each document in pre-training."""
+    eos_token_id: int | tuple[int, ...] = 2
+    """End of sequence, or every token that ends one."""
     pad_token_id: int = 0
     """Filler that is never predicted."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "layer_norm_epsilon")
+        if not self.eos_token_ids:
+            raise ConfigError("ModelConfig.eos_token_id is empty; name at least one token")
         if self.initializer_range is not None:
             require_positive(self, "initializer_range")
         fields = _mixer_fields(type(self))
@@ -108,6 +110,12 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Layers of the backbone, without the multi-token-prediction block."""
         return len(self.pattern.main)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every token that ends a sequence."""
+        ids = self.eos_token_id
+        return frozenset(ids if isinstance(ids, tuple) else (ids,))
 
     @property
     def init_std(self) -> float:

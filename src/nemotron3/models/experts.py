@@ -108,8 +108,12 @@ class Router(DeclaredModule):
             "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
         )
 
-    def forward(self, x: Float[Tensor, "tokens d_model"]) -> Routing:
-        """Score all experts, choose the best, weigh them."""
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        indices: Int[Tensor, "tokens choice"] | None = None,
+    ) -> Routing:
+        """Score all experts, choose the best or take those of `indices`, weigh them."""
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = linear(x.to(wide), self.weight.to(wide))
@@ -121,6 +125,7 @@ class Router(DeclaredModule):
                 scoring=c.scoring,
                 normalise=c.norm_topk_prob,
                 scale=c.routed_scaling_factor,
+                indices=indices,
             )
         )
 
@@ -192,9 +197,14 @@ class MixtureOfExperts(Mixer):
         x: Float[Tensor, "tokens d_model"],
         layout: SequenceLayout | None = None,  # noqa: ARG002 - a mixer like any other
         state: None = None,  # noqa: ARG002
+        indices: Int[Tensor, "tokens choice"] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], Routing]:
-        """Send each token through its experts; also returns what the router decided."""
-        routing = self.gate(x)
+        """Send each token through its experts; also returns what the router decided.
+
+        With `indices` the experts are those, for example of the pass that sampled the tokens, and
+        their weights follow from this pass's scores.
+        """
+        routing = self.gate(x, indices)
         payload = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
         y = self.experts(payload, routing)
         if self.fc2_latent_proj is not None:

@@ -42,8 +42,9 @@ _MAX_LENGTH = 1_048_576  # the family's context; transformers warns beyond it
 class Tokenizer:
     """A byte-level BPE with the family's special tokens.
 
-    `settings` is the content of tokenizer_config.json, kept whole so that a published tokenizer
-    survives loading and saving; `chat_template` is its Jinja source where there is one.
+    `settings` is the content of tokenizer_config.json and `specials` that of
+    special_tokens_map.json, kept whole so that a published tokenizer survives loading and saving;
+    `chat_template` is its Jinja source where there is one.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class Tokenizer:
         backend: Backend,
         *,
         settings: dict[str, Any] | None = None,
+        specials: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
         self._backend = backend
         self.settings = dict(settings) if settings is not None else _default_settings()
+        self.specials = dict(specials or {})
         self.chat_template = chat_template
         self._spelled: dict[int, bytes] = {}
 
@@ -96,13 +99,15 @@ class Tokenizer:
         backend = _read_backend(file)
         settings_file = directory / _SETTINGS_FILE
         settings = _read_json(settings_file) if settings_file.is_file() else None
+        specials_file = directory / _SPECIALS_FILE
+        specials = _read_json(specials_file) if specials_file.is_file() else None
         template_file = directory / _TEMPLATE_FILE
         template = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
         if template is None and settings is not None:
             # Older checkpoints keep the template among the settings.
             named = settings.get("chat_template")
             template = named if isinstance(named, str) else None
-        return cls(backend, settings=settings, chat_template=template)
+        return cls(backend, settings=settings, specials=specials, chat_template=template)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files into a directory, as transformers reads them."""
@@ -110,8 +115,11 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _TOKENIZER_FILE).write_text(self.to_json(), encoding="utf-8")
         _write_json(directory / _SETTINGS_FILE, self.settings)
-        named = ("bos_token", "eos_token", "pad_token", "unk_token")
-        specials = {name: self.settings[name] for name in named if self.settings.get(name)}
+        specials = dict(self.specials)
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = self.settings.get(name)
+            if token and _content(token) != _content(specials.get(name)):
+                specials[name] = token
         _write_json(directory / _SPECIALS_FILE, specials)
         if self.chat_template is not None:
             (directory / _TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
@@ -279,6 +287,11 @@ class Tokenizer:
 @cache
 def _byte_of_character() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(vocabulary.byte_characters())}
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which may stand in an object with its rules of stripping."""
+    return cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
 
 
 def _default_settings() -> dict[str, Any]:

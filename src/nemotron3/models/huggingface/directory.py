@@ -6,8 +6,9 @@ the model gets its memory, so whatever is missing, extra or mis-shaped is an err
 tensor and costs nothing.
 """
 
-import json
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemotron3.checkpoint.files import full_disk_named, write_file
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.allocation import allocate
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface import native, nemotron_h, qwen3_moe
-from nemotron3.models.huggingface.fields import Fields
+from nemotron3.models.huggingface.companions import (
+    CONFIG_FILE,
+    Companions,
+    read_companions,
+    read_json,
+    write_companions,
+    write_json,
+)
+from nemotron3.models.huggingface.fields import Fields, updated
 from nemotron3.models.parameter import parameter_specs
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
@@ -32,29 +40,75 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 def read_config(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
     """The configuration of a model directory; `config_class` is what our own layout holds."""
-    dialect, fields = _read_fields(path)
+    return _config_from(*_read_fields(path), config_class)
+
+
+def _config_from(
+    dialect: ModuleType, fields: Fields, config_class: type[ModelConfig]
+) -> ModelConfig:
     if dialect is native:
         return native.config_from(fields, config_class)
     return dialect.config_from(fields)
 
 
+def read_directory(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> Companions:
+    """The configuration of a model directory and everything else but its tensors."""
+    dialect, fields = _read_fields(path)
+    config = _config_from(dialect, fields, config_class)
+    return read_companions(Path(path), config=config, fields=fields.fields)
+
+
 def write_model(
-    model: nn.Module, config: ModelConfig, path: Path | str, *, max_shard_bytes: int
+    model: nn.Module,
+    config: ModelConfig,
+    path: Path | str,
+    *,
+    max_shard_bytes: int,
+    companions: Companions | None = None,
 ) -> None:
-    """Write config.json, generation_config.json, and the tensors in shards."""
-    dialect = next(d for d in _DIALECTS if d.unsupported(model, config) is None)
-    embeddings = model.get_parameter("backbone.embeddings.weight")
-    dtype = str(embeddings.dtype).removeprefix("torch.")
-    fields = dialect.config_to(config) | {"dtype": dtype, "torch_dtype": dtype}
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    generation = {"_from_model_config": True} | {name: getattr(config, name) for name in tokens}
+    """Write config.json, generation_config.json, and the tensors in shards.
+
+    `companions` are those of the directory that the model was loaded from: what they say beside
+    `config` is written again.
+    """
+    dialect = _dialect_to_write(model, config, companions)
+    dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
     views = list(dialect.published_views(model, config))
     total = sum(tensor.nbytes for _, tensor in views)
     with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
         for name, tensor in views:
             writer.add(name, tensor)
-    _write_json(Path(path) / "config.json", fields)
-    _write_json(Path(path) / "generation_config.json", generation)
+    write_json(Path(path) / CONFIG_FILE, _fields_to_write(dialect, config, dtype, companions))
+    write_companions(Path(path), config, companions)
+
+
+def _dialect_to_write(
+    model: nn.Module, config: ModelConfig, companions: Companions | None
+) -> ModuleType:
+    if companions is not None and config == companions.config:
+        dialect = _dialect_of(companions.fields)
+        # All state that a model was read with has a name there, but for Qwen's selection bias.
+        if dialect is not qwen3_moe:
+            return dialect
+    return next(d for d in _DIALECTS if d.unsupported(model, config) is None)
+
+
+def _fields_to_write(
+    dialect: ModuleType, config: ModelConfig, dtype: str, companions: Companions | None
+) -> dict[str, Any]:
+    after = dialect.config_to(config)
+    if companions is None:
+        return after | {"dtype": dtype, "torch_dtype": dtype}
+    read_in = _dialect_of(companions.fields)
+    fields = updated(
+        companions.fields,
+        before=read_in.config_to(companions.config),
+        after=after,
+        aliases=read_in.ALIASES,
+    )
+    if dialect is not read_in:
+        fields.pop("auto_map", None)  # code that reads the other layout
+    return fields | {name: dtype for name in ("dtype", "torch_dtype") if name in fields}
 
 
 def read_weights(
@@ -85,28 +139,23 @@ def read_weights(
 
 def _read_fields(path: Path | str) -> tuple[ModuleType, Fields]:
     """The fields of config.json, where the language model's are, and the dialect they are in."""
-    file = Path(path) / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} does not exist; name a directory that holds config.json and *.safetensors"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); fetch or save it again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds no JSON object; fetch or save it again")
+    file = Path(path) / CONFIG_FILE
+    fields = read_json(file)
     quantized = bool(fields.get("quantization_config"))
     for nested in ("llm_config", "text_config"):
         fields = fields.get(nested) or fields
     if quantized or fields.get("quantization_config"):
         raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
     model_type = fields.get("model_type")
-    for dialect in _DIALECTS:
-        if model_type == dialect.MODEL_TYPE:
-            return dialect, Fields(fields, str(file))
-    known = ", ".join(dialect.MODEL_TYPE for dialect in _DIALECTS)
-    raise ConfigError(f"{file}: model_type is {model_type!r}; readable are {known}")
+    known = [dialect.MODEL_TYPE for dialect in _DIALECTS]
+    if model_type not in known:
+        raise ConfigError(f"{file}: model_type is {model_type!r}; readable are {', '.join(known)}")
+    dialect = _dialect_of(fields)
+    return dialect, Fields(fields, str(file), dialect.ALIASES)
+
+
+def _dialect_of(fields: Mapping[str, Any]) -> ModuleType:
+    return next(d for d in _DIALECTS if fields["model_type"] == d.MODEL_TYPE)
 
 
 def _stacked_names(
@@ -172,15 +221,13 @@ def _why_missing(names: list[str]) -> str:
 
 
 def _stored_dtype(model: nn.Module, reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
+    """The dtype of most of the weights; a file may keep single tensors in a wider one."""
     # Dialects may name modules as they like, but keep the last parts of these names.
     specs = parameter_specs(model)
     wide = tuple({f".{n.rpartition('.')[2]}" for n, spec in specs.items() if spec.keep_float32})
-    return next(
-        reader.info(name).dtype for spelling, name in stored.items() if not spelling.endswith(wide)
-    )
-
-
-def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    content = json.dumps(fields, indent=2).encode() + b"\n"
-    with full_disk_named(file.parent, len(content)):
-        write_file(file, [content])
+    sizes: Counter[torch.dtype] = Counter()
+    for spelling, name in stored.items():
+        if not spelling.endswith(wide):
+            info = reader.info(name)
+            sizes[info.dtype] += torch.Size(info.shape).numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -11,10 +11,11 @@ from torch import nn
 
 from nemotron3.config.record import from_record, to_record
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.huggingface.fields import Fields
+from nemotron3.models.huggingface.fields import Aliases, Fields
 from nemotron3.models.huggingface.nemotron_h import our_spelling, published_views
 
 __all__ = [
+    "ALIASES",
     "MODEL_TYPE",
     "config_from",
     "config_to",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 MODEL_TYPE = "nemotron3"
+ALIASES: Aliases = {}
 
 
 def config_from(fields: Fields, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:

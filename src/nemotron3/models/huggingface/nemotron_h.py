@@ -3,8 +3,13 @@
 Three spellings of the layer list are in circulation: Megatron's pattern string (Nano, Super), lists
 of `mamba / moe / attention / mlp` (Ultra), and lists of `linear_attention / moe / full_attention /
 mlp` (whatever transformers 5 has saved). Written are the first two, which every engine reads.
+
+`num_nextn_predict_layers` counts blocks in the file and not the depths that share a block. The
+reports train two depths with the one block of Super and Ultra, so that is what a file with their
+layers means; `num_mtp_depths`, a field of our own, says another number.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +23,32 @@ from nemotron3.models.config import (
     ModelConfig,
     MoEConfig,
 )
-from nemotron3.models.huggingface.fields import Fields, number
+from nemotron3.models.huggingface.fields import Aliases, Fields, number
+from nemotron3.models.pattern import LayerPattern, parse_pattern
 
 MODEL_TYPE = "nemotron_h"
+ALIASES: Aliases = {
+    "hybrid_override_pattern": ("layers_block_type", "layer_types"),
+    "mtp_hybrid_override_pattern": ("mtp_layers_block_type",),
+    "layer_norm_epsilon": ("norm_eps", "rms_norm_eps"),
+    "n_groups": ("mamba_n_groups", "mamba_ngroups"),
+    "conv_kernel": ("mamba_d_conv",),
+    "chunk_size": ("mamba_chunk_size",),
+    "time_step_min": ("mamba_dt_min",),
+    "time_step_max": ("mamba_dt_max",),
+    "time_step_floor": ("mamba_dt_init_floor",),
+    "time_step_limit": ("mamba_dt_limit",),
+    "use_conv_bias": ("mamba_conv_bias",),
+    "head_dim": ("attention_head_dim",),
+    "n_routed_experts": ("num_local_experts",),
+}
 
+logger = logging.getLogger(__name__)
+
+_KINDS = {
+    mixer.symbol: mixer.label for mixer in (MambaConfig, AttentionConfig, MoEConfig, MLPConfig)
+}
+"""Layers that the layout has, by their characters."""
 _BLOCK_TYPES = {
     "mamba": "M",
     "linear_attention": "M",
@@ -36,20 +63,17 @@ _WRITTEN_BLOCK_TYPES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 def config_from(fields: Fields) -> ModelConfig:
     """Our record from the fields of a config.json."""
     _refuse_other_arithmetic(fields)
-    main = _pattern(fields, "hybrid_override_pattern", "layers_block_type", "layer_types")
-    depths, mtp = fields.get(int, "num_nextn_predict_layers", default=0), ""
-    if depths:
-        depths = fields.get(int, "num_mtp_depths", default=depths)
-        mtp = _pattern(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type", default="*E")
-    kinds = set(main + mtp)
+    pattern = _pattern(fields)
+    kinds = pattern.symbols
     layers = fields.raw("num_hidden_layers")
-    if layers is not None and layers != len(main):
+    if layers is not None and layers != len(pattern.main):
+        main = str(pattern).partition("/")[0]
         raise ConfigError(
             f"{fields.where}: num_hidden_layers is {layers}, but the layer list {main!r} has "
-            f"{len(main)}"
+            f"{len(pattern.main)}"
         )
     return ModelConfig(
-        hybrid_override_pattern="/".join([main] + [mtp] * depths),
+        hybrid_override_pattern=str(pattern),
         vocab_size=fields.get(int, "vocab_size"),
         hidden_size=fields.get(int, "hidden_size"),
         mamba=_mamba(fields) if MambaConfig.symbol in kinds else None,
@@ -58,11 +82,11 @@ def config_from(fields: Fields) -> ModelConfig:
         mlp=MLPConfig(intermediate_size=fields.get(int, "intermediate_size"))
         if MLPConfig.symbol in kinds
         else None,
-        layer_norm_epsilon=fields.get(float, "layer_norm_epsilon", "norm_eps", default=1e-5),
+        layer_norm_epsilon=fields.get(float, "layer_norm_epsilon", default=1e-5),
         tie_word_embeddings=False,
         initializer_range=fields.get(float, "initializer_range", default=0.02),
         max_position_embeddings=fields.get(int, "max_position_embeddings", default=262_144),
-        **_special_tokens(fields),
+        **fields.special_tokens(bos=1, eos=2, pad=0),
     )
 
 
@@ -168,12 +192,64 @@ def our_spelling(name: str) -> str:
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
-def _pattern(fields: Fields, *names: str, default: str | None = None) -> str:
-    value = fields.raw(*names, default=default)
+def _pattern(fields: Fields) -> LayerPattern:
+    """The layers and the depths of multi-token prediction, from every field that tells of them."""
+    spelled = _spelled_layers(fields, "hybrid_override_pattern")
+    main = fields.agreed({name: layers.partition("/")[0] for name, layers in spelled.items()})
+    if not main:
+        names = ", ".join(fields.names("hybrid_override_pattern"))
+        raise ConfigError(f"{fields.where} has no layer list under {names}")
+    spelled_mtp = _spelled_layers(fields, "mtp_hybrid_override_pattern")
+    mtp = fields.agreed(spelled_mtp)
+    for name, layers in spelled.items():
+        if "/" in layers:  # as in Megatron, the depths stand behind the layers
+            whole = parse_pattern(layers, _KINDS)
+            block = "".join(whole.mtp)
+            fields.agreed({f"the prediction block in {name}": block} | spelled_mtp)
+            depths = {f"the number of depths in {name}": whole.num_mtp_depths}
+            fields.agreed(depths | fields.spelled("num_mtp_depths"))
+            return whole
+    block = mtp or "*E"
+    return parse_pattern("/".join([main] + [block] * _num_depths(fields, main, block)), _KINDS)
+
+
+def _num_depths(fields: Fields, main: str, block: str) -> int:
+    blocks = fields.get(int, "num_nextn_predict_layers", default=0)
+    if blocks < 0:
+        raise ConfigError(f"{fields.where}: num_nextn_predict_layers is {blocks}, below 0")
+    depths = fields.get(int, "num_mtp_depths", default=blocks)
+    if blocks != 1 or fields.raw("num_mtp_depths") is not None:
+        return depths if blocks else 0
+    for name in ("super", "ultra"):
+        published = ModelConfig.preset(name).pattern
+        if str(published) == "/".join([main] + [block] * published.num_mtp_depths):
+            logger.warning(
+                "%s: num_nextn_predict_layers is 1, the one block of %s, which its report trains "
+                "for %d depths: these are taken (num_mtp_depths says another number)",
+                fields.where,
+                name.capitalize(),
+                published.num_mtp_depths,
+            )
+            return published.num_mtp_depths
+    return depths
+
+
+def _spelled_layers(fields: Fields, name: str) -> dict[str, str]:
+    """A layer list as a pattern, under each of its names that is there."""
+    return {
+        spelling: _as_pattern(fields, spelling, value)
+        for spelling, value in fields.spelled(name).items()
+    }
+
+
+def _as_pattern(fields: Fields, name: str, value: Any) -> str:
     if isinstance(value, str):
+        parse_pattern(value, _KINDS)  # an unknown layer is named before two spellings are compared
         return value
     if not isinstance(value, list):
-        raise ConfigError(f"{fields.where} has no layer list under {', '.join(names)}")
+        raise ConfigError(
+            f"{fields.where}: {name} is {value!r}, but a pattern or a list of layers is needed"
+        )
     unknown = [kind for kind in value if kind not in _BLOCK_TYPES]
     if unknown:
         raise ConfigError(
@@ -187,12 +263,12 @@ def _mamba(fields: Fields) -> MambaConfig:
         mamba_num_heads=fields.get(int, "mamba_num_heads"),
         mamba_head_dim=fields.get(int, "mamba_head_dim"),
         ssm_state_size=fields.get(int, "ssm_state_size"),
-        n_groups=fields.get(int, "n_groups", "mamba_n_groups", "mamba_ngroups"),
-        conv_kernel=fields.get(int, "conv_kernel", "mamba_d_conv", default=4),
-        chunk_size=fields.get(int, "chunk_size", "mamba_chunk_size", default=128),
-        time_step_min=fields.get(float, "time_step_min", "mamba_dt_min", default=0.001),
-        time_step_max=fields.get(float, "time_step_max", "mamba_dt_max", default=0.1),
-        time_step_floor=fields.get(float, "time_step_floor", "mamba_dt_init_floor", default=1e-4),
+        n_groups=fields.get(int, "n_groups"),
+        conv_kernel=fields.get(int, "conv_kernel", default=4),
+        chunk_size=fields.get(int, "chunk_size", default=128),
+        time_step_min=fields.get(float, "time_step_min", default=0.001),
+        time_step_max=fields.get(float, "time_step_max", default=0.1),
+        time_step_floor=fields.get(float, "time_step_floor", default=1e-4),
     )
 
 
@@ -202,7 +278,7 @@ def _attention(fields: Fields) -> AttentionConfig:
         num_attention_heads=heads,
         num_key_value_heads=fields.get(int, "num_key_value_heads", default=heads),
         # Nothing to guess: in this family it is not hidden_size / num_attention_heads.
-        head_dim=fields.get(int, "head_dim", "attention_head_dim"),
+        head_dim=fields.get(int, "head_dim"),
     )
 
 
@@ -210,7 +286,7 @@ def _moe(fields: Fields) -> MoEConfig:
     latent = fields.raw("moe_latent_size")
     shared = fields.get(int, "n_shared_experts", default=1)
     return MoEConfig(
-        n_routed_experts=fields.get(int, "n_routed_experts", "num_local_experts"),
+        n_routed_experts=fields.get(int, "n_routed_experts"),
         num_experts_per_tok=fields.get(int, "num_experts_per_tok"),
         moe_intermediate_size=fields.get(int, "moe_intermediate_size"),
         moe_shared_expert_intermediate_size=(
@@ -220,15 +296,6 @@ def _moe(fields: Fields) -> MoEConfig:
         routed_scaling_factor=fields.get(float, "routed_scaling_factor", default=1.0),
         norm_topk_prob=fields.get(bool, "norm_topk_prob", default=True),
     )
-
-
-def _special_tokens(fields: Fields) -> dict[str, int]:
-    eos = fields.raw("eos_token_id", default=2)
-    return {
-        "bos_token_id": fields.get(int, "bos_token_id", default=1),
-        "eos_token_id": eos[0] if isinstance(eos, list) else eos,
-        "pad_token_id": fields.get(int, "pad_token_id", default=0),
-    }
 
 
 def _refuse_other_arithmetic(fields: Fields) -> None:
@@ -246,9 +313,9 @@ def _refuse_other_arithmetic(fields: Fields) -> None:
         raise ConfigError(
             f"{fields.where}: sliding_window is set, but attention here sees everything"
         )
-    limit = fields.raw("time_step_limit", "mamba_dt_limit", default=[0.0, 1e30])
-    if [number(bound) for bound in limit] != [0.0, float("inf")]:
-        raise ConfigError(
-            f"{fields.where}: time_step_limit is {limit!r}; only no limit ([0, inf]) is supported, "
-            "which is what the released models were trained with"
-        )
+    for name, limit in fields.spelled("time_step_limit").items():
+        if [number(bound) for bound in limit] != [0.0, float("inf")]:
+            raise ConfigError(
+                f"{fields.where}: {name} is {limit!r}; only no limit ([0, inf]) is supported, "
+                "which is what the released models were trained with"
+            )

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import AttentionConfig, ModelConfig, MoEConfig
-from nemotron3.models.huggingface.fields import Fields
+from nemotron3.models.huggingface.fields import Aliases, Fields
 
 MODEL_TYPE = "qwen3_moe"
+ALIASES: Aliases = {
+    "num_experts": ("num_local_experts",),
+    "rms_norm_eps": ("layer_norm_epsilon", "norm_eps"),
+    # Both hold the base of the rotary positions beside other things.
+    "rope_theta": ("rope_parameters", "rope_scaling"),
+}
 
 _SELECTION_BIAS = "e_score_correction_bias"
 
@@ -27,11 +33,7 @@ def config_from(fields: Fields) -> ModelConfig:
         raise ConfigError(
             f"{fields.where}: mlp_only_layers is set, but every layer must be a mixture"
         )
-    rope = fields.raw("rope_parameters", "rope_scaling", default={})
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"{fields.where}: rotary type {rope['rope_type']!r} is not supported")
     heads = fields.get(int, "num_attention_heads")
-    eos = fields.raw("eos_token_id", default=0)
     return ModelConfig(
         hybrid_override_pattern="*E" * fields.get(int, "num_hidden_layers"),
         vocab_size=fields.get(int, "vocab_size"),
@@ -40,11 +42,11 @@ def config_from(fields: Fields) -> ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=fields.get(int, "num_key_value_heads", default=heads),
             head_dim=fields.get(int, "head_dim", default=fields.get(int, "hidden_size") // heads),
-            rope_theta=float(rope.get("rope_theta") or fields.get(float, "rope_theta")),
+            rope_theta=_rope_theta(fields),
             qk_norm=True,
         ),
         moe=MoEConfig(
-            n_routed_experts=fields.get(int, "num_experts", "num_local_experts"),
+            n_routed_experts=fields.get(int, "num_experts"),
             num_experts_per_tok=fields.get(int, "num_experts_per_tok"),
             moe_intermediate_size=fields.get(int, "moe_intermediate_size"),
             norm_topk_prob=fields.get(bool, "norm_topk_prob", default=False),
@@ -55,10 +57,32 @@ def config_from(fields: Fields) -> ModelConfig:
         tie_word_embeddings=fields.get(bool, "tie_word_embeddings", default=False),
         initializer_range=fields.get(float, "initializer_range", default=0.02),
         max_position_embeddings=fields.get(int, "max_position_embeddings", default=32_768),
-        bos_token_id=fields.get(int, "bos_token_id", default=0),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        pad_token_id=fields.get(int, "pad_token_id", default=0),
+        **fields.special_tokens(bos=0, eos=0, pad=0),
     )
+
+
+def _rope_theta(fields: Fields) -> float:
+    """The base of the rotary positions, from every field that holds it."""
+    found: dict[str, Any] = {}
+    for name, value in fields.spelled("rope_theta").items():
+        if name == "rope_theta":
+            found[name] = value
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{fields.where}: {name} is {value!r}, but an object is needed")
+        for key in ("rope_type", "type"):
+            if value.get(key, "default") != "default":
+                raise ConfigError(
+                    f"{fields.where}: rotary type {value[key]!r} is not supported ({name})"
+                )
+        if value.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(
+                f"{fields.where}: {name}.partial_rotary_factor is "
+                f"{value['partial_rotary_factor']!r}; only 1.0 is supported"
+            )
+        if value.get("rope_theta") is not None:
+            found[f"{name}.rope_theta"] = value["rope_theta"]
+    return Fields({"rope_theta": fields.agreed(found)}, fields.where, {}).get(float, "rope_theta")
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
