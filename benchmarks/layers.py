@@ -17,15 +17,14 @@ from benchmarks.limits import mixing_flops
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nemotron3.models.attention import Attention
+from nemotron3.models.attention import Attention, AttentionConfig
 from nemotron3.models.block import Block
 from nemotron3.models.experts import MixtureOfExperts, RoutedExperts, Router
 from nemotron3.models.linear import Embedding, Linear
-from nemotron3.models.mamba2 import CausalConv1d, Mamba2Mixer
+from nemotron3.models.mamba2 import CausalConv1d, Mamba2Mixer, MambaConfig
 from nemotron3.models.mlp import MLP
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.norm import GatedGroupNorm, RMSNorm
-from nemotron3.models.pattern import LayerKind
 
 OUTPUT, OPTIMIZER = "output layer and loss", "optimizer"
 _SCAN, _MIXING = "mamba: scan", "attention: scores and values"
@@ -75,8 +74,8 @@ def flops_per_token(model: LanguageModel, *, context: int) -> dict[str, float]:
             flops[part] += 2 * elements * share
         elif isinstance(module, MLP):
             flops[part] += 2 * sum(parameter.numel() for parameter in module.parameters())
-    flops[_SCAN] += mixing_flops(config, LayerKind.MAMBA, context=context)
-    flops[_MIXING] += mixing_flops(config, LayerKind.ATTENTION, context=context)
+    flops[_SCAN] += mixing_flops(config, MambaConfig, context=context)
+    flops[_MIXING] += mixing_flops(config, AttentionConfig, context=context)
     flops[OUTPUT] += 2 * model.output_weight.numel()
     return dict(flops)
 

@@ -17,14 +17,7 @@ from nemotron3.models.costs import (
     model_costs,
     state_bytes_per_sequence,
 )
-from nemotron3.models.pattern import LayerKind, last_stateful_layer
-
-_PARTS = {
-    LayerKind.MAMBA: "mamba",
-    LayerKind.ATTENTION: "attention",
-    LayerKind.EXPERTS: "moe",
-    LayerKind.MLP: "mlp",
-}
+from nemotron3.models.mixer import MixerConfig, last_stateful_layer
 
 
 def training_flops(config: ModelConfig, *, length: int) -> float:
@@ -35,7 +28,7 @@ def training_flops(config: ModelConfig, *, length: int) -> float:
 def prefill_flops(config: ModelConfig, *, length: int) -> float:
     """FLOPs per token of a prompt."""
     main = config.pattern.main
-    all_pass = _with_layers(config, main[: last_stateful_layer(main) + 1])
+    all_pass = _with_layers(config, main[: last_stateful_layer(config.layers) + 1])
     flops = backbone_flops(all_pass, length=length)
     return flops + (forward_flops_per_token(config, context=length) - flops) / length
 
@@ -59,18 +52,14 @@ def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int
     return weights * itemsize + batch * (state + keys)
 
 
-def mixing_flops(config: ModelConfig, kind: LayerKind, *, context: int) -> float:
+def mixing_flops(config: ModelConfig, kind: type[MixerConfig], *, context: int) -> float:
     """FLOPs per token of all layers of a kind that are not products with weights."""
-    layers = config.pattern.main.count(kind)
-    if not layers:
-        return 0.0
-    alone = _with_layers(config, [kind] * layers)
-    flops = forward_flops_per_token(alone, context=context)
-    return flops - 2 * model_costs(alone).total_active
+    layers = [mixer for mixer in config.layers if isinstance(mixer, kind)]
+    return sum(mixer.mixing_flops(context) for mixer in layers)
 
 
-def _with_layers(config: ModelConfig, kinds: Sequence[LayerKind]) -> ModelConfig:
+def _with_layers(config: ModelConfig, symbols: Sequence[str]) -> ModelConfig:
     """The same widths in other layers, without MTP."""
-    unused = {part: None for kind, part in _PARTS.items() if kind not in kinds}
-    pattern = "".join(kind.value for kind in kinds)
-    return replace(config, hybrid_override_pattern=pattern, **unused)
+    parts = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+    unused = {part: None for symbol, part in parts.items() if symbol not in symbols}
+    return replace(config, hybrid_override_pattern="".join(symbols), **unused)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from nemotron3.models.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig, MoEConfig
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.pattern import LayerKind, parse_pattern
 
 MAMBA = MambaConfig(
     mamba_num_heads=6, mamba_head_dim=8, ssm_state_size=10, n_groups=2, chunk_size=8
@@ -30,11 +29,11 @@ MOE = MoEConfig(
     routed_scaling_factor=2.5,
 )
 MLP = MLPConfig(intermediate_size=56)
-_PARTS: dict[LayerKind, tuple[str, Any]] = {
-    LayerKind.MAMBA: ("mamba", MAMBA),
-    LayerKind.ATTENTION: ("attention", ATTENTION),
-    LayerKind.EXPERTS: ("moe", MOE),
-    LayerKind.MLP: ("mlp", MLP),
+_PARTS: dict[str, tuple[str, Any]] = {
+    "M": ("mamba", MAMBA),
+    "*": ("attention", ATTENTION),
+    "E": ("moe", MOE),
+    "-": ("mlp", MLP),
 }
 
 
@@ -43,10 +42,9 @@ def tiny_config(pattern: str = "MEM*E/*E/*E", **changes: Any) -> ModelConfig:
 
     `changes` are fields of ModelConfig; a part may be given as a dict of the fields to change.
     """
-    kinds = parse_pattern(pattern).kinds
     parts = {}
-    for kind in kinds:
-        name, part = _PARTS[kind]
+    for symbol in set(pattern) & _PARTS.keys():
+        name, part = _PARTS[symbol]
         parts[name] = dataclasses.replace(part, **changes.pop(name, {}))
     return ModelConfig(
         hybrid_override_pattern=pattern,

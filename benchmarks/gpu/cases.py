@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import torch
 from benchmarks.gpu.setting import Draw
-from benchmarks.limits import mixing_flops
 from torch import Tensor
 
 from nemotron3.models.config import MambaConfig, ModelConfig
-from nemotron3.models.pattern import LayerKind
 from nemotron3.ops.backends import Backend
 from nemotron3.ops.conv import causal_conv
 from nemotron3.ops.cross_entropy import linear_cross_entropy
@@ -82,8 +80,8 @@ def layer_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> list[Ca
 
 
 def _scan_flops(config: ModelConfig, context: int) -> float:
-    layers = config.pattern.main.count(LayerKind.MAMBA)
-    return mixing_flops(config, LayerKind.MAMBA, context=context) / layers
+    assert config.mamba is not None
+    return config.mamba.mixing_flops(context)
 
 
 def scan(

@@ -75,7 +75,7 @@ def assert_same_where_both(ours, theirs, *, at_least):
 @pytest.mark.parametrize("most", [3, 128])
 @pytest.mark.parametrize("pauses", [[0] * 7, [2, 2, 0, 0, 0, 2, 0, 2, 0, 0]])
 def test_drafts_after_a_pause_are_those_without_one(model, pauses, most, monkeypatch):
-    monkeypatch.setattr(speculative, "_MAX_PENDING", most)
+    monkeypatch.setattr(speculative, "_MOST_PENDING", most)
     prompts = [tokens_for(CONFIG, n, seed=n).tolist() for n in (17, 5)]
     answers, eager = drafts_of(engine_of(model, []), *prompts)
     late_answers, late = drafts_of(engine_of(model, pauses), *prompts)
@@ -89,12 +89,13 @@ def test_an_answer_that_ends_in_a_pause_leaves_a_whole_state(model, assert_close
     answers, drafted = drafts_of(engine, prompt)
     assert not drafted
     kept = engine.prefixes.match([*prompt, *answers["0"]])
-    assert (kept.length, kept.draft_length) == (len(prompt) + LENGTH - 1, len(prompt) - 1)
-    assert kept.pending.tokens == tuple(answers["0"][:-1])  # what follows the last one may change
+    assert (kept.length, kept.drafts.length) == (len(prompt) + LENGTH - 1, len(prompt) - 1)
+    # What follows the last one may change.
+    assert kept.drafts.pending.tokens == tuple(answers["0"][:-1])
     read = torch.tensor([*prompt, *answers["0"]][: kept.length])
     with torch.no_grad():
         hidden = model.hidden_states(read, layout=SequenceLayout.of(read[None]))
-    assert_close(kept.hidden, hidden[-1], DECODE)
+    assert_close(kept.drafts.hidden, hidden[-1], DECODE)
     more = [*prompt, *answers["0"], 5, 6, 7]
     engine._draft_length = Scheduled([])
     again, with_prefix = drafts_of(engine, more)

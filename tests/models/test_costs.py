@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemotron3.models.cache.state import MambaState
+from nemotron3.models.cache.mamba_state import MambaState
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import (
     forward_flops_per_token,

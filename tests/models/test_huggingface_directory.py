@@ -456,7 +456,7 @@ PUBLISHED = {
 PUBLISHED["ultra"] = PUBLISHED["super"] | {
     "hybrid_override_pattern": None,
     "layers_block_type": [
-        {"M": "mamba", "E": "moe", "*": "attention"}[kind.value]
+        {"M": "mamba", "E": "moe", "*": "attention"}[kind]
         for kind in ModelConfig.preset("ultra").pattern.main
     ],
     "num_hidden_layers": 108,

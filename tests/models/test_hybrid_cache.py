@@ -20,15 +20,17 @@ SLOTS, PAGES, PAGE_SIZE = 4, 14, 4
 
 def new_cache(model, **changes):
     given = {"slots": SLOTS, "page_size": PAGE_SIZE, "pages": PAGES} | changes
-    return HybridCache(CONFIG, dtype=torch.float64, device=torch.device("cpu"), **given)
+    return HybridCache(model.config, dtype=torch.float64, device=torch.device("cpu"), **given)
 
 
 class Verbs(RuleBasedStateMachine):
     """Against the simplest state there is: the tokens of each slot, read anew every time."""
 
+    CONFIG = CONFIG
+
     def __init__(self):
         super().__init__()
-        self.model = tiny_model(CONFIG, dtype=torch.float64)
+        self.model = tiny_model(self.CONFIG, dtype=torch.float64)
         self.cache = new_cache(self.model)
         self.held = [[] for _ in range(SLOTS)]
         self.kept = []
@@ -36,7 +38,7 @@ class Verbs(RuleBasedStateMachine):
 
     def draw(self, count):
         self.drawn += 1
-        return tokens_for(CONFIG, count, seed=self.drawn).tolist()
+        return tokens_for(self.CONFIG, count, seed=self.drawn).tolist()
 
     def call(self, feeds, *, is_verification=False):
         """Feed slots, and compare what comes out with a pass over all of their tokens."""

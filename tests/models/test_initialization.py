@@ -56,7 +56,7 @@ def test_matrices_are_normal_and_those_that_write_to_the_stream_smaller(model):
 
 
 def test_the_scan_starts_in_its_published_ranges(model):
-    mixers = [layer.mixer for layer in model.backbone.layers if layer.kind.value == "M"]
+    mixers = [layer.mixer for layer in model.backbone.layers if layer.kind.symbol == "M"]
     for mixer in mixers:
         A, dt = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
         assert A.min() >= 1

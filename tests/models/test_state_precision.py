@@ -41,12 +41,11 @@ def call(model, cache, feeds, **kind):
 
 def held(cache, slot):
     """Everything that a slot holds, in order."""
-    mamba = [part for layer in cache._mamba for part in layer.copy(slot)]
+    layers = [layer for layer in cache.layers if layer is not None]
+    rows = [part for layer in layers for part in layer.copy(slot)]
     places = cache.table.positions(slot, 0, cache.lengths[slot])
-    return mamba + [
-        pool.flatten(0, 1)[places].double()
-        for layer in cache._attention
-        for pool in (layer.keys, layer.values)
+    return rows + [
+        entries.flatten(0, 1)[places].double() for layer in layers for entries in layer.pages
     ]
 
 
@@ -191,7 +190,7 @@ def test_what_does_nothing_or_makes_no_sense_is_refused(wrong, message):
 
 
 def test_too_few_scales_are_refused():
-    with pytest.raises(ConfigError, match="1 pairs for 2 attention layers"):
+    with pytest.raises(ConfigError, match="1 pairs for 2 layers with keys and values"):
         HybridCache(
             CONFIG, slots=1, dtype=torch.float32, device=torch.device("cpu"),
             precision=StatePrecision(keys="float8", key_scales=((1.0, 1.0),)),

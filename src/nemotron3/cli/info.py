@@ -14,7 +14,6 @@ from nemotron3.models.costs import (
     state_bytes_per_sequence,
 )
 from nemotron3.models.huggingface import read_config
-from nemotron3.models.pattern import LayerKind
 
 
 def info(model: str, *, context: int, as_json: bool) -> int:
@@ -39,9 +38,9 @@ def model_facts(name: str, config: ModelConfig, context: int) -> dict[str, Any]:
         "model": name,
         "pattern": config.hybrid_override_pattern,
         "layers": {
-            kind.name.lower(): config.pattern.main.count(kind)
-            for kind in LayerKind
-            if kind in config.pattern.main
+            mixer.label: config.layers.count(mixer)
+            for mixer in config.mixers.values()
+            if mixer in config.layers
         },
         "parameters": costs.parameters,
         "active_parameters": costs.active,

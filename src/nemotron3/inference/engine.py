@@ -97,7 +97,7 @@ class Engine:
             self.cache = HybridCache(
                 model.config,
                 slots=self.config.max_num_seqs,
-                dtype=model.activation_dtype or model.output_weight.dtype,
+                dtype=model.compute_dtype,
                 device=model.device,
                 page_size=self.config.page_size,
                 pages=pages,

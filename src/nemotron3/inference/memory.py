@@ -10,10 +10,10 @@ import torch
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.speculative import most_drafts
+from nemotron3.models.costs import kv_bytes_per_token
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.pattern import LayerKind
 from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
 
 _SHARE, _GPU_SHARE = 0.25, 0.9
@@ -45,11 +45,11 @@ def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device
 
 
 def _state_bytes(model: LanguageModel, config: EngineConfig) -> int:
-    """Of the Mamba layers' states; with drafts also of those after each token of a window."""
+    """Of what is kept of each sequence; with drafts also after each token of a window."""
     cache = HybridCache(
         model.config,
         slots=config.max_num_seqs,
-        dtype=model.activation_dtype or model.output_weight.dtype,
+        dtype=model.compute_dtype,
         device=torch.device("meta"),
         pages=0,
         precision=config.state,
@@ -59,16 +59,10 @@ def _state_bytes(model: LanguageModel, config: EngineConfig) -> int:
 
 
 def page_bytes(model: LanguageModel, config: EngineConfig) -> int:
-    """Bytes of one page in all attention layers; 0 where there are none."""
-    attention, pattern = model.config.attention, model.config.pattern
-    if attention is None:
-        return 0
-    layers = pattern.main.count(LayerKind.ATTENTION)
-    if config.max_draft_tokens != 0:
-        layers += pattern.mtp.count(LayerKind.ATTENTION)
-    per_token = 2 * attention.num_key_value_heads * attention.head_dim
-    dtype = config.state.keys_dtype(model.activation_dtype or model.output_weight.dtype)
-    return layers * config.page_size * per_token * dtype.itemsize
+    """Bytes of one page in all layers that keep something of each token; 0 where there are none."""
+    itemsize = config.state.keys_dtype(model.compute_dtype).itemsize
+    drafts = config.max_draft_tokens != 0
+    return config.page_size * kv_bytes_per_token(model.config, itemsize=itemsize, with_mtp=drafts)
 
 
 def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) -> int:

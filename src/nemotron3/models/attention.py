@@ -4,20 +4,75 @@ The published configurations carry `rope_theta`, but the models were trained wit
 positions; reading that field as a wish for them ruins the model (white paper, section 2.5).
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nemotron3.models.cache.state import AttentionState
-from nemotron3.models.config import AttentionConfig
+from nemotron3.errors import ConfigError
+from nemotron3.models.cache.attention_state import AttentionState
+from nemotron3.models.cache.state import StateMemory, StateSize
+from nemotron3.models.checks import require_divides, require_positive
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
+from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
 from nemotron3.models.norm import RMSNorm
 from nemotron3.ops.attention import attention
 from nemotron3.ops.rotary import rotate
 
 
-class Attention(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Grouped-query attention; the Nemotron 3 models leave positions to the Mamba layers."""
+
+    symbol: ClassVar[str] = "*"
+    label: ClassVar[str] = "attention"
+
+    num_attention_heads: int
+    """Query heads."""
+    num_key_value_heads: int
+    """Key and value heads, each shared by a group of query heads."""
+    head_dim: int
+    """Channels per head."""
+    rope_theta: float | None = None
+    """Base of rotary positions; None for no positions at all, as in Nemotron 3."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normed per head, as in Qwen3."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
+        require_divides(self, "num_attention_heads", "num_key_value_heads")
+        if self.rope_theta is not None:
+            require_positive(self, "rope_theta")
+            if self.head_dim % 2:
+                raise ConfigError(
+                    f"head_dim is {self.head_dim}; rotary positions turn channels in pairs, so it "
+                    "must be even"
+                )
+
+    @property
+    def state_size(self) -> StateSize:
+        """Keys and values."""
+        return StateSize(per_token=2 * self.num_key_value_heads * self.head_dim)
+
+    def build(self, hidden_size: int, eps: float) -> "Attention":
+        """The module."""
+        return Attention(self, hidden_size, eps)
+
+    def new_state(self, memory: StateMemory) -> AttentionState:
+        """Pages without keys and values."""
+        return AttentionState(
+            memory, num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim
+        )
+
+    def mixing_flops(self, context: int) -> float:
+        """Of scores and sums: causal, so that a token sees half the sequence on average."""
+        return 2 * 2 * self.num_attention_heads * self.head_dim * (context + 1) / 2
+
+
+class Attention(Mixer):
     """Looks back at every earlier token of the same sequence."""
 
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float) -> None:
@@ -31,6 +86,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, hidden_size, writes_residual=True)
         self.q_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
+
+    def parameter_counts(self) -> dict[str, ParameterCount]:
+        """One part."""
+        return {"attention": ParameterCount.of(self)}
 
     def forward(
         self,
@@ -51,11 +110,11 @@ class Attention(nn.Module):
             y = attention(q, k, v, queries=layout.segments, keys=layout.keys)
         return self.o_proj(y.flatten(-2))
 
-    def write_kv(
+    def update_state(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
     ) -> None:
         """Write keys and values of tokens whose outputs nobody asks for."""
-        state.write_kv(layout, *self._keys_and_values(x, layout))
+        state.write(layout, *self._keys_and_values(x, layout))
 
     def _keys_and_values(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         c = self.config

@@ -3,45 +3,22 @@
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron3.models.attention import Attention
-from nemotron3.models.cache.state import AttentionState, LayerState
+from nemotron3.models.cache.state import LayerState
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.experts import MixtureOfExperts, Routing
+from nemotron3.models.experts import Routing
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.mamba2 import Mamba2Mixer
-from nemotron3.models.mlp import MLP
+from nemotron3.models.mixer import MixerConfig
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.pattern import LayerKind
-
-Mixer = Mamba2Mixer | Attention | MixtureOfExperts | MLP
-
-
-def build_mixer(kind: LayerKind, config: ModelConfig) -> Mixer:
-    """The mixer of a layer; the config has been checked to describe it."""
-    width, eps = config.hidden_size, config.layer_norm_epsilon
-    match kind:
-        case LayerKind.MAMBA:
-            assert config.mamba is not None
-            return Mamba2Mixer(config.mamba, width, eps)
-        case LayerKind.ATTENTION:
-            assert config.attention is not None
-            return Attention(config.attention, width, eps)
-        case LayerKind.EXPERTS:
-            assert config.moe is not None
-            return MixtureOfExperts(config.moe, width)
-        case LayerKind.MLP:
-            assert config.mlp is not None
-            return MLP(width, config.mlp.intermediate_size, config.mlp.activation)
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), with exactly one mixer."""
 
-    def __init__(self, kind: LayerKind, config: ModelConfig) -> None:
+    def __init__(self, kind: MixerConfig, config: ModelConfig) -> None:
         super().__init__()
         self.kind = kind
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = build_mixer(kind, config)
+        self.mixer = kind.build(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
         self,
@@ -63,11 +40,10 @@ class Block(nn.Module):
     @property
     def has_router(self) -> bool:
         """Whether the mixer chooses experts."""
-        return self.kind is LayerKind.EXPERTS
+        return self.kind.has_router
 
-    def write_kv(
-        self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
+    def update_state(
+        self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: LayerState
     ) -> None:
-        """Write an attention layer's keys and values of `x`, and compute nothing else."""
-        assert isinstance(self.mixer, Attention)
-        self.mixer.write_kv(self.norm(x), layout, state)
+        """Let the layer's state take in tokens whose outputs nobody asks for."""
+        self.mixer.update_state(self.norm(x), layout, state)

@@ -6,20 +6,17 @@ formula is spelled out because published ones differ (Megatron sizes the Mamba i
 the model's, which overstates Nano by 7 %).
 """
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 
-from nemotron3.models.attention import Attention
 from nemotron3.models.block import Block
-from nemotron3.models.config import AttentionConfig, MambaConfig, ModelConfig
-from nemotron3.models.experts import MixtureOfExperts
-from nemotron3.models.mamba2 import Mamba2Mixer
-from nemotron3.models.mlp import MLP
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.mixer import ParameterCount
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.pattern import LayerKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,37 +47,31 @@ def model_costs(config: ModelConfig) -> ModelCosts:
     """Count the parameters of a configuration without allocating them."""
     with torch.device("meta"):
         model = LanguageModel(config)
-    parameters: Counter[str] = Counter(embedding=_count(model.backbone.embeddings))
-    for layer in model.backbone.layers:
-        assert isinstance(layer, Block)
-        parameters.update(_layer_parts(layer))
-    parameters["norms"] += _count(model.backbone.norm_f)
+    parts = {"embedding": ParameterCount.of(model.backbone.embeddings)}
+    _add(parts, _layer_parts(model.backbone.layers))
+    _add(parts, {"norms": ParameterCount.of(model.backbone.norm_f)})
     if model.lm_head is not None:
-        parameters["output layer"] = _count(model.lm_head)
-    mtp_parts: Counter[str] = Counter()
-    if model.mtp is not None:
-        mtp_parts["mtp input"] = _count(model.mtp.input) + _count(model.mtp.final_layernorm)
-        for layer in model.mtp.layers:
-            assert isinstance(layer, Block)
-            mtp_parts.update(_layer_parts(layer))
-    active = _active(parameters, config)
+        parts["output layer"] = ParameterCount.of(model.lm_head)
+    active = {part: count.active for part, count in parts.items()}
     if config.tie_word_embeddings:
-        active["output layer"] = parameters["embedding"]
+        active["output layer"] = active["embedding"]
+    mtp: dict[str, ParameterCount] = {}
+    if model.mtp is not None:
+        around = ParameterCount.of(nn.ModuleList([model.mtp.input, model.mtp.final_layernorm]))
+        _add(mtp, {"mtp input": around})
+        _add(mtp, _layer_parts(model.mtp.layers))
     return ModelCosts(
-        parameters=dict(parameters),
+        parameters={part: count.total for part, count in parts.items()},
         active=active,
-        mtp_parameters=sum(mtp_parts.values()),
-        mtp_active=sum(_active(mtp_parts, config).values()),
+        mtp_parameters=sum(count.total for count in mtp.values()),
+        mtp_active=sum(count.active for count in mtp.values()),
     )
 
 
-def kv_bytes_per_token(config: ModelConfig, *, itemsize: int = 2) -> int:
+def kv_bytes_per_token(config: ModelConfig, *, itemsize: int = 2, with_mtp: bool = False) -> int:
     """Bytes of keys and values that one token adds to the state (bfloat16 by default)."""
-    attention = config.attention
-    if attention is None:
-        return 0
-    layers = config.pattern.main.count(LayerKind.ATTENTION)
-    return layers * 2 * attention.num_key_value_heads * attention.head_dim * itemsize
+    layers = chain(config.layers, config.mtp_layers if with_mtp else ())
+    return itemsize * sum(mixer.state_size.per_token for mixer in layers)
 
 
 def state_bytes_per_sequence(config: ModelConfig, *, conv_itemsize: int = 2) -> tuple[int, int]:
@@ -88,13 +79,9 @@ def state_bytes_per_sequence(config: ModelConfig, *, conv_itemsize: int = 2) -> 
 
     Scan states are float32; convolution states have the dtype of activations.
     """
-    mamba = config.mamba
-    if mamba is None:
-        return 0, 0
-    layers = config.pattern.main.count(LayerKind.MAMBA)
-    states = mamba.mamba_num_heads * mamba.mamba_head_dim * mamba.ssm_state_size * 4
-    conv_states = (mamba.conv_kernel - 1) * mamba.conv_channels * conv_itemsize
-    return layers * states, layers * conv_states
+    sizes = [mixer.state_size for mixer in config.layers]
+    states = 4 * sum(size.accumulated for size in sizes)
+    return states, conv_itemsize * sum(size.activations for size in sizes)
 
 
 def forward_flops_per_token(config: ModelConfig, *, context: int, with_mtp: bool = False) -> float:
@@ -106,66 +93,26 @@ def forward_flops_per_token(config: ModelConfig, *, context: int, with_mtp: bool
     """
     costs = model_costs(config)
     flops = 2.0 * costs.total_active
-    for kind in config.pattern.main:
-        flops += _mixing_flops(kind, config, context)
+    flops += sum(mixer.mixing_flops(context) for mixer in config.layers)
     if with_mtp:
         output = config.vocab_size * config.hidden_size
         depth = 2.0 * (costs.mtp_active + output)
-        depth += sum(_mixing_flops(kind, config, context) for kind in config.pattern.mtp)
+        depth += sum(mixer.mixing_flops(context) for mixer in config.mtp_layers)
         flops += config.pattern.num_mtp_depths * depth
     return flops
 
 
-def _mixing_flops(kind: LayerKind, config: ModelConfig, context: int) -> float:
-    if kind is LayerKind.ATTENTION:
-        assert config.attention is not None
-        return _attention_flops(config.attention, context)
-    if kind is LayerKind.MAMBA:
-        assert config.mamba is not None
-        return _scan_flops(config.mamba, context)
-    return 0.0
-
-
-def _attention_flops(config: AttentionConfig, context: int) -> float:
-    return 2 * 2 * config.num_attention_heads * config.head_dim * (context + 1) / 2
-
-
-def _scan_flops(config: MambaConfig, context: int) -> float:
-    chunk = min(config.chunk_size, context)
-    scores = 2 * config.n_groups * config.ssm_state_size * chunk
-    within = 2 * config.inner_size * chunk
-    states = 2 * 2 * config.inner_size * config.ssm_state_size
-    return scores + within + states
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _layer_parts(layer: Block) -> Counter[str]:
-    parts: Counter[str] = Counter(norms=_count(layer.norm))
-    mixer = layer.mixer
-    match mixer:
-        case Mamba2Mixer():
-            parts["mamba"] = _count(mixer)
-        case Attention():
-            parts["attention"] = _count(mixer)
-        case MLP():
-            parts["dense feed-forward"] = _count(mixer)
-        case MixtureOfExperts():
-            parts["router"] = _count(mixer.gate)
-            parts["routed experts"] = _count(mixer.experts)
-            if mixer.shared_experts is not None:
-                parts["shared experts"] = _count(mixer.shared_experts)
-            if mixer.fc1_latent_proj is not None and mixer.fc2_latent_proj is not None:
-                parts["latent projections"] = _count(mixer.fc1_latent_proj)
-                parts["latent projections"] += _count(mixer.fc2_latent_proj)
+def _layer_parts(layers: nn.ModuleList) -> dict[str, ParameterCount]:
+    parts: dict[str, ParameterCount] = {}
+    for layer in layers:
+        assert isinstance(layer, Block)
+        _add(parts, {"norms": ParameterCount.of(layer.norm)})
+        _add(parts, layer.mixer.parameter_counts())
     return parts
 
 
-def _active(parts: Counter[str], config: ModelConfig) -> dict[str, int]:
-    active = dict(parts)
-    if config.moe is not None and "routed experts" in active:
-        share = config.moe.num_experts_per_tok
-        active["routed experts"] = active["routed experts"] * share // config.moe.n_routed_experts
-    return active
+def _add(parts: dict[str, ParameterCount], more: Mapping[str, ParameterCount]) -> None:
+    """Add the counts of parts to those of the same name."""
+    for part, count in more.items():
+        have = parts.get(part, ParameterCount(0, 0))
+        parts[part] = ParameterCount(have.total + count.total, have.active + count.active)

@@ -12,22 +12,73 @@ their experts and one up-projection after their results are summed, so that what
 the experts read is l wide. Without a latent width they are absent and the experts work at width d.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron3.models.config import MoEConfig
+from nemotron3.errors import ConfigError
+from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
+from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
 from nemotron3.models.mlp import MLP
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.ops.experts import routed_experts
+from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.experts.activations import up_factor
 from nemotron3.ops.linear import linear
 from nemotron3.ops.routing import route
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(MixerConfig):
+    """A mixture of experts; with `moe_latent_size` it is LatentMoE (white paper, section 2.2)."""
+
+    symbol: ClassVar[str] = "E"
+    label: ClassVar[str] = "experts"
+    has_router: ClassVar[bool] = True
+
+    n_routed_experts: int
+    """Experts to choose from."""
+    num_experts_per_tok: int
+    """Experts chosen for each token."""
+    moe_intermediate_size: int
+    """Hidden units of a routed expert."""
+    moe_shared_expert_intermediate_size: int = 0
+    """Hidden units of the expert that every token passes; 0 for none."""
+    moe_latent_size: int | None = None
+    """Width in which the routed experts work; None for the model's full width."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed experts' weights."""
+    norm_topk_prob: bool = True
+    """Whether the chosen experts' scores are divided by their sum."""
+    activation: Activation = "relu2"
+    """Activation of routed and shared experts."""
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ConfigError(
+                f"num_experts_per_tok is {self.num_experts_per_tok} and n_routed_experts "
+                f"{self.n_routed_experts}; a token cannot choose more experts than there are"
+            )
+        if self.moe_shared_expert_intermediate_size < 0:
+            raise ConfigError(
+                "moe_shared_expert_intermediate_size is negative; 0 means no shared expert"
+            )
+        if self.moe_latent_size is not None:
+            require_positive(self, "moe_latent_size")
+        require_choice(self, "activation", get_args(Activation))
+        require_choice(self, "scoring", ("sigmoid", "softmax"))
+
+    def build(self, hidden_size: int, eps: float) -> "MixtureOfExperts":  # noqa: ARG002 - no norm
+        """The module."""
+        return MixtureOfExperts(self, hidden_size)
 
 
 class Routing(NamedTuple):
@@ -107,7 +158,7 @@ class RoutedExperts(DeclaredModule):
         )
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Mixer):
     """Router, routed experts, and the shared expert that every token passes."""
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
@@ -123,6 +174,23 @@ class MixtureOfExperts(nn.Module):
         latent = config.moe_latent_size is not None
         self.fc1_latent_proj = Linear(hidden_size, width) if latent else None
         self.fc2_latent_proj = Linear(width, hidden_size, writes_residual=True) if latent else None
+
+    def parameter_counts(self) -> dict[str, ParameterCount]:
+        """Router, experts, and what stands around them; a token passes some of the experts."""
+        c = self.gate.config
+        experts = ParameterCount.of(self.experts).total
+        parts = {
+            "router": ParameterCount.of(self.gate),
+            "routed experts": ParameterCount(
+                experts, experts * c.num_experts_per_tok // c.n_routed_experts
+            ),
+        }
+        if self.shared_experts is not None:
+            parts["shared experts"] = ParameterCount.of(self.shared_experts)
+        if self.fc1_latent_proj is not None and self.fc2_latent_proj is not None:
+            both = nn.ModuleList([self.fc1_latent_proj, self.fc2_latent_proj])
+            parts["latent projections"] = ParameterCount.of(both)
+        return parts
 
     def forward(
         self,

@@ -14,25 +14,24 @@ Prefix caching, several answers to one prompt and preemption are made of these. 
 drafts that may be refused: a verification call changes nothing until `accept` says how far it
 stands.
 
-Keys and values lie in shared pages, so a snapshot costs little more than the Mamba layers' states:
-some megabytes, however long the sequence is.
+What is kept of each token lies in shared pages, so a snapshot costs little more than what is kept
+of each sequence: some megabytes, however long the sequence is. What a layer keeps is its own
+business (`LayerState`): the cache knows no kinds of layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.cache.draft_state import DraftSnapshot, DraftState
 from nemotron3.models.cache.pages import PagePool, PageTable
-from nemotron3.models.cache.state import AttentionState, LayerState, MambaState
+from nemotron3.models.cache.state import LayerState, Parts, StateMemory
 from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.pattern import LayerKind
+from nemotron3.models.mixer import MixerConfig
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.segments import Segments
 
@@ -40,39 +39,22 @@ PAGE_SIZE = 64
 """Tokens of a page: long runs for kernels, and little lost in the last page of a sequence."""
 
 
-class PendingTokens(NamedTuple):
-    """Tokens of a sequence that the multi-token-prediction block has yet to read."""
-
-    tokens: tuple[int, ...]
-    hidden: Float[Tensor, "tokens d_model"]
-    """The model's state before each of them."""
-
-    @classmethod
-    def join(cls, parts: "Sequence[PendingTokens]") -> "PendingTokens":
-        """Parts that follow one another as one."""
-        tokens = tuple(token for part in parts for token in part.tokens)
-        return cls(tokens, torch.cat([part.hidden for part in parts]))
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """What a slot held at one moment; give it back with `HybridCache.drop`."""
 
     length: int
-    draft_length: int
     pages: tuple[int, ...]
-    states: tuple[tuple[Tensor, ...], ...]
-    """Convolution and scan states of each Mamba layer, as they are kept."""
-    hidden: Tensor | None
-    """The model's state at the last token, where drafts are made."""
-    pending: PendingTokens | None
-    """What the draft block had yet to read, without the last: what comes there may be another."""
+    states: tuple[Parts, ...]
+    """Rows of each layer that keeps some, in the order of layers."""
+    drafts: DraftSnapshot | None
+    """What the draft block held, where there is one."""
 
     @property
     def nbytes(self) -> int:
         """Memory of its own, without the pages that it shares."""
-        pending = 0 if self.pending is None else self.pending.hidden.nbytes
-        return pending + sum(part.nbytes for state in self.states for part in state)
+        drafts = 0 if self.drafts is None else self.drafts.nbytes
+        return drafts + sum(part.nbytes for state in self.states for part in state)
 
 
 class HybridCache:
@@ -100,60 +82,48 @@ class HybridCache:
         self.dtype, self.device = dtype, device
         self.keys_dtype = precision.keys_dtype(dtype)
         self.lengths = [0] * slots
-        self.draft_lengths = [0] * slots
-        """How much of each sequence the multi-token-prediction block has read."""
-        self.pending: list[list[PendingTokens]] = [[] for _ in range(slots)]
-        """What it has yet to read of it, in parts. Both together are as long as the sequence while
-        it is written, and one token shorter in a prompt, whose next token is not known."""
         self.pool = PagePool(pages)
         self.table = PageTable(slots, page_size, -(-max_length // page_size), device)
-
-        key_scales = _key_scales(precision, config, drafts=drafts)
-
-        def build(layer: int, kind: LayerKind) -> LayerState | None:
-            if kind is LayerKind.MAMBA:
-                assert config.mamba is not None
-                return MambaState(
-                    config.mamba, slots, dtype, device, precision=precision, layer=layer
-                )
-            if kind is LayerKind.ATTENTION:
-                assert config.attention is not None
-                return AttentionState(
-                    config.attention, pages or 0, self.table, self.keys_dtype, device,
-                    scales=next(key_scales),
-                )  # fmt: skip
-            return None
-
-        main, draft = config.pattern.main, config.pattern.mtp if drafts else ()
-        self.layers = [build(layer, kind) for layer, kind in enumerate(main)]
-        self.draft_layers = [build(layer, kind) for layer, kind in enumerate(draft, len(main))]
-        self.hidden = (
-            torch.zeros(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
+        main, draft = config.layers, config.mtp_layers if drafts else ()
+        scales = _key_scales(precision, (*main, *draft))
+        states = [
+            _new_state(
+                mixer,
+                StateMemory(
+                    slots=slots, pages=pages or 0, table=self.table, dtype=dtype, device=device,
+                    precision=precision, layer=layer, key_scales=scales[layer],
+                ),
+            )
+            for layer, mixer in enumerate((*main, *draft))
+        ]  # fmt: skip
+        self.layers, self.draft_layers = states[: len(main)], states[len(main) :]
+        self.drafts = (
+            DraftState(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
-        """The model's state at the last token of each prompt, which the block reads with the next
-        one; of a sequence that is written, at the last token that the block has read."""
-        self._mamba = [layer for layer in self.layers if isinstance(layer, MambaState)]
-        self._attention = [
-            layer
-            for layer in (*self.layers, *self.draft_layers)
-            if isinstance(layer, AttentionState)
-        ]
+        """How far the multi-token-prediction block is, where it drafts."""
+        self._with_rows = [layer for layer in self.layers if layer is not None and layer.rows]
+        self._with_pages = [layer for layer in states if layer is not None and layer.pages]
+        if any(layer is not None and layer.rows for layer in self.draft_layers):
+            raise ConfigError(
+                "the multi-token-prediction block has layers that keep a state of each sequence, "
+                "which drafts cannot be taken back from; make the cache without drafts"
+            )
 
     @property
     def state_nbytes(self) -> int:
-        """Memory of the Mamba layers' states, whatever the sequences' lengths."""
-        return sum(part.nbytes for layer in self._mamba for part in layer.kept)
+        """Memory of what is kept of each sequence, whatever the sequences' lengths."""
+        return sum(rows.nbytes for layer in self._with_rows for rows in layer.rows)
 
     def addresses(self) -> tuple[int, ...]:
         """Where what may grow lies: the same until a tensor is replaced by a larger one.
 
-        Layers of a kind grow together, so it asks the first of each.
+        All trails grow in the same calls and all pages together, so it asks the first layer's.
         """
         tensors = [self.table.tensor]
-        if self._mamba:
-            tensors += self._mamba[0].intermediate_states
-        if self._attention:
-            tensors.append(self._attention[0].keys)
+        for layer in self._with_rows[:1]:
+            tensors += layer.intermediate_states
+        for layer in self._with_pages[:1]:
+            tensors += layer.pages
         return tuple([tensor.data_ptr() for tensor in tensors])
 
     def layout(
@@ -183,7 +153,7 @@ class HybridCache:
 
     def missing_pages(self, slot: int, new_tokens: int) -> int:
         """Pages that must be taken before a slot can hold so many more tokens."""
-        if not self._attention:
+        if not self._with_pages:
             return 0
         more = self.table.pages_for(self.lengths[slot] + new_tokens) - len(self.table.rows[slot])
         return max(more, 0) + len(self._shared_places(slot))
@@ -194,11 +164,11 @@ class HybridCache:
         if missing <= 0:
             return
         taken = self.pool.take(missing)
-        for layer in self._attention:
+        for layer in self._with_pages:
             layer.grow(len(self.pool))
         for place in self._shared_places(slot):
             shared, copy = self.table.rows[slot][place], taken.pop()
-            for layer in self._attention:
+            for layer in self._with_pages:
                 layer.copy_page(shared, copy)
             self.table.replace(slot, place, copy)
             self.pool.release([shared])
@@ -225,7 +195,7 @@ class HybridCache:
 
     def takes_steps(self, layout: SequenceLayout) -> bool:
         """Whether a call without gradients goes on in place, token by token, in every layer."""
-        return layout.is_step and all(layer.takes_steps(layout) for layer in self._mamba)
+        return layout.is_step and all(layer.takes_steps(layout) for layer in self._with_rows)
 
     def advance(self, layout: SequenceLayout) -> None:
         """Count the tokens of a finished call; of drafts, `accept` counts them."""
@@ -240,16 +210,19 @@ class HybridCache:
         for slot, count, length in zip(layout.slots, counts, layout.segments.lengths, strict=True):
             assert 1 <= count <= length, f"{count} of {length} tokens cannot stand"
             self.lengths[slot] += count
-        if not self._mamba:
+        if not self._with_rows:
             return
-        steps = self._mamba[0].intermediate_states[0].shape[1]
+        all_steps = {layer.intermediate_states[0].shape[1] for layer in self._with_rows}
+        steps = max(all_steps)
+        assert all_steps == {steps}, f"intermediate states of {all_steps} steps: a layer left none"
+        assert steps >= layout.segments.max_length, "no layer left intermediate states"
         places = [row * steps + count - 1 for row, count in enumerate(counts)]
         copy_rows(
-            [kept for layer in self._mamba for kept in layer.kept],
+            [rows for layer in self._with_rows for rows in layer.rows],
             layout.slot_index(self.device),
             [
                 intermediate.flatten(0, 1)
-                for layer in self._mamba
+                for layer in self._with_rows
                 for intermediate in layer.intermediate_states
             ],
             torch.tensor(places, device=self.device),
@@ -259,32 +232,22 @@ class HybridCache:
         """Empty a slot."""
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, [])
-        self.lengths[slot] = self.draft_lengths[slot] = 0
-        self.pending[slot] = []
-        for layer in self._mamba:
+        self.lengths[slot] = 0
+        if self.drafts is not None:
+            self.drafts.clear(slot)
+        for layer in self._with_rows:
             layer.clear(slot)
 
     def snapshot(self, slot: int) -> Snapshot:
         """Keep what a slot holds."""
         pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
         self.pool.share(pages)
-        # Of what the draft block reads the last depends on the token that comes next, which is
-        # another wherever one goes on from here: it is taken back.
-        draft_length, pending = self.draft_lengths[slot], None
-        hidden = None if self.hidden is None else self.hidden[slot].clone()
-        if not self.pending[slot]:
-            draft_length = max(min(draft_length, self.lengths[slot] - 1), 0)
-        else:
-            tokens, before = PendingTokens.join(self.pending[slot])
-            hidden = before[-1]
-            pending = PendingTokens(tokens[:-1], before[:-1]) if len(tokens) > 1 else None
+        length = self.lengths[slot]
         return Snapshot(
-            self.lengths[slot],
-            draft_length,
+            length,
             pages,
-            tuple(layer.copy(slot) for layer in self._mamba),
-            hidden,
-            pending,
+            tuple(layer.copy(slot) for layer in self._with_rows),
+            None if self.drafts is None else self.drafts.snapshot(slot, length),
         )
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
@@ -293,12 +256,11 @@ class HybridCache:
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, snapshot.pages)
         self.lengths[slot] = snapshot.length
-        self.draft_lengths[slot] = snapshot.draft_length
-        self.pending[slot] = [] if snapshot.pending is None else [snapshot.pending]
-        for layer, kept in zip(self._mamba, snapshot.states, strict=True):
-            layer.put(slot, kept)
-        if self.hidden is not None and snapshot.hidden is not None:
-            self.hidden[slot] = snapshot.hidden
+        for layer, rows in zip(self._with_rows, snapshot.states, strict=True):
+            layer.put(slot, rows)
+        if self.drafts is not None:
+            assert snapshot.drafts is not None, "the snapshot is another cache's"
+            self.drafts.restore(slot, snapshot.drafts)
 
     def drop(self, snapshot: Snapshot) -> None:
         """Give a snapshot's pages back; it must not be used again."""
@@ -312,21 +274,34 @@ class HybridCache:
 
     def _shared_places(self, slot: int) -> list[int]:
         """Places of the pages that the next call writes into and someone else holds too."""
-        is_behind = self.draft_layers and self.draft_lengths[slot] < self.lengths[slot]
-        start = self.draft_lengths[slot] if is_behind else self.lengths[slot]
+        start = self.lengths[slot]
+        if self.drafts is not None and self.draft_layers:
+            start = min(start, self.drafts.lengths[slot])
         row = self.table.rows[slot]
         first = start // self.table.page_size
         return [place for place in range(first, len(row)) if self.pool.is_shared(row[place])]
 
 
-def _key_scales(
-    precision: StatePrecision, config: ModelConfig, *, drafts: bool
-) -> Iterator[tuple[float, float]]:
-    """Scales of keys and values, an attention layer after another."""
-    kinds = (*config.pattern.main, *(config.pattern.mtp if drafts else ()))
-    layers, given = kinds.count(LayerKind.ATTENTION), precision.key_scales
-    if given and len(given) < layers:
+def _new_state(mixer: MixerConfig, memory: StateMemory) -> LayerState | None:
+    state = mixer.new_state(memory)
+    if (state is not None) != mixer.is_stateful:
         raise ConfigError(
-            f"key_scales has {len(given)} pairs for {layers} attention layers; give one for each"
+            f"{type(mixer).__name__}.state_size is {mixer.state_size}, but its new_state returns "
+            f"{'no state' if state is None else 'a state'}; make the two agree"
         )
-    return iter(given or ((1.0, 1.0),) * layers)
+    return state
+
+
+def _key_scales(
+    precision: StatePrecision, mixers: Sequence[MixerConfig]
+) -> list[tuple[float, float]]:
+    """Scales of keys and values for each layer; those given are for layers that have some."""
+    given = precision.key_scales
+    scaled = [mixer.state_size.per_token > 0 for mixer in mixers]
+    if given and len(given) < sum(scaled):
+        raise ConfigError(
+            f"key_scales has {len(given)} pairs for {sum(scaled)} layers with keys and values; "
+            "give one for each"
+        )
+    scales = iter(given)
+    return [next(scales) if given and has_keys else (1.0, 1.0) for has_keys in scaled]

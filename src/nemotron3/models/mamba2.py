@@ -7,20 +7,104 @@ and not a multiple of the model's width. Positions enter the model here and nowh
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nemotron3.models.cache.state import MambaState
-from nemotron3.models.config import MambaConfig
+from nemotron3.errors import ConfigError
+from nemotron3.models.cache.mamba_state import MambaState
+from nemotron3.models.cache.state import StateMemory, StateSize
+from nemotron3.models.checks import require_divides, require_positive
 from nemotron3.models.initial_values import Constant, Elements, InitialScale, Uniform
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
+from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.ssd import ssd, ssd_rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(MixerConfig):
+    """A Mamba-2 mixer (Nemotron 3 Nano report, table 1)."""
+
+    symbol: ClassVar[str] = "M"
+    label: ClassVar[str] = "mamba"
+
+    mamba_num_heads: int
+    """State-space heads."""
+    mamba_head_dim: int
+    """Channels per head; heads times channels is the inner width, whatever `hidden_size` is."""
+    ssm_state_size: int
+    """Size N of the state that each channel keeps."""
+    n_groups: int
+    """Groups of heads that share B and C, and groups of the gated norm."""
+    conv_kernel: int = 4
+    """Taps of the causal convolution."""
+    chunk_size: int = 128
+    """Tokens per chunk of the scan: speed only, never the result."""
+    time_step_min: float = 0.001
+    """Smallest step at initialisation."""
+    time_step_max: float = 0.1
+    """Largest step at initialisation."""
+    time_step_floor: float = 1e-4
+    """Steps below this are raised to it at initialisation."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "chunk_size"
+        )
+        require_divides(self, "mamba_num_heads", "n_groups")
+        if self.conv_kernel < 2:
+            raise ConfigError(
+                f"conv_kernel is {self.conv_kernel}; a convolution needs at least 2 taps"
+            )
+        require_positive(self, "time_step_min", "time_step_floor")
+        if self.time_step_min > self.time_step_max:
+            raise ConfigError(
+                f"time_step_min is {self.time_step_min} and time_step_max {self.time_step_max}; "
+                "initial steps are drawn between the two, so the first must not be larger"
+            )
+
+    @property
+    def inner_size(self) -> int:
+        """Width of x and of the gate z."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: x, B and C together."""
+        return self.inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def state_size(self) -> StateSize:
+        """The scan's state and the convolution's tail."""
+        ssm_states = self.inner_size * self.ssm_state_size
+        return StateSize(accumulated=ssm_states, activations=math.prod(self._tail))
+
+    @property
+    def _tail(self) -> tuple[int, int]:
+        return self.conv_kernel - 1, self.conv_channels
+
+    def build(self, hidden_size: int, eps: float) -> "Mamba2Mixer":
+        """The module."""
+        return Mamba2Mixer(self, hidden_size, eps)
+
+    def new_state(self, memory: StateMemory) -> MambaState:
+        """Tails and states of zeros."""
+        state = self.mamba_num_heads, self.mamba_head_dim, self.ssm_state_size
+        return MambaState(memory, tail=self._tail, state=state)
+
+    def mixing_flops(self, context: int) -> float:
+        """Of the chunked scan: scores and sums within a chunk, states between chunks."""
+        chunk = min(self.chunk_size, context)
+        scores = 2 * self.n_groups * self.ssm_state_size * chunk
+        within = 2 * self.inner_size * chunk
+        ssm_states = 2 * 2 * self.inner_size * self.ssm_state_size
+        return scores + within + ssm_states
 
 
 @dataclass(frozen=True)
@@ -82,7 +166,7 @@ class CausalConv1d(DeclaredModule):
         )
 
 
-class Mamba2Mixer(DeclaredModule):
+class Mamba2Mixer(Mixer):
     """Mixes along time through a state of fixed size."""
 
     dt_bias: nn.Parameter
@@ -106,6 +190,10 @@ class Mamba2Mixer(DeclaredModule):
             self.declare(name, (heads,), init=init, decays=False, keep_float32=True)
         self.norm = GatedGroupNorm(inner, config.n_groups, eps)
         self.out_proj = Linear(inner, hidden_size, writes_residual=True)
+
+    def parameter_counts(self) -> dict[str, ParameterCount]:
+        """One part."""
+        return {"mamba": ParameterCount.of(self)}
 
     def forward(
         self,

@@ -1,15 +1,41 @@
 """The dense feed-forward layer, also the shared expert of a mixture."""
 
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
+from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
 from nemotron3.ops.experts import Activation, activate
 
 
-class MLP(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig(MixerConfig):
+    """A dense feed-forward layer."""
+
+    symbol: ClassVar[str] = "-"
+    label: ClassVar[str] = "mlp"
+
+    intermediate_size: int
+    """Hidden units."""
+    activation: Activation = "relu2"
+    """Squared ReLU, or SwiGLU with a gate matrix of its own."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "intermediate_size")
+        require_choice(self, "activation", get_args(Activation))
+
+    def build(self, hidden_size: int, eps: float) -> "MLP":  # noqa: ARG002 - no norm
+        """The module."""
+        return MLP(hidden_size, self.intermediate_size, self.activation)
+
+
+class MLP(Mixer):
     """Two matrices around squared ReLU, or three with SwiGLU's gate."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation) -> None:
@@ -19,6 +45,10 @@ class MLP(nn.Module):
             self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size, writes_residual=True)
+
+    def parameter_counts(self) -> dict[str, ParameterCount]:
+        """One part."""
+        return {"dense feed-forward": ParameterCount.of(self)}
 
     def forward(
         self,

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemotron3.models.block import Block
-from nemotron3.models.cache.state import AttentionState, LayerState
+from nemotron3.models.cache.state import LayerState
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Routing
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
+from nemotron3.models.mixer import last_stateful_layer
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.pattern import last_stateful_layer
 
 
 class MTPInput(nn.Module):
@@ -54,8 +54,8 @@ class MultiTokenPredictor(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input = MTPInput(config)
-        self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.mtp)
-        self.last_stateful_layer = last_stateful_layer(config.pattern.mtp)
+        self.layers = nn.ModuleList(Block(kind, config) for kind in config.mtp_layers)
+        self.last_stateful_layer = last_stateful_layer(config.mtp_layers)
         self.final_layernorm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -125,15 +125,14 @@ class MultiTokenPredictor(nn.Module):
         layout: SequenceLayout,
         states: Sequence[LayerState | None],
     ) -> None:
-        """Write keys and values of tokens whose outputs nobody asks for."""
+        """Let the states of the block's layers take in tokens whose outputs nobody asks for."""
         last = self.last_stateful_layer
         state = states[last]
         if state is None:
             return
-        assert isinstance(state, AttentionState), "Mamba layers are refused before"
         x = self.input(embedding, hidden)
         for layer, layer_state in zip(self.layers[:last], states, strict=False):
             x, _ = layer(x, layout, layer_state)
         block = self.layers[last]
         assert isinstance(block, Block)
-        block.write_kv(x, layout, state)
+        block.update_state(x, layout, state)

@@ -30,9 +30,9 @@ from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.linear import Embedding, Linear
+from nemotron3.models.mixer import last_stateful_layer
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.pattern import last_stateful_layer
 from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.linear import linear
 
@@ -83,8 +83,8 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern.main)
-        self.last_stateful_layer = last_stateful_layer(config.pattern.main)
+        self.layers = nn.ModuleList(Block(kind, config) for kind in config.layers)
+        self.last_stateful_layer = last_stateful_layer(config.layers)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -100,10 +100,10 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
-        With a `state` the call continues what its slots hold. With `output_indices` the result is
-        that of these tokens, and they alone pass the layers behind the last one with a state: of a
-        prompt it is a single one. `recompute` trades time for memory:
-        only the inputs of blocks are kept for the backward pass. `measure` records the size of the
+        With a `state` the call continues what its slots hold. Where only some tokens' outputs are
+        `output_indices`, the result is theirs, and they alone pass the layers behind the last one
+        that has a state: of a prompt it is a single one. `recompute` trades time for memory: only
+        the inputs of blocks are kept for the backward pass. `measure` records the size of the
         residual stream after each block. `routes` are the experts of all tokens of the call, for
         each mixture; without them the routers choose.
         """
@@ -185,13 +185,15 @@ class LanguageModel(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        config_class: type[ModelConfig] = ModelConfig,
     ) -> "LanguageModel":
         """A model from a directory in the published layout (config.json and safetensors).
 
         Weights stream onto `device` shard by shard, in `dtype` where it is given and as they are
         stored where not; the scan's own parameters and the router's bias stay float32.
+        `config_class` is the subclass of ModelConfig that the model was saved with, if it has one.
         """
-        companions = huggingface.read_directory(path)
+        companions = huggingface.read_directory(path, config_class)
         config = companions.config
         with torch.device("meta"):
             model = cls(config)
@@ -222,6 +224,11 @@ class LanguageModel(nn.Module):
     def routers(self) -> list[Router]:
         """Every router, the backbone's first to last and then those of the MTP block."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What activations have and products run in."""
+        return self.activation_dtype or self.output_weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -369,9 +376,12 @@ class LanguageModel(nn.Module):
 
     def new_state(self, slots: int, precision: StatePrecision | None = None) -> HybridCache:
         """An empty state for `slots` sequences."""
-        dtype = self.activation_dtype or self.output_weight.dtype
         return HybridCache(
-            self.config, slots=slots, dtype=dtype, device=self.device, precision=precision
+            self.config,
+            slots=slots,
+            dtype=self.compute_dtype,
+            device=self.device,
+            precision=precision,
         )
 
 

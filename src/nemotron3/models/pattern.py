@@ -5,28 +5,11 @@ and after each `/` the layers of one multi-token-prediction depth. Depths share 
 so all of them read the same: `MEMEM*EME/*E/*E` is nine layers and two depths of the block `*E`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from nemotron3.errors import ConfigError
 
-
-class LayerKind(Enum):
-    """What a layer's mixer is; the value is its character in a pattern."""
-
-    MAMBA = "M"
-    ATTENTION = "*"
-    EXPERTS = "E"
-    MLP = "-"
-
-    @property
-    def is_stateful(self) -> bool:
-        """Whether a token's output depends on the tokens before it."""
-        return self in (LayerKind.MAMBA, LayerKind.ATTENTION)
-
-
-_MEANINGS = ", ".join(f"{kind.value} ({kind.name.lower()})" for kind in LayerKind)
 _ELSEWHERE = {
     "G": "gated DeltaNet",
     "D": "sparse attention",
@@ -38,37 +21,32 @@ _ELSEWHERE = {
 class LayerPattern:
     """A parsed pattern."""
 
-    main: tuple[LayerKind, ...]
-    """Mixers of the backbone, first to last."""
-    mtp: tuple[LayerKind, ...]
-    """Mixers of the shared multi-token-prediction block; empty without one."""
+    main: tuple[str, ...]
+    """Characters of the backbone's layers, first to last."""
+    mtp: tuple[str, ...]
+    """Those of the shared multi-token-prediction block; empty without one."""
     num_mtp_depths: int
     """How many tokens beyond the next the block is trained to predict."""
 
     def __str__(self) -> str:
-        main, mtp = ("".join(kind.value for kind in part) for part in (self.main, self.mtp))
-        return "/".join([main] + [mtp] * self.num_mtp_depths)
+        return "/".join(["".join(self.main)] + ["".join(self.mtp)] * self.num_mtp_depths)
 
     @property
-    def kinds(self) -> set[LayerKind]:
-        """Every kind of mixer that occurs."""
+    def symbols(self) -> set[str]:
+        """Every character that occurs."""
         return {*self.main, *self.mtp}
 
 
-def last_stateful_layer(kinds: Sequence[LayerKind]) -> int:
-    """The last layer with a state; the first if none has one.
+def parse_pattern(pattern: str, kinds: Mapping[str, str]) -> LayerPattern:
+    """Read a pattern string; `kinds` are the names of layers by their characters.
 
-    Behind it a token can be left out, and no other notices.
+    A ConfigError says which character is wrong, where, and what is allowed.
     """
-    return max((i for i, kind in enumerate(kinds) if kind.is_stateful), default=0)
-
-
-def parse_pattern(pattern: str) -> LayerPattern:
-    """Read a pattern string; a ConfigError says which character, where, and what is allowed."""
     main, *depths = pattern.split("/")
     if not main:
         raise ConfigError(
-            f"layer pattern {pattern!r} has no layers; it is one character a layer from {_MEANINGS}"
+            f"layer pattern {pattern!r} has no layers; it is one character a layer from "
+            f"{_meanings(kinds)}"
         )
     if any(depth != depths[0] for depth in depths):
         raise ConfigError(
@@ -81,26 +59,27 @@ def parse_pattern(pattern: str) -> LayerPattern:
             "multi-token-prediction block there, as in 'ME*E/*E', or drop the '/'"
         )
     return LayerPattern(
-        main=_parse_part(main, pattern, 0),
-        mtp=_parse_part(depths[0], pattern, len(main) + 1) if depths else (),
+        main=_parse_part(main, pattern, 0, kinds),
+        mtp=_parse_part(depths[0], pattern, len(main) + 1, kinds) if depths else (),
         num_mtp_depths=len(depths),
     )
 
 
-def _parse_part(part: str, pattern: str, offset: int) -> tuple[LayerKind, ...]:
-    kinds = []
+def _parse_part(part: str, pattern: str, offset: int, kinds: Mapping[str, str]) -> tuple[str, ...]:
     for index, character in enumerate(part):
-        try:
-            kinds.append(LayerKind(character))
-        except ValueError:
-            raise ConfigError(_unknown(character, offset + index, pattern)) from None
-    return tuple(kinds)
+        if character not in kinds:
+            raise ConfigError(_unknown(character, offset + index, pattern, kinds))
+    return tuple(part)
 
 
-def _unknown(character: str, position: int, pattern: str) -> str:
+def _meanings(kinds: Mapping[str, str]) -> str:
+    return ", ".join(f"{symbol} ({label})" for symbol, label in kinds.items())
+
+
+def _unknown(character: str, position: int, pattern: str, kinds: Mapping[str, str]) -> str:
     message = (
         f"layer pattern {pattern!r} has {character!r} at position {position}; allowed are "
-        f"{_MEANINGS}, and '/' before each multi-token-prediction depth"
+        f"{_meanings(kinds)}, and '/' before each multi-token-prediction depth"
     )
     if character in _ELSEWHERE:
         return (
@@ -108,7 +87,7 @@ def _unknown(character: str, position: int, pattern: str) -> str:
         )
     if character == "|":
         return f"{message} (pipeline boundaries belong to the run, not to the model: leave '|' out)"
-    if character in "meAa":
-        meant = "*" if character in "Aa" else character.upper()
+    meant = "*" if character in "Aa" else character.upper()
+    if meant in kinds:
         return f"{message} (did you mean {meant!r}?)"
     return message

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.pattern import LayerKind
+from nemotron3.models.mixer import MixerConfig
 from nemotron3.ops.routing import check_indices
 
 
@@ -33,8 +33,7 @@ class RecordedRoutes:
 
     def check(self, config: ModelConfig, *, tokens: int, mtp_depths: int) -> None:
         """Raise ConfigError where the routes are not those of a call of so many tokens."""
-        pattern = config.pattern
-        self._check_layers(config, "routes.backbone", self.backbone, pattern.main, tokens)
+        self._check_layers(config, "routes.backbone", self.backbone, config.layers, tokens)
         if self.mtp is None:
             return
         if len(self.mtp) != mtp_depths:
@@ -43,17 +42,17 @@ class RecordedRoutes:
                 "routes of every depth, or None to have them chosen"
             )
         for depth, layers in enumerate(self.mtp):
-            self._check_layers(config, f"routes.mtp[{depth}]", layers, pattern.mtp, tokens)
+            self._check_layers(config, f"routes.mtp[{depth}]", layers, config.mtp_layers, tokens)
 
     @staticmethod
     def _check_layers(
         config: ModelConfig,
         name: str,
         layers: Sequence[Tensor],
-        kinds: Sequence[LayerKind],
+        mixers: Sequence[MixerConfig],
         tokens: int,
     ) -> None:
-        expected = sum(kind is LayerKind.EXPERTS for kind in kinds)
+        expected = sum(mixer.has_router for mixer in mixers)
         if len(layers) != expected:
             raise ConfigError(
                 f"{name} has {len(layers)} entries; the model has {expected} mixtures of experts "

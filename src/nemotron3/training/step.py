@@ -19,7 +19,6 @@ from torch import Tensor
 from nemotron3.errors import ConfigError, DivergenceError
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
-from nemotron3.models.pattern import LayerKind
 from nemotron3.training.balancing import expert_load, max_violation, update_selection_bias
 from nemotron3.training.objective import BatchT, LossTerms, Objective
 from nemotron3.training.optimizers import clip_gradients, set_learning_rate
@@ -167,10 +166,10 @@ def _balance_metrics(loads: Sequence[Tensor], model: LanguageModel) -> dict[str,
 
 def router_names(model: LanguageModel) -> list[str]:
     """A name for each router, `layer_07` in the backbone and `mtp_layer_01` in the MTP block."""
-    pattern = model.config.pattern
+    config = model.config
     return [
         f"{prefix}layer_{index:02d}"
-        for prefix, kinds in (("", pattern.main), ("mtp_", pattern.mtp))
-        for index, kind in enumerate(kinds)
-        if kind is LayerKind.EXPERTS
+        for prefix, mixers in (("", config.layers), ("mtp_", config.mtp_layers))
+        for index, mixer in enumerate(mixers)
+        if mixer.has_router
     ]

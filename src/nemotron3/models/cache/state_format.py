@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.models.cache.state import Parts
 from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.ops.rounding import BLOCK, RandomBits, from_int8, to_float16, to_int8
-
-Parts = tuple[Tensor, ...]
 
 
 class StateFormat:

@@ -38,16 +38,24 @@ _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 
-def read_config(path: Path | str) -> ModelConfig:
-    """The configuration of a model directory."""
-    dialect, fields = _read_fields(path)
+def read_config(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
+    """The configuration of a model directory; `config_class` is what our own layout holds."""
+    return _config_from(*_read_fields(path), config_class)
+
+
+def _config_from(
+    dialect: ModuleType, fields: Fields, config_class: type[ModelConfig]
+) -> ModelConfig:
+    if dialect is native:
+        return native.config_from(fields, config_class)
     return dialect.config_from(fields)
 
 
-def read_directory(path: Path | str) -> Companions:
+def read_directory(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> Companions:
     """The configuration of a model directory and everything else but its tensors."""
     dialect, fields = _read_fields(path)
-    return read_companions(Path(path), config=dialect.config_from(fields), fields=fields.fields)
+    config = _config_from(dialect, fields, config_class)
+    return read_companions(Path(path), config=config, fields=fields.fields)
 
 
 def write_model(

@@ -28,9 +28,9 @@ MODEL_TYPE = "nemotron3"
 ALIASES: Aliases = {}
 
 
-def config_from(fields: Fields) -> ModelConfig:
-    """Our record as it was written."""
-    return from_record(ModelConfig, fields.raw("model", default={}))
+def config_from(fields: Fields, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
+    """Our record as it was written, of `ModelConfig` or of a subclass with further mixers."""
+    return from_record(config_class, fields.raw("model", default={}))
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from nemotron3.models.config import (
     MoEConfig,
 )
 from nemotron3.models.huggingface.fields import Aliases, Fields, number
-from nemotron3.models.pattern import LayerKind, LayerPattern, parse_pattern
+from nemotron3.models.pattern import LayerPattern, parse_pattern
 
 MODEL_TYPE = "nemotron_h"
 ALIASES: Aliases = {
@@ -45,6 +45,10 @@ ALIASES: Aliases = {
 
 logger = logging.getLogger(__name__)
 
+_KINDS = {
+    mixer.symbol: mixer.label for mixer in (MambaConfig, AttentionConfig, MoEConfig, MLPConfig)
+}
+"""Layers that the layout has, by their characters."""
 _BLOCK_TYPES = {
     "mamba": "M",
     "linear_attention": "M",
@@ -60,7 +64,7 @@ def config_from(fields: Fields) -> ModelConfig:
     """Our record from the fields of a config.json."""
     _refuse_other_arithmetic(fields)
     pattern = _pattern(fields)
-    kinds = pattern.kinds
+    kinds = pattern.symbols
     layers = fields.raw("num_hidden_layers")
     if layers is not None and layers != len(pattern.main):
         main = str(pattern).partition("/")[0]
@@ -72,11 +76,11 @@ def config_from(fields: Fields) -> ModelConfig:
         hybrid_override_pattern=str(pattern),
         vocab_size=fields.get(int, "vocab_size"),
         hidden_size=fields.get(int, "hidden_size"),
-        mamba=_mamba(fields) if LayerKind.MAMBA in kinds else None,
-        attention=_attention(fields) if LayerKind.ATTENTION in kinds else None,
-        moe=_moe(fields) if LayerKind.EXPERTS in kinds else None,
+        mamba=_mamba(fields) if MambaConfig.symbol in kinds else None,
+        attention=_attention(fields) if AttentionConfig.symbol in kinds else None,
+        moe=_moe(fields) if MoEConfig.symbol in kinds else None,
         mlp=MLPConfig(intermediate_size=fields.get(int, "intermediate_size"))
-        if LayerKind.MLP in kinds
+        if MLPConfig.symbol in kinds
         else None,
         layer_norm_epsilon=fields.get(float, "layer_norm_epsilon", default=1e-5),
         tie_word_embeddings=False,
@@ -88,8 +92,7 @@ def config_from(fields: Fields) -> ModelConfig:
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """The fields of a config.json, in the spellings that most readers understand."""
-    main = "".join(kind.value for kind in config.pattern.main)
-    mtp = "".join(kind.value for kind in config.pattern.mtp)
+    main, mtp = "".join(config.pattern.main), "".join(config.pattern.mtp)
     fields: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "architectures": ["NemotronHForCausalLM"],
@@ -153,6 +156,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 def unsupported(model: nn.Module, config: ModelConfig) -> str | None:  # noqa: ARG001
     """Why this dialect cannot express `model`, or None where it can."""
     moe, attention, mlp = config.moe, config.attention, config.mlp
+    if type(config) is not ModelConfig:
+        return "its configuration has fields of its own"
     if config.tie_word_embeddings:
         return "its output layer is the embedding matrix"
     if moe is not None and (moe.activation != "relu2" or moe.scoring != "sigmoid"):
@@ -198,14 +203,14 @@ def _pattern(fields: Fields) -> LayerPattern:
     mtp = fields.agreed(spelled_mtp)
     for name, layers in spelled.items():
         if "/" in layers:  # as in Megatron, the depths stand behind the layers
-            whole = parse_pattern(layers)
-            block = "".join(kind.value for kind in whole.mtp)
+            whole = parse_pattern(layers, _KINDS)
+            block = "".join(whole.mtp)
             fields.agreed({f"the prediction block in {name}": block} | spelled_mtp)
             depths = {f"the number of depths in {name}": whole.num_mtp_depths}
             fields.agreed(depths | fields.spelled("num_mtp_depths"))
             return whole
     block = mtp or "*E"
-    return parse_pattern("/".join([main] + [block] * _num_depths(fields, main, block)))
+    return parse_pattern("/".join([main] + [block] * _num_depths(fields, main, block)), _KINDS)
 
 
 def _num_depths(fields: Fields, main: str, block: str) -> int:
@@ -239,7 +244,7 @@ def _spelled_layers(fields: Fields, name: str) -> dict[str, str]:
 
 def _as_pattern(fields: Fields, name: str, value: Any) -> str:
     if isinstance(value, str):
-        parse_pattern(value)  # an unknown layer is named before two spellings are compared
+        parse_pattern(value, _KINDS)  # an unknown layer is named before two spellings are compared
         return value
     if not isinstance(value, list):
         raise ConfigError(

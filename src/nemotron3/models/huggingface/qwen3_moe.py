@@ -121,6 +121,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 def unsupported(model: nn.Module, config: ModelConfig) -> str | None:
     """Why this dialect cannot express `model`, or None where it can."""
     attention, moe = config.attention, config.moe
+    if type(config) is not ModelConfig:
+        return "its configuration has fields of its own"
     if str(config.pattern) != "*E" * (config.num_layers // 2):
         return "its layers are not attention and mixture by turns"
     assert attention is not None

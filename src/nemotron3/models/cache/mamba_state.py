@@ -1,0 +1,111 @@
+"""What a Mamba layer carries between calls: the states of its convolution and its scan."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron3.models.cache.state import LayerState, Parts, StateMemory
+from nemotron3.models.cache.state_format import StateFormat
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.ops.ssd import ssd_steps
+
+
+class MambaState(LayerState):
+    """Convolution and scan states of one Mamba layer."""
+
+    def __init__(
+        self, memory: StateMemory, *, tail: tuple[int, int], state: tuple[int, int, int]
+    ) -> None:
+        """`tail` is [tap, channel] and `state` [head, head_dim, d_state] of one sequence."""
+        # States accumulate over the whole sequence, so they are computed in float32 at least.
+        wide = torch.promote_types(memory.dtype, torch.float32)
+        self.format = StateFormat(memory.precision, memory.layer, wide)
+        conv_states = torch.zeros(memory.slots, *tail, dtype=memory.dtype, device=memory.device)
+        # Of narrow ones a last row is nobody's: there the padding of a call goes, slot -1.
+        slots = memory.slots + self.format.is_narrow
+        super().__init__(
+            rows=(conv_states, *self.format.zeros(slots, *state, device=memory.device))
+        )
+
+    @property
+    def conv_states(self) -> Tensor:
+        """The last inputs of the convolution."""
+        return self.rows[0]
+
+    @property
+    def ssm_states(self) -> Parts:
+        """The scan's states, as `StateFormat` keeps them."""
+        return self.rows[1:]
+
+    def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Convolution and scan states of the layout's sequences."""
+        slots = layout.slot_index(self.conv_states.device)
+        return self.conv_states[slots], self._read_states(slots)
+
+    def write(self, layout: SequenceLayout, conv_states: Tensor, ssm_states: Tensor) -> None:
+        """Keep the convolution and scan states after the call."""
+        device = self.conv_states.device
+        slots = layout.slot_index(device)
+        lengths = torch.tensor(layout.segments.lengths, device=device)
+        self.conv_states[slots] = conv_states.detach().to(self.conv_states.dtype)
+        parts = self.format.quantize(
+            ssm_states.detach(), layout.cached_lengths_tensor(device) + lengths
+        )
+        self._write_states(slots, parts)
+
+    def takes_steps(self, layout: SequenceLayout) -> bool:
+        """Whether a call goes on in place, token by token.
+
+        A prompt is rounded where the call ends, however short it is, so that its neighbours in the
+        call do not matter.
+        """
+        return layout.is_step and not (layout.is_prompt and self.format.is_narrow)
+
+    def conv_intermediate_states(self, layout: SequenceLayout) -> Tensor | None:
+        """Where a verification call leaves the convolution states after each token; else None."""
+        intermediate_states = self.intermediate_states_for(layout)
+        return intermediate_states[0] if intermediate_states else None
+
+    def scan(
+        self,
+        layout: SequenceLayout,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    ) -> Float[Tensor, "tokens head head_dim"]:
+        """Steps of the scan on `operands` x, dt, A, B, C and D, from the states, in place."""
+        device = self.conv_states.device
+        slots, intermediate_states = (
+            layout.slot_index(device),
+            self.intermediate_states_for(layout)[1:],
+        )
+        if not self.format.is_narrow:
+            (ssm_states,), intermediate = (
+                self.ssm_states,
+                intermediate_states[0] if intermediate_states else None,
+            )
+            return ssd_steps(*operands, ssm_states, slots, intermediate_states=intermediate)
+        rows = len(layout.segments)
+        x, dt, A, B, C, D = operands
+        of_tokens = [t.unflatten(0, (rows, -1)) for t in (x, dt, B, C)]
+        every = torch.arange(rows, device=device)
+        positions = layout.cached_lengths_tensor(device)
+        ssm_states, kept, outputs = self._read_states(slots), (), []
+        for t in range(layout.segments.max_length):
+            x, dt, B, C = (tokens[:, t] for tokens in of_tokens)
+            outputs.append(ssd_steps(x, dt, A, B, C, D, ssm_states, every))
+            positions = positions + 1
+            kept = self.format.quantize(ssm_states, positions)
+            for intermediate, part in zip(
+                intermediate_states, kept, strict=bool(intermediate_states)
+            ):
+                intermediate[:, t] = part
+            ssm_states = self.format.dequantize(kept)
+        if not intermediate_states:
+            self._write_states(slots, kept)
+        return torch.stack(outputs, dim=1).flatten(0, 1)
+
+    def _read_states(self, slots: Tensor) -> Tensor:
+        return self.format.dequantize(tuple(part[slots] for part in self.ssm_states))
+
+    def _write_states(self, slots: Tensor, parts: Parts) -> None:
+        for kept, part in zip(self.ssm_states, parts, strict=True):
+            kept[slots] = part
