@@ -33,7 +33,7 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     run = override(run, options, prog=f"nemotron3 pretrain {recipe or '--from RUN.JSON'}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with watch() as watcher:
-        summary = pretrain(run, runs=known.runs, watcher=watcher)
+        summary = pretrain(run, runs=known.runs, watcher=watcher, replay=known.replay)
     print(result_text(summary, run, known.runs / run.name))
     return 0
 

@@ -12,7 +12,7 @@ from nemotron3.config import from_record, to_record
 from nemotron3.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raised whenever preparation writes something else for the same config."""
 
 

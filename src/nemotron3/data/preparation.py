@@ -16,8 +16,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,21 +25,30 @@ from pathlib import Path
 from nemotron3.config import to_record
 from nemotron3.data.corpus import (
     HELD_OUT,
+    MADE_OF,
     TOKENIZER,
     TRAIN,
     CorpusConfig,
     LoadTokenizerConfig,
+    MadeOf,
     PreparedCorpus,
     TekkenTokenizerConfig,
     TrainTokenizerConfig,
 )
-from nemotron3.data.documents import Document, ReadReport
+from nemotron3.data.documents import Document, FilesConfig, ReadReport, find_files
+from nemotron3.data.fingerprint import FileState, file_changes, file_states
 from nemotron3.data.manifest import FORMAT, MANIFEST_FILE, Manifest, SourceManifest, SplitSize
 from nemotron3.data.origins import cache_directory
+from nemotron3.data.sources import PinnedConfig
 from nemotron3.data.splits import Selection, Survey, cut_document, document_key
-from nemotron3.data.text_sources import TextSource, open_source, source_identity
+from nemotron3.data.text_sources import (
+    TextSource,
+    open_source,
+    package_identity,
+    source_identity,
+)
 from nemotron3.data.token_files import TokenFileWriter
-from nemotron3.errors import ConfigError, DataError, StorageError
+from nemotron3.errors import ConfigError, DataError, DependencyMissingError, StorageError
 from nemotron3.text import Tokenizer
 from nemotron3.text.tekken import tekken_tokenizer
 
@@ -65,7 +74,7 @@ def prepare_corpus(
     """
     cache_folder = Path(cache) if cache is not None else cache_directory()
     key = corpus_key(config)
-    folder = Path(directory) if directory is not None else cache_folder / "corpora" / key[:16]
+    folder = Path(directory) if directory is not None else cached_corpus(key, cache=cache_folder)
     if (folder / MANIFEST_FILE).is_file():
         prepared = PreparedCorpus(folder)
         if prepared.manifest.key != key:
@@ -93,6 +102,33 @@ def prepare_corpus(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return PreparedCorpus(folder)
+
+
+def cached_corpus(key: str, *, cache: Path | None = None) -> Path:
+    """The folder of the cache that holds the corpus of a key, whether it stands or not."""
+    return (cache or cache_directory()) / "corpora" / key[:16]
+
+
+def text_changes(
+    config: CorpusConfig, *, text: Mapping[str, FileState], packages: Mapping[str, str]
+) -> list[str]:
+    """What differs from the files and packages that a corpus was made of, each in a few words."""
+    changes: list[str] = []
+    files: dict[Path, None] = {}
+    for source in config.sources:
+        match source:
+            case FilesConfig():
+                # A folder that is gone has no files; all of them are named as removed.
+                with suppress(DataError):
+                    files.update(dict.fromkeys(find_files(source.path)))
+            case PinnedConfig():
+                try:
+                    now = package_identity(source)
+                except DependencyMissingError:
+                    now = "not installed"
+                if packages.get(source.name) != now:
+                    changes.append(f"another version: text of {source.name}")
+    return file_changes(text, files) + changes
 
 
 def corpus_key(config: CorpusConfig) -> str:
@@ -180,6 +216,7 @@ def _prepare(
     folder: Path,
     progress: Progress,
 ) -> None:
+    made_of = _made_of(config)
     surveyed = _survey(config, sources, progress)
     tokenizer = _make_tokenizer(config, surveyed, progress)
     tokenizer.save(folder / TOKENIZER)
@@ -198,6 +235,8 @@ def _prepare(
         done += writer.bytes_written
         progress("encode", done, total)
         manifests.append(_source_manifest(one, writer.sizes))
+    content = json.dumps(to_record(made_of), indent=1, ensure_ascii=False)
+    (folder / MADE_OF).write_text(content + "\n", encoding="utf-8")
     Manifest(
         format=FORMAT,
         key=key,
@@ -206,6 +245,15 @@ def _prepare(
         held_out_fraction=config.held_out_fraction,
         sources=tuple(manifests),
     ).write(folder)
+
+
+def _made_of(config: CorpusConfig) -> MadeOf:
+    files = [s for s in config.sources if isinstance(s, FilesConfig)]
+    pinned = [s for s in config.sources if isinstance(s, PinnedConfig)]
+    return MadeOf(
+        text=file_states(file for source in files for file in find_files(source.path)),
+        packages={source.name: package_identity(source) for source in pinned},
+    )
 
 
 def _survey(

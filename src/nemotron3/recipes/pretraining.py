@@ -20,15 +20,12 @@ from nemotron3.config import from_record, read_run, to_record, write_run
 from nemotron3.data import (
     Batch,
     Corpus,
-    CorpusConfig,
     Loader,
     PhaseSchedule,
-    TokenizedConfig,
     baseline_bits_per_byte,
     held_out_batches,
-    open_tokenized,
-    prepare_corpus,
 )
+from nemotron3.data.fingerprint import in_words
 from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.models.accounting import model_costs
 from nemotron3.models.nemotron_h import LanguageModel
@@ -39,6 +36,7 @@ from nemotron3.ops.backends import chosen_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.parallel.devices import describe_device, measure_product_rate, resolve_device
+from nemotron3.recipes.inputs import changes_since, open_inputs, replay_differences, write_inputs
 from nemotron3.recipes.pretrain import TOKENIZER_FOLDER, PretrainRun
 from nemotron3.training.evaluation import evaluate
 from nemotron3.training.losses import Targets
@@ -90,25 +88,35 @@ def pretrain(
     *,
     runs: Path = Path("runs"),
     watcher: Watcher | None = None,
+    replay: Path | None = None,
 ) -> PretrainSummary:
-    """Carry out `run` in the folder runs/NAME, from where it stands there."""
+    """Carry out `run` in the folder runs/NAME, from where it stands there.
+
+    `replay` is the `run.json` that `run` was read from, if it was: other data than it tells of are
+    said to the watcher.
+    """
     watcher = watcher or Watcher()
     started = time.perf_counter()
     folder = runs / run.name
     device = resolve_device(run.device)
     _claim(folder, run)
     if (folder / SUMMARY_FILE).exists():
-        watcher.stage(f"{folder} is finished; this is what it showed")
+        changes = changes_since(folder, run.corpus)
+        note = f" (the data changed since: {in_words(changes)})" if changes else ""
+        watcher.stage(f"{folder} is finished{note}; this is what it showed")
         return read_summary(folder)
 
     watcher.stage("Preparing the corpus")
-    corpus = _open_corpus(run.corpus, watcher)
+    corpus, inputs = open_inputs(folder, run.corpus, say=watcher.stage, progress=watcher.progress)
+    if replay and (changes := replay_differences(replay, run.corpus, corpus)):
+        watcher.stage(f"The data are not those of {replay} ({in_words(changes)})")
     vocabulary = corpus.tokenizer.vocab_size
     if vocabulary > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {vocabulary} entries and model.vocab_size is "
             f"{run.model.vocab_size}; set --model.vocab-size to at least {vocabulary}"
         )
+    write_inputs(folder, inputs)
     found = {"device": describe_device(device), "corpus": to_record(corpus.manifest)}
     write_run(folder, run, extra=found)
     corpus.tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -146,6 +154,10 @@ def _claim(folder: Path, run: PretrainRun) -> None:
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(one, other, f"{path}[{index}]")
+        return
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
             yield from _differences(
@@ -153,14 +165,6 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, s
             )
     elif before != now:
         yield path, str(before), str(now)
-
-
-def _open_corpus(config: CorpusConfig | TokenizedConfig, watcher: Watcher) -> Corpus:
-    match config:
-        case CorpusConfig():
-            return prepare_corpus(config, progress=watcher.progress)
-        case TokenizedConfig():
-            return open_tokenized(config)
 
 
 def _train(
