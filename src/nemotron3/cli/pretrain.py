@@ -91,6 +91,7 @@ def result_text(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str
         bar = "\u2588" * round(32 * bits / widest)
         lines.append(f"  {name:<24}{bits:6.3f}  {bar}")
     lines += [
+        f"  held out: {summary.held_out_share:.1%} of the text, {summary.held_out_bytes:,} bytes",
         "",
         f"{summary.parameters / 1e6:.1f}M parameters "
         f"({summary.active_parameters / 1e6:.1f}M active), "

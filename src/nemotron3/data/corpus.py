@@ -98,7 +98,7 @@ class CorpusConfig:
     """The vocabulary."""
 
     held_out_fraction: float = 0.05
-    """Share of the documents that is never trained on."""
+    """Share of the bytes of each source that is never trained on."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]

@@ -69,6 +69,10 @@ class PretrainSummary:
     """On all held-out text."""
     by_source: dict[str, float]
     """The same, source by source."""
+    held_out_bytes: int
+    """Size of that text."""
+    held_out_share: float
+    """Its share of the corpus, in bytes."""
     baselines: dict[str, float]
     """Bits per byte of simple models on the same text."""
     tokens: int
@@ -276,6 +280,8 @@ def _look(
     return PretrainSummary(
         bits_per_byte=total["eval/bits_per_byte"],
         by_source=by_source,
+        held_out_bytes=corpus.manifest.held_out_bytes,
+        held_out_share=corpus.manifest.held_out_share,
         baselines=baselines,
         tokens=run.training.steps * run.training.tokens_per_step,
         seconds=time.perf_counter() - started,
@@ -321,6 +327,7 @@ def _report(
             "version": source.version,
             "tokens": source.train.tokens,
             "held-out bytes": source.held_out.bytes,
+            "held-out share": f"{source.held_out_share:.1%}",
             "bits per byte": round(summary.by_source[source.name], 3),
             "bad rows": sum(source.bad_rows.values()),
         }
@@ -337,6 +344,7 @@ def _report(
             "parameters": f"{summary.parameters / 1e6:.1f} M",
             "active per token": f"{summary.active_parameters / 1e6:.1f} M",
             "tokens": f"{summary.tokens / 1e6:.2f} M",
+            "held-out text": f"{summary.held_out_share:.1%} ({summary.held_out_bytes:,} bytes)",
             "minutes": f"{summary.seconds / 60:.1f}",
         },
         model_name=run.name,
