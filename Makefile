@@ -9,7 +9,7 @@ EXTRAS ?= dev
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend auto)
 INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(TORCH_SOURCE) -c constraints.txt
 
-.PHONY: help run test test-fast bench-cpu gpu-check gpu-check-inference gpu-tune check format docs docs-serve clean
+.PHONY: help run test test-fast test-long bench-cpu gpu-check gpu-check-inference gpu-tune check format docs docs-serve clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -34,11 +34,14 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
 run: $(VENV)/.train  ## train the tiny model on real text (about 3 minutes on 2 cores) and show what it does
 	@$(BIN)/nemotron3 pretrain tiny
 
-test: $(VENV)/.dev  ## every test
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(VENV)/.dev  ## every test but the long contracts
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long'
 
-test-fast: $(VENV)/.dev  ## the tests without those marked slow
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+test-fast: $(VENV)/.dev  ## the tests without those marked slow or long
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not long'
+
+test-long: $(VENV)/.dev  ## the contracts over thousands of steps
+	@$(BIN)/python -m pytest -m long --timeout=1200
 
 bench-cpu: $(VENV)/.dev  ## measure speed on this machine, beside transformers, into docs/speed.md
 	@$(BIN)/python -m benchmarks.cpu

@@ -22,7 +22,8 @@ from nemotron3.models.config import (
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
-from nemotron3.training.losses import LossConfig, Targets, loss_terms
+from nemotron3.training.batch import TrainBatch
+from nemotron3.training.pretrain_objective import PretrainLossConfig, PretrainObjective
 
 TOLERANCE = 1e-4
 """Largest difference between the two programs, relative to the scale of what is compared."""
@@ -126,9 +127,25 @@ def load_theirs(folder: Path) -> nn.Module:
 
 def our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Mean next-token loss of [batch, seq] tokens, with the statistics that training takes."""
-    batch = targets(tokens)
-    counts = batch.counts(0)
-    return loss_terms(model, batch, counts, LossConfig(), total_tokens=tokens.numel()).total
+    return training_loss(model, targets(tokens), mtp_loss_scaling=0.0)
+
+
+def training_loss(model: LanguageModel, batch: TrainBatch, **loss: float) -> Tensor:
+    """The pre-training loss of one microbatch by itself."""
+    objective = objective_of(model, **loss)
+    counts = objective.counts(batch)
+    return model(
+        batch.tokens,
+        layout=SequenceLayout(batch.segments),
+        head=lambda output: objective.loss(output, batch, counts),
+        mtp_depths=objective.mtp_depths,
+    ).total
+
+
+def objective_of(model: LanguageModel, **loss: float) -> PretrainObjective:
+    """The pre-training objective for this model."""
+    depths = model.config.pattern.num_mtp_depths
+    return PretrainObjective(PretrainLossConfig(**loss), num_mtp_depths=depths)
 
 
 def their_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -136,11 +153,11 @@ def their_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens, labels=tokens, use_cache=False).loss
 
 
-def targets(tokens: Tensor) -> Targets:
+def targets(tokens: Tensor) -> TrainBatch:
     """Each token predicts the next of its row; the last predicts nothing."""
     mask = torch.ones(tokens.shape, device=tokens.device)
     mask[:, -1] = 0
-    return Targets(
+    return TrainBatch(
         tokens=tokens.flatten(),
         targets=tokens.roll(-1, dims=1).flatten(),
         mask=mask.flatten(),

@@ -39,6 +39,9 @@ def render(text: str, results: Path) -> str:
         ),
         "products": "\n".join(_products(path) for path in _newest_of_each(results, "products")),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
+        "regression": "\n".join(
+            _regression(path) for path in _newest_of_each(results, "regression")
+        ),
         "serving": "\n".join(_serving(path) for path in _newest_of_each(results, "serving")),
         "load": "\n".join(_load(path) for path in _newest(results, "load-*.json")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
@@ -94,6 +97,24 @@ def _cpu(path: Path) -> str:
         origins = f"Each row says which of these runs it comes from.\n\n{origins}"
     origins = f"#### {runs[0]['machine']['cpu']}\n\n{origins}" if runs else origins
     return origins + "".join(_cpu_model(name, model, runs) for name, model in models.items())
+
+
+def _regression(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [
+        "| model | row | ratio | 95% interval |\n| --- | --- | ---: | ---: |\n",
+        *(
+            f"| {f['model']} | {f['row']} | {f['ratio']:.3f} | "
+            f"{f['interval'][0]:.3f} to {f['interval'][1]:.3f} |\n"
+            for f in result["figures"]
+        ),
+    ]
+    machine = result["machine"]
+    return (
+        f"`{result['command']}` at commit {machine['commit']}, {result['date']}: "
+        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.\n\n"
+        + "".join(rows)
+    )
 
 
 def _parts(model: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.models import configs
 
 from nemotron3.recipes.pretrain import PretrainRun
-from nemotron3.recipes.pretraining import pretrain
+from nemotron3.recipes.run_pretrain import pretrain
 from nemotron3.training.optimizers import AdamWConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # as where it is run
@@ -46,7 +46,7 @@ def main() -> None:
     folder = known.runs / f"reasoner-{known.size}"
     corpus = example.write_corpus(folder / "corpus", conversations=known.conversations)
     run = run_of(known.size, example.recipe(corpus, steps=known.steps))
-    pretrain(run, runs=known.runs, watcher=example.Line())
+    pretrain(run, runs=known.runs, callback=example.Line())
 
 
 if __name__ == "__main__":

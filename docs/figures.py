@@ -17,7 +17,8 @@ from nemotron3.cli.pretrain import result_text
 from nemotron3.config import read_run
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
-from nemotron3.recipes.pretraining import read_summary
+from nemotron3.recipes.run_folder import read_summary
+from nemotron3.recipes.run_pretrain import PretrainSummary
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
@@ -29,7 +30,9 @@ def main(folder: Path) -> None:
     draw(folder, ROOT / "docs" / "assets" / "tiny-run.svg")
     run = read_run(folder, PretrainRun)
     machine = json.loads((folder / "run.json").read_text())["extra"]["device"]
-    text = result_text(read_summary(folder), run, Path("runs") / run.name).strip("\n")
+    text = result_text(read_summary(folder, PretrainSummary), run, Path("runs") / run.name).strip(
+        "\n"
+    )
     block = f"```text\n{text}\n```\n\n({machine}; the time includes the corpus, not the set-up.)\n"
     for page in PAGES:
         content = page.read_text(encoding="utf-8")
@@ -56,7 +59,7 @@ def draw(folder: Path, out: Path) -> None:
         left.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=label)
     left.set(xlabel="step", ylabel="loss, nats per token", title="Training loss")
     left.legend(frameon=False, reverse=True)
-    summary = read_summary(folder)
+    summary = read_summary(folder, PretrainSummary)
     bits = summary.baselines | {"this model": summary.bits_per_byte}
     names = sorted(bits, key=lambda name: bits[name])
     colours = [BLUE if name == "this model" else GREY for name in names]

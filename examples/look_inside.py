@@ -34,7 +34,7 @@ def neighbour_changes_nothing(model: LanguageModel) -> bool:
 @torch.inference_mode()
 def router_choices(model: LanguageModel, tokens: torch.Tensor) -> list[tuple[list[int], float]]:
     """For each mixture: the experts that the last token chose, and MaxVio over all tokens."""
-    output = model.backbone(model.embed(tokens), SequenceLayout.packed([len(tokens)]))
+    output = model(tokens[None], head=lambda output: output)
     return [
         (sorted(routing.indices[-1].tolist()), max_violation(expert_load(routing)))
         for routing in output.routings

@@ -18,27 +18,28 @@ from sums import TEMPLATE, VOCABULARY, problem, question, write_corpus
 
 from nemotron3 import LLM, ModelConfig, SamplingParams
 from nemotron3.data import TokenizedConfig
-from nemotron3.models.generation import GenerationConfig
 from nemotron3.recipes.pretrain import PretrainRun
-from nemotron3.recipes.pretraining import Watcher, pretrain
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_pretrain import pretrain
+from nemotron3.recipes.samples import SampleConfig
 from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import StepReport, TrainingConfig
 
 
-class Line(Watcher):
+class Line(RunCallback):
     """Says every hundredth step how far it is."""
 
     def stage(self, message: str) -> None:
         """A part begins."""
         print(message)
 
-    def trained(self, report: StepReport, run: PretrainRun) -> None:
+    def trained(self, report: StepReport) -> None:
         """An update was made."""
         if report.step % 100 == 0:
             metrics = report.metrics
             print(
-                f"  {report.step}/{run.training.steps}  loss {metrics['train/loss']:.3f}  "
+                f"  {report.step}/{report.steps}  loss {metrics['train/loss']:.3f}  "
                 f"MTP {metrics['train/loss_mtp_1']:.3f} {metrics['train/loss_mtp_2']:.3f}  "
                 f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
             )
@@ -61,14 +62,14 @@ def recipe(corpus: TokenizedConfig, *, steps: int) -> PretrainRun:
             schedule=WSD(total_steps=steps, warmup_steps=warmup, decay_steps=decay),
         ),
         prompts=tuple(TEMPLATE.render(ask, enable_thinking=way).text for way in (True, False)),
-        sampling=GenerationConfig(max_new_tokens=60, temperature=0.0),
+        sampling=SampleConfig(max_tokens=60, temperature=0.0),
     )
 
 
 def main(runs: Path, *, conversations: int = 30_000, steps: int = 750) -> None:
     """Train, and ask."""
     corpus = write_corpus(runs / "reasoner" / "corpus", conversations=conversations)
-    pretrain(recipe(corpus, steps=steps), runs=runs, watcher=Line())
+    pretrain(recipe(corpus, steps=steps), runs=runs, callback=Line())
     llm = LLM(runs / "reasoner" / "model")
     numbers = problem(random.Random(1), held_out=True)
     ways = {

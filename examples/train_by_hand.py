@@ -1,8 +1,8 @@
 """Train by hand: the loop that `nemotron3 pretrain` runs, without the recipe around it.
 
 The text is this file and the vocabulary its bytes, so there is no corpus and no tokenizer. What is
-left is a model, an optimizer, a schedule, and `training_step`, which makes one update from a list
-of microbatches and says what happened.
+left is a model, an optimizer, a schedule, an objective, and a `TrainingStep`, which makes an update
+from a list of microbatches and says what happened.
 
     python examples/train_by_hand.py
 """
@@ -12,23 +12,23 @@ from pathlib import Path
 
 import torch
 
-from nemotron3 import LanguageModel, ModelConfig
-from nemotron3.models.generation import GenerationConfig
+from nemotron3 import LLM, LanguageModel, ModelConfig, SamplingParams
 from nemotron3.ops.segments import Segments
-from nemotron3.training.losses import LossConfig, Targets
+from nemotron3.training.batch import TrainBatch
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
+from nemotron3.training.pretrain_objective import PretrainLossConfig, PretrainObjective
 from nemotron3.training.schedules import WSD
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 
 ROWS, SEQ_LEN = 4, 128
 
 
-def batch(text: torch.Tensor, step: int) -> Targets:
+def batch(text: torch.Tensor, step: int) -> TrainBatch:
     """Random windows of the text, a pure function of the step: nothing to save for a resume."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(text) - SEQ_LEN, (ROWS,), generator=generator).tolist()
     rows = [text[start : start + SEQ_LEN + 1] for start in starts]
-    return Targets(
+    return TrainBatch(
         tokens=torch.cat([row[:-1] for row in rows]),
         targets=torch.cat([row[1:] for row in rows]),
         mask=torch.ones(ROWS * SEQ_LEN),
@@ -44,18 +44,13 @@ def train(steps: int) -> tuple[LanguageModel, list[dict[str, float]]]:
     adamw = AdamWConfig(lr=3e-3)
     optimizer = build_optimizer(model, adamw)
     schedule = WSD(total_steps=steps, warmup_steps=steps // 10, decay_steps=steps // 3)
-    history = []
-    for step in range(steps):
-        metrics = training_step(
-            model,
-            optimizer,
-            [batch(text, step)],
-            loss=LossConfig(),
-            learning_rate=schedule.learning_rate(step, peak=adamw.lr),
-            clip_grad_norm=adamw.clip_grad_norm,
-        )
-        history.append(metrics)
-    return model, history
+    depths = config.pattern.num_mtp_depths
+    objective = PretrainObjective(PretrainLossConfig(), num_mtp_depths=depths)
+    update = TrainingStep(model, optimizer, objective, clip_grad_norm=adamw.clip_grad_norm)
+    rates = [schedule.learning_rate(step, peak=adamw.lr) for step in range(steps)]
+    return model, [
+        update([batch(text, step)], learning_rate=rate) for step, rate in enumerate(rates)
+    ]
 
 
 def main() -> None:
@@ -70,8 +65,9 @@ def main() -> None:
                 f"{m['optim/grad_norm']:14.2f}"
             )
     prompt = list(b"def batch(")
-    written = model.generate([prompt], GenerationConfig(max_new_tokens=80, temperature=0.0))[0]
-    print(bytes(prompt + written).decode(errors="replace"))
+    greedy = SamplingParams(max_tokens=80, temperature=0.0)
+    written = LLM(model).generate([prompt], greedy)[0].outputs[0].token_ids
+    print(bytes([*prompt, *written]).decode(errors="replace"))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron3.data import BaselinesConfig, CorpusConfig, FilesConfig, TrainTokenizerConfig
-from nemotron3.models.generation import GenerationConfig
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.samples import SampleConfig
 from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import TrainingConfig
@@ -67,7 +67,7 @@ def small_run(text: Path, **changes: Any) -> PretrainRun:
         "evaluation_rows": 4,
         "baselines": BaselinesConfig(order=2),
         "device": "cpu",
-        "sampling": GenerationConfig(max_new_tokens=4),
+        "sampling": SampleConfig(max_tokens=4),
     }
     return PretrainRun(**(fields | changes))
 

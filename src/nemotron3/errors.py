@@ -2,7 +2,8 @@
 
 Each is also the standard error that a reader would expect, so `except ValueError` keeps working.
 They are raised at borders (command line, files, configuration) and their message has three parts:
-the thing, the value that was found, and the remedy. Inside the package `assert` states invariants.
+the thing, the value that was found, and the remedy. Which value it was is data as well (`field`),
+for callers that tell it on by another name. Inside the package `assert` states invariants.
 """
 
 
@@ -12,6 +13,11 @@ class Nemotron3Error(Exception):
 
 class ConfigError(Nemotron3Error, ValueError):
     """A configuration that cannot be built: unknown preset, impossible pattern, uneven sizes."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        """`field` is the dotted name of the value that is wrong, where it is a single one."""
+        super().__init__(message)
+        self.field = field
 
 
 class CheckpointError(Nemotron3Error, RuntimeError):
@@ -24,6 +30,11 @@ class StorageError(Nemotron3Error, OSError):
 
 class DataError(Nemotron3Error, ValueError):
     """Text or tokens that cannot be used: not UTF-8, no documents, a wrong column, a bad index."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        """`field` is the name of the part of a request that is wrong, where it is a single one."""
+        super().__init__(message)
+        self.field = field
 
 
 class BackendUnavailableError(Nemotron3Error, RuntimeError):

@@ -57,14 +57,16 @@ def timings(value):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in TAKES_LONG))
+        pytest.param(
+            name, marks=[pytest.mark.slow, pytest.mark.timeout(900)] * (name in TAKES_LONG)
+        )
         for name in [*NAMES, "tuning"]
     ],
 )
 def test_every_section_runs_and_fills_its_table(name, record):
     section = section_named(name)
     setting = Setting.toy()
-    assert run_section(section, setting, record, seconds=200) == 0
+    assert run_section(section, setting, record, seconds=float("inf")) == 0
     written = Results.read(record.path)
     assert list(written.figures(name)) == list(section.parts(setting))
     assert not [line for line in written.missing() if "mamba_ssm" not in line]
@@ -176,7 +178,7 @@ def fails():
 
 def test_a_part_that_fails_leaves_its_error_and_the_rest_runs(record):
     section = of_parts(first=fails, second=lambda: {"value": 1})
-    assert run_section(section, Setting.toy(), record, seconds=10) == 0
+    assert run_section(section, Setting.toy(), record, seconds=float("inf")) == 0
     figures = Results.read(record.path).figures("some")
     assert figures["first"]["error"] == "RuntimeError: out of shared memory"
     assert figures["second"]["value"] == 1
@@ -247,10 +249,10 @@ def test_earlier_sections_may_not_take_what_is_kept_for_later_ones(record, monke
         given[section.name] = allowed
 
     monkeypatch.setattr(run, "_run_in_children", child)
+    monkeypatch.setattr(run.time, "monotonic", lambda: 0.0)
     first, second = (replace(of_parts(), name=name, budget_s=40) for name in ("a", "b"))
     run_sections([first, second], record, seconds=100, is_toy=True)
-    assert given["a"] == pytest.approx(60, abs=1)
-    assert given["b"] == pytest.approx(100, abs=1)
+    assert given == {"a": 60, "b": 100}
 
 
 def test_what_makes_a_run_doubtful_is_said(record):
@@ -292,16 +294,25 @@ def stand_in(monkeypatch):
     return replace(Setting.toy(), clock=Clock(device))
 
 
-def test_the_clock_times_kernels_and_steps(stand_in):
+def test_the_clock_times_kernels_and_steps(stand_in, monkeypatch):
+    # The host's clock goes on where work is done and nowhere else, so the figures are exact.
+    passed = 0.0
+
+    def work(seconds):
+        nonlocal passed
+        passed += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: passed)
     clock = stand_in.clock
-    slept = clock.kernel(lambda: time.sleep(0.01))
-    assert 0.01 < slept["median_s"] < 1
-    assert slept["min_s"] <= slept["median_s"] <= slept["max_s"]
-    assert slept["host_s"] > 0.01
-    assert slept["repeats"] >= 5
-    steps = clock.steps({"a": lambda: time.sleep(0.01), "b": lambda: None}, repeats=3)
-    assert steps["a"]["median_s"] > steps["b"]["median_s"]
-    assert clock.agreement(lambda: time.sleep(0.05)) == pytest.approx(1, abs=0.3)
+    timed = clock.kernel(lambda: work(0.01))
+    assert [timed[name] for name in ("min_s", "median_s", "max_s", "host_s")] == pytest.approx(
+        [0.01] * 4
+    )
+    assert timed["repeats"] >= 5
+    steps = clock.steps({"a": lambda: work(0.02), "b": lambda: work(0.005)}, repeats=3)
+    assert steps["a"]["median_s"] == pytest.approx(0.02)
+    assert steps["b"]["median_s"] == pytest.approx(0.005)
+    assert clock.agreement(lambda: work(0.05)) == pytest.approx(1)
     assert clock.peak_bytes(lambda: None) == 2_000_000_000
 
 
@@ -402,7 +413,7 @@ def test_compiling_ahead_ends_when_its_time_does(monkeypatch):
 
     monkeypatch.setattr(ahead.subprocess, "Popen", Slow)
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 4)
-    assert ahead.compile_ahead(capability=90, is_tuning=True, seconds=0.1) < 5
+    ahead.compile_ahead(capability=90, is_tuning=True, seconds=0.1)
     assert len(ended) == 3
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nemotron3.cli import progress
-from nemotron3.cli.progress import LogWatcher, TerminalWatcher, status, watch
+from nemotron3.cli.progress import LogCallback, TerminalCallback, status, watch
 from nemotron3.errors import DependencyMissingError
 from nemotron3.training.trainer import StepReport
 from tests.small_run import small_run
@@ -28,11 +28,11 @@ def test_a_log_gets_a_line_now_and_then_and_at_the_end(capsys, monkeypatch, tmp_
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     run = small_run(tmp_path, training={"steps": 10})
-    watcher = LogWatcher()
-    watcher.stage("Training on a test")
-    watcher.progress("encode", 1, 2)
+    callback = LogCallback()
+    callback.stage("Training on a test")
+    callback.progress("encode", 1, 2)
     for step in range(1, 11):
-        watcher.trained(StepReport(step=step, metrics=METRICS), run)
+        callback.trained(StepReport(step=step, metrics=METRICS), run)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Training on a test"
     steps = [int(re.search(r"step +(\d+)/10", line)[1]) for line in lines[1:]]
@@ -46,9 +46,9 @@ def test_a_resumed_run_reckons_from_where_it_went_on(capsys, monkeypatch, tmp_pa
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     run = small_run(tmp_path, training={"steps": 100})
-    watcher = LogWatcher()
+    callback = LogCallback()
     for step in (91, 92):
-        watcher.trained(StepReport(step=step, metrics=METRICS), run)
+        callback.trained(StepReport(step=step, metrics=METRICS), run)
     assert capsys.readouterr().out.splitlines()[-1].endswith("2:40 left")  # 8 steps of 20 s
 
 
@@ -62,12 +62,12 @@ def test_a_terminal_gets_a_bar_for_each_part(tmp_path):
     )
     run = small_run(tmp_path, training={"steps": 10})
     with rich.Progress(*columns, console=console(file=output, width=120)) as bars:
-        watcher = TerminalWatcher(bars)
-        watcher.stage("Preparing the corpus")
-        watcher.progress("survey", 500, 0)  # the total is not known yet
-        watcher.progress("encode", 500, 1000)
+        callback = TerminalCallback(bars)
+        callback.stage("Preparing the corpus")
+        callback.progress("survey", 500, 0)  # the total is not known yet
+        callback.progress("encode", 500, 1000)
         for step in range(1, 8):
-            watcher.trained(StepReport(step=step, metrics=METRICS), run)
+            callback.trained(StepReport(step=step, metrics=METRICS), run)
         tasks = {task.description: (task.completed, task.total) for task in bars.tasks}
     assert tasks == {"survey": (500, 0), "encode": (500, 1000), "training": (7, 10)}
     assert "Preparing the corpus" in output.getvalue()
@@ -75,11 +75,11 @@ def test_a_terminal_gets_a_bar_for_each_part(tmp_path):
 
 
 def test_where_output_goes_decides_who_watches(monkeypatch):
-    with watch() as watcher:
-        assert isinstance(watcher, LogWatcher)
+    with watch() as callback:
+        assert isinstance(callback, LogCallback)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with watch() as watcher:
-        assert isinstance(watcher, TerminalWatcher)
+    with watch() as callback:
+        assert isinstance(callback, TerminalCallback)
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(DependencyMissingError, match="pip install"), watch():
         pass

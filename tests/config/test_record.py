@@ -1,6 +1,7 @@
 import enum
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -197,3 +198,35 @@ class _NamedLikeAnArgument:
 def test_fields_may_be_called_like_the_decoder_s_own_arguments():
     config = _NamedLikeAnArgument(path="a", make="b")
     assert from_record(_NamedLikeAnArgument, to_record(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"rate": "fast"}, "run.flat.rate"),
+        ({"rate": 0.5, "rat": 1}, "run.flat.rat"),
+        ({}, "run.flat.rate"),
+        ({"kind": "flatt", "rate": 0.5}, "run.flat.kind"),
+        ({"rate": 2.0}, "run.flat.rate"),
+    ],
+)
+def test_an_error_carries_the_name_of_its_field(change, field):
+    @dataclass(frozen=True, kw_only=True)
+    class Bounded(Flat):
+        def __post_init__(self):
+            if self.rate > 1:
+                raise ConfigError(f"rate is {self.rate}; it must be at most 1", field="rate")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Holder:
+        flat: Bounded
+
+    with pytest.raises(ConfigError) as caught:
+        from_record(Holder, {"flat": {"kind": "flat"} | change}, path="run")
+    assert caught.value.field == field
+
+
+def test_an_error_about_no_single_value_has_no_field():
+    assert ConfigError("two things do not go together").field is None
+    copied = pickle.loads(pickle.dumps(ConfigError("lr is 0", field="lr")))
+    assert (str(copied), copied.field) == ("lr is 0", "lr")

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
-from nemotron3.recipes.pretraining import Watcher, pretrain, read_summary
+from nemotron3.recipes.run_folder import RunCallback, read_summary
+from nemotron3.recipes.run_pretrain import PretrainSummary, pretrain
 from tests.small_run import lasting_metrics, small_run, with_leaf, write_text
 
 STEPS = 12
@@ -114,7 +115,7 @@ def assert_as_if_uninterrupted(folder: Path, runs: str) -> None:
     assert metrics == wanted_metrics
     assert len(metrics) == STEPS
     assert digests == wanted_digests
-    one, two = (read_summary(folder / name / "small") for name in (runs, "whole"))
+    one, two = (read_summary(folder / name / "small", PretrainSummary) for name in (runs, "whole"))
     assert (one.bits_per_byte, one.samples) == (two.bits_per_byte, two.samples)
 
 
@@ -180,7 +181,7 @@ def test_a_folder_of_another_run_is_refused_by_the_path_that_differs(folder, mon
 def test_a_finished_run_is_shown_and_not_repeated(folder, monkeypatch):
     monkeypatch.setenv("NEMOTRON3_CACHE", str(folder / "cache"))
 
-    class Listener(Watcher):
+    class Listener(RunCallback):
         stages: list[str] = []  # noqa: RUF012
 
         def stage(self, message: str) -> None:
@@ -188,7 +189,7 @@ def test_a_finished_run_is_shown_and_not_repeated(folder, monkeypatch):
 
     run = folder / "whole" / "small"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    summary = pretrain(run_in(folder), runs=folder / "whole", watcher=Listener())
-    assert summary == read_summary(run)
+    summary = pretrain(run_in(folder), runs=folder / "whole", callback=Listener())
+    assert summary == read_summary(run, PretrainSummary)
     assert [message.endswith("this is what it showed") for message in Listener.stages] == [True]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

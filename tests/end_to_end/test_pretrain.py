@@ -16,11 +16,14 @@ from nemotron3.checkpoint.retention import RetentionConfig
 from nemotron3.cli.main import main
 from nemotron3.config import read_run
 from nemotron3.data import LoadTokenizerConfig
-from nemotron3.models.generation import GenerationConfig
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
-from nemotron3.recipes.pretraining import pretrain, read_summary
+from nemotron3.recipes.run_folder import read_summary
+from nemotron3.recipes.run_pretrain import PretrainSummary, pretrain
+from nemotron3.recipes.samples import SampleConfig
 from nemotron3.text import Tokenizer
 from tests.small_run import lasting_metrics, small_run, write_text
 from tests.tolerances import ORACLE
@@ -39,7 +42,7 @@ def home(tmp_path_factory):
         training={"steps": STEPS, "checkpoint_every_steps": 10, "evaluate_every_steps": 20},
         retention=RetentionConfig(keep_every_steps=10),
         prompts=("Every engine", "The old sailor never"),
-        sampling=GenerationConfig(max_new_tokens=40, temperature=0.5),
+        sampling=SampleConfig(max_tokens=40, temperature=0.5),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMOTRON3_CACHE", str(home / "cache"))
@@ -66,7 +69,7 @@ def test_losses_fell_and_heads_learnt(run_folder):
 
 
 def test_held_out_text_costs_less_than_by_simple_models(run_folder):
-    summary = read_summary(run_folder)
+    summary = read_summary(run_folder, PretrainSummary)
     assert summary.bits_per_byte < 0.25 * summary.baselines["unigram"]
     assert summary.bits_per_byte < summary.baselines["2-gram"]
     assert summary.bits_per_byte < summary.baselines["gzip"]
@@ -96,10 +99,9 @@ def test_all_that_was_promised_is_there(run_folder):
 
 
 def test_the_model_writes_words_of_its_text(home, run_folder):
-    tokenizer = Tokenizer.from_directory(run_folder / "model")
-    model = LanguageModel.from_pretrained(run_folder / "model")
-    config = GenerationConfig(max_new_tokens=60, temperature=0)
-    text = tokenizer.decode(model.generate([tokenizer.encode("Every engine ")], config)[0])
+    params = SamplingParams(max_tokens=60, temperature=0)
+    (output,) = LLM(run_folder / "model").generate("Every engine ", params)
+    text = output.outputs[0].text
     words = [word.strip(".") for word in text.split()[1:-1]]
     known = {w.strip(".") for file in (home / "text").iterdir() for w in file.read_text().split()}
     assert len(words) > 5

@@ -398,7 +398,7 @@ def test_chunks_of_a_step_are_the_models_own_pass(model):
 def test_other_weights_find_no_prefix_of_the_old_ones(model):
     engine = engine_for(model)
     run(engine, [request("a", PROMPTS[6])])
-    engine.weights_changed()
+    engine.invalidate_caches()
     run(engine, [request("a", PROMPTS[6])])
     assert engine.stats().prefix_hits == 0
 
@@ -414,7 +414,7 @@ def test_other_weights_find_nothing_that_running_answers_keep():
         answer += [token for progress in engine.step() for token in progress.tokens]
         if len(answer) == 3:
             randomized(ours, 5)
-            engine.weights_changed()
+            engine.invalidate_caches()
             answer.append(-1)
     answer.remove(-1)
     more = [*prompt, *answer, 5]
@@ -431,7 +431,7 @@ def test_an_answer_that_waited_for_the_prompt_reads_it_with_the_new_weights():
         second += [token for p in engine.step() if p.index == 1 for token in p.tokens]
         if not is_changed:
             randomized(ours, 5)
-            engine.weights_changed()
+            engine.invalidate_caches()
             is_changed = True
     assert second == greedy(ours, PROMPTS[6], 12)
 
@@ -467,7 +467,7 @@ def test_other_weights_in_tensors_of_their_own_are_used_by_every_step(expected):
     for part in ("parameters", "buffers"):  # the routers' biases are buffers
         for mine, theirs in zip(getattr(ours, part)(), getattr(other, part)(), strict=True):
             mine.data = theirs.data.clone()
-    engine.weights_changed()
+    engine.invalidate_caches()
     assert run(engine, [request("a", PROMPTS[3])])["a", 0] == greedy(other, PROMPTS[3], 12)
     before = engine.stats()
     answer = run(engine, [request("a", PROMPTS[3], of_two)])["a", 0]

@@ -5,17 +5,20 @@ import copy
 import torch
 from torch import nn
 
-from nemotron3.models.allocation import ALWAYS_FLOAT32, allocate
+from nemotron3.models.allocation import allocate
+from nemotron3.models.initial_values import Constant
+from nemotron3.models.parameter import DeclaredModule
 
 
-class _Mixer(nn.Module):
+class _Mixer(DeclaredModule):
     """Parameters whose sizes do not fit lines of the cache, and one that stays in float32."""
 
     def __init__(self):
         super().__init__()
         self.odd = nn.Linear(3, 5)
-        self.A_log = nn.Parameter(torch.empty(7))
-        self.register_buffer("e_score_correction_bias", torch.empty(1))
+        self.declare("slopes", (7,), init=Constant(1.0), decays=False, keep_float32=True)
+        self.declare("gains", (7,), init=Constant(1.0), decays=False)
+        self.declare_buffer("bias", (1,), init=Constant(0.0), keep_float32=True)
 
 
 def _allocated(dtype):
@@ -40,7 +43,7 @@ def test_tensors_have_memory_of_their_own():
 def test_some_stay_in_float32():
     model = _allocated(torch.bfloat16)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        wanted = torch.float32 if name.split(".")[-1] in ALWAYS_FLOAT32 else torch.bfloat16
+        wanted = torch.float32 if name.endswith(("slopes", "2.bias", "0.bias")) else torch.bfloat16
         assert tensor.dtype == wanted, name
 
 

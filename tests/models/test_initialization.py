@@ -4,8 +4,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from nemotron3.errors import ConfigError
+from nemotron3.models import initialization
+from nemotron3.models.initial_values import Elements, InitialScale
+from nemotron3.models.initialization import initialize
+from nemotron3.models.linear import Linear
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.parameter import parameter_specs
 from tests.tiny import qwen_config, tiny_config
 
 PATTERN = "MEM*E-/*E/*E"
@@ -114,3 +121,61 @@ def test_in_bfloat16_the_scan_and_the_selection_bias_stay_float32():
     for name, tensor in model.state_dict().items():
         wide = name.rpartition(".")[2] in ("A_log", "D", "dt_bias", "e_score_correction_bias")
         assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
+
+
+def test_a_name_decides_and_not_the_layers_around_it():
+    """The same names in a model with other layers behind, a wider vocabulary, and the seed."""
+    first = LanguageModel.from_config(tiny_config("MEM*E", initializer_range=0.02), seed=9)
+    other = LanguageModel.from_config(
+        tiny_config("MEM*EM-E/*E", initializer_range=0.02, vocab_size=197), seed=9
+    )
+    others = dict(other.named_parameters())
+    shared = 0
+    for name, tensor in first.named_parameters():
+        theirs = others[name]
+        if tensor.unique().numel() == 1:
+            continue
+        if name.endswith(("down_proj", "down_proj.weight", "out_proj.weight", "o_proj.weight",
+                          "fc2_latent_proj.weight")):  # fmt: skip
+            theirs = theirs * math.sqrt(8 / 5)  # of as many layers they are
+        assert torch.allclose(tensor, theirs[: len(tensor)], rtol=1e-6), name
+        shared += 1
+    assert shared > 20
+    layers = first.backbone.layers
+    assert not torch.equal(layers[0].mixer.in_proj.weight, layers[2].mixer.in_proj.weight)
+    assert not torch.equal(layers[0].mixer.A_log, layers[2].mixer.A_log)
+
+
+def test_a_part_of_a_parameter_is_drawn_without_the_rest(model):
+    """Rows of every matrix as a process that holds these rows draws them."""
+    scale = InitialScale(model.config.init_std, model.config.init_std / math.sqrt(6))
+    for name, tensor in model.state_dict().items():
+        spec = parameter_specs(model)[name]
+        row = tensor[0].numel()
+        for first, last in ((0, 1), (len(tensor) // 3, len(tensor))):
+            part = Elements(1, name, first * row, last * row, tensor.device)
+            assert torch.equal(spec.init(part, scale), tensor[first:last].flatten()), name
+
+
+def test_chunks_leave_no_seam(monkeypatch):
+    config = tiny_config("ME")
+    whole = LanguageModel.from_config(config, seed=2)
+    monkeypatch.setattr(initialization, "_CHUNK", 1001)
+    chunked = LanguageModel.from_config(config, seed=2)
+    for (name, a), b in zip(whole.state_dict().items(), chunked.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_have_the_same_values_rounded(dtype):
+    wide = LanguageModel.from_config(tiny_config(PATTERN), seed=5)
+    other = LanguageModel.from_config(tiny_config(PATTERN), seed=5, dtype=dtype)
+    for (name, a), b in zip(wide.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a.to(b.dtype), b), name
+
+
+def test_a_parameter_that_nobody_declares_is_refused():
+    config = tiny_config("M")
+    model = nn.Sequential(Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"what parameter '1\.weight' begins with"):
+        initialize(model, config, 0)

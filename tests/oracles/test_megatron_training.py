@@ -5,17 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from nemotron3.models.experts import Routing
-from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.ops.segments import Segments
-from nemotron3.training.balancing import (
-    BalanceConfig,
-    sequence_balance_loss,
-    update_selection_bias,
-)
-from nemotron3.training.losses import LossConfig, Targets, loss_terms
+from nemotron3.training.balancing import sequence_balance_loss, update_selection_bias
+from nemotron3.training.batch import TrainBatch
 from tests.oracles import megatron
 from tests.tiny import tiny_config, tiny_model, tokens_for
 from tests.tolerances import FLOAT32, FLOAT64
+from tests.training.batches import forward, pretraining
 
 
 @pytest.mark.parametrize(("experts", "choices"), [(8, 3), (5, 1), (16, 16)])
@@ -51,13 +48,14 @@ def test_update_of_the_selection_bias(monkeypatch):
 @pytest.mark.parametrize("lengths", [(7,), (1, 2, 9, 3, 1), (4, 4, 4)])
 def test_targets_of_each_depth_are_rolled_within_documents(depth, lengths):
     total = sum(lengths)
-    batch = Targets(
+    batch = TrainBatch(
         tokens=torch.randint(1, 97, (total,)),
         targets=torch.randint(1, 97, (total,)),
         mask=(torch.rand(total) > 0.3).float(),
         segments=Segments(lengths),
     )
-    tokens, targets, mask = batch.at_depth(depth)
+    targets, mask, _ = batch.at_depth(depth)
+    tokens, _ = shift_left(batch.tokens, batch.segments, depth)
     assert torch.equal(tokens, megatron.rolled(batch.tokens, lengths, depth))
     assert torch.equal(targets, megatron.rolled(batch.targets, lengths, depth))
     assert torch.equal(mask, megatron.rolled(batch.mask, lengths, depth))
@@ -84,14 +82,14 @@ def test_the_loss_of_all_depths_is_megatrons(assert_close, scaling):
         hidden, _ = model.mtp(model.embed(ids.flatten()), hidden, layout)
         wanted = wanted + scaling / 2 * _masked_mean(model.logits(hidden), shifted, kept)
 
-    batch = Targets(
+    batch = TrainBatch(
         tokens=tokens.flatten(),
         targets=labels.flatten(),
         mask=mask.flatten(),
         segments=layout.segments,
     )
-    config = LossConfig(mtp_loss_scaling=scaling, balance=BalanceConfig(sequence_loss=0.0))
-    ours = loss_terms(model, batch, batch.counts(2), config, total_tokens=rows * length)
+    objective = pretraining(model, mtp_loss_scaling=scaling, balance_loss=0.0)
+    ours = forward(model, batch, objective)
     assert_close(ours.total.detach(), wanted.detach(), FLOAT32)  # the weights of tokens are float32
 
 

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.generation import GenerationConfig
 from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.nemotron_h import LanguageModel
 from tests.oracles import huggingface
@@ -274,8 +275,9 @@ def test_greedy_generation_agrees(pair):
     expected = theirs.generate(
         prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours_new = ours.generate(prompt.tolist(), GenerationConfig(max_new_tokens=12, temperature=0.0))
-    assert ours_new == [expected[0, 11:].tolist()]
+    greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    (output,) = LLM(ours).generate(prompt.tolist(), greedy)
+    assert list(output.outputs[0].token_ids) == expected[0, 11:].tolist()
 
 
 def test_a_fresh_transformers_model_reads_too(tmp_path, assert_close):

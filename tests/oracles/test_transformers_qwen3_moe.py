@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemotron3.models.generation import GenerationConfig
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from tests.oracles import huggingface
 from tests.tiny import named_gradients, qwen_config, tiny_model, tokens_for
@@ -109,5 +110,6 @@ def test_greedy_generation_agrees(tmp_path):
     expected = theirs.generate(
         prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours_new = ours.generate(prompt.tolist(), GenerationConfig(max_new_tokens=12, temperature=0.0))
-    assert ours_new == [expected[0, 11:].tolist()]
+    greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    (output,) = LLM(ours).generate(prompt.tolist(), greedy)
+    assert list(output.outputs[0].token_ids) == expected[0, 11:].tolist()

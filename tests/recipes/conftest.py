@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemotron3.recipes import pretraining
+from nemotron3.recipes import run_pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pretraining, "write_report", lambda folder, **_: (folder / "report.html").touch()
+            run_pretrain, "write_report", lambda folder, **_: (folder / "report.html").touch()
         )
         yield

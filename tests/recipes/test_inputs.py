@@ -18,7 +18,8 @@ from nemotron3.data.corpus import PreparedCorpus
 from nemotron3.data.preparation import prepare_corpus
 from nemotron3.errors import ConfigError, DataError, Nemotron3Error
 from nemotron3.recipes import inputs
-from nemotron3.recipes.pretraining import Watcher, pretrain
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_pretrain import pretrain
 from nemotron3.text import Tokenizer
 from tests.small_run import lasting_metrics, small_run, with_leaf, write_text
 
@@ -29,7 +30,7 @@ class StoppedError(Exception):
     """A test's own interruption."""
 
 
-class Listener(Watcher):
+class Listener(RunCallback):
     """Keeps what it is told, and stops a run at a step."""
 
     def __init__(self, stop_at: int | None = None) -> None:
@@ -57,10 +58,10 @@ class Place:
         listener = Listener(stop_at)
         run = replace(self.run, **changes)
         if stop_at is None:
-            pretrain(run, runs=self.runs, watcher=listener)
+            pretrain(run, runs=self.runs, callback=listener)
         else:
             with pytest.raises(StoppedError):
-                pretrain(run, runs=self.runs, watcher=listener)
+                pretrain(run, runs=self.runs, callback=listener)
         return listener
 
     @property

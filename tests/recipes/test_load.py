@@ -38,8 +38,8 @@ def test_a_misspelt_name_gets_a_suggestion():
     ("content", "message"),
     [
         (None, "does not exist"),
-        ("recipe = 3", "has no function `recipe` that returns a PretrainRun"),
-        ("def recipe():\n    return 3", "has no function `recipe` that returns a PretrainRun"),
+        ("recipe = 3", "has no function `recipe` that returns a run"),
+        ("def recipe():\n    return 3", "has no function `recipe` that returns a run"),
         ("", "has no function `recipe`"),
     ],
 )
@@ -49,3 +49,14 @@ def test_a_file_without_a_recipe_is_refused(tmp_path, content, message):
         file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(file))
+
+
+def test_a_recipe_of_another_kind_is_refused_where_one_kind_is_wanted(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from nemotron3.recipes.run_config import RunConfig\n"
+        "def recipe():\n    return RunConfig(kind='walk', name='mine')\n"
+    )
+    assert load_recipe(str(file)).kind == "walk"
+    with pytest.raises(ConfigError, match=r"is a run of kind 'walk', and a PretrainRun is wanted"):
+        load_recipe(str(file), PretrainRun)

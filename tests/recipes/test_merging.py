@@ -7,10 +7,12 @@ from nemotron3.checkpoint.merging import merge_weights
 from nemotron3.checkpoint.retention import RetentionConfig
 from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.errors import ConfigError
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.merging import merge_run
-from nemotron3.recipes.pretraining import Watcher, pretrain
-from nemotron3.text import Tokenizer
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_pretrain import pretrain
 from nemotron3.training.trainer import model_weights
 from tests.small_run import small_run, write_text
 
@@ -19,13 +21,13 @@ class StoppedError(Exception):
     """A test's own interruption."""
 
 
-class StopsAt(Watcher):
+class StopsAt(RunCallback):
     """Interrupts a run."""
 
     def __init__(self, step):
         self.step = step
 
-    def trained(self, report, run):  # noqa: ARG002
+    def trained(self, report):
         if report.step == self.step:
             raise StoppedError
 
@@ -43,7 +45,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("NEMOTRON3_CACHE", str(folder / "cache"))
         with pytest.raises(StoppedError):
-            pretrain(run, runs=folder, watcher=StopsAt(8))
+            pretrain(run, runs=folder, callback=StopsAt(8))
     return folder / "small"
 
 
@@ -64,9 +66,8 @@ def test_a_window_takes_the_last(folder, tmp_path):
 
 def test_the_merge_of_an_unfinished_run_writes_text(folder, tmp_path):
     merge_run(folder, tmp_path, window_steps=None, kind="minus_sqrt")
-    tokenizer = Tokenizer.from_directory(tmp_path)
-    model = LanguageModel.from_pretrained(tmp_path)
-    assert len(model.generate([tokenizer.encode("the old")])[0]) > 0
+    (output,) = LLM(tmp_path).generate("the old", SamplingParams(max_tokens=5))
+    assert len(output.outputs[0].token_ids) > 0
 
 
 @pytest.mark.parametrize("window", [0, 1])

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemotron3.data import FilesConfig, PhaseConfig
-from nemotron3.recipes import pretraining
+from nemotron3.recipes import run_pretrain
+from nemotron3.training.parameter_groups import ParameterGroupConfig
 from tests.small_run import lasting_metrics, leaves, small_run, with_leaf, write_text
 
 CHANGES = {
@@ -32,9 +33,12 @@ CHANGES = {
     "training.schedule.decay_steps": 2,
     "training.schedule.decay": "linear",
     "training.schedule.final_fraction": 0.5,
-    "training.loss.mtp_loss_scaling": 1.0,
-    "training.loss.balance.bias_update_rate": 0.1,
-    "training.loss.balance.sequence_loss": 0.5,
+    "training.parameter_groups": (
+        ParameterGroupConfig(name="mtp", parameters=("mtp.*",), is_frozen=True),
+    ),
+    "training.bias_update_rate": 0.1,
+    "loss.mtp_loss_scaling": 1.0,
+    "loss.balance_loss": 0.5,
     "training.precision.activations": "bfloat16",
     "training.evaluate_every_steps": 3,
     "training.checkpoint_every_steps": 2,
@@ -49,7 +53,7 @@ CHANGES = {
     "baselines.train_bytes": 500,
     "baselines.xz_train_bytes": 100,
     "prompts": ("my neighbour",),
-    "sampling.max_new_tokens": 3,
+    "sampling.max_tokens": 3,
     "sampling.temperature": 0.0,
     "sampling.top_p": 0.2,
     "sampling.top_k": 1,
@@ -57,7 +61,7 @@ CHANGES = {
     "sampling.seed": 1,
 }
 # By design these change nothing in the result. Memory and place are looked at elsewhere:
-# tests/training/test_losses.py and tests/parallel/test_devices.py.
+# tests/training/test_pretrain_objective.py and tests/parallel/test_devices.py.
 WITHOUT_TRACE = {"training.recompute", "device"}
 
 
@@ -83,8 +87,8 @@ def kept(tmp_path_factory):
 def trace(run, folder, kept, monkeypatch):
     """What a run leaves behind, without what hangs on the clock."""
     monkeypatch.setenv("NEMOTRON3_CACHE", str(kept / "cache"))
-    monkeypatch.setattr(pretraining, "measure_product_rate", lambda *_, **__: 1e9)
-    summary = asdict(pretraining.pretrain(run, runs=folder))
+    monkeypatch.setattr(run_pretrain, "measure_product_rate", lambda *_, **__: 1e9)
+    summary = asdict(run_pretrain.pretrain(run, runs=folder))
     del summary["seconds"]
     weights = load_file(folder / run.name / "model" / "model.safetensors")
     return {

@@ -8,13 +8,14 @@ import pytest
 from nemotron3.config import from_record, to_record
 from nemotron3.data import FilesConfig, LoadTokenizerConfig, TokenizedConfig, TokenizedSource
 from nemotron3.errors import ConfigError, DependencyMissingError
-from nemotron3.recipes import pretraining
+from nemotron3.recipes import run_folder, run_pretrain
 from nemotron3.recipes.pretrain import RECIPES, PretrainRun, tiny
-from nemotron3.recipes.pretraining import Watcher, pretrain
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_pretrain import pretrain
 from tests.small_run import small_run, with_leaf, write_text
 
 
-class Listener(Watcher):
+class Listener(RunCallback):
     """Keeps what it is told."""
 
     def __init__(self):
@@ -27,7 +28,8 @@ class Listener(Watcher):
         assert done >= 0
         self.parts.add(what)
 
-    def trained(self, report, run):  # noqa: ARG002
+    def trained(self, report):
+        assert report.steps >= report.step
         self.steps.append(report.step)
 
 
@@ -55,9 +57,9 @@ def test_recipes_end_their_schedule_with_their_training(name):
     assert (RECIPES[name].__doc__ or "").count("\n") == 0
 
 
-def test_a_watcher_hears_of_every_stage_and_step(text, tmp_path):
+def test_a_callback_hears_of_every_stage_and_step(text, tmp_path):
     listener = Listener()
-    pretrain(small_run(text, training={"steps": 2}), runs=tmp_path / "runs", watcher=listener)
+    pretrain(small_run(text, training={"steps": 2}), runs=tmp_path / "runs", callback=listener)
     assert listener.steps == [1, 2]
     assert listener.stages[0] == "Preparing the corpus"
     assert {"survey", "learn", "encode"} <= listener.parts
@@ -68,7 +70,7 @@ def test_a_schedule_longer_than_the_training_is_said(text, tmp_path):
     listener = Listener()
     run = small_run(text, training={"steps": 2})
     run = with_leaf(run, "training.schedule.total_steps", 50)
-    pretrain(run, runs=tmp_path / "runs", watcher=listener)
+    pretrain(run, runs=tmp_path / "runs", callback=listener)
     assert any("scheduled for 50 steps and training ends after 2" in m for m in listener.stages)
 
 
@@ -109,11 +111,11 @@ def test_a_run_that_died_before_its_report_is_finished_by_the_next(text, tmp_pat
         raise OSError("disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "write_report", fails)
+        patch.setattr(run_pretrain, "write_report", fails)
         with pytest.raises(OSError, match="disk is gone"):
             pretrain(run, runs=tmp_path / "runs")
     listener = Listener()
-    summary = pretrain(run, runs=tmp_path / "runs", watcher=listener)
+    summary = pretrain(run, runs=tmp_path / "runs", callback=listener)
     assert listener.steps == []  # nothing is trained again
     assert summary.tokens == 2 * 4 * 32
     assert (tmp_path / "runs/small/report.html").exists()
@@ -139,7 +141,7 @@ def test_without_tensorboard_the_install_line_is_given(text, tmp_path, monkeypat
     def missing(*_, **__):
         raise ImportError("needs tensorboard: pip install 'nemotron3[train]'")
 
-    monkeypatch.setattr(pretraining, "TensorBoardSink", missing)
+    monkeypatch.setattr(run_folder, "TensorBoardSink", missing)
     with pytest.raises(DependencyMissingError, match="pip install"):
         pretrain(small_run(text, training={"steps": 1}), runs=tmp_path / "runs")
 

@@ -71,12 +71,16 @@ def running(
     *,
     api_key: str | None = None,
     allowed_origins: tuple[str, ...] = (),
+    reasoning_grace: int = 0,
     **limits: Any,
 ) -> Iterator[Running]:
     """Serve a model directory."""
     llm = AsyncLLM(folder, config=EngineConfig(**limits), device="cpu")
     settings = ServerSettings(
-        served_model_name=MODEL, api_key=api_key, allowed_origins=allowed_origins
+        served_model_name=MODEL,
+        api_key=api_key,
+        allowed_origins=allowed_origins,
+        reasoning_grace=reasoning_grace,
     )
     server = create_app(llm, settings)
     config = uvicorn.Config(server.app, port=0, log_config=None, access_log=False, ws="none")

@@ -3,9 +3,13 @@
 import pytest
 
 from nemotron3.errors import DataError
+from nemotron3.inference.answers import AnswerDelta, CompletionOutput
+from nemotron3.inference.requests import DraftStats, FinishReason
 from nemotron3.server.refusals import RefusedError
-from nemotron3.server.response_items import items_of, messages_of
+from nemotron3.server.response_events import ItemEvents
+from nemotron3.server.response_items import items_of, messages_of, output_items
 from nemotron3.server.response_store import ResponseStore
+from nemotron3.text import CallDelta, ParsedCall
 
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
 OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
@@ -88,3 +92,33 @@ def test_the_store_is_bounded_in_size():
     store.delete("b")
     store.put({"id": "c"}, [asked("x" * 150)])
     assert store.get("c", "response_id")
+
+
+def test_a_call_that_was_cut_off_is_incomplete_in_a_stream_and_as_a_whole():
+    events = ItemEvents(None, is_single=False, with_logprobs=False)
+    parts = [
+        CallDelta(0, name="f"),
+        CallDelta(0, arguments='{"a": "b'),
+        CallDelta(1, name="f"),
+        CallDelta(1, arguments="{}"),
+    ]
+    events.push(AnswerDelta(index=0, parts=tuple(parts), token_ids=()))
+    events.finish(is_whole=True)
+    answer = CompletionOutput(
+        index=0,
+        text="",
+        token_ids=(),
+        logprobs=(),
+        content_logprobs=(),
+        stop_reason=None,
+        reasoning="",
+        content="",
+        num_reasoning_tokens=0,
+        acceptance=DraftStats(),
+        tool_calls=(ParsedCall("f", '{"a": "b'), ParsedCall("f", "{}", is_complete=True)),
+        finish_reason=FinishReason.STOP,
+    )
+    whole = output_items(None, answer, is_single=False, with_logprobs=False)
+    for items in (events.items, whole):
+        assert [item["arguments"] for item in items] == ['{"a": "b', "{}"]
+        assert [item["status"] for item in items] == ["incomplete", "completed"]

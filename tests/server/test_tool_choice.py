@@ -138,6 +138,137 @@ def test_choices_that_cannot_be_made_are_refused(tools, choice, named, said):
         tool_use(tools, choice, named=named)
 
 
+COLOR = {"$defs": {"Color": {"enum": ["red", "blue"], "type": "string"}}}
+OPTIONAL_COLOR = {"anyOf": [{"$ref": "#/$defs/Color"}, {"type": "null"}]}
+LOOP = {"$ref": "#/$defs/Loop"}
+SAID = [
+    # a parameter's schema, what is written, what it is read as
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "Paris", "Paris"),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "None", None),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, '"null"', "null"),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, '"a phrase"', '"a phrase"'),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "", ""),
+    ({"type": ["string", "null"]}, "two\nlines\n", "two\nlines\n"),
+    ({"type": "string", "nullable": True}, "null", None),
+    ({"type": ["string", "integer"]}, "3", 3),
+    ({"type": ["string", "integer"]}, "3 rue", "3 rue"),
+    ({"type": ["string", "array"]}, "[1, 2]", [1, 2]),
+    ({"anyOf": [{"type": "string", "enum": ["Rome"]}, {"type": "null"}]}, "Rome", "Rome"),
+    ({"type": "string", "const": "Rome"}, "Rome", "Rome"),
+    (OPTIONAL_COLOR, "red", "red"),
+    ({"allOf": [{"$ref": "#/$defs/Color"}], "default": "red"}, "blue", "blue"),
+    ({"$ref": "#/properties/other"}, "True", True),
+    ({"type": "boolean"}, "False", False),
+    ({"type": "number"}, "1e-05", 1e-05),
+    ({}, "word", "word"),
+    ({}, '{"a": [1]}', {"a": [1]}),
+    (True, "null", None),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"a": 1}', {"a": 1}),
+    ({"type": "array", "items": {"type": "string"}}, '["</parameter>\\n</function>"]',
+     ["</parameter>\n</function>"]),
+    ({"type": "string", "format": "date-time"}, "2024-02-29T10:00:00Z", "2024-02-29T10:00:00Z"),
+]  # fmt: skip
+UNSAID = [
+    ({"type": "string", "const": "Rome"}, "Paris"),
+    (OPTIONAL_COLOR, '"red"'),
+    (OPTIONAL_COLOR, "green"),
+    ({"allOf": [{"$ref": "#/$defs/Color"}]}, "green"),
+    ({"$ref": "#/$defs/Color"}, "green"),
+    ({"type": ["integer", "null"]}, "word"),
+    ({"type": "string", "maxLength": 3}, "word"),
+    ({"type": "string", "pattern": "^[a-z]+$"}, "W"),
+    ({"type": "string", "format": "date"}, "2023-02-29"),
+    ({"type": "string"}, "a\n<parameter=other>\nb"),
+    ({"type": "string"}, "a</parameter>\n</function>"),
+    ({"type": ["string", "integer"], "maxLength": 3}, '"1234"'),
+]
+
+
+def told(schema, written):
+    properties = {"c": schema, "other": {"type": "boolean"}}
+    parameters = {"type": "object", "required": ["c"], "properties": properties, **COLOR}
+    tool = {"name": "f", "parameters": parameters}
+    text = f"<tool_call>\n<function=f>\n<parameter=c>\n{written}\n</parameter>\n</function>\n"
+    return tool, f"{text}</tool_call>"
+
+
+@pytest.mark.parametrize(("schema", "written", "value"), SAID)
+def test_what_may_be_written_is_what_is_read(tokenizer, schema, written, value):
+    tool, text = told(schema, written)
+    assert accepts(tokenizer, tool_use([tool], "required"), text)
+    parser = ResponseParser(tokenizer, is_reasoning_open=False, tools=parse_tools([tool]))
+    parser.push(tokenizer.encode(text))
+    parser.finish()
+    (read,) = parser.response().tool_calls
+    assert read.is_complete
+    assert json.loads(read.arguments) == {"c": value}
+    assert type(json.loads(read.arguments)["c"]) is type(value)
+
+
+@pytest.mark.parametrize(("schema", "written"), UNSAID)
+def test_what_does_not_fit_the_schema_may_not_be_written(tokenizer, schema, written):
+    tool, text = told(schema, written)
+    assert not accepts(tokenizer, tool_use([tool], "required"), text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (False, "parameter 'c' is required and no value fits"),
+        ({"type": "string", "enum": [3]}, "parameter 'c' is required and no value fits"),
+        ({"const": "</parameter>"}, "can be written in a call"),
+        ({"$ref": "#/$defs/Gone"}, "leads nowhere|cannot be held to '.ref'"),
+        ({"type": "object", "properties": {"x": {"$ref": "#/$defs/Gone"}}}, "leads nowhere"),
+        ({"type": "string", "not": {"const": "a"}}, "cannot be held to 'not'"),
+        ({"type": "string", "pattern": "a(^b)"}, "'\\^' and '\\$' can be held at the ends"),
+        ({"type": "string", "minLength": "x"}, "give a number of characters"),
+    ],
+)
+def test_a_schema_that_no_call_can_be_held_to_is_refused(schema, said):
+    tool, _ = told(schema, "")
+    with pytest.raises(DataError, match=said) as caught:
+        tool_use([tool], "required")
+    assert str(caught.value).startswith("tools: no call of 'f' can be required; ")
+    assert tool_use([tool], "auto").structured is None
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "#/$defs/Args", "$defs": {"Args": {"properties": {"n": {"type": "integer"}}}}},
+        {"allOf": [{"properties": {"n": {"type": "integer"}}}, {"required": ["n"]}]},
+        {"anyOf": [{"properties": {"m": {}}, "required": ["m"]},
+                   {"properties": {"n": {"type": "integer"}}}]},
+        {"type": "object", "additionalProperties": {"type": "integer"}},
+    ],
+)  # fmt: skip
+def test_parameters_are_found_wherever_the_schema_says_them(tokenizer, parameters):
+    tool = {"name": "f", "parameters": parameters}
+    text = "<tool_call>\n<function=f>\n<parameter=n>\n{}\n</parameter>\n</function>\n</tool_call>"
+    assert accepts(tokenizer, tool_use([tool], "required"), text.format(3))
+    assert not accepts(tokenizer, tool_use([tool], "required"), text.format("x"))
+    parser = ResponseParser(tokenizer, is_reasoning_open=False, tools=parse_tools([tool]))
+    parser.push(tokenizer.encode(text.format("3.0")))
+    assert parser.response().tool_calls[0].arguments == '{"n": 3}'
+
+
+@pytest.mark.parametrize("name", ['say "hi"', "a\\b", "größe", "🙂", "tab\there", "a'b"])
+def test_names_may_hold_what_a_grammar_has_to_escape(tokenizer, name):
+    tool = {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}
+    text = f"<tool_call>{write_call(ToolCall(name=name, arguments={name: 'x'}))}</tool_call>"
+    assert accepts(tokenizer, tool_use([tool], "required"), text)
+
+
+def test_many_parameters_of_text_share_what_keeps_them_apart(tokenizer):
+    properties = {f"a_parameter_of_many_{i}": {"type": "string"} for i in range(120)}
+    use = tool_use([{"name": "f", "parameters": {"properties": properties}}], "required")
+    assert len(use.structured.value) < 64_000
+    arguments = dict.fromkeys(properties, "x < y")
+    text = write_call(ToolCall(name="f", arguments=arguments))
+    assert accepts(tokenizer, use, f"<tool_call>{text}</tool_call>")
+
+
 def test_a_tool_that_cannot_be_read_is_named():
     with pytest.raises(DataError, match=r"tools\[1\]\.name"):
         tool_use([NOTHING, {"name": ""}], "auto")

@@ -148,6 +148,68 @@ def test_call_is_complete_when_its_function_is(tail):
     assert parsed("<tool_call>\n<function=f>\n</function>" + tail) == ("", [("f", {})])
 
 
+OPEN = "<function=f>\n"
+LOST = [
+    # what stands between `<tool_call>` and `</tool_call>`, both of them special tokens
+    (OPEN + "<parameter=text>\na\n<parameter=count>\n3\n</parameter>\n</function>\n",
+     '{"text": "a", "count": 3}', True),
+    (OPEN + "<parameter=text>\n<parameter=count>\n3\n</parameter>\n</function>\n",
+     '{"text": "", "count": 3}', True),
+    (OPEN + "<parameter=count>\n3\n<parameter=text>\na\n</function>\n",
+     '{"count": 3, "text": "a"}', True),
+    (OPEN + "<parameter=count>\n3\n</function>", '{"count": 3}', True),
+    (OPEN + "<parameter=text>\na</function>", '{"text": "a"}', True),
+    (OPEN + "<parameter=text>\na", '{"text": "a', False),
+    (OPEN + "<parameter=text>\na\n</parameter>\n", '{"text": "a"', False),
+    (OPEN + "<parameter=text>\na</function> b\n", '{"text": "a</function> b\\n', False),
+    (OPEN + "<parameter=list>\n[1, 2\n", '{"list": "[1, 2\\n', False),
+    (OPEN + '<parameter=list>\n["</function>', '{"list": "[\\"</function>', False),
+    (OPEN + "<parameter=text>\na\n</parameter>\n<parameter=text>\nb\n</parameter>\n</function>",
+     '{"text": "a", "text": "b"', False),
+    (OPEN + "<parameter=text>\na\n<parameter=text>\nb\n</parameter>\n</function>",
+     '{"text": "a\\n<parameter=text>\\nb"}', True),
+    (OPEN + "<parameter=text>\na <parameter=count>\n3\n</parameter>\n</function>",
+     '{"text": "a <parameter=count>\\n3"}', True),
+    (OPEN + "<parameter=text>\na\n<parameter=what>\n3\n</parameter>\n</function>",
+     '{"text": "a\\n<parameter=what>\\n3"}', True),
+    (OPEN + '<parameter=list>\n["</parameter></function>", "\\"</parameter>\\\\"]\n</parameter>\n'
+     "</function>", '{"list": ["</parameter></function>", "\\"</parameter>\\\\"]}', True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inside", "arguments", "is_complete"), LOST)
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_a_special_token_or_a_declared_parameter_ends_a_value(
+    inside, arguments, is_complete, piece
+):
+    parser = ToolCallParser([TOOL], tags_in_text=False)
+    parser.push_tag("<tool_call>")
+    for at in range(0, len(inside), piece):
+        parser.push(inside[at : at + piece])
+    parser.push_tag("</tool_call>")
+    deltas = [*parser.push("\nafter"), *parser.finish()]
+    assert parser.calls == [ParsedCall("f", arguments, is_complete=is_complete)]
+    assert deltas == [ContentDelta("\nafter")]
+    if not is_complete:
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(arguments)
+
+
+def test_a_call_within_a_call_cuts_the_first_off():
+    parser = ToolCallParser([TOOL], tags_in_text=False)
+    parser.push_tag("<tool_call>")
+    parser.push("\n<function=f>\n<parameter=text>\na")
+    parser.push_tag("<tool_call>")
+    parser.push("\n<function=f>\n<parameter=count>\n3\n</parameter>\n</function>\n")
+    parser.push_tag("</tool_call>")
+    parser.push_tag("<tool_response>")
+    assert parser.finish() == []
+    assert parser.calls == [
+        ParsedCall("f", '{"text": "a', is_complete=False),
+        ParsedCall("f", '{"count": 3}', is_complete=True),
+    ]
+
+
 def test_name_comes_first_and_text_values_flow():
     parser = ToolCallParser([TOOL])
     assert parser.push("Hi <tool_call>\n<function=f>\n") == [ContentDelta("Hi")]
@@ -171,19 +233,22 @@ def test_name_comes_first_and_text_values_flow():
 def test_only_the_token_opens_a_call_where_tokens_are_known():
     parser = ToolCallParser([TOOL], tags_in_text=False)
     quoted = call(count=1)
-    deltas = [*parser.push(f"{quoted}\n"), *parser.push_tag()]
-    deltas += parser.push(quoted.removeprefix("<tool_call>")) + parser.push_tag()
-    deltas += [*parser.push_tag(), *parser.push("\nno"), *parser.finish()]
+    deltas = [*parser.push(f"{quoted}\n"), *parser.push_tag("<tool_call>")]
+    deltas += parser.push(quoted.removeprefix("<tool_call>")) + parser.push_tag("<tool_call>")
+    deltas += [*parser.push_tag("<tool_call>"), *parser.push("\nno"), *parser.finish()]
     content = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
     assert content == f"{quoted}<tool_call><tool_call>\nno"
     assert parser.calls == [ParsedCall("f", '{"count": 1}', is_complete=True)]
 
 
-def streamed(pieces):
-    """Content and calls as a client joins them from the deltas."""
-    parser = ToolCallParser([TOOL])
+def streamed(pieces, *, tags_in_text=True):
+    """Content and calls as a client joins them from the deltas; tags are pieces of their own."""
+    parser = ToolCallParser([TOOL], tags_in_text=tags_in_text)
     content, calls = "", []
-    for delta in [*itertools.chain(*map(parser.push, pieces)), *parser.finish()]:
+    take = parser.push
+    if not tags_in_text:
+        take = lambda p: parser.push_tag(p) if p in TAGS else parser.push(p)  # noqa: E731
+    for delta in [*itertools.chain(*map(take, pieces)), *parser.finish()]:
         if isinstance(delta, ContentDelta):
             content += delta.text
         elif delta.name is not None:
@@ -194,14 +259,22 @@ def streamed(pieces):
             assert delta.index == len(calls) - 1
             calls[-1][1] += delta.arguments
     assert [tuple(c) for c in calls] == [(c.name, c.arguments) for c in parser.calls]
-    return content, calls
+    for read in parser.calls:
+        if read.is_complete:
+            assert isinstance(json.loads(read.arguments), dict)
+        else:
+            with pytest.raises(json.JSONDecodeError):
+                json.loads(read.arguments)
+    return content, calls, [call.is_complete for call in parser.calls]
 
 
+TAGS = ("<tool_call>", "</tool_call>", "<tool_response>")
 FRAGMENTS = st.sampled_from(
     [
         *("<tool_call>", "\n", "<function=f>", "<parameter=text>", "<parameter=count>", "12"),
         *("</parameter>", "</function>", "</tool_call>", "a", " ", "<", "</", "é", '"', "</para"),
         *(call(text="a"), call(count="1"), "<function=f>\n<parameter=text>\n"),
+        *("\n<parameter=count>\n", "<parameter=list>\n", "[", "]", "\\", "\n</function>\n"),
     ]
 )
 
@@ -214,6 +287,24 @@ def test_how_the_stream_is_cut_changes_nothing(fragments, data):
     whole = streamed([text])
     assert streamed(pieces) == whole
     assert streamed(list(text)) == whole
+
+
+@given(fragments=st.lists(FRAGMENTS | st.sampled_from(TAGS), max_size=12), data=st.data())
+def test_where_tags_are_tokens_the_cuts_change_nothing_either(fragments, data):
+    fragments = [f for f in fragments if f in TAGS or not any(tag in f for tag in TAGS)]
+    joined = []
+    for is_tag, group in itertools.groupby(fragments, TAGS.__contains__):
+        parts = list(group)
+        joined += parts if is_tag else ["".join(parts)]
+    pieces = []
+    for text in joined:
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+        cuts = [] if text in TAGS else cuts
+        pieces += [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+    whole = streamed(joined, tags_in_text=False)
+    assert streamed(pieces, tags_in_text=False) == whole
+    letters = [p for text in joined for p in ([text] if text in TAGS else text)]
+    assert streamed(letters, tags_in_text=False) == whole
 
 
 @given(fragments=st.lists(FRAGMENTS, max_size=10))

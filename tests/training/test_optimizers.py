@@ -7,40 +7,49 @@ from torch import nn
 from nemotron3.checkpoint import CheckpointStore
 from nemotron3.config import from_record, to_record
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.initial_values import Constant, Normal
+from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.linear import Embedding, Linear
+from nemotron3.models.mamba2 import CausalConv1d
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.norm import RMSNorm
+from nemotron3.models.parameter import DeclaredModule, parameter_specs
 from nemotron3.training.optimizers import (
     AdamWConfig,
+    OptimizerConfig,
+    SGDConfig,
     build_optimizer,
     clip_gradients,
-    is_decayed,
     load_optimizer_tensors,
     optimizer_tensors,
     parameter_groups,
     set_learning_rate,
 )
+from tests.tiny import qwen_config, tiny_config, tiny_model
 
 
-class Block(nn.Module):
+class Block(DeclaredModule):
     """One of each kind of parameter that a hybrid model has."""
 
     def __init__(self):
         super().__init__()
-        self.embeddings = nn.Embedding(7, 4)
-        self.norm = nn.LayerNorm(4)
-        self.conv1d = nn.Conv1d(4, 4, 3, groups=4)
-        self.in_proj = nn.Linear(4, 6)
-        self.experts = nn.Parameter(torch.empty(2, 4, 6))
-        self.A_log = nn.Parameter(torch.zeros(2, 3))
-        self.D = nn.Parameter(torch.ones(3))
-        self.dt_bias = nn.Parameter(torch.zeros(1, 3))
+        self.embeddings = Embedding(7, 4)
+        self.norm = RMSNorm(4, 1e-5)
+        self.conv1d = CausalConv1d(4, 3)
+        self.in_proj = Linear(4, 6)
+        self.declare("experts", (2, 4, 6), init=Normal(), decays=True)
+        self.declare("A_log", (2, 3), init=Constant(0.0), decays=False, keep_float32=True)
+        self.declare("D", (3,), init=Constant(1.0), decays=False)
+        self.declare("dt_bias", (1, 3), init=Constant(0.0), decays=False)
         self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
-        self.unused = nn.Linear(2, 2, bias=False)
-        self.lm_head = nn.Linear(4, 7, bias=False)
+        self.unused = Linear(2, 2)
+        self.lm_head = Linear(4, 7)
         self.lm_head.weight = self.embeddings.weight
 
     def forward(self, tokens):
         hidden = self.norm(self.embeddings(tokens))
-        hidden = self.conv1d(hidden.T).T
-        mixed = self.in_proj(hidden)[: len(hidden)] * self.D.sum() + self.A_log.sum()
+        hidden, _ = self.conv1d(hidden, SequenceLayout.packed([len(hidden)]), None)
+        mixed = self.in_proj(hidden) * self.D.sum() + self.A_log.sum()
         expert = torch.einsum("td,edf->tf", hidden, self.experts) + self.dt_bias.sum()
         return self.lm_head((mixed * expert)[:, :4])
 
@@ -95,30 +104,53 @@ def test_only_matrices_decay():
     }
 
 
+def test_in_a_whole_model_matrices_decay_and_nothing_else():
+    """And the convolution's kernel, which is one of each channel."""
+    model = tiny_model("MEM*E-/*E")
+    decayed, plain = parameter_groups(model, 0.1)
+    of = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = (
+        *("embeddings", "lm_head", "eh_proj", "gate", "in_proj", "conv1d", "out_proj"),
+        *("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        *("fc1_latent_proj", "fc2_latent_proj"),
+    )
+    for parameter in decayed["params"]:
+        name = of[id(parameter)]
+        assert name.removesuffix(".weight").rpartition(".")[2] in matrices, name
+        assert parameter.ndim > 1
+    for parameter in plain["params"]:
+        name = of[id(parameter)]
+        is_dynamics = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+        assert "norm" in name or is_dynamics or name.endswith("conv1d.bias"), name
+
+
 @pytest.mark.parametrize(
-    ("name", "shape", "decays"),
-    [
-        ("layers.0.mixer.in_proj.weight", (8, 4), True),
-        ("layers.0.mixer.conv1d.weight", (8, 1, 4), True),
-        ("layers.0.norm.weight", (1, 8), False),
-        ("layers.0.mixer.q_norm.weight", (2, 8), False),
-        ("norm_f.weight", (8,), False),
-        ("layers.0.mixer.experts.up_bias", (4, 8), False),
-        ("layers.0.mixer.A_log", (2, 4), False),
-        ("normalizer.layers.0.weight", (4, 4), True),
-    ],
+    "config", [tiny_config("MEM*E-/*E"), qwen_config()], ids=["hybrid", "qwen"]
 )
-def test_the_rule_goes_by_name_and_shape(name, shape, decays):
-    assert is_decayed(name, torch.zeros(shape)) is decays
+def test_every_parameter_of_a_model_is_declared(config):
+    model = LanguageModel.from_config(config)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    assert parameter_specs(model).keys() == parameters.keys() | buffers.keys()
+
+
+def test_a_parameter_that_nobody_declares_is_refused():
+    model = Block()
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"'unused\.weight'; make it by DeclaredModule\.declare"):
+        parameter_groups(model, 0.1)
+    model.unused.requires_grad_(requires_grad=False)
+    parameter_groups(model, 0.1)
 
 
 def test_empty_groups_are_left_out():
-    assert len(parameter_groups(nn.LayerNorm(3), 0.1)) == 1
-    assert len(parameter_groups(nn.Linear(3, 3, bias=False), 0.1)) == 1
+    assert len(parameter_groups(RMSNorm(3, 1e-5), 0.1)) == 1
+    assert len(parameter_groups(Linear(3, 3), 0.1)) == 1
 
 
 def test_a_step_is_adamw_by_hand():
-    model = nn.Linear(3, 2, bias=False)
+    model = Linear(3, 2)
+    with torch.no_grad():
+        model.weight.normal_()
     before = model.weight.detach().clone()
     optimizer = build_optimizer(model, CONFIG)
     gradient = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -1.0]])
@@ -141,7 +173,7 @@ def test_trainable_parameters_must_be_masters(dtype):
 
 
 def test_a_frozen_model_is_refused():
-    model = nn.Linear(2, 2).requires_grad_(requires_grad=False)
+    model = Linear(2, 2).requires_grad_(requires_grad=False)
     with pytest.raises(ConfigError, match="no trainable parameter"):
         build_optimizer(model, CONFIG)
 
@@ -247,5 +279,39 @@ def test_impossible_settings_are_refused(fields, message):
         AdamWConfig(**fields)
 
 
-def test_the_configuration_is_recorded():
-    assert from_record(AdamWConfig, to_record(CONFIG)) == CONFIG
+def test_a_step_of_gradient_descent_by_hand():
+    model = Linear(3, 2)
+    with torch.no_grad():
+        model.weight.normal_()
+    before = model.weight.detach().clone()
+    config = SGDConfig(lr=0.1, momentum=0.5, weight_decay=0.2)
+    optimizer = build_optimizer(model, config)
+    gradient = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -1.0]])
+    momentum, wanted = torch.zeros(2, 3), before
+    for _ in range(2):
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.5 * momentum + gradient + 0.2 * wanted
+        wanted = wanted - 0.1 * momentum
+    torch.testing.assert_close(model.weight.detach(), wanted)
+    assert optimizer_tensors(optimizer, model).keys() == {"momentum_buffer.weight"}
+
+
+def test_without_momentum_there_is_no_state():
+    model = Linear(3, 2)
+    optimizer = build_optimizer(model, SGDConfig(lr=0.1, momentum=0.0))
+    model.weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert optimizer_tensors(optimizer, model) == {}
+    load_optimizer_tensors(optimizer, model, {})
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
+def test_impossible_momentum_is_refused(momentum):
+    with pytest.raises(ConfigError, match="momentum is"):
+        SGDConfig(lr=1.0, momentum=momentum)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SGDConfig(lr=1.0)])
+def test_the_configuration_is_recorded(config):
+    assert from_record(OptimizerConfig, to_record(config)) == config

@@ -1,35 +1,28 @@
 """One update: what changes, once, and what stays when the gradient is no number."""
 
 import copy
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 
-from nemotron3.errors import DivergenceError
-from nemotron3.training.balancing import BalanceConfig
-from nemotron3.training.losses import LossConfig
+from nemotron3.errors import ConfigError, DivergenceError
+from nemotron3.training.batch import TrainBatch
+from nemotron3.training.objective import LossTerms
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
-from nemotron3.training.step import router_names, training_step
+from nemotron3.training.step import TrainingStep, router_names
 from tests.tiny import tiny_config, tiny_model
 from tests.tolerances import FLOAT32
-from tests.training.batches import documents, pack
+from tests.training.batches import documents, pack, pretraining
 
 PATTERN = "ME*-E/*E/*E"
 
 
-def update(model, microbatches, *, lr=1e-3, clip=1.0, **options):
+def update(model, microbatches, *, lr=1e-3, clip=1.0, measure=False, objective=None, **options):
     optimizer = build_optimizer(model, AdamWConfig(lr=1.0))
-    loss = options.pop("loss", LossConfig())
-    metrics = training_step(
-        model,
-        optimizer,
-        microbatches,
-        loss=loss,
-        learning_rate=lr,
-        clip_grad_norm=clip,
-        **options,
-    )
-    return metrics, optimizer
+    objective = objective or pretraining(model)
+    step = TrainingStep(model, optimizer, objective, clip_grad_norm=clip, **options)
+    return step(microbatches, learning_rate=lr, measure=measure), optimizer
 
 
 def test_microbatches_give_the_update_and_the_metrics_of_the_whole_batch(assert_close):
@@ -54,8 +47,7 @@ def test_microbatches_give_the_update_and_the_metrics_of_the_whole_batch(assert_
 def test_biases_move_once_per_global_batch_by_the_rate():
     model = tiny_model(PATTERN)
     before = [router.e_score_correction_bias.clone() for router in model.routers]
-    loss = LossConfig(balance=BalanceConfig(bias_update_rate=0.125))
-    update(model, [pack([part]) for part in documents(30, 31, 33)], loss=loss)
+    update(model, [pack([part]) for part in documents(30, 31, 33)], bias_update_rate=0.125)
     assert len(model.routers) == 3
     for router, old in zip(model.routers, before, strict=True):
         moved = (router.e_score_correction_bias - old).abs()
@@ -138,13 +130,8 @@ def test_a_gradient_that_is_no_number_leaves_everything_as_it_was(bad, clip):
     with pytest.raises(
         DivergenceError, match=r"gradient norm is (nan|inf) and the loss .*optimizer"
     ):
-        training_step(
-            model,
-            optimizer,
-            [pack(documents(12)), pack(documents(5))],
-            loss=LossConfig(),
-            learning_rate=1e-3,
-            clip_grad_norm=clip,
+        TrainingStep(model, optimizer, pretraining(model), clip_grad_norm=clip)(
+            [pack(documents(12)), pack(documents(5))], learning_rate=1e-3
         )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
@@ -154,8 +141,9 @@ def test_a_gradient_that_is_no_number_leaves_everything_as_it_was(bad, clip):
 def test_a_norm_that_overflows_is_no_number_either():
     model = tiny_model(PATTERN)
     before = copy.deepcopy(model.state_dict())
+    objective = pretraining(model, mtp_loss_scaling=1e37)
     with pytest.raises(DivergenceError, match="gradient norm is inf"):
-        update(model, [pack(documents(12))], loss=LossConfig(mtp_loss_scaling=1e37), clip=None)
+        update(model, [pack(documents(12))], objective=objective, clip=None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -175,3 +163,60 @@ def test_a_pattern_of_each_kind_trains_every_parameter():
     update(model, [pack(documents(60, 70))])
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_a_step_without_microbatches_is_refused():
+    with pytest.raises(ConfigError, match="needs a microbatch or more"):
+        update(tiny_model("M"), [])
+
+
+def test_a_block_that_the_objective_leaves_out_keeps_its_weights_and_biases():
+    model = tiny_model(PATTERN)
+    before = copy.deepcopy(model.mtp.state_dict())
+    metrics, _ = update(
+        model, [pack(documents(30))], objective=pretraining(model, mtp_loss_scaling=0.0)
+    )
+    assert all(torch.equal(t, before[name]) for name, t in model.mtp.state_dict().items())
+    assert "moe/max_vio_layer_04" in metrics
+    assert "moe/max_vio_mtp_layer_01" not in metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBatch(TrainBatch):
+    """A batch with something more: the other objective's business."""
+
+    bonus: float
+
+
+class HiddenNorm:
+    """The mean square of hidden states: an objective without targets, counts or the package."""
+
+    mtp_depths = 0
+
+    def counts(self, batch):
+        return {"sequences": float(len(batch.segments))}
+
+    def loss(self, output, batch, counts):
+        total = output.hidden[0].square().mean() * batch.bonus / counts["sequences"]
+        return LossTerms(total, {})
+
+
+def test_any_objective_and_any_batch_will_do():
+    model = tiny_model(PATTERN)
+    plain = pack(documents(12, 5))
+    batch = ScoredBatch(**{f.name: getattr(plain, f.name) for f in fields(plain)}, bonus=3.0)
+    before = model.backbone.norm_f.weight.detach().clone()
+    head = model.output_weight.detach().clone()
+    metrics, _ = update(model, [batch], objective=HiddenNorm())
+    assert metrics["optim/grad_norm"] > 0
+    assert not any(name.startswith("train/") for name in metrics)
+    assert not torch.equal(model.backbone.norm_f.weight, before)
+    assert torch.equal(model.output_weight, head)
+
+
+def test_the_forward_pass_is_the_models_own_call():
+    model = tiny_model(PATTERN)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    update(model, [pack([part]) for part in documents(4, 5, 6)])
+    assert len(calls) == 3

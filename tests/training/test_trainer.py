@@ -13,11 +13,13 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.observe.metrics import MetricLog, read_metrics
 from nemotron3.observe.sinks import JsonlSink
-from nemotron3.training.optimizers import AdamWConfig
+from nemotron3.training.objective import LossTerms
+from nemotron3.training.optimizers import AdamWConfig, SGDConfig
+from nemotron3.training.parameter_groups import ParameterGroupConfig
 from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import Trainer, TrainingConfig, model_weights
 from tests.tiny import tiny_config
-from tests.training.batches import documents, pack
+from tests.training.batches import documents, pack, pretraining
 
 MODEL = tiny_config("ME*-E/*E/*E", hidden_size=32)
 CONFIG = TrainingConfig(
@@ -38,10 +40,12 @@ def batches(step):
 
 
 def trainer_in(folder, config=CONFIG, model_config=MODEL, **parts):
+    model = LanguageModel.from_config(model_config, seed=3)
     return Trainer(
-        LanguageModel.from_config(model_config, seed=3),
+        model,
         config,
         **{
+            "objective": pretraining(model),
             "batches": batches,
             "evaluation": lambda model: {"eval/weight": model.output_weight.sum().item()},
             "store": CheckpointStore(folder, retention=RetentionConfig(keep_last=3)),
@@ -179,6 +183,95 @@ def test_bfloat16_products_keep_float32_masters_and_resume_exactly(tmp_path):
     assert json.dumps(logged(parts)) == json.dumps(logged(whole))
     plain = fit(trainer_in(tmp_path / "plain"), tmp_path / "plain")
     assert not torch.equal(plain.model.output_weight, trainer.model.output_weight)
+
+
+class Warming:
+    """An objective with a state: its loss grows with the batches it has seen."""
+
+    mtp_depths = 0
+
+    def __init__(self, model):
+        self.plain = pretraining(model, mtp_loss_scaling=0.0)
+        self.seen = torch.zeros((), dtype=torch.int64)
+
+    def counts(self, batch):
+        return self.plain.counts(batch)
+
+    def loss(self, output, batch, counts):
+        self.seen += 1
+        total, metrics = self.plain.loss(output, batch, counts)
+        return LossTerms(total * (1 + self.seen), metrics)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"].clone()
+
+
+def warming_trainer(folder):
+    trainer = trainer_in(folder)
+    return trainer_in(folder, objective=Warming(trainer.model))
+
+
+def test_the_state_of_an_objective_is_kept_and_taken_up(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(warming_trainer(whole), whole)
+    with pytest.raises(StoppedError):
+        fit(warming_trainer(parts), parts, stop_after=3)
+    fit(warming_trainer(parts), parts)
+    one, two = (CheckpointStore(folder).load() for folder in (whole, parts))
+    assert one.tensors["objective.seen"] == 14  # seven updates of two microbatches
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, two.tensors[name]), name
+
+
+def test_a_checkpoint_of_another_objective_is_named(tmp_path):
+    fit(trainer_in(tmp_path), tmp_path)
+    with pytest.raises(CheckpointError, match=r"another objective \(1 names .*'seen'"):
+        warming_trainer(tmp_path).resume()
+    fit(warming_trainer(tmp_path / "warming"), tmp_path / "warming")
+    with pytest.raises(CheckpointError, match="another objective"):
+        trainer_in(tmp_path / "warming").resume()
+
+
+def test_another_optimizer_resumes_exactly_too(tmp_path):
+    config = dataclasses.replace(CONFIG, optimizer=SGDConfig(lr=1e-1, momentum=0.5))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(trainer_in(whole, config), whole)
+    with pytest.raises(StoppedError):
+        fit(trainer_in(parts, config), parts, stop_after=3)
+    fit(trainer_in(parts, config), parts)
+    one, two = (CheckpointStore(folder).load() for folder in (whole, parts))
+    assert any(name.startswith("optimizer.momentum_buffer.") for name in one.tensors)
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, two.tensors[name]), name
+    with pytest.raises(CheckpointError, match="optimizer state 'exp_avg"):
+        trainer_in(whole).resume()
+
+
+def test_groups_are_frozen_and_slower(tmp_path):
+    groups = (
+        ParameterGroupConfig(name="router", parameters=("*.gate.weight",), is_frozen=True),
+        ParameterGroupConfig(name="head", parameters=("lm_head.*",), lr_scale=1e-6),
+    )
+    trainer = fit(
+        trainer_in(tmp_path, dataclasses.replace(CONFIG, parameter_groups=groups)), tmp_path
+    )
+    before = trainer_in(tmp_path / "new").model.state_dict()
+    after = trainer.model.state_dict()
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    assert all(moved[name] == 0 for name in moved if name.endswith("gate.weight"))
+    assert 0 < moved["lm_head.weight"] < 1e-6
+    assert moved["backbone.embeddings.weight"] > 1e-3
+    saved = CheckpointStore(tmp_path).load().tensors
+    assert not any(name.startswith("optimizer.") and "gate.weight" in name for name in saved)
+
+
+def test_a_bad_rate_of_the_biases_is_refused():
+    with pytest.raises(ConfigError, match=r"bias_update_rate is -1.*0 or more"):
+        dataclasses.replace(CONFIG, bias_update_rate=-1)
 
 
 @pytest.mark.parametrize(

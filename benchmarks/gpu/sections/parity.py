@@ -19,14 +19,13 @@ from benchmarks.gpu.cases import Case, Problem
 from benchmarks.gpu.record import Figure, Results
 from benchmarks.gpu.section import Part, Rows, Section
 from benchmarks.gpu.setting import Draw, Setting
-from benchmarks.models import configs, targets, tokens_of
+from benchmarks.models import configs, targets, tokens_of, training_loss
 from tests.ops.contract import outputs_and_gradients
 from torch import Tensor
 
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.backends import Backend
-from nemotron3.training.losses import LossConfig, loss_terms
 
 FLOAT32, BFLOAT16 = 1e-4, 2e-2
 """Largest difference of a result or gradient, by norm and by its largest entry. Float32 leaves room
@@ -138,10 +137,7 @@ def whole_model(setting: Setting) -> Figure:
 
 def _loss_and_gradients(model: LanguageModel, tokens: Tensor) -> list[Tensor]:
     model.zero_grad(set_to_none=True)
-    batch = targets(tokens)
-    depths = model.config.pattern.num_mtp_depths
-    counts = batch.counts(depths)
-    total = loss_terms(model, batch, counts, LossConfig(), total_tokens=tokens.numel()).total
+    total = training_loss(model, targets(tokens))
     total.backward()
     return [total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 

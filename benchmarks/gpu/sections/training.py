@@ -18,7 +18,7 @@ from benchmarks.gpu.record import Figure, Results
 from benchmarks.gpu.section import Part, Rows, Section
 from benchmarks.gpu.setting import Draw, Setting
 from benchmarks.limits import backbone_flops
-from benchmarks.models import configs, targets, tokens_of
+from benchmarks.models import configs, objective_of, targets, tokens_of
 from benchmarks.workloads import OPTIMIZER
 
 from nemotron3.models.accounting import forward_flops_per_token
@@ -26,9 +26,8 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
-from nemotron3.training.losses import LossConfig
 from nemotron3.training.optimizers import build_optimizer
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 
 _GOAL = 0.4
 _SEQUENCES = 4
@@ -59,13 +58,10 @@ def whole_step(config: ModelConfig, setting: Setting) -> Figure:
     apply_precision(model, PrecisionConfig(activations="bfloat16"))
     optimizer = build_optimizer(model, OPTIMIZER)
     tokens = tokens_of(config, _SEQUENCES, setting.tokens).to(setting.device)
+    update = TrainingStep(model, optimizer, objective_of(model), clip_grad_norm=1.0)
 
     def step() -> None:
-        batch = targets(tokens)
-        training_step(
-            model, optimizer, [batch],
-            loss=LossConfig(), learning_rate=OPTIMIZER.lr, clip_grad_norm=1.0,
-        )  # fmt: skip
+        update([targets(tokens)], learning_rate=OPTIMIZER.lr)
 
     flops = 3 * forward_flops_per_token(config, context=setting.tokens, with_mtp=True)
     return _figure(step, tokens.numel(), flops, setting)

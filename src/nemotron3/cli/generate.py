@@ -3,38 +3,34 @@
 import argparse
 
 from nemotron3.cli import terminal
-from nemotron3.models.generation import GenerationConfig
-from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.parallel.devices import resolve_device
-from nemotron3.text import Tokenizer
+from nemotron3.inference.answers import AnswerDelta
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.text import ContentDelta
 
 
 def generate_command(known: argparse.Namespace) -> int:
     """Load a model directory and write on from the prompt."""
-    device = resolve_device(known.device)
-    tokenizer = Tokenizer.from_directory(known.path)
-    model = LanguageModel.from_pretrained(known.path, device=device)
-    config = GenerationConfig(
-        max_new_tokens=known.max_new_tokens,
+    params = SamplingParams(
+        max_tokens=known.max_tokens,
         temperature=known.temperature,
         top_p=known.top_p,
         top_k=known.top_k,
         seed=known.seed,
-        stop_token_ids=tokenizer.stop_ids,
     )
-    terminal.write(known.prompt)
-    written: list[int] = []
-    shown = ""
+    llm = LLM(known.path, device=known.device, config=EngineConfig(max_num_seqs=1))
+    is_begun = False
 
-    def show(_: int, token: int) -> None:
-        nonlocal shown
-        written.append(token)
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        # A character may be cut between two tokens; it is shown when it is whole.
-        if not text.endswith("\ufffd"):
-            terminal.write(text[len(shown) :])
-            shown = text
+    def show(_: int, delta: AnswerDelta) -> None:
+        nonlocal is_begun
+        if not is_begun:  # whatever can be refused has been
+            terminal.write(known.prompt)
+            is_begun = True
+        for part in delta.parts:
+            assert isinstance(part, ContentDelta), "a text has no reasoning and no calls"
+            terminal.write(part.text)
 
-    model.generate([tokenizer.encode(known.prompt)], config, on_token=show)
+    llm.generate(known.prompt, params, on_delta=show)
     print()
     return 0

@@ -190,7 +190,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     generate = verbs.add_parser("generate", help="continue a text with a model")
     generate.add_argument("path", type=Path, help="a model directory, such as runs/tiny/model")
     generate.add_argument("prompt", help="the beginning of the text")
-    generate.add_argument("--max-new-tokens", type=int, default=200, help="default 200")
+    generate.add_argument("--max-tokens", type=int, default=200, help="default 200")
     generate.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
     )
@@ -215,6 +215,14 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         type=int,
         metavar="N",
         help="answers that may wait for their turn; beyond that, 429 (default 256)",
+    )
+    serve.add_argument(
+        "--reasoning-grace",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens beyond a request's reasoning budget in which a line end is waited for, where "
+        "the request does not say; 500 is the model card's rule (default 0: budgets are exact)",
     )
     http = serve.add_argument_group("http")
     http.add_argument(

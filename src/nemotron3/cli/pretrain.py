@@ -13,7 +13,7 @@ from nemotron3.data import CorpusConfig, FilesConfig, PhaseConfig
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.pretrain import RECIPES, PretrainRun
-from nemotron3.recipes.pretraining import PretrainSummary, pretrain
+from nemotron3.recipes.run_pretrain import PretrainSummary, pretrain
 
 
 def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
@@ -32,8 +32,8 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     options = [*rest, "--help"] if known.help else rest
     run = override(run, options, prog=f"nemotron3 pretrain {recipe or '--from RUN.JSON'}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with watch() as watcher:
-        summary = pretrain(run, runs=known.runs, watcher=watcher, replay=known.replay)
+    with watch() as callback:
+        summary = pretrain(run, runs=known.runs, callback=callback, replay=known.replay)
     print(result_text(summary, run, known.runs / run.name))
     return 0
 
@@ -47,7 +47,7 @@ def show(recipe: str) -> int:
 def _base_run(recipe: str | None, replay: Path | None) -> PretrainRun:
     if replay is None:
         assert recipe is not None
-        return load_recipe(recipe)
+        return load_recipe(recipe, PretrainRun)
     if recipe is not None:
         raise ConfigError(f"give a recipe ({recipe!r}) or --from {replay}, not both")
     return read_run(replay, PretrainRun)

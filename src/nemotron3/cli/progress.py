@@ -9,8 +9,7 @@ from typing import Any
 
 from nemotron3.errors import DependencyMissingError
 from nemotron3.observe.metrics import MetricWindow
-from nemotron3.recipes.pretrain import PretrainRun
-from nemotron3.recipes.pretraining import Watcher
+from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.training.trainer import StepReport
 
 _WINDOW_STEPS = 20
@@ -18,10 +17,10 @@ _LOG_EVERY_S = 15.0
 
 
 @contextmanager
-def watch() -> Iterator[Watcher]:
-    """A watcher for this terminal, or for a log where output goes to one."""
+def watch() -> Iterator[RunCallback]:
+    """A callback for this terminal, or for a log where output goes to one."""
     if not sys.stdout.isatty():
-        yield LogWatcher()
+        yield LogCallback()
         return
     try:
         progress: Any = importlib.import_module("rich.progress")
@@ -37,10 +36,10 @@ def watch() -> Iterator[Watcher]:
         progress.TimeRemainingColumn(compact=True),
     )
     with progress.Progress(*columns) as bars:
-        yield TerminalWatcher(bars)
+        yield TerminalCallback(bars)
 
 
-class LogWatcher(Watcher):
+class LogCallback(RunCallback):
     """A line for each stage, and one for training every few seconds."""
 
     def __init__(self) -> None:
@@ -53,23 +52,22 @@ class LogWatcher(Watcher):
         """Say what begins."""
         print(message, flush=True)
 
-    def trained(self, report: StepReport, run: PretrainRun) -> None:
+    def trained(self, report: StepReport) -> None:
         """Say how training stands, now and then."""
         self._window.write(report.step, report.metrics)
         now = time.monotonic()
         if self._first_step is None:
             self._first_step, self._started = report.step, now
-        steps = run.training.steps
-        if now - self._shown < _LOG_EVERY_S and report.step != steps:
+        if now - self._shown < _LOG_EVERY_S and report.step != report.steps:
             return
         self._shown = now
         done = report.step - self._first_step
-        left = (now - self._started) / done * (steps - report.step) if done else 0.0
-        line = f"  step {report.step:>6}/{steps}  {status(self._window.averages())}"
+        left = (now - self._started) / done * (report.steps - report.step) if done else 0.0
+        line = f"  step {report.step:>6}/{report.steps}  {status(self._window.averages())}"
         print(f"{line}  {_duration(left)} left", flush=True)
 
 
-class TerminalWatcher(Watcher):
+class TerminalCallback(RunCallback):
     """A live bar for each long part."""
 
     def __init__(self, bars: Any) -> None:
@@ -86,10 +84,10 @@ class TerminalWatcher(Watcher):
         """Move a bar."""
         self._move(what, done, total, "")
 
-    def trained(self, report: StepReport, run: PretrainRun) -> None:
+    def trained(self, report: StepReport) -> None:
         """Move the training bar."""
         self._window.write(report.step, report.metrics)
-        self._move("training", report.step, run.training.steps, status(self._window.averages()))
+        self._move("training", report.step, report.steps, status(self._window.averages()))
 
     def _move(self, what: str, done: int, total: int, message: str) -> None:
         if what not in self._tasks:

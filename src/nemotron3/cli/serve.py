@@ -30,6 +30,7 @@ def serve_command(known: argparse.Namespace) -> int:
         api_key=key,
         max_body_bytes=known.max_body_mib * _MIB,
         allowed_origins=tuple(filter(None, map(str.strip, known.allowed_origins.split(",")))),
+        reasoning_grace=known.reasoning_grace,
     )
     log = logging.getLogger("nemotron3.server")
     with written_logs(known.log_format), bind(known.host, known.port) as bound:

@@ -126,7 +126,9 @@ def _decode_literal(
             return build(choice) if build else choice
     listed = ", ".join(repr(choice) for choice in choices)
     close = _close_match(value, choices)
-    raise ConfigError(f"{path or 'record'} is {value!r}; it must be one of {listed}{close}")
+    raise ConfigError(
+        f"{path or 'record'} is {value!r}; it must be one of {listed}{close}", field=path or None
+    )
 
 
 def _decode_tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
@@ -175,7 +177,8 @@ def _by_kind(configs: list[Any], value: dict[str, Any], path: str) -> type[Any]:
         return configs[0]
     kinds = {k: c for c in configs for k in get_args(get_type_hints(c).get("kind"))}
     if "kind" not in value:
-        raise ConfigError(f"{_join(path, 'kind')} is missing; it must be one of {sorted(kinds)}")
+        where = _join(path, "kind")
+        raise ConfigError(f"{where} is missing; it must be one of {sorted(kinds)}", field=where)
     return kinds[_decode_literal(tuple(kinds), value["kind"], _join(path, "kind"))]
 
 
@@ -185,19 +188,23 @@ def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
         raise _mismatch(path, value, f"a JSON object for {cls.__name__}")
     record = cast("dict[str, Any]", value)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
+    hints = get_type_hints(cls)
+    if "kind" in names and "kind" in record:  # of another kind, other fields are no misspellings
+        _decode(hints["kind"], record["kind"], _join(path, "kind"))
     for key in record:
         if key not in names:
             close = _close_match(key, names) or f"; it has {', '.join(names)}"
             raise ConfigError(
                 f"{_join(path, key)} is {record[key]!r}, but {cls.__name__} has no such "
-                f"field{close}"
+                f"field{close}",
+                field=_join(path, key),
             )
     for name in names:
         if name not in record:
             raise ConfigError(
-                f"{_join(path, name)} is missing; {cls.__name__} needs it in a record"
+                f"{_join(path, name)} is missing; {cls.__name__} needs it in a record",
+                field=_join(path, name),
             )
-    hints = get_type_hints(cls)
     fields = {name: _decode(hints[name], record[name], _join(path, name)) for name in names}
     return _build(cls, path, **fields)
 
@@ -207,12 +214,14 @@ def _build(make: Callable[..., Any], path: str, /, *args: Any, **fields: Any) ->
     try:
         return make(*args, **fields)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+        field = _join(path, error.field) if error.field else path or None
+        raise ConfigError(f"{path}: {error}" if path else str(error), field=field) from error
 
 
 def _mismatch(path: str, value: Any, wanted: str) -> ConfigError:
     return ConfigError(
-        f"{path or 'record'} is {value!r} of type {type(value).__name__}; it must be {wanted}"
+        f"{path or 'record'} is {value!r} of type {type(value).__name__}; it must be {wanted}",
+        field=path or None,
     )
 
 

@@ -18,6 +18,7 @@ from nemotron3.inference.requests import (
     TokenLogprob,
 )
 from nemotron3.inference.stop_strings import StopStrings
+from nemotron3.inference.thinking_budget import ThinkingBudget
 from nemotron3.text import (
     ContentDelta,
     IncrementalDetokenizer,
@@ -63,6 +64,8 @@ class AnswerDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or token that ended the answer; None for the model's own end."""
+    num_reasoning_tokens: int = 0
+    """Tokens of reasoning so far, in this answer."""
     error: str | None = None
     failure: FailureKind | None = None
 
@@ -85,6 +88,8 @@ class CompletionOutput:
     """The text without reasoning and calls."""
     tool_calls: tuple[ParsedCall, ...]
     num_reasoning_tokens: int
+    """Tokens that the model generated between the tags of its reasoning; a budget's forced end is
+    not among them."""
     acceptance: DraftStats
     error: str | None = None
     failure: FailureKind | None = None
@@ -108,14 +113,16 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class Answer:
-    """Reads one answer."""
+    """Reads one answer; without a tokenizer its tokens alone."""
 
     prompt: Prompt
     params: SamplingParams
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     index: int
     eos_ids: frozenset[int] = frozenset()
     """The model's own end tokens."""
+    budget: ThinkingBudget | None = None
+    """Of the reasoning, where there is one: it tells which tokens were forced."""
     report: PromptReport | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -129,18 +136,22 @@ class Answer:
     _stop_reason: str | int | None = None
 
     def __post_init__(self) -> None:
+        self._stop: StopStrings | None = None
+        self._parser: ResponseParser | None = None
+        self._counter: ResponseParser | None = None
+        """Counts reasoning: a chat's parser, or one for a text whose reasoning is asked after."""
+        if self.tokenizer is None:
+            return
         self._stop = StopStrings(self.tokenizer, self.params, is_chat=self.prompt.is_chat)
         self._detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=True)
-        self._parser = (
-            ResponseParser(
+        if self.prompt.is_chat or self.prompt.is_reasoning_open or self.budget is not None:
+            self._counter = ResponseParser(
                 self.tokenizer,
                 is_reasoning_open=self.prompt.is_reasoning_open,
                 tools=self.prompt.tools,
                 force_nonempty_content=self.prompt.force_nonempty_content,
             )
-            if self.prompt.is_chat
-            else None
-        )
+        self._parser = self._counter if self.prompt.is_chat else None
 
     @property
     def num_tokens(self) -> int:
@@ -149,8 +160,8 @@ class Answer:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """How many of them were reasoning."""
-        return self._parser.num_reasoning_tokens if self._parser is not None else 0
+        """How many of them were reasoning, of the model's own."""
+        return self._counter.num_reasoning_tokens if self._counter is not None else 0
 
     def push(self, progress: Progress) -> AnswerDelta:
         """Take what a step of the engine brought; returns what can be shown of it."""
@@ -168,9 +179,11 @@ class Answer:
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]
         told = len(self._content_logprobs)
-        parts = self._read(self._stop.push(shown))
-        if progress.finish_reason is not None:
-            parts += self._finish()
+        parts: list[ResponseDelta] = []
+        if self._stop is not None:
+            parts = self._read(self._stop.push(shown))
+            if progress.finish_reason is not None:
+                parts += self._finish(self._stop)
         return AnswerDelta(
             index=self.index,
             parts=tuple(parts),
@@ -179,6 +192,7 @@ class Answer:
             content_logprobs=tuple(self._content_logprobs[told:]),
             finish_reason=progress.finish_reason,
             stop_reason=self._stop_reason,
+            num_reasoning_tokens=self.num_reasoning_tokens,
             error=progress.error,
             failure=progress.failure,
         )
@@ -204,37 +218,53 @@ class Answer:
             failure=self.failure,
         )
 
-    def _finish(self) -> list[ResponseDelta]:
-        parts = self._read(self._stop.finish())
+    def _finish(self, stop: StopStrings) -> list[ResponseDelta]:
+        parts = self._read(stop.finish())
         tail = self._detokenizer.finish()
-        if self._stop.matched is not None:
-            self._stop_reason = self._stop.matched
-            tail = self._stop.rest  # half a character before it is in it
+        if stop.matched is not None:
+            self._stop_reason = stop.matched
+            tail = stop.rest  # half a character before it is in it
+            if self._counter is not None:
+                unshown = self._tokens[self._num_read :]
+                self._counter.count_unshown(t for t in unshown if not self._is_forced(t))
             if self._parser is not None:
                 before = self._parser.num_content_tokens
                 parts += self._parser.push_text(tail)
                 self._note_content(self._parser, before)
+        ending = [] if self._counter is None else self._counter.finish()
         if self._parser is None:
             return parts + self._show(tail)
         self._text.append(tail)
-        return [*parts, *self._parser.finish()]
+        return [*parts, *ending]
 
     def _read(self, tokens: Iterable[int]) -> list[ResponseDelta]:
         tokens = list(tokens)
-        text = self._detokenizer.push(tokens)
+        text, counter = self._detokenizer.push(tokens), self._counter
+        if counter is None:
+            return self._show(text)
+        parts: list[ResponseDelta] = []
+        for token in tokens:
+            before = counter.num_content_tokens
+            parts += counter.push([token], is_forced=self._is_forced(token))
+            self._note_content(counter, before)
+            self._num_read += 1
         if self._parser is None:
             return self._show(text)
         self._text.append(text)
-        parts: list[ResponseDelta] = []
-        for token in tokens:
-            before = self._parser.num_content_tokens
-            parts += self._parser.push([token])
-            self._note_content(self._parser, before)
-            self._num_read += 1
         return parts
+
+    def _is_forced(self, token: int) -> bool:
+        """Take the next token to the budget; whether the budget had forced it."""
+        if self.budget is None:
+            return False
+        forced = self.budget.forced()
+        self.budget.accept(token)
+        return forced is not None
 
     def _note_content(self, parser: ResponseParser, before: int) -> None:
         """Keep the log-probability of the token just read, where content is made of it."""
+        if self._parser is None:  # a text to continue has no other
+            return
         if self._logprobs and parser.num_content_tokens > before:
             self._content_logprobs.append(self._logprobs[self._num_read])
 

@@ -79,7 +79,7 @@ class Engine:
         """`stop_ids` end every answer; the model's own end token where they are not given."""
         if model.device.type == "cpu":
             keep_freed_memory()
-        self.model = model.eval()
+        self.model = model  # as it is: it may be in training, and no module of it asks whether
         self.config = config or EngineConfig()
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
@@ -194,10 +194,11 @@ class Engine:
             preemptions=scheduler.num_preemptions,
         )
 
-    def weights_changed(self) -> None:
+    def invalidate_caches(self) -> None:
         """Forget what other weights have computed; running requests go on with their states.
 
-        The new weights may lie in the old tensors or be tensors of their own.
+        For whoever has changed the model's weights. The new ones may lie in the old tensors or be
+        tensors of their own.
         """
         self.scheduler.forget()
         self._steps.forget()
@@ -227,7 +228,6 @@ class Engine:
             tokens=list(request.prompt),
             order=self._num_added,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            prompt_logprobs=[None] if params.prompt_logprobs is not None else [],
         )
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[Progress]:
@@ -262,7 +262,7 @@ class Engine:
         if not done:
             return []
         hidden = hidden.unsqueeze(1)
-        return self._choose([sequence for sequence, _ in done], hidden, self.model.logits(hidden))
+        return self._choose([s for s, _ in done], hidden, self.model.logits(hidden))[0]
 
     def _next_tokens(self, sequence: Sequence, count: int) -> list[int]:
         """What is read next of a prompt; at its beginning, what was found of it is counted."""
@@ -295,12 +295,12 @@ class Engine:
         tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
         slots = [_slot(sequence) for sequence in rows]
         out = self._steps.run(tokens, slots, is_tentative=count > 0)
-        before = [sequence.num_accepted for sequence in rows]
-        progress = self._choose(rows, out.hidden, out.logits, tried=out.layout if count else None)
-        accepted = [s.num_accepted - b for s, b in zip(rows, before, strict=True)]
+        progress, stood = self._choose(
+            rows, out.hidden, out.logits, tried=out.layout if count else None
+        )
         # These drafts were written in the step before, and those of the next one in this.
         seconds = time.perf_counter() - start - self._drafting_s + drafting_s
-        self._draft_length.record(count, accepted, seconds)
+        self._draft_length.record(count, stood, seconds)
         self._stats.draft_length = count
         return progress
 
@@ -311,8 +311,12 @@ class Engine:
         logits: Tensor,
         *,
         tried: SequenceLayout | None = None,
-    ) -> list[Progress]:
-        """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones."""
+    ) -> tuple[list[Progress], list[int]]:
+        """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones.
+
+        Returns what it brought, and how many drafts of each sequence stood. Where an answer ends
+        among its drafts, those behind its end stood and are no part of it.
+        """
         windows = [sequence.drafts for sequence in sequences]
         choosers = [sequence.chooser for sequence in sequences]
         gains = choose(choosers, logits.flatten(0, 1).float(), windows)
@@ -325,22 +329,17 @@ class Engine:
         elif self._drafter is not None:
             self._drafter.put_by(sequences, gains, hidden)
         progress: list[Progress] = []
+        stood = [max(len(gain) - 1, 0) for gain in gains]
         going: list[int] = []
         for row, (sequence, gain) in enumerate(zip(sequences, gains, strict=True)):
-            stands = max(len(gain) - 1, 0)
-            sequence.num_drafted += len(sequence.drafts)
-            sequence.num_accepted += stands
-            self._stats.drafted_tokens += len(sequence.drafts)
-            self._stats.accepted_tokens += stands
-            sequence.drafts = []
-            progress.append(self._take(sequence, gain, logits[row]))
+            progress.append(self._take(sequence, gain, stood[row], logits[row]))
             if sequence.finish_reason is None:
                 going.append(row)
         if after is not None and going:
             hidden, logits = after
             self._draft([sequences[row] for row in going], hidden[going], logits[going], count)
         self._drafting_s = time.perf_counter() - start
-        return progress
+        return progress, stood
 
     def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Write `count` drafts for as many sequences as there are pages for."""
@@ -355,8 +354,8 @@ class Engine:
             chosen = [sequences[row] for row in with_room]
             self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
-    def _take(self, sequence: Sequence, gain: Many[int], logits: Tensor) -> Progress:
-        """Add chosen tokens to an answer, up to the one that ends it."""
+    def _take(self, sequence: Sequence, gain: Many[int], stood: int, logits: Tensor) -> Progress:
+        """Add chosen tokens to an answer, up to its end; the first `stood` of them are drafts."""
         taken: list[int] = []
         reason = FinishReason.ERROR if sequence.chooser.error is not None else None
         stop_token = None
@@ -371,7 +370,7 @@ class Engine:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 break
-        self._stats.generated_tokens += len(taken)
+        self._count(sequence, len(taken), accepted=min(stood, len(taken)))
         top = sequence.request.params.logprobs
         logprobs: list[TokenLogprob] = []
         if top is not None:
@@ -398,6 +397,14 @@ class Engine:
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
         )
+
+    def _count(self, sequence: Sequence, taken: int, *, accepted: int) -> None:
+        sequence.num_drafted += len(sequence.drafts)
+        sequence.num_accepted += accepted
+        self._stats.generated_tokens += taken
+        self._stats.drafted_tokens += len(sequence.drafts)
+        self._stats.accepted_tokens += accepted
+        sequence.drafts = []
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

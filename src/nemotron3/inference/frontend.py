@@ -4,14 +4,15 @@
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from concurrent.futures import Future
+from functools import cached_property, partial
 from itertools import islice
 from threading import Lock
 from typing import Any
 
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.answers import Answer, Answers, Prompt
-from nemotron3.inference.requests import SamplingParams, TokenConstraint
+from nemotron3.inference.requests import SamplingParams, StructuredOutput, TokenConstraint
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.inference.stop_strings import StopStrings
 from nemotron3.inference.structured_output import GrammarCompiler
@@ -20,7 +21,7 @@ from nemotron3.text import CHAT_STYLES, ChatStyle, ChatTemplate, Tokenizer
 from nemotron3.text.chat_style import style_of_template
 from nemotron3.text.jinja_render import render_jinja
 from nemotron3.text.messages import parse_tools
-from nemotron3.text.vocabulary import IM_START, THINK_START
+from nemotron3.text.vocabulary import IM_START, THINK_END, THINK_START
 
 _KEPT_BOUNDARIES = 2
 """Of a conversation's turns the last ones are where the next request parts from this one."""
@@ -30,18 +31,32 @@ class Frontend:
     """Everything about a model that is text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: frozenset[int], name: str
+        self, tokenizer: Tokenizer | None, *, vocab_size: int, eos_ids: frozenset[int], name: str
     ) -> None:
-        self.tokenizer = tokenizer
+        """Without a `tokenizer` prompts and answers are token ids, and text is an error."""
+        self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self.model_name = name
-        source = tokenizer.chat_template
+        source = tokenizer.chat_template if tokenizer is not None else None
         style = CHAT_STYLES["nano"] if source is None else style_of_template(source)
         self._jinja = source if style is None else None
         self.template = ChatTemplate(style or ChatStyle(name="foreign"))
         self._compiler: GrammarCompiler | None = None
         self._building = Lock()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; a ConfigError where none was given."""
+        return self._tokenizer_for("text")
+
+    def _tokenizer_for(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ConfigError(
+                f"{what} needs a tokenizer, and this model was given without one; give "
+                "tokenizer=..., or use token ids alone"
+            )
+        return self._tokenizer
 
     def chat_prompt(
         self,
@@ -84,7 +99,21 @@ class Frontend:
         ids = self.tokenizer.encode(text)
         if not ids:
             raise DataError("prompt is empty; give at least one character to continue")
-        return Prompt(ids=tuple(ids))
+        return self.ids_prompt(ids)
+
+    def ids_prompt(self, ids: Sequence[int]) -> Prompt:
+        """Token ids to continue, as they are; they may be a conversation that someone rendered."""
+        return Prompt(ids=tuple(ids), is_reasoning_open=self._ends_in_reasoning(ids))
+
+    def _ends_in_reasoning(self, ids: Sequence[int]) -> bool:
+        """Whether `<think>` is the last of the tags, and its turn is not over."""
+        if self._tokenizer is None:
+            return False
+        start = self._tokenizer.token_to_id(THINK_START)
+        if start is None or start not in ids:
+            return False
+        ends = {self._tokenizer.token_to_id(tag) for tag in (THINK_END, IM_START)} | self.eos_ids
+        return next(token for token in reversed(ids) if token == start or token in ends) == start
 
     def form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
         """What answers are held to, compiled; may be asked for in any thread."""
@@ -96,14 +125,26 @@ class Frontend:
             params.structured, stop_ids=stop_ids, is_reasoning_open=prompt.is_reasoning_open
         )
 
+    def prepare(self, structured: StructuredOutput) -> "Future[Any]":
+        """Have a form checked and compiled; done, and the error of what is none, comes later."""
+        return self.compiler().prepare(structured)
+
     def compiler(self) -> GrammarCompiler:
         """What compiles forms, built at the first call: a large vocabulary takes its time."""
         with self._building:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(
-                    self.tokenizer, self.template.style, vocab_size=self.vocab_size
+                    self._tokenizer_for("a structured answer"),
+                    self.template.style,
+                    vocab_size=self.vocab_size,
                 )
             return self._compiler
+
+    def close(self) -> None:
+        """End the process that checks grammars, where one runs."""
+        with self._building:
+            if self._compiler is not None:
+                self._compiler.close()
 
     def request(
         self,
@@ -115,18 +156,10 @@ class Frontend:
         """The engine's form of a request; `form` is that of these parameters, where it is ready."""
         if form is None:
             form = self.form(prompt, params)
-
-        def budget() -> ThinkingBudget | None:
-            if params.reasoning_budget is None:
-                return None
-            return ThinkingBudget(
-                budget=params.reasoning_budget,
-                grace=params.reasoning_grace,
-                ids=self._budget_ids,
-                is_open=prompt.is_reasoning_open,
-                has_tools=bool(prompt.tools),
-                last_token=prompt.ids[-1] if prompt.ids else None,
-            )
+        if params.stop:
+            self._tokenizer_for(f"stop = {params.stop!r}")
+        if params.reasoning_budget is not None:
+            self._tokenizer_for("reasoning_budget")
 
         def stop() -> StopStrings | None:
             if not params.stop:
@@ -139,20 +172,38 @@ class Frontend:
             params=params,
             boundaries=self._turns(prompt.ids),
             make_stop=stop,
-            make_budget=budget,
+            make_budget=partial(self._budget, prompt, params),
             make_constraint=lambda: form.fork() if form is not None else None,
         )
 
     def answers(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Answers:
         """The readers of a request's answers."""
         each = [
-            Answer(prompt, params, self.tokenizer, index, self.eos_ids) for index in range(params.n)
+            Answer(
+                prompt, params, self._tokenizer, index, self.eos_ids, self._budget(prompt, params)
+            )
+            for index in range(params.n)
         ]
         return Answers(request_id, prompt, each)
 
+    def _budget(self, prompt: Prompt, params: SamplingParams) -> ThinkingBudget | None:
+        """What limits one answer's reasoning: of the engine's, and of who reads the answer."""
+        if params.reasoning_budget is None:
+            return None
+        return ThinkingBudget(
+            budget=params.reasoning_budget,
+            grace=params.reasoning_grace,
+            ids=self._budget_ids,
+            is_open=prompt.is_reasoning_open,
+            has_tools=bool(prompt.tools),
+            last_token=prompt.ids[-1] if prompt.ids else None,
+        )
+
     def _turns(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Where the last turns of a conversation begin, whoever rendered it."""
-        start = self.tokenizer.token_to_id(IM_START)
+        if self._tokenizer is None:
+            return ()
+        start = self._tokenizer.token_to_id(IM_START)
         places = (i for i in range(len(ids) - 1, 0, -1) if ids[i] == start)
         return tuple(islice(places, _KEPT_BOUNDARIES))
 

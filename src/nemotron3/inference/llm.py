@@ -4,7 +4,9 @@
     llm = LLM("runs/tiny/model")
     print(llm.chat([{"role": "user", "content": "Who are you?"}])[0].outputs[0].content)
 
-All requests of a call are answered together. `async_llm.py` is the form for servers.
+All requests of a call are answered together. A model in memory will do as well as a directory, for
+token ids without a tokenizer: `LLM(model).generate([[1, 2, 3]])`. `async_llm.py` is the form for
+servers.
 """
 
 from collections import deque
@@ -27,6 +29,10 @@ class LLM(LoadedModel):
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
         return self._engine.stats()
+
+    def invalidate_caches(self) -> None:
+        """Forget what other weights have computed: the model's have been changed in place."""
+        self._engine.invalidate_caches()
 
     def generate(
         self,
@@ -71,7 +77,7 @@ class LLM(LoadedModel):
             return prompt
         if isinstance(prompt, str):
             return self._frontend.text_prompt(prompt)
-        return Prompt(ids=tuple(prompt))
+        return self._frontend.ids_prompt(prompt)
 
     def _run(
         self,

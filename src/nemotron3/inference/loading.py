@@ -1,4 +1,4 @@
-"""A model ready to answer: weights, tokenizer and engine from one directory."""
+"""A model ready to answer: weights, tokenizer and engine, from a directory or from memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,12 @@ class LoadedModel:
         dtype: torch.dtype | None = None,
         generation_config: Source = "auto",
     ) -> None:
-        """`model` is a directory in the published layout, or a model together with a tokenizer.
+        """`model` is a directory in the published layout, or a model in memory.
+
+        A model in memory is used as it is, weights and all: it may be one that is being trained,
+        which sampling leaves alone, and after its weights have changed `invalidate_caches` has to
+        be called. It needs a `tokenizer` for text; without one, prompts are token ids, and so are
+        answers. `device` and `dtype` are for a directory.
 
         `generation_config` says whether the defaults of sampling of the directory that the model
         was loaded from hold ("auto") or not ("none").
@@ -49,10 +54,8 @@ class LoadedModel:
             name = name_of(path)
             tokenizer = tokenizer or Tokenizer.from_directory(path)
             model = LanguageModel.from_pretrained(path, device=resolve_device(device), dtype=dtype)
-        if tokenizer is None:
-            raise ConfigError("a model in memory comes without a tokenizer; give tokenizer=...")
         vocab_size = model.config.vocab_size
-        if tokenizer.vocab_size > vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}; "
                 "they do not belong together"
@@ -62,7 +65,8 @@ class LoadedModel:
         )
         self.defaults = defaults
         """What the model's directory says of sampling."""
-        eos_ids = defaults.eos_ids | {*tokenizer.stop_ids} | model.config.eos_token_ids
+        stop_ids = () if tokenizer is None else tokenizer.stop_ids
+        eos_ids = defaults.eos_ids | {*stop_ids} | model.config.eos_token_ids
         self._engine = Engine(model, config, stop_ids=eos_ids)
         self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
 
@@ -84,7 +88,7 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer; a ConfigError where none was given."""
         return self._frontend.tokenizer
 
     @property

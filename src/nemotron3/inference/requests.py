@@ -118,7 +118,7 @@ class SamplingParams:
 
 def _require(holds: bool, name: str, value: object, bound: str) -> None:  # noqa: FBT001
     if not holds:
-        raise ConfigError(f"{name} is {value!r}; it must be {bound}")
+        raise ConfigError(f"{name} is {value!r}; it must be {bound}", field=name)
 
 
 class FinishReason(Enum):

@@ -165,9 +165,7 @@ class Scheduler:
             snapshot = snapshot or self.prefixes.find(sequence.tokens)
         if snapshot is not None:
             self.cache.restore(slot, snapshot)
-        sequence.slot, sequence.is_stale = slot, False
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = self.cache.lengths[slot]
+        sequence.begin(slot, self.cache.lengths[slot])
         rest = len(sequence.tokens) + 1 - self.cache.lengths[slot]
         while self.cache.missing_pages(slot, rest) > self.cache.pool.num_free:
             if not self._evict():

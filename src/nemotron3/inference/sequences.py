@@ -47,13 +47,30 @@ class Sequence:
     """Whether a part of the state was computed by weights that are no more."""
     drafts: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0
+    """Tokens that the state was not computed from for this answer, however often it was begun."""
     num_drafted: int = 0
     num_accepted: int = 0
+    """Drafts that are part of the answer."""
     num_preemptions: int = 0
     is_reported: bool = False
     """Whether what was done with the prompt has been told, as it is with the first tokens."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list[TokenLogprob | None])
+    """Of as many tokens of the prompt as the state holds, and the one after them."""
     finish_reason: FinishReason | None = None
+
+    def begin(self, slot: int, num_read: int) -> None:
+        """Start, or start again, in a slot whose state holds `num_read` tokens.
+
+        Whatever was gathered while another state was built goes with that state.
+        """
+        self.slot = slot
+        self.is_stale = self.is_prefilled = False
+        self.drafts.clear()
+        first = self.num_preemptions == 0
+        self.num_cached_tokens = num_read if first else min(self.num_cached_tokens, num_read)
+        if self.wants_prompt_logprobs:
+            assert num_read == 0, "a prompt that is scored is read from its beginning"
+            self.prompt_logprobs = [None]
 
     @property
     def request_id(self) -> str:
@@ -72,8 +89,5 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of the prompt are still to be made."""
-        return (
-            self.request.params.prompt_logprobs is not None
-            and len(self.prompt_logprobs) < self.num_prompt
-        )
+        """Whether log-probabilities of the prompt are still to be told."""
+        return self.request.params.prompt_logprobs is not None and not self.is_reported

@@ -3,10 +3,11 @@ r"""An enforced limit on the tokens of reasoning, as a state machine over token 
 A hint in the prompt asks a model to be brief; this makes it. While reasoning is open its tokens are
 counted. Once `budget` of them have come, the reasoning is closed at the first line end, and `grace`
 tokens later wherever it is: the closing sequence is forced, token by token, and the model goes on
-to its answer from what it has thought. This is the rule of NVIDIA's own logits processor; with
-`grace` 0 it is vLLM's `thinking_token_budget`. The model card's client gets a hard cut by two
-calls, one with max_tokens = budget, one that continues after ".\n</think>\n\n"; nothing needs to be
-sent twice here.
+to its answer from what it has thought. With `grace` 0 the budget is exact, as vLLM's
+`thinking_token_budget` is. A grace is the rule of NVIDIA's own logits processor; one of 500 is the
+model card's, "a line end within 500 tokens of the budget, else a hard stop". The model card's
+client gets a hard cut by two calls, one with max_tokens = budget, one that continues after
+".\n</think>\n\n"; nothing needs to be sent twice here.
 
 Decided here, because the sources leave it open:
 
@@ -15,7 +16,8 @@ Decided here, because the sources leave it open:
 - **What counts** is every token generated while the reasoning is open, tags that change nothing
   and end tokens (where those are ignored) included. The prompt's own tokens do not count.
 - **The bound**: at most budget + grace tokens of the model's own, then the closing sequence, of
-  which all but `</think>` is reasoning too (one line end, or nothing; once for each block).
+  which all but `</think>` is shown as reasoning (one line end, or nothing; once for each block),
+  and none is counted: usage reports the model's own tokens between the tags.
 - **The closing sequence is what the chat style writes** up to `</think>`: a line end and the tag
   for Nano and Super, the tag alone for Ultra and Lightning. What follows is left to the model,
   whose next token may join that line end with others. Where the reasoning already ends with a part
@@ -138,7 +140,7 @@ class ThinkingBudget:
         self._tail = b""  # of a character that is not whole yet
         self._next = 0  # of the closing sequence
         self.num_reasoning_tokens = 0
-        """Tokens generated while reasoning was open, of the model's own and forced."""
+        """Tokens that the model itself generated while reasoning was open."""
         self._close_if_due()
 
     @property
@@ -157,8 +159,6 @@ class ThinkingBudget:
             self._next += 1
             if token == self._ids.end:
                 self._state = _State.CLOSED
-            else:
-                self.num_reasoning_tokens += 1
         elif self._state is _State.CLOSED:
             if token == self._ids.start:
                 self._state, self._recent, self._ends_line = _State.OPEN, (), True

@@ -1,9 +1,8 @@
 """Memory for a model that was built without any.
 
 Models are described on the meta device, where a parameter has a shape and no bytes, and get their
-memory once it is known where they go and in what dtype. A few parameters stay in float32 whatever
-the rest is kept in: the scan's own, whose rounding the state sums up over the whole sequence, and
-the router's selection bias, whose rounding changes which experts are chosen.
+memory once it is known where they go and in what dtype. What is declared to stay in float32
+(parameter.py) does, whatever the rest is kept in.
 
 In a computer's own memory all lie in one stretch, in the order of their modules, for which large
 pages are asked: a decoding step reads all active weights once, and with pages of 4 KiB part of its
@@ -19,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")
-"""Last parts of the names of these parameters."""
+from nemotron3.models.parameter import DeclaredModule
 
 _ALIGNMENT = 64
 """Bytes that every tensor begins at a multiple of: a line of the cache."""
@@ -62,9 +60,10 @@ def large_pages(nbytes: int) -> mmap.mmap | bytearray:
 
 def _places(model: nn.Module, dtype: torch.dtype) -> Iterator[_Place]:
     for module in model.modules():
+        specs = module.specs if isinstance(module, DeclaredModule) else {}
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in named:
-            kept = torch.promote_types(dtype, torch.float32) if name in ALWAYS_FLOAT32 else dtype
+            kept = specs[name].dtype(dtype) if name in specs else dtype
             yield _Place(module, name, tensor, kept)
 
 

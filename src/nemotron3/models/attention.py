@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden_size, queries)
         self.k_proj = Linear(hidden_size, keys)
         self.v_proj = Linear(hidden_size, keys)
-        self.o_proj = Linear(queries, hidden_size)
+        self.o_proj = Linear(queries, hidden_size, writes_residual=True)
         self.q_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
 

@@ -1,6 +1,6 @@
 """One layer: norm, mixer, residual sum."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron3.models.attention import Attention
@@ -48,13 +48,22 @@ class Block(nn.Module):
         x: Float[Tensor, "tokens d_model"],
         layout: SequenceLayout,
         state: LayerState | None = None,
+        experts: Int[Tensor, "tokens choice"] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], Routing | None]:
-        """The residual stream after this layer, and the router's decision where it has one."""
-        y = self.mixer(self.norm(x), layout, state)
-        routing = None
-        if self.kind is LayerKind.EXPERTS:
-            y, routing = y
-        return x + y, routing
+        """The residual stream after this layer, and the router's decision where it has one.
+
+        With `experts` the decision is theirs; a layer without a router is given none.
+        """
+        if self.has_router:
+            y, routing = self.mixer(self.norm(x), layout, state, experts)
+            return x + y, routing
+        assert experts is None
+        return x + self.mixer(self.norm(x), layout, state), None
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the mixer chooses experts."""
+        return self.kind is LayerKind.EXPERTS
 
     def remember(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState

@@ -19,9 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron3.models.config import MoEConfig
+from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.mlp import MLP
+from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.experts.activations import up_factor
 from nemotron3.ops.linear import linear
@@ -39,18 +41,28 @@ class Routing(NamedTuple):
     """Scores of all experts, without the selection bias."""
 
 
-class Router(nn.Module):
+class Router(DeclaredModule):
     """Chooses experts for each token, in float32 whatever the model runs in."""
+
+    weight: nn.Parameter
+    e_score_correction_bias: Tensor
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, hidden_size))
-        self.e_score_correction_bias: Tensor
-        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts))
+        experts = config.n_routed_experts
+        self.declare("weight", (experts, hidden_size), init=Normal(), decays=True)
+        # Its rounding would change which experts are chosen, and steps of 1e-3 would be lost in it.
+        self.declare_buffer(
+            "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
+        )
 
-    def forward(self, x: Float[Tensor, "tokens d_model"]) -> Routing:
-        """Score all experts, choose the best, weigh them."""
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        indices: Int[Tensor, "tokens choice"] | None = None,
+    ) -> Routing:
+        """Score all experts, choose the best or take those of `indices`, weigh them."""
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = linear(x.to(wide), self.weight.to(wide))
@@ -62,20 +74,26 @@ class Router(nn.Module):
                 scoring=c.scoring,
                 normalise=c.norm_topk_prob,
                 scale=c.routed_scaling_factor,
+                indices=indices,
             )
         )
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(DeclaredModule):
     """The experts' matrices, stacked."""
+
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
         self.config = config
         hidden = config.moe_intermediate_size
-        rows = hidden * up_factor(config.activation)
-        self.up_proj = nn.Parameter(torch.empty(config.n_routed_experts, rows, width))
-        self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, width, hidden))
+        rows, experts = hidden * up_factor(config.activation), config.n_routed_experts
+        self.declare("up_proj", (experts, rows, width), init=Normal(), decays=True)
+        # Megatron scales both second matrices of a latent mixture: this one and fc2_latent_proj.
+        second = Normal(writes_residual=True)
+        self.declare("down_proj", (experts, width, hidden), init=second, decays=True)
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Tensor:
         """Weighted sum of each token's experts."""
@@ -104,16 +122,21 @@ class MixtureOfExperts(nn.Module):
         )
         latent = config.moe_latent_size is not None
         self.fc1_latent_proj = Linear(hidden_size, width) if latent else None
-        self.fc2_latent_proj = Linear(width, hidden_size) if latent else None
+        self.fc2_latent_proj = Linear(width, hidden_size, writes_residual=True) if latent else None
 
     def forward(
         self,
         x: Float[Tensor, "tokens d_model"],
         layout: SequenceLayout | None = None,  # noqa: ARG002 - a mixer like any other
         state: None = None,  # noqa: ARG002
+        indices: Int[Tensor, "tokens choice"] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], Routing]:
-        """Send each token through its experts; also returns what the router decided."""
-        routing = self.gate(x)
+        """Send each token through its experts; also returns what the router decided.
+
+        With `indices` the experts are those, for example of the pass that sampled the tokens, and
+        their weights follow from this pass's scores.
+        """
+        routing = self.gate(x, indices)
         payload = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
         y = self.experts(payload, routing)
         if self.fc2_latent_proj is not None:

@@ -7,20 +7,28 @@ here.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemotron3.models.initial_values import Normal
+from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.linear import linear, linear_parts
 
 
-class Linear(nn.Module):
+class Linear(DeclaredModule):
     """A product with a weight matrix, without bias: no layer of the family has one."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    weight: nn.Parameter
+
+    def __init__(
+        self, in_features: int, out_features: int, *, writes_residual: bool = False
+    ) -> None:
+        """`writes_residual` is for a product that is added to the residual stream."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.declare(
+            "weight", (out_features, in_features), init=Normal(writes_residual), decays=True
+        )
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
@@ -33,16 +41,18 @@ class Linear(nn.Module):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
-class Embedding(nn.Module):
+class Embedding(DeclaredModule):
     """A vector for each token.
 
     Not `nn.Embedding`: that one draws initial values even where there is no memory to draw them in,
     and loads PyTorch's decompositions to do so, seconds at the start of every command.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, num_embeddings: int, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, size))
+        self.declare("weight", (num_embeddings, size), init=Normal(), decays=True)
 
     def forward(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
         """The vectors of `tokens`."""

@@ -5,27 +5,60 @@ with the gated norm taken after the gate and within groups. The inner width is h
 and not a multiple of the model's width. Positions enter the model here and nowhere else.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron3.models.config import MambaConfig
+from nemotron3.models.initial_values import Constant, Elements, InitialScale, Uniform
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
 from nemotron3.models.norm import GatedGroupNorm
+from nemotron3.models.parameter import DeclaredModule
 from nemotron3.models.state import MambaState
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.ssd import ssd, ssd_rates
 
 
-class CausalConv1d(nn.Module):
+@dataclass(frozen=True)
+class InitialRates:
+    """A_log so that A is uniform in [1, 16], as in Dao & Gu's code.
+
+    Hugging Face's file has 1..heads instead; docs/decisions/0002 says why that is not taken.
+    """
+
+    def __call__(self, elements: Elements, scale: InitialScale) -> Tensor:  # noqa: ARG002
+        return elements.uniform(1.0, 16.0).log_()
+
+
+@dataclass(frozen=True)
+class InitialSteps:
+    """dt_bias so that softplus gives steps that are log-uniform, and at least the floor."""
+
+    config: MambaConfig
+
+    def __call__(self, elements: Elements, scale: InitialScale) -> Tensor:  # noqa: ARG002
+        c = self.config
+        steps = elements.uniform(math.log(c.time_step_min), math.log(c.time_step_max)).exp_()
+        steps.clamp_(min=c.time_step_floor)
+        return steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
+
+
+class CausalConv1d(DeclaredModule):
     """Weights of the depthwise convolution over x, B and C."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         # The middle axis is the published layout's: input channels per group, which is one.
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-        self.bias = nn.Parameter(torch.empty(channels))
+        init = Uniform(-(taps**-0.5), taps**-0.5)
+        self.declare("weight", (channels, 1, taps), init=init, decays=True)
+        self.declare("bias", (channels,), init=init, decays=False)
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, tails: Tensor | None
@@ -44,8 +77,12 @@ class CausalConv1d(nn.Module):
         )
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(DeclaredModule):
     """Mixes along time through a state of fixed size."""
+
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: MambaConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -54,11 +91,16 @@ class Mamba2Mixer(nn.Module):
         # Rows of in_proj: gate z, then what is convolved (x, B, C), then the steps dt.
         self.in_proj = Linear(hidden_size, inner + config.conv_channels + heads)
         self.conv1d = CausalConv1d(config.conv_channels, config.conv_kernel)
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.empty(heads))
+        # The state sums their rounding up over the whole sequence, and to shrink them would change
+        # the dynamics rather than regularise.
+        for name, init in (
+            ("dt_bias", InitialSteps(config)),
+            ("A_log", InitialRates()),
+            ("D", Constant(1.0)),
+        ):
+            self.declare(name, (heads,), init=init, decays=False, keep_float32=True)
         self.norm = GatedGroupNorm(inner, config.n_groups, eps)
-        self.out_proj = Linear(inner, hidden_size)
+        self.out_proj = Linear(inner, hidden_size, writes_residual=True)
 
     def forward(
         self,

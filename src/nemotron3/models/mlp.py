@@ -18,7 +18,7 @@ class MLP(nn.Module):
         if activation == "swiglu":
             self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.down_proj = Linear(intermediate_size, hidden_size, writes_residual=True)
 
     def forward(
         self,

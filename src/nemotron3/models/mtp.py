@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nemotron3.models.block import Block
 from nemotron3.models.config import ModelConfig
@@ -64,22 +65,58 @@ class MultiTokenPredictor(nn.Module):
         layout: SequenceLayout,
         states: Sequence[LayerState | None] | None = None,
         wanted: Int[Tensor, " wanted"] | None = None,
+        routes: Sequence[Int[Tensor, "tokens choice"]] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
         """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k.
 
         With the `states` of its layers the block continues what the layout's slots hold. Of a
         call where only some tokens' outputs are `wanted`, these alone pass the last layers.
+        `routes` are the experts of all tokens of the call, for each mixture of the block.
         """
         x = self.input(embedding, hidden)
+        recorded = iter(routes or ())
+        rows: Tensor | None = None  # those of the wanted tokens, once they alone go on
         routings = []
         states = states or [None] * len(self.layers)
         for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-            x, routing = layer(x, layout, state)
+            chosen = next(recorded, None) if layer.has_router else None
+            if chosen is not None and rows is not None:
+                chosen = chosen[rows]
+            x, routing = layer(x, layout, state, chosen)
             if routing is not None:
                 routings.append(routing)
             if wanted is not None and index == self.last_memory:
-                x = F.embedding(wanted, x)
+                x, rows = F.embedding(wanted, x), wanted
         return self.final_layernorm(x), routings
+
+    def unroll(
+        self,
+        embeddings: Sequence[Float[Tensor, "tokens d_model"]],
+        hidden: Float[Tensor, "tokens d_model"],
+        layout: SequenceLayout,
+        *,
+        routes: Sequence[Sequence[Tensor]] | None = None,
+        recompute: bool = False,
+    ) -> tuple[list[Float[Tensor, "tokens d_model"]], list[list[Routing]]]:
+        """All depths, one after another: `embeddings[k - 1]` are those of tokens i + k.
+
+        `routes` are the experts by depth and mixture; `recompute` keeps only the inputs of a depth
+        for the backward pass.
+        """
+        outputs: list[Tensor] = []
+        routings: list[list[Routing]] = []
+        for depth, embedding in enumerate(embeddings):
+            given = None if routes is None else routes[depth]
+            inputs = (embedding, hidden, layout, None, None, given)
+            if recompute:
+                hidden, routed = checkpoint(
+                    self, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, routed = self(*inputs)
+            outputs.append(hidden)
+            routings.append(routed)
+        return outputs, routings
 
     def read(
         self,

@@ -6,11 +6,12 @@ whether a state is carried.
     model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0)
     model(tokens)                                             # [batch, seq] -> [batch, seq, vocab]
     model(stream, layout=SequenceLayout.packed([5, 3]))       # [8] -> [8, vocab], two documents
+    model(stream, layout=layout, head=loss, mtp_depths=2)     # loss(ModelOutput), without logits
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -25,15 +26,17 @@ from nemotron3.models.block import Block
 from nemotron3.models.cache import HybridCache
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Router, Routing
-from nemotron3.models.generation import GenerationConfig, generate
 from nemotron3.models.initialization import initialize
-from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.pattern import last_memory
+from nemotron3.models.routes import RecordedRoutes
 from nemotron3.models.state_precision import StatePrecision
 from nemotron3.ops.linear import linear
+
+T = TypeVar("T")
 
 
 class BackboneOutput(NamedTuple):
@@ -45,6 +48,33 @@ class BackboneOutput(NamedTuple):
     """Decisions of the routers, first mixture to last."""
     residual_rms: list[Tensor]
     """Root mean square of the residual stream after each block, where it was asked for."""
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass hands to its head: hidden states, and the matrix that makes logits."""
+
+    hidden: list[Float[Tensor, "tokens d_model"]]
+    """After the final norm, of the main head and then of each MTP depth that was asked for."""
+    output_weight: Float[Tensor, "vocab d_model"]
+    """The output layer's matrix, whole; all depths share it."""
+    routings: list[Routing]
+    """Decisions of the backbone's routers, first mixture to last."""
+    mtp_routings: list[list[Routing]]
+    """Decisions of the MTP block's routers, for each depth."""
+    residual_rms: list[Tensor]
+    """Root mean square of the residual stream after each block, where it was asked for."""
+
+    @property
+    def routes(self) -> RecordedRoutes:
+        """The chosen experts, for a pass that replays them."""
+        return RecordedRoutes(
+            backbone=[routing.indices for routing in self.routings],
+            mtp=[[routing.indices for routing in depth] for depth in self.mtp_routings] or None,
+        )
+
+
+Head = Callable[[ModelOutput], T]
+"""What makes the result of a forward pass."""
 
 
 class Backbone(nn.Module):
@@ -66,6 +96,7 @@ class Backbone(nn.Module):
         wanted: Int[Tensor, " wanted"] | None = None,
         recompute: bool = False,
         measure: bool = False,
+        routes: Sequence[Int[Tensor, "tokens choice"]] | None = None,
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
@@ -73,27 +104,39 @@ class Backbone(nn.Module):
         `wanted`, the result is theirs, and they alone pass the layers behind the last one that
         remembers: of a prompt it is a single one. `recompute` trades time for memory:
         only the inputs of blocks are kept for the backward pass. `measure` records the size of the
-        residual stream after each block.
+        residual stream after each block. `routes` are the experts of all tokens of the call, for
+        each mixture; without them the routers choose.
         """
         assert state is None or not recompute, "a recomputed pass would advance the state twice"
         if state is not None:
             state.check(layout)
+        recorded = iter(routes or ())
+        rows: Tensor | None = None  # those of the wanted tokens, once they alone go on
         routings: list[Routing] = []
         residual_rms: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[index]
+            chosen = next(recorded, None) if layer.has_router else None
+            if chosen is not None and rows is not None:
+                chosen = chosen[rows]
             if recompute:
                 x, routing = checkpoint(
-                    layer, x, layout, layer_state, use_reentrant=False, preserve_rng_state=False
+                    layer,
+                    x,
+                    layout,
+                    layer_state,
+                    chosen,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                x, routing = layer(x, layout, layer_state)
+                x, routing = layer(x, layout, layer_state, chosen)
             if routing is not None:
                 routings.append(routing)
             if measure:
                 residual_rms.append(x.detach().float().square().mean().sqrt())
             if wanted is not None and index == self.last_memory:
-                x = F.embedding(wanted, x)
+                x, rows = F.embedding(wanted, x), wanted
         if state is not None:
             state.advance(layout)
         return BackboneOutput(self.norm_f(x), routings, residual_rms)
@@ -125,14 +168,14 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageModel":
-        """A new model with initial weights drawn from `seed`.
+        """A new model with initial weights drawn from `seed`, the same on every device.
 
         Parameters are kept in `dtype`; the scan's own and the router's bias always in float32.
         """
         with torch.device("meta"):
             model = cls(config)
         allocate(model, torch.device(device), dtype)
-        initialize(model, config, torch.Generator(device=device).manual_seed(seed))
+        initialize(model, config, seed)
         return model
 
     @classmethod
@@ -206,14 +249,91 @@ class LanguageModel(nn.Module):
         logits = linear(hidden, self.output_weight.to(hidden.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    @overload
     def forward(
         self,
         tokens: Int[Tensor, "*batch seq"],
         *,
         layout: SequenceLayout | None = None,
         state: HybridCache | None = None,
-    ) -> Float[Tensor, "*batch seq vocab"]:
-        """Logits for each token, of a [batch, seq] tensor or of a packed stream with its layout."""
+        routes: RecordedRoutes | None = None,
+    ) -> Float[Tensor, "*batch seq vocab"]: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Int[Tensor, "*batch seq"],
+        *,
+        head: Head[T],
+        layout: SequenceLayout | None = None,
+        state: HybridCache | None = None,
+        routes: RecordedRoutes | None = None,
+        mtp_depths: int = 0,
+        recompute: bool = False,
+        measure: bool = False,
+    ) -> T: ...
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "*batch seq"],
+        *,
+        layout: SequenceLayout | None = None,
+        state: HybridCache | None = None,
+        routes: RecordedRoutes | None = None,
+        head: Head[T] | None = None,
+        mtp_depths: int = 0,
+        recompute: bool = False,
+        measure: bool = False,
+    ) -> Tensor | T:
+        """Logits for each token, of a [batch, seq] tensor or of a packed stream with its layout.
+
+        With a `head` the result is what it makes of the hidden states, and no logits are made. It
+        runs inside the pass, where a module that is sharded over processes has its whole
+        parameters; tensors that gradients flow through belong into tuples, lists or dicts of its
+        result, so that hooks find them. It is given the hidden states of `mtp_depths` depths too.
+        `recompute` and `measure` are as in `Backbone.forward`.
+
+        With `routes` the experts of the backbone, and of the depths if it has theirs, are those
+        that another pass chose; their weights are computed from the scores of this one.
+        """
+        layout = self._checked_layout(tokens, layout, state)
+        stream = tokens.flatten()
+        if routes is not None:
+            routes.check(self.config, tokens=len(stream), mtp_depths=mtp_depths)
+        backbone = self.backbone(
+            self.embed(stream),
+            layout,
+            state,
+            recompute=recompute,
+            measure=measure,
+            routes=None if routes is None else routes.backbone,
+        )
+        if head is None:
+            return self.logits(backbone.hidden).unflatten(0, tokens.shape)
+        hidden, mtp_routings = [backbone.hidden], []
+        if mtp_depths:
+            if self.mtp is None or state is not None:
+                raise ConfigError(
+                    f"mtp_depths is {mtp_depths}; a model without an MTP block has none, and a "
+                    "call with a state reads the main head only: set it to 0"
+                )
+            further, mtp_routings = self.mtp.unroll(
+                [self.embed(_ahead(stream, layout, depth)) for depth in range(1, mtp_depths + 1)],
+                backbone.hidden,
+                layout,
+                routes=None if routes is None else routes.mtp,
+                recompute=recompute,
+            )
+            hidden += further
+        return head(
+            ModelOutput(
+                hidden, self.output_weight, backbone.routings, mtp_routings, backbone.residual_rms
+            )
+        )
+
+    def _checked_layout(
+        self, tokens: Tensor, layout: SequenceLayout | None, state: HybridCache | None
+    ) -> SequenceLayout:
         if layout is None:
             if tokens.dim() != 2:
                 raise ConfigError(
@@ -231,8 +351,7 @@ class LanguageModel(nn.Module):
             raise ConfigError(
                 f"the layout continues sequences of {layout.context} tokens; give the state too"
             )
-        hidden = self.hidden_states(tokens.flatten(), layout=layout, state=state)
-        return self.logits(hidden).unflatten(0, tokens.shape)
+        return layout
 
     def next_logits(
         self, tokens: Int[Tensor, " tokens"], *, layout: SequenceLayout, state: HybridCache
@@ -249,13 +368,7 @@ class LanguageModel(nn.Module):
             self.config, slots=slots, dtype=dtype, device=self.device, precision=precision
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig | None = None,
-        *,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:
-        """Continue prompts of token ids; returns the new tokens of each."""
-        config = config or GenerationConfig(stop_token_ids=tuple(self.config.eos_token_ids))
-        return generate(self, prompts, config, on_token=on_token)
+
+def _ahead(tokens: Tensor, layout: SequenceLayout, by: int) -> Tensor:
+    """The token `by` places later in each token's sequence, 0 where it has ended."""
+    return shift_left(tokens, layout.segments, by)[0]

@@ -1,18 +1,21 @@
 """Norm layers: a weight around the operations of `nemotron3.ops.norm`."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nemotron3.models.initial_values import Constant
+from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.norm import gated_group_norm, rms_norm
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(DeclaredModule):
     """Root-mean-square norm with a weight."""
+
+    weight: nn.Parameter
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.declare("weight", (size,), init=Constant(1.0), decays=False)
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -20,12 +23,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class GatedGroupNorm(nn.Module):
+class GatedGroupNorm(DeclaredModule):
     """The norm between Mamba-2's scan and its output projection."""
+
+    weight: nn.Parameter
 
     def __init__(self, size: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.declare("weight", (size,), init=Constant(1.0), decays=False)
         self.groups = groups
         self.eps = eps
 

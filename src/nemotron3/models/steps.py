@@ -1,7 +1,6 @@
 """Decoding steps: a few new tokens of each of some sequences, again and again.
 
-Whoever decodes (generation.py, the engine) calls `StepRunner.run` and need not know how the step is
-carried out.
+Whoever decodes calls `StepRunner.run` and need not know how the step is carried out.
 
     steps = StepRunner(model, cache)
     out = steps.run([[token_of_3], [token_of_0]], [3, 0])

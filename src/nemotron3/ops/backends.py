@@ -14,7 +14,9 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +28,6 @@ from nemotron3.ops import native
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
 
 _log = logging.getLogger(__name__)
-_chosen: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,43 @@ def resolve(
         _require_triton(operation, like)
     elif backend == "native":
         _require_native(operation, like)
-    if _chosen.get(operation) != name:
-        _chosen[operation] = name
-        _log.info("%s runs on the %s backend", operation, name)
+    _say(operation, name)
+    if _thread.choices is not None:
+        _thread.choices[operation] = name
     chosen = implementations[name]
     return chosen.load() if isinstance(chosen, Kernel) else chosen
 
 
-def chosen_backends() -> dict[str, str]:
-    """The backend that each operation used last, for the record of a run."""
-    return dict(_chosen)
+class _Thread(threading.local):
+    """What belongs to the calling thread alone: a run does not record its neighbour's choices."""
+
+    choices: dict[str, str] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def recorded_backends() -> Iterator[dict[str, str]]:
+    """Note the backend that each operation uses within, called by this thread.
+
+    For the record of a run. The last choice stands; what is noted within goes to the recording
+    around this one as well.
+    """
+    outer, choices = _thread.choices, {}
+    _thread.choices = choices
+    try:
+        yield choices
+    finally:
+        _thread.choices = outer
+        if outer is not None:
+            outer.update(choices)
+
+
+@functools.cache
+def _say(operation: str, name: str) -> None:
+    """Log a choice, once in a process: it is made at every call."""
+    _log.info("%s runs on the %s backend", operation, name)
 
 
 def _fastest(implementations: Implementations, like: Tensor) -> str:

@@ -3,26 +3,43 @@
 import runpy
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 from nemotron3.errors import ConfigError
-from nemotron3.recipes.pretrain import RECIPES, PretrainRun
+from nemotron3.recipes.pretrain import RECIPES
+from nemotron3.recipes.run_config import RunConfig
+
+RunT = TypeVar("RunT", bound=RunConfig)
 
 
-def load_recipe(name: str) -> PretrainRun:
-    """The run that a recipe describes; `my.py` stands for the function `recipe` in that file."""
-    if name in RECIPES:
-        return RECIPES[name]()
+def load_recipe(name: str, kind: type[RunT] = RunConfig) -> RunT:
+    """The run that a recipe describes; `my.py` stands for the function `recipe` in that file.
+
+    `kind` is the class of the runs that will do. Raises ConfigError for a recipe of another one.
+    """
+    run = RECIPES[name]() if name in RECIPES else _from_file(name)
+    if not isinstance(run, kind):
+        raise ConfigError(
+            f"recipe {name} is a run of kind {run.kind!r}, and a {kind.__name__} is wanted here; "
+            "use the command of its kind"
+        )
+    return run
+
+
+def _from_file(name: str) -> RunConfig:
     if not name.endswith(".py"):
         close = get_close_matches(name, RECIPES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(
             f"no recipe {name!r}{hint}; there are {', '.join(RECIPES)}, or name a Python file "
-            "with a function `recipe` that returns a PretrainRun"
+            "with a function `recipe` that returns a run, such as a PretrainRun"
         )
     if not Path(name).is_file():
         raise ConfigError(f"recipe file {name} does not exist")
     recipe = runpy.run_path(name).get("recipe")
     run = recipe() if callable(recipe) else None
-    if not isinstance(run, PretrainRun):
-        raise ConfigError(f"{name} has no function `recipe` that returns a PretrainRun")
+    if not isinstance(run, RunConfig):
+        raise ConfigError(
+            f"{name} has no function `recipe` that returns a run, such as a PretrainRun"
+        )
     return run

@@ -16,7 +16,8 @@ from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.recipes.pretrain import TOKENIZER_FOLDER, PretrainRun
+from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.run_folder import TOKENIZER_FOLDER
 from nemotron3.training.trainer import model_weights
 
 

@@ -1,7 +1,7 @@
 """Pre-training: from text to a model directory, a report, and numbers that mean something.
 
 A recipe is a function that returns a whole `PretrainRun`; a variation of one is
-`dataclasses.replace`. `nemotron3.recipes.pretraining.pretrain` carries it out.
+`dataclasses.replace`. `nemotron3.recipes.run_pretrain.pretrain` carries it out.
 
     run = tiny()
     longer = replace(run, name="longer", training=replace(run.training, steps=4000))
@@ -9,6 +9,7 @@ A recipe is a function that returns a whole `PretrainRun`; a variation of one is
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nemotron3.checkpoint.retention import RetentionConfig
 from nemotron3.data import (
@@ -22,37 +23,30 @@ from nemotron3.data import (
 )
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.generation import GenerationConfig
 from nemotron3.models.precision import PrecisionConfig
-from nemotron3.parallel.devices import DeviceName
+from nemotron3.recipes.run_config import RunConfig
+from nemotron3.recipes.samples import SampleConfig
 from nemotron3.training.optimizers import AdamWConfig
+from nemotron3.training.pretrain_objective import PretrainLossConfig
 from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import TrainingConfig
 
-TOKENIZER_FOLDER = "tokenizer"
-"""Part of a run's folder: what any model of the run needs beside its weights."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainRun:
+class PretrainRun(RunConfig):
     """Everything that decides what a pre-training run does."""
 
-    name: str
-    """The run's folder is runs/NAME; a run that was interrupted goes on from there."""
+    kind: Literal["pretrain"] = "pretrain"
     model: ModelConfig
     """The model."""
     corpus: CorpusConfig | TokenizedConfig
     """The text, its split, and the tokenizer; or token files that stand already."""
     training: TrainingConfig
-    """Steps, batch, optimizer, schedule, loss."""
+    """Steps, batch, optimizer, schedule."""
+    loss: PretrainLossConfig = field(default_factory=PretrainLossConfig)
+    """Weights of the terms of the loss."""
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
     """Blends of the sources, one after another; the last one ends at 1.0."""
-    device: DeviceName = "auto"
-    """Where to train; auto takes a GPU where there is one."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
-    retention: RetentionConfig = field(default_factory=RetentionConfig)
-    """Which checkpoints are kept."""
     evaluation_rows: int = 24
     """Held-out windows of each source that are looked at during training; the end reads all."""
     final_evaluation_rows: int | None = None
@@ -61,23 +55,19 @@ class PretrainRun:
     """The simple models that the result stands beside."""
     prompts: tuple[str, ...] = ()
     """Beginnings that the finished model continues; empty takes those of held-out documents."""
-    sampling: GenerationConfig = field(
-        default_factory=lambda: GenerationConfig(max_new_tokens=120, temperature=0.7, top_p=0.95)
-    )
+    sampling: SampleConfig = field(default_factory=SampleConfig)
     """How it continues them."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(
-                f"name is {self.name!r}; it names a folder, so no slash or leading dot"
-            )
+        super().__post_init__()
         tokenizer = self.corpus.tokenizer
         if isinstance(tokenizer, TrainTokenizerConfig) and (
             tokenizer.vocab_size > self.model.vocab_size
         ):
             raise ConfigError(
                 f"corpus.tokenizer.vocab_size is {tokenizer.vocab_size}, more than "
-                f"model.vocab_size {self.model.vocab_size}; make them equal"
+                f"model.vocab_size {self.model.vocab_size}; make them equal",
+                field="corpus.tokenizer.vocab_size",
             )
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from nemotron3.server.length import assert_fits, assert_not_hopeless, texts_in
 from nemotron3.server.metrics import ServerMetrics
 from nemotron3.server.plan import ChatPlan
 from nemotron3.server.refusals import RefusedError, invalid, spelled
+from nemotron3.server.usage import Usage
 
 Notes = MutableMapping[str, Any]
 
@@ -27,6 +28,8 @@ class Desk:
     llm: AsyncLLM
     metrics: ServerMetrics
     model_name: str
+    defaults: Mapping[str, Any]
+    """Of `SamplingParams`, for what a request leaves out."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def assert_serves(self, model: str | None) -> None:
@@ -62,8 +65,7 @@ class Desk:
         """Hand a request to the engine; raises where it is full or the request is wrong.
 
         A form is compiled beside the event loop, and an answer without a length has that of the
-        model's directory. `notes` become part of the log's record of the
-        HTTP request.
+        model's directory. `notes` become part of the log's record of the HTTP request.
         """
         params = self.llm.with_default_length(prompt, params)
         form = None
@@ -71,7 +73,7 @@ class Desk:
         if wanted is not None:
             source = wanted.source or wanted.kind
             with spelled({wanted.kind: source, "": source}):
-                form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)
+                form = await self.llm.prepare_form(prompt, params)
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, form=form)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
@@ -108,6 +110,16 @@ class Answering:
         self._notes = notes
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = 0
+        self._reasoning: dict[int, int] = {}  # tokens of it in each answer
+
+    def usage_so_far(self) -> Usage:
+        """What the pieces that have been taken cost; drafts are counted at the end."""
+        return Usage(
+            prompt=self.num_prompt_tokens,
+            completion=self.num_tokens,
+            cached=self._stream.num_cached_tokens,
+            reasoning=sum(self._reasoning.values()),
+        )
 
     async def deltas(self) -> AsyncGenerator[AnswerDelta, None]:
         """What comes; an answer that failed raises, and leaving early stops the engine's work."""
@@ -118,6 +130,7 @@ class Answering:
                 if first is None and delta.token_ids:
                     first = time.perf_counter()
                 self._count(len(delta.token_ids))
+                self._reasoning[delta.index] = delta.num_reasoning_tokens
                 self._assert_sound(delta)
                 yield delta
         if first is not None:
@@ -166,12 +179,13 @@ def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
     The arguments of a call that was cut off are no whole JSON: it is none to run, and the answer
     does not end with `tool_calls`.
     """
-    if reason is FinishReason.STOP and arguments and all(map(_is_json, arguments)):
+    if reason is FinishReason.STOP and arguments and all(map(is_whole_json, arguments)):
         return "tool_calls"
     return "length" if reason is FinishReason.LENGTH else "stop"
 
 
-def _is_json(text: str) -> bool:
+def is_whole_json(text: str) -> bool:
+    """Whether a call's arguments are whole, as a client finds out too."""
     try:
         json.loads(text)
     except json.JSONDecodeError:

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from nemotron3.errors import Nemotron3Error
 from nemotron3.inference.async_llm import AsyncLLM
+from nemotron3.inference.requests import SamplingParams
 from nemotron3.server.answering import Desk
 from nemotron3.server.border import App, Border
 from nemotron3.server.chat import ChatAnswer, plan_chat
@@ -34,7 +35,7 @@ from nemotron3.server.refusals import RefusedError, failed, invalid, refusal_of
 from nemotron3.server.response_store import ResponseStore
 from nemotron3.server.responses import ResponseAnswer, conversation, plan_response
 from nemotron3.server.responses_bodies import ResponsesBody
-from nemotron3.server.streaming import EventStream, answered
+from nemotron3.server.streaming import EventStream, answered, submitted
 from nemotron3.server.tokenizing import detokenize, tokenize
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -73,9 +74,13 @@ class ServerSettings:
     """Largest body of a request."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose pages may use the server from a browser; ("*",) for all."""
+    reasoning_grace: int = 0
+    """Tokens beyond a reasoning budget in which a line end is waited for, where a request does not
+    say; 0 leaves budgets exact, 500 is the model card's rule."""
 
     def __post_init__(self) -> None:
         assert_origins(self.allowed_origins)
+        SamplingParams(reasoning_grace=self.reasoning_grace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +94,16 @@ class Server:
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
-    """The whole server around an engine."""
+    """The whole server around an engine; a ConfigError where it has no tokenizer."""
+    _ = llm.tokenizer
     gate = Gate()
     metrics = ServerMetrics(llm.stats)
-    desk = Desk(llm=llm, metrics=metrics, model_name=settings.served_model_name or llm.model_name)
+    desk = Desk(
+        llm=llm,
+        metrics=metrics,
+        model_name=settings.served_model_name or llm.model_name,
+        defaults={"reasoning_grace": settings.reasoning_grace, **llm.defaults.sampling},
+    )
     api = FastAPI(
         title="nemotron3",
         description="Nemotron 3 models, in OpenAI's shapes.",
@@ -168,9 +179,10 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
     async def chat(body: ChatBody, request: Request) -> Response:
         """Go on with a conversation."""
         desk.assert_serves(body.model)
-        plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id, desk.llm.defaults.sampling)
+        plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id, desk.defaults)
         prompt = await desk.prepare_chat(plan)
-        answering = await desk.submit(prompt, plan.params, request.state.notes)
+        job = desk.submit(prompt, plan.params, request.state.notes)
+        answering = await submitted(request, job)
         answer = ChatAnswer(desk, body, plan, prompt, answering)
         if body.stream:
             return EventStream(answer.events(), answering.stop)
@@ -180,9 +192,10 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with texts."""
         desk.assert_serves(body.model)
-        params = plan_completion(body, desk.llm.defaults.sampling)
+        params = plan_completion(body, desk.defaults)
         prompts = await completion_prompts(desk, body)
-        answerings = await desk.submit_all(prompts, params, request.state.notes)
+        job = desk.submit_all(prompts, params, request.state.notes)
+        answerings = await submitted(request, job)
         answer = CompletionAnswer(desk, body, params, answerings)
         if body.stream:
             return EventStream(answer.events(), answer.stop)
@@ -209,11 +222,10 @@ def _add_responses(api: FastAPI, desk: Desk) -> None:
         """Answer items."""
         desk.assert_serves(body.model)
         items = conversation(body, store)
-        plan = plan_response(
-            body, items, desk.llm.tokenizer.tool_call_end_id, desk.llm.defaults.sampling
-        )
+        plan = plan_response(body, items, desk.llm.tokenizer.tool_call_end_id, desk.defaults)
         prompt = await desk.prepare_chat(plan)
-        answering = await desk.submit(prompt, plan.params, request.state.notes)
+        job = desk.submit(prompt, plan.params, request.state.notes)
+        answering = await submitted(request, job)
         answer = ResponseAnswer(desk, body, plan, items, answering, store)
         if body.stream:
             return EventStream(answer.events(), answering.stop)

@@ -27,7 +27,7 @@ from nemotron3.server.sampling import (
 )
 from nemotron3.server.streaming import DONE, event
 from nemotron3.server.tool_choice import tool_use
-from nemotron3.server.usage import Usage, usage_of
+from nemotron3.server.usage import usage_of
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
 
 
@@ -159,7 +159,7 @@ class ChatAnswer:
                 async for delta in deltas:
                     for chunk in self._chunks(delta, with_usage):
                         if is_continuous:
-                            chunk["usage"] = self._usage_so_far().body()
+                            chunk["usage"] = self._answering.usage_so_far().body()
                         yield event(chunk)
         except RefusedError as error:
             yield event(error.body())
@@ -170,9 +170,6 @@ class ChatAnswer:
             last: dict[str, Any] = {"object": self._kind, "choices": [], "usage": usage}
             yield event(self._head | last)
         yield DONE
-
-    def _usage_so_far(self) -> Usage:
-        return Usage(prompt=len(self._prompt.ids), completion=self._answering.num_tokens)
 
     def _choice(self, answer: CompletionOutput) -> dict[str, Any]:
         calls = answer.tool_calls[:1] if self._plan.is_single_call else answer.tool_calls

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from nemotron3.inference.answers import AnswerDelta, CompletionOutput, Prompt, RequestOutput
@@ -70,7 +69,7 @@ async def completion_prompts(desk: Desk, body: CompletionBody) -> list[Prompt]:
         if isinstance(one, str):
             prompts.append(await desk.prepare_text(one))
         else:
-            prompts.append(Prompt(ids=tuple(one)))
+            prompts.append(desk.llm.prepare_ids(one))
         size = len(prompts[-1].ids)
         assert_fits(size, body.max_tokens, desk.llm.max_model_len, "prompt", "max_tokens")
     return prompts
@@ -218,14 +217,12 @@ class CompletionAnswer:
         return {**self._head, "choices": [choice]}
 
     def _usage_so_far(self) -> Usage:
-        return Usage(
-            prompt=sum(each.num_prompt_tokens for each in self._answerings),
-            completion=sum(each.num_tokens for each in self._answerings),
-        )
+        return sum((each.usage_so_far() for each in self._answerings), Usage(prompt=0))
 
     def _usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         usage = sum(map(usage_of, outputs), Usage(prompt=0))
-        return replace(usage, completion=0) if self._body.max_tokens == 0 else usage
+        is_bare = self._body.max_tokens == 0
+        return Usage(prompt=usage.prompt, cached=usage.cached) if is_bare else usage
 
 
 async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

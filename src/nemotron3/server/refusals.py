@@ -80,8 +80,8 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 def refusal_of(error: Exception) -> RefusedError | None:
     """What a client is told of an error of this package; None where it is none of theirs.
 
-    The package's messages begin with the name of what is wrong (`top_p is 3; it must be …`),
-    which is where `param` comes from.
+    `param` is the error's `field`. Where it has none, it is the name that its message begins with
+    (`messages[0].role is …`), if it does.
     """
     if isinstance(error, RefusedError):
         return error
@@ -92,6 +92,8 @@ def refusal_of(error: Exception) -> RefusedError | None:
         return RefusedError(501, str(error), code="not_installed")
     if isinstance(error, ConfigError | DataError):
         message = str(error)
+        if error.field is not None:
+            return invalid(message, error.field)
         named = _NAME.match(message)
         follows = message[named.end() :].lstrip() if named is not None else ""
         is_named = follows.startswith(("is ", "are ", "= ", ": ", "has ", "must "))

@@ -7,7 +7,7 @@ Each item is announced (`output_item.added`), grows by deltas, and is closed wit
 from typing import Any
 
 from nemotron3.inference.answers import AnswerDelta
-from nemotron3.server.answering import new_id
+from nemotron3.server.answering import is_whole_json, new_id
 from nemotron3.server.logprobs import chat_logprobs
 from nemotron3.server.response_items import (
     Item,
@@ -136,7 +136,13 @@ class ItemEvents:
             events.append(
                 self._at("response.function_call_arguments.done", name=name, arguments=text)
             )
-            item = {**opened, "arguments": text, "status": status}
+            # A call that something else cut off is not whole, whatever comes behind it.
+            is_whole = is_whole_json(text)
+            item = {
+                **opened,
+                "arguments": text,
+                "status": "completed" if is_whole else "incomplete",
+            }
         events.append(
             ("response.output_item.done", {"output_index": len(self.items), "item": item})
         )

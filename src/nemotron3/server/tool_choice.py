@@ -9,15 +9,14 @@ One call at a time (`parallel_tool_calls: false`) is the end of the first call t
 the answer.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from nemotron3.inference.requests import StructuredOutput
 from nemotron3.server.refusals import invalid
 from nemotron3.text import Tool, parse_tools
-from nemotron3.text.arguments import is_plain_text
+from nemotron3.text.call_grammar import call_grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,69 +61,3 @@ def tool_use(
 def _calls(tools: Iterable[Tool], *, is_single: bool) -> StructuredOutput:
     grammar = call_grammar(tools, is_single=is_single)
     return StructuredOutput(kind="grammar", value=grammar, source="tools")
-
-
-def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
-    r"""A Lark grammar of calls in the family's format, for llguidance.
-
-    Arguments come in the order of the schema, the required ones always. A text ends at the first
-    `\n</parameter>`, as it does for whoever reads the call; every other value is JSON by its
-    schema. A function without a schema takes any arguments, as text. The line end that the template
-    writes after a call may come before the end: a model that has learned it would otherwise have to
-    go on with another call.
-    """
-    rules: list[str] = []
-    calls: list[str] = []
-    for i, tool in enumerate(tools):
-        calls.append(f"call_{i}")
-        rules += _call_rules(f"call_{i}", tool)
-    repeated = "call" if is_single else 'call ("\\n" call)*'
-    lines = [
-        f'start: {repeated} "\\n"?',
-        'call: <tool_call> "\\n" function "\\n" </tool_call>',
-        f"function: {' | '.join(calls)}",
-        *rules,
-        r'text[suffix="\n</parameter>"]: /(?s:.*)/',
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _call_rules(rule: str, tool: Tool) -> list[str]:
-    head, tail = json.dumps(f"<function={tool.name}>\n"), json.dumps("</function>")
-    properties = (tool.parameters or {}).get("properties")
-    required: Any = (tool.parameters or {}).get("required") or ()
-    if not isinstance(properties, Mapping) and not required:
-        any_argument = r'"<parameter=" /[^<>\n]{1,256}/ ">\n" text "\n"'
-        return [f"{rule}: {head} {rule}_any* {tail}", f"{rule}_any: {any_argument}"]
-    parts: list[str] = []
-    rules: list[str] = []
-    described = cast(Mapping[str, Any], properties or {})
-    for i, name in enumerate([*described, *(r for r in required if r not in described)]):
-        parts.append(f"{rule}_{i}" + ("" if name in required else "?"))
-        opening = json.dumps(f"<parameter={name}>\n")
-        schema = tool.parameter_schema(name)
-        if schema is None or is_plain_text(schema, root=tool.parameters):
-            value = _text_rule(schema)
-        else:
-            value = f'{rule}_{i}_value "\\n</parameter>\\n"'
-            rules.append(f"{rule}_{i}_value: %json {_closed(schema, tool.parameters)}")
-        rules.append(f"{rule}_{i}: {opening} {value}")
-    return [f"{rule}: {' '.join([head, *parts, tail])}", *rules]
-
-
-def _text_rule(schema: Mapping[str, Any] | None) -> str:
-    choices = (schema or {}).get("enum")
-    if not isinstance(choices, Sequence):
-        return 'text "\\n"'
-    spelled = " | ".join(json.dumps(choice) for choice in cast(Sequence[Any], choices))
-    return f'({spelled}) "\\n</parameter>\\n"'
-
-
-def _closed(schema: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None) -> str:
-    """A parameter's schema by itself, with the definitions that it may refer to."""
-    definitions = {
-        key: (parameters or {})[key]
-        for key in ("$defs", "definitions")
-        if key in (parameters or {})
-    }
-    return json.dumps({**definitions, **(schema or {})})

@@ -30,10 +30,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from nemotron3.text.vocabulary import THINK_END, THINK_START, TOOL_CALL_START
+from nemotron3.text.vocabulary import (
+    THINK_END,
+    THINK_START,
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    TOOL_RESPONSE_END,
+    TOOL_RESPONSE_START,
+)
 
 TAGS = (THINK_START, THINK_END, TOOL_CALL_START)
-"""The tags that this file knows; every other special token is text to it."""
+"""The tags that tell reasoning, answer and calls apart."""
+CALL_TAGS = (TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPONSE_END)
+"""Tags that are text here, and handed on as what they are to whoever reads the answer."""
 
 _ANY_TAG = re.compile("|".join(TAGS))
 _CALL_NEXT = "<function="
@@ -41,7 +50,7 @@ _CALL_NEXT = "<function="
 
 @dataclass(frozen=True)
 class Span:
-    """Text of one section; `is_tag` where it is the special token `<tool_call>` itself."""
+    """Text of one section; `is_tag` where it is a special token of calls itself."""
 
     text: str
     is_reasoning: bool
@@ -89,6 +98,11 @@ class ReasoningSplitter:
         return self._state is not _State.ANSWER
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether the last of the text may turn out to be no reasoning: a tag or a call."""
+        return self._state is _State.PERHAPS_CALL or bool(self._unread)
+
+    @property
     def reasoning(self) -> str:
         """All reasoning so far."""
         return "".join(self._reasoning)
@@ -109,8 +123,8 @@ class ReasoningSplitter:
         return self._take()
 
     def push_tag(self, tag: str) -> list[Span]:
-        """Take a special token, one of `TAGS`."""
-        assert tag in TAGS, f"{tag} is text to the splitter"
+        """Take a special token, one of `TAGS` and `CALL_TAGS`."""
+        assert tag in (*TAGS, *CALL_TAGS), f"{tag} is text to the splitter"
         self._tag(tag)
         return self._take()
 
@@ -149,6 +163,9 @@ class ReasoningSplitter:
                 self._text(tag)
         elif tag == TOOL_CALL_START:
             self._call()
+        elif tag in CALL_TAGS:
+            self._has_answer = True
+            self._spans.append(Span(tag, is_reasoning=False, is_tag=True))
         elif self._has_answer:
             self._text(tag)
         elif tag == THINK_START:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 
 from nemotron3.text.detokenize import IncrementalDetokenizer
 from nemotron3.text.messages import Tool
-from nemotron3.text.reasoning import TAGS, ReasoningSplitter, Span
+from nemotron3.text.reasoning import CALL_TAGS, TAGS, ReasoningSplitter, Span
 from nemotron3.text.tokenizer import Tokenizer
 from nemotron3.text.tool_calls import CallDelta, ContentDelta, ParsedCall, ToolCallParser
-from nemotron3.text.vocabulary import TOOL_CALL_END, TOOL_RESPONSE_END, TOOL_RESPONSE_START
-
-_SHOWN = (TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPONSE_END)  # to the readers; no tags to them
+from nemotron3.text.vocabulary import THINK_END
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,10 @@ class ResponseParser:
     """Reads one stream of generated ids.
 
     Tags are taken by their ids; a vocabulary that lacks one of them is read by its characters.
-    Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that were generated
-    while the reasoning was open, tags not included; `num_content_tokens` those that content is
-    made of: no calls, and no white space that is dropped.
+    Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that a model generated
+    between the tags of its reasoning: no tag, no beginning of a call that ends it, and nothing that
+    was forced on the model. `num_content_tokens` counts those that content is made of: no calls,
+    and no white space that is dropped.
     """
 
     def __init__(
@@ -63,9 +62,9 @@ class ResponseParser:
     ) -> None:
         ids = {tokenizer.token_to_id(tag): tag for tag in TAGS}
         in_text = None in ids
+        ids |= {tokenizer.token_to_id(tag): tag for tag in CALL_TAGS}
         self._tags: dict[int | None, str] = {} if in_text else ids
-        shown = {tokenizer.token_to_id(token) for token in _SHOWN}
-        self._hidden = tokenizer.special_ids - shown - set(ids)
+        self._hidden = tokenizer.special_ids - set(ids)
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._splitter = ReasoningSplitter(
             is_open=is_reasoning_open,
@@ -74,30 +73,61 @@ class ResponseParser:
             keep_whitespace=keep_whitespace,
             force_nonempty_content=force_nonempty_content,
         )
-        self._calls = ToolCallParser(tools, tags_in_text=False) if tools else None
+        self._calls = ToolCallParser(tools, tags_in_text=in_text) if tools else None
         self._content: list[str] = []
         self.num_reasoning_tokens = self.num_content_tokens = 0
+        self._num_undecided = 0
 
-    def push(self, ids: Iterable[int]) -> list[ResponseDelta]:
-        """Take generated ids; what they make certain comes back."""
+    def push(self, ids: Iterable[int], *, is_forced: bool = False) -> list[ResponseDelta]:
+        """Take generated ids; what they make certain comes back.
+
+        Ids that were forced (`is_forced`) are read like any others, and not counted as reasoning.
+        """
         deltas: list[ResponseDelta] = []
         for token_id in ids:
-            if token_id in self._hidden:
-                continue
+            was_open = self._splitter.is_reasoning_open
             tag = self._tags.get(token_id)
-            if tag is None:
-                is_reasoning = self._splitter.is_reasoning_open
-                self.num_reasoning_tokens += is_reasoning
+            if was_open and tag in CALL_TAGS:  # in the reasoning they are text
+                tag = None
+            if token_id in self._hidden:
+                spans = []
+            elif tag is None:
                 text = self._detokenizer.push([token_id])
                 spans = self._splitter.push(text)
-                self.num_content_tokens += not is_reasoning and self._is_content(text, spans)
+                self.num_content_tokens += not was_open and self._is_content(text, spans)
             else:
                 spans = self._splitter.push(self._detokenizer.finish())
                 shown = self._splitter.push_tag(tag)
-                self.num_content_tokens += any(not s.is_reasoning and not s.is_tag for s in shown)
+                self.num_content_tokens += any(map(self._is_shown, shown))
                 spans += shown
+            if was_open:
+                is_nothing = tag is not None and not spans  # a tag that repeats the prompt's
+                self._count_reasoning(int(not is_forced and not is_nothing), tag)
             deltas += self._read(spans)
         return deltas
+
+    def _count_reasoning(self, one: int, tag: str | None) -> None:
+        """Count what came while the reasoning was open, once it is known to be reasoning."""
+        if tag is not None:  # what came before it was no beginning of a call
+            self._decide()
+        if not self._splitter.is_reasoning_open:  # what is undecided was a call, or a tag as text
+            self._num_undecided = 0
+        elif self._splitter.is_undecided:
+            self._num_undecided += 1
+        else:
+            self._decide()
+            self.num_reasoning_tokens += one
+
+    def _decide(self) -> None:
+        self.num_reasoning_tokens += self._num_undecided
+        self._num_undecided = 0
+
+    def count_unshown(self, ids: Iterable[int]) -> None:
+        """Count ids at the end of the answer that are not shown: those of a stop string."""
+        for token_id in ids:
+            if not self._splitter.is_reasoning_open or self._tags.get(token_id) == THINK_END:
+                return
+            self.num_reasoning_tokens += 1
 
     def push_text(self, text: str) -> list[ResponseDelta]:
         """Take text that the answer ends with, inside a token.
@@ -114,6 +144,7 @@ class ResponseParser:
     def finish(self) -> list[ResponseDelta]:
         """End the stream; what was held back comes."""
         deltas = self._read(self._splitter.push(self._detokenizer.finish()))
+        self._decide()
         deltas += self._read(self._splitter.finish())
         if self._calls is not None:
             deltas += self._keep(self._calls.finish())
@@ -132,6 +163,13 @@ class ResponseParser:
         is_dropped = text.isspace() and not spans
         return not is_dropped and (self._calls is None or not self._calls.is_open)
 
+    def _is_shown(self, span: Span) -> bool:
+        """Whether a special token behind the reasoning is content itself."""
+        is_of_call = span.is_tag and (
+            span.text not in CALL_TAGS or (self._calls is not None and self._calls.is_open)
+        )
+        return not span.is_reasoning and not is_of_call
+
     def _read(self, spans: Iterable[Span]) -> list[ResponseDelta]:
         deltas: list[ResponseDelta] = []
         for span in spans:
@@ -139,8 +177,8 @@ class ResponseParser:
                 deltas.append(ReasoningDelta(span.text))
             elif self._calls is None:
                 deltas += self._keep([ContentDelta(span.text)])
-            elif span.is_tag:
-                deltas += self._keep(self._calls.push_tag())
+            elif span.is_tag and self._tags:
+                deltas += self._keep(self._calls.push_tag(span.text))
             else:
                 deltas += self._keep(self._calls.push(span.text))
         return deltas

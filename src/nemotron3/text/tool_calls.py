@@ -8,10 +8,17 @@ r"""Read the family's tool calls out of an answer while it arrives.
     </function>
     </tool_call>
 
-The format has no escaping, so what ends a value has to be told from what is in it. Here a
-`</parameter>` ends a value only where the next parameter or the end of the function follows it;
-anywhere else it is text, and so are `<`, `</function>` and `</tool_call>`. One line end after the
-opening and one before the closing belong to the format, all others to the value.
+The format has no escaping, so what ends a value has to be told from what is in it. Here
+
+- `</parameter>` ends a value where the next parameter or the end of the function follows it, and
+  not inside a string of a list or an object in JSON, which holds no line end;
+- so does the opening of a declared parameter at the start of a line, where that parameter has not
+  been given: a forgotten `</parameter>` loses nothing;
+- so does a special token of calls (`push_tag`), which nobody types by accident. A `</function>`
+  just before `</tool_call>` has then closed the function.
+
+Anywhere else these are text, and so are `<`, `</function>` and, as characters, `</tool_call>`. One
+line end after the opening and one before the closing belong to the format, all others to the value.
 
 Every decision waits until it is certain, so how the stream is cut into pieces changes nothing but
 the number of deltas. A call is announced (name first) when its first parameter or its end has
@@ -20,29 +27,36 @@ all others when they are whole, because their type decides how they are written.
 
 - Malformed before it is announced (`<tool_call>` without a function, arguments as bare JSON): it
   was no call. Its text is content, all of it, and reading goes on after `<tool_call>`.
-- Unfinished at the end of the stream: the call stays, `is_complete` is false, and its arguments
-  stay unclosed, so that no client can take half an argument for a whole one.
+- Unfinished, where the stream or a special token ends it, or with a parameter that comes twice: the
+  call stays, `is_complete` is false, and its arguments stay unclosed, so that no client can take
+  half a call for a whole one.
 - White space between text and a call, and between calls, is the template's glue and is dropped.
 
 With `tags_in_text=False` a call begins only where `push_tag` says so (the special token
 `<tool_call>`): an answer that quotes the format is then no call.
+
+How values are written is in `parameter_types.py`. A function that was not offered is a call like
+any other: whoever runs calls knows which there are.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from nemotron3.text.arguments import is_plain_text, read_argument
-from nemotron3.text.messages import Json, Tool
+from nemotron3.text.messages import Tool
+from nemotron3.text.parameter_types import ANYTHING, ParameterType
 from nemotron3.text.reasoning import partial_suffix
+from nemotron3.text.tool_parameters import ToolParameters
 from nemotron3.text.vocabulary import TOOL_CALL_END, TOOL_CALL_START
 
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _NAME_END = re.compile(r"[<>\n]")
+_STRING_MARK = re.compile(r'\\.?|"|\n', re.DOTALL)
+_LAST_CLOSING = re.compile(r"\n?</function>\s*\Z")
 _MAX_NAME = 256  # characters; OpenAI allows 64
 
 
@@ -87,11 +101,32 @@ class _UndecidedError(Exception):
 class _Value:
     """The argument being read; `parts` collect it where it cannot be passed on as it comes."""
 
-    schema: Mapping[str, Json] | None = None
-    root: Mapping[str, Json] | None = None
-    is_text: bool = False
+    type: ParameterType = ANYTHING
+    openings: tuple[str, ...] = ()
+    """Of the parameters that may follow it."""
     has_begun: bool = False
+    is_empty: bool = True
     parts: list[str] = field(default_factory=list[str])
+    is_in_string: bool = False
+    """Whether what was read ends within a string of a list or an object in JSON."""
+    is_json: bool | None = None
+    is_escaped: bool = False
+
+    def collect(self, text: str) -> None:
+        """Add what belongs to it."""
+        self.parts.append(text)
+        if self.is_json is None and text.strip():
+            self.is_json = text.lstrip()[0] in "[{"
+        if not self.is_json:
+            return
+        at = int(self.is_escaped and not text.startswith("\n"))
+        self.is_escaped = False
+        for mark in _STRING_MARK.finditer(text, at):
+            self.is_escaped = mark[0] == "\\"
+            if mark[0] == '"':
+                self.is_in_string = not self.is_in_string
+            elif mark[0].endswith("\n"):
+                self.is_in_string = False
 
 
 class ToolCallParser:
@@ -100,6 +135,7 @@ class ToolCallParser:
     def __init__(self, tools: Sequence[Tool] = (), *, tags_in_text: bool = True) -> None:
         self.calls: list[ParsedCall] = []
         self._tools = {tool.name: tool for tool in tools}
+        self._parameters: dict[str, ToolParameters] = {}  # of the functions that were called
         self._tags_in_text = tags_in_text
         self._state = _State.TEXT
         self._deltas: list[ContentDelta | CallDelta] = []
@@ -107,6 +143,8 @@ class ToolCallParser:
         self._blanks = ""  # white space before a `<tool_call>` that may prove to be no call
         self._follows_call = False
         self._value = _Value()
+        self._given: set[str] = set()  # parameters of this call
+        self._is_whole = True
 
     @property
     def is_open(self) -> bool:
@@ -122,17 +160,20 @@ class ToolCallParser:
                 self._step()
         return self._take()
 
-    def push_tag(self) -> list[ContentDelta | CallDelta]:
-        """Take the special token `<tool_call>`."""
-        if self._state is _State.VALUE:
-            # Read as text where a call is open, whoever says it.
-            return self.push(TOOL_CALL_START)
-        if self._state is _State.CLOSING:
-            self._end_call("")
-        elif self._state is _State.OPENING:
+    def push_tag(self, tag: str) -> list[ContentDelta | CallDelta]:
+        """Take a special token of calls; where one is open, it is over."""
+        was_open = self._state is not _State.TEXT
+        if self._state is _State.OPENING:
             self._no_call(len(self._buffer))
-        self._open(self._buffer, "")
-        return self._take()
+            was_open = False
+        elif was_open:
+            if self._state is _State.VALUE:
+                self._cut_value(tag)
+            self._end_call("")
+        if tag == TOOL_CALL_START:
+            self._open(self._buffer, "")
+            return self._take()
+        return self._take() + ([] if was_open and tag == TOOL_CALL_END else self.push(tag))
 
     def finish(self) -> list[ContentDelta | CallDelta]:
         """End the stream; what was held back comes."""
@@ -195,6 +236,7 @@ class ToolCallParser:
         self._blanks = ""
         self._buffer = self._buffer[name[1] :]
         self.calls.append(ParsedCall(name[0]))
+        self._given, self._is_whole = set(), True
         self._deltas.append(CallDelta(len(self.calls) - 1, name=name[0]))
         self._state = _State.PARAMETERS
 
@@ -208,69 +250,123 @@ class ToolCallParser:
     def _read_parameter(self) -> None:
         found = self._expect(0, (_PARAMETER, _FUNCTION_END))
         assert found is not None, "what follows a value is looked at before the value ends"
-        call = self.calls[-1]
         if found[0] == _FUNCTION_END:
             self._buffer = self._buffer[found[1] :]
-            self._argue("}" if call.arguments else "{}")
-            call.is_complete = True
-            self._state = _State.CLOSING
+            self._end_function()
             return
-        name = self._name(found[1])
-        assert name is not None, "what follows a value is looked at before the value ends"
-        self._buffer = self._buffer[name[1] :]
-        tool = self._tools.get(call.name)
-        self._value = _Value()
-        if tool is not None:
-            self._value.schema = tool.parameter_schema(name[0])
-            self._value.root = tool.parameters
-        is_text = is_plain_text(self._value.schema, root=self._value.root)
-        self._value.is_text = is_text
-        opening = ", " if call.arguments else "{"
-        self._argue(f"{opening}{_json(name[0])}: " + ('"' if is_text else ""))
+        found = self._name(found[1])
+        assert found is not None, "what follows a value is looked at before the value ends"
+        name, end = found
+        self._buffer = self._buffer[end:]
+        parameters = self._parameters_of(self.calls[-1].name)
+        self._is_whole = self._is_whole and name not in self._given
+        self._given.add(name)
+        follow = sorted(parameters.names - self._given)
+        self._value = _Value(parameters.type(name), tuple(f"{_PARAMETER}{n}>" for n in follow))
+        opening = ", " if self.calls[-1].arguments else "{"
+        is_text = self._value.type.is_plain_text
+        self._argue(f"{opening}{_json(name)}: " + ('"' if is_text else ""))
         self._state = _State.VALUE
+
+    def _parameters_of(self, function: str) -> ToolParameters:
+        if function not in self._parameters:
+            self._parameters[function] = ToolParameters(self._tools.get(function))
+        return self._parameters[function]
 
     def _read_value(self) -> None:
         if not self._value.has_begun:
             self._value.has_begun = True
             self._buffer = self._buffer.removeprefix("\n")
-        end = self._buffer.find(_PARAMETER_END)
+        end, opening = self._buffer.find(_PARAMETER_END), self._find_opening()
+        if opening >= 0 and not 0 <= end < opening:
+            self._pass_on(opening)
+            self._buffer = self._buffer.removeprefix("\n")
+            self._end_value()
+            self._state = _State.PARAMETERS
+            return
         if end < 0:
-            held = partial_suffix(self._buffer, (_PARAMETER_END, "\n" + _PARAMETER_END))
-            self._pass_on(len(self._buffer) - held)
+            self._pass_on(len(self._buffer) - self._held())
             raise _UndecidedError
-        self._pass_on(end - self._buffer[:end].endswith("\n"))
-        after = self._buffer.index(_PARAMETER_END) + len(_PARAMETER_END)
-        if self._continues(after):
+        after = self._pass_to(end)
+        if not self._is_in_string() and self._continues(after):
             self._buffer = self._buffer[after:]
             self._end_value()
             self._state = _State.PARAMETERS
         else:
             self._pass_on(after)
 
+    def _find_opening(self) -> int:
+        """Where the opening of a parameter that may follow ends the value, or -1."""
+        at_start = self._value.openings if self._value.is_empty else ()
+        if self._buffer.startswith(at_start):
+            return 0
+        found = [self._buffer.find("\n" + opening) for opening in self._value.openings]
+        return min((at for at in found if at >= 0), default=-1)
+
+    def _held(self) -> int:
+        """Length of what may still begin something else than the value's own text."""
+        value = self._value
+        markers = [_PARAMETER_END, "\n" + _PARAMETER_END, *("\n" + o for o in value.openings)]
+        markers += value.openings if value.is_empty else ()
+        if self._tags_in_text:
+            return partial_suffix(self._buffer, markers)
+        last = _LAST_CLOSING.search(self._buffer)
+        held = len(self._buffer) - last.start() if last is not None else 0
+        return max(held, partial_suffix(self._buffer, (*markers, _FUNCTION_END, "\n</function>")))
+
+    def _is_in_string(self) -> bool:
+        return self._value.is_in_string and not self._buffer.startswith("\n")
+
+    def _pass_to(self, end: int) -> int:
+        """Pass on what stands before a `</parameter>`; where that ends then."""
+        self._pass_on(end - self._buffer[:end].endswith("\n"))
+        return self._buffer.index(_PARAMETER_END) + len(_PARAMETER_END)
+
     def _pass_on(self, length: int) -> None:
         text, self._buffer = self._buffer[:length], self._buffer[length:]
-        if self._value.is_text and text:
+        if not text:
+            return
+        self._value.is_empty = False
+        if self._value.type.is_plain_text:
             self._argue(_json(text)[1:-1])
-        elif text:
-            self._value.parts.append(text)
+        else:
+            self._value.collect(text)
 
     def _end_value(self) -> None:
         value = self._value
-        if value.is_text:
-            self._argue('"')
-        else:
-            read = read_argument("".join(value.parts), value.schema, root=value.root)
-            self._argue(_json(read))
+        is_text = value.type.is_plain_text
+        self._argue('"' if is_text else value.type.read_json("".join(value.parts)))
+
+    def _cut_value(self, tag: str) -> None:
+        """End a value that a special token ends."""
+        last = _LAST_CLOSING.search(self._buffer) if tag == TOOL_CALL_END else None
+        if last is None or _PARAMETER_END in self._buffer:
+            self._finish_value()
+            return
+        self._pass_on(last.start())
+        if self._is_in_string():
+            self._finish_value()
+            return
+        self._end_value()
+        self._end_function()
 
     def _finish_value(self) -> None:
         end = self._buffer.find(_PARAMETER_END)
         if end >= 0:
-            self._pass_on(end - self._buffer[:end].endswith("\n"))
-            self._end_value()
-            return
+            self._pass_to(end)
+            if not self._is_in_string():
+                self._end_value()
+                return
         self._pass_on(len(self._buffer))
-        if not self._value.is_text:
+        if not self._value.type.is_plain_text:
             self._argue(_json("".join(self._value.parts))[:-1])
+
+    def _end_function(self) -> None:
+        call = self.calls[-1]
+        if self._is_whole:
+            self._argue("}" if call.arguments else "{}")
+            call.is_complete = True
+        self._state = _State.CLOSING
 
     def _read_closing(self) -> None:
         found = self._expect(0, (TOOL_CALL_END, _FUNCTION))
@@ -329,5 +425,5 @@ def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> tuple[str, list[P
     return "".join(d.text for d in deltas if isinstance(d, ContentDelta)), parser.calls
 
 
-def _json(value: Json) -> str:
+def _json(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -13,30 +13,12 @@ A packed stream has sequences of many lengths; their losses are averaged by leng
 plain mean where lengths agree (docs/decisions/0003).
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron3.errors import ConfigError
 from nemotron3.models.experts import Router, Routing
 from nemotron3.ops.segments import Segments
-
-
-@dataclass(frozen=True, kw_only=True)
-class BalanceConfig:
-    """How strongly experts are balanced; the defaults are those of the reports."""
-
-    bias_update_rate: float = 1e-3
-    """Step of each expert's selection bias per batch; 0 leaves the biases alone."""
-    sequence_loss: float = 1e-4
-    """Factor of the sequence-level loss; 0 leaves it out."""
-
-    def __post_init__(self) -> None:
-        for name in ("bias_update_rate", "sequence_loss"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 def sequence_balance_loss(routing: Routing, segments: Segments) -> Float[Tensor, ""]:

@@ -7,14 +7,14 @@ import torch
 
 from nemotron3.errors import DataError
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.ops.cross_entropy import linear_cross_entropy
-from nemotron3.training.losses import Targets
+from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
+from nemotron3.ops.cross_entropy import TokenLosses, linear_cross_entropy
+from nemotron3.training.batch import TrainBatch
 
 
 @torch.inference_mode()
 def evaluate(
-    model: LanguageModel, batches: Iterable[Targets], token_bytes: torch.Tensor
+    model: LanguageModel, batches: Iterable[TrainBatch], token_bytes: torch.Tensor
 ) -> dict[str, float]:
     """Mean loss in nats per token, accuracy, and bits per byte of the text.
 
@@ -24,9 +24,12 @@ def evaluate(
     """
     nats = count = num_bytes = correct = 0.0
     for batch in batches:
-        layout = SequenceLayout(batch.segments)
-        hidden = model.backbone(model.embed(batch.tokens), layout).hidden
-        scored = linear_cross_entropy(hidden, model.output_weight, batch.targets, batch.mask)
+
+        def head(output: ModelOutput, batch: TrainBatch = batch) -> TokenLosses:
+            hidden = output.hidden[0]
+            return linear_cross_entropy(hidden, output.output_weight, batch.targets, batch.mask)
+
+        scored = model(batch.tokens, layout=SequenceLayout(batch.segments), head=head)
         nats += scored.total.item()
         count += batch.mask.sum().item()
         num_bytes += (token_bytes[batch.targets] * batch.mask).sum().item()

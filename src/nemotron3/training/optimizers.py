@@ -1,8 +1,8 @@
-"""AdamW as the reports use it: which parameters decay, and state that is saved by name.
+"""Optimizers: which parameters decay and how fast they learn, and state that is saved by name.
 
-Weight decay is for matrices. It is left off everything one-dimensional, off biases and norm
-weights, and off the state-space parameters `A_log`, `D` and `dt_bias`, whatever their shape: to
-shrink those is to change the dynamics, not to regularise.
+Weight decay is for matrices, and each module declares for which of its parameters
+(models/parameter.py). Norm weights, biases and the state-space parameters have none: to shrink
+those is to change scales and dynamics, not to regularise.
 
 PyTorch numbers its optimizer state by the order of parameters, so that a module added in front
 moves every moment to a wrong parameter without an error. Here state is a flat dict by parameter
@@ -19,18 +19,17 @@ of `models/precision.py`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.parameter import parameter_specs
 from nemotron3.parallel.devices import FUSED_OPTIMIZER_DEVICES
-
-_STATE_SPACE_NAMES = frozenset({"A_log", "D", "dt_bias"})
-_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+from nemotron3.training.parameter_groups import ParameterGroupConfig, group_of_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,128 +49,182 @@ class AdamWConfig:
     """Largest norm of the whole gradient; null leaves it as it is."""
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0.0 and math.isfinite(self.lr)):
-            raise ConfigError(f"lr is {self.lr}; it must be positive, for example 1e-3")
+        _check(self.lr, self.weight_decay, self.clip_grad_norm)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ConfigError(f"betas are {self.betas}; both must be at least 0 and below 1")
-        if not self.eps > 0.0:
-            raise ConfigError(f"eps is {self.eps}; it must be positive")
-        if not self.weight_decay >= 0.0:
-            raise ConfigError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0.0:
             raise ConfigError(
-                f"clip_grad_norm is {self.clip_grad_norm}; it must be positive, or null for none"
+                f"betas are {self.betas}; both must be at least 0 and below 1", field="betas"
+            )
+        if not self.eps > 0.0:
+            raise ConfigError(f"eps is {self.eps}; it must be positive", field="eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig:
+    """Gradient descent with momentum: one state tensor for each parameter, or none."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: float
+    """Peak learning rate; the schedule scales it."""
+    momentum: float = 0.9
+    """Decay rate of the running sum of gradients; 0 keeps none."""
+    weight_decay: float = 0.0
+    """Multiple of each matrix that is added to its gradient."""
+    clip_grad_norm: float | None = 1.0
+    """Largest norm of the whole gradient; null leaves it as it is."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr, self.weight_decay, self.clip_grad_norm)
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(
+                f"momentum is {self.momentum}; it must be at least 0 and below 1", field="momentum"
             )
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter of this name and shape."""
-    *modules, leaf = name.split(".")
-    if parameter.ndim < 2 or leaf in _STATE_SPACE_NAMES:
-        return False
-    return not (leaf.endswith("bias") or any("norm" in part for part in (*modules[-1:], leaf)))
+OptimizerConfig: TypeAlias = AdamWConfig | SGDConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one of two groups, decayed and not; tied ones once."""
+def _check(lr: float, weight_decay: float, clip_grad_norm: float | None) -> None:
+    if not (lr > 0.0 and math.isfinite(lr)):
+        raise ConfigError(f"lr is {lr}; it must be positive, for example 1e-3", field="lr")
+    if not weight_decay >= 0.0:
+        raise ConfigError(
+            f"weight_decay is {weight_decay}; it must be 0 or more", field="weight_decay"
+        )
+    if clip_grad_norm is not None and not clip_grad_norm > 0.0:
+        raise ConfigError(
+            f"clip_grad_norm is {clip_grad_norm}; it must be positive, or null for none",
+            field="clip_grad_norm",
+        )
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, groups: Sequence[ParameterGroupConfig] = ()
+) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group, tied ones once.
+
+    The parameters of each of `groups`, and those of none, are in two: decayed and not. Raises
+    ConfigError for a parameter that its module does not declare.
+    """
+    members, specs = group_of_parameters(model, groups), parameter_specs(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if is_decayed(name, p)]},
-        {"params": [p for name, p in trainable if not is_decayed(name, p)]},
-    ]
-    rates = (weight_decay, 0.0)
-    return [
-        {**group, "weight_decay": rate}
-        for group, rate in zip(groups, rates, strict=True)
-        if group["params"]
-    ]
+    for name, _ in trainable:
+        if name not in specs:
+            raise ConfigError(
+                f"nobody says whether weight decay applies to parameter {name!r}; make it by "
+                "DeclaredModule.declare, or set its requires_grad to False"
+            )
+    built: list[dict[str, Any]] = []
+    for group in (None, *groups):
+        rate = weight_decay if group is None or group.weight_decay is None else group.weight_decay
+        own = [(name, p) for name, p in trainable if members.get(name) is group]
+        for decays in (True, False):
+            parameters = [p for name, p in own if specs[name].decays is decays]
+            if parameters:
+                built.append(
+                    {
+                        "params": parameters,
+                        "weight_decay": rate if decays else 0.0,
+                        "lr_scale": 1.0 if group is None else group.lr_scale,
+                    }
+                )
+    return built
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW over the model's trainable parameters, fused where PyTorch has it."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, groups: Sequence[ParameterGroupConfig] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of the model's trainable parameters, fused where PyTorch has it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ConfigError(
                 f"trainable parameter {name!r} is {parameter.dtype}; the optimizer updates fp32 "
                 "master weights, so build the model in float32 and set its precision separately"
             )
-    groups = parameter_groups(model, config.weight_decay)
-    if not groups:
+    built = parameter_groups(model, config.weight_decay, groups)
+    if not built:
         raise ConfigError("the model has no trainable parameter; set requires_grad on some")
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=devices <= FUSED_OPTIMIZER_DEVICES,
-    )
+    devices = {parameter.device.type for group in built for parameter in group["params"]}
+    fused = devices <= FUSED_OPTIMIZER_DEVICES
+    match config:
+        case AdamWConfig(lr=lr, betas=betas, eps=eps):
+            return torch.optim.AdamW(built, lr=lr, betas=betas, eps=eps, fused=fused)
+        case SGDConfig(lr=lr, momentum=momentum):
+            return torch.optim.SGD(built, lr=lr, momentum=momentum, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate of the coming update."""
+    """Give every group the rate of the coming update, by its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale the gradients down to `max_norm` and return the norm they had.
 
     A norm that is not finite is returned as it is, with gradients that are then useless: the caller
-    looks at it before the update.
+    looks at it before the update. Of sharded gradients it is the norm over all shards.
     """
-    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    whole = getattr(norm, "full_tensor", None)  # DTensor's; to import that class takes seconds
+    return norm if whole is None else whole()
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as a flat dict by parameter name, for `CheckpointStore`.
 
-    A parameter that was never updated is saved with zeros, which is the state AdamW would begin
-    with; so a complete dict always has the same names.
+    A parameter that was never updated is saved with the state it would begin with; so a complete
+    dict always has the same names.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in _optimized(optimizer, model).items():
-        state = optimizer.state.get(parameter) or _initial_state(parameter)
-        tensors.update({f"{key}.{name}": state[key] for key in _STATE_KEYS})
+        initial = _initial_state(optimizer, parameter)
+        state = optimizer.state.get(parameter) or initial
+        tensors.update({f"{key}.{name}": state[key] for key in initial})
     return tensors
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.AdamW, model: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
     """Restore what `optimizer_tensors` gave; a name or shape that does not fit is an error."""
     parameters = _optimized(optimizer, model)
-    wanted = {f"{key}.{name}": p for name, p in parameters.items() for key in _STATE_KEYS}
+    states = {name: _initial_state(optimizer, p) for name, p in parameters.items()}
+    wanted = {f"{key}.{name}": t for name, state in states.items() for key, t in state.items()}
     if difference := sorted(wanted.keys() ^ tensors.keys()):
         first = difference[0]
         raise CheckpointError(
             f"optimizer state {first!r} is {'missing' if first in wanted else 'unknown'} "
             f"({len(difference)} names differ); resume with the model that was saved"
         )
-    for key, parameter in wanted.items():
-        shape = torch.Size() if key.startswith("step.") else parameter.shape
-        if tensors[key].shape != shape:
+    for key, tensor in wanted.items():
+        if tensors[key].shape != tensor.shape:
             raise CheckpointError(
                 f"optimizer state {key!r} has shape {list(tensors[key].shape)}, expected "
-                f"{list(shape)}; resume with the model that was saved"
+                f"{list(tensor.shape)}; resume with the model that was saved"
             )
     for name, parameter in parameters.items():
-        state = _initial_state(parameter)
-        for key in _STATE_KEYS:
-            state[key].copy_(tensors[f"{key}.{name}"])
-        optimizer.state[parameter] = state
+        for key, tensor in states[name].items():
+            tensor.copy_(tensors[f"{key}.{name}"])
+        optimizer.state[parameter] = states[name]
 
 
-def _initial_state(parameter: Tensor) -> dict[str, Tensor]:
-    """The state of fused AdamW before the first update."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
+def _initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The state before the first update, as the fused optimizers have it."""
+
+    def zeros() -> Tensor:
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    match optimizer:
+        case torch.optim.AdamW():
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+        case torch.optim.SGD():
+            return {"momentum_buffer": zeros()} if optimizer.defaults["momentum"] else {}
+        case _:
+            raise AssertionError(f"no state is known of {type(optimizer).__name__}")
 
 
-def _optimized(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, nn.Parameter]:
+def _optimized(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer updates, by their names in the model."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     named = {name: p for name, p in model.named_parameters() if id(p) in held}

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic
 
 from torch import Tensor
 
@@ -19,19 +20,20 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.parallel.devices import synchronize
-from nemotron3.training.losses import LossConfig, Targets
+from nemotron3.training.objective import BatchT, Objective, Stateful
 from nemotron3.training.optimizers import (
-    AdamWConfig,
+    OptimizerConfig,
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from nemotron3.training.parameter_groups import ParameterGroupConfig, freeze_parameters
 from nemotron3.training.schedules import Schedule
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 
 _log = logging.getLogger(__name__)
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _OBJECTIVE = "model.", "optimizer.", "objective."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +48,15 @@ class TrainingConfig:
     """Sequences per forward pass; gradients accumulate over batch_size / microbatch_size passes."""
     seq_len: int
     """Tokens per sequence."""
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     """The optimizer and its peak learning rate."""
     schedule: Schedule
     """The course of the learning rate."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """Loss terms and expert balancing."""
+    parameter_groups: tuple[ParameterGroupConfig, ...] = ()
+    """Parameters with a learning rate or a decay of their own, and those that are frozen."""
+    bias_update_rate: float = 1e-3
+    """Step of each expert's selection bias per update, that of the reports; 0 leaves the biases
+    alone."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """What products run in."""
     recompute: bool = False
@@ -67,11 +72,19 @@ class TrainingConfig:
         positive = ("steps", "batch_size", "microbatch_size", "seq_len", "evaluate_every_steps")
         for name in (*positive, "checkpoint_every_steps", "measure_every_steps"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be 1 or more")
+                raise ConfigError(
+                    f"training.{name} is {getattr(self, name)}; it must be 1 or more", field=name
+                )
         if self.batch_size % self.microbatch_size:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size} and microbatch_size "
-                f"{self.microbatch_size}; a batch must be a whole number of microbatches"
+                f"{self.microbatch_size}; a batch must be a whole number of microbatches",
+                field="microbatch_size",
+            )
+        if not self.bias_update_rate >= 0:
+            raise ConfigError(
+                f"training.bias_update_rate is {self.bias_update_rate}; it must be 0 or more",
+                field="bias_update_rate",
             )
 
     @property
@@ -86,29 +99,33 @@ class StepReport:
 
     step: int
     """Updates made, this one included."""
+    steps: int
+    """Updates in all."""
     metrics: dict[str, float]
     """The update's metrics."""
 
 
-BatchSource = Callable[[int], Sequence[Targets]]
-"""The microbatches of the update that follows so many updates."""
 Evaluation = Callable[[LanguageModel], dict[str, float]]
 
 
-class Trainer:
-    """Trains a model, from its newest checkpoint where there is one."""
+class Trainer(Generic[BatchT]):
+    """Trains a model by an objective, from its newest checkpoint where there is one."""
 
     def __init__(
         self,
         model: LanguageModel,
         config: TrainingConfig,
         *,
-        batches: BatchSource,
+        objective: Objective[BatchT],
+        batches: Callable[[int], Sequence[BatchT]],
         evaluation: Evaluation,
         store: CheckpointStore,
         peak_flops: float,
     ) -> None:
-        """`peak_flops` is the machine's product rate, which achieved FLOP/s are held against."""
+        """`batches` are the microbatches of the update that follows so many updates.
+
+        `peak_flops` is the machine's product rate, which achieved FLOP/s are held against.
+        """
         self.model = model
         self.config = config
         self.step = 0
@@ -116,10 +133,21 @@ class Trainer:
         self._evaluation = evaluation
         self._store = store
         self._peak_flops = peak_flops
+        self._objective = objective
         apply_precision(model, config.precision)
-        self._optimizer = build_optimizer(model, config.optimizer)
-        flops = forward_flops_per_token(model.config, context=config.seq_len, with_mtp=True)
-        self._flops_per_step = 3 * flops * config.tokens_per_step
+        freeze_parameters(model, config.parameter_groups)
+        self._optimizer = build_optimizer(model, config.optimizer, config.parameter_groups)
+        self._update = TrainingStep(
+            model,
+            self._optimizer,
+            objective,
+            clip_grad_norm=config.optimizer.clip_grad_norm,
+            bias_update_rate=config.bias_update_rate,
+            recompute=config.recompute,
+        )
+        self._flops_per_token = 3 * forward_flops_per_token(
+            model.config, context=config.seq_len, with_mtp=objective.mtp_depths > 0
+        )
 
     def resume(self) -> int:
         """Take up the newest sound checkpoint, if any; returns the updates already made."""
@@ -128,6 +156,7 @@ class Trainer:
         checkpoint = self._store.load()
         self._load_weights(model_weights(checkpoint))
         load_optimizer_tensors(self._optimizer, self.model, _part(checkpoint, _OPTIMIZER))
+        self._load_objective(_part(checkpoint, _OBJECTIVE))
         self.step = checkpoint.step
         _log.info("resumed at step %d", self.step)
         return self.step
@@ -144,14 +173,28 @@ class Trainer:
             log.log(self.step, metrics)
             if is_last or self.step % config.checkpoint_every_steps == 0:
                 self.save()
-            on_step(StepReport(step=self.step, metrics=metrics))
+            on_step(StepReport(step=self.step, steps=config.steps, metrics=metrics))
 
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step: weights, optimizer, and the objective's state."""
         tensors = {_MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
         moments = optimizer_tensors(self._optimizer, self.model)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in moments.items()}
+        if isinstance(self._objective, Stateful):
+            own = self._objective.state_dict()
+            tensors |= {_OBJECTIVE + name: tensor for name, tensor in own.items()}
         self._store.save(self.step, tensors=tensors, state={})
+
+    def _load_objective(self, saved: dict[str, Tensor]) -> None:
+        ours = self._objective.state_dict().keys() if isinstance(self._objective, Stateful) else ()
+        if difference := sorted(saved.keys() ^ set(ours)):
+            raise CheckpointError(
+                f"the checkpoint in {self._store.directory} is of another objective "
+                f"({len(difference)} names of its state differ, first {difference[0]!r}); name "
+                "another run, or train with the configuration that made it"
+            )
+        if isinstance(self._objective, Stateful):
+            self._objective.load_state_dict(saved)
 
     def _load_weights(self, saved: dict[str, Tensor]) -> None:
         ours = self.model.state_dict()
@@ -171,23 +214,19 @@ class Trainer:
     def _timed_step(self) -> dict[str, float]:
         config = self.config
         start = time.perf_counter()
-        metrics = training_step(
-            self.model,
-            self._optimizer,
-            self._batches(self.step),
-            loss=config.loss,
+        batches = self._batches(self.step)
+        metrics = self._update(
+            batches,
             learning_rate=config.schedule.learning_rate(self.step, peak=config.optimizer.lr),
-            clip_grad_norm=config.optimizer.clip_grad_norm,
-            recompute=config.recompute,
             measure=(self.step + 1) % config.measure_every_steps == 0,
         )
         synchronize(self.model.device)
         seconds = time.perf_counter() - start
-        rate = self._flops_per_step / seconds
+        rate = sum(batch.segments.total for batch in batches) / seconds
         return metrics | {
-            "perf/tokens_per_s": config.tokens_per_step / seconds,
-            "perf/flops_per_s": rate,
-            "perf/peak_fraction": rate / self._peak_flops,
+            "perf/tokens_per_s": rate,
+            "perf/flops_per_s": rate * self._flops_per_token,
+            "perf/peak_fraction": rate * self._flops_per_token / self._peak_flops,
         }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError
-from nemotron3.models.allocation import ALWAYS_FLOAT32, allocate
+from nemotron3.models.allocation import allocate
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface import native, nemotron_h, qwen3_moe
 from nemotron3.models.huggingface.companions import (
@@ -30,6 +30,7 @@ from nemotron3.models.huggingface.companions import (
     write_json,
 )
 from nemotron3.models.huggingface.fields import Fields, updated
+from nemotron3.models.parameter import parameter_specs
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
 """First to last choice for writing; the last can express every model."""
@@ -117,7 +118,7 @@ def read_weights(
     shapes = dict(dialect.published_views(model, config))
     stacked = _stacked_names(shapes, stored)
     _compare(reader, stored, shapes, stacked)
-    parameter_dtype = dtype or _stored_dtype(reader, stored)
+    parameter_dtype = dtype or _stored_dtype(model, reader, stored)
     allocate(model, device, parameter_dtype)
     destinations = dict(dialect.published_views(model, config))
     ours = {name: spelling for spelling, name in stored.items()}
@@ -211,11 +212,14 @@ def _why_missing(names: list[str]) -> str:
     return "the download is incomplete or config.json is of another model"
 
 
-def _stored_dtype(reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
+def _stored_dtype(model: nn.Module, reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
     """The dtype of most of the weights; a file may keep single tensors in a wider one."""
+    # Dialects may name modules as they like, but keep the last parts of these names.
+    specs = parameter_specs(model)
+    wide = tuple({f".{n.rpartition('.')[2]}" for n, spec in specs.items() if spec.keep_float32})
     sizes: Counter[torch.dtype] = Counter()
     for spelling, name in stored.items():
-        if not spelling.endswith(ALWAYS_FLOAT32):
+        if not spelling.endswith(wide):
             info = reader.info(name)
             sizes[info.dtype] += torch.Size(info.shape).numel()
     return max(sizes, key=lambda dtype: sizes[dtype])

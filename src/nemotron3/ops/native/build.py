@@ -16,16 +16,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from nemotron3.errors import BackendUnavailableError
+from nemotron3.ops.native.processors import fit_pytorch
 
 HEADERS = Path(__file__).parent
+TEAMS = HEADERS / "team.cpp"
+"""The source of the library that all others have their threads from."""
 FLAGS = (
     "-std=c++17",
     "-O3",
     "-march=native",
-    "-fopenmp",
+    "-pthread",
     "-shared",
     "-fPIC",
     "-fno-math-errno",
@@ -36,6 +40,8 @@ FLAGS = (
 )
 
 _log = logging.getLogger(__name__)
+_compiling = threading.Lock()
+"""Threads that need the same library first wait for one of them to compile it."""
 
 
 @functools.cache
@@ -56,9 +62,16 @@ def library(source: Path) -> ctypes.CDLL:
             "install g++, or use backend='torch'"
         )
     path = _cache() / f"{source.parent.name}-{_digest(source, compiler)}.so"
-    if not path.exists():
-        _log.info("compiling %s for this processor, once", source)
-        _compile(compiler, source, path)
+    with _compiling:
+        if not path.exists():
+            _log.info("compiling %s for this processor, once", source)
+            _compile(compiler, source, path)
+    if source == TEAMS:
+        fit_pytorch()
+        teams = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        teams.nemotron3_calm_openmp()
+        return teams
+    library(TEAMS)
     return ctypes.CDLL(str(path))
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ WORTH_A_MEMBER = 3 << 19
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _WORDS = {"p": "q", "i": "q", "f": "d"}
 
+_num_threads = torch.get_num_threads
+"""Of a team where processors are idle; team.cpp gives it fewer where they are not."""
+
 Argument = Tensor | int | float | None
 
 
@@ -39,8 +43,9 @@ class NativeFunction:
         self._function: Any = None
 
     def __call__(self, *arguments: Argument) -> None:
-        """Run it on the threads that PyTorch uses."""
-        assert not _recordings, f"{self.name} cannot be recorded; make it a TeamFunction"
+        """Run it on as many threads as PyTorch uses."""
+        if _thread.recording is not None:
+            raise RuntimeError(f"{self.name} cannot be recorded; make it a TeamFunction")
         function = self._function
         if function is None:
             function = getattr(library(self.source), self.name)
@@ -48,19 +53,11 @@ class NativeFunction:
             self._function = function
         function(
             *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
-            torch.get_num_threads(),
+            _num_threads(),
         )
 
 
 _PROGRAM = Path(__file__).with_name("program.cpp")
-_team_ids = NativeFunction(_PROGRAM, "team_ids", "p")
-
-
-def team_ids() -> list[int]:
-    """The system's numbers of the threads that compiled functions run on when this one calls."""
-    ids = torch.zeros(torch.get_num_threads(), dtype=torch.int64)
-    _team_ids(ids)
-    return ids.tolist()
 
 
 class TeamFunction:
@@ -79,10 +76,10 @@ class TeamFunction:
         words = self._words.pack(
             *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
         )
-        self._alone(words, torch.get_num_threads() if work > WORTH_THREADS else 1)
-        if _recordings:
+        self._alone(words, _num_threads() if work > WORTH_THREADS else 1)
+        if _thread.recording is not None:
             operands = tuple(a for a in arguments if isinstance(a, Tensor))
-            _recordings[-1].append(SharedCall(self._shared, words, operands, work))
+            _thread.recording.append(SharedCall(self._shared, words, operands, work))
 
     @cached_property
     def _alone(self) -> Any:
@@ -109,17 +106,28 @@ class SharedCall:
     """Multiply-adds."""
 
 
-_recordings: list[list[Any]] = []
+class _Thread(threading.local):
+    """What belongs to the calling thread alone, as PyTorch's dispatch modes do.
+
+    Engines and trainers of one process compute in threads of their own; a list that they shared
+    would have the calls of one replayed by another.
+    """
+
+    recording: list[Any] | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def recording(calls: list[Any]) -> Iterator[None]:
-    """Append every compiled call within to `calls`, as a `SharedCall`."""
-    _recordings.append(calls)
+    """Append every compiled call that this thread makes within to `calls`, as a `SharedCall`."""
+    outer = _thread.recording
+    _thread.recording = calls
     try:
         yield
     finally:
-        _recordings.pop()
+        _thread.recording = outer
 
 
 class Program:
@@ -144,7 +152,7 @@ class Program:
 
     def __call__(self) -> None:
         """Do all of it."""
-        self._run(self._table, len(self._calls), min(self.members, torch.get_num_threads()))
+        self._run(self._table, len(self._calls), min(self.members, _num_threads()))
 
 
 def serves(x: Tensor) -> bool:

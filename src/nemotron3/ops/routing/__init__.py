@@ -1,5 +1,5 @@
 """The choice of experts for each token."""
 
-from nemotron3.ops.routing.api import Scoring, route
+from nemotron3.ops.routing.api import Scoring, check_indices, route
 
-__all__ = ["Scoring", "route"]
+__all__ = ["Scoring", "check_indices", "route"]

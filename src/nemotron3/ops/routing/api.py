@@ -1,12 +1,14 @@
 """The door to the choice of experts."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.errors import ConfigError
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.routing.reference import Scoring, route_reference
 
-__all__ = ["Scoring", "route"]
+__all__ = ["Scoring", "check_indices", "route"]
 
 _ROUTES = {
     "reference": route_reference,
@@ -23,13 +25,40 @@ def route(
     scoring: Scoring,
     normalise: bool,
     scale: float,
+    indices: Int[Tensor, "tokens choice"] | None = None,
     backend: Backend = "auto",
 ) -> tuple[
     Int[Tensor, "tokens choice"], Float[Tensor, "tokens choice"], Float[Tensor, "tokens expert"]
 ]:
     """Each token's `choices` experts, their weights, and the scores of all.
 
-    `bias` only selects. With `normalise` the weights of a token add up to `scale`.
+    `bias` only selects. With `normalise` the weights of a token add up to `scale`. With `indices`
+    the experts are those, in their order, and weights and gradients follow from these logits.
     """
+    if indices is not None:
+        tokens, experts = logits.shape
+        check_indices(indices, tokens=tokens, choices=choices, experts=experts)
     chosen = resolve("route", backend, _ROUTES, logits)
-    return chosen(logits, bias, choices=choices, scoring=scoring, normalise=normalise, scale=scale)
+    return chosen(
+        logits, bias, indices, choices=choices, scoring=scoring, normalise=normalise, scale=scale
+    )
+
+
+def check_indices(
+    indices: Tensor, *, tokens: int, choices: int, experts: int, name: str = "indices"
+) -> None:
+    """Raise ConfigError unless `indices` are `choices` different experts for each token."""
+    if indices.dtype != torch.int64 or indices.shape != (tokens, choices):
+        raise ConfigError(
+            f"{name} is {indices.dtype} of shape {list(indices.shape)}; it must be torch.int64 of "
+            f"shape [{tokens}, {choices}], the experts that each token of this call chose"
+        )
+    ordered = indices.sort(dim=-1).values
+    wrong = (ordered < 0) | (ordered >= experts)
+    wrong[:, 1:] |= ordered[:, 1:] == ordered[:, :-1]
+    if wrong.any():
+        row = int(wrong.any(-1).nonzero()[0])
+        raise ConfigError(
+            f"{name}[{row}] is {indices[row].tolist()}; it must be different experts from 0 to "
+            f"{experts - 1}"
+        )

@@ -47,22 +47,23 @@ int64_t take_largest(float* values, int64_t n) {
 }
 
 // indices, weights [tokens, choices] and scores [tokens, experts]; logits have rows of ldlogits.
+// Where the indices are given they are read, and written otherwise.
 void route(Team& team, const float* logits, const float* bias, int64_t* indices, float* weights,
            float* scores, int64_t tokens, int64_t experts, int64_t choices, int64_t ldlogits,
-           int64_t softmax, int64_t normalise, float scale) {
+           int64_t given, int64_t softmax, int64_t normalise, float scale) {
   const int64_t padded = (experts + LANES - 1) / LANES * LANES;
   const std::unique_ptr<float[]> left(new float[padded]);
   const Range part = team.share(tokens);
   for (int64_t t = part.first; t < part.last; t++) {
     float *s = scores + t * experts, *w = weights + t * choices, total = 1e-20f;
     score(logits + t * ldlogits, s, experts, softmax);
-    for (int64_t i = 0; i < padded; i++) {
+    for (int64_t i = 0; i < padded && !given; i++) {
       const float value = i < experts ? s[i] + bias[i] : -INFINITY;
       left[i] = value != value ? INFINITY : value;
     }
     for (int64_t i = 0; i < choices; i++) {
-      const int64_t chosen = take_largest(left.get(), experts);
-      indices[t * choices + i] = chosen;
+      int64_t& chosen = indices[t * choices + i];
+      if (!given) chosen = take_largest(left.get(), experts);
       w[i] = s[chosen];
       total += w[i];
     }
@@ -89,18 +90,20 @@ extern "C" {
 void route_backward(const int64_t* indices, const float* scores, const float* d_weights,
                     float* d_logits, int64_t tokens, int64_t experts, int64_t choices,
                     int64_t softmax, int64_t normalise, float scale, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * experts > WORTH_THREADS)
-  for (int64_t t = 0; t < tokens; t++) {
-    const int64_t* chosen = indices + t * choices;
-    const float *s = scores + t * experts, *dw = d_weights + t * choices;
-    float *ds = d_logits + t * experts, total = 1.0f, mean = 0.0f;
-    if (normalise) {  // w_i = scale s_i / total, so each score pulls at all weights
-      total = 1e-20f;
-      for (int64_t i = 0; i < choices; i++) total += s[chosen[i]];
-      for (int64_t i = 0; i < choices; i++) mean += dw[i] * s[chosen[i]] / total;
+  together(tokens * experts > WORTH_THREADS ? threads : 1, [&](Team& team) {
+    const Range part = team.share(tokens);
+    for (int64_t t = part.first; t < part.last; t++) {
+      const int64_t* chosen = indices + t * choices;
+      const float *s = scores + t * experts, *dw = d_weights + t * choices;
+      float *ds = d_logits + t * experts, total = 1.0f, mean = 0.0f;
+      if (normalise) {  // w_i = scale s_i / total, so each score pulls at all weights
+        total = 1e-20f;
+        for (int64_t i = 0; i < choices; i++) total += s[chosen[i]];
+        for (int64_t i = 0; i < choices; i++) mean += dw[i] * s[chosen[i]] / total;
+      }
+      for (int64_t i = 0; i < choices; i++) ds[chosen[i]] += scale / total * (dw[i] - mean);
+      score_backward(s, ds, experts, softmax);
     }
-    for (int64_t i = 0; i < choices; i++) ds[chosen[i]] += scale / total * (dw[i] - mean);
-    score_backward(s, ds, experts, softmax);
-  }
+  });
 }
 }

@@ -1,7 +1,7 @@
 """Choosing experts, written out (white paper, section 2.2; Qwen's form has softmax scores).
 
 s   = sigmoid(logits), or their softmax
-T   = the k experts with the largest s + bias
+T   = the k experts with the largest s + bias, or those that are given
 g_i = scale * s_i / sum over T of s             (the sum only where it is normalised)
 """
 
@@ -13,11 +13,19 @@ Scoring = Literal["sigmoid", "softmax"]
 
 
 def route_reference(
-    logits: Tensor, bias: Tensor, *, choices: int, scoring: Scoring, normalise: bool, scale: float
+    logits: Tensor,
+    bias: Tensor,
+    indices: Tensor | None,
+    *,
+    choices: int,
+    scoring: Scoring,
+    normalise: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `nemotron3.ops.routing.api.route`."""
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
-    indices = (scores.detach() + bias).topk(choices, dim=-1).indices
+    if indices is None:
+        indices = (scores.detach() + bias).topk(choices, dim=-1).indices
     weights = scores.gather(-1, indices)
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

@@ -1,0 +1,82 @@
+"""Times the rows of `benchmarks.regression` in one checkout, one at a time, when it is told to.
+
+It is started by path with another checkout on PYTHONPATH, so it imports only what every checkout
+has. A line on standard input names a model and a row; the answer is the seconds of one turn.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from benchmarks.models import configs, tokens_of
+from benchmarks.timing import Contestant, warmed
+from benchmarks.workloads import PROMPT, our_decode, our_prefill, training
+
+from nemotron3 import LanguageModel, ModelConfig
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine import Engine
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.inference.sequences import EngineRequest
+
+STREAMS, WRITTEN = 8, 64
+"""Requests at once in the engine's row, and the tokens that each is answered with."""
+
+
+def main() -> None:
+    """Answer lines until there are no more."""
+    torch.set_num_threads(int(sys.argv[1]))
+    made: dict[tuple[str, str], Contestant] = {}
+    for line in sys.stdin:
+        model, row = line.strip().split("|")
+        if not any(name == model for name, _ in made):
+            made.clear()  # one model's memory at a time
+        if (model, row) not in made:
+            made[model, row] = contestant(model, row)
+        print(made[model, row](), flush=True)
+
+
+def contestant(name: str, row: str) -> Contestant:
+    """What a row times."""
+    config = without_mtp(ModelConfig.preset("tiny")) if name == "tiny" else configs()[name]
+    model = LanguageModel.from_config(config, seed=0)
+    kind, _, number = row.partition(" ")
+    match kind:
+        case "train":
+            return training(model.train(), tokens_of(config, 4, int(number)))
+        case "prefill":
+            return our_prefill(model.eval(), tokens_of(config, 1, int(number)))
+        case "decode":
+            return our_decode(model.eval(), tokens_of(config, int(number), PROMPT), steps=128)
+        case "engine":
+            return engine(model.eval(), tokens_of(config, STREAMS, int(number)).tolist())
+    raise ValueError(f"row {row!r} is none of train, prefill, decode, engine")
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The model that the workloads' losses and steps are for."""
+    return replace(config, hybrid_override_pattern=config.hybrid_override_pattern.split("/")[0])
+
+
+def engine(model: LanguageModel, prompts: list[list[int]]) -> Contestant:
+    """All prompts answered together by the engine, prompts and sampling included."""
+    runner = Engine(model, EngineConfig(max_num_seqs=STREAMS, max_model_len=2048))
+    params = SamplingParams(max_tokens=WRITTEN, temperature=1.0, seed=0, ignore_eos=True)
+
+    def answer() -> None:
+        for index, prompt in enumerate(prompts):
+            request = EngineRequest(request_id=str(index), prompt=tuple(prompt), params=params)
+            runner.add(request)
+        exhaust(runner.step() for _ in iter(lambda: runner.has_work, False))
+
+    return warmed(answer)
+
+
+def exhaust(steps: Iterable[object]) -> None:
+    """Run to the end."""
+    for _ in steps:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a module says of each of its parameters, once, where it makes them.
+
+What it begins with, whether weight decay applies to it, and whether it stays in float32 whatever
+the model is kept in. Memory (allocation.py), initial values (initialization.py) and the optimizer's
+groups read this, so none of them has a list of names.
+
+    class Gain(DeclaredModule):
+        weight: nn.Parameter
+
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.declare("weight", (size,), init=Constant(1.0), decays=False)
+
+Declarations belong to the module and not to the tensor, which every conversion replaces. So they
+outlive `deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and what was declared to
+stay in float32 stays so through all of these.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemotron3.models.initial_values import InitialValue
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpec:
+    """What is known of one parameter or buffer."""
+
+    init: InitialValue
+    """What it begins with."""
+    decays: bool
+    """Whether weight decay applies: to matrices, and not to what sets scales or dynamics."""
+    keep_float32: bool
+    """Whether it is kept in float32 at least, because its rounding would add up."""
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What it is kept in, in a model of `dtype`."""
+        return torch.promote_types(dtype, torch.float32) if self.keep_float32 else dtype
+
+
+class DeclaredModule(nn.Module):
+    """A module that declares its parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs: dict[str, ParameterSpec] = {}
+        """Of its own parameters and buffers, by their names in this module."""
+
+    def declare(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        init: InitialValue,
+        decays: bool,
+        keep_float32: bool = False,
+    ) -> None:
+        """Make a parameter, without values."""
+        self.specs[name] = ParameterSpec(init=init, decays=decays, keep_float32=keep_float32)
+        self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+
+    def declare_buffer(
+        self, name: str, shape: Sequence[int], *, init: InitialValue, keep_float32: bool = False
+    ) -> None:
+        """Make a tensor that is saved with the model and not trained, without values."""
+        self.specs[name] = ParameterSpec(init=init, decays=False, keep_float32=keep_float32)
+        self.register_buffer(name, torch.empty(*shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001
+        """Every conversion of PyTorch's (`.to`, `.half`, `.cuda`, ...) comes through here."""
+        wide = [tensor for name in self._kept_float32() for tensor in _with_gradient(self, name)]
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if converted.dtype == tensor.dtype or all(tensor is not kept for kept in wide):
+                return converted
+            return tensor.to(converted.device, torch.promote_types(converted.dtype, torch.float32))
+
+        return super()._apply(convert if wide else fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # With assign=True the given tensors become the module's own, in whatever dtype they have.
+        for name in self._kept_float32():
+            given = state_dict.get(prefix + name)
+            if given is not None and (wide := _at_least_float32(given.dtype)) != given.dtype:
+                state_dict[prefix + name] = given.detach().to(wide)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _kept_float32(self) -> list[str]:
+        return [name for name, spec in self.specs.items() if spec.keep_float32]
+
+
+def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
+    """All that the modules of a model declare, by the names that parameters have in the model."""
+    return {
+        f"{prefix}.{name}" if prefix else name: spec
+        for prefix, module in model.named_modules()
+        if isinstance(module, DeclaredModule)
+        for name, spec in module.specs.items()
+    }
+
+
+def _with_gradient(module: nn.Module, name: str) -> list[Tensor]:
+    tensor = getattr(module, name)
+    return [tensor] if tensor.grad is None else [tensor, tensor.grad]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

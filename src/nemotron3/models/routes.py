@@ -1,0 +1,71 @@
+"""Experts that another pass chose, to be chosen again.
+
+Rollouts and training differ by rounding, and where two scores nearly agree a router then sends a
+token elsewhere: the trained policy is not the one that was sampled. Routing replay (R3, Ma et al.,
+arXiv 2510.11370) gives the choices of the rollout to the training pass. Only the choice is
+replayed. The weights of the experts are computed from the scores of the pass that runs, so
+gradients reach the router as ever.
+
+    output = model(tokens, layout=layout, head=lambda output: output)
+    again = model(tokens, layout=layout, routes=output.routes)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.pattern import LayerKind
+from nemotron3.ops.routing import check_indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRoutes:
+    """The experts of every token of a call, mixture by mixture, int64 [tokens, choices] each."""
+
+    backbone: Sequence[Tensor]
+    """Of the backbone's mixtures, first to last."""
+    mtp: Sequence[Sequence[Tensor]] | None = None
+    """Of each MTP depth's mixtures; without them the depths choose for themselves. What an engine
+    chose while it drafted is of no use here: it drafted from other hidden states."""
+
+    def check(self, config: ModelConfig, *, tokens: int, mtp_depths: int) -> None:
+        """Raise ConfigError where the routes are not those of a call of so many tokens."""
+        pattern = config.pattern
+        self._check_layers(config, "routes.backbone", self.backbone, pattern.main, tokens)
+        if self.mtp is None:
+            return
+        if len(self.mtp) != mtp_depths:
+            raise ConfigError(
+                f"routes.mtp has {len(self.mtp)} depths and mtp_depths is {mtp_depths}; give the "
+                "routes of every depth, or None to have them chosen"
+            )
+        for depth, layers in enumerate(self.mtp):
+            self._check_layers(config, f"routes.mtp[{depth}]", layers, pattern.mtp, tokens)
+
+    @staticmethod
+    def _check_layers(
+        config: ModelConfig,
+        name: str,
+        layers: Sequence[Tensor],
+        kinds: Sequence[LayerKind],
+        tokens: int,
+    ) -> None:
+        expected = sum(kind is LayerKind.EXPERTS for kind in kinds)
+        if len(layers) != expected:
+            raise ConfigError(
+                f"{name} has {len(layers)} entries; the model has {expected} mixtures of experts "
+                "there, and each needs its own"
+            )
+        moe = config.moe
+        for index, indices in enumerate(layers):
+            assert moe is not None
+            check_indices(
+                indices,
+                tokens=tokens,
+                choices=moe.num_experts_per_tok,
+                experts=moe.n_routed_experts,
+                name=f"{name}[{index}]",
+            )

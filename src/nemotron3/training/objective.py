@@ -1,0 +1,68 @@
+"""What a batch's loss is: the one thing that a stage of training says for itself.
+
+Pre-training, fine-tuning, reinforcement learning, preferences and distillation share the loop, the
+update and the bookkeeping. They differ in the loss, and an `Objective` is that. For each global
+batch the step asks it twice:
+
+1. `counts`: what the loss is divided by. A microbatch, or a rank, sees a part of the batch only, so
+   the sums over all parts are made before the first forward pass. Loss and gradient are then the
+   same for any split into microbatches and for any packing.
+2. `loss`: the share of one microbatch, from its forward pass. It runs inside that pass (it is the
+   model's `head`), where the output layer's matrix is whole even if the model is sharded.
+
+An objective with a state of its own (a moving baseline, say) is `Stateful`; checkpoints keep it.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron3.models.nemotron_h import ModelOutput
+from nemotron3.training.batch import TrainBatch
+
+BatchT = TypeVar("BatchT", bound=TrainBatch)
+BatchT_contra = TypeVar("BatchT_contra", bound=TrainBatch, contravariant=True)
+
+
+class LossTerms(NamedTuple):
+    """What one microbatch adds to its global batch."""
+
+    total: Float[Tensor, ""]
+    """Its share of the loss: the part that carries gradients."""
+    metrics: dict[str, Float[Tensor, ""]]
+    """Its shares of the metrics, detached, the same names for every microbatch; a metric is the
+    sum of its shares. Names are whole: `train/loss`."""
+
+
+class Objective(Protocol[BatchT_contra]):
+    """The loss of a batch of one kind."""
+
+    @property
+    def mtp_depths(self) -> int:
+        """Depths of multi-token prediction that the loss reads; 0 leaves the MTP block out."""
+        ...
+
+    def counts(self, batch: BatchT_contra) -> dict[str, float]:
+        """What a microbatch adds to the normalisers, the same names for every microbatch."""
+        ...
+
+    def loss(
+        self, output: ModelOutput, batch: BatchT_contra, counts: Mapping[str, float]
+    ) -> LossTerms:
+        """The share of one microbatch; `counts` are those of the global batch."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective that changes while it trains."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its state by name; the names never change."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> None:
+        """Take up what `state_dict` gave."""
+        ...

@@ -1,0 +1,73 @@
+"""The pre-training loss: next token, further tokens by MTP, and the balance of experts.
+
+    L = CE + sum_k (lambda / D) CE_k + coefficient * balance
+
+The cross-entropies are those of `token_objective.py`, every token with weight 1; the balance loss
+is a mean over all tokens of the global batch, with a target or without.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemotron3.errors import ConfigError
+from nemotron3.models.nemotron_h import ModelOutput
+from nemotron3.ops.segments import Segments
+from nemotron3.training.balancing import sequence_balance_loss
+from nemotron3.training.batch import TrainBatch
+from nemotron3.training.objective import LossTerms
+from nemotron3.training.token_objective import TokenLossConfig, TokenObjective, check_scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainLossConfig:
+    """Weights of the loss terms."""
+
+    mtp_loss_scaling: float = 0.3
+    """Lambda, the weight of all MTP depths together: 0.3 for Super, 0.1 for Ultra; 0 leaves the MTP
+    block out, and a model without one has none."""
+    balance_loss: float = 1e-4
+    """Factor of the sequence-level balance loss, that of the reports; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        check_scaling(self.mtp_loss_scaling)
+        if not self.balance_loss >= 0:
+            raise ConfigError(
+                f"balance_loss is {self.balance_loss}; it must be 0 or more", field="balance_loss"
+            )
+
+
+class PretrainObjective(TokenObjective[TrainBatch]):
+    """Next-token prediction with all that the reports add to it."""
+
+    def __init__(self, config: PretrainLossConfig, *, num_mtp_depths: int) -> None:
+        """`num_mtp_depths` are those of the model, `ModelConfig.pattern.num_mtp_depths`."""
+        scaling = config.mtp_loss_scaling if num_mtp_depths else 0.0
+        super().__init__(TokenLossConfig(mtp_loss_scaling=scaling), num_mtp_depths=num_mtp_depths)
+        self._balance_loss = config.balance_loss
+
+    def counts(self, batch: TrainBatch) -> dict[str, float]:
+        """Targets by depth, and tokens."""
+        return super().counts(batch) | {"tokens": float(batch.segments.total)}
+
+    def loss(
+        self, output: ModelOutput, batch: TrainBatch, counts: Mapping[str, float]
+    ) -> LossTerms:
+        """The cross-entropies and the balance loss, which is `train/aux_loss` of the metrics."""
+        total, metrics = super().loss(output, batch, counts)
+        balance = _balance(output, batch.segments) / counts["tokens"]
+        if self._balance_loss:
+            total = total + self._balance_loss * balance
+        return LossTerms(total, metrics | {"train/aux_loss": balance.detach()})
+
+
+def _balance(output: ModelOutput, segments: Segments) -> Tensor:
+    """Balance loss over all mixtures; the shared MTP block's counts once, as its depths' mean."""
+    total = output.hidden[0].new_zeros(())
+    for routing in output.routings:
+        total = total + sequence_balance_loss(routing, segments)
+    for depth_routings in output.mtp_routings:
+        for routing in depth_routings:
+            total = total + sequence_balance_loss(routing, segments) / len(output.mtp_routings)
+    return total

@@ -1,0 +1,102 @@
+"""Requests served in whatever company, and all that their answers tell, to be compared."""
+
+from dataclasses import dataclass
+
+from nemotron3.inference.answers import Answers, CompletionOutput, Prompt, RequestOutput
+from nemotron3.inference.engine import Engine
+from nemotron3.inference.frontend import Frontend
+from nemotron3.inference.requests import FinishReason, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, when it comes, and when whoever asked goes away."""
+
+    prompt: Prompt
+    params: SamplingParams
+    arrives: int = 0
+    leaves: int | None = None
+    """The step after which it is aborted."""
+
+
+def serve(engine: Engine, frontend: Frontend, asks: list[Ask]) -> list[RequestOutput]:
+    """Everything that the answers tell, request by request."""
+    answers: dict[str, Answers] = {}
+    waiting, step = dict(enumerate(asks)), 0
+    while waiting or engine.has_work:
+        for number, ask in list(waiting.items()):
+            if ask.arrives <= step:
+                name = str(number)
+                engine.add(frontend.request(ask.prompt, ask.params, name))
+                answers[name] = frontend.answers(ask.prompt, ask.params, name)
+                del waiting[number]
+        for progress in engine.step():
+            answers[progress.request_id].push(progress)
+        for number, ask in enumerate(asks):
+            if ask.leaves == step:
+                for progress in engine.abort(str(number)):
+                    answers[progress.request_id].push(progress)
+        step += 1
+        assert step < 3000, "the engine makes no progress"
+    return [answers[str(number)].output() for number in range(len(asks))]
+
+
+def assert_same(output: RequestOutput, alone: RequestOutput, *, tolerance: float) -> None:
+    """All that a request tells of its answers; an aborted one tells the beginning of it."""
+    for answer, expected in zip(output.outputs, alone.outputs, strict=True):
+        if answer.finish_reason is FinishReason.ABORT:
+            count = len(answer.token_ids)
+            assert answer.token_ids == expected.token_ids[:count]
+            assert_close(answer.logprobs, expected.logprobs[:count], tolerance)
+            continue
+        assert told(answer) == told(expected)
+        assert_close(answer.logprobs, expected.logprobs, tolerance)
+        assert_close(answer.content_logprobs, expected.content_logprobs, tolerance)
+    if any(answer.token_ids for answer in output.outputs[:1]):
+        assert len(output.prompt_logprobs) == len(alone.prompt_logprobs)
+        assert output.prompt_logprobs[:1] in ((), (None,))
+        assert_close(output.prompt_logprobs[1:], alone.prompt_logprobs[1:], tolerance)
+
+
+def told(answer: CompletionOutput) -> dict[str, object]:
+    """What of an answer is the same to the last token, whatever the schedule."""
+    return {
+        name: getattr(answer, name)
+        for name in (
+            "token_ids", "text", "reasoning", "content", "tool_calls", "finish_reason",
+            "stop_reason", "num_reasoning_tokens", "error", "failure",
+        )
+    }  # fmt: skip
+
+
+def assert_close(ours, theirs, tolerance: float) -> None:
+    """The same tokens, log-probabilities and alternatives, as far as rounding lets them be."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert isinstance(a, TokenLogprob)
+        assert (a.token, len(a.top)) == (b.token, len(b.top))
+        assert abs(a.logprob - b.logprob) <= tolerance
+        assert abs(a.rank - b.rank) <= 1  # of two that are equally probable but for rounding
+        for (_, mine), (_, wanted) in zip(a.top, b.top, strict=True):
+            assert abs(mine - wanted) <= tolerance
+        either = dict(b.top)
+        for token, logprob in a.top:
+            assert token in either or abs(logprob - b.top[-1][1]) <= tolerance
+
+
+def assert_counts(output: RequestOutput, engine: Engine, params: SamplingParams) -> None:
+    """Counts that depend on the schedule stay within what they count."""
+    cached = output.num_cached_tokens
+    assert 0 <= cached < len(output.prompt.ids)
+    if engine.config.prefix_cache_bytes == 0 or params.prompt_logprobs is not None:
+        assert cached == 0
+    for answer in output.outputs:
+        drafts = answer.acceptance
+        assert 0 <= drafts.accepted <= drafts.drafted
+        assert drafts.accepted <= len(answer.token_ids)
+        if engine.config.max_draft_tokens == 0:
+            assert drafts.drafted == 0
+        assert answer.num_reasoning_tokens <= len(answer.token_ids)
+        if params.reasoning_budget is not None:
+            most = params.reasoning_budget + params.reasoning_grace
+            assert answer.num_reasoning_tokens <= most
