@@ -164,6 +164,39 @@ def test_one_document_is_cut(tmp_path):
     assert end.text.startswith("19")
 
 
+@pytest.mark.parametrize("names", [("book", "note"), ("a", "b"), ("note", "book")])
+def test_a_book_beside_a_note_gives_its_share(tmp_path, names):
+    """Whichever of the two the hash would hold out; the share is in the manifest."""
+    for name, lines in zip(names, (12_000, 20), strict=True):
+        text = "".join(f"{name} {i}: to be, or not to be.\n" for i in range(lines))
+        (tmp_path / f"{name}.txt").write_text(text)
+    config = CorpusConfig(sources=(FilesConfig(path=str(tmp_path)),), tokenizer=SMALL)
+    corpus = prepare_corpus(config, directory=tmp_path / "out" / "corpus")
+    source = corpus.manifest.source("own-text")
+    assert source.held_out_share == pytest.approx(0.05, rel=0.2)
+    assert corpus.manifest.held_out_share == source.held_out_share
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.txt")]
+    assert source.train.bytes + source.held_out.bytes == sum(sizes)
+
+
+def test_a_document_of_two_sources_is_on_one_side(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for n in range(30):
+            own = f"own of {name} {n}\n" * 9
+            text = f"shared {n}\n" * 10 if n % 3 == 0 else own
+            (tmp_path / name / f"{n}.txt").write_text(text)
+    sources = tuple(FilesConfig(path=str(tmp_path / n), name=n) for n in ("one", "two"))
+    config = CorpusConfig(sources=sources, tokenizer=SMALL, held_out_fraction=0.2)
+    corpus = prepare_corpus(config, directory=tmp_path / "corpus")
+    trained, kept = set(), set()
+    for name in ("one", "two"):
+        trained.update(corpus.train_text(name, max_bytes=1_000_000))
+        kept.update(document.text for document in corpus.held_out_documents(name))
+    assert any("shared" in text for text in kept)
+    assert not trained & kept
+
+
 def test_too_little_text_to_hold_out(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     config = CorpusConfig(sources=(FilesConfig(path=str(tmp_path / "a.txt")),), tokenizer=SMALL)

@@ -60,6 +60,13 @@ def test_a_file_without_documents_is_refused(config, tmp_path):
         open_tokenized(config)
 
 
+def test_a_file_of_special_tokens_alone_is_refused(config, tmp_path):
+    with TokenFileWriter(tmp_path / "held_out", vocab_size=300) as writer:
+        writer.add([2, 2])
+    with pytest.raises(DataError, match=r"held_out\.bin holds special tokens alone"):
+        open_tokenized(config)
+
+
 def test_sources_need_names_of_their_own(config):
     with pytest.raises(ConfigError, match="each by its own name"):
         TokenizedConfig(sources=config.sources * 2, tokenizer=config.tokenizer)

@@ -77,9 +77,15 @@ def test_a_schedule_longer_than_the_training_is_said(text, tmp_path):
 def test_prompts_are_continued_and_held_out_text_is_where_none_are_given(text, tmp_path):
     run = small_run(text, training={"steps": 1})
     own = pretrain(run, runs=tmp_path / "runs")
-    texts = {file.read_text("utf-8")[:24] for file in text.iterdir()}
-    assert len(own.samples) == 2  # all that is held out
-    assert {sample["prompt"] for sample in own.samples} <= texts
+    (kept,) = (tmp_path / "cache").rglob("held_out/*.jsonl")
+    texts = [json.loads(line)["text"] for line in kept.read_text("utf-8").splitlines()]
+    assert [sample["prompt"] for sample in own.samples] == [t[:24] for t in texts[:3]]
+    written = "".join(file.read_text("utf-8") for file in text.iterdir())
+    assert texts
+    assert all(part in written for part in texts)
+    assert own.held_out_bytes == sum(len(part.encode()) for part in texts)
+    assert own.held_out_share == pytest.approx(own.held_out_bytes / len(written.encode()))
+    assert own.held_out_share == pytest.approx(0.1, rel=0.25)
     given = replace(run, name="given", prompts=("the old", "a"))
     summary = pretrain(given, runs=tmp_path / "runs")
     assert [sample["prompt"] for sample in summary.samples] == ["the old", "a"]

@@ -58,6 +58,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a directory, oldest first; it may be missing."""
+    if not directory.is_dir():
+        return []
+    matches = (_STEP.fullmatch(path.name) for path in directory.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
 class CheckpointStore:
     """A directory of checkpoints by step."""
 
@@ -76,8 +84,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that were saved, oldest first; their contents are not checked."""
-        matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return saved_steps(self.directory)
 
     def latest(self) -> int | None:
         """The newest step that was saved, or None; `load` says whether it is sound."""

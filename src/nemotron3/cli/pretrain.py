@@ -33,7 +33,7 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     run = override(run, options, prog=f"nemotron3 pretrain {recipe or '--from RUN.JSON'}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with watch() as callback:
-        summary = pretrain(run, runs=known.runs, callback=callback)
+        summary = pretrain(run, runs=known.runs, callback=callback, replay=known.replay)
     print(result_text(summary, run, known.runs / run.name))
     return 0
 
@@ -91,6 +91,7 @@ def result_text(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str
         bar = "\u2588" * round(32 * bits / widest)
         lines.append(f"  {name:<24}{bits:6.3f}  {bar}")
     lines += [
+        f"  held out: {summary.held_out_share:.1%} of the text, {summary.held_out_bytes:,} bytes",
         "",
         f"{summary.parameters / 1e6:.1f}M parameters "
         f"({summary.active_parameters / 1e6:.1f}M active), "

@@ -63,6 +63,11 @@ def write_run(directory: Path, config: Any, *, extra: Mapping[str, Any] | None =
 
 def read_run(path: Path, cls: type[T]) -> T:
     """The configuration of a recorded run; `path` is the file or the run's directory."""
+    return from_record(cls, read_record(path)["config"], path="config")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The whole record of a run, with what was found at run time under `extra`."""
     file = path / RUN_FILE if path.is_dir() else path
     try:
         record: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -80,7 +85,8 @@ def read_run(path: Path, cls: type[T]) -> T:
             f"{file} has format {found.get('format')!r}, this version reads {FORMAT}; "
             "use the revision of the package that its 'git' entry names"
         )
-    return from_record(cls, found["config"], path="config")
+    found.setdefault("extra", {})
+    return found
 
 
 def git_revision() -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ A `CorpusConfig` is turned into a folder by `preparation.prepare_corpus`, and re
 `PreparedCorpus`:
 
     manifest.json              what it is, and how much
+    made_of.json               the files and packages that it was made of
     tokenizer/                 tokenizer.json and its companions
     train/NAME.bin, .idx       a pair for each source
     held_out/NAME.bin, .idx
@@ -25,7 +26,9 @@ from typing import Literal
 
 import numpy as np
 
+from nemotron3.config import from_record
 from nemotron3.data.documents import Document
+from nemotron3.data.fingerprint import FileState
 from nemotron3.data.manifest import Manifest
 from nemotron3.data.sources import PinnedConfig
 from nemotron3.data.text_sources import SourceConfig
@@ -36,6 +39,7 @@ from nemotron3.text import Tokenizer
 TRAIN = "train"
 HELD_OUT = "held_out"
 TOKENIZER = "tokenizer"
+MADE_OF = "made_of.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class CorpusConfig:
     """The vocabulary."""
 
     held_out_fraction: float = 0.05
-    """Share of the documents that is never trained on."""
+    """Share of the bytes of each source that is never trained on."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -136,6 +140,16 @@ def english_and_code(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfi
         tokenizer=tokenizer or TrainTokenizerConfig(vocab_size=16_384),
         held_out_fraction=0.02,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeOf:
+    """What a prepared corpus was made of."""
+
+    text: dict[str, FileState]
+    """The files of `FilesConfig` sources, by their paths."""
+    packages: dict[str, str]
+    """Digest and version of each `PinnedConfig` source."""
 
 
 class Corpus:
@@ -209,6 +223,11 @@ class PreparedCorpus(Corpus):
                 f"delete {self.directory} and prepare the corpus again"
             )
         super().__init__(manifest, tokenizer, train=train, held_out=held_out)
+
+    @property
+    def made_of(self) -> MadeOf:
+        """The files and packages that the corpus was made of."""
+        return from_record(MadeOf, json.loads((self.directory / MADE_OF).read_text("utf-8")))
 
     def held_out_documents(self, name: str) -> Iterator[Document]:
         """The held-out documents of a source as text."""

@@ -34,6 +34,9 @@ from nemotron3.data.permutation import permute
 from nemotron3.data.token_files import TokenFile
 from nemotron3.errors import ConfigError, DataError
 
+ORDER_FORMAT = 1
+"""Raised whenever a step has other rows for the same files, blend and seed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

@@ -12,7 +12,7 @@ from nemotron3.config import from_record, to_record
 from nemotron3.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raised whenever preparation writes something else for the same config."""
 
 
@@ -46,6 +46,11 @@ class SourceManifest:
     skipped_files: dict[str, int]
     """Files of a directory that were not read, by suffix."""
 
+    @property
+    def held_out_share(self) -> float:
+        """Share of the text that is held out, in bytes."""
+        return self.held_out.bytes / (self.train.bytes + self.held_out.bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -58,6 +63,7 @@ class Manifest:
     tokenizer: str
     """Fingerprint of the tokenizer."""
     held_out_fraction: float
+    """The share that was wanted; `held_out_share` is the one that was met."""
     sources: tuple[SourceManifest, ...]
 
     def source(self, name: str) -> SourceManifest:
@@ -67,6 +73,18 @@ class Manifest:
                 return source
         names = ", ".join(source.name for source in self.sources)
         raise ConfigError(f"source {name!r} is none of {names}")
+
+    @property
+    def held_out_bytes(self) -> int:
+        """Bytes of text that is held out, over all sources."""
+        return sum(source.held_out.bytes for source in self.sources)
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the text that is held out, in bytes."""
+        return self.held_out_bytes / (
+            self.held_out_bytes + sum(source.train.bytes for source in self.sources)
+        )
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a folder."""

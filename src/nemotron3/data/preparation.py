@@ -16,8 +16,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,21 +25,37 @@ from pathlib import Path
 from nemotron3.config import to_record
 from nemotron3.data.corpus import (
     HELD_OUT,
+    MADE_OF,
     TOKENIZER,
     TRAIN,
     CorpusConfig,
     LoadTokenizerConfig,
+    MadeOf,
     PreparedCorpus,
     TekkenTokenizerConfig,
     TrainTokenizerConfig,
 )
-from nemotron3.data.documents import Document, ReadReport
+from nemotron3.data.documents import Document, FilesConfig, ReadReport, find_files
+from nemotron3.data.fingerprint import FileState, file_changes, file_states
 from nemotron3.data.manifest import FORMAT, MANIFEST_FILE, Manifest, SourceManifest, SplitSize
 from nemotron3.data.package_archives import cache_directory
-from nemotron3.data.splits import Selection, Survey, cut_document, document_key
-from nemotron3.data.text_sources import TextSource, open_source, source_identity
+from nemotron3.data.sources import PinnedConfig
+from nemotron3.data.splits import (
+    Selection,
+    Survey,
+    cap_document,
+    cut_document,
+    document_key,
+    select,
+)
+from nemotron3.data.text_sources import (
+    TextSource,
+    open_source,
+    package_identity,
+    source_identity,
+)
 from nemotron3.data.token_files import TokenFileWriter
-from nemotron3.errors import ConfigError, DataError, StorageError
+from nemotron3.errors import ConfigError, DataError, DependencyMissingError, StorageError
 from nemotron3.text import Tokenizer
 from nemotron3.text.tekken import tekken_tokenizer
 
@@ -66,7 +82,7 @@ def prepare_corpus(
     """
     cache_folder = Path(cache) if cache is not None else cache_directory()
     key = corpus_key(config)
-    folder = Path(directory) if directory is not None else cache_folder / "corpora" / key[:16]
+    folder = Path(directory) if directory is not None else cached_corpus(key, cache=cache_folder)
     if (folder / MANIFEST_FILE).is_file():
         prepared = PreparedCorpus(folder)
         if prepared.manifest.key != key:
@@ -94,6 +110,33 @@ def prepare_corpus(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return PreparedCorpus(folder)
+
+
+def cached_corpus(key: str, *, cache: Path | None = None) -> Path:
+    """The folder of the cache that holds the corpus of a key, whether it stands or not."""
+    return (cache or cache_directory()) / "corpora" / key[:16]
+
+
+def text_changes(
+    config: CorpusConfig, *, text: Mapping[str, FileState], packages: Mapping[str, str]
+) -> list[str]:
+    """What differs from the files and packages that a corpus was made of, each in a few words."""
+    changes: list[str] = []
+    files: dict[Path, None] = {}
+    for source in config.sources:
+        match source:
+            case FilesConfig():
+                # A folder that is gone has no files; all of them are named as removed.
+                with suppress(DataError):
+                    files.update(dict.fromkeys(find_files(source.path)))
+            case PinnedConfig():
+                try:
+                    now = package_identity(source)
+                except DependencyMissingError:
+                    now = "not installed"
+                if packages.get(source.name) != now:
+                    changes.append(f"another version: text of {source.name}")
+    return file_changes(text, files) + changes
 
 
 def corpus_key(config: CorpusConfig) -> str:
@@ -140,38 +183,48 @@ class _Surveyed:
     report: ReadReport
     sha256: str
     total_bytes: int
-    selection: Selection | None
-    """None where the source is one document, which is then cut."""
-    held_out_fraction: float
+    selection: Selection
+    is_single: bool
+    """Whether the source is one document; copies of it are left out, and a cap cuts it."""
 
     def documents(self) -> Iterator[tuple[str, Document, bool]]:
         """Split, document, and whether the tokenizer learns from it."""
         digest = _TextDigest()
-        for document in self.source.documents(ReadReport()):
+        for number, document in enumerate(self.source.documents(ReadReport())):
             digest.add(document)
-            if self.selection is None:
-                yield from self._cut(document)
-                return
+            if self.is_single:
+                if number:
+                    continue
+                document = _capped(self.source, document)
             key = document_key(document.text)
-            if self.selection.takes(key):
+            if not self.selection.takes(key):
+                continue
+            if cut := self.selection.cut_bytes(key):
+                yield from self._cut(document, cut, is_sampled=self.selection.samples(key))
+            else:
                 split = HELD_OUT if self.selection.holds_out(key) else TRAIN
                 yield split, document, self.selection.samples(key)
         if digest.hexdigest() != self.sha256:
             raise DataError(f"{self.source.origin} changed while it was read; prepare it again")
 
-    def _cut(self, document: Document) -> Iterator[tuple[str, Document, bool]]:
-        front, end = cut_document(
-            document.text,
-            held_out_fraction=self.held_out_fraction,
-            max_bytes=self.source.max_bytes,
-        )
+    def _cut(
+        self, document: Document, held_out_bytes: int, *, is_sampled: bool
+    ) -> Iterator[tuple[str, Document, bool]]:
+        front, end = cut_document(document.text, held_out_bytes)
         if not front or not end:
             raise DataError(
                 f"{document.source} has {len(document.text)} characters, too few to hold a part "
                 f"out; give more text"
             )
-        yield TRAIN, Document(text=front, source=document.source), True
+        yield TRAIN, Document(text=front, source=document.source), is_sampled
         yield HELD_OUT, Document(text=end, source=document.source), False
+
+
+def _capped(source: TextSource, document: Document) -> Document:
+    if source.max_bytes is None:
+        return document
+    text = cap_document(document.text, source.max_bytes)
+    return Document(text=text, source=document.source)
 
 
 def _prepare(
@@ -181,6 +234,7 @@ def _prepare(
     folder: Path,
     progress: Progress,
 ) -> None:
+    made_of = _made_of(config)
     surveyed = _survey(config, sources, progress)
     tokenizer = _make_tokenizer(config, surveyed, progress)
     tokenizer.save(folder / TOKENIZER)
@@ -199,6 +253,8 @@ def _prepare(
         done += writer.bytes_written
         progress("encode", done, total)
         manifests.append(_source_manifest(one, writer.sizes))
+    content = json.dumps(to_record(made_of), indent=1, ensure_ascii=False)
+    (folder / MADE_OF).write_text(content + "\n", encoding="utf-8")
     Manifest(
         format=FORMAT,
         key=key,
@@ -209,14 +265,25 @@ def _prepare(
     ).write(folder)
 
 
+def _made_of(config: CorpusConfig) -> MadeOf:
+    files = [s for s in config.sources if isinstance(s, FilesConfig)]
+    pinned = [s for s in config.sources if isinstance(s, PinnedConfig)]
+    return MadeOf(
+        text=file_states(file for source in files for file in find_files(source.path)),
+        packages={source.name: package_identity(source) for source in pinned},
+    )
+
+
 def _survey(
     config: CorpusConfig, sources: Sequence[TextSource], progress: Progress
 ) -> list[_Surveyed]:
-    read: list[tuple[TextSource, ReadReport, str, Survey]] = []
+    read: list[tuple[TextSource, ReadReport, str, Survey, bool]] = []
     done = 0
     for source in sources:
         report, survey, digest = ReadReport(), Survey(), _TextDigest()
+        first: Document | None = None
         for document in source.documents(report):
+            first = first or document
             size = digest.add(document)
             survey.add(document_key(document.text), size)
             done += size
@@ -225,30 +292,38 @@ def _survey(
             # Of pinned text the bad rows are known (empty __init__.py); of the user's own, news.
             level = logging.WARNING if source.sha256 is None else logging.INFO
             logger.log(level, "%s: left out %s", source.name, report.summary())
-        read.append((source, report, digest.hexdigest(), survey))
+        is_single = survey.num_distinct == 1
+        if is_single and first is not None:
+            survey, first = Survey(), _capped(source, first)
+            survey.add(document_key(first.text), len(first.text.encode()))
+        read.append((source, report, digest.hexdigest(), survey, is_single))
+    caps = [None if is_single else source.max_bytes for source, _, _, _, is_single in read]
+    surveys = [survey for _, _, _, survey, _ in read]
+    wanted = [
+        min(cap or survey.total_bytes, survey.total_bytes)
+        for cap, survey in zip(caps, surveys, strict=True)
+    ]
     sample_fraction = 1.0
     if isinstance(config.tokenizer, TrainTokenizerConfig):
-        wanted = sum(
-            min(source.max_bytes or survey.total_bytes, survey.total_bytes)
-            for source, _, _, survey in read
-        )
-        sample_fraction = min(1.0, config.tokenizer.sample_bytes / wanted)
+        sample_fraction = min(1.0, config.tokenizer.sample_bytes / sum(wanted))
+    selections = select(
+        surveys,
+        max_bytes=caps,
+        held_out_fraction=config.held_out_fraction,
+        sample_fraction=sample_fraction,
+    )
     return [
         _Surveyed(
             source=source,
             report=report,
             sha256=digest,
-            total_bytes=min(source.max_bytes or survey.total_bytes, survey.total_bytes),
-            selection=None
-            if survey.num_distinct == 1
-            else survey.select(
-                held_out_fraction=config.held_out_fraction,
-                max_bytes=source.max_bytes,
-                sample_fraction=sample_fraction,
-            ),
-            held_out_fraction=config.held_out_fraction,
+            total_bytes=total_bytes,
+            selection=selection,
+            is_single=is_single,
         )
-        for source, report, digest, survey in read
+        for (source, report, digest, _, is_single), total_bytes, selection in zip(
+            read, wanted, selections, strict=True
+        )
     ]
 
 

@@ -1,25 +1,36 @@
-"""Which documents are trained on, which are held out, and which are left when text is capped.
+"""Which text is trained on, which is held out, and which is left when text is capped.
 
-Every decision hangs on a hash of the document's text alone. So it does not depend on the order of
-files, on their names or on what else is in the corpus; a copy of a document always falls on the
-same side as the original, so no held-out text is ever trained on, not even through a duplicate;
-and a corpus that grows keeps its held-out set. The obvious other way, every n-th document, has
-none of these properties.
+Every decision hangs on a hash of a document's text, and never on the order or the names of files; a
+copy of a document always falls on the same side as the original, also in another source, so no
+held-out document is ever trained on. The obvious other way, every n-th document, has neither
+property.
 
-Two independent 64-bit numbers come from one hash: `split` says whether a document is held out
-(split / 2^64 < held_out_fraction), `draw` in which order documents are taken when only some of the
-text is wanted (the smallest first), which makes a cap an even sample.
+Two independent 64-bit numbers come from one hash: `draw` says in which order documents are taken
+when only some of the text is wanted (the smallest first), which makes a cap an even sample; `split`
+says what is held out. A document is held out when split / 2^64 < held_out_fraction, so a corpus of
+many documents that grows keeps its held-out set. Where documents are few or of uneven size, the
+bytes held out in this way are not near the wanted share. Then documents are held out in the order
+of `split` until the share is reached, and the one that would exceed it is cut: its end is held out.
+
+Documents that several sources have are decided about once for all of them.
 """
 
 import hashlib
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemotron3.errors import ConfigError
 
 _RANGE = 2**64
+_NEAR = 0.2
+"""By how much of itself the wanted share may be missed before a document is cut."""
+_LEAST_PART = 16
+"""Bytes that a cut leaves on either side; smaller documents stay whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +62,23 @@ class Selection:
     sample_limit: int
     """Documents trained on with a `draw` below it are the sample that the tokenizer learns from."""
 
+    shared_limits: Mapping[int, int] = field(default_factory=dict[int, int])
+    """The `held_out_limit` of documents that other sources have too, by their `split`."""
+
+    cuts: Mapping[int, int] = field(default_factory=dict[int, int])
+    """Documents trained on whose end is held out: how many bytes, by their `split`."""
+
     def takes(self, key: DocumentKey) -> bool:
         """Whether the document is used at all."""
         return key.draw < self.draw_limit
 
     def holds_out(self, key: DocumentKey) -> bool:
-        """Whether a document that is used is held out."""
-        return key.split < self.held_out_limit
+        """Whether a document that is used is held out as a whole."""
+        return key.split < self.shared_limits.get(key.split, self.held_out_limit)
+
+    def cut_bytes(self, key: DocumentKey) -> int:
+        """Bytes at the end of a document that are held out while the rest is trained on."""
+        return self.cuts.get(key.split, 0)
 
     def samples(self, key: DocumentKey) -> bool:
         """Whether the tokenizer learns from the document."""
@@ -88,63 +109,199 @@ class Survey:
         """Bytes of all documents."""
         return sum(self.sizes)
 
-    def select(
-        self, *, held_out_fraction: float, max_bytes: int | None, sample_fraction: float
-    ) -> Selection:
-        """Decide for a source of two or more different documents.
 
-        Both sides get at least one document: where the hash gives a side none, the document that
-        is nearest to the limit goes there.
-        """
-        draws = np.frombuffer(self.draws, np.uint64)
-        splits = np.frombuffer(self.splits, np.uint64)
-        sizes = np.frombuffer(self.sizes, np.uint64)
-        draw_limit = _RANGE
-        if max_bytes is not None:
-            draw_limit = _draw_limit(draws, sizes, max_bytes)
-        taken = _below(draws, draw_limit)
-        distinct = np.unique(splits[taken])
-        if len(distinct) < 2:
-            raise ConfigError(
-                f"max_bytes = {max_bytes} leaves {len(distinct)} different documents of "
-                f"{self.num_distinct}; one to train on and one to hold out are needed: raise it"
-            )
-        held_out_limit = int(held_out_fraction * _RANGE)
-        held_out_limit = min(max(held_out_limit, int(distinct[0]) + 1), int(distinct[-1]))
-        trained = taken & ~_below(splits, held_out_limit)
-        sample_bytes = int(sample_fraction * int(sizes[trained].sum()))
-        largest = int(sizes[trained].max())  # at least one document, whatever the fraction
-        return Selection(
-            draw_limit=draw_limit,
-            held_out_limit=held_out_limit,
-            sample_limit=_draw_limit(draws[trained], sizes[trained], max(sample_bytes, largest)),
+class _Pool(NamedTuple):
+    """Different documents that the same sources have, by rising `split`."""
+
+    splits: NDArray[np.uint64]
+    num_bytes: NDArray[np.float64]
+    """Bytes of all copies of each."""
+    sizes: NDArray[np.float64]
+    """Bytes of one copy of each."""
+
+
+def select(
+    surveys: Sequence[Survey],
+    *,
+    max_bytes: Sequence[int | None],
+    held_out_fraction: float,
+    sample_fraction: float,
+) -> list[Selection]:
+    """Decide for the sources of a corpus, of which each has a cap of its own.
+
+    Every source gets text on both sides; one of a single document too short to be cut is left to
+    `cut_document`.
+    """
+    draw_limits = [
+        _RANGE if limit is None else _draw_limit(_array(survey.draws), _array(survey.sizes), limit)
+        for survey, limit in zip(surveys, max_bytes, strict=True)
+    ]
+    pools = _pools(surveys, draw_limits, max_bytes)
+    # A source's largest pool gives it text on both sides; the others only come near the share.
+    obliged = {
+        max((owners for owners in pools if index in owners), key=lambda o: pools[o].num_bytes.sum())
+        for index in range(len(surveys))
+    }
+    decided = {
+        owners: _hold_out(pool, held_out_fraction, is_obliged=owners in obliged)
+        for owners, pool in pools.items()
+    }
+    selections: list[Selection] = []
+    for index, survey in enumerate(surveys):
+        shared: dict[int, int] = {}
+        cuts: dict[int, int] = {}
+        for owners, (limit, cut) in decided.items():
+            if index in owners:
+                cuts |= cut
+                if len(owners) > 1:
+                    shared |= dict.fromkeys(pools[owners].splits.tolist(), limit)
+        limit, _ = decided.get(frozenset([index]), (0, {}))
+        selection = Selection(
+            draw_limit=draw_limits[index],
+            held_out_limit=limit,
+            sample_limit=_RANGE,
+            shared_limits=shared,
+            cuts=cuts,
         )
+        selections.append(_with_sample(selection, survey, sample_fraction))
+    return selections
 
 
-def cut_document(text: str, *, held_out_fraction: float, max_bytes: int | None) -> tuple[str, str]:
-    """Cut the one document of a source into a front to train on and an end to hold out.
+def cut_document(text: str, held_out_bytes: int) -> tuple[str, str]:
+    """Cut a document into a front to train on and an end to hold out.
 
-    The cut lies after the nearest line end before the wanted place, where there is one; a cap takes
-    the front of the text.
+    The cut lies at the line end that is nearest to the wanted place, or else between two words,
+    where there is such a place within a tenth of what is held out, or else between two characters.
     """
     raw = text.encode()
-    if max_bytes is not None:
-        raw = raw[: _line_end(raw, max_bytes)]
-    wanted = len(raw) - max(1, round(held_out_fraction * len(raw)))
-    cut = _line_end(raw, wanted)
+    wanted = max(len(raw) - held_out_bytes, 0)
+    slack = held_out_bytes // 10
+    start = max(wanted - slack, 0)
+    window = raw[start : wanted + slack]
+    for mark in (b"\n", b" "):
+        places = [start + i + 1 for i in range(len(window)) if window[i : i + 1] == mark]
+        places = [place for place in places if place < len(raw)]
+        if places:
+            cut = min(places, key=lambda place: abs(place - wanted))
+            return raw[:cut].decode(), raw[cut:].decode()
+    cut = _character_start(raw, wanted)
     return raw[:cut].decode(), raw[cut:].decode()
 
 
-def _line_end(raw: bytes, wanted: int) -> int:
-    """The last place up to `wanted` after a line end, or else between two characters."""
-    if wanted >= len(raw):
-        return len(raw)
-    line_end = raw.rfind(b"\n", 0, wanted) + 1
-    if line_end > wanted // 2:
-        return line_end
-    while wanted > 0 and raw[wanted] & 0xC0 == 0x80:  # inside a UTF-8 sequence
-        wanted -= 1
-    return wanted
+def cap_document(text: str, max_bytes: int) -> str:
+    """The front of a document, up to the last line end within the bytes where there is one."""
+    raw = text.encode()
+    if max_bytes >= len(raw):
+        return text
+    line_end = raw.rfind(b"\n", 0, max_bytes) + 1
+    return raw[
+        : line_end if line_end > max_bytes // 2 else _character_start(raw, max_bytes)
+    ].decode()
+
+
+def _character_start(raw: bytes, place: int) -> int:
+    """The last place up to `place` that is not inside a UTF-8 sequence."""
+    while 0 < place < len(raw) and raw[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+def _pools(
+    surveys: Sequence[Survey], draw_limits: Sequence[int], max_bytes: Sequence[int | None]
+) -> dict[frozenset[int], _Pool]:
+    """The different documents that are taken, by the sources that have them."""
+    own: list[_Pool] = []
+    for survey, draw_limit, limit in zip(surveys, draw_limits, max_bytes, strict=True):
+        taken = _below(_array(survey.draws), draw_limit)
+        sizes = _array(survey.sizes)[taken].astype(np.float64)
+        splits, first, inverse = np.unique(
+            _array(survey.splits)[taken], return_index=True, return_inverse=True
+        )
+        if not len(splits):
+            raise ConfigError(
+                f"max_bytes = {limit} leaves none of {survey.num_distinct} different documents; "
+                "raise it"
+            )
+        own.append(
+            _Pool(splits, np.bincount(inverse, weights=sizes).astype(np.float64), sizes[first])
+        )
+    values, counts = np.unique(np.concatenate([pool.splits for pool in own]), return_counts=True)
+    shared = values[counts > 1]
+    pools: dict[frozenset[int], _Pool] = {}
+    entries: dict[int, tuple[list[int], float, float]] = {}
+    for index, pool in enumerate(own):
+        is_shared = np.isin(pool.splits, shared)
+        if not is_shared.all():
+            pools[frozenset([index])] = _where(pool, ~is_shared)
+        columns = [column.tolist() for column in _where(pool, is_shared)]
+        for split, num_bytes, size in zip(*columns, strict=True):
+            owners, before, _ = entries.get(split, ([], 0.0, 0.0))
+            entries[split] = ([*owners, index], before + num_bytes, size)
+    for owners in {frozenset(entry[0]) for entry in entries.values()}:
+        rows = sorted((s, b, z) for s, (o, b, z) in entries.items() if frozenset(o) == owners)
+        splits, num_bytes, sizes = zip(*rows, strict=True)
+        pools[owners] = _Pool(
+            np.array(splits, np.uint64), np.array(num_bytes), np.array(sizes, np.float64)
+        )
+    return pools
+
+
+def _where(pool: _Pool, mask: NDArray[np.bool_]) -> _Pool:
+    return _Pool(pool.splits[mask], pool.num_bytes[mask], pool.sizes[mask])
+
+
+def _hold_out(
+    pool: _Pool, held_out_fraction: float, *, is_obliged: bool
+) -> tuple[int, dict[int, int]]:
+    """The limit of a pool, and the document to be cut with the bytes of its end."""
+    count, total = len(pool.splits), float(pool.num_bytes.sum())
+    wanted = held_out_fraction * total
+    if count == 1 and is_obliged:
+        return 0, {int(pool.splits[0]): max(1, round(held_out_fraction * pool.sizes[0]))}
+    least, most = (1, count - 1) if is_obliged else (0, count)
+    held = np.concatenate(([0.0], np.cumsum(pool.num_bytes)))  # by the number of documents
+
+    def is_near(number: int) -> bool:
+        return least <= number <= most and abs(held[number] - wanted) <= _NEAR * wanted
+
+    limit = int(held_out_fraction * _RANGE)
+    if is_near(int(_below(pool.splits, limit).sum())):
+        return limit, {}
+    fits = min(int(np.searchsorted(held, wanted, side="right")) - 1, count - 1)
+    for number in (fits, fits + 1):
+        if is_near(number):
+            return _limit_of(pool, number), {}
+    copies = pool.num_bytes[fits] / pool.sizes[fits]
+    cut = round((wanted - held[fits]) / copies)
+    if _LEAST_PART <= cut <= pool.sizes[fits] - _LEAST_PART:
+        return _limit_of(pool, fits), {int(pool.splits[fits]): cut}
+    nearest = min((fits, fits + 1), key=lambda number: abs(held[number] - wanted))
+    return _limit_of(pool, min(max(nearest, least), most)), {}
+
+
+def _limit_of(pool: _Pool, number: int) -> int:
+    """The limit below which the first `number` documents lie."""
+    return int(pool.splits[number - 1]) + 1 if number else 0
+
+
+def _with_sample(selection: Selection, survey: Survey, sample_fraction: float) -> Selection:
+    draws, splits = _array(survey.draws), _array(survey.splits)
+    held_out = _below(splits, selection.held_out_limit)
+    if selection.shared_limits:
+        shared = np.array(list(selection.shared_limits), np.uint64)
+        held = [split for split, limit in selection.shared_limits.items() if split < limit]
+        is_shared = np.isin(splits, shared)
+        held_out[is_shared] = np.isin(splits[is_shared], np.array(held, np.uint64))
+    trained = _below(draws, selection.draw_limit) & ~held_out
+    sizes = _array(survey.sizes)[trained]
+    sample_bytes = int(sample_fraction * int(sizes.sum()))
+    largest = int(sizes.max())  # at least one document, whatever the fraction
+    limit = _draw_limit(draws[trained], sizes, max(sample_bytes, largest))
+    return replace(selection, sample_limit=limit)
+
+
+def _array(values: array) -> NDArray[np.uint64]:
+    return np.frombuffer(values, np.uint64)
 
 
 def _draw_limit(draws: np.ndarray, sizes: np.ndarray, max_bytes: int) -> int:

@@ -55,17 +55,24 @@ def open_source(config: SourceConfig, *, cache: Path) -> TextSource:
 
 
 def source_identity(config: SourceConfig) -> list[str]:
-    """What a source's text hangs on beside its config: digests, or files with size and date."""
+    """What a source's text hangs on beside its config: digests, or files with size and dates."""
     match config:
         case PinnedConfig():
-            source = find_source(config.name)
-            identity = [source.sha256]
-            if config.accept_changed and isinstance(source.origin, PythonPackage):
-                identity.append(installed_version(source.origin.package))
-            return identity
+            return [package_identity(config)]
         case FilesConfig():
             found = [(file.resolve(), file.stat()) for file in find_files(config.path)]
-            return [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in found]
+            return [
+                f"{file} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+                for file, stat in found
+            ]
+
+
+def package_identity(config: PinnedConfig) -> str:
+    """The digest of a ready-made text, and the version where any is accepted."""
+    source = find_source(config.name)
+    if config.accept_changed and isinstance(source.origin, PythonPackage):
+        return f"{source.sha256} {installed_version(source.origin.package)}"
+    return source.sha256
 
 
 def _open_pinned(config: PinnedConfig, source: CorpusSource, cache: Path) -> TextSource:

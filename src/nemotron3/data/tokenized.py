@@ -112,4 +112,6 @@ def _measure(file: TokenFile, tokenizer: Tokenizer) -> SplitSize:
         total += int(token_bytes[tokens].sum())
     if file.num_documents == 0:
         raise DataError(f"{file.bin_path} holds no documents; give a file with text in it")
+    if total == 0:
+        raise DataError(f"{file.bin_path} holds special tokens alone; give a file with text in it")
     return SplitSize(documents=file.num_documents, bytes=total, tokens=file.num_tokens)

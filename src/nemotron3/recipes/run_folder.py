@@ -118,6 +118,10 @@ def read_summary(folder: Path, cls: type[S]) -> S:
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(one, other, f"{path}[{index}]")
+        return
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
             yield from _differences(

@@ -16,15 +16,12 @@ from nemotron3.config import to_record
 from nemotron3.data import (
     Batch,
     Corpus,
-    CorpusConfig,
     Loader,
     PhaseSchedule,
-    TokenizedConfig,
     baseline_bits_per_byte,
     held_out_batches,
-    open_tokenized,
-    prepare_corpus,
 )
+from nemotron3.data.fingerprint import in_words
 from nemotron3.errors import ConfigError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.nemotron_h import LanguageModel
@@ -32,6 +29,7 @@ from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
+from nemotron3.recipes.inputs import changes_since, open_inputs, replay_differences, write_inputs
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.samples import write_samples
@@ -52,6 +50,10 @@ class PretrainSummary:
     """On all held-out text."""
     by_source: dict[str, float]
     """The same, source by source."""
+    held_out_bytes: int
+    """Size of that text."""
+    held_out_share: float
+    """Its share of the corpus, in bytes."""
     baselines: dict[str, float]
     """Bits per byte of simple models on the same text."""
     tokens: int
@@ -71,23 +73,35 @@ def pretrain(
     *,
     runs: Path = Path("runs"),
     callback: RunCallback | None = None,
+    replay: Path | None = None,
 ) -> PretrainSummary:
-    """Carry out `run` in the folder runs/NAME, from where it stands there."""
+    """Carry out `run` in the folder runs/NAME, from where it stands there.
+
+    `replay` is the `run.json` that `run` was read from, if it was: where the data differ from those
+    that it names, the callback is told.
+    """
     callback = callback or RunCallback()
     started = time.perf_counter()
     folder = RunFolder(run, runs=runs)
     if (finished := folder.summary(PretrainSummary)) is not None:
-        callback.stage(f"{folder.path} is finished; this is what it showed")
+        changes = changes_since(folder.path, run.corpus)
+        note = f" (the data changed since: {in_words(changes)})" if changes else ""
+        callback.stage(f"{folder.path} is finished{note}; this is what it showed")
         return finished
 
     callback.stage("Preparing the corpus")
-    corpus = _open_corpus(run.corpus, callback)
+    corpus, inputs = open_inputs(
+        folder.path, run.corpus, say=callback.stage, progress=callback.progress
+    )
+    if replay and (changes := replay_differences(replay, run.corpus, corpus)):
+        callback.stage(f"The data are not those of {replay} ({in_words(changes)})")
     vocabulary = corpus.tokenizer.vocab_size
     if vocabulary > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {vocabulary} entries and model.vocab_size is "
             f"{run.model.vocab_size}; set --model.vocab-size to at least {vocabulary}"
         )
+    write_inputs(folder.path, inputs)
     found = {"corpus": to_record(corpus.manifest)}
     folder.record(found)
     corpus.tokenizer.save(folder.tokenizer)
@@ -102,14 +116,6 @@ def pretrain(
     write_report(folder.path, summary=_report(run, corpus, summary, folder.device))
     folder.finish(summary)
     return summary
-
-
-def _open_corpus(config: CorpusConfig | TokenizedConfig, callback: RunCallback) -> Corpus:
-    match config:
-        case CorpusConfig():
-            return prepare_corpus(config, progress=callback.progress)
-        case TokenizedConfig():
-            return open_tokenized(config)
 
 
 def _train(folder: RunFolder[PretrainRun], corpus: Corpus, callback: RunCallback) -> LanguageModel:
@@ -207,6 +213,8 @@ def _final_evaluation(
     return PretrainSummary(
         bits_per_byte=total["eval/bits_per_byte"],
         by_source=by_source,
+        held_out_bytes=corpus.manifest.held_out_bytes,
+        held_out_share=corpus.manifest.held_out_share,
         baselines=baselines,
         tokens=run.training.steps * run.training.tokens_per_step,
         seconds=time.perf_counter() - started,
@@ -234,6 +242,7 @@ def _report(
             "version": source.version,
             "tokens": source.train.tokens,
             "held-out bytes": source.held_out.bytes,
+            "held-out share": f"{source.held_out_share:.1%}",
             "bits per byte": round(summary.by_source[source.name], 3),
             "bad rows": sum(source.bad_rows.values()),
         }
@@ -250,6 +259,7 @@ def _report(
             "parameters": f"{summary.parameters / 1e6:.1f} M",
             "active per token": f"{summary.active_parameters / 1e6:.1f} M",
             "tokens": f"{summary.tokens / 1e6:.2f} M",
+            "held-out text": f"{summary.held_out_share:.1%} ({summary.held_out_bytes:,} bytes)",
             "minutes": f"{summary.seconds / 60:.1f}",
         },
         model_name=run.name,
