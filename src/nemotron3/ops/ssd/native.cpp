@@ -25,6 +25,8 @@ constexpr int64_t MIN_PARALLEL_WORK = 1 << 17;  // elements of states, times tok
                                             // thread saves more than it costs
 constexpr int STEP_ROWS = LANES < 8 ? LANES : 8;  // whose sums are in flight together
 constexpr float GENTLE = 40.0f;  // log decay of a chunk up to which factors are exact and finite
+constexpr double FORGOTTEN = -128.0;  // log decay of a step that leaves nothing: sums of such stay
+                                      // exact enough for the small steps beside them
 constexpr float GONE = -80.0f;  // what has decayed further is zero, not a denormal number
 
 constexpr int64_t SQUARE = pitch(CHUNK);  // of a row of scores
@@ -79,7 +81,8 @@ void decay_of(const float* dt, int64_t lddt, float A, int64_t n, Decay& d) {
   double total = 0, at[CHUNK];
   for (int64_t l = 0; l < n; l++) {
     d.step[l] = dt[l * lddt];
-    total += (double)d.step[l] * A;
+    const double step = (double)d.step[l] * A;
+    total += step < FORGOTTEN ? FORGOTTEN : step;
     at[l] = total;
   }
   for (int64_t l = n; l < CHUNK; l++) at[l] = total, d.step[l] = 0;

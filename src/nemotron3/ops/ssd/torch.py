@@ -12,9 +12,14 @@ segment and head is carried on. With a_l the log decay from the chunk's start to
 Written so, the decay is a matrix per head and costs more than the products. But e^(a_l - a_s) is
 e^(a_l - m) e^(m - a_s) for any m, which scales the rows of x before the product and those of y
 after it: one product serves all heads of a group, and B and C are never expanded to heads. With m
-in the middle of the chunk's range both factors stay finite while the whole range is below 2 * 80.
-Where a head forgets faster than that (e^-160 over one chunk), its chunk is computed with the
-matrix, and the choice is made for each chunk and head by itself.
+in the middle of the chunk's range the factors are at most e^40 while the whole range is below 80.
+Where a head forgets faster than that, or where x, B and C are so large that a scaled product could
+be infinite, its chunk is computed with the matrix, and the choice is made for each chunk and head
+by itself. The common product has zeros there: what is infinite and then replaced would still turn
+its gradients into NaN.
+
+A step that forgets everything is as steep as any: log decays end where the exponential is zero, so
+that no sum of them is infinite and the steps beside it keep their digits.
 
 Every segment starts a chunk of its own, and a segment's last chunk is padded with dt = 0, which is
 a step that changes nothing. So no product ever sees two segments, and what one segment holds cannot
@@ -22,6 +27,7 @@ change a single bit of another's output: masks over a shared chunk would have le
 the running sum of dt A in common.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,8 +37,10 @@ from torch.nn import functional as F
 
 from nemotron3.ops.segments import Segments
 
-_EXPONENT = 80.0
-"""Largest exponent of a factor: e^80 times anything a model holds is finite in float32."""
+_EXPONENT = 40.0
+"""Largest exponent of a factor."""
+_LARGEST = 1e28
+"""Largest term of a scaled product: a chunk of them, and their gradients, are finite in float32."""
 
 
 class _Chunks(NamedTuple):
@@ -99,22 +107,24 @@ def ssd_torch(
     Bc = chunks.split(B).transpose(1, 2)  # c g l n
     Cc = chunks.split(C).transpose(1, 2)
 
-    total = torch.cumsum(dtc * A.view(groups, 1, per_group), dim=2)  # log decay since chunk start
-    half = total[:, :, -1:] / 2
-    centred = (total - half).clamp(-_EXPONENT, _EXPONENT)
-    scaled = (xc * (dtc * torch.exp(-centred)).unsqueeze(-1)).flatten(3)  # c g l (r p)
-    scores = Cc @ Bc.transpose(-1, -2)  # c g l s
-    y = (scores.tril() @ scaled).unflatten(3, (per_group, head_dim))
-    y = y * torch.exp(centred).unsqueeze(-1)  # c g l r p
+    steps = (dtc * A.view(groups, 1, per_group)).clamp(min=_gone(dt.dtype))  # log decays
+    total = torch.cumsum(steps, dim=2)  # since the chunk's start
+    scores = (Cc @ Bc.transpose(-1, -2)).tril()  # c g l s
 
+    steep = _steep_pairs(chunks.split(x), dtc, total, Bc, Cc)  # c g 1 r
+    half = total[:, :, -1:].masked_fill(steep, 0) / 2
+    centred = total.masked_fill(steep, 0) - half
+    factors = dtc.masked_fill(steep, 0) * torch.exp(-centred)
+    scaled = (xc * factors.unsqueeze(-1)).flatten(3)  # c g l (r p)
+    y = (scores @ scaled).unflatten(3, (per_group, head_dim))
+    y = y * torch.exp(centred).unsqueeze(-1)  # c g l r p
     local = (scaled.transpose(-1, -2) @ Bc).unflatten(2, (per_group, head_dim))  # c g r p n
     local = local * torch.exp(half).transpose(2, 3).unsqueeze(-1)
 
-    steep = half.squeeze(2) < -_EXPONENT  # c g r
     if steep.any():
-        c, g, r = steep.nonzero(as_tuple=True)
+        c, g, _, r = steep.nonzero(as_tuple=True)
         y_steep, local_steep = _steep(
-            xc[c, g, :, r], dtc[c, g, :, r], total[c, g, :, r], Bc[c, g], scores[c, g]
+            xc[c, g, :, r], dtc[c, g, :, r], steps[c, g, :, r], Bc[c, g], scores[c, g]
         )
         y = y.transpose(2, 3).index_put((c, g, r), y_steep).transpose(2, 3)
         local = local.index_put((c, g, r), local_steep)
@@ -129,21 +139,43 @@ def ssd_torch(
     return torch.addcmul(y, x, D.unsqueeze(-1)), final
 
 
+def _gone(dtype: torch.dtype) -> float:
+    """A logarithm whose exponential is zero."""
+    info = torch.finfo(dtype)
+    return math.log(info.tiny) + math.log(info.eps) - 1
+
+
+@torch.no_grad()
+def _steep_pairs(x: Tensor, dt: Tensor, total: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The (chunk, head) pairs that factors are not for, [c, g, 1, r]; x is [c, l, h, p].
+
+    Norms of whole chunks are bounds of their elements that cost one pass over memory, and know
+    nothing of other segments. An infinite or undefined one is no reason to scale.
+    """
+    range_ = -total[:, :, -1:]
+    size = torch.linalg.vector_norm(x, dim=(1, 2, 3))[:, None, None, None]
+    for t in (B, C):
+        size = size * torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True)
+    size = size * dt.amax(2, keepdim=True) * torch.exp(range_ / 2)
+    return ~((range_ <= 2 * _EXPONENT) & (size <= _LARGEST))
+
+
 def _steep(
-    x: Tensor, dt: Tensor, total: Tensor, B: Tensor, scores: Tensor
+    x: Tensor, dt: Tensor, steps: Tensor, B: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Output within the chunk and addition to the state, for (chunk, head) pairs of steep decay.
 
-    x [pair, l, p], dt and total [pair, l], B [pair, l, n], scores [pair, l, s]. Here the decay from
-    s to l is taken as one exponential of a difference, which can only underflow.
+    x [pair, l, p], dt and steps [pair, l], B [pair, l, n], scores [pair, l, s]. The log decay from
+    s to l is the sum of the steps between them, not the difference of two sums, in which a small
+    step beside a large one would be lost.
     """
     length = x.shape[1]
-    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-    within = (total.unsqueeze(2) - total.unsqueeze(1)).masked_fill(future, -torch.inf)
+    past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+    between = steps.unsqueeze(2).masked_fill(~past.tril(-1), 0).cumsum(1)  # pair l s
+    decay = between.masked_fill(~past, -torch.inf).exp()
     xdt = x * dt.unsqueeze(-1)
-    y = (scores * within.exp()) @ xdt
-    to_end = torch.exp(total[:, -1:] - total)
-    return y, (xdt * to_end.unsqueeze(-1)).transpose(1, 2) @ B
+    y = (scores * decay) @ xdt
+    return y, (xdt * decay[:, -1].unsqueeze(-1)).transpose(1, 2) @ B
 
 
 def _pass_states(

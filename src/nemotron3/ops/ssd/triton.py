@@ -79,7 +79,10 @@ def _decay_kernel(
     step = tl.load(dt + token[:, None] * stride_dt + head[None, :], mask=inside, other=0.0)
     step = step.to(tl.float32)
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
-    running = tl.cumsum(step * rate[None, :], axis=0)
+    decay = step * rate[None, :]
+    # Beyond it the exponential is zero; a sum of larger ones would swallow the steps beside them.
+    decay = tl.where(decay < -104.0, -104.0, decay)
+    running = tl.cumsum(decay, axis=0)
     where = head.to(tl.int64)[None, :] * tokens + token[:, None]
     tl.store(total + where, running, mask=inside)
     tl.store(dt_by_head + where, step, mask=inside)
