@@ -7,7 +7,7 @@ import re
 import pytest
 
 from nemotron3.errors import ConfigError, DataError, DependencyMissingError
-from nemotron3.inference import structured_output
+from nemotron3.inference import grammar_library, structured_output
 from nemotron3.inference.requests import SamplingParams, StructuredOutput
 from nemotron3.inference.sampler import TokenChooser
 from nemotron3.inference.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
@@ -352,7 +352,7 @@ WEARING = r"(ab|ba)*(a|b)*a(a|b){12}( k)?"
 
 def test_a_grammar_in_long_use_does_not_wear_out(tokenizer, monkeypatch):
     """Automata that copies share grow until they fail, for whoever asks next."""
-    monkeypatch.setitem(structured_output._LIMITS, "max_lexer_states", 200)
+    monkeypatch.setitem(grammar_library._LIMITS, "max_lexer_states", 200)
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
     structured, compiled = StructuredOutput(kind="regex", value=WEARING), []
     for seed in range(12):
@@ -367,14 +367,14 @@ def test_a_grammar_in_long_use_does_not_wear_out(tokenizer, monkeypatch):
 
 
 def test_a_grammar_beyond_its_limits_is_an_error(tokenizer, monkeypatch):
-    monkeypatch.setitem(structured_output._LIMITS, "max_lexer_states", 10)
+    monkeypatch.setitem(grammar_library._LIMITS, "max_lexer_states", 10)
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
     with pytest.raises(ConfigError, match="too many states"):
         chooser(compiler, tokenizer, StructuredOutput(kind="regex", value="([a-z]{3,9}x|y)*a"))
 
 
 def test_an_answer_beyond_the_limits_fails_by_itself(tokenizer, monkeypatch):
-    monkeypatch.setitem(structured_output._LIMITS, "max_lexer_states", 40)
+    monkeypatch.setitem(grammar_library._LIMITS, "max_lexer_states", 40)
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
     structured = StructuredOutput(kind="regex", value=WEARING)
     for seed in range(20):
@@ -405,6 +405,6 @@ def test_the_install_line_is_in_the_error(tokenizer, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(structured_output, "import_module", missing)
+    monkeypatch.setattr(grammar_library, "import_module", missing)
     with pytest.raises(DependencyMissingError, match=r"pip install 'nemotron3\[serve\]'"):
         GrammarCompiler(tokenizer, vocab_size=VOCAB)

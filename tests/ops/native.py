@@ -27,11 +27,12 @@ def assert_native_equals_reference(
     results = []
     threads = torch.get_num_threads()
     try:
-        for count in (1, 3):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(outputs_and_gradients(call("native"), narrow))
     finally:
         torch.set_num_threads(threads)
-    for one, three, wanted in zip(*results, expected, strict=True):
+    for one, two, three, wanted in zip(*results, expected, strict=True):
         assert_close(one, wanted, FLOAT32)
+        assert torch.equal(one, two)
         assert torch.equal(one, three)

@@ -16,7 +16,6 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from nemotron3.errors import BackendUnavailableError, ConfigError, OverloadedError
+from nemotron3.errors import ConfigError, OverloadedError
 from nemotron3.inference.answers import AnswerDelta, Answers, Prompt, RequestOutput
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
@@ -40,8 +39,6 @@ from nemotron3.inference.requests import (
 )
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.ops import native
-from nemotron3.parallel.threads import release_team, spread
 from nemotron3.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -149,7 +146,6 @@ class AsyncLLM(LoadedModel):
         self._streams: dict[str, Stream] = {}
         self._num_answers = 0
         self._is_closing = False
-        release_team()  # what was loaded here is computed with over there
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -178,12 +174,22 @@ class AsyncLLM(LoadedModel):
         """Build what forms are compiled with, which else the first request with one waits for."""
         self._frontend.compiler()
 
-    def prepare_form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
-        """What answers are held to, compiled; None where they are free.
+    async def prepare_form(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
+        """What answers are held to, compiled in its turn; None where they are free.
 
-        Compiling takes its time, so it is for a thread beside the event loop.
+        Whoever is cancelled while it waits gives its turn up.
         """
-        return self._frontend.form(prompt, params)
+        if params.structured is None:
+            return None
+        preparing = await asyncio.to_thread(self._frontend.prepare, params.structured)
+        try:
+            await asyncio.wrap_future(preparing)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise OverloadedError("the engine has been closed; start another one") from None
+        return await asyncio.to_thread(self._frontend.form, prompt, params)
 
     def submit(
         self,
@@ -196,7 +202,7 @@ class AsyncLLM(LoadedModel):
         """Ask for answers. What can be refused is refused here, before anything runs.
 
         `form` is what `prepare_form` made of the same prompt and parameters; without it a form is
-        compiled here.
+        compiled here, and an event loop stands still.
         """
         request = self._frontend.request(prompt, params, request_id, form)
         self._engine.check(request)
@@ -233,6 +239,7 @@ class AsyncLLM(LoadedModel):
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+        self._frontend.close()
 
     def _add(self, request: EngineRequest) -> Sequence[Progress]:
         self._engine.add(request)
@@ -248,9 +255,6 @@ class AsyncLLM(LoadedModel):
 
     def _work(self) -> None:
         """The engine's thread."""
-        if self._engine.model.device.type == "cpu" and native.available():
-            with suppress(BackendUnavailableError):  # the first step says what does not compile
-                spread(native.team_ids())
         while True:
             with self._changed:
                 while not (self._commands or self._engine.has_work or self._is_closing):

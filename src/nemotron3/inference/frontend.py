@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import cached_property, partial
 from itertools import islice
 from threading import Lock
@@ -11,7 +12,7 @@ from typing import Any
 
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.answers import Answer, Answers, Prompt
-from nemotron3.inference.requests import SamplingParams, TokenConstraint
+from nemotron3.inference.requests import SamplingParams, StructuredOutput, TokenConstraint
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.inference.stop_strings import StopStrings
 from nemotron3.inference.structured_output import GrammarCompiler
@@ -124,6 +125,10 @@ class Frontend:
             params.structured, stop_ids=stop_ids, is_reasoning_open=prompt.is_reasoning_open
         )
 
+    def prepare(self, structured: StructuredOutput) -> "Future[Any]":
+        """Have a form checked and compiled; done, and the error of what is none, comes later."""
+        return self.compiler().prepare(structured)
+
     def compiler(self) -> GrammarCompiler:
         """What compiles forms, built at the first call: a large vocabulary takes its time."""
         with self._building:
@@ -134,6 +139,12 @@ class Frontend:
                     vocab_size=self.vocab_size,
                 )
             return self._compiler
+
+    def close(self) -> None:
+        """End the process that checks grammars, where one runs."""
+        with self._building:
+            if self._compiler is not None:
+                self._compiler.close()
 
     def request(
         self,

@@ -1,8 +1,7 @@
 r"""Answers that have to have a form: JSON of a schema, an expression, a choice, a grammar.
 
 A grammar is compiled once and then says, before every token, which tokens can still lead to a whole
-answer; the others are masked. `llguidance` does that: an Earley parser over a trie of the
-vocabulary, tens of microseconds a token. This is the one file that knows it.
+answer; the others are masked, in tens of microseconds a token (`grammar_library.py`).
 
 Decided here:
 
@@ -19,8 +18,9 @@ Decided here:
 - **Text is text.** A special token matches nothing in a schema, expression or string; a Lark
   grammar may name one (`<tool_call>`), and then means it.
 - **What cannot be enforced is an error** before anything runs: an unknown keyword of JSON schema is
-  not left out in silence. So is a grammar beyond `MAX_GRAMMAR_BYTES`; the automata behind have
-  limits of their own, and an answer that meets one fails by itself.
+  not left out in silence. So is a grammar beyond `MAX_GRAMMAR_BYTES`, and one that another process
+  cannot compile in little time and memory (`grammar_checks.py`): only what passed there is compiled
+  here. The automata behind have limits of their own; an answer that meets one fails by itself.
 
     compiler = GrammarCompiler(tokenizer, style, vocab_size=131_072)
     constraint = compiler.constraint(
@@ -32,8 +32,9 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from enum import Enum, auto
-from importlib import import_module
+from functools import partial
 from threading import Lock
 from typing import Any, cast
 
@@ -43,7 +44,9 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemotron3.errors import ConfigError, DataError, DependencyMissingError
+from nemotron3.errors import ConfigError, DataError
+from nemotron3.inference.grammar_checks import GrammarChecks
+from nemotron3.inference.grammar_library import GrammarLibrary, message_of
 from nemotron3.inference.requests import StructuredOutput
 from nemotron3.inference.vocabulary import ReasoningStyle, Vocabulary
 
@@ -51,8 +54,6 @@ MAX_GRAMMAR_BYTES = 256 * 1024
 """Longest schema, expression, list of choices or grammar, as text."""
 
 _MAX_CACHED = 64
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False}
-_LIMITS = {"max_grammar_size": 200_000, "max_lexer_states": 50_000, "verbose_errors": False}
 
 
 class GrammarCompiler:
@@ -67,12 +68,18 @@ class GrammarCompiler:
     def __init__(
         self, vocabulary: Vocabulary, style: ReasoningStyle | None = None, *, vocab_size: int
     ) -> None:
-        self._lib = _llguidance()
         self._vocab_size = vocab_size
-        self._tokens = self._lib.LLTokenizer(
-            _Trie(vocabulary), n_vocab=vocab_size, eos_token=list(vocabulary.stop_ids)
+        tokens = [vocabulary.token_bytes(i) for i in range(vocabulary.vocab_size)]
+        entries: dict[str, Any] = {
+            "tokens": tokens,
+            "special_ids": sorted(vocabulary.special_ids),
+            "stop_ids": list(vocabulary.stop_ids),
+            "vocab_size": vocab_size,
+        }
+        self._library = GrammarLibrary(
+            **entries, encode=partial(vocabulary.encode, parse_special=False)
         )
-        self._limits = self._lib.LLParserLimits(**_LIMITS)
+        self._checks = GrammarChecks(entries)
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._lock = Lock()
         self._end = vocabulary.think_end_id
@@ -89,11 +96,11 @@ class GrammarCompiler:
                 "structured output needs a token that ends the answer and ignore_eos leaves none; "
                 "leave out ignore_eos or give stop_token_ids"
             )
+        matcher = self.prepare(structured).result()
         key = (structured.kind, _text(structured))
-        matcher = self._matcher(key)
 
         def renew() -> Any:
-            return self._matcher(key, worn=matcher).deep_copy()
+            return self._compile(key, worn=matcher).deep_copy()
 
         return AnswerConstraint(
             matcher.deep_copy(),
@@ -105,42 +112,44 @@ class GrammarCompiler:
             glue_ids=self._glue,
         )
 
-    def _matcher(self, key: tuple[str, str], *, worn: Any = None) -> Any:
+    def prepare(self, structured: StructuredOutput) -> "Future[Any]":
+        """Have a form checked and compiled, in its turn behind others; the matcher of all answers.
+
+        A ConfigError is of the future where the form is no grammar, and raised where that is plain.
+        """
+        key = (structured.kind, _text(structured))
+        with self._lock:
+            matcher = self._compiled.get(key)
+            if matcher is not None:
+                self._compiled.move_to_end(key)
+        if matcher is None:
+            return self._checks.submit(partial(self._check, key))
+        ready: Future[Any] = Future()
+        ready.set_result(matcher)
+        return ready
+
+    def close(self) -> None:
+        """End the process that checks; nothing more is compiled."""
+        self._checks.close()
+
+    def _check(self, key: tuple[str, str]) -> Any:
+        error = self._checks.verdict(*key)
+        if error is not None:
+            raise ConfigError(error)
+        return self._compile(key)
+
+    def _compile(self, key: tuple[str, str], *, worn: Any = None) -> Any:
+        """The matcher of a form that passed, kept; nobody waits for it who wants another form."""
         with self._lock:
             matcher = self._compiled.get(key)
         if matcher is None or matcher is worn:
-            matcher = self._compile(*key)  # nobody waits for it who wants another form
+            matcher = self._library.compile(*key)
         with self._lock:
             self._compiled[key] = matcher
             self._compiled.move_to_end(key)
             while len(self._compiled) > _MAX_CACHED:
                 self._compiled.popitem(last=False)
         return matcher
-
-    def _compile(self, kind: str, text: str) -> Any:
-        matcher = self._lib.LLMatcher(
-            self._tokens, self._grammar(kind, text), log_level=0, limits=self._limits
-        )
-        matcher.compute_bitmask()  # the first step may be too complex already
-        if matcher.is_error():
-            raise ConfigError(_cannot_hold(kind, _message(matcher)))
-        return matcher
-
-    def _grammar(self, kind: str, text: str) -> str:
-        matcher = self._lib.LLMatcher
-        try:
-            match kind:
-                case "json_schema" | "json_object":
-                    return matcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
-                case "regex":
-                    return matcher.grammar_from_regex(text)
-                case "choice":
-                    choices = " | ".join(json.dumps(choice) for choice in json.loads(text))
-                    return matcher.grammar_from_lark(f"start: {choices}")
-                case _:
-                    return matcher.grammar_from_lark(text)
-        except ValueError as error:
-            raise ConfigError(_cannot_hold(kind, str(error))) from error
 
 
 class _Phase(Enum):
@@ -230,36 +239,9 @@ class AnswerConstraint:
             self._matcher.consume_tokens(self._taken)
             bits = self._matcher.compute_bitmask()
             if self._matcher.is_error():
-                why = _message(self._matcher)
+                why = message_of(self._matcher)
                 raise DataError(f"the answer cannot be held to its form any further: {why}")
         return np.frombuffer(bits, dtype=np.uint8)
-
-
-class _Trie:
-    """The vocabulary as llguidance asks for it."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self.eos_token_id = vocabulary.stop_ids[0]
-        self.special_token_ids = sorted(vocabulary.special_ids)
-        self.tokens = [vocabulary.token_bytes(i) for i in range(vocabulary.vocab_size)]
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        text = text.decode() if isinstance(text, bytes) else text
-        return self._vocabulary.encode(text, parse_special=False)
-
-
-def _llguidance() -> Any:
-    try:
-        return import_module("llguidance")
-    except ImportError as error:
-        raise DependencyMissingError(
-            "structured output needs llguidance, which is not installed: "
-            "pip install 'nemotron3[serve]'"
-        ) from error
 
 
 def _line_ends(vocabulary: Vocabulary) -> frozenset[int]:
@@ -305,11 +287,3 @@ def _schema_text(schema: Any) -> str:
     if not isinstance(schema, dict):
         raise ConfigError(f"json_schema is {text}; give an object ({{}} for any JSON value)")
     return text
-
-
-def _message(matcher: Any) -> str:
-    return matcher.get_error().partition("\n<")[0]  # after that the state, or that it is left out
-
-
-def _cannot_hold(kind: str, why: str) -> str:
-    return f"an answer cannot be held to this {kind}: {why.strip()}; change it or leave it out"

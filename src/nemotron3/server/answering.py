@@ -65,8 +65,7 @@ class Desk:
         """Hand a request to the engine; raises where it is full or the request is wrong.
 
         A form is compiled beside the event loop, and an answer without a length has that of the
-        model's directory. `notes` become part of the log's record of the
-        HTTP request.
+        model's directory. `notes` become part of the log's record of the HTTP request.
         """
         params = self.llm.with_default_length(prompt, params)
         form = None
@@ -74,7 +73,7 @@ class Desk:
         if wanted is not None:
             source = wanted.source or wanted.kind
             with spelled({wanted.kind: source, "": source}):
-                form = await asyncio.to_thread(self.llm.prepare_form, prompt, params)
+                form = await self.llm.prepare_form(prompt, params)
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, form=form)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size

@@ -35,7 +35,7 @@ from nemotron3.server.refusals import RefusedError, failed, invalid, refusal_of
 from nemotron3.server.response_store import ResponseStore
 from nemotron3.server.responses import ResponseAnswer, conversation, plan_response
 from nemotron3.server.responses_bodies import ResponsesBody
-from nemotron3.server.streaming import EventStream, answered
+from nemotron3.server.streaming import EventStream, answered, submitted
 from nemotron3.server.tokenizing import detokenize, tokenize
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -181,7 +181,8 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
         desk.assert_serves(body.model)
         plan = plan_chat(body, desk.llm.tokenizer.tool_call_end_id, desk.defaults)
         prompt = await desk.prepare_chat(plan)
-        answering = await desk.submit(prompt, plan.params, request.state.notes)
+        job = desk.submit(prompt, plan.params, request.state.notes)
+        answering = await submitted(request, job)
         answer = ChatAnswer(desk, body, plan, prompt, answering)
         if body.stream:
             return EventStream(answer.events(), answering.stop)
@@ -193,7 +194,8 @@ def _add_generation(api: FastAPI, desk: Desk) -> None:
         desk.assert_serves(body.model)
         params = plan_completion(body, desk.defaults)
         prompts = await completion_prompts(desk, body)
-        answerings = await desk.submit_all(prompts, params, request.state.notes)
+        job = desk.submit_all(prompts, params, request.state.notes)
+        answerings = await submitted(request, job)
         answer = CompletionAnswer(desk, body, params, answerings)
         if body.stream:
             return EventStream(answer.events(), answer.stop)
@@ -222,7 +224,8 @@ def _add_responses(api: FastAPI, desk: Desk) -> None:
         items = conversation(body, store)
         plan = plan_response(body, items, desk.llm.tokenizer.tool_call_end_id, desk.defaults)
         prompt = await desk.prepare_chat(plan)
-        answering = await desk.submit(prompt, plan.params, request.state.notes)
+        job = desk.submit(prompt, plan.params, request.state.notes)
+        answering = await submitted(request, job)
         answer = ResponseAnswer(desk, body, plan, items, answering, store)
         if body.stream:
             return EventStream(answer.events(), answering.stop)

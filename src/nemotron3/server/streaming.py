@@ -59,6 +59,15 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+async def submitted(request: Request, job: Coroutine[Any, Any, T]) -> T:
+    """The job's result; a client that leaves while its grammar waits gives its turn up."""
+    return await unless_gone(request.receive, job, _nothing)
+
+
+async def _nothing() -> None:
+    pass
+
+
 async def answered(request: Request, job: Coroutine[Any, Any, T], stop: Stop) -> T:
     """The job's result, unless the client leaves before."""
     return await unless_gone(request.receive, job, stop)

@@ -12,6 +12,7 @@
 
 #include "gemm.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t QUERIES = 48;  // of a block: whole tiles
@@ -249,15 +250,13 @@ void attention_forward(const float* q, const float* k, const float* v, const int
   }
   const int64_t queries = query_bounds[segments];
   const bool worth = tasks.size() > 1 && queries * heads * head_dim * KEYS > WORTH_THREADS;
-#pragma omp parallel num_threads(threads) if (worth)
-  {
+  together(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(ForwardRoom::floats(s));
     const ForwardRoom room(s, scratch);
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < tasks.size(); i++)
+    for (int64_t i; (i = team.next()) < (int64_t)tasks.size();)
       attend(s, o, Segment(query_bounds, key_bounds, tasks[i].segment), tasks[i].query,
              tasks[i].kv_head, room, y, sums, queries);
-  }
+  });
 }
 
 // dq [queries, heads, head_dim], dk and dv [keys, kv_heads, head_dim].
@@ -275,14 +274,11 @@ void attention_backward(const float* q, const float* k, const float* v, const in
     if (query_bounds[i + 1] - query_bounds[i] > longest)
       longest = query_bounds[i + 1] - query_bounds[i];
   const bool worth = queries * heads * head_dim * KEYS > WORTH_THREADS;
-#pragma omp parallel num_threads(threads) if (worth)
-  {
+  together(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(BackwardRoom::floats(s, longest));
     const BackwardRoom room(s, longest, scratch);
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t i = 0; i < segments; i++)
-      for (int64_t h = 0; h < kv_heads; h++)
-        attend_back(s, o, g, Segment(query_bounds, key_bounds, i), h, room);
-  }
+    for (int64_t i; (i = team.next()) < segments * kv_heads;)
+      attend_back(s, o, g, Segment(query_bounds, key_bounds, i / kv_heads), i % kv_heads, room);
+  });
 }
 }

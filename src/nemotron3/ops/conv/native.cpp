@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t SPAN = 32, SPAN_BACK = 128;  // longer where each has a part of dW to add
@@ -214,8 +215,9 @@ void conv_forward(const float* x, const float* weight, const float* bias, const 
   const Conv c(x, weight, bias, tails, taps, channels, ldx);
   const std::vector<Span> spans = spans_of(bounds, segments, SPAN);
   const auto run = taps == 4 ? convolve<4> : convolve<0>;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (bounds[segments] * channels > WORTH_THREADS)
-  for (size_t i = 0; i < spans.size(); i++) run(c, spans[i], y);
+  together(bounds[segments] * channels > WORTH_THREADS ? threads : 1, [&](Team& team) {
+    for (int64_t i; (i = team.next()) < (int64_t)spans.size();) run(c, spans[i], y);
+  });
   for (int64_t s = 0; s < segments; s++)
     for (int64_t r = 0; r < taps - 1; r++)
       memcpy(new_tails + (s * (taps - 1) + r) * channels,
@@ -235,11 +237,12 @@ void conv_backward(const float* x, const float* weight, const float* bias, const
   const auto run = taps == 4 ? convolve_back<4> : convolve_back<0>;
   const int64_t size = (taps + 1) * c.pitch;
   const std::unique_ptr<float[]> parts(new float[spans.size() * size]);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (bounds[segments] * channels > WORTH_THREADS)
-  for (size_t i = 0; i < spans.size(); i++) {
-    memset(parts.get() + i * size, 0, 4 * size);
-    run(c, g, spans[i], parts.get() + i * size);
-  }
+  together(bounds[segments] * channels > WORTH_THREADS ? threads : 1, [&](Team& team) {
+    for (int64_t i; (i = team.next()) < (int64_t)spans.size();) {
+      memset(parts.get() + i * size, 0, 4 * size);
+      run(c, g, spans[i], parts.get() + i * size);
+    }
+  });
   add_parts(c, parts.get(), spans.size(), dw, db);
 }
 }

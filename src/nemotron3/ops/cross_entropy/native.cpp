@@ -1,5 +1,6 @@
 // The softmax of cross-entropy: rows of logits to losses and, in place, to their gradients.
 #include "simd.h"
+#include "team.h"
 
 namespace {
 struct Largest {
@@ -47,6 +48,22 @@ float exponentials(float* row, int64_t n, float shift) {
   }
   return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
+
+// Loss of one row, which is overwritten.
+void loss_of_row(float* row, int64_t target, const float* weight, int64_t n, float* loss,
+                 uint8_t* correct) {
+  const float at_target = row[target];
+  const Largest best = largest(row, n);
+  const float total = exponentials(row, n, best.value);
+  *loss = __builtin_logf(total) + (best.value - at_target);
+  *correct = best.index == target;
+  if (!weight) return;
+  const float scale = *weight / total;
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) store(row + j, load(row + j) * scale);
+  for (; j < n; j++) row[j] *= scale;
+  row[target] -= *weight;
+}
 }  // namespace
 
 extern "C" {
@@ -55,20 +72,11 @@ extern "C" {
 // overwritten: with weight * (softmax - one_hot(target)) where `weights` is given.
 void cross_entropy_rows(float* logits, const int64_t* targets, const float* weights, float* losses,
                         uint8_t* correct, int64_t rows, int64_t n, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t r = 0; r < rows; r++) {
-    float* row = logits + r * n;
-    const float at_target = row[targets[r]];
-    const Largest best = largest(row, n);
-    const float total = exponentials(row, n, best.value);
-    losses[r] = __builtin_logf(total) + (best.value - at_target);
-    correct[r] = best.index == targets[r];
-    if (!weights) continue;
-    const float scale = weights[r] / total;
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) store(row + j, load(row + j) * scale);
-    for (; j < n; j++) row[j] *= scale;
-    row[targets[r]] -= weights[r];
-  }
+  together(threads, [&](Team& team) {
+    const Range part = team.share(rows);
+    for (int64_t r = part.first; r < part.last; r++)
+      loss_of_row(logits + r * n, targets[r], weights ? weights + r : nullptr, n, losses + r,
+                  correct + r);
+  });
 }
 }

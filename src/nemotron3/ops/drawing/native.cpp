@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "simd.h"
+#include "team.h"
 
 namespace {
 constexpr int64_t WORTH_THREADS = 1 << 15;  // elements below which a second thread costs more
@@ -64,7 +65,10 @@ extern "C" {
 // tokens [rows] of logits [rows, vocab], whose rows are `ld` apart, and keys [rows].
 void gumbel_argmax(const float* logits, const int64_t* keys, int64_t* tokens, int64_t rows,
                    int64_t vocab, int64_t ld, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 1 && rows * vocab > WORTH_THREADS)
-  for (int64_t r = 0; r < rows; r++) tokens[r] = draw(logits + r * ld, vocab, (uint64_t)keys[r]);
+  together(rows > 1 && rows * vocab > WORTH_THREADS ? threads : 1, [&](Team& team) {
+    const Range part = team.share(rows);
+    for (int64_t r = part.first; r < part.last; r++)
+      tokens[r] = draw(logits + r * ld, vocab, (uint64_t)keys[r]);
+  });
 }
 }

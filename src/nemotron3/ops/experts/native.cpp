@@ -292,44 +292,41 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   const int64_t up_rows = s.up_rows();
-#pragma omp parallel num_threads(threads)
-  {
+  together(threads, [&](Team& team) {
     BackwardRoom room(s);
     Scratch scratch(room.floats());
     room.take(scratch);
-#pragma omp for schedule(dynamic)
-    for (int64_t e = 0; e < experts; e++)
+    for (int64_t e; (e = team.next()) < experts;)
       backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
                       down + e * hidden * width, kept, grad, ldgrad, dxs, d_weights,
                       d_up ? d_up + e * up_rows * width : nullptr,
                       d_down ? d_down + e * hidden * width : nullptr, room);
-    if (dx) {
-#pragma omp for
-      for (int64_t t = 0; t < tokens; t++) combine(dxs, places, choices, width, {0, width}, t, dx);
-    }
-  }
+    if (!dx) return;
+    team.wait();
+    const Range part = team.share(tokens);
+    for (int64_t t = part.first; t < part.last; t++)
+      combine(dxs, places, choices, width, {0, width}, t, dx);
+  });
 }
 
 // dh of act(h), given the gradient of its result and what was kept: h of SwiGLU, and the result of a
 // squared ReLU, whose root is exactly relu(h).
 void activate_backward_rows(const float* kept, const float* grad, float* dh, int64_t rows,
                             int64_t hidden, int64_t activation, int64_t threads) {
-  if (activation == RELU2) {
-#pragma omp parallel for num_threads(threads) if (rows * hidden > WORTH_THREADS)
-    for (int64_t i = 0; i < rows * hidden; i++) dh[i] = 2.0f * std::sqrt(kept[i]) * grad[i];
-    return;
-  }
-  const int64_t wide = 2 * hidden;
-#pragma omp parallel num_threads(threads) if (rows * hidden > WORTH_THREADS)
-  {
-    float* unused = new float[hidden];
-#pragma omp for
-    for (int64_t r = 0; r < rows; r++) {
+  together(rows * hidden > WORTH_THREADS ? threads : 1, [&](Team& team) {
+    const Range part = team.share(rows);
+    if (activation == RELU2) {
+      for (int64_t i = part.first * hidden; i < part.last * hidden; i++)
+        dh[i] = 2.0f * std::sqrt(kept[i]) * grad[i];
+      return;
+    }
+    const int64_t wide = 2 * hidden;
+    Scratch unused(hidden);
+    for (int64_t r = part.first; r < part.last; r++) {
       float* to = dh + r * wide;
       memcpy(to, kept + r * wide, 4 * wide);
-      activate_backward(to, grad + r * hidden, hidden, activation, 1.0f, unused);
+      activate_backward(to, grad + r * hidden, hidden, activation, 1.0f, unused.take(0, 0));
     }
-    delete[] unused;
-  }
+  });
 }
 }

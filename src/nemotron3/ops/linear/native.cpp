@@ -69,23 +69,23 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
               const float* b, int64_t ldb, float* c, bool add, int64_t threads) {
   const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
   const int64_t ld = turned ? block : pitch(DEPTH), lines = turned ? DEPTH : block;
-#pragma omp parallel num_threads(threads) if (rows * columns * depth > WORTH_THREADS)
-  {
+  const int64_t across = (columns + COLUMNS - 1) / COLUMNS;
+  together(rows * columns * depth > WORTH_THREADS ? threads : 1, [&](Team& team) {
     Scratch scratch(lines * ld);
     float* near = scratch.take(lines, ld);
-#pragma omp for collapse(2)
-    for (int64_t m = 0; m < rows; m += block)
-      for (int64_t n = 0; n < columns; n += COLUMNS) {
-        const int64_t height = min(rows - m, block), width = min(columns - n, COLUMNS);
-        for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
-          const int64_t part = min(depth - t, DEPTH);
-          if (turned) copy_lines(a, t, part, m, height, near, ld);
-          else copy_lines(a, m, height, t, part, near, ld);
-          gemm(height, width, part, near, turned ? 1 : ld, turned ? ld : 1, b + t * ldb + n, ldb,
-               c + m * columns + n, columns, add || t);
-        }
+    const Range share = team.share((rows + block - 1) / block * across);
+    for (int64_t i = share.first; i < share.last; i++) {
+      const int64_t m = i / across * block, n = i % across * COLUMNS;
+      const int64_t height = min(rows - m, block), width = min(columns - n, COLUMNS);
+      for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
+        const int64_t part = min(depth - t, DEPTH);
+        if (turned) copy_lines(a, t, part, m, height, near, ld);
+        else copy_lines(a, m, height, t, part, near, ld);
+        gemm(height, width, part, near, turned ? 1 : ld, turned ? ld : 1, b + t * ldb + n, ldb,
+             c + m * columns + n, columns, add || t);
       }
-  }
+    }
+  });
 }
 }  // namespace
 

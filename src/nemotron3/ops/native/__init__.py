@@ -15,7 +15,6 @@ from nemotron3.ops.native.calls import (
     contiguous_rows,
     recording,
     serves,
-    team_ids,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "contiguous_rows",
     "recording",
     "serves",
-    "team_ids",
 ]

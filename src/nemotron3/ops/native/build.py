@@ -20,13 +20,16 @@ import threading
 from pathlib import Path
 
 from nemotron3.errors import BackendUnavailableError
+from nemotron3.ops.native.processors import fit_pytorch
 
 HEADERS = Path(__file__).parent
+TEAMS = HEADERS / "team.cpp"
+"""The source of the library that all others have their threads from."""
 FLAGS = (
     "-std=c++17",
     "-O3",
     "-march=native",
-    "-fopenmp",
+    "-pthread",
     "-shared",
     "-fPIC",
     "-fno-math-errno",
@@ -63,6 +66,12 @@ def library(source: Path) -> ctypes.CDLL:
         if not path.exists():
             _log.info("compiling %s for this processor, once", source)
             _compile(compiler, source, path)
+    if source == TEAMS:
+        fit_pytorch()
+        teams = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        teams.nemotron3_calm_openmp()
+        return teams
+    library(TEAMS)
     return ctypes.CDLL(str(path))
 
 

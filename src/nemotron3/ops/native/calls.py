@@ -23,6 +23,9 @@ WORTH_A_MEMBER = 3 << 19
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _WORDS = {"p": "q", "i": "q", "f": "d"}
 
+_num_threads = torch.get_num_threads
+"""Of a team where processors are idle; team.cpp gives it fewer where they are not."""
+
 Argument = Tensor | int | float | None
 
 
@@ -40,7 +43,7 @@ class NativeFunction:
         self._function: Any = None
 
     def __call__(self, *arguments: Argument) -> None:
-        """Run it on the threads that PyTorch uses."""
+        """Run it on as many threads as PyTorch uses."""
         if _thread.recording is not None:
             raise RuntimeError(f"{self.name} cannot be recorded; make it a TeamFunction")
         function = self._function
@@ -50,19 +53,11 @@ class NativeFunction:
             self._function = function
         function(
             *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
-            torch.get_num_threads(),
+            _num_threads(),
         )
 
 
 _PROGRAM = Path(__file__).with_name("program.cpp")
-_team_ids = NativeFunction(_PROGRAM, "team_ids", "p")
-
-
-def team_ids() -> list[int]:
-    """The system's numbers of the threads that compiled functions run on when this one calls."""
-    ids = torch.zeros(torch.get_num_threads(), dtype=torch.int64)
-    _team_ids(ids)
-    return ids.tolist()
 
 
 class TeamFunction:
@@ -81,7 +76,7 @@ class TeamFunction:
         words = self._words.pack(
             *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
         )
-        self._alone(words, torch.get_num_threads() if work > WORTH_THREADS else 1)
+        self._alone(words, _num_threads() if work > WORTH_THREADS else 1)
         if _thread.recording is not None:
             operands = tuple(a for a in arguments if isinstance(a, Tensor))
             _thread.recording.append(SharedCall(self._shared, words, operands, work))
@@ -157,7 +152,7 @@ class Program:
 
     def __call__(self) -> None:
         """Do all of it."""
-        self._run(self._table, len(self._calls), min(self.members, torch.get_num_threads()))
+        self._run(self._table, len(self._calls), min(self.members, _num_threads()))
 
 
 def serves(x: Tensor) -> bool:

@@ -1,8 +1,5 @@
 // A list of operations, done one after another by one team of threads, and the operations of
 // PyTorch that programs need a compiled form of.
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "simd.h"
 #include "team.h"
 
@@ -31,12 +28,6 @@ struct Call {
 
 SHARED(add, add)
 SHARED(pick_rows, pick_rows)
-
-// ids [threads] = the system's numbers of the calling thread's team.
-extern "C" void team_ids(int64_t* ids, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  ids[omp_get_thread_num()] = syscall(SYS_gettid);
-}
 
 extern "C" void run_program(const Call* calls, int64_t count, int64_t threads) {
   together(threads, [&](Team& team) {

@@ -6,36 +6,50 @@
 // decoding step of a hundred small operations cheap, since a meeting takes a fraction of the time in
 // which threads are started. What a thread writes before `wait` all threads see after it.
 #pragma once
-#include <omp.h>
-#include <sched.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#define RELAX() __builtin_ia32_pause()
-#else
-#define RELAX() asm volatile("" ::: "memory")
-#endif
-
 struct Range {
   int64_t first, last;
 };
 
+// A number that only grows, and that threads wait for.
+struct alignas(64) Signal {
+  std::atomic<uint32_t> count{0};
+  std::atomic<uint32_t> sleepers{0};
+  std::atomic<int64_t> raised_at{0};  // when somebody slept
+};
+
 // What the threads of a team share.
 struct Meeting {
+  Signal held;  // meetings so far
   alignas(64) std::atomic<int64_t> arrived{0};
-  alignas(64) std::atomic<int64_t> held{0};  // meetings so far
   alignas(64) std::atomic<int64_t> taken{0};
 };
+
+// What a thread did with its time in an operation, in nanoseconds, beside its work.
+struct Waiting {
+  int64_t spun = 0;   // on a processor, looking
+  int64_t slept = 0;  // without one, until what it waited for had come
+};
+
+class Team;
+typedef void (*TeamBody)(void* context, Team& team);
+
+// team.cpp has them, in a library that all others share.
+extern "C" {
+void nemotron3_raise(Signal& signal);
+void nemotron3_await(Signal& signal, uint32_t count, Waiting& waiting);
+void nemotron3_together(int64_t threads, TeamBody body, void* context);
+}
 
 class Team {
  public:
   Team(int64_t thread, int64_t threads, Meeting& meeting)
-      : thread(thread), threads(threads), meeting(meeting) {}
+      : thread(thread), threads(threads), meeting(meeting), held(meeting.held.count.load()) {}
 
   // This thread's part of n pieces of equal work, in multiples of `grain`.
   Range share(int64_t n, int64_t grain = 1) const {
@@ -58,38 +72,32 @@ class Team {
     if (meeting.arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       meeting.arrived.store(0, std::memory_order_relaxed);
       meeting.taken.store(0, std::memory_order_relaxed);
-      meeting.held.store(held, std::memory_order_release);
+      nemotron3_raise(meeting.held);
       return;
     }
-    for (int64_t spins = 0; meeting.held.load(std::memory_order_acquire) < held; spins++) {
-      // Another process may have the processor of the thread that is missing.
-      if (spins < PATIENCE) RELAX();
-      else sched_yield();
-    }
+    if (meeting.held.count.load(std::memory_order_acquire) != held)
+      nemotron3_await(meeting.held, held, waiting);
   }
 
   const int64_t thread, threads;
+  Waiting waiting;
 
  private:
-  static constexpr int64_t PATIENCE = 1 << 12;
-  int64_t held = 0;
   Meeting& meeting;
+  uint32_t held;
 };
 
-// Give a piece of work a team of so many threads.
+// Give a piece of work a team of so many threads, or fewer: `body` asks the team how many it has.
 template <class Body>
 static void together(int64_t threads, const Body& body) {
-  Meeting meeting;
   if (threads == 1) {
+    Meeting meeting;
     Team team(0, 1, meeting);
     body(team);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    Team team(omp_get_thread_num(), omp_get_num_threads(), meeting);
-    body(team);
-  }
+  nemotron3_together(
+      threads, [](void* context, Team& team) { (*(const Body*)context)(team); }, (void*)&body);
 }
 
 // An argument as it comes from Python: eight bytes, a floating-point number as a double.

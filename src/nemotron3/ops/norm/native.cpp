@@ -108,18 +108,17 @@ void norm_backward(const float* x, const float* gate, const float* weight, const
   const auto run = gate ? norm_row_back<true> : norm_row_back<false>;
   const int64_t spans = (rows + SPAN - 1) / SPAN;
   const std::unique_ptr<float[]> parts(new float[spans * width]);
-#pragma omp parallel num_threads(threads) if (rows * width > WORTH_THREADS)
-  {
+  together(rows * width > WORTH_THREADS ? threads : 1, [&](Team& team) {
     const std::unique_ptr<float[]> u(new float[s.group()]);
-#pragma omp for
-    for (int64_t k = 0; k < spans; k++) {
+    const Range share = team.share(spans);
+    for (int64_t k = share.first; k < share.last; k++) {
       float* part = parts.get() + k * width;
       memset(part, 0, 4 * width);
       for (int64_t r = k * SPAN; r < rows && r < (k + 1) * SPAN; r++)
         run(s, x + r * ldx, gate ? gate + r * ldgate : x, weight, dy + r * lddy, dx + r * width,
             gate ? d_gate + r * width : dx, part, u.get());
     }
-  }
+  });
   memset(d_weight, 0, 4 * width);
   for (int64_t k = 0; k < spans; k++)
     for (int64_t i = 0; i < width; i++) d_weight[i] += parts[k * width + i];

@@ -90,18 +90,20 @@ extern "C" {
 void route_backward(const int64_t* indices, const float* scores, const float* d_weights,
                     float* d_logits, int64_t tokens, int64_t experts, int64_t choices,
                     int64_t softmax, int64_t normalise, float scale, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * experts > WORTH_THREADS)
-  for (int64_t t = 0; t < tokens; t++) {
-    const int64_t* chosen = indices + t * choices;
-    const float *s = scores + t * experts, *dw = d_weights + t * choices;
-    float *ds = d_logits + t * experts, total = 1.0f, mean = 0.0f;
-    if (normalise) {  // w_i = scale s_i / total, so each score pulls at all weights
-      total = 1e-20f;
-      for (int64_t i = 0; i < choices; i++) total += s[chosen[i]];
-      for (int64_t i = 0; i < choices; i++) mean += dw[i] * s[chosen[i]] / total;
+  together(tokens * experts > WORTH_THREADS ? threads : 1, [&](Team& team) {
+    const Range part = team.share(tokens);
+    for (int64_t t = part.first; t < part.last; t++) {
+      const int64_t* chosen = indices + t * choices;
+      const float *s = scores + t * experts, *dw = d_weights + t * choices;
+      float *ds = d_logits + t * experts, total = 1.0f, mean = 0.0f;
+      if (normalise) {  // w_i = scale s_i / total, so each score pulls at all weights
+        total = 1e-20f;
+        for (int64_t i = 0; i < choices; i++) total += s[chosen[i]];
+        for (int64_t i = 0; i < choices; i++) mean += dw[i] * s[chosen[i]] / total;
+      }
+      for (int64_t i = 0; i < choices; i++) ds[chosen[i]] += scale / total * (dw[i] - mean);
+      score_backward(s, ds, experts, softmax);
     }
-    for (int64_t i = 0; i < choices; i++) ds[chosen[i]] += scale / total * (dw[i] - mean);
-    score_backward(s, ds, experts, softmax);
-  }
+  });
 }
 }

@@ -460,12 +460,14 @@ void scan_back(const Shape& s, const Operands& o, const Gradients& g, const Unit
 
 // to [n] = the sum of `planes` rows of n.
 void add_planes(const float* planes, int64_t count, int64_t n, float* to, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < n; i++) {
-    float total = planes[i];
-    for (int64_t k = 1; k < count; k++) total += planes[k * n + i];
-    to[i] = total;
-  }
+  together(threads, [&](Team& team) {
+    const Range part = team.share(n);
+    for (int64_t i = part.first; i < part.last; i++) {
+      float total = planes[i];
+      for (int64_t k = 1; k < count; k++) total += planes[k * n + i];
+      to[i] = total;
+    }
+  });
 }
 
 // One token of R consecutive rows of a head's state: h = decay h + x B^T, y = h C + D x.
@@ -560,13 +562,11 @@ void ssd_forward(const float* x, const float* dt, const float* A, const float* B
   const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
   const int64_t units = segments * groups * s.blocks();
   const bool worth = units > 1 && bounds[segments] * heads * head_dim * d_state > WORTH_THREADS;
-#pragma omp parallel num_threads(threads) if (worth)
-  {
+  together(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(ForwardRoom::floats(s));
     const ForwardRoom room(s, scratch);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < units; i++) scan(s, o, Unit(s, bounds, i), room, y, final);
-  }
+    for (int64_t i; (i = team.next()) < units;) scan(s, o, Unit(s, bounds, i), room, y, final);
+  });
 }
 
 // Gradients from those of y and of the final states (which may be null): dx [tokens, heads,
@@ -601,13 +601,11 @@ void ssd_backward(const float* x, const float* dt, const float* A, const float* 
     if (bounds[i + 1] - bounds[i] > longest) longest = bounds[i + 1] - bounds[i];
   const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
   const bool worth = units > 1 && tokens * heads * head_dim * d_state > WORTH_THREADS;
-#pragma omp parallel num_threads(threads) if (worth)
-  {
+  together(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(BackwardRoom::floats(s, chunks));
     const BackwardRoom room(s, chunks, scratch);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < units; i++) scan_back(s, o, g, Unit(s, bounds, i), room);
-  }
+    for (int64_t i; (i = team.next()) < units;) scan_back(s, o, g, Unit(s, bounds, i), room);
+  });
   if (planes && dB) add_planes(g.dB, s.blocks(), tokens * width, dB, threads);
   if (planes && dC) add_planes(g.dC, s.blocks(), tokens * width, dC, threads);
   for (int64_t h = 0; h < heads; h++) {

@@ -1,0 +1,350 @@
+// The threads of teams: who they are, how they wait, and how many an operation gets.
+//
+// A thread that calls operations has helpers of its own, which it starts when it first needs them
+// and which end with it; so callers share nothing, and a forked child, which has no threads but its
+// own, starts others. Waiting is a short spin, then sleep: whoever waits for long has lost its
+// partner's processor to another program, which then at least gets the one of the waiter.
+//
+// Where processors are contended, threads that wait for each other lose more than they gain: each
+// piece of work takes as long as its unluckiest thread. So a team measures what it gets, the work
+// done per time in processors' worth, and where threads are kept from running it tries fewer and
+// keeps what does more; later it tries more again (class Size). Results do not depend on it: an
+// operation's bits are the same for any number of threads.
+#include "team.h"
+
+#include <dlfcn.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace {
+#if defined(__x86_64__)
+inline void relax() { __builtin_ia32_pause(); }
+#elif defined(__aarch64__)
+inline void relax() { asm volatile("yield" ::: "memory"); }
+#else
+inline void relax() { asm volatile("" ::: "memory"); }
+#endif
+
+constexpr int64_t MICROSECOND = 1000, MILLISECOND = 1000 * MICROSECOND;  // of nanoseconds
+// How long to spin for others of a team, and for the next operation, which costs more to miss.
+constexpr int64_t SPIN_IN_TEAM = 50 * MICROSECOND, SPIN_FOR_WORK = 200 * MICROSECOND;
+constexpr int64_t SPINS_A_LOOK = 16;  // at the clock
+constexpr int64_t PROMPT = 100 * MICROSECOND;  // to wake within is no sign of contention
+
+int64_t now(clockid_t clock = CLOCK_MONOTONIC) {
+  timespec t;
+  clock_gettime(clock, &t);
+  return t.tv_sec * 1000 * MILLISECOND + t.tv_nsec;
+}
+
+void raise(Signal& signal) {
+  signal.count.fetch_add(1, std::memory_order_seq_cst);
+  if (signal.sleepers.load(std::memory_order_seq_cst) == 0) return;
+  signal.raised_at.store(now(), std::memory_order_relaxed);
+  syscall(SYS_futex, &signal.count, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// Return when `count` is reached; counts go round.
+void await(Signal& signal, uint32_t count, int64_t spin, Waiting& waiting) {
+  const auto reached = [&](uint32_t seen) { return (int32_t)(seen - count) >= 0; };
+  const int64_t start = now();
+  int64_t end = start;
+  for (; end - start < spin; end = now())
+    for (int64_t i = 0; i < SPINS_A_LOOK; i++, relax())
+      if (reached(signal.count.load(std::memory_order_acquire))) {
+        waiting.spun += now() - start;
+        return;
+      }
+  waiting.spun += end - start;
+  signal.sleepers.fetch_add(1, std::memory_order_seq_cst);
+  for (uint32_t seen; !reached(seen = signal.count.load(std::memory_order_seq_cst));)
+    syscall(SYS_futex, &signal.count, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+  signal.sleepers.fetch_sub(1, std::memory_order_relaxed);
+  const int64_t woken = now(), raised = signal.raised_at.load(std::memory_order_relaxed);
+  const bool late = raised > end && woken - raised > PROMPT;
+  waiting.slept += (late ? raised : woken) - end;
+}
+
+// What an operation got of the processors.
+struct Share {
+  int64_t lasted = 0;  // from its start to its end
+  int64_t worked = 0;  // of all threads
+  int64_t kept_out = 0;  // of all threads: ready, but without a processor
+};
+
+// Time of one thread in an operation.
+class Stopwatch {
+ public:
+  Stopwatch() : start(now()), used(now(CLOCK_THREAD_CPUTIME_ID)) {}
+  void stop(const Waiting& waiting, Share& share) const {
+    const int64_t on_processor = now(CLOCK_THREAD_CPUTIME_ID) - used, lasted = now() - start;
+    share.worked += std::max<int64_t>(0, on_processor - waiting.spun);
+    share.kept_out += std::max<int64_t>(0, lasted - on_processor - waiting.slept);
+  }
+  const int64_t start, used;
+};
+
+// How many threads the teams of one caller have, where `wanted` would be worth it on idle processors.
+class Size {
+ public:
+  explicit Size(int64_t wanted) : wanted(wanted), most(wanted) {}
+
+  int64_t threads() const { return most; }
+
+  // Whether the next operation should be measured, which costs microseconds.
+  bool asks() { return is_trial || ++unmeasured % MEASURED == 0; }
+
+  void learn(const Share& share, int64_t time) {
+    seen.lasted += share.lasted;
+    seen.worked += share.worked;
+    seen.kept_out += share.kept_out;
+    if (seen.lasted >= ENOUGH) decide(time);
+  }
+
+ private:
+  static constexpr int64_t MEASURED = 5;  // one operation in so many
+  static constexpr int64_t ENOUGH = 12 * MILLISECOND;  // some turns of a scheduler
+  static constexpr int64_t FIRST_PAUSE = 50 * MILLISECOND, LAST_PAUSE = 2000 * MILLISECOND;
+  static constexpr double CONTENDED = 0.05;  // of its time that a thread is kept out
+  static constexpr double BETTER = 1.1;
+
+  void decide(int64_t time) {
+    const double power = (double)seen.worked / seen.lasted;  // in processors
+    const double lost = (double)seen.kept_out / seen.lasted;
+    seen = Share();
+    if (is_trial) {
+      // More threads have to be better by something, or they would be tried for nothing.
+      const bool stays = most > before ? power > BETTER * power_before : BETTER * power > power_before;
+      is_trial = false;
+      pause = stays ? FIRST_PAUSE : std::min(2 * pause, LAST_PAUSE);
+      next_trial = time + pause;
+      if (!stays) most = before;
+      return;
+    }
+    if (time < next_trial) return;
+    int64_t trial = most;
+    if (most > 1 && lost > CONTENDED * most) trial = most - std::max<int64_t>(1, lost);
+    else if (most < wanted) trial = std::min(wanted, 2 * most);
+    if (trial == most) return;
+    before = most;
+    power_before = power;
+    most = std::max<int64_t>(1, trial);
+    is_trial = true;
+  }
+
+  const int64_t wanted;
+  int64_t most, before = 0;
+  double power_before = 0;
+  bool is_trial = false;
+  int64_t unmeasured = 0;
+  int64_t pause = FIRST_PAUSE, next_trial = 0;
+  Share seen;
+};
+
+// Threads that start meanwhile get no signals: those are for threads that know what to do with them.
+class NoSignals {
+ public:
+  NoSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+  }
+  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+
+ private:
+  sigset_t before;
+};
+
+std::atomic<int64_t> forks{0};
+
+// The helpers of one calling thread.
+class Helpers {
+ public:
+  ~Helpers() {
+    is_over = true;
+    for (auto& helper : helpers) raise(helper->called);
+    for (auto& helper : helpers) helper->thread.join();
+  }
+
+  void run(int64_t wanted, TeamBody body, void* context) {
+    while ((int64_t)sizes.size() <= wanted) sizes.emplace_back(sizes.size());
+    Size& size = sizes[wanted];
+    const int64_t threads = present(size.threads());
+    if (threads == 1) {
+      Meeting alone;
+      Team team(0, 1, alone);
+      if (!size.asks()) return body(context, team);
+      const Stopwatch watch;
+      body(context, team);
+      Share share;
+      watch.stop(team.waiting, share);
+      share.lasted = now() - watch.start;
+      return size.learn(share, now());
+    }
+    this->body = body;
+    this->context = context;
+    this->threads = threads;
+    is_measured = size.asks();
+    began = is_measured ? now() : 0;
+    meeting.taken.store(0, std::memory_order_relaxed);
+    left.store(threads - 1, std::memory_order_relaxed);
+    for (int64_t i = 0; i < threads - 1; i++) raise(helpers[i]->called);
+    Team team(0, threads, meeting);
+    Share share;
+    if (!is_measured) {
+      body(context, team);
+      finish(team.waiting);
+    } else {
+      const Stopwatch watch;
+      body(context, team);
+      finish(team.waiting);
+      watch.stop(team.waiting, share);
+      share.lasted = now() - began;
+      for (int64_t i = 0; i < threads - 1; i++) {
+        share.worked += helpers[i]->share.worked;
+        share.kept_out += helpers[i]->share.kept_out;
+      }
+    }
+    if (is_measured) size.learn(share, now());
+  }
+
+ private:
+  struct Helper {
+    Signal called;
+    Share share;
+    std::thread thread;
+  };
+
+  void finish(Waiting& waiting) {
+    if (all_ended.count.load(std::memory_order_acquire) != ++ended)
+      await(all_ended, ended, SPIN_IN_TEAM, waiting);
+  }
+
+  // So many threads, or as many as the system lets there be.
+  int64_t present(int64_t threads) {
+    while ((int64_t)helpers.size() < threads - 1) {
+      auto helper = std::make_unique<Helper>();
+      Helper* at = helper.get();
+      const int64_t number = helpers.size() + 1;
+      const NoSignals while_it_starts;
+      try {
+        helper->thread = std::thread([this, number, at] { serve(number, *at); });
+      } catch (const std::system_error&) {
+        break;
+      }
+      helpers.push_back(std::move(helper));
+    }
+    return std::min<int64_t>(threads, helpers.size() + 1);
+  }
+
+  void serve(int64_t thread, Helper& helper) {
+    pthread_setname_np(pthread_self(), "nemotron3-team");
+    Waiting between;
+    for (uint32_t calls = 1;; calls++) {
+      await(helper.called, calls, SPIN_FOR_WORK, between);
+      if (is_over) return;
+      Team team(thread, threads, meeting);
+      if (is_measured) {
+        helper.share = Share();
+        const Stopwatch watch;
+        if (watch.start - began > PROMPT) helper.share.kept_out += watch.start - began;
+        body(context, team);
+        watch.stop(team.waiting, helper.share);
+      } else {
+        body(context, team);
+      }
+      if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) raise(all_ended);
+    }
+  }
+
+  std::vector<std::unique_ptr<Helper>> helpers;
+  std::vector<Size> sizes;  // by the number of threads that is wanted
+  bool is_over = false;
+  // The operation that runs.
+  TeamBody body = nullptr;
+  void* context = nullptr;
+  int64_t threads = 0;
+  bool is_measured = false;
+  int64_t began = 0;
+  Meeting meeting;
+  alignas(64) std::atomic<int64_t> left{0};
+  Signal all_ended;
+  uint32_t ended = 0;
+};
+
+// A caller's helpers; those of the process that it was forked from are not there.
+struct Caller {
+  std::unique_ptr<Helpers> helpers;
+  int64_t forked = 0;
+  Helpers& present() {
+    const int64_t now_forked = forks.load(std::memory_order_relaxed);
+    if (forked != now_forked) (void)helpers.release();
+    forked = now_forked;
+    if (!helpers) helpers = std::make_unique<Helpers>();
+    return *helpers;
+  }
+  ~Caller() {
+    if (forked != forks.load(std::memory_order_relaxed)) (void)helpers.release();
+  }
+};
+
+thread_local Caller caller;
+
+__attribute__((constructor)) void note_forks() {
+  pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+}
+
+// PyTorch's own operations have threads of OpenMP, which spin for milliseconds after each: on
+// processors that helpers want, and other programs. GCC's runtime reads how long from the
+// environment when it is loaded, so it is too late to set; but it spins briefly wherever its
+// threads are more than the processors. So one team of that many is made, and sleeps.
+struct OpenMP {
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+  int (*processors)();
+};
+
+void* keep_idle_team(void* openmp) {
+  const OpenMP* runtime = (const OpenMP*)openmp;
+  runtime->parallel([](void*) {}, nullptr, runtime->processors() + 1, 0);
+  for (;;) ::pause();
+}
+}  // namespace
+
+extern "C" {
+
+// Whether PyTorch's idle threads sleep from now on: they are those of GCC's runtime on Linux.
+int nemotron3_calm_openmp() {
+  void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  if (!library) return 0;
+  static OpenMP openmp;
+  if (openmp.processors) return 1;  // one such team is enough
+  openmp.parallel = (decltype(openmp.parallel))dlsym(library, "GOMP_parallel");
+  openmp.processors = (decltype(openmp.processors))dlsym(library, "omp_get_num_procs");
+  if (!openmp.parallel || !openmp.processors) return 0;
+  const NoSignals while_it_starts;
+  pthread_t thread;
+  if (pthread_create(&thread, nullptr, keep_idle_team, &openmp) != 0) return 0;
+  pthread_detach(thread);
+  return 1;
+}
+
+void nemotron3_raise(Signal& signal) { raise(signal); }
+
+void nemotron3_await(Signal& signal, uint32_t count, Waiting& waiting) {
+  await(signal, count, SPIN_IN_TEAM, waiting);
+}
+
+void nemotron3_together(int64_t threads, TeamBody body, void* context) {
+  caller.present().run(threads, body, context);
+}
+}
