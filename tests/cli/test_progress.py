@@ -10,7 +10,6 @@ from nemotron3.cli import progress
 from nemotron3.cli.progress import LogCallback, TerminalCallback, status, watch
 from nemotron3.errors import DependencyMissingError
 from nemotron3.training.trainer import StepReport
-from tests.small_run import small_run
 
 METRICS = {"train/loss": 2.0, "perf/tokens_per_s": 12_345.6, "moe/max_vio": 0.5}
 
@@ -23,36 +22,36 @@ def test_the_status_holds_what_is_worth_watching():
     assert "max-vio" not in status(dense)
 
 
-def test_a_log_gets_a_line_now_and_then_and_at_the_end(capsys, monkeypatch, tmp_path):
+def test_a_log_gets_a_line_now_and_then_and_at_the_end(capsys, monkeypatch):
     """Steps of 4 s: with a line every 15 s, four steps make one."""
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    run = small_run(tmp_path, training={"steps": 10})
+    steps = 10
     callback = LogCallback()
     callback.stage("Training on a test")
     callback.progress("encode", 1, 2)
     for step in range(1, 11):
-        callback.trained(StepReport(step=step, metrics=METRICS), run)
+        callback.trained(StepReport(step=step, steps=steps, metrics=METRICS))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Training on a test"
-    steps = [int(re.search(r"step +(\d+)/10", line)[1]) for line in lines[1:]]
-    assert steps == [4, 8, 10]
+    shown = [int(re.search(r"step +(\d+)/10", line)[1]) for line in lines[1:]]
+    assert shown == [4, 8, 10]
     assert lines[1].endswith("0:24 left")
     assert lines[-1].endswith("0:00 left")
     assert "loss 2.000" in lines[1]
 
 
-def test_a_resumed_run_reckons_from_where_it_went_on(capsys, monkeypatch, tmp_path):
+def test_a_resumed_run_reckons_from_where_it_went_on(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    run = small_run(tmp_path, training={"steps": 100})
+    steps = 100
     callback = LogCallback()
     for step in (91, 92):
-        callback.trained(StepReport(step=step, metrics=METRICS), run)
+        callback.trained(StepReport(step=step, steps=steps, metrics=METRICS))
     assert capsys.readouterr().out.splitlines()[-1].endswith("2:40 left")  # 8 steps of 20 s
 
 
-def test_a_terminal_gets_a_bar_for_each_part(tmp_path):
+def test_a_terminal_gets_a_bar_for_each_part():
     rich = pytest.importorskip("rich.progress")
     console = pytest.importorskip("rich.console").Console
     output = io.StringIO()
@@ -60,14 +59,14 @@ def test_a_terminal_gets_a_bar_for_each_part(tmp_path):
         rich.TextColumn("{task.description} {task.fields[status]}"),
         rich.MofNCompleteColumn(),
     )
-    run = small_run(tmp_path, training={"steps": 10})
+    steps = 10
     with rich.Progress(*columns, console=console(file=output, width=120)) as bars:
         callback = TerminalCallback(bars)
         callback.stage("Preparing the corpus")
         callback.progress("survey", 500, 0)  # the total is not known yet
         callback.progress("encode", 500, 1000)
         for step in range(1, 8):
-            callback.trained(StepReport(step=step, metrics=METRICS), run)
+            callback.trained(StepReport(step=step, steps=steps, metrics=METRICS))
         tasks = {task.description: (task.completed, task.total) for task in bars.tasks}
     assert tasks == {"survey": (500, 0), "encode": (500, 1000), "training": (7, 10)}
     assert "Preparing the corpus" in output.getvalue()

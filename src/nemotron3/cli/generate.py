@@ -7,11 +7,13 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import AnswerDelta
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.runtime.devices import resolve_device
 from nemotron3.text import ContentDelta
 
 
 def generate_command(known: argparse.Namespace) -> int:
     """Load a model directory and write on from the prompt."""
+    device = resolve_device(known.device)
     params = SamplingParams(
         max_tokens=known.max_tokens,
         temperature=known.temperature,
@@ -19,7 +21,7 @@ def generate_command(known: argparse.Namespace) -> int:
         top_k=known.top_k,
         seed=known.seed,
     )
-    llm = LLM(known.path, device=known.device, config=EngineConfig(max_num_seqs=1))
+    llm = LLM(known.path, device=device.type, config=EngineConfig(max_num_seqs=1))
     is_begun = False
 
     def show(_: int, delta: AnswerDelta) -> None:
