@@ -15,7 +15,7 @@ from nemotron3.errors import CheckpointError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.weights import RunningRequests
 from nemotron3.server.bodies import Body
-from nemotron3.server.errors import APIError, invalid_request, spelled
+from nemotron3.server.errors import APIError, invalid_request, rename_params
 
 log = logging.getLogger("nemotron3.server")
 
@@ -39,7 +39,7 @@ def add_weights(
         """Put the weights of a model directory into the model that is served."""
         path = directory_below(folder, body.model_path)
         try:
-            with spelled({"version": "weight_version"}):
+            with rename_params({"version": "weight_version"}):
                 version = await llm.update_weights(
                     path, version=body.weight_version, running=body.running
                 )
