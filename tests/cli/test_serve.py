@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from nemotron3.cli.main import main
-from nemotron3.inference import structured_output
+from nemotron3.inference import grammar_library, structured_output
 from nemotron3.server import running
 from tests.server.serving import write_model
 
@@ -68,7 +68,7 @@ def test_without_what_compiles_forms_it_serves_and_says_so(serve, monkeypatch, c
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(structured_output, "import_module", missing)
+    monkeypatch.setattr(grammar_library, "import_module", missing)
     assert serve().llm.is_alive
     assert "structured outputs will be refused" in capsys.readouterr().err
     assert not logging.getLogger("nemotron3.server").handlers

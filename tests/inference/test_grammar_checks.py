@@ -189,7 +189,7 @@ from nemotron3.inference.structured_output import GrammarCompiler
 from nemotron3.text import Tokenizer
 tokenizer = Tokenizer.train(["a few words"] * 5, vocab_size=300, num_special_tokens=32)
 compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size)
-compiler.prepare(StructuredOutput(kind="regex", value="a")).result()
+compiler.check(StructuredOutput(kind="regex", value="a")).result()
 print(compiler._checks._worker._process.pid, flush=True)
 sys.stdin.read()
 """

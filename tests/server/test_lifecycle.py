@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
+from nemotron3.inference.grammar_library import GrammarLibrary
 from nemotron3.inference.structured_output import GrammarCompiler
 from nemotron3.server.running import bind
 from tests.server.serving import running
@@ -156,8 +157,8 @@ def test_a_model_that_fails_in_a_form_is_the_servers_fault(model_folder, monkeyp
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_form_that_takes_long_to_compile_delays_nobody(model_folder, monkeypatch, is_first):
     is_compiling, may_go_on = threading.Event(), threading.Event()
-    held = "__init__" if is_first else "_grammar"
-    works = getattr(GrammarCompiler, held)
+    holder, held = (GrammarCompiler, "__init__") if is_first else (GrammarLibrary, "compile")
+    works = getattr(holder, held)
 
     def slowly(*given, **named):
         if is_first or given[-1] == "slow":
@@ -168,7 +169,7 @@ def test_a_form_that_takes_long_to_compile_delays_nobody(model_folder, monkeypat
     with running(model_folder) as server:
         if not is_first:
             server.llm.prepare_grammars()
-        monkeypatch.setattr(GrammarCompiler, held, slowly)
+        monkeypatch.setattr(holder, held, slowly)
         body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
         answers = []
         form = {"structured_outputs": {"regex": "slow"}}

@@ -229,7 +229,7 @@ class AsyncLLM(BaseLLM):
 
     def prepare_grammars(self) -> None:
         """Have what compiles forms ready, for which else the first request with one waits."""
-        self._frontend.prepare(StructuredOutput(kind="json_object")).result()
+        self._frontend.check(StructuredOutput(kind="json_object")).result()
 
     async def compile_grammar(
         self, prompt: Prompt, params: SamplingParams
@@ -240,9 +240,9 @@ class AsyncLLM(BaseLLM):
         """
         if params.structured is None:
             return None
-        preparing = await asyncio.to_thread(self._frontend.prepare, params.structured)
+        checking = await asyncio.to_thread(self._frontend.check, params.structured)
         try:
-            await asyncio.wrap_future(preparing)
+            await asyncio.wrap_future(checking)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

@@ -125,9 +125,9 @@ class Frontend:
             params.structured, stop_ids=stop_ids, is_reasoning_open=prompt.is_reasoning_open
         )
 
-    def prepare(self, structured: StructuredOutput) -> "Future[Any]":
-        """Have a form checked and compiled; done, and the error of what is none, comes later."""
-        return self.compiler().prepare(structured)
+    def check(self, structured: StructuredOutput) -> "Future[str | None]":
+        """What is wrong with a form, found out by another process; None for nothing."""
+        return self.compiler().check(structured)
 
     def compiler(self) -> GrammarCompiler:
         """The compiler of grammars, built at the first call: a large vocabulary takes its time."""

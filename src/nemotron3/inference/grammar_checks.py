@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -72,16 +73,28 @@ class GrammarChecks:
         future.add_done_callback(self._leave)
         return future
 
-    def verdict(self, kind: str, text: str) -> str | None:
-        """What is wrong with a grammar, None for nothing; only within submitted work."""
+    def check(self, kind: str, text: str) -> "Future[str | None]":
+        """What is wrong with a grammar, None for nothing; at once where that is known."""
         digest = hashlib.sha256(f"{kind}\0{text}".encode()).digest()
+        known = self._known(digest)
+        if known is None:
+            return self.submit(partial(self._verdict, digest, kind, text))
+        ready: Future[str | None] = Future()
+        ready.set_result(known[0])
+        return ready
+
+    def _known(self, digest: bytes) -> tuple[str | None, float] | None:
         with self._lock:
             known = self._verdicts.get(digest)
-        if known is None or known[1] < time.monotonic():
-            known = self._find(kind, text)
+            if known is None or known[1] < time.monotonic():
+                return None
+            self._verdicts.move_to_end(digest)
+        return known
+
+    def _verdict(self, digest: bytes, kind: str, text: str) -> str | None:
+        known = self._known(digest) or self._find(kind, text)  # asked for twice while it waited
         with self._lock:
             self._verdicts[digest] = known
-            self._verdicts.move_to_end(digest)
             while len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
         return known[0]

@@ -96,8 +96,11 @@ class GrammarCompiler:
                 "structured output needs a token that ends the answer and ignore_eos leaves none; "
                 "leave out ignore_eos or give stop_token_ids"
             )
-        matcher = self.prepare(structured).result()
         key = (structured.kind, _text(structured))
+        error = self.check(structured).result()
+        if error is not None:
+            raise ConfigError(error)
+        matcher = self._compile(key)
 
         def renew() -> Any:
             return self._compile(key, worn=matcher).deep_copy()
@@ -112,31 +115,13 @@ class GrammarCompiler:
             glue_ids=self._glue,
         )
 
-    def prepare(self, structured: StructuredOutput) -> "Future[Any]":
-        """Have a form checked and compiled, in its turn behind others; the matcher of all answers.
-
-        A ConfigError is of the future where the form is no grammar, and raised where that is plain.
-        """
-        key = (structured.kind, _text(structured))
-        with self._lock:
-            matcher = self._compiled.get(key)
-            if matcher is not None:
-                self._compiled.move_to_end(key)
-        if matcher is None:
-            return self._checks.submit(partial(self._check, key))
-        ready: Future[Any] = Future()
-        ready.set_result(matcher)
-        return ready
+    def check(self, structured: StructuredOutput) -> "Future[str | None]":
+        """What is wrong with a form, found out in its turn; a ConfigError where that is plain."""
+        return self._checks.check(structured.kind, _text(structured))
 
     def close(self) -> None:
         """End the process that checks; nothing more is compiled."""
         self._checks.close()
-
-    def _check(self, key: tuple[str, str]) -> Any:
-        error = self._checks.verdict(*key)
-        if error is not None:
-            raise ConfigError(error)
-        return self._compile(key)
 
     def _compile(self, key: tuple[str, str], *, worn: Any = None) -> Any:
         """The matcher of a form that passed, kept; nobody waits for it who wants another form."""
