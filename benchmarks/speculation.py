@@ -39,10 +39,10 @@ from benchmarks.timing import turns
 
 from nemotron3 import LLM, EngineConfig, LanguageModel, SamplingParams
 from nemotron3.config import read_run
-from nemotron3.data import CorpusConfig, open_tokenized, prepare_corpus
 from nemotron3.data.token_files import TokenFile
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.speculative import DEFAULT_DRAFTS
+from nemotron3.recipes.inputs import open_inputs
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.text import Tokenizer
 
@@ -99,10 +99,7 @@ class Outcome:
 def held_out_of(model: Path) -> tuple[Tokenizer, dict[str, TokenFile]]:
     """Tokenizer and held-out text, by source, of the run that made a model."""
     run = read_run(model.parent, PretrainRun)
-    if isinstance(run.corpus, CorpusConfig):
-        corpus = prepare_corpus(run.corpus)
-    else:
-        corpus = open_tokenized(run.corpus)
+    corpus, _ = open_inputs(model.parent, run.corpus, say=print, progress=lambda *_: None)
     return corpus.tokenizer, dict(corpus.held_out)
 
 

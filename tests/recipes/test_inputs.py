@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.speculation import held_out_of
 
 from nemotron3.cli.main import main
 from nemotron3.config import from_record
@@ -415,6 +416,15 @@ def test_a_replay_goes_on_as_the_run_and_another_text_is_said(place, whole, caps
     again = ["pretrain", "--from", str(record), "--runs", str(place.runs), "--name", "again"]
     assert main(again) == 0
     assert "(another text: own-text" in capsys.readouterr().out
+
+
+def test_benchmarks_read_the_text_that_the_run_held_out(place):
+    place.start()
+    corpus = PreparedCorpus(place.corpora[0])
+    edit(place.text)
+    tokenizer, held_out = held_out_of(place.run_folder / "model")
+    assert tokenizer.fingerprint == corpus.tokenizer.fingerprint
+    assert (held_out["own-text"].tokens == corpus.held_out["own-text"].tokens).all()
 
 
 def test_the_record_of_a_corpus_is_read_as_it_was_written(place):
