@@ -53,6 +53,13 @@ def resolve(
 
     `operands` are all whose dtype matters: compiled functions read each of them as float32.
     """
+    return load(implementations[choose(operation, backend, implementations, *operands)])
+
+
+def choose(
+    operation: str, backend: str, implementations: Implementations, *operands: Tensor | None
+) -> str:
+    """The name of what `resolve` returns, where operands are checked by what will read them."""
     name = _fastest(implementations, operands) if backend == "auto" else backend
     if name not in implementations:
         raise BackendUnavailableError(
@@ -66,8 +73,12 @@ def resolve(
     _say(operation, name)
     if _thread.choices is not None:
         _thread.choices[operation] = name
-    chosen = implementations[name]
-    return chosen.load() if isinstance(chosen, Kernel) else chosen
+    return name
+
+
+def load(implementation: Callable[..., Any] | Kernel) -> Callable[..., Any]:
+    """An implementation, imported if it was not yet."""
+    return implementation.load() if isinstance(implementation, Kernel) else implementation
 
 
 class _Thread(threading.local):

@@ -7,7 +7,7 @@ from nemotron3.errors import OperandError, OperandIndexError
 from nemotron3.ops.attention.decode_torch import attention_steps_torch
 from nemotron3.ops.attention.reference import attention_reference
 from nemotron3.ops.attention.torch import attention_torch
-from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.backends import Backend, Kernel, choose, load, resolve
 from nemotron3.ops.checks import (
     check_axes,
     check_divides,
@@ -105,42 +105,43 @@ def attention_steps(
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    least_slot = -1 if backend == "triton" else 0
-    table, slots, cached_lengths = _check_steps(
-        q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths,
-        least_slot=least_slot,
+    name = "attention_steps"
+    _check_steps(name, q, k, v, keys, values)
+    chosen = choose(name, backend, _STEPS, keys, q, values)
+    table, slots, cached_lengths = _check_places(
+        name, q, keys, table=table, slots=slots, cached_lengths=cached_lengths,
+        least_slot=-1 if chosen == "triton" else 0,
     )  # fmt: skip
     if not len(q):
         return q.new_empty(q.shape)
-    steps = resolve("attention_steps", backend, _STEPS, keys, q, values)
-    return steps(
+    return load(_STEPS[chosen])(
         q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths
     )
 
 
-def _check_steps(
+def _check_steps(name: str, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
+    _check_heads(name, q, k, v)
+    check_shape(name, "k", k, (len(q), *k.shape[1:]))
+    check_no_gradients(name, q, k, v)
+    check_axes(name, "keys", keys, "page place kv_head head_dim")
+    check_operand(name, "keys", keys, (*keys.shape[:2], *k.shape[1:]), q, same_dtype=False)
+    check_operand(name, "values", values, keys.shape, keys)
+    check_pool(name, "keys", keys)
+    check_pool(name, "values", values)
+
+
+def _check_places(
+    name: str,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
     keys: Tensor,
-    values: Tensor,
+    *,
     table: Tensor,
     slots: Tensor,
     cached_lengths: Tensor,
     least_slot: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Table, slots and context as the backends read them."""
-    name = "attention_steps"
-    _check_heads(name, q, k, v)
-    check_shape(name, "k", k, (len(q), *k.shape[1:]))
-    check_no_gradients(name, q, k, v)
-    check_axes(name, "keys", keys, "page place kv_head head_dim")
-    pages, page_size, *_ = keys.shape
-    check_operand(name, "keys", keys, (pages, page_size, *k.shape[1:]), q, same_dtype=False)
-    check_operand(name, "values", values, keys.shape, keys)
-    check_pool(name, "keys", keys)
-    check_pool(name, "values", values)
+    page_size = keys.shape[1]
     if table.dim() != 2:
         raise OperandError(f"{name}: table has shape {list(table.shape)}; expected [slot, pages]")
     table = check_integers(name, "table", table, table.shape, q)
