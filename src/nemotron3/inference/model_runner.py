@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
@@ -40,6 +40,8 @@ class StepOutput(NamedTuple):
     logits: Float[Tensor, "sequence step vocab"]
     layout: SequenceLayout
     """For `HybridCache.accept` after a verification step."""
+    routes: tuple[Int[Tensor, "sequence step choice"], ...] = ()
+    """The experts that each mixture chose, first to last, where they are returned."""
 
 
 class _Shape(NamedTuple):
@@ -48,9 +50,18 @@ class _Shape(NamedTuple):
     is_verification: bool
 
 
+class PrefillOutput(NamedTuple):
+    """What reading prompts yields; its tensors are good until the next call of the model."""
+
+    hidden: Float[Tensor, "tokens d_model"]
+    routes: tuple[Int[Tensor, "tokens choice"], ...] = ()
+    """The experts that each mixture chose, first to last, where they are returned."""
+
+
 class ModelRunner:
     """Runs one model on one carried state.
 
+    With `returns_routes` prompts and decoding steps return the experts that they chose.
     `make_pool` gives the pool that graphs are captured in, or None where a device captures none.
     """
 
@@ -59,10 +70,12 @@ class ModelRunner:
         model: LanguageModel,
         cache: HybridCache,
         *,
+        returns_routes: bool = False,
         make_pool: Callable[[torch.device], GraphPool | None] = cuda_graph_pool,
     ) -> None:
         self.model = model
         self.cache = cache
+        self._returns_routes = returns_routes
         # Graphs of one pool write over each other's results, and those of a decoding step are
         # still read while the draft block runs.
         self._graphs = GraphCache(cache, make_pool(cache.device))
@@ -75,7 +88,7 @@ class ModelRunner:
         *,
         is_prompt: bool = True,
         output_indices: Sequence[int] | None = None,
-    ) -> Float[Tensor, "tokens d_model"]:
+    ) -> PrefillOutput:
         """Read prompts, or chunks of them; returns their hidden states, packed, or those at
         `output_indices`.
 
@@ -90,10 +103,9 @@ class ModelRunner:
         )
         records = self._graphs.is_supported and not self._graphs.pads_batch
         if records and self.cache.takes_steps(layout):
-            hidden = self._prefill_step(tokens, layout)
-            return hidden if at is None else hidden[at]
-        x = self._embed(tokens)
-        return self.model.backbone(x, layout, self.cache, output_indices=at).hidden
+            out = self._prefill_step(tokens, layout)
+            return out if at is None else PrefillOutput(out.hidden[at])
+        return PrefillOutput(*self._forward(self._embed(tokens), layout, output_indices=at))
 
     def decode(
         self,
@@ -121,15 +133,16 @@ class ModelRunner:
         inputs = _decode_inputs(shape, _packed(tokens), layout)
         step = self._decode_step(shape)
         if self._graphs.is_supported:
-            hidden, logits = self._graphs.run(
+            outputs = self._graphs.run(
                 shape, (inputs,), step, padding_inputs=lambda: (_decode_inputs(shape, [], None),)
             )
         else:
-            hidden, logits = step(inputs.to(self.cache.device))
+            outputs = step(inputs.to(self.cache.device))
         self.cache.advance(layout)
         if padded > rows:
-            hidden, logits = hidden[:rows], logits[:rows]
-        return StepOutput(hidden, logits, layout)
+            outputs = tuple(output[:rows] for output in outputs)
+        hidden, logits, *routes = outputs
+        return StepOutput(hidden, logits, layout, tuple(routes))
 
     def read_drafts(
         self,
@@ -191,35 +204,46 @@ class ModelRunner:
         self._graphs.clear()
         self._draft_graphs.clear()
 
-    def _prefill_step(self, tokens: Sequence[Sequence[int]], layout: SequenceLayout) -> Tensor:
-        """Read chunks of a step's size. Its hidden states are good until the next one."""
+    def _prefill_step(
+        self, tokens: Sequence[Sequence[int]], layout: SequenceLayout
+    ) -> PrefillOutput:
+        """Read chunks of a step's size."""
         rows, length = len(tokens), layout.segments.max_length
 
-        def step(numbers: Tensor) -> tuple[Tensor]:
+        def step(numbers: Tensor) -> tuple[Tensor, ...]:
             ids, slots, cached_lengths = _split(numbers, rows * length, rows, rows)
             played = _step_layout(rows, length, slots, cached_lengths)
-            return (self.model.hidden_states(ids, layout=played, state=self.cache),)
+            hidden, routes = self._forward(self.model.embed(ids), played)
+            return hidden, *routes
 
         self.cache.check(layout)
         numbers = torch.tensor([*_packed(tokens), *layout.slots, *layout.cached_lengths])
-        (hidden,) = self._graphs.run(("prefill", rows, length), (numbers,), step)
+        hidden, *routes = self._graphs.run(("prefill", rows, length), (numbers,), step)
         self.cache.advance(layout)
-        return hidden
+        return PrefillOutput(hidden, tuple(routes))
 
-    def _decode_step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _decode_step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The forward pass of such a step, on tokens, then slots, then lengths of the context."""
         rows, length, is_verification = shape
 
-        def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        def step(inputs: Tensor) -> tuple[Tensor, ...]:
             tokens, slots, cached_lengths = _split(inputs, rows * length, rows, rows)
             layout = _step_layout(
                 rows, length, slots, cached_lengths, is_verification=is_verification
             )
-            hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
-            logits = self.model.logits(hidden)
-            return hidden.view(rows, length, -1), logits.view(rows, length, -1)
+            hidden, routes = self._forward(self.model.embed(tokens), layout)
+            outputs = (hidden, self.model.logits(hidden), *routes)
+            return tuple(output.view(rows, length, -1) for output in outputs)
 
         return step
+
+    def _forward(
+        self, x: Tensor, layout: SequenceLayout, *, output_indices: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Hidden states, and the experts that were chosen where they are returned."""
+        out = self.model.backbone(x, layout, self.cache, output_indices=output_indices)
+        routes = [r.indices for r in out.routings] if self._returns_routes else []
+        return out.hidden, tuple(routes)
 
     def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         return self.model.embed(torch.tensor(_packed(tokens), device=self.model.device))
