@@ -13,9 +13,9 @@ from benchmarks.models import our_loss, their_loss
 from benchmarks.timing import Contestant, warmed
 from torch import Tensor, nn
 
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.steps import StepRunner
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 
 OPTIMIZER = AdamWConfig(lr=1e-12, weight_decay=0.0)
@@ -78,7 +78,7 @@ def our_decode(model: LanguageModel, prompts: Tensor, steps: int) -> Contestant:
     slots = range(len(prompts))
     with torch.inference_mode():
         state = model.new_state(len(prompts))
-        runner = StepRunner(model, state)
+        runner = ModelRunner(model, state)
 
     @torch.inference_mode()
     def run() -> float:
@@ -87,7 +87,7 @@ def our_decode(model: LanguageModel, prompts: Tensor, steps: int) -> Contestant:
         chosen = _our_prompt(model, prompts, state).tolist()
         start = time.perf_counter()
         for _ in range(steps):
-            out = runner.run([[token] for token in chosen], slots)
+            out = runner.decode([[token] for token in chosen], slots)
             chosen = out.logits[:, -1].argmax(-1).tolist()
         return time.perf_counter() - start
 

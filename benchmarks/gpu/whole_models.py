@@ -15,11 +15,11 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.limits import decode_bytes, prefill_flops
 from benchmarks.models import configs
 
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import kv_bytes_per_token, model_costs, state_bytes_per_sequence
 from nemotron3.models.hybrid_cache import PAGE_SIZE, HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.steps import StepRunner
 from nemotron3.runtime.devices import free_memory_bytes, synchronize
 
 ROOM = 64
@@ -101,10 +101,10 @@ def decoding(name: str, batch: int, context: int, setting: Setting) -> Figure:
     for layer in cache.layers:
         for held in () if layer is None else layer.tensors():
             held.normal_()
-    runner = StepRunner(model, cache)
+    runner = ModelRunner(model, cache)
     tokens = torch.randint(config.vocab_size, (batch, 1)).tolist()
     slots = list(range(batch))
-    timing = setting.clock.step(lambda: runner.run(tokens, slots), repeats=20)
+    timing = setting.clock.step(lambda: runner.decode(tokens, slots), repeats=20)
     itemsize = model.output_weight.element_size()
     return {
         "batch": batch,
@@ -173,8 +173,8 @@ class LongPrompt:
         model = model_of(self.name, self.setting)
         assert self._cache is not None, "no prompt has been read in this process"
         context, cache = self._cache.lengths[0], self._cache
-        runner = StepRunner(model, cache)
-        timing = self.setting.clock.step(lambda: runner.run([[1]], [0]), repeats=20)
+        runner = ModelRunner(model, cache)
+        timing = self.setting.clock.step(lambda: runner.decode([[1]], [0]), repeats=20)
         itemsize = model.output_weight.element_size()
         moved = decode_bytes(model.config, batch=1, context=context, itemsize=itemsize)
         return {"batch": 1, "context": context, "bytes": moved, "step": timing}

@@ -18,6 +18,7 @@ from nemotron3.config.record import from_record, to_record
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.config import ModelConfig
@@ -29,7 +30,6 @@ from nemotron3.models.costs import (
 )
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.steps import StepRunner
 from nemotron3.ops.segments import Segments
 from nemotron3.training.batch import TrainBatch
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer, parameter_groups
@@ -113,15 +113,15 @@ def test_snapshots_forks_and_refused_drafts(assert_close, config):
     state, tokens = model.new_state(3), tokens_for(config, 30)
     model(tokens[:9], layout=state.layout([9], [1]), state=state)
     snapshot = state.snapshot(1)
-    steps = StepRunner(model, state)
+    runner = ModelRunner(model, state)
     for count in (1, 3):
         tried = [*tokens[9 : 9 + count].tolist(), *[5] * (4 - count)]
-        step = steps.run([tried], [1], is_verification=True)
+        step = runner.decode([tried], [1], is_verification=True)
         whole = model(torch.tensor([[*tokens[:9].tolist(), *tried]]))[0, 9:]
         assert_close(step.logits[0], whole, DECODE)
         state.accept(step.layout, [count])
         state.fork(1, 2)
-        after = steps.run([[7], [7]], [2, 1])
+        after = runner.decode([[7], [7]], [2, 1])
         whole = model(torch.tensor([[*tokens[: 9 + count].tolist(), 7]]))[0, -1]
         assert_close(after.logits[:, 0], whole.expand(2, -1), DECODE)
         state.restore(1, snapshot)

@@ -13,9 +13,9 @@ from benchmarks.gpu.sections import parity
 from benchmarks.gpu.setting import Setting
 from benchmarks.models import configs
 
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.steps import StepRunner
 
 
 def parts(setting: Setting) -> dict[str, Part]:
@@ -35,11 +35,11 @@ def steps_of_a_model(setting: Setting) -> Figure:
     ours: list[list[int]] = [row[: 4 + 3 * i].tolist() for i, row in enumerate(tokens)]
     flat = torch.tensor([t for row in ours for t in row], device=setting.device)
     model(flat, layout=cache.layout([len(row) for row in ours]), state=cache)
-    runner, worst = StepRunner(model, cache), 0.0
+    runner, worst = ModelRunner(model, cache), 0.0
     for seed, slots in enumerate([[0, 1, 2], [2], [1, 2], [2, 0, 1], [0], [1, 0]]):
         length = 1 + 2 * (seed % 2)
         new = [tokens[slot, seed : seed + length].tolist() for slot in slots]
-        out = runner.run(new, slots, is_verification=length > 1)
+        out = runner.decode(new, slots, is_verification=length > 1)
         for row, slot in enumerate(slots):
             whole = torch.tensor([[*ours[slot], *new[row]]], device=setting.device)
             expected = model(whole)[0, -length:]

@@ -15,6 +15,7 @@ gives an engine a thread of its own.
 
 import random
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -44,7 +45,6 @@ from nemotron3.inference.weights import (
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.steps import StepRunner
 from nemotron3.runtime.malloc import retain_freed_memory
 
 
@@ -80,8 +80,12 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         stop_ids: frozenset[int] | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> None:
-        """`stop_ids` end every answer; the model's own end token where they are not given."""
+        """`stop_ids` end every answer; the model's own end token where they are not given.
+
+        `make_runner` is called as `ModelRunner` is, and gives what calls the model.
+        """
         if model.device.type == "cpu":
             retain_freed_memory()
         self.model = model  # as it is: it may be in training, and no module of it asks whether
@@ -111,9 +115,9 @@ class Engine:
             self.config,
             max_num_batched_tokens=batched_tokens(self.config, model.device),
         )
-        returns_routes = self.config.return_routed_experts
-        self._steps = StepRunner(model, self.cache, returns_routes=returns_routes)
-        self._runner = ModelRunner(model, self.cache, returns_routes=returns_routes)
+        self._runner = make_runner(
+            model, self.cache, returns_routes=self.config.return_routed_experts
+        )
         self._drafter = Drafter(self._runner) if drafts else None
         self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
         self._drafting_s = 0.0  # of the last step, what came after its tokens were chosen
@@ -249,7 +253,6 @@ class Engine:
         addresses = _addresses(self.model)
         if addresses != self._addresses:  # recordings stand on the memory of the weights
             self._addresses = addresses
-            self._steps.clear_graphs()
             self._runner.clear_graphs()
         return self.weight_version
 
@@ -351,7 +354,7 @@ class Engine:
             del sequence.drafts[count:]
         tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
         slots = [_slot(sequence) for sequence in rows]
-        out = self._steps.run(tokens, slots, is_verification=count > 0)
+        out = self._runner.decode(tokens, slots, is_verification=count > 0)
         deltas, stood = self._choose(
             rows, out.hidden, out.logits, tried=out.layout if count else None, routes=out.routes
         )

@@ -177,7 +177,7 @@ class HybridCache:
     def check(self, layout: SequenceLayout) -> None:
         """Refuse a layout that does not continue what the slots hold.
 
-        One with a `device_layout` is not looked at: it is `StepRunner`'s, who checks and counts.
+        One with a `device_layout` is not looked at: whoever makes one checks and counts.
         """
         if layout.device_layout is not None:
             return

@@ -47,6 +47,11 @@ class CudaGraphPool:
         return CudaGraph(function, self._pool)
 
 
-def can_capture(device: torch.device) -> bool:
-    """Whether a model's decoding step can be captured: on a GPU, where kernels decide by length."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+def cuda_graph_pool(device: torch.device) -> CudaGraphPool | None:
+    """A pool for a model's steps where they can be captured: on a GPU, with kernels of Triton.
+
+    PyTorch's own way reads lengths and indices on the host.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return CudaGraphPool()

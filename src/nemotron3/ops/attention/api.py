@@ -119,29 +119,29 @@ def attention_steps(
     )
 
 
-def _check_steps(
+def _check_steps(name: str, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
+    _check_heads(name, q, k, v)
+    check_shape(name, "k", k, (len(q), *k.shape[1:]))
+    check_no_gradients(name, q, k, v)
+    check_axes(name, "keys", keys, "page place kv_head head_dim")
+    check_operand(name, "keys", keys, (*keys.shape[:2], *k.shape[1:]), q, same_dtype=False)
+    check_operand(name, "values", values, keys.shape, keys)
+    check_pool(name, "keys", keys)
+    check_pool(name, "values", values)
+
+
+def _check_places(
+    name: str,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
     keys: Tensor,
-    values: Tensor,
+    *,
     table: Tensor,
     slots: Tensor,
     cached_lengths: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Table, slots and context as the backends read them."""
-    name = "attention_steps"
-    _check_heads(name, q, k, v)
-    check_shape(name, "k", k, (len(q), *k.shape[1:]))
-    check_no_gradients(name, q, k, v)
-    check_axes(name, "keys", keys, "page place kv_head head_dim")
-    pages, page_size, *_ = keys.shape
-    check_operand(name, "keys", keys, (pages, page_size, *k.shape[1:]), q, same_dtype=False)
-    check_operand(name, "values", values, keys.shape, keys)
-    check_pool(name, "keys", keys)
-    check_pool(name, "values", values)
+    page_size = keys.shape[1]
     if table.dim() != 2:
         raise OperandError(f"{name}: table has shape {list(table.shape)}; expected [slot, pages]")
     table = check_integers(name, "table", table, table.shape, q)

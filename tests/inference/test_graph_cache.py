@@ -7,6 +7,7 @@ in Triton's interpreter.
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tests.ops.interpreter  # noqa: F401 - before any kernel is imported
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
+from nemotron3.inference.model_runner import ModelRunner, padded_rows
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.models import graph_cache
-from nemotron3.models.steps import StepRunner, _padded
 from nemotron3.ops import backends
-from tests.models.test_steps import drawn, fed, plainly
+from tests.inference.test_model_runner import drawn, fed, plainly
 from tests.tiny import qwen_config, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE
 
@@ -37,19 +37,38 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Double:
-    made = 0
-    replays = 0
+class Device:
+    """What the pools of a test's runners have done together."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def pool(self, _device):
+        return Pool(self)
+
+
+class Pool:
+    """Graphs that share memory: a replay leaves nothing of the other ones' results."""
+
+    def __init__(self, device):
+        self.device, self.graphs = device, []
 
     def capture(self, function):
-        Double.made += 1
-        self = Double()
+        self.device.captures += 1
         with unlaunched(), Watch():
-            self.function, self.results = function, function()
-        return self
+            self.graphs.append(Graph(self, function))
+        return self.graphs[-1]
+
+
+class Graph:
+    def __init__(self, pool, function):
+        self.pool, self.function, self.results = pool, function, function()
 
     def replay(self):
-        Double.replays += 1
+        self.pool.device.replays += 1
+        for graph in self.pool.graphs:
+            for result in graph.results:
+                result.fill_(float("nan"))
         with Watch():
             again = self.function()
         for mine, new in zip(self.results, again, strict=True):
@@ -70,16 +89,18 @@ def unlaunched():
 
 
 @pytest.fixture(autouse=True)
-def _device(monkeypatch):
-    """Everything that has a kernel runs on it, and steps are captured."""
+def _kernels(monkeypatch):
+    """Everything that has a kernel runs on it."""
     monkeypatch.setattr(
         backends, "_fastest", lambda known, _: "triton" if "triton" in known else "torch"
     )
-    monkeypatch.setattr(graph_cache, "can_capture", lambda _: True)
-    monkeypatch.setattr(graph_cache, "CudaGraphPool", Double)
-    Double.made = Double.replays = 0
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def device():
+    return Device()
 
 
 @pytest.fixture(scope="module")
@@ -93,84 +114,84 @@ def same(ours, theirs, assert_close):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_steps_are_those_of_the_model(model, assert_close):
+def test_steps_are_those_of_the_model(model, assert_close, device):
     ours, theirs = fed(model, [5, 1, 17, 70]), fed(model, [5, 1, 17, 70])
-    runner = StepRunner(model, ours)
+    runner = ModelRunner(model, ours, make_pool=device.pool)
     for seed, slots in enumerate([[0, 1, 2, 3], [2], [3, 1], [1, 3], [0, 1, 2, 3]]):
         tokens = drawn(len(slots), 1, seed)
-        same(runner.run(tokens, slots), plainly(model, theirs, tokens, slots), assert_close)
+        same(runner.decode(tokens, slots), plainly(model, theirs, tokens, slots), assert_close)
     assert ours.lengths == theirs.lengths
-    assert (Double.made, Double.replays) == (3, 5)
+    assert (device.captures, device.replays) == (3, 5)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
-def test_rows_are_padded_and_padding_leaves_everyone_alone(model, assert_close):
+def test_rows_are_padded_and_padding_leaves_everyone_alone(model, assert_close, device):
     lengths = [3 + i % 5 for i in range(18)]
     ours, theirs = fed(model, lengths), fed(model, lengths)
-    runner = StepRunner(model, ours)
+    runner = ModelRunner(model, ours, make_pool=device.pool)
     for seed, slots in enumerate([list(range(17)), list(range(17, 0, -1)), list(range(18))]):
         tokens = drawn(len(slots), 2, seed)
-        out = runner.run(tokens, slots)
+        out = runner.decode(tokens, slots)
         assert out.logits.shape == (len(slots), 2, CONFIG.vocab_size)
         same(out, plainly(model, theirs, tokens, slots), assert_close)
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         for a, b in zip(*((s.tensors() if s else ()) for s in (mine, other)), strict=True):
             assert_close(a, b, DECODE)
-    assert Double.made == 1
+    assert device.captures == 1
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_a_verification_step_stands_as_far_as_it_is_accepted(model, assert_close):
+def test_a_verification_step_stands_as_far_as_it_is_accepted(model, assert_close, device):
     ours, theirs = fed(model, [5, 9, 2]), fed(model, [5, 9, 2])
-    runner = StepRunner(model, ours)
+    runner = ModelRunner(model, ours, make_pool=device.pool)
     for seed, slots in enumerate([[0, 2], [2, 1, 0], [1, 2]]):
         tokens = drawn(len(slots), 3, seed)
-        out = runner.run(tokens, slots, is_verification=True)
+        out = runner.decode(tokens, slots, is_verification=True)
         other = plainly(model, theirs, tokens, slots, is_verification=True)
         same(out, other, assert_close)
         counts = [1 + (seed + slot) % 3 for slot in slots]
         ours.accept(out.layout, counts)
         theirs.accept(other[2], counts)
     every = drawn(3, 1, 9)
-    same(runner.run(every, [0, 1, 2]), plainly(model, theirs, every, [0, 1, 2]), assert_close)
+    same(runner.decode(every, [0, 1, 2]), plainly(model, theirs, every, [0, 1, 2]), assert_close)
 
 
-def test_the_comparison_transformer_too(assert_close):
+def test_the_comparison_transformer_too(assert_close, device):
     model = tiny_model(qwen_config(1))
     prompts = tokens_for(model.config, 12, seed=3)
     caches = [model.new_state(2) for _ in range(2)]
     for cache in caches:
         model(prompts, layout=cache.layout([4, 8]), state=cache)
-    runner = StepRunner(model, caches[0])
+    runner = ModelRunner(model, caches[0], make_pool=device.pool)
     for seed in range(3):
         tokens = drawn(2, 1, seed)
-        same(runner.run(tokens, [1, 0]), plainly(model, caches[1], tokens, [1, 0]), assert_close)
+        same(runner.decode(tokens, [1, 0]), plainly(model, caches[1], tokens, [1, 0]), assert_close)
 
 
 @pytest.mark.slow
-def test_memory_that_moves_is_captured_anew(model, assert_close):
+def test_memory_that_moves_is_captured_anew(model, assert_close, device):
     ours, theirs = fed(model, [60]), fed(model, [60])
-    runner = StepRunner(model, ours)
+    runner = ModelRunner(model, ours, make_pool=device.pool)
     for seed in range(5):
         tokens = drawn(1, 2, seed)
-        same(runner.run(tokens, [0]), plainly(model, theirs, tokens, [0]), assert_close)
-    assert Double.made == 2
+        same(runner.decode(tokens, [0]), plainly(model, theirs, tokens, [0]), assert_close)
+    assert device.captures == 2
     runner.clear_graphs()
-    runner.run(drawn(1, 2, 0), [0])
-    assert Double.made == 3
+    runner.decode(drawn(1, 2, 0), [0])
+    assert device.captures == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_the_engine_steps_by_graphs(drafts):
+def test_the_engine_steps_by_graphs(drafts, device):
     """Those of the model, and those of the block that drafts."""
     model = tiny_model(tiny_config("ME*E/*E/*E"))
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
     config = EngineConfig(
         max_num_seqs=2, max_model_len=64, page_size=16, max_draft_tokens=drafts, adapts_drafts=False
     )
-    engine = Engine(model, config)
+    engine = Engine(model, config, make_runner=partial(ModelRunner, make_pool=device.pool))
     prompts = {
         name: tuple(tokens_for(CONFIG, length, seed=length).tolist())
         for name, length in (("a", 3), ("b", 7))
@@ -181,7 +202,7 @@ def test_the_engine_steps_by_graphs(drafts):
     while engine.has_work:
         for delta in engine.step():
             answers[delta.request_id] += delta.tokens
-    assert Double.replays >= 2
+    assert device.replays >= 2
     assert (engine.stats().drafted_tokens > 0) == (drafts > 0)
     for name, prompt in prompts.items():
         known = [*prompt]
@@ -193,5 +214,5 @@ def test_the_engine_steps_by_graphs(drafts):
 
 def test_padding_is_at_most_an_eighth():
     for rows in range(1, 600):
-        assert rows <= _padded(rows) <= rows * 9 / 8
-    assert len({_padded(rows) for rows in range(1, 257)}) < 50
+        assert rows <= padded_rows(rows) <= rows * 9 / 8
+    assert len({padded_rows(rows) for rows in range(1, 257)}) < 50

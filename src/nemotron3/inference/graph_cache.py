@@ -8,13 +8,12 @@ for whoever puts other tensors into the model.
 """
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.ops.graph import Graph, can_record
-from nemotron3.runtime.cuda_graph import CudaGraph, CudaGraphPool, can_capture
 
 MAX_GRAPHS = 64
 """Shapes that are kept; each holds the memory of a call's results."""
@@ -22,20 +21,41 @@ MAX_GRAPHS = 64
 Tensors = tuple[Tensor, ...]
 
 
+class CapturedGraph(Protocol):
+    """What a device does for a function, to be done again on the same memory."""
+
+    @property
+    def results(self) -> Tensors:
+        """What the function returned; `replay` writes it anew."""
+        ...
+
+    def replay(self) -> None:
+        """Do it again."""
+        ...
+
+
+class GraphPool(Protocol):
+    """Captures functions for a device: `runtime.cuda_graph.CudaGraphPool` does."""
+
+    def capture(self, function: Callable[[], Tensors]) -> CapturedGraph:
+        """Note what a function that has run before does, without doing it."""
+        ...
+
+
 class _CachedGraph(NamedTuple):
-    graph: Graph | CudaGraph
+    graph: Graph | CapturedGraph
     inputs: Tensors
     outputs: Tensors
 
 
 class GraphCache:
-    """The graphs of one function on one cache."""
+    """The graphs of one cache: captured in `pool` where there is one, else recorded."""
 
-    def __init__(self, cache: HybridCache) -> None:
+    def __init__(self, cache: HybridCache, pool: GraphPool | None) -> None:
         self._cache = cache
         self._kept: dict[Hashable, _CachedGraph] = {}
         self._addresses = cache.addresses()
-        self._pool = CudaGraphPool() if can_capture(cache.device) else None
+        self._pool = pool
         self.is_supported = self.pads_batch or can_record(cache.keys_dtype, cache.device)
         """Whether what a model does on such a cache can be recorded."""
 
@@ -88,7 +108,7 @@ class GraphCache:
         self._kept.clear()
 
     def _capture(
-        self, pool: CudaGraphPool, padding_inputs: Tensors, function: Callable[..., Tensors]
+        self, pool: GraphPool, padding_inputs: Tensors, function: Callable[..., Tensors]
     ) -> _CachedGraph:
         """Run it once, since a capture can neither compile kernels nor make memory that stays."""
         inputs = tuple(given.to(self._cache.device, copy=True) for given in padding_inputs)
