@@ -1,4 +1,4 @@
-"""Which device a run uses, decided once at its start."""
+"""The device of a run, chosen once at its start, and its description, speed and memory."""
 
 import os
 import platform
