@@ -33,7 +33,7 @@ def serve(engine: Engine, frontend: Frontend, asks: list[Ask]) -> list[RequestOu
             if ask.arrives <= step:
                 name = str(number)
                 engine.add(frontend.request(ask.prompt, ask.params, name))
-                answers[name] = frontend.answers(ask.prompt, ask.params, name)
+                answers[name] = frontend.output_processor(ask.prompt, ask.params, name)
                 del waiting[number]
         for progress in engine.step():
             answers[progress.request_id].push(progress)

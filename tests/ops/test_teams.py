@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nemotron3.training.losses import LossConfig
 
 from nemotron3 import EngineConfig, LanguageModel, ModelConfig, SamplingParams
 from nemotron3.inference.engine import Engine
@@ -15,10 +14,10 @@ from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.ops.native import NativeFunction, calls
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
-from nemotron3.training.step import training_step
+from nemotron3.training.step import TrainingStep
 from tests.ops.native import needs_compiler
 from tests.tiny import tokens_for
-from tests.training.batches import documents, pack
+from tests.training.batches import documents, pack, pretraining
 
 pytestmark = [needs_compiler, pytest.mark.timeout(240)]
 
@@ -219,12 +218,8 @@ def test_training_has_the_same_bits_in_teams_of_any_size(model, in_teams):
     def train():
         model.load_state_dict(start)
         optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
-        metrics = [
-            training_step(
-                model, optimizer, [batch], loss=LossConfig(), learning_rate=1e-3, clip_grad_norm=1.0
-            )
-            for _ in range(2)
-        ]
+        update = TrainingStep(model, optimizer, pretraining(model), clip_grad_norm=1.0)
+        metrics = [update([batch], learning_rate=1e-3) for _ in range(2)]
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         return metrics, state | {f"gradient of {name}": grad for name, grad in gradients.items()}

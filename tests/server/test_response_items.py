@@ -3,8 +3,8 @@
 import pytest
 
 from nemotron3.errors import DataError
-from nemotron3.inference.output_processor import AnswerDelta, CompletionOutput
-from nemotron3.inference.requests import DraftStats, FinishReason
+from nemotron3.inference.output_processor import AnswerDelta, CompletionOutput, DraftStats
+from nemotron3.inference.requests import FinishReason
 from nemotron3.server.errors import APIError
 from nemotron3.server.response_events import ItemEvents
 from nemotron3.server.response_items import items_of, messages_of, output_items
@@ -108,6 +108,7 @@ def test_a_call_that_was_cut_off_is_incomplete_in_a_stream_and_as_a_whole():
         index=0,
         text="",
         token_ids=(),
+        weight_versions=(),
         logprobs=(),
         content_logprobs=(),
         stop_reason=None,
