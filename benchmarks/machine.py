@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nemotron3.models.allocation import large_pages
 from nemotron3.ops.linear import linear
-from nemotron3.runtime.devices import measure_product_rate
+from nemotron3.runtime.devices import measure_product_rate, processor_model
 
 BUSY = 1.5
 """Load average from which measurements are called noisy."""
@@ -91,7 +91,7 @@ def best_of(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 def description() -> dict[str, Any]:
     """The machine and the programs, in words."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -104,7 +104,7 @@ def description() -> dict[str, Any]:
 
 def processor_name(described: str | None = None) -> str:
     """The processor as part of a file's name: its maker and kind."""
-    words = re.sub(r"\(.*?\)", "", described or _cpu_model()).lower().split()
+    words = re.sub(r"\(.*?\)", "", described or processor_model()).lower().split()
     return "-".join(words[:2])
 
 
@@ -151,13 +151,6 @@ def _best_s(action: Callable[[], object], seconds: float) -> float:
         action()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _commit() -> str:

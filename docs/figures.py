@@ -2,8 +2,9 @@
 
     .venv/bin/python -m docs.figures runs/tiny
 
-writes docs/assets/tiny-run.svg, and the text between the make-run-output marks of README.md and
-docs/tutorial.md. No number of the run stands in the documentation that this did not put there.
+writes docs/assets/tiny-run.svg, and the text between the make-run-output marks: the whole output
+into docs/tutorial.md, one sample and the comparison into README.md. No other place in the
+documentation holds numbers of the run.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, pyplot
 
-from nemotron3.cli.pretrain import result_text
+from nemotron3.cli.pretrain import comparison_lines, result_text, sample_lines
 from nemotron3.config import read_run
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
@@ -21,7 +22,6 @@ from nemotron3.recipes.run_folder import read_summary
 from nemotron3.recipes.run_pretrain import PretrainSummary
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
 MARKS = re.compile(r"(<!-- make-run-output -->\n).*?(\n?<!-- /make-run-output -->)", re.DOTALL)
 
 
@@ -29,15 +29,21 @@ def main(folder: Path) -> None:
     """Draw and write."""
     draw(folder, ROOT / "docs" / "assets" / "tiny-run.svg")
     run = read_run(folder, PretrainRun)
+    summary = read_summary(folder, PretrainSummary)
     machine = json.loads((folder / "run.json").read_text())["extra"]["device"]
-    text = result_text(read_summary(folder, PretrainSummary), run, Path("runs") / run.name).strip(
-        "\n"
-    )
-    block = f"```text\n{text}\n```\n\n({machine}; the time includes the corpus, not the set-up.)\n"
-    for page in PAGES:
-        content = page.read_text(encoding="utf-8")
-        assert MARKS.search(content), f"{page} has no make-run-output marks"
-        page.write_text(MARKS.sub(lambda m: m[1] + block + m[2], content), encoding="utf-8")
+    short = [*sample_lines(summary.samples[0]), "", *comparison_lines(summary, run.name)]
+    took = f"{summary.seconds / 60:.1f} minutes"
+    _replace_block(ROOT / "README.md", "\n".join(short), f"{machine}: {took}, without the set-up")
+    whole = result_text(summary, run, Path("runs") / run.name).strip("\n")
+    _replace_block(ROOT / "docs" / "tutorial.md", whole, f"{machine}, without the set-up")
+
+
+def _replace_block(page: Path, text: str, note: str) -> None:
+    """Put the output of a run and a note below it between a page's marks."""
+    content = page.read_text(encoding="utf-8")
+    assert MARKS.search(content), f"{page} has no make-run-output marks"
+    block = f"```text\n{text}\n```\n\n({note}.)\n"
+    page.write_text(MARKS.sub(lambda m: m[1] + block + m[2], content), encoding="utf-8")
 
 
 def draw(folder: Path, out: Path) -> None:

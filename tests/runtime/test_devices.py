@@ -4,12 +4,34 @@ import pytest
 import torch
 
 from nemotron3.errors import BackendUnavailableError, ConfigError
-from nemotron3.runtime.devices import describe_device, measure_product_rate, resolve_device
+from nemotron3.runtime import devices
+from nemotron3.runtime.devices import (
+    describe_device,
+    measure_product_rate,
+    processor_model,
+    resolve_device,
+)
 
 
 def test_the_cpu_is_always_there():
     assert resolve_device("cpu") == torch.device("cpu")
-    assert describe_device(torch.device("cpu")) == "CPU, 1 threads"
+
+
+@pytest.mark.parametrize(("model", "words"), [("AMD EPYC", "AMD EPYC"), ("", "CPU")])
+def test_the_processor_is_named(monkeypatch, model, words):
+    monkeypatch.setattr(devices, "processor_model", lambda: model)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert describe_device(torch.device("cpu")) == f"{words}, 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert describe_device(torch.device("cpu")) == f"{words}, 2 threads"
+
+
+def test_the_processor_s_model_is_read_where_the_system_tells_it(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Some(R) CPU @ 2GHz\n\nprocessor\t: 1\n")
+    assert processor_model(info) == "Some(R) CPU @ 2GHz"
+    monkeypatch.setattr(devices.platform, "processor", lambda: "arm")
+    assert processor_model(tmp_path / "absent") == "arm"
 
 
 def test_auto_takes_what_there_is(monkeypatch):

@@ -1,7 +1,7 @@
-"""Files that are whole or absent, whatever happens while they are written.
+"""Files that are complete or absent, whatever happens while they are written.
 
 Every byte of a checkpoint goes through `write_file`: it hashes while it writes, so that the digest
-describes what was meant and not what the disk returned, and it syncs before it reports success.
+describes the intended bytes, not those that the disk returned, and it syncs before it returns.
 The safetensors header is written here, not by the safetensors library, because the library hands
 the file over only when it is complete: its hash would cost a second read, and a full disk would
 surface as its own error type. The format is 8 bytes of header length, a JSON header, and the

@@ -1,7 +1,7 @@
-"""Weighted averages of checkpoints that stand for a learning-rate decay nobody ran.
+"""Weighted averages of checkpoints that approximate a learning-rate decay.
 
-With a constant rate, the way from the oldest checkpoint theta_0 to the newest theta_k is a sum of
-increments, one per interval. Had the rate been decaying, increment i would have been smaller by a
+With a constant rate, the difference between the oldest checkpoint theta_0 and the newest theta_k is
+a sum of increments, one per interval. A decaying rate would have made increment i smaller by a
 factor w_i, so the decayed model is about (Tian et al. 2025, arXiv 2507.17634)
 
     theta = theta_0 + sum_i w_i (theta_i - theta_{i-1}) = sum_j c_j theta_j

@@ -1,7 +1,7 @@
-"""Which checkpoints stay.
+"""Which checkpoints are kept.
 
 The last few are kept for resuming (more than one, since the newest may be damaged), and every k-th
-for ever, for merging and for looking back.
+permanently, for merging and analysis.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: each whole or absent, each checked before it is believed.
+"""The checkpoints of a run: each complete or absent, each verified before it is used.
 
 A save writes into `step-00000100.tmp-PID`: tensors, state, and last a manifest with the size and
 SHA-256 of both. Everything is synced, then the directory is renamed to `step-00000100`. A process

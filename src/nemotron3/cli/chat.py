@@ -1,6 +1,6 @@
 """`nemotron3 chat`: talk to a model in the terminal, its thinking dimmed.
 
-The same engine and the same reading of answers as the server's; only the wire is missing.
+It uses the same engine and the same parsing of answers as the server, without HTTP.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`nemotron3 generate`: continue a text, shown as it comes."""
+"""`nemotron3 generate`: continue a text, printed while it is written."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`nemotron3 info`: what a model is and costs, before anyone pays for it."""
+"""`nemotron3 info`: the structure and costs of a model, without its weights."""
 
 import json
 from pathlib import Path

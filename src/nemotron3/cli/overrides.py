@@ -1,7 +1,7 @@
 """A recipe's values from the command line: the one file that knows tyro.
 
 The command line changes values, never types: which optimizer or which kind of schedule a run has is
-the recipe's to say, and anything bigger than a value is a recipe of its own.
+set by the recipe, and a larger change is a recipe of its own.
 """
 
 import importlib

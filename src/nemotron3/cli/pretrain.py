@@ -82,15 +82,9 @@ def result_text(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str
     """What a finished run has to show, for a terminal."""
     lines = [""]
     for sample in summary.samples:
-        text = (sample["prompt"] + "\u2502" + sample["text"]).rstrip()
-        lines += ["  \u2502 " + line for line in text.splitlines()[:9]] + [""]
-    compared = summary.baselines | {f"{run.name} (this model)": summary.bits_per_byte}
-    lines.append("bits per byte of held-out text (less is better)")
-    widest = max(compared.values())
-    for name, bits in sorted(compared.items(), key=lambda item: -item[1]):
-        bar = "\u2588" * round(32 * bits / widest)
-        lines.append(f"  {name:<24}{bits:6.3f}  {bar}")
+        lines += [*sample_lines(sample), ""]
     lines += [
+        *comparison_lines(summary, run.name),
         f"  held out: {summary.held_out_share:.1%} of the text, {summary.held_out_bytes:,} bytes",
         "",
         f"{summary.parameters / 1e6:.1f}M parameters "
@@ -103,3 +97,20 @@ def result_text(summary: PretrainSummary, run: PretrainRun, folder: Path) -> str
         f'try: nemotron3 generate {folder / "model"} "Once more"',
     ]
     return "\n".join(lines)
+
+
+def sample_lines(sample: dict[str, str]) -> list[str]:
+    """The prompt and the beginning of its continuation."""
+    text = (sample["prompt"] + "\u2502" + sample["text"]).rstrip()
+    return ["  \u2502 " + line for line in text.splitlines()[:9]]
+
+
+def comparison_lines(summary: PretrainSummary, name: str) -> list[str]:
+    """Bits per byte of the model and of the baselines, as a table with bars."""
+    compared = summary.baselines | {f"{name} (this model)": summary.bits_per_byte}
+    lines = ["bits per byte of held-out text (less is better)"]
+    widest = max(compared.values())
+    for label, bits in sorted(compared.items(), key=lambda item: -item[1]):
+        bar = "\u2588" * round(32 * bits / widest)
+        lines.append(f"  {label:<24}{bits:6.3f}  {bar}")
+    return lines

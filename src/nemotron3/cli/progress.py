@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines in a log."""
+"""The progress of a run: a live line in a terminal, plain lines in a log."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""`nemotron3 serve`: a model behind HTTP, in OpenAI's shapes."""
+"""`nemotron3 serve`: a model over HTTP, with OpenAI's API."""
 
 import argparse
 import ipaddress

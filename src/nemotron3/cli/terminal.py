@@ -1,8 +1,8 @@
-"""What a model writes, on its way to a terminal.
+"""Output of a model for a terminal, with control characters replaced.
 
-A model may write what a terminal would obey: an escape sequence moves the cursor, changes the
-window's title or, in some, types. So a terminal gets the sign for a control character (␛) in its
-place. A pipe or a file gets the text as it is, because what reads there wants what was written.
+A model may write escape sequences that a terminal executes: they move the cursor, change the
+window's title or, in some terminals, type. On a terminal each control character is therefore shown
+as a symbol (␛). A pipe or a file gets the text unchanged.
 """
 
 import sys

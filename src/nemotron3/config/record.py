@@ -1,7 +1,7 @@
-"""Nested configuration to JSON and back, with nothing forgiven.
+"""Nested configuration to JSON and back, with strict checks.
 
 A run is replayed from its `run.json`, so a key that is misspelt, missing or of the wrong type must
-stop it: a default that steps in silently gives another run under the same name. The annotations of
+stop it: a silent default would give another run under the same name. The annotations of
 the dataclasses are the schema, and an error names the dotted path, the value and the nearest name.
 It is written by hand because the libraries that do this accept unknown keys or coerce ("3" to 3)
 unless told otherwise class by class.

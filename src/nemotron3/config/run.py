@@ -1,10 +1,10 @@
-"""`run.json`: everything needed to say what a run was, and to run it again.
+"""`run.json`: the record of a run, from which it can be run again.
 
 It holds the resolved configuration, the git revision of this package, the versions of the installed
 packages it depends on, and the machine. Weights and data are not in it; they have manifests of
-their own. The file is written before the first step, so that a run that dies has one too.
+their own. The file is written before the first step, so that a run that fails has one too.
 
-    write_run(run_dir, config, extra={"backends": {"ssd": "chunked"}})
+    write_run(run_dir, config, extra={"backends": {"ssd": "torch"}})
     config = read_run(run_dir, PretrainConfig)
 """
 

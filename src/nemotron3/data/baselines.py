@@ -1,7 +1,7 @@
-"""What simple models reach on held-out text, in bits per byte.
+"""Baselines: simple models and compressors on held-out text, in bits per byte.
 
-A loss per token says nothing by itself: it depends on the vocabulary. Bits per byte does not, and
-beside it stand models that anyone can picture:
+A loss per token depends on the vocabulary and cannot be compared. Bits per byte can, and these
+baselines are easy to understand:
 
     unigram        each byte by its frequency in the training text
     n-gram         each byte from the n - 1 before it, Witten-Bell smoothing (below)

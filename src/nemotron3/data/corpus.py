@@ -1,4 +1,4 @@
-"""What a corpus is: its sources, its tokenizer, its split; and the folder it becomes.
+"""A corpus: its sources, its tokenizer, its split, and the folder of its prepared form.
 
 A `CorpusConfig` is turned into a folder by `preparation.prepare_corpus`, and read through
 `PreparedCorpus`:
@@ -12,7 +12,7 @@ A `CorpusConfig` is turned into a folder by `preparation.prepare_corpus`, and re
 
 A document is its ids and `</s>`; special tokens that a document spells out are text.
 
-Text that is tokens already takes another way to the same face: `tokenized.py`.
+For text that is tokenized already, `tokenized.py` has the same interface.
 
     corpus = prepare_corpus(shakespeare_and_python())
     corpus.train["shakespeare"].num_tokens

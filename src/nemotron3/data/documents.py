@@ -1,12 +1,12 @@
 """A user's own text, one document at a time: plain files, JSON lines, Parquet.
 
-What to expect of the world's files: some are not what they claim. A row that cannot be used is
-counted by its reason, with the place of the first one, and reading goes on; when more than
-`max_bad_fraction` of the rows are bad the file is probably not what the user thinks it is (a wrong
-column, a wrong encoding), and reading ends in an error that says what was found. A path that names
-one plain file has no other rows to go on with, so there the first bad byte is the error.
+Some files are not in the format that they claim. An unusable row is counted by its reason, with the
+place of the first one, and reading continues; when more than `max_bad_fraction` of the rows are bad
+the file is probably not what the user thinks it is (a wrong column, a wrong encoding), and reading
+ends in an error that names the reasons. A path that names one plain file has no other rows to
+continue with, so there the first bad byte is the error.
 
-Text is taken as it stands: no stripping, no normalisation, line ends as they are; only a byte order
+Text is not changed: no stripping, no normalisation, line ends as they are; only a byte order
 mark goes. Order is the sorted order of paths, then rows, so a corpus reads the same every time.
 
     report = ReadReport()

@@ -1,8 +1,8 @@
-"""What a run's data are made of, file by file, so that a change is found and can be named.
+"""Fingerprints of a run's data, file by file, so that a change is found and named.
 
 A file counts as unchanged when size and times are those that were recorded, and otherwise when its
-SHA-256 is. So a look at a large corpus costs little, and a file that was only touched, copied or
-moved back is no change.
+SHA-256 is. So checking a large corpus costs little, and a file that was only touched, copied or
+moved back counts as unchanged.
 """
 
 import hashlib

@@ -3,9 +3,9 @@
     loader = Loader(corpus.train, schedule, seq_len=512, batch_size=32, seed=0)
     batch = loader.batch(step, rank=rank, world_size=world_size)
 
-There is no iterator and nothing to save: step -> sample numbers -> source and place in it (the
-blend, `mixture.py`) -> window (a computed shuffle, `permutation.py`) -> tokens. So a run goes on
-exactly where it was, on any number of ranks, and any batch can be looked at again.
+There is no iterator and no state to save: step -> sample numbers -> source and place in it (the
+blend, `mixture.py`) -> window (a computed shuffle, `permutation.py`) -> tokens. So a run resumes
+exactly, on any number of ranks, and any batch can be computed again.
 
 *Windows.* A source is its documents end to end, each closed by `</s>`, in the order of the token
 file; window w of an epoch holds tokens [start + w L, start + w L + L], L inputs and the target of

@@ -1,4 +1,4 @@
-"""The record of a prepared corpus: what text, under which licence, how much of it, what was bad.
+"""The record of a prepared corpus: sources, licences, sizes, and unusable rows.
 
 It is written last, so a folder with a manifest is whole. It travels with the model: `run.json` can
 quote it, and a reader can find the text again from names, versions and digests.

@@ -1,4 +1,4 @@
-"""Blends and phases: which source a training sample comes from, by the number of the sample alone.
+"""Blends and phases: the source of a training sample, as a function of the sample's number.
 
 A blend gives every source a weight; sample i is drawn from one of them. Drawing at random would
 get the proportions right in the long run only and would make the position in every source part of

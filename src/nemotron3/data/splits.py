@@ -1,7 +1,7 @@
-"""Which text is trained on, which is held out, and which is left when text is capped.
+"""The split of text into training and held-out text, and the choice of documents under a cap.
 
-Every decision hangs on a hash of a document's text, and never on the order or the names of files; a
-copy of a document always falls on the same side as the original, also in another source, so no
+Every decision depends on a hash of a document's text, and never on the order or the names of files;
+a copy of a document always falls on the same side as the original, also in another source, so no
 held-out document is ever trained on. The obvious other way, every n-th document, has neither
 property.
 
@@ -12,7 +12,7 @@ many documents that grows keeps its held-out set. Where documents are few or of 
 bytes held out in this way are not near the wanted share. Then documents are held out in the order
 of `split` until the share is reached, and the one that would exceed it is cut: its end is held out.
 
-Documents that several sources have are decided about once for all of them.
+A document that several sources contain gets one decision for all of them.
 """
 
 import hashlib

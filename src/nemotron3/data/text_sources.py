@@ -1,7 +1,7 @@
-"""One face for all kinds of sources: a name, a licence, and documents that can be read repeatedly.
+"""One interface for all kinds of sources: a name, a licence, and documents, readable repeatedly.
 
-Preparation reads a source three times (see `corpus.py`), so what it holds is not a stream of
-documents but the way to start one.
+Preparation reads a source three times (see `corpus.py`), so a source is not a stream of
+documents but a way to start one.
 """
 
 from collections.abc import Callable, Iterator

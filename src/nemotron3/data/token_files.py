@@ -1,4 +1,4 @@
-"""Token files: what a corpus becomes on disk, in Megatron's .bin / .idx format.
+"""Token files: a corpus on disk, in Megatron's .bin / .idx format.
 
 `NAME.bin` is the tokens of all documents end to end, and nothing else, so it can be mapped into
 memory and sliced; `NAME.idx` says where the documents lie. The format is Megatron-LM's (its

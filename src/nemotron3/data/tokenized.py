@@ -1,8 +1,8 @@
-"""A corpus that is tokens already: Megatron's .bin / .idx files, used where they lie.
+"""A corpus that is tokenized already: Megatron's .bin / .idx files, used in place.
 
-Whoever has tokenized terabytes will not do it again. The files are mapped, not copied, and what is
-held out is a file of its own, since nothing here could tell whether a document of one file also
-stands in another. The tokenizer is needed all the same: for the width of the vocabulary, for bits
+Tokenizing terabytes again would be too expensive. The files are mapped, not copied. Held-out text
+is a separate file, since nothing here can tell whether a document is in both files. The tokenizer
+is still needed: for the width of the vocabulary, for bits
 per byte, and to show text.
 
     config = TokenizedConfig(

@@ -1,12 +1,12 @@
-"""Memory for a model that was built without any.
+"""Memory for a model that was built on the meta device.
 
-Models are described on the meta device, where a parameter has a shape and no bytes, and get their
-memory once it is known where they go and in what dtype. What is declared to stay in float32
-(parameter.py) does, whatever the rest is kept in.
+Models are built on the meta device, where a parameter has a shape and no bytes, and get memory once
+their device and dtype are known. Parameters that are declared to stay in float32 (parameter.py) do
+so, whatever the dtype of the others.
 
-In a computer's own memory all lie in one stretch, in the order of their modules, for which large
-pages are asked: a decoding step reads all active weights once, and with pages of 4 KiB part of its
-time goes into looking up where they are.
+On the CPU all parameters are in one block of memory, in the order of their modules, with large
+pages requested for it: a decoding step reads all active weights once, and with pages of 4 KiB part
+of its time goes into address translation.
 """
 
 import mmap

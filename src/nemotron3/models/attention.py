@@ -1,7 +1,7 @@
-"""Grouped-query attention, without positions; rotary ones are for the comparison models.
+"""Grouped-query attention without positions; rotary positions are for the comparison models.
 
 The published configurations carry `rope_theta`, but the models were trained without rotary
-positions; reading that field as a wish for them ruins the model (white paper, section 2.5).
+positions; applying them because of that field ruins the model (white paper, section 2.5).
 """
 
 from dataclasses import dataclass

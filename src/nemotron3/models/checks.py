@@ -1,4 +1,4 @@
-"""Checks that configurations of several mixers share; each names the field and what it must be."""
+"""Checks that configurations of several mixers share; each names the field and its bound."""
 
 from typing import Any
 

@@ -1,8 +1,7 @@
-"""What a model is: one record per kind of layer, and the pattern that strings them together.
+"""The configuration of a model: one record per kind of layer, and the pattern of layers.
 
-The record of a kind of layer stands beside its mixer, in the same file. Fields are called as in the
-published `config.json`; other spellings live in `huggingface` alone. A record is complete when it
-exists: everything that can be wrong with it is checked on construction.
+The record of a kind of layer is in the file of its mixer. Fields have the names of the published
+`config.json`; only `huggingface` knows other names. All checks run on construction.
 
     config = ModelConfig.preset("nano")
     wider = dataclasses.replace(config, hidden_size=4096)

@@ -1,4 +1,4 @@
-"""What a model costs, known from its configuration alone: parameters, state, arithmetic.
+"""The costs of a model from its configuration alone: parameters, bytes of state, FLOPs.
 
 Parameters are counted on the real modules, built without memory, so the count is right by
 construction. FLOPs are those of the products, two per multiply-add, as everyone counts them; the

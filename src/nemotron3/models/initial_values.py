@@ -1,8 +1,8 @@
-"""How the values of a parameter begin, declared where it is made.
+"""Initial values of parameters, declared where the parameters are made.
 
-An initial value is a small record that is called with some elements of the parameter. These know
-the random numbers that are theirs, by the parameter's name and their place in it, so that whoever
-holds a part of a parameter draws that part and nothing else.
+An initial value is a small record that is called with some elements of the parameter. Each element
+has its own random numbers, by the parameter's name and its index, so that a process with a part of
+a parameter draws only that part.
 
     @dataclass(frozen=True)
     class Triangular:

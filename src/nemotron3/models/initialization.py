@@ -1,14 +1,14 @@
-"""Initial weights, as the sources give them.
+"""Initial weights, as in the published sources.
 
 Megatron-LM's rules with Nemotron's numbers: every matrix is N(0, std) with std = sqrt(0.8 / width),
 which the published 0.0173, 0.014 and 0.0099 all follow; matrices that write to the residual stream
-are N(0, std / sqrt(layers)), the hybrid form of the usual sqrt(2 layers). Each module declares what
-its parameters begin with (initial_values.py). docs/decisions/0002 says what was decided where the
-sources differ or are silent.
+are N(0, std / sqrt(layers)), the hybrid form of the usual sqrt(2 layers). Each module declares the
+initial values of its parameters (initial_values.py). docs/decisions/0002 gives the choice where the
+sources differ or say nothing.
 
-An element depends on the seed, on its parameter's name and on its place in it. So neither the order
-of layers nor what else the model has matters, nor the device or the dtype: a model in bfloat16 has
-the rounded values of the one in float32.
+An element depends on the seed, on its parameter's name and on its index. It does not depend on the
+order of layers, the other parameters, the device or the dtype: a model in bfloat16 has the rounded
+values of the one in float32.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""The layout of a batch: where sequences begin in the packed stream, and what came before them.
+"""The layout of a batch: where sequences begin in the packed stream, and their cached lengths.
 
-Training on packed documents, prefill of many prompts, prefill in chunks, decoding and the check of
-drafted tokens are the same forward pass with another layout. A layout is an argument, never a
-global.
+Training on packed documents, prefill of many prompts, prefill in chunks, decoding and the
+verification of drafts are the same forward pass with another layout. A layout is an argument,
+never a global.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Dao & Gu, *Transformers are SSMs* (arXiv 2405.21060), figure 6 (the form with parallel projections),
 with the gated norm taken after the gate and within groups. The inner width is heads times head size
-and not a multiple of the model's width. Positions enter the model here and nowhere else.
+and not a multiple of the model's width. Positions enter the model only here.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""What a layer does between norm and residual sum, and all that the rest asks of it.
+"""A mixer, the part of a layer between norm and residual sum, and what it declares about itself.
 
-A mixer is a pair: a configuration, which says what it costs and carries, and the module that it
-builds. Both stand in the mixer's own file. Cache, costs, memory and the model itself ask only what
-is declared here, so a new mixer is its file and a field of `ModelConfig` (or, outside this package,
-of a subclass of it): see docs/guides/add-a-mixer.md.
+A mixer is a pair: a configuration, which declares its state and costs, and the module that it
+builds. Both are in the mixer's own file. Cache, costs, memory and the model itself read only the
+declarations of this interface, so a new mixer is its file and a field of `ModelConfig` (or, outside
+this package, of a subclass of it): see docs/guides/add-a-mixer.md.
 """
 
 from abc import ABC, abstractmethod

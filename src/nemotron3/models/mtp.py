@@ -8,7 +8,7 @@ i, token i + k + 1 (the main head predicts i + 1):
     h_k = final_norm(block(c))                                           here `*E`, own attention
     logits = the backbone's own output layer (h_k)
 
-All depths share the block's weights, so it can be applied more often than it was trained to be; the
+All depths share the block's weights, so it can be applied more often than in training; the
 embedding and the output layer are the backbone's. In published checkpoints the input
 part belongs to the first layer and the final norm to the last; `models/huggingface` translates.
 """

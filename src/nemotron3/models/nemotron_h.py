@@ -1,6 +1,6 @@
 """The language model: embedding, a stack of blocks, a final norm, an output layer, and MTP.
 
-The same forward pass trains, evaluates and generates; what differs is the layout of the batch and
+The same forward pass trains, evaluates and generates; only the layout of the batch differs, and
 whether a state is carried.
 
     model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0)

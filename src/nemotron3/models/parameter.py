@@ -1,8 +1,8 @@
-"""What a module says of each of its parameters, once, where it makes them.
+"""Declarations of parameters, made once by the module that makes the parameters.
 
-What it begins with, whether weight decay applies to it, and whether it stays in float32 whatever
-the model is kept in. Memory (allocation.py), initial values (initialization.py) and the optimizer's
-groups read this, so none of them has a list of names.
+A declaration has the initial value, whether weight decay applies, and whether the parameter stays
+in float32 whatever the dtype of the model. Memory (allocation.py), initial values
+(initialization.py) and the optimizer's groups read this, so none of them has a list of names.
 
     class Gain(DeclaredModule):
         weight: nn.Parameter
@@ -12,8 +12,8 @@ groups read this, so none of them has a list of names.
             self.declare("weight", (size,), init=Constant(1.0), decays=False)
 
 Declarations belong to the module and not to the tensor, which every conversion replaces. So they
-outlive `deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and what was declared to
-stay in float32 stays so through all of these.
+survive `deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and a parameter that is
+declared to stay in float32 does so through all of these.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The layer pattern: which mixer each layer has, in Megatron's notation.
+"""The layer pattern: the mixer of each layer, in Megatron's notation.
 
 One character a layer, `M` Mamba-2, `*` attention, `E` mixture of experts, `-` dense feed-forward,
 and after each `/` the layers of one multi-token-prediction depth. Depths share one physical block,

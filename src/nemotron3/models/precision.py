@@ -1,8 +1,8 @@
-"""What a model's products run in, as data.
+"""The dtype of a model's activations and products, as data.
 
-Parameters keep their own dtype: float32 masters in training, whatever the checkpoint has in
+Parameters keep their own dtype: float32 masters in training, the checkpoint's dtype in
 inference. Activations have the dtype set here, and every product runs in the dtype of its
-activations; norms, router, scan and loss are float32 inside in any case.
+activations; norms, router, scan and loss always compute in float32.
 """
 
 from dataclasses import dataclass

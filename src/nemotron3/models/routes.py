@@ -1,10 +1,10 @@
-"""Experts that another pass chose, to be chosen again.
+"""Recorded routes: experts that another forward pass chose, for routing replay.
 
-Rollouts and training differ by rounding, and where two scores nearly agree a router then sends a
-token elsewhere: the trained policy is not the one that was sampled. Routing replay (R3, Ma et al.,
-arXiv 2510.11370) gives the choices of the rollout to the training pass. Only the choice is
+Rollouts and training differ by rounding, and where two scores are nearly equal a router may then
+choose another expert: the trained policy is not the one that was sampled. Routing replay (R3, Ma et
+al., arXiv 2510.11370) gives the choices of the rollout to the training pass. Only the choice is
 replayed. The weights of the experts are computed from the scores of the pass that runs, so
-gradients reach the router as ever.
+gradients reach the router as usual.
 
     output = model(tokens, layout=layout, head=lambda output: output)
     again = model(tokens, layout=layout, routes=output.routes)

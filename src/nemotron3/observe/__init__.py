@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics, sinks, plots and the report."""
+"""Metrics, sinks, plots and the report of a run."""
 
 from nemotron3.observe.metrics import MetricLog, MetricSink, MetricWindow, read_metrics
 from nemotron3.observe.report import ReportSummary, TextSample, write_report

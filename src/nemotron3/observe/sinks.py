@@ -1,8 +1,8 @@
 """Where metrics go: a JSON line per step, always, and TensorBoard where it is installed.
 
-A sink is opened with the step that the run logs next. What a killed run had logged from that step
-on is taken back, since the resumed run logs it again: an interrupted and resumed run leaves exactly
-the metrics of an uninterrupted one.
+A sink is opened with the step that the run logs next. Metrics that a killed run had
+logged from that step on are removed, since the resumed run logs them again: an interrupted and
+resumed run leaves exactly the metrics of an uninterrupted one.
 """
 
 import importlib

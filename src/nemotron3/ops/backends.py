@@ -1,9 +1,9 @@
-"""Which implementation of an operation runs, decided once and said aloud.
+"""The choice of an operation's implementation, made in one place and logged.
 
 Every operation offers `reference` (the executable specification) and `torch` (vectorised, any
 device); some offer `native` (C++ for float32 on the CPU, see ops/native) and `triton` (kernels for
 CUDA devices). A caller passes `backend="auto"` and gets the best one for the device and dtype of
-its tensors; asking by name for one that is not there is an error, never a silent substitute.
+its tensors; asking by name for one that is not available is an error, never a silent substitute.
 
 Triton is imported when a kernel is first wanted, since most machines do without. With
 TRITON_INTERPRET=1 its kernels run on CPU tensors when asked for by name: slowly, for tests.

@@ -1,4 +1,4 @@
-"""What every operation asks of its operands before a backend sees them.
+"""Checks of every operation's operands, made before a backend gets them.
 
 Compiled functions and kernels read memory by the sizes that they are told, so a mistake that
 PyTorch answers with an error would give them wrong numbers or end the process. The entry point of
@@ -9,8 +9,8 @@ every backend:
 * `OperandIndexError`, an IndexError: an index outside what it indexes;
 * ValueError: a number or a name that is no operand (a count of groups, an activation).
 
-Each check costs a fraction of a microsecond. The values of indices are looked at where that waits
-for nobody, on the CPU; on a GPU they are the caller's word. A recording (graph.py) is played on
+Each check costs a fraction of a microsecond. The values of indices are checked on the CPU, where
+that does not wait for a device; on a GPU they are trusted. A recording (graph.py) is played on
 other indices in the same memory, so it keeps the ranges of those that it did not make itself
 (`watching_indices`) and checks them before each replay.
 """

@@ -2,7 +2,7 @@
 
 A generator gives numbers in the order in which it is asked, so a process that holds a part of a
 parameter would have to draw all that comes before. Here the number of element i is a hash of a key
-and of i (SplitMix64, as in `drawing/noise.py`): any part can be drawn by itself, in any order, on
+and of i (SplitMix64, as in `sampling/noise.py`): any part can be drawn by itself, in any order, on
 any device, with the same result. Two neighbours share a word, of which each takes 24 bits: as many
 as a float32 tells apart in [0, 1).
 """

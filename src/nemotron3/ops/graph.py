@@ -1,4 +1,4 @@
-"""Recording what a function does on the CPU, to do it again without the function.
+"""Recording the operations of a function on the CPU, to replay them without the function.
 
 A decoding step of a small model is a few hundred operations of some microseconds, and the Python
 that decides on them takes longer than they do. A `Graph` runs the function once, keeps every

@@ -1,7 +1,7 @@
-"""What all Triton kernels ask of the machine and of their operands.
+"""Requirements of all Triton kernels on the machine and on their operands.
 
 Kernels compute in float32 whatever they read and write. Float64 operands are refused rather than
-rounded: who asks for float64 wants its digits.
+rounded: a caller that asks for float64 needs its precision.
 """
 
 import os

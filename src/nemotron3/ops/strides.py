@@ -1,4 +1,4 @@
-"""The memory layout that compiled code asks of its operands."""
+"""The memory layout that compiled code requires of its operands."""
 
 from torch import Tensor
 

@@ -1,15 +1,15 @@
-"""What a run stands on, kept in its folder from the first checkpoint on.
+"""The inputs of a run, recorded in its folder from the first checkpoint on.
 
 Weights belong to the text, the order of batches and the tokenizer that they were trained with. So
-a run records these in `inputs.json` before its first step, and when it goes on:
+a run records these in `inputs.json` before its first step, and when it resumes:
 
-    prepared text      it goes on with the corpus that it began with, whatever became of the files
-                       that the corpus was made of, and says what changed there
+    prepared text      it continues with the corpus that it started with, even if the files of that
+                       corpus changed, and reports the changes
     corpus is gone     it is prepared again where the text is unchanged, byte for byte
-    token files        they are used where they lie, so a change is an error
+    token files        they are used in place, so a change is an error
 
 An error names what changed, and is raised before anything in the run's folder is written. Without
-a checkpoint nothing stands on the data yet, and the run begins anew with what is there.
+a checkpoint nothing depends on the data yet, and the run starts again with the present data.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Merging the checkpoints of a run: what a decay of the learning rate would give, without training.
+"""Merging the checkpoints of a run, in place of a decay of the learning rate.
 
-During the stable phase of the schedule, a weighted average of recent checkpoints reads like a model
+During the stable phase of the schedule, a weighted average of recent checkpoints resembles a model
 whose rate was decayed (Super report; Ultra's final base is such a merge over 500B tokens). Merging
-needs checkpoints at equal distances: keep them with `--retention.keep-every-steps`.
+needs checkpoints at equal intervals: keep them with `--retention.keep-every-steps`.
 """
 
 import shutil

@@ -1,7 +1,7 @@
-"""Pre-training: from text to a model directory, a report, and numbers that mean something.
+"""Pre-training recipes: from text to a model directory, metrics and a report.
 
 A recipe is a function that returns a whole `PretrainRun`; a variation of one is
-`dataclasses.replace`. `nemotron3.recipes.run_pretrain.pretrain` carries it out.
+`dataclasses.replace`. `nemotron3.recipes.run_pretrain.pretrain` executes it.
 
     run = tiny()
     longer = replace(run, name="longer", training=replace(run.training, steps=4000))

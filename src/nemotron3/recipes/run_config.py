@@ -1,7 +1,7 @@
-"""What a run of any kind says of itself.
+"""The configuration that runs of all kinds share.
 
 Pre-training is one kind. Each kind extends `RunConfig` by its own fields and names itself in
-`kind`; `run_folder.py` is what they share when they are carried out.
+`kind`; `run_folder.py` is their shared execution.
 """
 
 from dataclasses import dataclass, field

@@ -1,10 +1,10 @@
-"""A run's folder, runs/NAME: what runs of all kinds keep there, and how they go on from there.
+"""A run's folder, runs/NAME: the files of runs of all kinds, and resuming from them.
 
     run.json            the whole configuration, and what was found when it ran
-    checkpoints/        weights, optimizer and step; an interrupted run goes on from the newest
+    checkpoints/        weights, optimizer and step; an interrupted run resumes from the newest
     metrics.jsonl       the metrics of every step; tensorboard/ has them too
     model/              the result, as a model directory
-    summary.json        what the run has to show; it is written last, so a run with one is finished
+    summary.json        the result; it is written last, so a run with one is finished
 
 A folder belongs to one configuration. Another one is refused there: its checkpoints would be
 continued wrongly.

@@ -1,7 +1,7 @@
-"""Carrying out a pre-training run: corpus, model, training, and a look at the result.
+"""Executes a pre-training run: corpus, model, training, evaluation and samples.
 
-Every part can be interrupted. The corpus stands or does not, training goes on from its last
-checkpoint, and a run whose summary stands is finished and is only shown again.
+Every part can be interrupted. The corpus is complete or absent, training resumes from its last
+checkpoint, and a run with a summary is finished and only shows its result again.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A finished model continues some prompts, so that a person sees what it has learnt."""
+"""Continuations of some prompts by the finished model, for a person to read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Devices, threads, memory and CUDA graphs of a process: the only package that names them."""
+"""Devices, memory and CUDA graphs of a process: the only package that names CUDA."""

@@ -1,10 +1,10 @@
-"""Work of a GPU as a CUDA graph: launched again as a whole, without the Python that decided on it.
+"""CUDA graphs: the kernels of a function, captured once and launched again as a whole.
 
 A decoding step is some hundreds of kernels of a few microseconds each, and the host needs longer to
-launch one than the device to run it. A `CudaGraph` keeps what a function launches, with the very
-addresses that it reads and writes; `replay` launches all of it at once. So the function's results
-are where they were, inputs are written into the tensors that it read, and nothing may depend on a
-value that the host reads.
+launch one than the device to run it. A `CudaGraph` keeps the kernels that a function launches, with
+the addresses that they read and write; `replay` launches all of them at once. So results are in the
+same tensors each time, inputs are written into the tensors that the function read, and nothing may
+depend on a value that the host reads.
 
     step()                              # compiles kernels and makes workspaces
     graph = pool.capture(step)         # launches nothing

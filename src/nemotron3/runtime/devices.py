@@ -1,6 +1,7 @@
-"""Which device a run uses, decided once at its start."""
+"""The device of a run, chosen once at its start, and its description, speed and memory."""
 
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +36,18 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """A device in words, for the record of a run."""
+    """A device in words, for the record of a run: a GPU's name, or the processor and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor_model() or 'CPU'}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def processor_model(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model as its maker names it, or "" where the system does not say."""
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def synchronize(device: torch.device) -> None:

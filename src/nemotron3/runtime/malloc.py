@@ -1,7 +1,7 @@
-"""The heap that tensors of a computer's own memory come from.
+"""The C library's heap, from which tensors on the CPU are allocated.
 
-What layers hand to each other is freed again within milliseconds. The C library would return it to
-the system and get it back for the next layer, a page at a time.
+Activations are freed within milliseconds. By default the C library returns their memory to the
+system and requests it again for the next layer, page by page.
 """
 
 import ctypes

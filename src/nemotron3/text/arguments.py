@@ -1,8 +1,8 @@
 r"""Text to JSON values, type by type.
 
 Python's spellings (`True`, `None`, `{'a': 1}`) are read beside JSON's, because the template itself
-writes earlier calls that way. What is JSON keeps its digits and its white space: `1e400`, in a
-list, is a number in JSON and none in Python.
+writes earlier calls that way. Valid JSON keeps its digits and its white space: `1e400`, in a
+list, is a number in JSON and not in Python.
 """
 
 import ast

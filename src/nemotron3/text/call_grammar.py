@@ -1,16 +1,16 @@
-r"""A Lark grammar of calls, for llguidance: what a model may write when it has to call.
+r"""A Lark grammar of tool calls, for llguidance: the allowed text where a call is required.
 
 Every value is written as its `ParameterType` reads it. Arguments come in the order of the schema,
-the required ones always, and no others than those described; a function that describes none takes
-any. What a text cannot hold: `</parameter>`, and the opening of a parameter of its function, since
-the format has no escapes. Bounded numbers, lists and objects come from a grammar of JSON; where a
+the required ones always, and only those that are declared; a function that declares none takes any.
+A text cannot contain `</parameter>` or the opening of a parameter of its function, since the format
+has no escapes. Bounded numbers, lists and objects come from a grammar of JSON; where a
 text may stand in the same place, it does not begin as they do.
 
-A value and the `</parameter>` behind it are one terminal, wherever it is no JSON: the lexer is
-greedy and looks for no second way.
+Except for JSON, a value and the `</parameter>` after it are one terminal: the lexer is greedy and
+does not backtrack.
 
 The line end that the template writes after a call may come before the end: a model that has learned
-it would otherwise have to go on with another call.
+it would otherwise have to continue with another call.
 """
 
 import json

@@ -13,11 +13,12 @@ cannot give:
   token that ends a turn; so a message can neither end its turn nor open another nor close the
   reasoning. The published template is rendered to one string and encoded whole, which lets any
   message do so; `tokens(..., allow_special_text=True)` does that too, for comparison.
-- **The mask is exact.** Trained is what the model itself will produce: its reasoning, `</think>`,
-  its answer, its calls, `<|im_end|>`. Not trained is what the server puts there: every other turn,
-  `<|im_start|>assistant\n`, the `<think>\n` or `<think></think>` of the generation prompt, and the
-  `<think></think>` that stands for reasoning cut from the history. Ids are encoded in two where a
-  generation prompt ends, so those of a prompt are a prefix of those of the finished conversation.
+- **The mask is exact.** It trains the text that the model itself will produce: its reasoning,
+  `</think>`, its answer, its calls, `<|im_end|>`. It leaves out the text of the server: every other
+  turn, `<|im_start|>assistant\n`, the `<think>\n` or `<think></think>` of the generation prompt,
+  and the `<think></think>` that stands for reasoning cut from the history. Ids are encoded in two
+  where a generation prompt ends, so those of a prompt are a prefix of those of the finished
+  conversation.
 
 The text is that of the published template, character for character, but for one thing: tags that
 occur *inside* an assistant's text are text here as well. (A message that starts with a whole

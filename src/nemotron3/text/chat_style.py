@@ -1,4 +1,4 @@
-r"""How the releases of the family differ in their chat template, as data.
+r"""The differences between the chat templates of the releases, as data.
 
 All write turns as `<|im_start|>ROLE\n … <|im_end|>\n` and tools as XML; what differs is the glue
 around the reasoning and the hints that a request may append to the last user message.
@@ -11,7 +11,7 @@ around the reasoning and the hints that a request may append to the last user me
 | lightning | `</think>`          | none                                                        |
 
 Sources: the released Nano template, NVIDIA-NeMo/Nemotron `data_prep/templates/nano3.jinja` and
-`lightning35.jinja`; the Super hint from the notes of those who serve it.
+`lightning35.jinja`; the Super hint from the deployment notes of its providers.
 """
 
 import re

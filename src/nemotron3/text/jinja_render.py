@@ -1,7 +1,7 @@
-"""Render a chat template that came as Jinja: a user's own, or one of another family.
+"""Render a Jinja chat template: a user's own, or one of another family.
 
-The only file that imports jinja2 (which PyTorch brings along), and not imported by the package
-itself: whoever has a Jinja template to render imports this module. The environment is that of
+The only file that imports jinja2 (which PyTorch brings along), and imported only
+where there is a Jinja template to render. The environment is that of
 transformers: sandboxed, blocks trimmed, `tojson` that escapes nothing, `raise_exception`,
 `strftime_now`. What comes out is one string, and encoding it reads special tokens in the messages
 as tokens; templates of the family are better rendered by `chat.ChatTemplate`.

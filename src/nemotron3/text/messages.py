@@ -1,14 +1,14 @@
-"""What is said in a conversation, as types: four kinds of message, tool calls, tools.
+"""The types of a conversation: four kinds of message, tool calls, tools.
 
 The wire is OpenAI's: dictionaries with `role` and `content`. `parse_messages` and `parse_tools`
-read them once, at the border, and from then on a conversation is well formed: contents are
-strings, arguments are objects, a tool's answer follows something. What cannot be read is refused
-with the place where it stands (`messages[3].tool_calls[0].function.arguments`), because a message
-that is quietly dropped changes what a model answers and nobody sees why.
+read them once, on input, and from then on a conversation is well formed: contents are strings,
+arguments are objects, a tool's answer follows a message. An invalid message is refused with its
+place (`messages[3].tool_calls[0].function.arguments`), because silently dropping a message would
+change the answer without an explanation.
 
-Taken as the same thing: `reasoning` and `reasoning_content`; a text and a list of text parts; the
+Treated as equivalent: `reasoning` and `reasoning_content`; a text and a list of text parts; the
 roles `developer` and `system`; arguments as an object and as JSON text. Images and sound are
-refused: the family's text models have no place for them.
+refused: the models read text only.
 """
 
 import json

@@ -1,19 +1,19 @@
-r"""How the value of a parameter is written in a call, and how it is read back.
+r"""Notation of a parameter's value in a call: how it is written, and how it is read.
 
-A call carries text alone; what the text stands for is in the tool's JSON schema. This is the one
-place that knows: whoever reads a call and whoever holds a model to a grammar of calls asks the same
-`ParameterType`. The published template writes a text as it is, lists and objects as JSON, all else
-as Python's `str` (`True`, `None`, `0.5`); JSON's `true` and `null` mean the same.
+A call contains only text; its meaning follows from the tool's JSON schema. The parser of calls and
+the grammar of calls use the same `ParameterType` of this module. The published template writes a
+text as it is, lists and objects as JSON, all else as Python's `str` (`True`, `None`, `0.5`); JSON's
+`true` and `null` mean the same.
 
-- **Text alone** (`{"type": "string"}`): whatever stands there is the value, quotes included.
-- **No text** (`Optional[int]`, lists, objects): read as the most particular type that fits, in the
+- **Text alone** (`{"type": "string"}`): the whole text is the value, quotes included.
+- **No text** (`Optional[int]`, lists, objects): read as the most specific type that fits, in the
   order null, boolean, integer, number, array, object; white space around it does not count.
 - **Text or something else** (`Optional[str]`, `str | int`, no type at all): `null` is null, `3` is
   the number, everything else is the text as it stands (` 3`, `"Paris"` with its quotes). A text
   that would be taken for something else is written as a JSON string: `"null"`, `"3"`. A JSON string
   whose content needs no quotes is a text in quotes.
-- **What fits nothing** stays the text it was: a wrong argument that the caller can see is better
-  than a lost one. Nothing else is validated; that is the tool's.
+- **A value that fits no type** stays the text that it was: a wrong argument that the caller sees is
+  better than a lost one. Further validation is left to the tool.
 """
 
 import json

@@ -1,9 +1,8 @@
-r"""Tell a model's reasoning from its answer while the tokens arrive.
+r"""Separate a model's reasoning from its answer while the tokens arrive.
 
 The rules are those of the family's own parsers (DeepSeek-R1's): where the prompt opened a
-`<think>` block, what comes is reasoning until `</think>`; where it did not, everything is answer,
-unless the model opens a block itself. What they leave open, and what leaks are made of, is decided
-here:
+`<think>` block, the output is reasoning until `</think>`; where it did not, all output is answer,
+unless the model opens a block itself. Cases that these rules leave open are decided here:
 
 - **A tag is a token.** With the ids known, `</think>` closes the reasoning only as the special
   token; a model that writes the eight characters is talking about the tag. Without the ids

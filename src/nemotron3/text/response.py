@@ -1,8 +1,8 @@
-"""From generated ids to what a client gets: reasoning, content, tool calls, piece by piece.
+"""From generated ids to the parts of an answer: reasoning, content, tool calls, piece by piece.
 
 One `ResponseParser` per answer joins the three readers of a stream: ids to text without half
-characters, reasoning from answer, calls out of the answer. Special tokens act as what they are and
-are not shown: `</s>` and `<|im_end|>` end the answer, the tags are the readers' business.
+characters, reasoning from answer, calls out of the answer. Special tokens have their effect and
+are not shown: `</s>` and `<|im_end|>` end the answer, the readers handle the tags.
 
     parser = ResponseParser(tokenizer, is_reasoning_open=prompt.is_reasoning_open, tools=tools)
     for ids in stream:

@@ -1,8 +1,7 @@
 """How tools are listed in the system turn, and how a call of one is written.
 
-The wording is not ours to better: it is what the published models saw in training, and another
-sentence in its place is another prompt. So it stands here once, as data, for the renderer and for
-the Jinja export alike.
+The wording is that of the published models' training, and any other wording is another prompt. It
+is defined here once, as data, for the renderer and for the Jinja export.
 
 Values are written as the published template writes them: objects and lists as JSON, everything
 else as Python's `str` (`True`, `None`, `0.5`). There is no escaping: a text argument that holds

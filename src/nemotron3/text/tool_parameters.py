@@ -1,4 +1,4 @@
-"""The parameters that a tool declares, with their types, wherever its schema says so.
+"""The parameters that a tool declares, with their types.
 
 `parameters` may be an object with `properties`, but also a reference to one (zod's named schemas),
 several that hold together, or several to choose from; so a tool has one or more `ArgumentSet`s. A

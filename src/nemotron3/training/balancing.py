@@ -1,11 +1,11 @@
-"""Keeping experts evenly used: a bias that only selects, and a weak loss per sequence.
+"""Balancing the load of experts: a selection bias, and a weak loss per sequence.
 
 Two mechanisms work together, as in all three Nemotron 3 runs (reports, pre-training sections):
 
 * Loss-free balancing (Wang et al., arXiv 2408.15664). After each global batch the selection bias of
   an expert moves by a fixed step towards the mean load: b_i += rate * sign(mean load - load_i). It
-  never enters a weight, so it leaves no trace in the gradients.
-* A sequence-level loss, so small that it only forbids extremes within one sequence:
+  never enters a routing weight, so it has no effect on gradients.
+* A sequence-level loss, so small that it only prevents extreme imbalance within one sequence:
   L = E sum_i f_i P_i, with P_i the mean over tokens of the score normalised over all experts, and
   f_i the share of choices that expert i would get without the bias. Megatron's `seq_aux_loss`.
 

@@ -1,4 +1,4 @@
-"""A microbatch: tokens, what they should predict, and how much each prediction counts.
+"""A microbatch: tokens, their targets, and the mask and weight of each target.
 
 An objective that needs more of its data (log-probabilities of a sampler, pairs, rewards) extends
 the record by a subclass with the fields it reads:

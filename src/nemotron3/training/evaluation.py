@@ -1,4 +1,4 @@
-"""The loss on held-out text, for a look during training."""
+"""The loss on held-out text, evaluated during training."""
 
 import math
 from collections.abc import Iterable

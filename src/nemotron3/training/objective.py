@@ -1,16 +1,16 @@
-"""What a batch's loss is: the one thing that a stage of training says for itself.
+"""The loss of a batch: the part in which stages of training differ.
 
 Pre-training, fine-tuning, reinforcement learning, preferences and distillation share the loop, the
-update and the bookkeeping. They differ in the loss, and an `Objective` is that. For each global
-batch the step asks it twice:
+update, checkpoints and logs. They differ in the loss, which an `Objective` defines. For each global
+batch the step calls it twice:
 
-1. `counts`: what the loss is divided by. A microbatch, or a rank, sees a part of the batch only, so
-   the sums over all parts are made before the first forward pass. Loss and gradient are then the
+1. `counts`: the divisors of the loss. A microbatch, or a rank, has only a part of the batch, so the
+   sums over all parts are computed before the first forward pass. Loss and gradient are then the
    same for any split into microbatches and for any packing.
 2. `loss`: the share of one microbatch, from its forward pass. It runs inside that pass (it is the
    model's `head`), where the output layer's matrix is whole even if the model is sharded.
 
-An objective with a state of its own (a moving baseline, say) is `Stateful`; checkpoints keep it.
+An objective with a state of its own, such as a moving baseline, is `Stateful`; checkpoints save it.
 """
 
 from collections.abc import Mapping

@@ -1,16 +1,16 @@
-"""Optimizers: which parameters decay and how fast they learn, and state that is saved by name.
+"""Optimizers: weight decay and learning rate of each parameter, and state that is saved by name.
 
 Weight decay is for matrices, and each module declares for which of its parameters
-(models/parameter.py). Norm weights, biases and the state-space parameters have none: to shrink
-those is to change scales and dynamics, not to regularise.
+(models/parameter.py). Norm weights, biases and the state-space parameters have none: shrinking
+them changes scales and dynamics and does not regularise.
 
 PyTorch numbers its optimizer state by the order of parameters, so that a module added in front
 moves every moment to a wrong parameter without an error. Here state is a flat dict by parameter
 name (`exp_avg.backbone.layers.0.mixer.in_proj.weight`), which `CheckpointStore` takes as it is and
 which must match exactly on the way back.
 
-Trainable parameters are fp32: they are the master weights. What a product runs in is the business
-of `models/precision.py`.
+Trainable parameters are fp32: they are the master weights. `models/precision.py`
+sets the dtype of products.
 
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
     set_learning_rate(optimizer, schedule.learning_rate(step, peak=config.lr))

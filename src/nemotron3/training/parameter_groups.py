@@ -1,7 +1,7 @@
-"""Parameters that are trained in their own way: slower, without decay, or not at all.
+"""Parameters with their own learning rate or weight decay, and frozen parameters.
 
-A run names groups by patterns of parameter names. Whatever no group takes is trained as the
-optimizer's configuration says.
+A run names groups by patterns of parameter names. Parameters of no group are trained by
+the optimizer's configuration.
 
     ParameterGroupConfig(name="router", parameters=("*.gate.weight",), is_frozen=True)
     ParameterGroupConfig(name="mtp", parameters=("mtp.*",), lr_scale=0.1)

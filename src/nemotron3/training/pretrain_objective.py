@@ -1,4 +1,4 @@
-"""The pre-training loss: next token, further tokens by MTP, and the balance of experts.
+"""The pre-training loss: next token, further tokens by MTP, and balancing of experts.
 
     L = CE + sum_k (lambda / D) CE_k + coefficient * balance
 

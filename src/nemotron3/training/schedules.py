@@ -1,8 +1,8 @@
 """The learning rate as a pure function of the step.
 
 A schedule holds no state, so there is nothing to save, and a resumed run cannot be one step off.
-It is a shape between 0 and 1 that scales the peak given by the optimizer's configuration, so that
-changing the rate is changing one number. Steps are optimizer updates; a length in tokens is turned
+It is a factor between 0 and 1 of the peak in the optimizer's configuration, so that one number
+changes the rate. Steps are optimizer updates; a length in tokens is turned
 into steps by the recipe, which knows the batch.
 
 The formulas are Megatron's (`OptimizerParamScheduler`): linear warm-up from zero, then
@@ -10,7 +10,7 @@ The formulas are Megatron's (`OptimizerParamScheduler`): linear warm-up from zer
     WSD       peak until `total_steps - decay_steps`, then down over `decay_steps`
               (Nemotron 3 Super and Ultra: minus_sqrt, 1 - sqrt(r), to a hundredth of the peak)
     Cosine    half a cosine over everything after the warm-up
-    Constant  peak for ever
+    Constant  peak until the end
 
 `step` counts the updates already made. With a warm-up the first update therefore has the rate zero,
 as in Megatron, and step `warmup_steps` is the first at the peak.

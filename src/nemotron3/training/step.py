@@ -4,9 +4,9 @@
     metrics = step(microbatches, learning_rate=1e-3)
 
 The forward pass goes through the model's own call, so that hooks run: with `fully_shard` on the
-blocks and on the model the step trains a sharded model. Gradients are sums over the global batch,
-because every share is divided by global counts; so let FSDP sum them too, by
-`model.set_gradient_divide_factor(1.0)`, and give `sum_over_ranks`.
+blocks and on the model, the step trains a sharded model. Gradients are sums over the global batch,
+because every share is divided by global counts. FSDP must therefore sum them too: set
+`model.set_gradient_divide_factor(1.0)`, and pass `sum_over_ranks`.
 """
 
 import math

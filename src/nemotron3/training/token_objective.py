@@ -7,14 +7,14 @@ w = 1 this is the loss of pre-training and of supervised fine-tuning, whose mask
 With advantages for weights it is the policy gradient at ratio 1, as GRPO has it where each batch of
 rollouts makes one update (white paper, section 2.6).
 
-n_i is how the tokens are averaged, over the *global* batch (see objective.py):
+n_i averages the tokens over the *global* batch (see objective.py):
 
 * per token: 1 / number of trained tokens. A long answer counts for more than a short one.
 * per sequence: 1 / (trained tokens of its sequence * number of sequences with any). Every
   conversation counts the same.
 
 Each depth divides by its own number, which is smaller: near its end a sequence has no target k
-places further. So a token weighs lambda / D at each depth, as in Megatron's per-token
+positions further. So a token weighs lambda / D at each depth, as in Megatron's per-token
 normalisation.
 """
 

@@ -1,8 +1,8 @@
-"""The training loop: batches in, weights out, and nothing lost in between.
+"""The training loop, with checkpoints and exact resuming.
 
 Everything random is a function of counters (the data of a step, the initial weights), so a
-checkpoint is the weights, the moments and the step, and a run that was killed goes on bit for bit
-as if it had not been. The loop draws nothing and evaluates nothing by itself: it calls back.
+checkpoint is the weights, the moments and the step, and a run that was killed and resumed is bit
+for bit the same as an uninterrupted one. Data and evaluation come from callbacks.
 """
 
 import logging

@@ -1,7 +1,7 @@
-"""What a model directory holds beside its tensors, kept so that saving gives it back.
+"""The contents of a model directory beside its tensors, kept so that saving writes them again.
 
-A directory says more than our record does: lists of end tokens, defaults of sampling, fields of
-other programs, a tokenizer. A model that was loaded keeps all of it (`LanguageModel.companions`).
+A directory contains more than our record: lists of end tokens, sampling defaults, fields of other
+programs, a tokenizer. A loaded model keeps all of it (`LanguageModel.companions`).
 Saving changes the fields that the record owns and that differ from those loaded, and nothing else.
 """
 

@@ -2,11 +2,11 @@
 
 Three spellings of the layer list are in circulation: Megatron's pattern string (Nano, Super), lists
 of `mamba / moe / attention / mlp` (Ultra), and lists of `linear_attention / moe / full_attention /
-mlp` (whatever transformers 5 has saved). Written are the first two, which every engine reads.
+mlp` (saved by transformers 5). Saving writes the first two, which every engine reads.
 
 `num_nextn_predict_layers` counts blocks in the file and not the depths that share a block. The
-reports train two depths with the one block of Super and Ultra, so that is what a file with their
-layers means; `num_mtp_depths`, a field of our own, says another number.
+reports train two depths with the one block of Super and Ultra, so a file with their layers means
+two; `num_mtp_depths`, a field of our own, sets another number.
 """
 
 import logging

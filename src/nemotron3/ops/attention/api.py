@@ -106,11 +106,12 @@ def attention_steps(
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    chosen = choose("attention_steps", backend, _STEPS, keys, q, values)
-    table, slots, cached_lengths = _check_steps(
-        q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths,
-        backend=chosen
-    )  # fmt: skip
+    name = "attention_steps"
+    _check_steps(name, q, k, v, keys, values)
+    chosen = choose(name, backend, _STEPS, keys, q, values)
+    table, slots, cached_lengths = _check_places(
+        name, q, keys, table=table, slots=slots, cached_lengths=cached_lengths, backend=chosen
+    )
     if not len(q):
         return q.new_empty(q.shape)
     steps = load(_STEPS, chosen)

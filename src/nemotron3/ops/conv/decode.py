@@ -1,8 +1,8 @@
-"""The convolution for a few tokens behind states that lie in a pool.
+"""The convolution for a few tokens that continue states in a pool.
 
 The history of a sequence is its state, the last inputs, and its new tokens; the state after each
-token is a window of that. Without `intermediate_states` the pool goes on; with them it stays, and
-they get every window.
+token is a window of that. Without `intermediate_states` the pool is updated; with them it is not,
+and they get every window.
 """
 
 from pathlib import Path

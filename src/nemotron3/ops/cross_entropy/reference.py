@@ -1,4 +1,4 @@
-"""Losses of a linear output layer with all logits at once, as one would write it first."""
+"""Losses of a linear output layer with all logits at once."""
 
 import torch
 from torch import Tensor

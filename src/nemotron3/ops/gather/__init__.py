@@ -1,4 +1,4 @@
-"""Putting rows of some tensors over rows of others."""
+"""Copying rows of tensors into rows of others."""
 
 from nemotron3.ops.gather.api import copy_rows
 

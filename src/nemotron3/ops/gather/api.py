@@ -1,4 +1,4 @@
-"""The entry point of the copying of rows."""
+"""The entry point for copying rows."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The entry point of rounding: what is computed in float32 and kept in less.
+"""The entry point of rounding: values computed in float32 and stored in fewer bits.
 
 A state that is rounded to the nearest after every token drifts: its decay is within a step of one,
 so the rounding brings it back to where it was, again and again in the same direction. Rounded up or

@@ -1,10 +1,10 @@
-"""Random bits that are a function of where they are used, and of nothing else.
+"""Random bits that are a function only of the place where they are used.
 
 A generator with a state would give a sequence other bits in another batch. A counter-based one has
 none: Philox4x32 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011) turns 128
 bits of counter and 64 of key into 128 random bits. The key is the seed and the stream (a layer),
 the counter an element of the state and the position in the sequence. So the same tokens are rounded
-alike in any slot, in any batch, again after they were taken off, and when they were drafted.
+alike in any slot, in any batch, again after a preemption, and when they were drafted.
 
 Element and position are the first and the third word of the counter, which the first round
 multiplies. With the position in the second word, five rounds leave a correlation of 0.06 between

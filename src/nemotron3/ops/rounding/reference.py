@@ -1,4 +1,4 @@
-"""Rounding as it is meant, on integers where that says it better.
+"""The definition of rounding, on integers where that is clearer.
 
 To float16: the lower 13 of float32's 23 bits of mantissa go. A random number below 2^13 is added to
 them first, so that the carry into the bits that stay comes as often as they are large. Below 2^-14
@@ -6,8 +6,9 @@ float16 has a fixed step of 2^-24, so there a random fraction is added to the nu
 To int8: a block's largest magnitude is 127 steps, and of a number of steps the whole part stays
 after a random fraction was added.
 
-What float16 cannot hold becomes its largest number, as in Transformer Engine's and the processors'
-saturating conversions: an infinite state would stay for good, a large one decays. NaN stays NaN.
+Values beyond float16's range become its largest number, as in Transformer Engine's and the
+processors' saturating conversions: an infinite state would stay for good, a large one decays. NaN
+stays NaN.
 """
 
 import torch

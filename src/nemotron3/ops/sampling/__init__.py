@@ -1,4 +1,4 @@
-"""Draws from a softmax whose noise is a function of where it is used."""
+"""Sampling from a softmax, with noise that is a function of the place where it is used."""
 
 from nemotron3.ops.sampling.api import gumbel_argmax
 

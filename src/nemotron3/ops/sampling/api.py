@@ -1,4 +1,4 @@
-"""The entry point of draws."""
+"""The entry point of sampling."""
 
 from jaxtyping import Float, Int64
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where they are used, and on nothing else.
+"""Random numbers that depend only on the place where they are used.
 
 A generator that is advanced draw by draw gives a request other tokens whenever its neighbours, its
 chunks or its drafts change how often it is asked. Here the noise of a token is a hash of the

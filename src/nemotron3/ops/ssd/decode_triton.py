@@ -1,9 +1,9 @@
 """Decoding steps of the scan as a Triton kernel: the state is read once, advanced, written once.
 
 A few tokens against a carried state cost what moving the state costs, so a program keeps a slice of
-one head's state in registers while it takes all k tokens of a sequence. Drafted tokens may be
-refused: with `intermediate_states` the state after each token is written there and the pool stays,
-and whoever refuses a draft picks the one after the last token that stands.
+one head's state in registers while it takes all k tokens of a sequence. Drafts may be
+rejected: with `intermediate_states` the state after each token is written there and the pool stays,
+and after a rejected draft the caller takes the one after the last accepted token.
 
     h <- exp(dt_t A) h + dt_t x_t B_t^T,    y_t = h C_t + D x_t
 """

@@ -1,4 +1,4 @@
-"""The scan's step sizes and decay rates, from what the model learns of them."""
+"""The scan's step sizes and decay rates, from the learned parameters."""
 
 from pathlib import Path
 
