@@ -250,7 +250,7 @@ void attention_forward(const float* q, const float* k, const float* v, const int
   }
   const int64_t queries = query_bounds[segments];
   const bool worth = tasks.size() > 1 && queries * heads * head_dim * KEYS > MIN_PARALLEL_WORK;
-  together(worth ? threads : 1, [&](Team& team) {
+  parallel_region(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(ForwardRoom::floats(s));
     const ForwardRoom room(s, scratch);
     for (int64_t i; (i = team.next()) < (int64_t)tasks.size();)
@@ -274,7 +274,7 @@ void attention_backward(const float* q, const float* k, const float* v, const in
     if (query_bounds[i + 1] - query_bounds[i] > longest)
       longest = query_bounds[i + 1] - query_bounds[i];
   const bool worth = queries * heads * head_dim * KEYS > MIN_PARALLEL_WORK;
-  together(worth ? threads : 1, [&](Team& team) {
+  parallel_region(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(BackwardRoom::floats(s, longest));
     const BackwardRoom room(s, longest, scratch);
     for (int64_t i; (i = team.next()) < segments * kv_heads;)

@@ -215,7 +215,7 @@ void conv_forward(const float* x, const float* weight, const float* bias, const 
   const Conv c(x, weight, bias, conv_states, taps, channels, ldx);
   const std::vector<Span> spans = spans_of(bounds, segments, SPAN);
   const auto run = taps == 4 ? convolve<4> : convolve<0>;
-  together(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     for (int64_t i; (i = team.next()) < (int64_t)spans.size();) run(c, spans[i], y);
   });
   for (int64_t s = 0; s < segments; s++)
@@ -237,7 +237,7 @@ void conv_backward(const float* x, const float* weight, const float* bias, const
   const auto run = taps == 4 ? convolve_back<4> : convolve_back<0>;
   const int64_t size = (taps + 1) * c.pitch;
   const std::unique_ptr<float[]> parts(new float[spans.size() * size]);
-  together(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     for (int64_t i; (i = team.next()) < (int64_t)spans.size();) {
       memset(parts.get() + i * size, 0, 4 * size);
       run(c, g, spans[i], parts.get() + i * size);

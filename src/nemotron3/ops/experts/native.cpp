@@ -313,7 +313,7 @@ void experts_backward(const float* x, const float* weights, const float* up, con
 // squared ReLU, whose root is exactly relu(h).
 void activate_backward_rows(const float* kept, const float* grad, float* dh, int64_t rows,
                             int64_t hidden, int64_t activation, int64_t threads) {
-  together(rows * hidden > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(rows * hidden > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const Range part = team.share(rows);
     if (activation == RELU2) {
       for (int64_t i = part.first * hidden; i < part.last * hidden; i++)

@@ -70,7 +70,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
   const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
   const int64_t ld = turned ? block : pitch(DEPTH), lines = turned ? DEPTH : block;
   const int64_t across = (columns + COLUMNS - 1) / COLUMNS;
-  together(rows * columns * depth > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(rows * columns * depth > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     Scratch scratch(lines * ld);
     float* near = scratch.take(lines, ld);
     const Range share = team.share((rows + block - 1) / block * across);

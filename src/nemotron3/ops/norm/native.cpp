@@ -108,7 +108,7 @@ void norm_backward(const float* x, const float* gate, const float* weight, const
   const auto run = gate ? norm_row_back<true> : norm_row_back<false>;
   const int64_t spans = (rows + SPAN - 1) / SPAN;
   const std::unique_ptr<float[]> parts(new float[spans * width]);
-  together(rows * width > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(rows * width > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const std::unique_ptr<float[]> u(new float[s.group()]);
     const Range share = team.share(spans);
     for (int64_t k = share.first; k < share.last; k++) {

@@ -90,7 +90,7 @@ extern "C" {
 void route_backward(const int64_t* indices, const float* scores, const float* d_weights,
                     float* d_logits, int64_t tokens, int64_t experts, int64_t choices,
                     int64_t softmax, int64_t normalise, float scale, int64_t threads) {
-  together(tokens * experts > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(tokens * experts > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const Range part = team.share(tokens);
     for (int64_t t = part.first; t < part.last; t++) {
       const int64_t* chosen = indices + t * choices;

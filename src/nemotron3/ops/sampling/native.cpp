@@ -65,7 +65,7 @@ extern "C" {
 // tokens [rows] of logits [rows, vocab], whose rows are `ld` apart, and keys [rows].
 void gumbel_argmax(const float* logits, const int64_t* keys, int64_t* tokens, int64_t rows,
                    int64_t vocab, int64_t ld, int64_t threads) {
-  together(rows > 1 && rows * vocab > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+  parallel_region(rows > 1 && rows * vocab > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     const Range part = team.share(rows);
     for (int64_t r = part.first; r < part.last; r++)
       tokens[r] = draw(logits + r * ld, vocab, (uint64_t)keys[r]);

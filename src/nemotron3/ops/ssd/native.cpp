@@ -565,7 +565,7 @@ void ssd_forward(const float* x, const float* dt, const float* A, const float* B
   const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
   const int64_t units = segments * groups * s.blocks();
   const bool worth = units > 1 && bounds[segments] * heads * head_dim * d_state > MIN_PARALLEL_WORK;
-  together(worth ? threads : 1, [&](Team& team) {
+  parallel_region(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(ForwardRoom::floats(s));
     const ForwardRoom room(s, scratch);
     for (int64_t i; (i = team.next()) < units;) scan(s, o, Unit(s, bounds, i), room, y, final);
@@ -604,7 +604,7 @@ void ssd_backward(const float* x, const float* dt, const float* A, const float* 
     if (bounds[i + 1] - bounds[i] > longest) longest = bounds[i + 1] - bounds[i];
   const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
   const bool worth = units > 1 && tokens * heads * head_dim * d_state > MIN_PARALLEL_WORK;
-  together(worth ? threads : 1, [&](Team& team) {
+  parallel_region(worth ? threads : 1, [&](Team& team) {
     Scratch scratch(BackwardRoom::floats(s, chunks));
     const BackwardRoom room(s, chunks, scratch);
     for (int64_t i; (i = team.next()) < units;) scan_back(s, o, g, Unit(s, bounds, i), room);
