@@ -10,6 +10,7 @@ from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_indices, check_operand, check_positive
 from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
 from nemotron3.ops.cross_entropy.torch import linear_cross_entropy_torch
+from nemotron3.ops.weights import Weight, dequantized
 
 _LOSSES = {
     "reference": linear_cross_entropy_reference,
@@ -32,7 +33,7 @@ class TokenLosses(NamedTuple):
 
 def linear_cross_entropy(
     hidden: Float[Tensor, "tokens d_model"],
-    weight: Float[Tensor, "vocab d_model"],
+    weight: Weight,
     targets: Int[Tensor, " tokens"],
     token_weights: Float[Tensor, " tokens"],
     *,
@@ -41,6 +42,7 @@ def linear_cross_entropy(
 ) -> TokenLosses:
     """Cross-entropy of softmax(hidden weight^T) against `targets`, each token with its own weight.
 
+    `weight` is [vocab, d_model]; a quantized one is dequantized first and has no gradient.
     A token that should not count has weight 0 and any target of the vocabulary: no target, not even
     PyTorch's -100, means that a token is left out. A target outside the vocabulary is an
     OperandIndexError on the CPU; on a GPU, where nobody waits to look at it, kernels give it a loss
@@ -48,6 +50,7 @@ def linear_cross_entropy(
     a CPU's cache holds, or a small share of a GPU's memory. `token_weights` carries no gradient.
     """
     check_axes("cross_entropy", "hidden", hidden, "tokens d_model")
+    weight = dequantized(weight, hidden.dtype)
     check_axes("cross_entropy", "weight", weight, "vocab d_model")
     (tokens, width), vocab = hidden.shape, len(weight)
     check_positive("cross_entropy", vocab=vocab, d_model=width)
