@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 from benchmarks.models import load_theirs, tokens_of
-from benchmarks.workloads import OPTIMIZER, training
+from benchmarks.workloads import optimizer_of, training
 from torch import nn
 
 from nemotron3.models.huggingface import read_config
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.training.optimizers import build_optimizer
 
 
 def can_measure() -> bool:
@@ -67,7 +66,7 @@ def main() -> None:
     # Libraries take their buffers; the first step of any optimizer loads a part of PyTorch.
     torch.ones(512, 512).mm(torch.ones(512, 512))
     one = nn.Linear(1, 1)
-    optimizer = build_optimizer(one, OPTIMIZER)
+    optimizer = optimizer_of(one)
     one(torch.ones(1, 1)).sum().backward()
     optimizer.step()
     empty = _settle()

@@ -25,7 +25,7 @@ PROMPT = 64
 
 def training(model: nn.Module, tokens: Tensor) -> Contestant:
     """A step on [batch, seq] tokens, by either program."""
-    optimizer = build_optimizer(model, OPTIMIZER)
+    optimizer = optimizer_of(model)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -36,6 +36,21 @@ def training(model: nn.Module, tokens: Tensor) -> Contestant:
         optimizer.step()
 
     return warmed(step)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW of either program's model; who does not declare its parameters has all decay alike."""
+    if isinstance(model, LanguageModel):
+        return build_optimizer(model, OPTIMIZER)
+    config = OPTIMIZER
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:

@@ -387,7 +387,7 @@ def test_chunks_of_a_step_are_the_models_own_pass(model):
         for seed, lengths in enumerate([(9, 9), (5, 5), (5, 5), (30, 2), (5, 5), (1, 1)]):
             tokens = [tokens_for(CONFIG, n, seed=seed + n + 40 * i).tolist() for i, n in
                       enumerate(lengths)]  # fmt: skip
-            hidden = passes.prefill(tokens, [2, 0])
+            hidden = passes.prefill(tokens, [2, 0]).hidden
             layout = plain.cache.layout(lengths, [2, 0], is_prompt=True)
             flat = torch.tensor([token for part in tokens for token in part])
             expected = model.hidden_states(flat, layout=layout, state=plain.cache)
@@ -414,7 +414,7 @@ def test_other_weights_find_nothing_that_running_answers_keep():
         answer += [token for delta in engine.step() for token in delta.tokens]
         if len(answer) == 3:
             randomized(ours, 5)
-            engine.invalidate_caches()
+            engine.invalidate_caches(running="keep")
             answer.append(-1)
     answer.remove(-1)
     more = [*prompt, *answer, 5]

@@ -119,9 +119,9 @@ def test_steps_are_recorded_once_per_shape_and_anew_as_memory_grows(model, monke
     """Here a step in Python must not happen where a recording serves."""
     runner = StepRunner(model, fed(model, [5, 9]))
     passes = []
-    forward = model.hidden_states
+    forward = model.backbone.forward
     monkeypatch.setattr(
-        model, "hidden_states", lambda *args, **more: passes.append(1) or forward(*args, **more)
+        model.backbone, "forward", lambda *args, **more: passes.append(1) or forward(*args, **more)
     )
     for _ in range(5):
         runner.run([[1], [2]], [0, 1])

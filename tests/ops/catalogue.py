@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
-from nemotron3.ops.cross_entropy import linear_cross_entropy
+from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
 from nemotron3.ops.experts import activate, routed_experts
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.linear import linear, linear_parts
@@ -216,6 +216,17 @@ OPERATIONS = {
             "max_logits": 20,
         },
         numbers={"max_logits": (0, -1)},
+    ),
+    "token_logprobs": Operation(
+        token_logprobs,
+        lambda n: {
+            "hidden": torch.randn(n, 5),
+            "weight": torch.randn(9, 5),
+            "targets": torch.randint(9, (n,)),
+            "temperature": 0.7,
+            "max_logits": 20,
+        },
+        numbers={"max_logits": (0, -1), "temperature": (0.0, -1.0, float("nan"), float("inf"))},
     ),
     "drawing": Operation(
         gumbel_argmax,

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 DIFFERENTIABLE = [
     "linear", "linear_batched", "linear_parts", "experts", "activation", "route", "rms_norm",
     "gated_group_norm", "conv", "ssd", "ssd_rates", "attention", "cross_entropy",
+    "token_logprobs",
 ]  # fmt: skip
 WITHOUT_TRITON = {
     "linear", "linear_batched", "linear_parts", "activation", "route", "ssd_rates", "attention",

@@ -7,7 +7,7 @@ import torch
 
 from nemotron3.errors import OperandError
 from nemotron3.ops import native
-from nemotron3.ops.cross_entropy import linear_cross_entropy
+from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
 from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.linear import linear, linear_parts
 from nemotron3.ops.weights import FORMATS, Int8Weight
@@ -159,13 +159,14 @@ def test_experts_are_those_with_the_matrices(
 
 
 @every_format
-def test_cross_entropy_has_the_gradient_of_hidden_states(kind, assert_close):
+def test_losses_have_the_gradient_of_hidden_states(kind):
     weight, targets = quantized(kind, torch.randn(30, 12)), torch.randint(30, (9,))
     gradients = []
     for matrix in (weight, weight.dequantize()):
         torch.manual_seed(1)
         hidden = torch.randn(9, 12, requires_grad=True)
         linear_cross_entropy(hidden, matrix, targets, torch.ones(9)).total.backward()
+        token_logprobs(hidden, matrix, targets).square().sum().backward()
         gradients.append(hidden.grad)
     assert torch.equal(*gradients)
 

@@ -40,7 +40,7 @@ class Listener(RunCallback):
     def stage(self, message):
         self.stages.append(message)
 
-    def trained(self, report, run):  # noqa: ARG002
+    def trained(self, report):
         self.steps.append(report.step)
         if report.step == self.stop_at:
             raise StoppedError

@@ -35,10 +35,18 @@ class EngineConfig:
     can. How many are drafted in a step depends on what is accepted and on the batch."""
     adapts_drafts: bool = True
     """Whether the number of drafts follows what they bring; else it is always the most."""
+    return_routed_experts: bool = False
+    """Whether answers come with the experts that each mixture chose for each token, to be chosen
+    again by a training pass. Prompts are then read whole: what is kept of earlier ones has none."""
     seed: int = 0
     """Seed of the seeds that requests without one get."""
     state: StatePrecision = field(default_factory=StatePrecision)
     """What keys, values and the scan's states are kept in."""
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a state may serve another answer than the one it was computed for."""
+        return not self.return_routed_experts
 
     def __post_init__(self) -> None:
         bounds = {

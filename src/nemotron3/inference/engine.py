@@ -28,6 +28,7 @@ from nemotron3.inference.draft_length import DraftLength
 from nemotron3.inference.memory import batched_tokens, longest_sequence, num_pages
 from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.prefix_cache import PrefixCache
+from nemotron3.inference.reading import note_prompt_logprobs, note_routes
 from nemotron3.inference.requests import FinishReason, PromptReport, TokenDelta, TokenLogprob
 from nemotron3.inference.sampler import TokenChooser, choose, token_logprobs
 from nemotron3.inference.scheduler import Scheduler
@@ -45,9 +46,6 @@ from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.steps import StepRunner
 from nemotron3.runtime.malloc import retain_freed_memory
-
-_LOGIT_ROWS = 256
-"""Rows of logits made at a time for a prompt's log-probabilities."""
 
 
 @dataclass
@@ -105,15 +103,17 @@ class Engine:
                 drafts=drafts > 0,
                 precision=self.config.state,
             )
-        self.prefixes = PrefixCache(self.cache, max_bytes=self.config.prefix_cache_bytes)
+        kept_bytes = self.config.prefix_cache_bytes if self.config.keeps_states else 0
+        self.prefixes = PrefixCache(self.cache, max_bytes=kept_bytes)
         self.scheduler = Scheduler(
             self.cache,
             self.prefixes,
             self.config,
             max_num_batched_tokens=batched_tokens(self.config, model.device),
         )
-        self._steps = StepRunner(model, self.cache)
-        self._runner = ModelRunner(model, self.cache)
+        returns_routes = self.config.return_routed_experts
+        self._steps = StepRunner(model, self.cache, returns_routes=returns_routes)
+        self._runner = ModelRunner(model, self.cache, returns_routes=returns_routes)
         self._drafter = Drafter(self._runner) if drafts else None
         self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
         self._drafting_s = 0.0  # of the last step, what came after its tokens were chosen
@@ -295,11 +295,13 @@ class Engine:
         ]
         last = [at for _, at in done]
         is_prompt = not any(self.scheduler.is_recompute(sequence) for sequence, _ in chunks)
-        wants_all = self._drafter is not None or any(s.wants_prompt_logprobs for s, _ in chunks)
+        wants_all = self._drafter is not None or self.config.return_routed_experts
+        wants_all |= any(sequence.wants_prompt_logprobs for sequence, _ in chunks)
         self._draft_length.interrupted()
-        hidden = self._runner.prefill(
+        hidden, routes = self._runner.prefill(
             tokens, slots, is_prompt=is_prompt, output_indices=None if wants_all else last
         )
+        note_routes([s for s, _ in chunks], [count for _, count in chunks], routes)
         self._stats.prompt_tokens += ends[-1]
         if wants_all:
             self._follow_prompts(chunks, hidden)
@@ -326,7 +328,13 @@ class Engine:
         at = 0
         for sequence, count in chunks:
             if sequence.wants_prompt_logprobs:
-                self._score_prompt(sequence, hidden[at : at + count], count)
+                note_prompt_logprobs(
+                    self.model,
+                    sequence,
+                    hidden[at : at + count],
+                    start=self.cache.lengths[_slot(sequence)] - count,
+                    weight_version=self.weight_version,
+                )
             at += count
         if self._drafter is not None:
             self._drafter.read(chunks, hidden)
@@ -345,7 +353,7 @@ class Engine:
         slots = [_slot(sequence) for sequence in rows]
         out = self._steps.run(tokens, slots, is_verification=count > 0)
         deltas, stood = self._choose(
-            rows, out.hidden, out.logits, tried=out.layout if count else None
+            rows, out.hidden, out.logits, tried=out.layout if count else None, routes=out.routes
         )
         # These drafts were written in the step before, and those of the next one in this.
         seconds = time.perf_counter() - start - self._drafting_s + drafting_s
@@ -360,6 +368,7 @@ class Engine:
         logits: Tensor,
         *,
         tried: SequenceLayout | None = None,
+        routes: Many[Tensor] = (),
     ) -> tuple[list[TokenDelta], list[int]]:
         """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones.
 
@@ -369,8 +378,10 @@ class Engine:
         windows = [sequence.drafts for sequence in sequences]
         choosers = [sequence.chooser for sequence in sequences]
         accepted = choose(choosers, logits.flatten(0, 1).float(), windows)
+        stand = [max(len(new_tokens), 1) for new_tokens in accepted]
         if tried is not None:
-            self.cache.accept(tried, [max(len(new_tokens), 1) for new_tokens in accepted])
+            self.cache.accept(tried, stand)
+        note_routes(sequences, stand, [r.flatten(0, 1) for r in routes], window=hidden.shape[1])
         start = time.perf_counter()
         after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
         if self._drafter is not None and count:
@@ -450,6 +461,7 @@ class Engine:
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
             weight_version=self.weight_version,
+            routed_experts=None if reason is None else sequence.routed_experts(),
         )
 
     def _count(self, sequence: Sequence, taken: int, *, accepted: int) -> None:
@@ -468,19 +480,6 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[sequence.request_id]
-
-    def _score_prompt(self, sequence: Sequence, hidden: Tensor, count: int) -> None:
-        """Log-probabilities of the tokens that a chunk of the prompt predicts."""
-        start = self.cache.lengths[_slot(sequence)] - count + 1
-        following = sequence.request.prompt[start : start + count]
-        top = sequence.request.params.prompt_logprobs
-        assert top is not None
-        for first in range(0, len(following), _LOGIT_ROWS):
-            tokens = following[first : first + _LOGIT_ROWS]
-            logits = self.model.logits(hidden[first : first + len(tokens)])
-            sequence.prompt_logprobs += token_logprobs(
-                logits, tokens, top, weight_version=self.weight_version
-            )
 
 
 def _addresses(model: LanguageModel) -> tuple[int, ...]:

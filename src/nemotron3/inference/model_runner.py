@@ -6,9 +6,10 @@ message is, and most of its time would be Python.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.models.graph_cache import GraphCache
@@ -18,12 +19,23 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
 
 
+class PassOutput(NamedTuple):
+    """What reading prompts yields; its tensors are good until the next pass."""
+
+    hidden: Float[Tensor, "tokens d_model"]
+    routes: tuple[Int[Tensor, "tokens choice"], ...] = ()
+    """The experts that each mixture chose, first to last, where they are returned."""
+
+
 class ModelRunner:
     """Runs one model on one carried state, decoding steps apart."""
 
-    def __init__(self, model: LanguageModel, cache: HybridCache) -> None:
+    def __init__(
+        self, model: LanguageModel, cache: HybridCache, *, returns_routes: bool = False
+    ) -> None:
         self.model = model
         self.cache = cache
+        self._returns_routes = returns_routes
         self._graphs = GraphCache(cache)
         # On a GPU prompts are of too many shapes to capture each.
         self._plays_steps = self._graphs.is_supported and not self._graphs.pads_batch
@@ -35,7 +47,7 @@ class ModelRunner:
         *,
         is_prompt: bool = True,
         output_indices: Sequence[int] | None = None,
-    ) -> Float[Tensor, "tokens d_model"]:
+    ) -> PassOutput:
         """Read prompts, or chunks of them; returns their hidden states, packed, or those at
         `output_indices`.
 
@@ -49,10 +61,16 @@ class ModelRunner:
             else torch.tensor(output_indices, dtype=torch.int64, device=device)
         )
         if self._plays_steps and self.cache.takes_steps(layout):
-            hidden = self._read_step(tokens, layout)
-            return hidden if at is None else hidden[at]
-        x = self._embed(tokens)
-        return self.model.backbone(x, layout, self.cache, output_indices=at).hidden
+            out = self._read_step(tokens, layout)
+            return out if at is None else PassOutput(out.hidden[at])
+        return PassOutput(*self._read(self._embed(tokens), layout, output_indices=at))
+
+    def _read(
+        self, x: Tensor, layout: SequenceLayout, *, output_indices: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = self.model.backbone(x, layout, self.cache, output_indices=output_indices)
+        routes = [r.indices for r in out.routings] if self._returns_routes else []
+        return out.hidden, tuple(routes)
 
     def read_drafts(
         self,
@@ -119,22 +137,23 @@ class ModelRunner:
         """Record the draft block's steps anew: the model's parameters are other tensors."""
         self._graphs.clear()
 
-    def _read_step(self, tokens: Sequence[Sequence[int]], layout: SequenceLayout) -> Tensor:
-        """Read chunks of a step's size. Its hidden states are good until the next one."""
+    def _read_step(self, tokens: Sequence[Sequence[int]], layout: SequenceLayout) -> PassOutput:
+        """Read chunks of a step's size."""
         rows, segments = len(tokens), layout.segments
 
-        def step(numbers: Tensor) -> tuple[Tensor]:
+        def step(numbers: Tensor) -> tuple[Tensor, ...]:
             ids, (slots, cached_lengths) = numbers[: -2 * rows], numbers[-2 * rows :].view(2, rows)
             played = SequenceLayout(segments, device_layout=DeviceLayout(slots, cached_lengths))
-            return (self.model.hidden_states(ids, layout=played, state=self.cache),)
+            hidden, routes = self._read(self.model.embed(ids), played)
+            return hidden, *routes
 
         self.cache.check(layout)
         stream = [token for part in tokens for token in part]
         numbers = torch.tensor([*stream, *layout.slots, *layout.cached_lengths])
         shape = ("prompt", rows, segments.max_length)
-        (hidden,) = self._graphs.run(shape, (numbers,), step)
+        hidden, *routes = self._graphs.run(shape, (numbers,), step)
         self.cache.advance(layout)
-        return hidden
+        return PassOutput(hidden, tuple(routes))
 
     def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         stream = [token for part in tokens for token in part]

@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from jaxtyping import Int16
+from torch import Tensor
+
 from nemotron3.inference.requests import (
     FailureKind,
     FinishReason,
@@ -95,6 +98,9 @@ class CompletionOutput:
     """Tokens that the model generated between the tags of its reasoning; a budget's forced end is
     not among them."""
     acceptance: DraftStats
+    routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
+    """The experts of every token of prompt and answer but the last, which no layer has read; with
+    `EngineConfig(return_routed_experts=True)`."""
     error: str | None = None
     failure: FailureKind | None = None
 
@@ -131,6 +137,7 @@ class OutputProcessor:
     finish_reason: FinishReason | None = None
     error: str | None = None
     failure: FailureKind | None = None
+    routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
     _tokens: list[int] = field(default_factory=list[int])
     _versions: list[int] = field(default_factory=list[int])
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
@@ -177,6 +184,7 @@ class OutputProcessor:
         self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
         self.finish_reason = delta.finish_reason
         self.error, self.failure = delta.error, delta.failure
+        self.routed_experts = delta.routed_experts
         if delta.prompt is not None:
             self.report = delta.prompt
         shown = delta.tokens
@@ -223,6 +231,7 @@ class OutputProcessor:
             tool_calls=response.tool_calls if response is not None else (),
             num_reasoning_tokens=self.num_reasoning_tokens,
             acceptance=self._drafts,
+            routed_experts=self.routed_experts,
             error=self.error,
             failure=self.failure,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol
 
+from jaxtyping import Int16
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
@@ -216,3 +217,6 @@ class TokenDelta:
     """Drafts that are part of the answer so far."""
     weight_version: int = 0
     """Of the weights that the tokens were sampled with."""
+    routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
+    """With the end, where they are returned: the experts of prompt and answer, without the last
+    token, which no layer has read."""

@@ -165,7 +165,7 @@ class Scheduler:
         """Give a slot and the pages for all its tokens and one more; False where they lack."""
         slot = self._free_slots.pop()
         snapshot = None
-        if not sequence.wants_prompt_logprobs:
+        if self._config.keeps_states and not sequence.wants_prompt_logprobs:
             snapshot = self._groups.get(sequence.request_id)
             snapshot = snapshot or self.prefixes.match(sequence.tokens)
         if snapshot is not None:
@@ -196,14 +196,21 @@ class Scheduler:
     def _leads(self, sequence: Sequence) -> bool:
         """Whether other answers to the same prompt may start from this one's state."""
         return (
-            _shares_prompt(sequence)
+            self._shares_prompt(sequence)
             and sequence.num_prompt > 1
             and sequence.num_generated == 0
             and sequence.request_id not in self._groups
         )
 
+    def _shares_prompt(self, sequence: Sequence) -> bool:
+        """Whether other answers to its request start from the prompt as one of them has read it."""
+        params = sequence.request.params
+        if params.prompt_logprobs is not None:  # with these each reads all of it
+            return False
+        return params.n > 1 and self._config.keeps_states
+
     def _waits_for_leader(self, sequence: Sequence) -> bool:
-        if not _shares_prompt(sequence) or sequence.request_id in self._groups:
+        if not self._shares_prompt(sequence) or sequence.request_id in self._groups:
             return False
         return any(
             other.request is sequence.request and not other.is_prefilled for other in self.running
@@ -237,9 +244,3 @@ class Scheduler:
         grid = range(interval, length, interval)
         close = interval // _CLOSE
         return {*ends, *(at for at in grid if not any(0 < at - k < close for k in kept))}
-
-
-def _shares_prompt(sequence: Sequence) -> bool:
-    """Whether other answers to its request start from the prompt as one of them has read it."""
-    params = sequence.request.params
-    return params.n > 1 and params.prompt_logprobs is None  # with these each reads all of it

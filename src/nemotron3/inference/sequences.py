@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+from jaxtyping import Int16
+from torch import Tensor
+
 from nemotron3.inference.requests import (
     FinishReason,
     SamplingParams,
@@ -56,6 +60,8 @@ class Sequence:
     """Whether what was done with the prompt has been told, as it is with the first tokens."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list[TokenLogprob | None])
     """Of as many tokens of the prompt as the state holds, and the one after them."""
+    routes: list[Int16[Tensor, "tokens layer choice"]] = field(default_factory=list[Tensor])
+    """The experts chosen for the tokens that the state holds, where they are returned."""
     finish_reason: FinishReason | None = None
 
     def begin(self, slot: int, num_read: int) -> None:
@@ -66,11 +72,18 @@ class Sequence:
         self.slot = slot
         self.is_stale = self.is_prefilled = False
         self.drafts.clear()
+        self.routes.clear()
         first = self.num_preemptions == 0
         self.num_cached_tokens = num_read if first else min(self.num_cached_tokens, num_read)
         if self.wants_prompt_logprobs:
             assert num_read == 0, "a prompt that is scored is read from its beginning"
             self.prompt_logprobs = [None]
+
+    def routed_experts(self) -> Int16[Tensor, "tokens layer choice"] | None:
+        """The experts chosen for all tokens but the last, which nothing has read."""
+        if not self.routes:
+            return None
+        return torch.cat(self.routes)[: len(self.tokens) - 1]
 
     @property
     def request_id(self) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from nemotron3.models.allocation import allocate
 from nemotron3.models.nemotron_h import LanguageModel
@@ -51,7 +52,9 @@ def convert_weights(model: LanguageModel, weights: WeightFormat | None) -> Langu
     values = dict(state_tensors(model))
     with torch.no_grad():
         for name, target in state_tensors(converted):
-            value = values[name]
-            target.copy_(value if type(target) is type(value) else dequantized(value))
+            if isinstance(target, Tensor):
+                target.copy_(dequantized(values[name]))
+            else:
+                target.copy_(values[name])
     converted.activation_dtype, converted.companions = model.activation_dtype, model.companions
     return converted

@@ -14,27 +14,18 @@ for. The rows that are too many have slot -1, which kernels leave alone.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.graph_cache import GraphCache
 from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, DeviceLayout, SequenceLayout
+from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
-
-
-class SteppingModel(Protocol):
-    """What a step asks of a model."""
-
-    def hidden_states(
-        self, tokens: Tensor, *, layout: SequenceLayout, state: HybridCache
-    ) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 class StepOutput(NamedTuple):
@@ -45,6 +36,8 @@ class StepOutput(NamedTuple):
     logits: Float[Tensor, "sequence step vocab"]
     layout: SequenceLayout
     """For `HybridCache.accept` after a verification step."""
+    routes: tuple[Int[Tensor, "sequence step choice"], ...] = ()
+    """The experts that each mixture chose, first to last, where they are returned."""
 
 
 class _Shape(NamedTuple):
@@ -56,8 +49,11 @@ class _Shape(NamedTuple):
 class StepRunner:
     """Runs the steps of one model on one cache."""
 
-    def __init__(self, model: SteppingModel, cache: HybridCache) -> None:
+    def __init__(
+        self, model: LanguageModel, cache: HybridCache, *, returns_routes: bool = False
+    ) -> None:
         self.model, self.cache = model, cache
+        self._returns_routes = returns_routes
         self._graphs = GraphCache(cache)
 
     def run(
@@ -86,34 +82,36 @@ class StepRunner:
         inputs = _inputs(shape, [token for part in tokens for token in part], layout)
         step = self._step(shape)
         if self._graphs.is_supported:
-            hidden, logits = self._graphs.run(
+            outputs = self._graphs.run(
                 shape, (inputs,), step, padding_inputs=lambda: (_inputs(shape, [], None),)
             )
         else:
-            hidden, logits = step(inputs.to(self.cache.device))
+            outputs = step(inputs.to(self.cache.device))
         self.cache.advance(layout)
         if padded > rows:
-            hidden, logits = hidden[:rows], logits[:rows]
-        return StepOutput(hidden, logits, layout)
+            outputs = tuple(output[:rows] for output in outputs)
+        hidden, logits, *routes = outputs
+        return StepOutput(hidden, logits, layout, tuple(routes))
 
     def clear_graphs(self) -> None:
         """Record anew: the model's parameters are other tensors."""
         self._graphs.clear()
 
-    def _step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The forward pass of such a step, on tokens, then slots, then lengths of the context."""
         rows, length, is_verification = shape
 
-        def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        def step(inputs: Tensor) -> tuple[Tensor, ...]:
             tokens, *device_layout = inputs.split([rows * length, rows, rows])
             layout = SequenceLayout(
                 Segments.uniform(rows, length),
                 is_verification=is_verification,
                 device_layout=DeviceLayout(*device_layout),
             )
-            hidden = self.model.hidden_states(tokens, layout=layout, state=self.cache)
-            logits = self.model.logits(hidden)
-            return hidden.view(rows, length, -1), logits.view(rows, length, -1)
+            out = self.model.backbone(self.model.embed(tokens), layout, self.cache)
+            logits = self.model.logits(out.hidden)
+            routes = [r.indices for r in out.routings] if self._returns_routes else []
+            return tuple(y.view(rows, length, -1) for y in (out.hidden, logits, *routes))
 
         return step
 

@@ -53,6 +53,13 @@ def resolve(
 
     `operands` are all whose dtype matters: compiled functions read each of them as float32.
     """
+    return load(implementations, choose(operation, backend, implementations, *operands))
+
+
+def choose(
+    operation: str, backend: str, implementations: Implementations, *operands: Tensor | None
+) -> str:
+    """The name of the implementation that `resolve` gives."""
     name = _fastest(implementations, operands) if backend == "auto" else backend
     if name not in implementations:
         raise BackendUnavailableError(
@@ -66,6 +73,11 @@ def resolve(
     _say(operation, name)
     if _thread.choices is not None:
         _thread.choices[operation] = name
+    return name
+
+
+def load(implementations: Implementations, name: str) -> Callable[..., Any]:
+    """The implementation of that name, imported where that has not been done yet."""
     chosen = implementations[name]
     return chosen.load() if isinstance(chosen, Kernel) else chosen
 
@@ -100,6 +112,11 @@ def recorded_backends() -> Iterator[dict[str, str]]:
 def _say(operation: str, name: str) -> None:
     """Log a choice, once in a process: it is made at every call."""
     _log.info("%s runs on the %s backend", operation, name)
+
+
+def least_slot(name: str) -> int:
+    """The smallest number of a slot: kernels on a GPU take -1 for padding, others for a mistake."""
+    return -1 if name == "triton" else 0
 
 
 def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]) -> str:

@@ -15,6 +15,7 @@ other indices in the same memory, so it keeps the ranges of those that it did no
 (`watching_indices`) and checks them before each replay.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -41,20 +42,23 @@ def check_axes(operation: str, name: str, t: Tensor, axes: str) -> None:
     if t.dim() != axes.count(" ") + 1:
         raise _wrong_axes(operation, name, t, axes)
     if not t.is_floating_point():
-        raise _wrong_dtype(operation, name, t, "a floating-point dtype")
+        raise _wrong_dtype(operation, name, t, "floating point")
 
 
 def check_operand(
     operation: str, name: str, t: Tensor, shape: Shape, like: Tensor, *, same_dtype: bool = True
 ) -> None:
-    """Refuse another shape, device or dtype than that of `like`; else any floating-point dtype."""
+    """Refuse another shape, or another device or dtype than that of `like`.
+
+    Without `same_dtype` any floating-point dtype will do.
+    """
+    is_right = t.dtype == like.dtype if same_dtype else t.is_floating_point()
+    if is_right and t.shape == shape and t.device == like.device:
+        return
     check_shape(operation, name, t, shape)
     check_device(operation, name, t, like)
-    if same_dtype:
-        if t.dtype != like.dtype:
-            raise _wrong_dtype(operation, name, t, f"{like.dtype} as the other operands have")
-    elif not t.is_floating_point():
-        raise _wrong_dtype(operation, name, t, "a floating-point dtype")
+    expected = f"{like.dtype} as the other operands have" if same_dtype else "floating point"
+    raise _wrong_dtype(operation, name, t, expected)
 
 
 def check_weight(operation: str, name: str, weight: Weight, axes: str, like: Tensor) -> None:
@@ -97,6 +101,11 @@ def check_pool(operation: str, name: str, t: Tensor) -> None:
 def check_intermediate_states(operation: str, t: Tensor, shape: Shape, pool: Tensor) -> None:
     """Refuse a trail that is not like its pool, or whose rows do not lie in one piece each."""
     check_operand(operation, "intermediate_states", t, shape, pool)
+    if t.is_contiguous():
+        return
+    step = math.prod(shape[2:])
+    if t.stride()[1:] == (step, *pool.stride()[1:]) and t.stride(0) >= step * shape[1]:
+        return
     if not shape[0] or (t.stride(0) >= t[0].numel() and t[0].is_contiguous()):
         return
     raise OperandError(
@@ -180,19 +189,27 @@ def check_integers(operation: str, name: str, t: Tensor, shape: Shape, like: Ten
     return t.contiguous()
 
 
-def _check_range(operation: str, name: str, t: Tensor, bounds: tuple[int, int], hint: str) -> None:
-    count = t.numel()
-    if count == 0:
-        return
+def are_within(t: Tensor, bounds: tuple[int, int]) -> bool:
+    """Whether all integers of a tensor on the CPU are in the range [low, high)."""
+    if not t.numel():
+        return True
+    least, most = _extremes(t)
+    return bounds[0] <= least and most < bounds[1]
+
+
+def _extremes(t: Tensor) -> tuple[int, int]:
     # Neither way of reading is one of PyTorch's operations, so neither is recorded.
-    if count > _FEW:
+    if t.numel() > _FEW:
         array = t.numpy()
-        least, most = array.min(), array.max()
-    else:
-        values = t.tolist() if t.dim() == 1 else list(chain.from_iterable(t.tolist()))
-        least, most = min(values), max(values)
-    low, high = bounds
-    if least < low or most >= high:
+        return int(array.min()), int(array.max())
+    values = t.tolist() if t.dim() == 1 else list(chain.from_iterable(t.tolist()))
+    return min(values), max(values)
+
+
+def _check_range(operation: str, name: str, t: Tensor, bounds: tuple[int, int], hint: str) -> None:
+    if not are_within(t, bounds):
+        low, high = bounds
+        least, most = _extremes(t)
         raise OperandIndexError(
             f"{operation}: {name} holds {least if least < low else most}; expected values from "
             f"{low} to {high - 1}{hint}"

@@ -7,8 +7,9 @@ from nemotron3.errors import OperandError, OperandIndexError
 from nemotron3.ops.attention.decode_torch import attention_steps_torch
 from nemotron3.ops.attention.reference import attention_reference
 from nemotron3.ops.attention.torch import attention_torch
-from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.backends import Backend, Kernel, choose, least_slot, load, resolve
 from nemotron3.ops.checks import (
+    are_within,
     check_axes,
     check_divides,
     check_indices,
@@ -105,14 +106,14 @@ def attention_steps(
     The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
     memory is touched for it.
     """
-    least_slot = -1 if backend == "triton" else 0
+    chosen = choose("attention_steps", backend, _STEPS, keys, q, values)
     table, slots, cached_lengths = _check_steps(
         q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths,
-        least_slot=least_slot,
+        backend=chosen
     )  # fmt: skip
     if not len(q):
         return q.new_empty(q.shape)
-    steps = resolve("attention_steps", backend, _STEPS, keys, q, values)
+    steps = load(_STEPS, chosen)
     return steps(
         q, k, v, keys=keys, values=values, table=table, slots=slots, cached_lengths=cached_lengths
     )
@@ -128,7 +129,7 @@ def _check_steps(
     table: Tensor,
     slots: Tensor,
     cached_lengths: Tensor,
-    least_slot: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Table, slots and context as the backends read them."""
     name = "attention_steps"
@@ -145,7 +146,7 @@ def _check_steps(
         raise OperandError(f"{name}: table has shape {list(table.shape)}; expected [slot, pages]")
     table = check_integers(name, "table", table, table.shape, q)
     rows, steps = check_sequences(name, slots, len(q))
-    slots = check_indices(name, "slots", slots, (rows,), q, (least_slot, len(table)))
+    slots = check_indices(name, "slots", slots, (rows,), q, (least_slot(backend), len(table)))
     most = table.shape[1] * page_size - steps
     hint = f": {table.shape[1]} pages of {page_size} tokens hold those and {steps} more"
     cached_lengths = check_indices(
@@ -161,8 +162,10 @@ def _check_pages(
 ) -> None:
     """Refuse pages that do not exist, as far as the longest of the sequences goes."""
     pages, page_size, *_ = keys.shape
-    rows, ends = table.numpy()[slots.numpy()], cached_lengths.numpy() + steps
-    used = rows[slots.numpy() >= 0, : -(-int(ends.max()) // page_size)]
+    if are_within(table, (0, pages)):
+        return
+    of_sequences, longest = slots.numpy(), int(cached_lengths.numpy().max()) + steps
+    used = table.numpy()[of_sequences[of_sequences >= 0], : -(-longest // page_size)]
     wrong = used[(used < 0) | (used >= pages)]
     if wrong.size:
         raise OperandIndexError(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.backends import Backend, Kernel, choose, least_slot, load, resolve
 from nemotron3.ops.checks import (
     check_axes,
     check_indices,
@@ -114,15 +114,16 @@ def causal_conv_steps(
     )
     check_pool(name, "conv_states", conv_states)
     rows, length = check_sequences(name, slots, len(x))
-    least = -1 if backend == "triton" else 0
-    slots = check_indices(name, "slots", slots, (rows,), x, (least, len(conv_states)))
+    chosen = choose(name, backend, _STEPS, x, weight, bias, conv_states)
+    bounds = least_slot(chosen), len(conv_states)
+    slots = check_indices(name, "slots", slots, (rows,), x, bounds)
     if not rows:
         return x.new_empty(x.shape)
     if intermediate_states is not None:
         check_intermediate_states(
             name, intermediate_states, (rows, length, *conv_state), conv_states
         )
-    steps = resolve(name, backend, _STEPS, x, weight, bias, conv_states)
+    steps = load(_STEPS, chosen)
     return steps(
         x,
         weight,

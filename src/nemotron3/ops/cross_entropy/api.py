@@ -1,5 +1,6 @@
-"""The entry point of the cross-entropy of the output layer."""
+"""The entry point of the losses of the output layer."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,14 @@ from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_indices, check_operand, check_positive
-from nemotron3.ops.cross_entropy.reference import linear_cross_entropy_reference
-from nemotron3.ops.cross_entropy.torch import linear_cross_entropy_torch
+from nemotron3.ops.cross_entropy.reference import (
+    linear_cross_entropy_reference,
+    token_logprobs_reference,
+)
+from nemotron3.ops.cross_entropy.torch import (
+    linear_cross_entropy_torch,
+    token_logprobs_chunked,
+)
 from nemotron3.ops.weights import Weight, dequantized
 
 _LOSSES = {
@@ -17,6 +24,14 @@ _LOSSES = {
     "torch": linear_cross_entropy_torch,
     "native": Kernel("nemotron3.ops.cross_entropy.native", "linear_cross_entropy_native"),
     "triton": Kernel("nemotron3.ops.cross_entropy.triton", "linear_cross_entropy_triton"),
+}
+
+
+_LOGPROBS = {
+    "reference": token_logprobs_reference,
+    "torch": token_logprobs_chunked,
+    "native": Kernel("nemotron3.ops.cross_entropy.native", "token_logprobs_native"),
+    "triton": Kernel("nemotron3.ops.cross_entropy.triton", "token_logprobs_triton"),
 }
 
 
@@ -49,23 +64,54 @@ def linear_cross_entropy(
     of NaN. At most `max_logits` logits exist at a time; None leaves the number to the backend: what
     a CPU's cache holds, or a small share of a GPU's memory. `token_weights` carries no gradient.
     """
-    check_axes("cross_entropy", "hidden", hidden, "tokens d_model")
     weight = dequantized(weight, hidden.dtype)
-    check_axes("cross_entropy", "weight", weight, "vocab d_model")
-    (tokens, width), vocab = hidden.shape, len(weight)
-    check_positive("cross_entropy", vocab=vocab, d_model=width)
-    check_operand("cross_entropy", "weight", weight, (vocab, width), hidden, same_dtype=False)
+    targets = _check("cross_entropy", hidden, weight, targets, max_logits)
     check_operand(
-        "cross_entropy", "token_weights", token_weights, (tokens,), hidden, same_dtype=False
+        "cross_entropy", "token_weights", token_weights, targets.shape, hidden, same_dtype=False
     )
-    hint = "; a token that should not count has weight 0 and any of these"
-    targets = check_indices(
-        "cross_entropy", "targets", targets, (tokens,), hidden, (0, vocab), hint
-    )
-    if max_logits is not None and max_logits < 1:
-        raise ValueError(f"cross_entropy: max_logits is {max_logits}; expected 1 or more")
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = resolve("cross_entropy", backend, _LOSSES, hidden)
     return TokenLosses(
         *losses(hidden, weight, targets, token_weights.detach().to(wide), max_logits)
     )
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "tokens d_model"],
+    weight: Weight,
+    targets: Int[Tensor, " tokens"],
+    *,
+    temperature: float = 1.0,
+    max_logits: int | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, " tokens"]:
+    """Log-probability of each target under softmax(hidden weight^T / temperature), in nats.
+
+    In float32 at least, with gradients of `hidden` and `weight` for any gradient of each token:
+    what policy gradients and preference losses are made of. The matrix of logits never exists, and
+    is made twice, a part at a time, where there is a backward pass; `linear_cross_entropy` needs it
+    once, for a sum whose weights are known beforehand. `weight`, `targets` and `max_logits` are as
+    there.
+    Raises ValueError unless `temperature` is above 0.
+    """
+    weight = dequantized(weight, hidden.dtype)
+    targets = _check("token_logprobs", hidden, weight, targets, max_logits)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"token_logprobs: temperature is {temperature}; expected a number above 0")
+    logprobs = resolve("token_logprobs", backend, _LOGPROBS, hidden)
+    return logprobs(hidden, weight, targets, temperature, max_logits)
+
+
+def _check(
+    operation: str, hidden: Tensor, weight: Tensor, targets: Tensor, max_logits: int | None
+) -> Tensor:
+    """The targets as the backends read them."""
+    check_axes(operation, "hidden", hidden, "tokens d_model")
+    check_axes(operation, "weight", weight, "vocab d_model")
+    (tokens, width), vocab = hidden.shape, len(weight)
+    check_positive(operation, vocab=vocab, d_model=width)
+    check_operand(operation, "weight", weight, (vocab, width), hidden, same_dtype=False)
+    if max_logits is not None and max_logits < 1:
+        raise ValueError(f"{operation}: max_logits is {max_logits}; expected 1 or more")
+    hint = "; a token that should not count has weight 0 and any of these"
+    return check_indices(operation, "targets", targets, (tokens,), hidden, (0, vocab), hint)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear output layer with all logits at once, as one would write it first."""
+"""Losses of a linear output layer with all logits at once, as one would write it first."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,23 @@ def linear_cross_entropy_reference(
     max_logits: int | None,  # noqa: ARG001 - the reference holds every logit; every backend is called alike
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of losses, each token's loss, and whether its best guess was right."""
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _logits(hidden, weight)
     losses = F.cross_entropy(logits, targets, reduction="none")
     return (losses * token_weights).sum(), losses.detach(), logits.argmax(-1) == targets
+
+
+def token_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    max_logits: int | None,  # noqa: ARG001
+) -> Tensor:
+    """log softmax(hidden weight^T / temperature) at each target."""
+    logprobs = F.log_softmax(_logits(hidden, weight) / temperature, dim=-1)
+    return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    logits = hidden @ weight.to(hidden.dtype).T
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -19,14 +19,20 @@ whatever the products run in, for the reason that `torch.py` gives.
 # ruff: noqa: ANN001, ANN202
 # pyright: reportOperatorIssue=false
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nemotron3.ops.cross_entropy.autograd import (
+    Request,
+    Scored,
+    fused_cross_entropy,
+    recomputed_logprobs,
+)
 from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
 from nemotron3.ops.kernels import require_kernel_dtypes
 
@@ -38,69 +44,41 @@ _BLOCK = 4096
 _ENTRIES_PER_WARP = 256
 
 
-def linear_cross_entropy_triton(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, max_logits: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of losses, each token's loss, and whether its best guess was right."""
+def _score(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) -> Scored:
     require_kernel_dtypes("cross_entropy", hidden, weight)
-    # Inside a Function gradients are always off; only here is known whether anyone wants them.
-    if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()
-    max_logits = max_logits or _logits_with_room(hidden)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, max_logits)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        token_weights: Tensor,
-        max_logits: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocab = len(hidden), weight.shape[0]
-        product_weight = weight.to(hidden.dtype)
-        targets, token_weights = targets.contiguous(), token_weights.contiguous()
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-        correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
-        chunk = _chunk(tokens, max(1, max_logits // vocab))
-        block = min(_BLOCK, triton.next_power_of_2(vocab))
-        for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
-            logits = hidden[rows] @ product_weight.T
-            _row_kernel[(len(logits),)](
-                logits, targets[rows], token_weights[rows], losses[rows], correct[rows], vocab,
-                MAKE_GRADIENT=needs_hidden or needs_weight, BLOCK=block,
-                num_warps=max(1, min(16, block // _ENTRIES_PER_WARP)),
-            )  # fmt: skip
-            if d_hidden is not None:
-                torch.mm(logits, product_weight, out=d_hidden[rows])
-            if d_weight is not None:
-                if hidden.dtype == torch.float32:
-                    d_weight.addmm_(logits.T, hidden[rows])
-                else:
-                    d_weight += logits.T @ hidden[rows]
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(losses, correct)
-        return torch.dot(losses, token_weights.to(torch.float32)), losses, correct
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
+    (tokens, _), vocab = hidden.shape, len(weight)
+    given = request.token_weights
+    has_weights = given is not None
+    # Where there are none the kernel is compiled without them, and their place is never read.
+    given = given.contiguous() if has_weights else targets
+    d_hidden = torch.empty_like(hidden) if request.wants_hidden else None
+    d_weight = None
+    if request.wants_weight:
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+    losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+    chunk = _chunk(tokens, max(1, (request.max_logits or _logits_with_room(hidden)) // vocab))
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    for start in range(0, tokens, chunk):
+        rows = slice(start, start + chunk)
+        logits = hidden[rows] @ weight.T
+        _row_kernel[(len(logits),)](
+            logits, targets[rows], given[rows], losses[rows], correct[rows], vocab, request.scale,
+            MAKE_GRADIENT=has_weights, BLOCK=block,
+            num_warps=max(1, min(16, block // _ENTRIES_PER_WARP)),
+        )  # fmt: skip
         if d_hidden is not None:
-            d_hidden = d_hidden * grad.to(d_hidden.dtype)
+            torch.mm(logits, weight, out=d_hidden[rows])
         if d_weight is not None:
-            d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+            if hidden.dtype == torch.float32:
+                d_weight.addmm_(logits.T, hidden[rows])
+            else:
+                d_weight += logits.T @ hidden[rows]
+    return Scored(losses, correct, d_hidden, d_weight)
+
+
+linear_cross_entropy_triton = partial(fused_cross_entropy, _score)
+token_logprobs_triton = partial(recomputed_logprobs, _score)
 
 
 def _logits_with_room(hidden: Tensor) -> int:
@@ -117,16 +95,20 @@ def _chunk(tokens: int, most: int) -> int:
 
 
 @jit
-def _row_kernel(
-    logits_ptr, targets_ptr, token_weights_ptr, losses_ptr, correct_ptr, vocab,
+def _row_kernel(  # noqa: PLR0913
+    logits_ptr, targets_ptr, token_weights_ptr, losses_ptr, correct_ptr, vocab, scale,
     MAKE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one token: loss = log sum_v exp(l_v) - l_y, and l_v <- w (softmax(l)_v - [v = y])."""
+    """Of one token: loss = log sum_v exp(l_v) - l_y, and l_v <- w (softmax(l)_v - [v = y]).
+
+    `scale` multiplies all logits as they are read.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocab
     target = tl.load(targets_ptr + row)
     exists = (target >= 0) & (target < vocab)
     target_logit = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+    target_logit *= scale
     # The target's own logit is a maximum to start from: it is finite, and the first rescaling of an
     # empty sum is then harmless.
     highest = target_logit
@@ -135,7 +117,7 @@ def _row_kernel(
     for first in range(0, vocab, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         mask = entry < vocab
-        logits = tl.load(logits_ptr + entry, mask=mask, other=float("-inf")).to(tl.float32)
+        logits = tl.load(logits_ptr + entry, mask=mask, other=float("-inf")).to(tl.float32) * scale
         higher = tl.maximum(highest, tl.max(logits, axis=0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher), axis=0)
         highest = higher
@@ -150,6 +132,7 @@ def _row_kernel(
             entry = first + tl.arange(0, BLOCK)
             mask = entry < vocab
             logits = tl.load(logits_ptr + entry, mask=mask, other=float("-inf")).to(tl.float32)
+            logits *= scale
             gradient = tl.exp(logits - normalizer) - tl.where(entry == target, 1.0, 0.0)
             gradient *= token_weight
             tl.store(logits_ptr + entry, gradient.to(logits_ptr.dtype.element_ty), mask=mask)

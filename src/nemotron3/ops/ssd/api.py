@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.backends import Backend, Kernel, choose, least_slot, load, resolve
 from nemotron3.ops.checks import (
     check_axes,
     check_divides,
@@ -158,14 +158,15 @@ def ssd_steps(
     check_operand(name, "ssm_states", ssm_states, (len(ssm_states), *state), x, same_dtype=False)
     check_pool(name, "ssm_states", ssm_states)
     rows, length = check_sequences(name, slots, len(x))
-    least = -1 if backend == "triton" else 0
-    slots = check_indices(name, "slots", slots, (rows,), x, (least, len(ssm_states)))
+    chosen = choose(name, backend, _STEPS, dt, ssm_states)
+    bounds = least_slot(chosen), len(ssm_states)
+    slots = check_indices(name, "slots", slots, (rows,), x, bounds)
     if not rows:
         return x.new_empty(x.shape)
     if intermediate_states is not None:
         check_intermediate_states(name, intermediate_states, (rows, length, *state), ssm_states)
     A, D = A.to(dt.dtype), D.to(dt.dtype)
-    steps = resolve(name, backend, _STEPS, dt, ssm_states)
+    steps = load(_STEPS, chosen)
     return steps(x, dt, A, B, C, D, ssm_states, slots, intermediate_states=intermediate_states)
 
 

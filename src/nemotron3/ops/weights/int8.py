@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Implementations, Kernel
-from nemotron3.ops.weights.base import QuantizedWeight, Weight
+from nemotron3.ops.weights.quantized import QuantizedWeight, Weight
 
 _MAX_CODE = 127
 
