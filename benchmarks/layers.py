@@ -6,6 +6,7 @@ layer with the loss. The backward pass has no ranges of its own: its nodes carry
 of the forward operation that made them, which leads back to the part.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -67,16 +68,16 @@ def flops_per_token(model: LanguageModel, *, context: int) -> dict[str, float]:
     owners = parts_of(model)
     for module, part in owners.items():
         if isinstance(module, Linear | Router):
-            flops[part] += 2 * module.weight.numel()
+            flops[part] += 2 * math.prod(module.weight.shape)
         elif isinstance(module, RoutedExperts):
-            elements = module.up_proj.numel() + module.down_proj.numel()
+            elements = math.prod(module.up_proj.shape) + math.prod(module.down_proj.shape)
             share = module.config.num_experts_per_tok / module.config.n_routed_experts
             flops[part] += 2 * elements * share
         elif isinstance(module, MLP):
             flops[part] += 2 * sum(parameter.numel() for parameter in module.parameters())
     flops[_SCAN] += mixing_flops(config, MambaConfig, context=context)
     flops[_MIXING] += mixing_flops(config, AttentionConfig, context=context)
-    flops[OUTPUT] += 2 * model.output_weight.numel()
+    flops[OUTPUT] += 2 * math.prod(model.output_weight.shape)
     return dict(flops)
 
 

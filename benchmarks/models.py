@@ -181,7 +181,7 @@ def parity(pair: Pair, *, length: int = 300, steps: int = 8) -> dict[str, float]
     their_loss(pair.theirs, tokens).backward()
     theirs_by_name = dict(pair.theirs.named_parameters())
     differences["gradient"] = _difference(
-        pair.ours.output_weight.grad, theirs_by_name["lm_head.weight"].grad
+        pair.ours.get_parameter("lm_head.weight").grad, theirs_by_name["lm_head.weight"].grad
     )
     pair.ours.zero_grad()
     pair.theirs.zero_grad()

@@ -76,7 +76,7 @@ def cache_of(model: LanguageModel, *, batch: int, length: int) -> HybridCache:
     return HybridCache(
         model.config,
         slots=batch,
-        dtype=model.output_weight.dtype,
+        dtype=model.compute_dtype,
         device=model.device,
         pages=batch * -(-length // PAGE_SIZE),
         max_length=length,
@@ -105,7 +105,7 @@ def decoding(name: str, batch: int, context: int, setting: Setting) -> Figure:
     tokens = torch.randint(config.vocab_size, (batch, 1)).tolist()
     slots = list(range(batch))
     timing = setting.clock.step(lambda: runner.decode(tokens, slots), repeats=20)
-    itemsize = model.output_weight.element_size()
+    itemsize = model.compute_dtype.itemsize
     return {
         "batch": batch,
         "context": context,
@@ -175,7 +175,7 @@ class LongPrompt:
         context, cache = self._cache.lengths[0], self._cache
         runner = ModelRunner(model, cache)
         timing = self.setting.clock.step(lambda: runner.decode([[1]], [0]), repeats=20)
-        itemsize = model.output_weight.element_size()
+        itemsize = model.compute_dtype.itemsize
         moved = decode_bytes(model.config, batch=1, context=context, itemsize=itemsize)
         return {"batch": 1, "context": context, "bytes": moved, "step": timing}
 

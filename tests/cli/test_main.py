@@ -301,6 +301,22 @@ def test_info_of_a_directory(capsys, model_folder):
     every = sum(p.numel() for p in model.parameters())
     assert facts["total"] + facts["mtp"]["parameters"] == every
     assert facts["pattern"] == "MEM*E/*E/*E"
+    stored = sum(t.nbytes for t in model.state_dict().values())
+    assert facts["weights"] == {"bytes": stored, "format": "plain"}
+
+
+def test_info_counts_the_bytes_of_quantized_weights(capsys, model_folder, tmp_path):
+    model = LanguageModel.from_pretrained(model_folder, weights="int8")
+    model.save_pretrained(tmp_path / "narrow")
+    facts = []
+    for folder in (model_folder, tmp_path / "narrow"):
+        assert main(["info", str(folder), "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    plain, narrow = facts
+    stored = sum(t.nbytes for t in model.state_dict().values())
+    assert narrow["weights"] == {"bytes": stored, "format": "int8"}
+    assert narrow["weights"]["bytes"] < plain["weights"]["bytes"] / 2
+    assert narrow["parameters"] == plain["parameters"]
 
 
 def test_every_preset_can_be_looked_at(capsys):

@@ -10,6 +10,8 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
+from nemotron3.models.precision import convert_weights
+from nemotron3.ops.weights import FORMATS
 from tests.tiny import tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE
 
@@ -113,6 +115,37 @@ def test_an_answer_over_an_update_is_scored_by_the_weights_it_names(pattern, run
     again, versions, entries, scores = told(run(engine))
     assert_close([*scores[1:], *entries], forward(new, [*prompt, *again]))
     assert set(versions) == {1}
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("how", ["directory", "tensors"])
+def test_an_engine_of_quantized_weights_is_one_forward_pass_and_takes_plain_ones(
+    tmp_path, weights, how
+):
+    """Prompt, recorded steps and drafts, before and after an update that is quantized."""
+    config = tiny_config("MEM*E-/*E")
+    model = convert_weights(tiny_model(config), weights)
+    engine = engine_for(model, max_draft_tokens=2, adapts_drafts=False)
+    prompt = tokens_for(config, 13).tolist()
+    for version, seed in enumerate((0, 5)):
+        plain = tiny_model(config, seed=seed)
+        if version:
+            engine.update_weights(given(plain, how, tmp_path))
+        ask(engine, prompt, name=str(version))
+        answer, versions, entries, scores = told(run(engine))
+        assert set(versions) == {version}
+        expected = forward(convert_weights(plain, weights), [*prompt, *answer])
+        assert_close([*scores[1:], *entries], expected)
+
+
+def test_what_a_format_cannot_express_is_refused_and_changes_nothing():
+    model = convert_weights(tiny_model("E"), "int8")
+    before = copy.deepcopy(model.state_dict())
+    broken = dict(tiny_model("E", seed=5).state_dict())
+    broken["lm_head.weight"][0, 0] = torch.inf
+    with pytest.raises(ConfigError, match=r"weights\['lm_head.weight'\] .* not finite; int8"):
+        engine_for(model).update_weights(broken)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("running", ["keep", "recompute"])

@@ -4,6 +4,7 @@ import pytest
 
 from nemotron3.config import from_record, to_record
 from nemotron3.errors import ConfigError
+from nemotron3.models.precision import convert_weights
 from nemotron3.training.optimizers import (
     AdamWConfig,
     build_optimizer,
@@ -49,6 +50,11 @@ def test_each_parameter_has_the_rate_and_the_decay_of_its_group():
     assert found["lm_head.weight"] == found["backbone.embeddings.weight"] == (2.0, 0.1)
     assert found["backbone.layers.0.mixer.in_proj.weight"] == (1.0, 0.1)
     assert found["backbone.layers.0.norm.weight"] == (1.0, 0.0)
+
+
+def test_quantized_weights_are_refused():
+    with pytest.raises(ConfigError, match="kept in int8, which has no gradients"):
+        build_optimizer(convert_weights(tiny_model(PATTERN), "int8"), AdamWConfig(lr=1.0))
 
 
 def test_frozen_parameters_are_not_optimized():

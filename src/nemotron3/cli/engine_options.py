@@ -86,6 +86,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the weights are held in (default auto: as they are stored)",
     )
+    engine.add_argument(
+        "--weights",
+        choices=("auto", "int8"),
+        default="auto",
+        help="number format of the matrices of layers, experts and output layer; int8 rounds plain "
+        "ones as they are read (default auto: as they are stored)",
+    )
 
 
 def load_engine(known: argparse.Namespace) -> "AsyncLLM":
@@ -100,6 +107,7 @@ def load_engine(known: argparse.Namespace) -> "AsyncLLM":
         config=engine_config(known),
         device=known.device,
         dtype=dtype,
+        weights=None if known.weights == "auto" else known.weights,
         generation_config=known.generation_config,
     )
 

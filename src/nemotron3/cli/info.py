@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemotron3.checkpoint import ShardedReader
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import (
@@ -13,11 +14,11 @@ from nemotron3.models.costs import (
     model_costs,
     state_bytes_per_sequence,
 )
-from nemotron3.models.huggingface import read_config
+from nemotron3.models.huggingface import read_config, stored_weight_format
 
 
 def info(model: str, *, context: int, as_json: bool) -> int:
-    """Print a preset's or a directory's parameters, state and FLOPs."""
+    """Print a preset's or a directory's parameters, state and FLOPs, and what weights take."""
     if context < 1:
         raise ConfigError(f"--context is {context}; it must be 1 or more")
     path = Path(model)
@@ -25,6 +26,11 @@ def info(model: str, *, context: int, as_json: bool) -> int:
         raise CheckpointError(f"{model} is no directory; name a model's directory, or a preset")
     config = read_config(path) if path.is_dir() else ModelConfig.preset(model)
     facts = model_facts(model, config, context)
+    if any(path.glob("*.safetensors")):
+        facts["weights"] = {
+            "bytes": ShardedReader(path).total_bytes,
+            "format": stored_weight_format(path) or "plain",
+        }
     print(json.dumps(facts, indent=2) if as_json else _page(facts, config, model_costs(config)))
     return 0
 
@@ -87,6 +93,9 @@ def _page(facts: dict[str, Any], config: ModelConfig, costs: ModelCosts) -> str:
             f"   shared by {facts['mtp']['depths']} depths, not in the total"
         )
     bytes_ = facts["bytes"]
+    if "weights" in facts:
+        held = facts["weights"]
+        lines.append(f"  {'weights as stored':<20}{held['bytes']:>18,} bytes ({held['format']})")
     lines += [
         "",
         f"{'state of a sequence':<22}",

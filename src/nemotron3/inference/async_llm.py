@@ -47,6 +47,7 @@ from nemotron3.inference.requests import (
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.inference.weights import RunningRequests, Weights
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.ops.weights import WeightFormat
 from nemotron3.text import Tokenizer
 
 T = TypeVar("T")
@@ -141,6 +142,7 @@ class AsyncLLM(BaseLLM):
         config: EngineConfig | None = None,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        weights: WeightFormat | None = None,
         generation_config: Source = "auto",
     ) -> None:
         super().__init__(
@@ -149,6 +151,7 @@ class AsyncLLM(BaseLLM):
             config=config,
             device=device,
             dtype=dtype,
+            weights=weights,
             generation_config=generation_config,
         )
         self._changed = threading.Condition()

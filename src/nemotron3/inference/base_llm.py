@@ -13,6 +13,7 @@ from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.ops.weights import WeightFormat
 from nemotron3.runtime.devices import resolve_device
 from nemotron3.text import ChatTemplate, Tokenizer
 
@@ -36,6 +37,7 @@ class BaseLLM:
         config: EngineConfig | None = None,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        weights: WeightFormat | None = None,
         generation_config: Source = "auto",
     ) -> None:
         """`model` is a directory in the published layout, or a model in memory.
@@ -43,7 +45,8 @@ class BaseLLM:
         A model in memory is used as it is, weights and all: it may be one that is being trained,
         which sampling leaves alone, and after its weights have changed `invalidate_caches` has to
         be called. It needs a `tokenizer` for text; without one, prompts are token ids, and so are
-        answers. `device` and `dtype` are for a directory.
+        answers. `device`, `dtype` and `weights` are for a directory; with `weights` the matrices
+        are kept in that number format (`LanguageModel.from_pretrained`).
 
         `generation_config` says whether the defaults of sampling of the directory that the model
         was loaded from hold ("auto") or not ("none").
@@ -53,7 +56,9 @@ class BaseLLM:
             path = Path(model)
             name = name_of(path)
             tokenizer = tokenizer or Tokenizer.from_directory(path)
-            model = LanguageModel.from_pretrained(path, device=resolve_device(device), dtype=dtype)
+            model = LanguageModel.from_pretrained(
+                path, device=resolve_device(device), dtype=dtype, weights=weights
+            )
         vocab_size = model.config.vocab_size
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise ConfigError(

@@ -2,7 +2,8 @@
 
 They come from a model directory, or by name as in `model.state_dict()`. Everything is compared
 before anything is written: all names, shapes and kinds of number, of a directory its configuration
-too. So weights that do not fit are an error that leaves the model as it was.
+too. So weights that do not fit are an error that leaves the model as it was. Where the model keeps
+its own in a number format, plain ones are quantized as they are written.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,11 @@ from torch import Tensor
 from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.parameter import state_tensors
+from nemotron3.ops.weights import Weight
 
 Weights = str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-"""A model directory, or tensors by the names of `model.state_dict()`."""
+"""A model directory, or tensors by the names of `model.state_dict()` of the plain model."""
 RunningRequests = Literal["recompute", "keep"]
 """What becomes of the states of requests that run while weights are replaced: computed anew by the
 new weights, or carried on by them. Their tokens stay either way."""
@@ -33,7 +36,7 @@ def prepared_weights(model: LanguageModel, weights: Weights) -> Callable[[], Non
         _compare_configs(model, Path(weights))
         return huggingface.prepared_weights(model, model.config, weights)
     named = _by_name(weights)
-    targets = model.state_dict()
+    targets = dict(state_tensors(model))
     _compare(targets, named)
 
     def write() -> None:
@@ -76,7 +79,7 @@ def _by_name(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> di
     return named
 
 
-def _compare(targets: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+def _compare(targets: Mapping[str, Weight], named: Mapping[str, Tensor]) -> None:
     for problem, names in (
         ("lack", targets.keys() - named.keys()),
         ("have more than the model:", named.keys() - targets.keys()),
@@ -95,10 +98,16 @@ def _compare(targets: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None
                 f"weights[{name!r}] has shape {tuple(given.shape)} and the model's has "
                 f"{tuple(target.shape)}; they are of another model"
             )
-        if given.dtype.is_floating_point != target.dtype.is_floating_point:
+        dtype = target.dtype if isinstance(target, Tensor) else torch.float32
+        if given.dtype.is_floating_point != dtype.is_floating_point:
             raise ConfigError(
-                f"weights[{name!r}] has dtype {given.dtype} and the model's has {target.dtype}; "
+                f"weights[{name!r}] has dtype {given.dtype} and the model's has {dtype}; "
                 "one cannot be written into the other"
+            )
+        if not isinstance(target, Tensor) and not given.isfinite().all():
+            raise ConfigError(
+                f"weights[{name!r}] holds values that are not finite; {target.format} cannot "
+                "express them"
             )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.models.parameter import DeclaredModule
+from nemotron3.ops.weights import QuantizedWeight
 
 _ALIGNMENT = 64
 """Bytes that every tensor begins at a multiple of: a line of the cache."""
@@ -64,6 +65,8 @@ def _places(model: nn.Module, dtype: torch.dtype) -> Iterator[_Place]:
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in named:
             kept = specs[name].dtype(dtype) if name in specs else dtype
+            if isinstance(module, QuantizedWeight):
+                kept = tensor.dtype  # the number format's own
             yield _Place(module, name, tensor, kept)
 
 

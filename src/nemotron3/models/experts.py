@@ -27,10 +27,11 @@ from nemotron3.models.linear import Linear
 from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
 from nemotron3.models.mlp import MLP
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.ops.experts import Activation, routed_experts
+from nemotron3.ops.experts import Activation
 from nemotron3.ops.experts.activations import up_factor
-from nemotron3.ops.linear import linear
+from nemotron3.ops.products import dense, grouped
 from nemotron3.ops.routing import route
+from nemotron3.ops.weights import QuantizedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class Router(DeclaredModule):
         """Score all experts, choose the best or take those of `indices`, weigh them."""
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(x.to(wide), self.weight.to(wide))
+        logits = dense(x.to(wide), self.weight)
         return Routing(
             *route(
                 logits,
@@ -133,27 +134,29 @@ class Router(DeclaredModule):
 class RoutedExperts(DeclaredModule):
     """The experts' matrices, stacked."""
 
-    up_proj: nn.Parameter
-    down_proj: nn.Parameter
+    up_proj: nn.Parameter | QuantizedWeight
+    down_proj: nn.Parameter | QuantizedWeight
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
         self.config = config
         hidden = config.moe_intermediate_size
         rows, experts = hidden * up_factor(config.activation), config.n_routed_experts
-        self.declare("up_proj", (experts, rows, width), init=Normal(), decays=True)
+        shape = (experts, rows, width)
+        self.declare("up_proj", shape, init=Normal(), decays=True, quantizes=True)
         # Megatron scales both second matrices of a latent mixture: this one and fc2_latent_proj.
         second = Normal(writes_residual=True)
-        self.declare("down_proj", (experts, width, hidden), init=second, decays=True)
+        shape = (experts, width, hidden)
+        self.declare("down_proj", shape, init=second, decays=True, quantizes=True)
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Tensor:
         """Weighted sum of each token's experts."""
-        return routed_experts(
+        return grouped(
             x,
             routing.indices,
             routing.weights,
-            self.up_proj.to(x.dtype),
-            self.down_proj.to(x.dtype),
+            self.up_proj,
+            self.down_proj,
             activation=self.config.activation,
         )
 

@@ -1,8 +1,8 @@
-"""The embedding table, and the one module through which every dense product goes.
+"""The embedding table, and the module of dense products.
 
-Weights keep the dtype they are stored in (float32 masters in training, bfloat16 in inference), and
-the product runs in the dtype of the activations. Number formats that quantize operands plug in
-here.
+Weights keep the dtype or the number format they are stored in (float32 masters in training,
+bfloat16 or int8 in inference), and the product runs in the dtype of the activations
+(ops/products.py).
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from nemotron3.models.initial_values import Normal
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.ops.linear import linear, linear_parts
+from nemotron3.ops.products import dense
+from nemotron3.ops.weights import QuantizedWeight
 
 
 class Linear(DeclaredModule):
     """A product with a weight matrix, without bias: no layer of the family has one."""
 
-    weight: nn.Parameter
+    weight: nn.Parameter | QuantizedWeight
 
     def __init__(
         self, in_features: int, out_features: int, *, writes_residual: bool = False
@@ -27,15 +28,18 @@ class Linear(DeclaredModule):
         """`writes_residual` is for a product that is added to the residual stream."""
         super().__init__()
         self.declare(
-            "weight", (out_features, in_features), init=Normal(writes_residual), decays=True
+            "weight",
+            (out_features, in_features),
+            init=Normal(writes_residual),
+            decays=True,
+            quantizes=True,
         )
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
     ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
         """x W^T in the dtype of `x`; with `sizes`, taken apart into so many columns each."""
-        weight = self.weight.to(x.dtype)
-        return linear(x, weight) if sizes is None else linear_parts(x, weight, sizes)
+        return dense(x, self.weight) if sizes is None else dense(x, self.weight, sizes)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

@@ -33,8 +33,10 @@ from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mixer import last_stateful_layer
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
+from nemotron3.models.parameter import use_weight_format
 from nemotron3.models.routes import RecordedRoutes
-from nemotron3.ops.linear import linear
+from nemotron3.ops.products import dense
+from nemotron3.ops.weights import Weight, WeightFormat
 
 T = TypeVar("T")
 
@@ -55,8 +57,8 @@ class ModelOutput(NamedTuple):
 
     hidden: list[Float[Tensor, "tokens d_model"]]
     """After the final norm, of the main head and then of each MTP depth that was asked for."""
-    output_weight: Float[Tensor, "vocab d_model"]
-    """The output layer's matrix, whole; all depths share it."""
+    output_weight: Weight
+    """The output layer's matrix [vocab, d_model], whole; all depths share it."""
     routings: list[Routing]
     """Decisions of the backbone's routers, first mixture to last."""
     mtp_routings: list[list[Routing]]
@@ -185,18 +187,23 @@ class LanguageModel(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        weights: WeightFormat | None = None,
         config_class: type[ModelConfig] = ModelConfig,
     ) -> "LanguageModel":
         """A model from a directory in the published layout (config.json and safetensors).
 
         Weights stream onto `device` shard by shard, in `dtype` where it is given and as they are
-        stored where not; the scan's own parameters and the router's bias stay float32.
+        stored where not; the scan's own parameters and the router's bias stay float32. With
+        `weights` the matrices of dense layers, experts and output layer are kept in that number
+        format, each quantized as it is read; without, in the one they are stored in.
         `config_class` is the subclass of ModelConfig that the model was saved with, if it has one.
         """
         companions = huggingface.read_directory(path, config_class)
         config = companions.config
         with torch.device("meta"):
             model = cls(config)
+            if (held := weights or huggingface.stored_weight_format(path)) is not None:
+                use_weight_format(model, held)
         huggingface.read_weights(model, config, path, device=torch.device(device), dtype=dtype)
         model.companions = companions
         return model
@@ -206,6 +213,8 @@ class LanguageModel(nn.Module):
 
         A model that was loaded gets back what its directory held beside the tensors: fields of
         config.json and generation_config.json that nothing here reads, tokenizer and chat template.
+        Quantized weights are written as they are, codes and scales, in this package's own layout;
+        for a published one convert the model first (`models.precision.convert_weights`).
         """
         huggingface.write_model(
             self,
@@ -216,7 +225,7 @@ class LanguageModel(nn.Module):
         )
 
     @property
-    def output_weight(self) -> Tensor:
+    def output_weight(self) -> Weight:
         """The output layer's matrix [vocab, d_model]."""
         return self.backbone.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
@@ -228,7 +237,7 @@ class LanguageModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What activations have and products run in."""
-        return self.activation_dtype or self.output_weight.dtype
+        return self.activation_dtype or self.backbone.embeddings.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -256,7 +265,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
-        logits = linear(hidden, self.output_weight.to(hidden.dtype))
+        logits = dense(hidden, self.output_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @overload

@@ -16,14 +16,16 @@ survive `deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and a pa
 declared to stay in float32 does so through all of these.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nemotron3.errors import ConfigError
 from nemotron3.models.initial_values import InitialValue
+from nemotron3.ops.weights import FORMATS, QuantizedWeight, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class ParameterSpec:
     """Whether weight decay applies: to matrices, and not to what sets scales or dynamics."""
     keep_float32: bool
     """Whether it is kept in float32 at least, because its rounding would add up."""
+    quantizes: bool = False
+    """Whether it only enters products, so that it may be kept in a narrower number format."""
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What it is kept in, in a model of `dtype`."""
@@ -58,9 +62,12 @@ class DeclaredModule(nn.Module):
         init: InitialValue,
         decays: bool,
         keep_float32: bool = False,
+        quantizes: bool = False,
     ) -> None:
         """Make a parameter, without values."""
-        self.specs[name] = ParameterSpec(init=init, decays=decays, keep_float32=keep_float32)
+        self.specs[name] = ParameterSpec(
+            init=init, decays=decays, keep_float32=keep_float32, quantizes=quantizes
+        )
         self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
 
     def declare_buffer(
@@ -102,6 +109,38 @@ def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
         if isinstance(module, DeclaredModule)
         for name, spec in module.specs.items()
     }
+
+
+def use_weight_format(model: nn.Module, weights: str) -> None:
+    """Put weights of a number format, without values, where parameters may have one."""
+    if weights not in FORMATS:
+        raise ConfigError(
+            f"weights is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
+        )
+    for module in list(model.modules()):
+        if isinstance(module, DeclaredModule):
+            for name, spec in module.specs.items():
+                if spec.quantizes:
+                    shape = getattr(module, name).shape
+                    delattr(module, name)
+                    setattr(module, name, FORMATS[weights].empty(shape))
+
+
+def weight_format(model: nn.Module) -> str | None:
+    """The number format that a model's weights are kept in; None where they are plain tensors."""
+    formats = {m.format for m in model.modules() if isinstance(m, QuantizedWeight)}
+    return next(iter(formats), None)
+
+
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """What `state_dict` holds, detached; a quantized weight is whole, not in parts."""
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = name.rpartition(".")[0]
+        if owner not in quantized:
+            yield name, tensor.detach()
+        elif tensor is next(quantized[owner].buffers()):
+            yield owner, quantized[owner]
 
 
 def _with_gradient(module: nn.Module, name: str) -> list[Tensor]:

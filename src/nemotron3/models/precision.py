@@ -3,14 +3,22 @@
 Parameters keep their own dtype: float32 masters in training, the checkpoint's dtype in
 inference. Activations have the dtype set here, and every product runs in the dtype of its
 activations; norms, router, scan and loss always compute in float32.
+
+The matrices of dense layers, experts and output layer may be kept in a narrower number format
+(ops/weights). Such a model computes as before and has no gradients of these matrices: it is for
+inference, or for what is trained beside them.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from nemotron3.models.allocation import allocate
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.parameter import state_tensors, use_weight_format
+from nemotron3.ops.weights import WeightFormat, dequantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +37,24 @@ class PrecisionConfig:
 def apply_precision(model: LanguageModel, config: PrecisionConfig) -> None:
     """Make the model's products run as configured."""
     model.activation_dtype = config.dtype
+
+
+def convert_weights(model: LanguageModel, weights: WeightFormat | None) -> LanguageModel:
+    """The same model with its matrices in another number format, in memory of its own.
+
+    None dequantizes: to the dtype of what was never quantized.
+    """
+    with torch.device("meta"):
+        converted = type(model)(model.config)
+        if weights is not None:
+            use_weight_format(converted, weights)
+    allocate(converted, model.device, model.backbone.embeddings.weight.dtype)
+    values = dict(state_tensors(model))
+    with torch.no_grad():
+        for name, target in state_tensors(converted):
+            if isinstance(target, Tensor):
+                target.copy_(dequantized(values[name]))
+            else:
+                target.copy_(values[name])
+    converted.activation_dtype, converted.companions = model.activation_dtype, model.companions
+    return converted

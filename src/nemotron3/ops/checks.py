@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nemotron3.errors import OperandError, OperandIndexError
 from nemotron3.ops.segments import Segments
+from nemotron3.ops.weights import Weight
 
 _FEW = 64
 """Indices that are read faster as a list than as an array."""
@@ -39,9 +40,7 @@ Shape = Sequence[int]
 def check_axes(operation: str, name: str, t: Tensor, axes: str) -> None:
     """Refuse what has other axes than e.g. "tokens head head_dim", or is not floating-point."""
     if t.dim() != axes.count(" ") + 1:
-        raise OperandError(
-            f"{operation}: {name} has shape {list(t.shape)}; expected [{axes.replace(' ', ', ')}]"
-        )
+        raise _wrong_axes(operation, name, t, axes)
     if not t.is_floating_point():
         raise _wrong_dtype(operation, name, t, "floating point")
 
@@ -62,7 +61,18 @@ def check_operand(
     raise _wrong_dtype(operation, name, t, expected)
 
 
-def check_shape(operation: str, name: str, t: Tensor, shape: Shape) -> None:
+def check_weight(operation: str, name: str, weight: Weight, axes: str, like: Tensor) -> None:
+    """Refuse a weight with other axes, on another device or, if plain, of another dtype."""
+    if isinstance(weight, Tensor):
+        check_axes(operation, name, weight, axes)
+        check_operand(operation, name, weight, weight.shape, like)
+        return
+    if len(weight.shape) != axes.count(" ") + 1:
+        raise _wrong_axes(operation, name, weight, axes)
+    check_device(operation, name, weight, like)
+
+
+def check_shape(operation: str, name: str, t: Weight, shape: Shape) -> None:
     """Refuse another shape."""
     if t.shape != shape:
         raise OperandError(
@@ -71,7 +81,7 @@ def check_shape(operation: str, name: str, t: Tensor, shape: Shape) -> None:
         )
 
 
-def check_device(operation: str, name: str, t: Tensor, like: Tensor) -> None:
+def check_device(operation: str, name: str, t: Weight, like: Tensor) -> None:
     """Refuse another device than that of `like`."""
     if t.device != like.device:
         raise OperandError(
@@ -233,6 +243,12 @@ def without_tokens(x: Tensor, *operands: Tensor | None) -> Tensor:
         if t is not None:
             x = x * t.flatten()[:0].sum().to(x.dtype)
     return x
+
+
+def _wrong_axes(operation: str, name: str, t: Weight, axes: str) -> OperandError:
+    return OperandError(
+        f"{operation}: {name} has shape {list(t.shape)}; expected [{axes.replace(' ', ', ')}]"
+    )
 
 
 def _wrong_dtype(operation: str, name: str, t: Tensor, expected: str) -> OperandError:

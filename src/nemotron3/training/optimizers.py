@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
-from nemotron3.models.parameter import parameter_specs
+from nemotron3.models.parameter import parameter_specs, weight_format
 from nemotron3.runtime.devices import FUSED_OPTIMIZER_DEVICES
 from nemotron3.training.parameter_groups import ParameterGroupConfig, group_of_parameters
 
@@ -134,6 +134,11 @@ def build_optimizer(
     model: nn.Module, config: OptimizerConfig, groups: Sequence[ParameterGroupConfig] = ()
 ) -> torch.optim.Optimizer:
     """The optimizer of the model's trainable parameters, fused where PyTorch has it."""
+    if (weights := weight_format(model)) is not None:
+        raise ConfigError(
+            f"the model's matrices are kept in {weights}, which has no gradients; train the plain "
+            "model, or what models.precision.convert_weights(model, None) makes of this one"
+        )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ConfigError(

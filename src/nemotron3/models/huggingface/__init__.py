@@ -6,6 +6,7 @@ from nemotron3.models.huggingface.directory import (
     read_config,
     read_directory,
     read_weights,
+    stored_weight_format,
     write_model,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "read_config",
     "read_directory",
     "read_weights",
+    "stored_weight_format",
     "write_model",
 ]

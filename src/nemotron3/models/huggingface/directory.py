@@ -8,7 +8,7 @@ tensor and costs nothing.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
-from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.errors import CheckpointError, ConfigError, OperandError
 from nemotron3.models.allocation import allocate
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface import native, nemotron_h, qwen3_moe
@@ -30,10 +30,12 @@ from nemotron3.models.huggingface.companions import (
     write_json,
 )
 from nemotron3.models.huggingface.fields import Fields, updated
-from nemotron3.models.parameter import parameter_specs
+from nemotron3.models.parameter import parameter_specs, weight_format
+from nemotron3.ops.weights import Weight
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
 """First to last choice for writing; the last can express every model."""
+_QUANTIZATION = "quantization_config"
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
@@ -73,18 +75,24 @@ def write_model(
     """
     dialect = _dialect_to_write(model, config, companions)
     dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
-    views = list(dialect.published_views(model, config))
+    weights = weight_format(model)
+    views = _in_parts(dialect.published_views(model, config)).items()
     total = sum(tensor.nbytes for _, tensor in views)
     with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
         for name, tensor in views:
             writer.add(name, tensor)
-    write_json(Path(path) / CONFIG_FILE, _fields_to_write(dialect, config, dtype, companions))
+    fields = _fields_to_write(dialect, config, dtype, companions)
+    if weights is not None:
+        fields[_QUANTIZATION] = {"quant_method": native.MODEL_TYPE, "format": weights}
+    write_json(Path(path) / CONFIG_FILE, fields)
     write_companions(Path(path), config, companions)
 
 
 def _dialect_to_write(
     model: nn.Module, config: ModelConfig, companions: Companions | None
 ) -> ModuleType:
+    if weight_format(model) is not None:
+        return native  # no published layout knows these formats
     if companions is not None and config == companions.config:
         dialect = _dialect_of(companions.fields)
         # All state that a model was read with has a name there, but for Qwen's selection bias.
@@ -120,53 +128,99 @@ def read_weights(
     dtype: torch.dtype | None,
 ) -> None:
     """Fill a model on the meta device from a directory, one tensor at a time."""
-    dialect, files = _opened(model, config, path)
-    allocate(model, device, dtype or _stored_dtype(model, files.reader, files.stored))
-    files.copy_to(dict(dialect.published_views(model, config)))
+    files = _opened(model, config, path)
+    allocate(model, device, dtype or _stored_dtype(model, config, files))
+    files.copy_to(model, config)
 
 
 def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> Callable[[], None]:
     """Compare a directory with a model that has its memory; returns what copies it in there."""
-    dialect, files = _opened(model, config, path)
-    return lambda: files.copy_to(dict(dialect.published_views(model, config)))
+    files = _opened(model, config, path)
+    return lambda: files.copy_to(model, config)
 
 
 class _Files(NamedTuple):
     """The tensors of a directory, compared with those of a model."""
 
+    dialect: ModuleType
+    is_quantized: bool
+    """Whether weights are stored as codes and scales."""
     reader: ShardedReader
     stored: dict[str, str]
     """Names in the files, by our spelling."""
     stacked: dict[str, list[tuple[int, str]]]
 
-    def copy_to(self, destinations: Mapping[str, Tensor]) -> None:
+    def destinations(self, model: nn.Module, config: ModelConfig) -> Mapping[str, Weight]:
+        """What the files' tensors are copied into: a plain one is quantized where a weight is."""
+        views = self.dialect.published_views(model, config)
+        return _in_parts(views) if self.is_quantized else dict(views)
+
+    def copy_to(self, model: nn.Module, config: ModelConfig) -> None:
         """Copy into a model's tensors, one at a time."""
+        destinations = self.destinations(model, config)
         ours = {name: spelling for spelling, name in self.stored.items()}
         with torch.no_grad():
             for name, tensor in self.reader.tensors():
                 spelling = ours[name]
                 for part, destination in self.stacked.get(spelling, ((None, spelling),)):
-                    destinations[destination].copy_(tensor if part is None else tensor[part])
+                    try:
+                        destinations[destination].copy_(tensor if part is None else tensor[part])
+                    except OperandError as error:
+                        raise CheckpointError(
+                            f"{self.reader.directory}: {name!r}: {error}"
+                        ) from error
 
 
-def _opened(model: nn.Module, config: ModelConfig, path: Path | str) -> tuple[ModuleType, _Files]:
+def _opened(model: nn.Module, config: ModelConfig, path: Path | str) -> _Files:
     dialect, _ = _read_fields(path)
+    held, weights = weight_format(model), stored_weight_format(path)
+    if weights is not None and weights != held:
+        raise ConfigError(
+            f"{path} holds {weights} weights and the model's are {held or 'plain tensors'}; read "
+            "the directory by LanguageModel.from_pretrained and convert the model"
+        )
     reader = ShardedReader(path)
     stored = {dialect.our_spelling(name): name for name in reader.names}
-    shapes = dict(dialect.published_views(model, config))
-    stacked = _stacked_names(shapes, stored)
-    _compare(reader, stored, shapes, stacked)
-    return dialect, _Files(reader, stored, stacked)
+    files = _Files(dialect, weights is not None, reader, stored, {})
+    shapes = files.destinations(model, config)
+    files = files._replace(stacked=_stacked_names(shapes, stored))
+    _compare(reader, stored, shapes, files.stacked)
+    return files
+
+
+def _in_parts(views: Iterable[tuple[str, Weight]]) -> dict[str, Tensor]:
+    """Tensors as files hold them: a quantized weight is several."""
+    parts: dict[str, Tensor] = {}
+    for name, weight in views:
+        if isinstance(weight, Tensor):
+            parts[name] = weight
+        else:
+            parts |= {name + suffix: part for suffix, part in weight.parts().items()}
+    return parts
+
+
+def stored_weight_format(path: Path | str) -> str | None:
+    """The number format of a directory's weights; None where they are plain tensors."""
+    quantization = _own_quantization(read_json(Path(path) / CONFIG_FILE))
+    return None if quantization is None else quantization.get("format")
+
+
+def _own_quantization(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    found: Any = fields.get(_QUANTIZATION)
+    is_ours = isinstance(found, dict) and found.get("quant_method") == native.MODEL_TYPE
+    return found if is_ours else None
 
 
 def _read_fields(path: Path | str) -> tuple[ModuleType, Fields]:
     """The fields of config.json, where the language model's are, and the dialect they are in."""
     file = Path(path) / CONFIG_FILE
     fields = read_json(file)
-    quantized = bool(fields.get("quantization_config"))
+    if _own_quantization(fields) is not None:
+        fields = {name: value for name, value in fields.items() if name != _QUANTIZATION}
+    quantized = bool(fields.get(_QUANTIZATION))
     for nested in ("llm_config", "text_config"):
         fields = fields.get(nested) or fields
-    if quantized or fields.get("quantization_config"):
+    if quantized or fields.get(_QUANTIZATION):
         raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
     model_type = fields.get("model_type")
     known = [dialect.MODEL_TYPE for dialect in _DIALECTS]
@@ -181,7 +235,7 @@ def _dialect_of(fields: Mapping[str, Any]) -> ModuleType:
 
 
 def _stacked_names(
-    shapes: dict[str, Tensor], stored: dict[str, str]
+    shapes: Mapping[str, Weight], stored: dict[str, str]
 ) -> dict[str, list[tuple[int, str]]]:
     """Tensors that hold all experts at once, as transformers keeps them in memory."""
     stacked: dict[str, list[tuple[int, str]]] = {}
@@ -195,13 +249,19 @@ def _stacked_names(
 def _compare(
     reader: ShardedReader,
     stored: dict[str, str],
-    shapes: dict[str, Tensor],
+    shapes: Mapping[str, Weight],
     stacked: dict[str, list[tuple[int, str]]],
 ) -> None:
     # Quantized files also have extra and mis-shaped tensors, so their own error comes first.
-    for name in reader.names:
-        info = reader.info(name)
-        if info.dtype not in _READABLE:
+    for spelling, name in stored.items():
+        info, ours = reader.info(name), shapes.get(spelling)
+        if isinstance(ours, Tensor) and not ours.is_floating_point():
+            if info.dtype != ours.dtype:
+                raise CheckpointError(
+                    f"{info.file}: tensor {name!r} is stored as {info.dtype}; the number format "
+                    f"in config.json has {ours.dtype} there"
+                )
+        elif info.dtype not in _READABLE:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} is stored as {info.dtype}, a quantized format; only "
                 "float32, float16 and bfloat16 weights are read"
@@ -242,14 +302,16 @@ def _why_missing(names: list[str]) -> str:
     return "the download is incomplete or config.json is of another model"
 
 
-def _stored_dtype(model: nn.Module, reader: ShardedReader, stored: dict[str, str]) -> torch.dtype:
+def _stored_dtype(model: nn.Module, config: ModelConfig, files: _Files) -> torch.dtype:
     """The dtype of most of the weights; a file may keep single tensors in a wider one."""
     # Dialects may name modules as they like, but keep the last parts of these names.
     specs = parameter_specs(model)
     wide = tuple({f".{n.rpartition('.')[2]}" for n, spec in specs.items() if spec.keep_float32})
     sizes: Counter[torch.dtype] = Counter()
-    for spelling, name in stored.items():
-        if not spelling.endswith(wide):
-            info = reader.info(name)
+    views = files.dialect.published_views(model, config) if files.is_quantized else ()
+    parts = _in_parts((name, view) for name, view in views if not isinstance(view, Tensor))
+    for spelling, name in files.stored.items():
+        if not spelling.endswith(wide) and spelling not in parts:
+            info = files.reader.info(name)
             sizes[info.dtype] += torch.Size(info.shape).numel()
     return max(sizes, key=lambda dtype: sizes[dtype])

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import (
@@ -24,7 +24,9 @@ from nemotron3.models.config import (
     MoEConfig,
 )
 from nemotron3.models.huggingface.fields import Aliases, Fields, number
+from nemotron3.models.parameter import state_tensors
 from nemotron3.models.pattern import LayerPattern, parse_pattern
+from nemotron3.ops.weights import Weight
 
 MODEL_TYPE = "nemotron_h"
 ALIASES: Aliases = {
@@ -171,19 +173,19 @@ def unsupported(model: nn.Module, config: ModelConfig) -> str | None:  # noqa: A
     return None
 
 
-def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Weight]]:
     """Every tensor of the checkpoint under its published name, as a view of the model's own."""
     last_mtp = len(config.pattern.mtp) - 1
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state_tensors(model):
         published = name.replace("mtp.input.", "mtp.layers.0.").replace(
             "mtp.final_layernorm.", f"mtp.layers.{last_mtp}.final_layernorm."
         )
         stem, _, projection = published.rpartition(".")
         if stem.endswith("mixer.experts"):
-            for expert, matrix in enumerate(tensor.detach()):
+            for expert, matrix in enumerate(tensor):
                 yield f"{stem}.{expert}.{projection}.weight", matrix
         else:
-            yield published, tensor.detach()
+            yield published, tensor
 
 
 def our_spelling(name: str) -> str:

@@ -6,11 +6,13 @@ One of its layers, attention and mixture under one number, is two of ours.
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import AttentionConfig, ModelConfig, MoEConfig
 from nemotron3.models.huggingface.fields import Aliases, Fields
+from nemotron3.models.parameter import state_tensors
+from nemotron3.ops.weights import Weight
 
 MODEL_TYPE = "qwen3_moe"
 ALIASES: Aliases = {
@@ -140,12 +142,11 @@ def unsupported(model: nn.Module, config: ModelConfig) -> str | None:
     return None
 
 
-def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Weight]]:
     """Every tensor of the checkpoint under its published name, as a view of the model's own."""
     assert config.moe is not None
     hidden = config.moe.moe_intermediate_size
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor = tensor.detach()
+    for name, tensor in state_tensors(model):
         if name.endswith(_SELECTION_BIAS):
             continue
         if not name.startswith("backbone.layers."):

@@ -17,6 +17,7 @@ from nemotron3.ops.cross_entropy.torch import (
     linear_cross_entropy_torch,
     token_logprobs_chunked,
 )
+from nemotron3.ops.weights import Weight, dequantized
 
 _LOSSES = {
     "reference": linear_cross_entropy_reference,
@@ -47,7 +48,7 @@ class TokenLosses(NamedTuple):
 
 def linear_cross_entropy(
     hidden: Float[Tensor, "tokens d_model"],
-    weight: Float[Tensor, "vocab d_model"],
+    weight: Weight,
     targets: Int[Tensor, " tokens"],
     token_weights: Float[Tensor, " tokens"],
     *,
@@ -56,12 +57,14 @@ def linear_cross_entropy(
 ) -> TokenLosses:
     """Cross-entropy of softmax(hidden weight^T) against `targets`, each token with its own weight.
 
+    `weight` is [vocab, d_model]; a quantized one is dequantized first and has no gradient.
     A token that should not count has weight 0 and any target of the vocabulary: no target, not even
     PyTorch's -100, means that a token is left out. A target outside the vocabulary is an
     OperandIndexError on the CPU; on a GPU, where nobody waits to look at it, kernels give it a loss
     of NaN. At most `max_logits` logits exist at a time; None leaves the number to the backend: what
     a CPU's cache holds, or a small share of a GPU's memory. `token_weights` carries no gradient.
     """
+    weight = dequantized(weight, hidden.dtype)
     targets = _check("cross_entropy", hidden, weight, targets, max_logits)
     check_operand(
         "cross_entropy", "token_weights", token_weights, targets.shape, hidden, same_dtype=False
@@ -75,7 +78,7 @@ def linear_cross_entropy(
 
 def token_logprobs(
     hidden: Float[Tensor, "tokens d_model"],
-    weight: Float[Tensor, "vocab d_model"],
+    weight: Weight,
     targets: Int[Tensor, " tokens"],
     *,
     temperature: float = 1.0,
@@ -87,9 +90,11 @@ def token_logprobs(
     In float32 at least, with gradients of `hidden` and `weight` for any gradient of each token:
     what policy gradients and preference losses are made of. The matrix of logits never exists, and
     is made twice, a part at a time, where there is a backward pass; `linear_cross_entropy` needs it
-    once, for a sum whose weights are known beforehand. `targets` and `max_logits` are as there.
+    once, for a sum whose weights are known beforehand. `weight`, `targets` and `max_logits` are as
+    there.
     Raises ValueError unless `temperature` is above 0.
     """
+    weight = dequantized(weight, hidden.dtype)
     targets = _check("token_logprobs", hidden, weight, targets, max_logits)
     if not 0 < temperature < math.inf:
         raise ValueError(f"token_logprobs: temperature is {temperature}; expected a number above 0")

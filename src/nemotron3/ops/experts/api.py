@@ -3,19 +3,23 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.errors import OperandError
+from nemotron3.ops.backends import Backend, Implementations, Kernel, resolve
 from nemotron3.ops.checks import (
     check_axes,
     check_divides,
     check_indices,
     check_operand,
     check_positive,
+    check_shape,
+    check_weight,
     without_tokens,
 )
 from nemotron3.ops.experts import activations
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.reference import routed_experts_reference
 from nemotron3.ops.experts.torch import routed_experts_torch
+from nemotron3.ops.weights import QuantizedWeight, Weight
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
@@ -47,24 +51,27 @@ def routed_experts(
     x: Float[Tensor, "tokens d_in"],
     indices: Int[Tensor, "tokens choice"],
     weights: Float[Tensor, "tokens choice"],
-    up: Float[Tensor, "expert up_width d_in"],
-    down: Float[Tensor, "expert d_in width"],
+    up: Weight,
+    down: Weight,
     *,
     activation: Activation,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens d_in"]:
     """Weighted sum of each token's chosen experts, `down act(up x)`.
 
+    `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
+    format, or both of the dtype of `x`.
     With `swiglu` the first matrix holds the gate's rows and then the value's, so `up_width` is
     twice `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token at
     all.
     """
     check_axes("experts", "x", x, "tokens d_in")
-    check_axes("experts", "down", down, "expert d_in width")
+    check_weight("experts", "down", down, "expert d_in width", x)
+    check_weight("experts", "up", up, "expert up_width d_in", x)
     (tokens, d_in), (experts, _, width) = x.shape, down.shape
     check_positive("experts", experts=experts, d_in=d_in, width=width)
-    check_operand("experts", "up", up, (experts, up_factor(activation) * width, d_in), x)
-    check_operand("experts", "down", down, (experts, d_in, width), x)
+    check_shape("experts", "up", up, (experts, up_factor(activation) * width, d_in))
+    check_shape("experts", "down", down, (experts, d_in, width))
     check_axes("experts", "weights", weights, "tokens choice")
     shape = (tokens, weights.shape[1])
     check_operand("experts", "weights", weights, shape, x, same_dtype=False)
@@ -72,5 +79,17 @@ def routed_experts(
     indices = check_indices("experts", "indices", indices, shape, x, (0, experts))
     weights = weights.to(x.dtype)
     if not tokens:
-        return without_tokens(x, weights, up, down)
-    return resolve("experts", backend, _EXPERTS, x)(x, indices, weights, up, down, activation)
+        return without_tokens(x, weights, *(t for t in (up, down) if isinstance(t, Tensor)))
+    implementations = _implementations(up, down)
+    return resolve("experts", backend, implementations, x)(
+        x, indices, weights, up, down, activation
+    )
+
+
+def _implementations(up: Weight, down: Weight) -> Implementations:
+    if isinstance(up, Tensor) and isinstance(down, Tensor):
+        return _EXPERTS
+    if isinstance(up, QuantizedWeight) and type(up) is type(down):
+        return up.routed_experts
+    kinds = [getattr(t, "format", "plain") for t in (up, down)]
+    raise OperandError(f"experts: up is {kinds[0]} and down {kinds[1]}; expected one format")

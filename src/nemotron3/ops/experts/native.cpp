@@ -112,8 +112,9 @@ struct ForwardRoom {
 
 // All rows of one expert, by one thread. `kept` [rows, up_rows] gets the results of the first
 // product where it is not null.
+template <class W>
 void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
-                    int64_t ldx, const float* weights, const float* up, const float* down,
+                    int64_t ldx, const float* weights, W up, W down,
                     const ForwardRoom& room, float* kept, float* outputs) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows(), block = block_rows(end - begin, room.row());
@@ -135,9 +136,9 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
 
 // Few rows for each expert: bound by the reading of matrices, of which every thread takes its part
 // of each. `units` [rows, up_rows] is room for what is between the products.
+template <class W>
 void forward_few(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                 const float* weights, const float* up, const float* down, float* units,
-                 float* outputs, float* y) {
+                 const float* weights, W up, W down, float* units, float* outputs, float* y) {
   const int64_t up_rows = s.up_rows();
   const Range hidden = team.share(s.hidden, LANES), columns = team.share(s.width, LANES);
   const int64_t most = s.tokens * s.choices;  // rows of an expert: a token may choose it twice
@@ -148,7 +149,7 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
     if (rows == 0) continue;
     const int64_t* sources = order.sources + first;
     gather(x, ldx, sources, s.choices, rows, s.width, xs, s.width);
-    const float* matrix = up + e * up_rows * s.width;
+    const W matrix = from_row(up, e * up_rows, s.width);
     float* h = units + first * up_rows;
     for (int64_t at = 0; at < up_rows; at += s.hidden)
       few_rows(rows, xs, s.width, matrix, at + hidden.first, at + hidden.last, s.width, h, up_rows);
@@ -161,23 +162,23 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
   for (int64_t e = 0; e < s.experts; e++) {
     const int64_t first = order.bounds[e], rows = order.bounds[e + 1] - first;
     if (rows)
-      few_rows(rows, units + first * up_rows, up_rows, down + e * s.hidden * s.width, columns.first,
-               columns.last, s.hidden, outputs + first * s.width, s.width);
+      few_rows(rows, units + first * up_rows, up_rows, from_row(down, e * s.width, s.hidden),
+               columns.first, columns.last, s.hidden, outputs + first * s.width, s.width);
   }
   for (int64_t t = 0; t < s.tokens; t++)
     combine(outputs, order.places, s.choices, s.width, columns, t, y);
 }
 
+template <class W>
 void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                  const float* weights, const float* up, const float* down, float* kept,
-                  float* outputs, float* y) {
+                  const float* weights, W up, W down, float* kept, float* outputs, float* y) {
   ForwardRoom room(s);
   Scratch scratch(room.floats());
   room.take(scratch);
   for (int64_t e; (e = team.next()) < s.experts;)
     if (order.bounds[e] < order.bounds[e + 1])
-      forward_expert(s, order, e, x, ldx, weights, up + e * s.up_rows() * s.width,
-                     down + e * s.hidden * s.width, room, kept, outputs);
+      forward_expert(s, order, e, x, ldx, weights, from_row(up, e * s.up_rows(), s.width),
+                     from_row(down, e * s.width, s.hidden), room, kept, outputs);
   team.wait();
   const Range tokens = team.share(s.tokens);
   for (int64_t t = tokens.first; t < tokens.last; t++)
@@ -255,14 +256,33 @@ void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* so
 // y [tokens, width]; `outputs` [rows, width] is room for the experts' results. Few rows come with
 // room for hidden `units` [rows, up_rows], many with null; those may be asked to keep what the
 // backward pass wants.
-void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
-             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
-             float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
-             int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
+template <class W>
+void mixture(Team& team, const float* x, const float* weights, W up, W down, int64_t* bounds,
+             int64_t* sources, int64_t* places, float* units, float* kept, float* outputs, float* y,
+             int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden,
+             int64_t activation, int64_t ldx) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   if (units) forward_few(team, s, order, x, ldx, weights, up, down, units, outputs, y);
   else forward_many(team, s, order, x, ldx, weights, up, down, kept, outputs, y);
+}
+
+void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
+             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
+             float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
+             int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
+  mixture(team, x, weights, up, down, bounds, sources, places, units, kept, outputs, y, tokens,
+          choices, experts, width, hidden, activation, ldx);
+}
+
+void forward_int8(Team& team, const float* x, const float* weights, const int8_t* up_codes,
+                  const float* up_scales, const int8_t* down_codes, const float* down_scales,
+                  int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
+                  float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
+                  int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
+  mixture(team, x, weights, Int8Rows{up_codes, up_scales}, Int8Rows{down_codes, down_scales},
+          bounds, sources, places, units, kept, outputs, y, tokens, choices, experts, width, hidden,
+          activation, ldx);
 }
 
 // a [rows, hidden] = act(h), row by row.
@@ -277,6 +297,7 @@ void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t h
 
 PARALLEL_KERNEL(experts_order, order_rows)
 PARALLEL_KERNEL(experts_forward, forward)
+PARALLEL_KERNEL(experts_forward_int8, forward_int8)
 PARALLEL_KERNEL(activate_forward, activate_rows)
 
 extern "C" {

@@ -14,10 +14,12 @@ from torch import Tensor
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.strides import contiguous_rows
+from nemotron3.ops.weights import Int8Weight, Weight, dequantized
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = ParallelKernel(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
+_forward_int8 = ParallelKernel(_SOURCE, "experts_forward_int8", "ppppppppppppp iiiiiii")
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
 _activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
@@ -26,7 +28,7 @@ _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 _FEW_ROWS = 12
 """Of an expert, on average: up to which turning its matrices costs more than it gains."""
 
-_Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+_Operands = tuple[Tensor, Tensor, Weight, Weight]
 """x, weights, up and down."""
 _Order = tuple[Tensor, Tensor, Tensor]
 
@@ -35,9 +37,27 @@ def routed_experts_native(
     x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
     """Apply all experts; shapes as in `nemotron3.ops.experts.api.routed_experts`."""
-    operands = (contiguous_rows(x), weights.contiguous(), up.contiguous(), down.contiguous())
+    return _routed(x, indices, weights, up.contiguous(), down.contiguous(), activation)
+
+
+def routed_experts_int8_native(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: Int8Weight,
+    down: Int8Weight,
+    activation: Activation,
+) -> Tensor:
+    """The same for 8-bit codes, which are read as they lie; gradients dequantize all of them."""
+    return _routed(x, indices, weights, up, down, activation)
+
+
+def _routed(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
+) -> Tensor:
+    operands = (contiguous_rows(x), weights.contiguous(), up, down)
     order = _order_rows(indices.contiguous(), up.shape[0])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands):
         return _RoutedExperts.apply(*operands, order, activation)
     return _apply(operands, order, activation)
 
@@ -50,7 +70,7 @@ def _order_rows(indices: Tensor, experts: int) -> _Order:
     return bounds, sources, places
 
 
-def _sizes(weights: Tensor, down: Tensor, activation: Activation) -> tuple[int, ...]:
+def _sizes(weights: Tensor, down: Weight, activation: Activation) -> tuple[int, ...]:
     experts, width, hidden = down.shape
     return (*weights.shape, experts, width, hidden, _ACTIVATIONS[activation])
 
@@ -62,12 +82,22 @@ def _apply(
     x, weights, up, down = operands
     outputs = x.new_empty(weights.numel(), x.shape[1])
     y = x.new_empty(x.shape)
-    few = kept is None and weights.numel() <= _FEW_ROWS * len(up)
+    few = kept is None and weights.numel() <= _FEW_ROWS * up.shape[0]
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = _sizes(weights, down, activation)
-    work = weights.numel() * up[0].numel()
-    _forward(*operands, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
+    work = weights.numel() * up.shape[1] * up.shape[2]
+    forward = _forward if isinstance(up, Tensor) else _forward_int8
+    matrices = (*_memory(up), *_memory(down))
+    forward(x, weights, *matrices, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
     return y
+
+
+def _memory(weight: Weight) -> tuple[Tensor, ...]:
+    """What native.cpp reads a weight from."""
+    if isinstance(weight, Tensor):
+        return (weight,)
+    assert isinstance(weight, Int8Weight), "other formats have kernels of their own"
+    return weight.codes.contiguous(), weight.scales.contiguous()
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -76,13 +106,15 @@ class _RoutedExperts(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weights: Tensor,
-        up: Tensor,
-        down: Tensor,
+        up: Weight,
+        down: Weight,
         order: _Order,
         activation: Activation,
     ) -> Tensor:
         kept = x.new_empty(weights.numel(), up.shape[1])
-        ctx.save_for_backward(x, weights, up, down, kept, *order)
+        is_plain = isinstance(up, Tensor)
+        ctx.save_for_backward(x, weights, *((up, down) if is_plain else (None, None)), kept, *order)
+        ctx.quantized = None if is_plain else (up, down)  # no graph may hold on to its own leaves
         ctx.activation = activation
         return _apply((x, weights, up, down), order, activation, kept)
 
@@ -90,6 +122,8 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, up, down, kept, *order = ctx.saved_tensors
         needs_x, _, needs_up, needs_down, *_ = ctx.needs_input_grad
+        if up is None:
+            up, down = map(dequantized, ctx.quantized)
         grad = contiguous_rows(grad)
         rows = x.new_empty(weights.numel(), x.shape[1]) if needs_x else None
         dx = x.new_empty(x.shape) if needs_x else None

@@ -100,8 +100,10 @@ class _RoutedExperts(torch.autograd.Function):
         da = _product(dy, down, bounds)
         unweighted = activate(h, ctx.activation)
         d_weights = (da * unweighted).sum(-1)[slot].unflatten(0, (tokens, k))
-        d_down = _weight_gradient(dy, unweighted.mul_(slot_weights), bounds)
+        _, _, needs_up, needs_down, *_ = ctx.needs_input_grad
+        a = unweighted.mul_(slot_weights)
+        d_down = _weight_gradient(dy, a, bounds) if needs_down else None
         dh = activation_backward(h, da.mul_(slot_weights), ctx.activation)
-        d_up = _weight_gradient(dh, x[token_of_slot], bounds)
+        d_up = _weight_gradient(dh, x[token_of_slot], bounds) if needs_up else None
         dx = _product(dh, up, bounds)[slot].unflatten(0, (tokens, k)).sum(1)
         return dx, d_weights, d_up, d_down, None, None, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch.nn import functional as F
 
 from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, Kernel, resolve
-from nemotron3.ops.checks import check_axes, check_operand
+from nemotron3.ops.checks import check_axes, check_shape, check_weight
 from nemotron3.ops.linear.reference import linear_reference
+from nemotron3.ops.weights import QuantizedWeight, Weight
 
 _PRODUCTS = {
     "reference": linear_reference,
@@ -20,7 +22,7 @@ _PRODUCTS = {
 
 
 def _in_parts(
-    product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, sizes: Sequence[int]
+    product: Callable[[Tensor, Any], Tensor], x: Tensor, weight: Weight, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     return product(x, weight).split(sizes, dim=-1)
 
@@ -34,18 +36,19 @@ _PRODUCTS_IN_PARTS = {
 
 def linear(
     x: Float[Tensor, "*batch d_in"],
-    weight: Float[Tensor, "d_out d_in"],
+    weight: Weight,
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d_out"]:
-    """x W^T, both of one dtype."""
+    """x W^T for a weight [d_out, d_in]: quantized, or of the dtype of `x`."""
     _check(x, weight)
-    return resolve("linear", backend, _PRODUCTS, x)(x, weight)
+    products = weight.linear if isinstance(weight, QuantizedWeight) else _PRODUCTS
+    return resolve("linear", backend, products, x)(x, weight)
 
 
 def linear_parts(
     x: Float[Tensor, "*batch d_in"],
-    weight: Float[Tensor, "d_out d_in"],
+    weight: Weight,
     sizes: Sequence[int],
     *,
     backend: Backend = "auto",
@@ -56,11 +59,13 @@ def linear_parts(
         raise OperandError(
             f"linear: sizes {list(sizes)} do not make up the {weight.shape[0]} rows of weight"
         )
+    if isinstance(weight, QuantizedWeight):
+        return _in_parts(resolve("linear", backend, weight.linear, x), x, weight, sizes)
     return resolve("linear", backend, _PRODUCTS_IN_PARTS, x)(x, weight, sizes)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    check_axes("linear", "weight", weight, "d_out d_in")
-    if x.dim() == 0:
+def _check(x: Tensor, weight: Weight) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
         check_axes("linear", "x", x, "tokens d_in")
-    check_operand("linear", "weight", weight, (weight.shape[0], x.shape[-1]), x)
+    check_weight("linear", "weight", weight, "d_out d_in", x)
+    check_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))

@@ -20,7 +20,8 @@ constexpr int64_t COLUMNS = 512;  // of the result, which a block goes over whil
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more
 
 // y [rows, outputs] = x [rows, inputs] W^T.
-void forward(Team& team, const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
+template <class W>
+void product(Team& team, const float* x, W w, float* y, int64_t rows, int64_t outputs,
              int64_t inputs, int64_t ldx) {
   if (rows <= FEW_ROWS) {
     const Range part = team.share(outputs, LANES);
@@ -38,9 +39,20 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
     const int64_t width = min(outputs - first, some * STRIP), h = min(rows - row, block);
     for (int64_t t = 0; t < inputs || t == 0; t += slice)
       gemm_turned(h, width, min(inputs - t, slice), x + row * ldx + t, ldx, 1,
-                  w + first * inputs + t, inputs, y + row * outputs + first, outputs, t);
+                  from_column(from_row(w, first, inputs), t), inputs, y + row * outputs + first,
+                  outputs, t);
     task += some;
   }
+}
+
+void forward(Team& team, const float* x, const float* w, float* y, int64_t rows, int64_t outputs,
+             int64_t inputs, int64_t ldx) {
+  product(team, x, w, y, rows, outputs, inputs, ldx);
+}
+
+void forward_int8(Team& team, const float* x, const int8_t* codes, const float* scales, float* y,
+                  int64_t rows, int64_t outputs, int64_t inputs, int64_t ldx) {
+  product(team, x, Int8Rows{codes, scales}, y, rows, outputs, inputs, ldx);
 }
 
 // Columns of a matrix that lie in another place than those beside them.
@@ -90,6 +102,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
 }  // namespace
 
 PARALLEL_KERNEL(linear_forward, forward)
+PARALLEL_KERNEL(linear_forward_int8, forward_int8)
 
 extern "C" {
 

@@ -10,9 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.strides import contiguous_rows
+from nemotron3.ops.weights import Int8Weight
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = ParallelKernel(_SOURCE, "linear_forward", "ppp iiii")
+_forward_int8 = ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii")
 _backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iii")
 _backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiii")
 
@@ -32,6 +34,25 @@ def linear_parts_native(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tupl
     else:
         parts = _split(product(rows, weight), sizes)
     return parts if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in parts)
+
+
+def linear_int8_native(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x W^T for 8-bit codes, which are read as they lie."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = _Int8Linear.apply(rows, weight)
+    else:
+        y = _int8_product(rows, weight)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _int8_product(x: Tensor, weight: Int8Weight) -> Tensor:
+    x, codes, scales = contiguous_rows(x), weight.codes.contiguous(), weight.scales.contiguous()
+    rows, (outputs, inputs) = x.shape[0], codes.shape
+    y = x.new_empty(rows, outputs)
+    work = rows * outputs * inputs
+    _forward_int8(x, codes, scales, y, rows, outputs, inputs, x.stride(0), work=work)
+    return y
 
 
 def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
@@ -93,3 +114,17 @@ class _Linear(torch.autograd.Function):
         dx = None if weight is None else input_gradient(*grads, weight=weight)
         dw = None if x is None else weight_gradient(*grads, x=x)
         return dx, dw, None
+
+
+class _Int8Linear(torch.autograd.Function):
+    """A product whose gradient dequantizes the whole weight: training is not bound by that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight) -> Tensor:
+        ctx.weight = weight
+        return _int8_product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return input_gradient(grad, weight=ctx.weight.dequantize()), None

@@ -8,6 +8,7 @@
 // rows there are.
 #pragma once
 #include "simd.h"
+#include "weights.h"
 
 namespace detail {
 constexpr int ROWS = LANES == 8 ? 3 : 6;  // with VECTORS, what the registers hold
@@ -98,18 +99,35 @@ INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, floa
   }
 }
 
-template <bool ADD, bool TURN>
+// `width` rows of a weight, `depth` elements of each, turned.
+INLINE void turn(const float* b, int64_t ldb, int64_t depth, int64_t width, float* to) {
+  transpose(b, ldb, width, depth, to, WIDTH);
+}
+INLINE void turn(Int8Rows b, int64_t ldb, int64_t depth, int64_t width, float* to) {
+  alignas(64) float rows[WIDTH * DEPTH];
+  for (int64_t n = 0; n < width; n++) {
+    const int8_t* codes = b.codes + n * ldb;
+    for (int64_t t = 0; t < depth; t += LANES) {
+      const int64_t left = depth - t;
+      store(rows + n * DEPTH + t,
+            b.scales[n] * (left < LANES ? load_part(codes + t, left) : load(codes + t)));
+    }
+  }
+  transpose(rows, DEPTH, width, depth, to, WIDTH);
+}
+
+template <bool ADD, bool TURN, class B>
 static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                  int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
-                  const float* ahead) {
+                  int64_t a_depth, B b, int64_t ldb, float* c, int64_t ldc, const float* ahead) {
   alignas(64) float packed[DEPTH * WIDTH];
   const bool copy = TURN || (rows >= WORTH_PACKING && ldb > WIDTH);
   for (int64_t n = 0; n < columns; n += WIDTH) {
     const int64_t left = columns - n < WIDTH ? columns - n : WIDTH;
     const int64_t vectors = (left + LANES - 1) / LANES, tail = left - (vectors - 1) * LANES;
-    if (TURN) transpose(b + n * ldb, ldb, left, depth, packed, WIDTH);
+    const float* bn = packed;
+    if constexpr (TURN) turn(from_row(b, n, ldb), ldb, depth, left, packed);
     else if (copy) pack(b + n, ldb, depth, left, packed);
-    const float* bn = copy ? packed : b + n;
+    else bn = b + n;
     const int64_t ldbn = copy ? WIDTH : ldb;
     float* cn = c + n;
     switch (vectors) {
@@ -121,13 +139,14 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, 
   }
 }
 
-template <bool TURN>
+template <bool TURN, class B>
 INLINE void blocks(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                   int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
+                   int64_t a_depth, B b, int64_t ldb, float* c, int64_t ldc, bool add,
                    const float* next = nullptr) {
   for (int64_t t = 0; t < depth || t == 0; t += DEPTH) {
     const int64_t n = depth - t < DEPTH ? depth - t : DEPTH;
-    const float *at = a + t * a_depth, *bt = b + t * (TURN ? 1 : ldb);
+    const float* at = a + t * a_depth;
+    const B bt = TURN ? from_column(b, t) : from_row(b, t, ldb);
     const float* ahead = next ? next + t * WIDTH : nullptr;
     if (add || t) block<true, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc, ahead);
     else block<false, TURN>(rows, columns, n, at, a_row, a_depth, bt, ldb, c, ldc, ahead);
@@ -159,6 +178,13 @@ static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, con
     detail::blocks<true>(rows, width, depth, a, a_row, a_depth, strip, ldb, c + n, ldc, add,
                          ldb == depth ? following : nullptr);
   }
+}
+
+// The same with codes, which are so few bytes that nothing is asked for ahead.
+static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, const float* a,
+                               int64_t a_row, int64_t a_depth, Int8Rows b, int64_t ldb, float* c,
+                               int64_t ldc, bool add = false, Int8Rows = {}) {
+  detail::blocks<true>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }
 
 // Most rows of A to take at a time where each brings `width` elements to memory: as many as half of

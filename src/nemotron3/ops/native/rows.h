@@ -6,12 +6,13 @@
 // it is asked for. An output is summed in the same order for any number of rows.
 #pragma once
 #include "simd.h"
+#include "weights.h"
 
 constexpr int64_t FEW_ROWS = 8;  // up to which turning W for gemm.h costs more than it gains
 
 namespace detail {
 constexpr int64_t MOST = 4;     // rows at a time
-constexpr int64_t AHEAD = 512;  // elements: about what memory brings while a row is being added up
+constexpr int64_t AHEAD = 2048;  // bytes: about what memory brings while a row is being added up
 
 // `vectors[i]` summed over its lanes, for LANES vectors at once.
 INLINE vec sums(vec (&vectors)[LANES]) {
@@ -23,8 +24,8 @@ INLINE vec sums(vec (&vectors)[LANES]) {
   return vectors[0];
 }
 
-template <int M>
-INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t n, vec (&to)[M]) {
+template <int M, class T>
+INLINE void multiply(const float* x, int64_t ldx, const T* w, int64_t n, vec (&to)[M]) {
   const vec weights = n == LANES ? load(w) : load_part(w, n);
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++)
@@ -32,14 +33,15 @@ INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t n, vec
 }
 
 // An output of M rows, not yet summed over lanes.
-template <int M, bool ASK>
-INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t depth, vec* total) {
+template <int M, bool ASK, class T>
+INLINE void dots(const float* x, int64_t ldx, const T* w, int64_t depth, vec* total) {
+  constexpr int64_t ahead = AHEAD / sizeof(T);
   vec even[M]{}, odd[M]{};  // a sum waits for the one before
   int64_t t = 0;
   for (; t + 2 * LANES <= depth; t += 2 * LANES) {
-    if (ASK) __builtin_prefetch(w + t + AHEAD);
+    if (ASK) __builtin_prefetch(w + t + ahead);
     multiply<M>(x + t, ldx, w + t, LANES, even);
-    if (ASK) __builtin_prefetch(w + t + LANES + AHEAD);
+    if (ASK) __builtin_prefetch(w + t + LANES + ahead);
     multiply<M>(x + t + LANES, ldx, w + t + LANES, LANES, odd);
   }
   if (t + LANES <= depth) {
@@ -52,19 +54,20 @@ INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t depth, vec
 }
 
 // `outputs` of M rows, so few that their sums fit one vector.
-template <int M, bool ASK>
-static void few_rows(const float* x, int64_t ldx, const float* w, int64_t outputs, int64_t depth,
-                     float* y, int64_t ldy) {
+template <int M, bool ASK, class W>
+static void few_rows(const float* x, int64_t ldx, W w, int64_t outputs, int64_t depth, float* y,
+                     int64_t ldy) {
   vec total[LANES]{};
-  for (int64_t r = 0; r < outputs; r++) dots<M, ASK>(x, ldx, w + r * depth, depth, total + r * M);
+  for (int64_t r = 0; r < outputs; r++)
+    dots<M, ASK>(x, ldx, elements(w) + r * depth, depth, total + r * M);
   const vec result = sums(total);
   for (int m = 0; m < M; m++)
-    for (int64_t r = 0; r < outputs; r++) y[m * ldy + r] = result[r * M + m];
+    for (int64_t r = 0; r < outputs; r++) y[m * ldy + r] = scaled(w, r, result[r * M + m]);
 }
 
-template <bool ASK>
-static void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w, int64_t outputs,
-                     int64_t depth, float* y, int64_t ldy) {
+template <bool ASK, class W>
+static void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t outputs, int64_t depth,
+                     float* y, int64_t ldy) {
   switch (rows) {
     case 1: return few_rows<1, ASK>(x, ldx, w, outputs, depth, y, ldy);
     case 2: return few_rows<2, ASK>(x, ldx, w, outputs, depth, y, ldy);
@@ -75,17 +78,18 @@ static void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w, 
 }  // namespace detail
 
 // y [rows, first..last) for any number of rows; columns of y are outputs of W.
-static inline void few_rows(int64_t rows, const float* x, int64_t ldx, const float* w,
-                            int64_t first, int64_t last, int64_t depth, float* y, int64_t ldy) {
+template <class W>
+static inline void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t first,
+                            int64_t last, int64_t depth, float* y, int64_t ldy) {
   if (rows == 0) return;
   const int64_t groups = (rows + detail::MOST - 1) / detail::MOST;
   const int64_t most = (rows + groups - 1) / groups;  // rows of a group
   const int64_t step = LANES / most;
   for (int64_t n = first; n < last; n += step) {
     const int64_t outputs = last - n < step ? last - n : step;
-    detail::few_rows<true>(most, x, ldx, w + n * depth, outputs, depth, y + n, ldy);
+    detail::few_rows<true>(most, x, ldx, from_row(w, n, depth), outputs, depth, y + n, ldy);
     for (int64_t m = most; m < rows; m += most)
-      detail::few_rows<false>(rows - m < most ? rows - m : most, x + m * ldx, ldx, w + n * depth,
-                              outputs, depth, y + m * ldy + n, ldy);
+      detail::few_rows<false>(rows - m < most ? rows - m : most, x + m * ldx, ldx,
+                              from_row(w, n, depth), outputs, depth, y + m * ldy + n, ldy);
   }
 }

@@ -1,0 +1,44 @@
+"""Routed experts with quantized weights, by those with the matrices that they stand for."""
+
+from torch import Tensor
+
+from nemotron3.ops.backends import Kernel
+from nemotron3.ops.experts.activations import Activation
+from nemotron3.ops.experts.reference import routed_experts_reference
+from nemotron3.ops.experts.torch import routed_experts_torch
+from nemotron3.ops.weights import Weight, dequantized
+
+_NATIVE = Kernel("nemotron3.ops.experts.native", "routed_experts_native")
+_TRITON = Kernel("nemotron3.ops.experts.triton", "routed_experts_triton")
+
+
+def routed_experts_dequantized_reference(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    matrices = dequantized(up, x.dtype), dequantized(down, x.dtype)
+    return routed_experts_reference(x, indices, weights, *matrices, activation)
+
+
+def routed_experts_dequantized_torch(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    matrices = dequantized(up, x.dtype), dequantized(down, x.dtype)
+    return routed_experts_torch(x, indices, weights, *matrices, activation)
+
+
+def routed_experts_dequantized_native(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    matrices = dequantized(up, x.dtype), dequantized(down, x.dtype)
+    return _NATIVE.load()(x, indices, weights, *matrices, activation)
+
+
+def routed_experts_dequantized_triton(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    matrices = dequantized(up, x.dtype), dequantized(down, x.dtype)
+    return _TRITON.load()(x, indices, weights, *matrices, activation)

@@ -1,0 +1,35 @@
+"""Products with a quantized weight, by those with the matrix that it stands for."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from nemotron3.ops.linear.reference import linear_reference
+from nemotron3.ops.weights import QuantizedWeight
+
+
+def linear_dequantized_reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x W^T; shapes as in `nemotron3.ops.linear.api.linear`."""
+    return linear_reference(x, weight.dequantize(x.dtype))
+
+
+def linear_dequantized_torch(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x W^T; shapes as in `nemotron3.ops.linear.api.linear`."""
+    return _Linear.apply(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the quantized weight for the backward pass, not the matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.weight.dequantize(grad.dtype), None

@@ -1,0 +1,7 @@
+"""Weights of products: plain tensors, and those that are kept in a narrower number format."""
+
+from nemotron3.ops.weights.formats import FORMATS, WeightFormat
+from nemotron3.ops.weights.int8 import Int8Weight
+from nemotron3.ops.weights.quantized import QuantizedWeight, Weight, dequantized
+
+__all__ = ["FORMATS", "Int8Weight", "QuantizedWeight", "Weight", "WeightFormat", "dequantized"]

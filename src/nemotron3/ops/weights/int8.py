@@ -1,0 +1,95 @@
+"""Weights as 8-bit integers, with a scale for each output: w[n, k] = scales[n] codes[n, k].
+
+Activations stay as they are, and sums are float32's. Codes are symmetric, -127 to 127, and a row's
+scale is its largest magnitude over 127, so an element is at most half a scale off.
+"""
+
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from nemotron3.errors import OperandError
+from nemotron3.ops.backends import Implementations, Kernel
+from nemotron3.ops.weights.quantized import QuantizedWeight, Weight
+
+_MAX_CODE = 127
+
+
+class Int8Weight(QuantizedWeight):
+    """8-bit codes and a float32 scale per output."""
+
+    format: ClassVar[str] = "int8"
+    linear: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.linear,
+            "native": Kernel("nemotron3.ops.linear.native", "linear_int8_native"),
+        }
+    )
+    routed_experts: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.routed_experts,
+            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_int8_native"),
+        }
+    )
+
+    codes: Int8[Tensor, "*expert d_out d_in"]
+    scales: Float[Tensor, "*expert d_out"]
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def empty(cls, shape: torch.Size) -> Self:
+        """A weight of this shape without values, on PyTorch's default device."""
+        return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """The nearest weight in this format to a matrix [out, in], or one for each expert."""
+        with weight.device:
+            return cls.empty(weight.shape).copy_(weight)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix, or matrices, that it stands for."""
+        return self.codes.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix itself, computed in float32 at least and then rounded to `dtype`."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.codes.to(wide) * self.scales.to(wide).unsqueeze(-1)).to(dtype)
+
+    @torch.no_grad()
+    def copy_(self, values: Weight) -> Self:
+        """Take the values of a tensor, rounded, or those of another weight of the format.
+
+        Raises OperandError where a value is not finite.
+        """
+        if isinstance(values, Int8Weight):
+            self.codes.copy_(values.codes)
+            self.scales.copy_(values.scales)
+            return self
+        matrix = values if isinstance(values, Tensor) else values.dequantize()
+        matrix = matrix.detach().to(self.device, torch.float32)
+        scales = matrix.abs().amax(-1) / _MAX_CODE
+        if not scales.isfinite().all():
+            raise OperandError(
+                "int8: a weight holds values that are not finite; no scale can express them"
+            )
+        steps = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+        self.codes.copy_((matrix / steps).round_().clamp_(-_MAX_CODE, _MAX_CODE))
+        self.scales.copy_(scales)
+        return self
+
+    def parts(self) -> dict[str, Tensor]:
+        """Codes under the weight's own name and scales beside it."""
+        return {"": self.codes, "_scale": self.scales}
+
+    def __getitem__(self, index: Any) -> Self:
+        """Part of it, in the same memory; `index` is for the axes before the last."""
+        return type(self)(self.codes[index], self.scales[index])

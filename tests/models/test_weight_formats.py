@@ -1,0 +1,168 @@
+"""Models whose matrices are kept in a number format: as good as its rounding, saved and read."""
+
+import json
+
+import pytest
+import torch
+from nemotron3.models.steps import StepRunner
+
+from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.parameter import state_tensors, weight_format
+from nemotron3.models.precision import convert_weights
+from nemotron3.ops.weights import FORMATS, QuantizedWeight
+from tests.tiny import qwen_config, tiny_config, tiny_model, tokens_for
+from tests.tolerances import DECODE, FLOAT32
+
+MODELS = {
+    "whole": tiny_config("MEM*E-ME/*E/*E"),
+    "wide experts": tiny_config("ME*E", moe={"moe_latent_size": None}),
+    "transformer": qwen_config(),
+    "tied": tiny_config("M*-", tie_word_embeddings=True),
+}
+every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+every_format = pytest.mark.parametrize("weights", FORMATS)
+
+
+@every_format
+@every_model
+@torch.no_grad()
+def test_is_the_dequantized_model(config, weights, assert_close):
+    plain = tiny_model(config)
+    model = convert_weights(plain, weights)
+    tokens = tokens_for(config, 2, 37)
+    logits = model(tokens)
+    assert_close(logits, convert_weights(model, None)(tokens), FLOAT32)
+    # Rounding to a 254th of each row's range is seen, and no more: where it changes which experts
+    # a token goes to, random weights make a difference of a tenth.
+    off = (logits - plain(tokens)).square().mean().sqrt() / plain(tokens).std()
+    assert 1e-4 < off < 0.2
+
+
+@every_format
+def test_keeps_what_is_not_a_matrix_of_products(weights):
+    model = convert_weights(tiny_model(MODELS["whole"]), weights)
+    kinds = {name: isinstance(t, QuantizedWeight) for name, t in state_tensors(model)}
+    ends = ("in_proj.weight", "out_proj.weight", "up_proj", "down_proj", "lm_head.weight")
+    assert all(kinds[name] for name in kinds if name.endswith(ends))
+    stay = ("gate.weight", "embeddings.weight", "A_log", "conv1d.weight", "D", "dt_bias", "bias")
+    assert not any(kinds[name] for name in kinds if name.endswith(stay) or "norm" in name)
+    assert weight_format(model) == weights
+    assert model.compute_dtype == torch.float32
+
+
+@every_format
+@every_model
+@torch.no_grad()
+def test_steps_are_the_forward_pass(config, weights, assert_close):
+    """One sequence read token by token: the first step, and its replays, against the whole."""
+    model = convert_weights(tiny_model(config), weights)
+    tokens = tokens_for(config, 3, 21)
+    cache = model.new_state(3)
+    steps = StepRunner(model, cache)
+    replayed = [steps.run(part.tolist(), [0, 1, 2]).logits.clone() for part in tokens.split(1, 1)]
+    assert_close(torch.cat(replayed, 1), model(tokens), DECODE)
+    state = model.new_state(3)
+    for part, step in zip(tokens.split(1, 1), replayed, strict=True):
+        layout = state.layout([1] * 3)
+        logits = model.logits(model.hidden_states(part.flatten(), layout=layout, state=state))
+        assert torch.equal(logits, step[:, 0])
+
+
+@every_format
+@every_model
+def test_is_saved_and_read_to_the_bit(tmp_path, config, weights):
+    model = convert_weights(tiny_model(config), weights)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == "nemotron3"
+    assert fields["quantization_config"]["format"] == weights
+    read = LanguageModel.from_pretrained(tmp_path)
+    assert read.config == config
+    assert_same(read, model)
+    read.save_pretrained(tmp_path / "again")
+    assert_same(LanguageModel.from_pretrained(tmp_path / "again", weights=weights), model)
+
+
+@every_format
+@every_model
+def test_plain_files_are_quantized_as_they_are_read(tmp_path, config, weights):
+    model = tiny_model(config)
+    model.save_pretrained(tmp_path)
+    read = LanguageModel.from_pretrained(tmp_path, weights=weights)
+    assert_same(read, convert_weights(model, weights))
+
+
+@every_format
+@every_model
+def test_a_converted_model_goes_back_to_its_layout(tmp_path, config, weights):
+    tiny_model(config).save_pretrained(tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    model = LanguageModel.from_pretrained(tmp_path, weights=weights)
+    convert_weights(model, None).save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == before
+    read = LanguageModel.from_pretrained(tmp_path / "plain")
+    assert weight_format(read) is None
+    assert_same(read, convert_weights(model, None))
+
+
+@every_format
+def test_activations_may_be_bfloat16(tmp_path, weights, assert_close):
+    config = MODELS["whole"]
+    tiny_model(config).save_pretrained(tmp_path)
+    model = LanguageModel.from_pretrained(tmp_path, weights=weights, dtype=torch.bfloat16)
+    tokens = tokens_for(config, 2, 9)
+    assert model.compute_dtype == torch.bfloat16
+    with torch.no_grad():
+        assert_close(model(tokens), convert_weights(model, None)(tokens), FLOAT32)
+    model.save_pretrained(tmp_path / "narrow")
+    read = LanguageModel.from_pretrained(tmp_path / "narrow")
+    assert read.compute_dtype == torch.bfloat16
+    assert_same(read, model)
+
+
+@every_format
+def test_gradients_pass_through(weights, assert_close):
+    """What is not quantized is trained beside the frozen matrices, as if these were plain."""
+    config = MODELS["whole"]
+    model = convert_weights(tiny_model(config), weights)
+    plain = convert_weights(model, None)
+    tokens = tokens_for(config, 2, 15)
+    for each in (model, plain):
+        each(tokens).logsumexp(-1).sum().backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(parameter.grad, gradients[name].grad, 1e-4)
+    assert model.backbone.embeddings.weight.grad.any()
+
+
+@every_format
+def test_what_does_not_fit_is_refused(tmp_path, weights):
+    config = MODELS["wide experts"]
+    model = tiny_model(config)
+    with pytest.raises(ConfigError, match="weights is 'int3'; the number formats are int8"):
+        convert_weights(model, "int3")
+    convert_weights(model, weights).save_pretrained(tmp_path / "held")
+    fields = json.loads((tmp_path / "held" / "config.json").read_text())
+    fields["quantization_config"]["format"] = "int3"
+    (tmp_path / "held" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="weights is 'int3'"):
+        LanguageModel.from_pretrained(tmp_path / "held")
+    del fields["quantization_config"]
+    (tmp_path / "held" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="a quantized format"):
+        LanguageModel.from_pretrained(tmp_path / "held")
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight'.* not finite"):
+        LanguageModel.from_pretrained(tmp_path / "broken", weights=weights)
+
+
+def assert_same(a: LanguageModel, b: LanguageModel) -> None:
+    tensors, others = a.state_dict(), b.state_dict()
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype
+        assert torch.equal(tensor, others[name]), name
