@@ -60,7 +60,8 @@ def test_losses_fell_and_heads_learnt(run_folder):
     lines = dict(read_metrics(run_folder / "metrics.jsonl"))
     assert list(lines) == list(range(1, STEPS + 1))
     first, last = lines[1], lines[STEPS]
-    assert first["train/loss"] == pytest.approx(math.log(320), abs=0.5)  # knows nothing
+    # It knows nothing, and its logits have a variance of 0.8, which costs half of that.
+    assert first["train/loss"] == pytest.approx(math.log(320) + 0.4, abs=0.4)
     assert last["train/loss"] < 0.25 * first["train/loss"]
     for depth in (1, 2):
         assert last[f"train/loss_mtp_{depth}"] < 0.4 * first[f"train/loss_mtp_{depth}"]
