@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from nemotron3.models.steps import StepRunner
 
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import state_tensors, weight_format
 from nemotron3.models.precision import convert_weights
@@ -59,8 +59,10 @@ def test_steps_are_the_forward_pass(config, weights, assert_close):
     model = convert_weights(tiny_model(config), weights)
     tokens = tokens_for(config, 3, 21)
     cache = model.new_state(3)
-    steps = StepRunner(model, cache)
-    replayed = [steps.run(part.tolist(), [0, 1, 2]).logits.clone() for part in tokens.split(1, 1)]
+    steps = ModelRunner(model, cache)
+    replayed = [
+        steps.decode(part.tolist(), [0, 1, 2]).logits.clone() for part in tokens.split(1, 1)
+    ]
     assert_close(torch.cat(replayed, 1), model(tokens), DECODE)
     state = model.new_state(3)
     for part, step in zip(tokens.split(1, 1), replayed, strict=True):

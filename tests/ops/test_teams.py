@@ -116,19 +116,6 @@ assert torch.equal(compute(), expected)
 """)
 
 
-def test_a_process_ends_while_threads_compute():
-    run("""
-def forever():
-    while True:
-        compute()
-
-for _ in range(2):
-    threading.Thread(target=forever, daemon=True).start()
-for _ in range(20):
-    compute()
-""")
-
-
 SIZE = """
 #include "team.cpp"
 // The sizes that a team of `wanted` has after each of n measurements of 20 milliseconds, of which
