@@ -68,9 +68,7 @@ def library(source: Path) -> ctypes.CDLL:
             _compile(compiler, source, path)
     if source == TEAMS:
         fit_pytorch()
-        teams = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        teams.nemotron3_calm_openmp()
-        return teams
+        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     library(TEAMS)
     return ctypes.CDLL(str(path))
 

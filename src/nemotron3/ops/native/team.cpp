@@ -1,9 +1,11 @@
 // The threads of teams: who they are, how they wait, and how many an operation gets.
 //
-// A thread that calls operations has helpers of its own, which it starts when it first needs them
-// and which end with it; so callers share nothing, and a forked child, which has no threads but its
-// own, starts others. Waiting is a short spin, then sleep: whoever waits for long has lost its
-// partner's processor to another program, which then at least gets the one of the waiter.
+// On idle processors they are PyTorch's own threads for this caller (openmp.h). Where processors are
+// contended, or PyTorch has another runtime, a thread that calls operations has helpers of its own,
+// which it starts when it first needs them and which end with it; so callers share nothing, and a
+// forked child, which has no threads but its own, starts others. Waiting is a short spin, then sleep:
+// whoever waits for long has lost its partner's processor to another program, which then at least
+// gets the one of the waiter.
 //
 // Where processors are contended, threads that wait for each other lose more than they gain: each
 // piece of work takes as long as its unluckiest thread. So a team measures what it gets, the work
@@ -12,10 +14,8 @@
 // operation's bits are the same for any number of threads.
 #include "team.h"
 
-#include <dlfcn.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -25,6 +25,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "openmp.h"
 
 namespace {
 #if defined(__x86_64__)
@@ -94,6 +96,24 @@ class Stopwatch {
   const int64_t start, used;
 };
 
+std::atomic<int64_t> forks{0};
+
+// Whether other programs want the processors of this process, or several of its callers each other's.
+class Contention {
+ public:
+  static bool lasts() { return now() < until.load(std::memory_order_relaxed); }
+
+  static void note(int64_t time) {
+    until.store(time + LASTS, std::memory_order_relaxed);
+    OpenMP* openmp = OpenMP::loaded();
+    if (openmp && forks.load(std::memory_order_relaxed) == 0) openmp->sleep_until(time + LASTS);
+  }
+
+ private:
+  static constexpr int64_t LASTS = 1000 * MILLISECOND;  // after it was seen last
+  static inline std::atomic<int64_t> until{0};
+};
+
 // How many threads the teams of one caller have, where `wanted` would be worth it on idle processors.
 class Size {
  public:
@@ -122,6 +142,8 @@ class Size {
     const double power = (double)seen.worked / seen.lasted;  // in processors
     const double lost = (double)seen.kept_out / seen.lasted;
     seen = Share();
+    const bool is_contended = lost > CONTENDED * most;
+    if (is_contended || most < wanted) Contention::note(time);
     if (is_trial) {
       // More threads have to be better by something, or they would be tried for nothing.
       const bool stays = most > before ? power > BETTER * power_before : BETTER * power > power_before;
@@ -133,7 +155,7 @@ class Size {
     }
     if (time < next_trial) return;
     int64_t trial = most;
-    if (most > 1 && lost > CONTENDED * most) trial = most - std::max<int64_t>(1, lost);
+    if (most > 1 && is_contended) trial = most - std::max<int64_t>(1, lost);
     else if (most < wanted) trial = std::min(wanted, 2 * most);
     if (trial == most) return;
     before = most;
@@ -151,22 +173,6 @@ class Size {
   Share seen;
 };
 
-// Threads that start meanwhile get no signals: those are for threads that know what to do with them.
-class NoSignals {
- public:
-  NoSignals() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-  }
-  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
-
- private:
-  sigset_t before;
-};
-
-std::atomic<int64_t> forks{0};
-
 // The helpers of one calling thread.
 class Helpers {
  public:
@@ -179,55 +185,74 @@ class Helpers {
   void run(int64_t wanted, TeamBody body, void* context) {
     while ((int64_t)sizes.size() <= wanted) sizes.emplace_back(sizes.size());
     Size& size = sizes[wanted];
-    const int64_t threads = present(size.threads());
-    if (threads == 1) {
-      Barrier alone;
-      Team team(0, 1, alone);
-      if (!size.asks()) return body(context, team);
-      const Stopwatch watch;
-      body(context, team);
-      Share share;
-      watch.stop(team.waiting, share);
-      share.lasted = now() - watch.start;
-      return size.learn(share, now());
-    }
     this->body = body;
     this->context = context;
-    this->threads = threads;
     is_measured = size.asks();
     began = is_measured ? now() : 0;
     barrier.taken.store(0, std::memory_order_relaxed);
-    left.store(threads - 1, std::memory_order_relaxed);
-    for (int64_t i = 0; i < threads - 1; i++) raise(helpers[i]->called);
-    Team team(0, threads, barrier);
-    Share share;
-    if (!is_measured) {
-      body(context, team);
-      finish(team.waiting);
+    const int64_t most = size.threads();
+    shares.assign(is_measured ? most : 0, Share());
+    ended.store(0, std::memory_order_relaxed);
+    OpenMP* openmp = OpenMP::loaded();
+    if (most > 1 && openmp && !Contention::lasts() && forks.load(std::memory_order_relaxed) == 0) {
+      threads = most;
+      openmp->parallel(most, [](void* self) { ((Helpers*)self)->take_part(); }, this);
     } else {
-      const Stopwatch watch;
-      body(context, team);
-      finish(team.waiting);
-      watch.stop(team.waiting, share);
-      share.lasted = now() - began;
-      for (int64_t i = 0; i < threads - 1; i++) {
-        share.worked += helpers[i]->share.worked;
-        share.kept_out += helpers[i]->share.kept_out;
-      }
+      threads = present(most);
+      for (int64_t i = 0; i < threads - 1; i++) raise(helpers[i]->called);
+      lead(threads);
     }
-    if (is_measured) size.learn(share, now());
+    if (!is_measured) return;
+    Share all;
+    for (const Share& share : shares) {
+      all.worked += share.worked;
+      all.kept_out += share.kept_out;
+    }
+    const int64_t time = now();
+    all.lasted = time - began;
+    size.learn(all, time);
   }
 
  private:
   struct Helper {
     Signal called;
-    Share share;
     std::thread thread;
   };
 
-  void finish(Waiting& waiting) {
-    if (all_ended.count.load(std::memory_order_acquire) != ++ended)
-      await(all_ended, ended, SPIN_IN_TEAM, waiting);
+  // What a thread of OpenMP does, which may have brought more than are wanted, or fewer.
+  void take_part() {
+    const OpenMP& openmp = *OpenMP::loaded();
+    const int64_t thread = openmp.thread(), count = std::min(threads, openmp.threads());
+    if (thread == 0) return lead(count);
+    if (thread < count) help(thread, count);
+  }
+
+  // What the caller does: its part, and to wait for the others.
+  void lead(int64_t count) {
+    Team team(0, count, barrier);
+    const auto work = [&] {
+      body(context, team);
+      if (count > 1 && all_ended.count.load(std::memory_order_acquire) != ++operations)
+        await(all_ended, operations, SPIN_IN_TEAM, team.waiting);
+    };
+    if (!is_measured) return work();
+    const Stopwatch watch;
+    work();
+    watch.stop(team.waiting, shares[0]);
+  }
+
+  // What each of the others does.
+  void help(int64_t thread, int64_t count) {
+    Team team(thread, count, barrier);
+    if (is_measured) {
+      const Stopwatch watch;
+      if (watch.start - began > PROMPT) shares[thread].kept_out += watch.start - began;
+      body(context, team);
+      watch.stop(team.waiting, shares[thread]);
+    } else {
+      body(context, team);
+    }
+    if (ended.fetch_add(1, std::memory_order_acq_rel) == count - 2) raise(all_ended);
   }
 
   // So many threads, or as many as the system lets there be.
@@ -253,17 +278,7 @@ class Helpers {
     for (uint32_t calls = 1;; calls++) {
       await(helper.called, calls, SPIN_FOR_WORK, between);
       if (is_over) return;
-      Team team(thread, threads, barrier);
-      if (is_measured) {
-        helper.share = Share();
-        const Stopwatch watch;
-        if (watch.start - began > PROMPT) helper.share.kept_out += watch.start - began;
-        body(context, team);
-        watch.stop(team.waiting, helper.share);
-      } else {
-        body(context, team);
-      }
-      if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) raise(all_ended);
+      help(thread, threads);
     }
   }
 
@@ -276,10 +291,11 @@ class Helpers {
   int64_t threads = 0;
   bool is_measured = false;
   int64_t began = 0;
+  std::vector<Share> shares;  // by thread, where it is measured
   Barrier barrier;
-  alignas(64) std::atomic<int64_t> left{0};
+  alignas(64) std::atomic<int64_t> ended{0};  // threads other than the caller
   Signal all_ended;
-  uint32_t ended = 0;
+  uint32_t operations = 0;  // of more than one thread
 };
 
 // A caller's helpers; those of the process that it was forked from are not there.
@@ -304,39 +320,9 @@ __attribute__((constructor)) void note_forks() {
   pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
 }
 
-// PyTorch's own operations have threads of OpenMP, which spin for milliseconds after each: on
-// processors that helpers want, and other programs. GCC's runtime reads how long from the
-// environment when it is loaded, so it is too late to set; but it spins briefly wherever its
-// threads are more than the processors. So one team of that many is made, and sleeps.
-struct OpenMP {
-  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
-  int (*processors)();
-};
-
-void* keep_idle_team(void* openmp) {
-  const OpenMP* runtime = (const OpenMP*)openmp;
-  runtime->parallel([](void*) {}, nullptr, runtime->processors() + 1, 0);
-  for (;;) ::pause();
-}
 }  // namespace
 
 extern "C" {
-
-// Whether PyTorch's idle threads sleep from now on: they are those of GCC's runtime on Linux.
-int nemotron3_calm_openmp() {
-  void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
-  if (!library) return 0;
-  static OpenMP openmp;
-  if (openmp.processors) return 1;  // one such team is enough
-  openmp.parallel = (decltype(openmp.parallel))dlsym(library, "GOMP_parallel");
-  openmp.processors = (decltype(openmp.processors))dlsym(library, "omp_get_num_procs");
-  if (!openmp.parallel || !openmp.processors) return 0;
-  const NoSignals while_it_starts;
-  pthread_t thread;
-  if (pthread_create(&thread, nullptr, keep_idle_team, &openmp) != 0) return 0;
-  pthread_detach(thread);
-  return 1;
-}
 
 void nemotron3_raise(Signal& signal) { raise(signal); }
 
