@@ -5,10 +5,10 @@
 
 The other commit is checked out beside this one, and each is timed by a process of its own that
 lives through all turns. In a pair both have their turn right after each other, in an order that
-changes, so a slow minute of the machine hits both. A row's figure is the median of the pairs'
-ratios, the time of the other commit over the time of this one (above 1: this one is faster), with
-the interval that holds it in 95% of resampled sets of pairs. A row passes where that interval
-reaches 0.97. Results go to benchmarks/results/.
+changes, so a slow minute of the machine hits both; of a turn's repetitions the fastest counts. A
+row's figure is the median of the pairs' ratios, the time of the other commit over the time of this
+one (above 1: this one is faster), with the interval that holds it in 95% of resampled sets of
+pairs. A row passes where that interval reaches 0.97. Results go to benchmarks/results/.
 """
 
 import argparse
