@@ -37,9 +37,9 @@ class Kernel:
     module: str
     function: str
 
-    @functools.cache  # noqa: B019 - there are a dozen, and they live as long as the process
-    def load(self) -> Callable[..., Any]:
-        """Import it."""
+    @functools.cached_property
+    def loaded(self) -> Callable[..., Any]:
+        """It, imported."""
         return getattr(importlib.import_module(self.module), self.function)
 
 
@@ -79,7 +79,7 @@ def choose(
 def load(implementations: Implementations, name: str) -> Callable[..., Any]:
     """The implementation of that name, imported where that has not been done yet."""
     chosen = implementations[name]
-    return chosen.load() if isinstance(chosen, Kernel) else chosen
+    return chosen.loaded if isinstance(chosen, Kernel) else chosen
 
 
 class _Thread(threading.local):

@@ -70,7 +70,7 @@ def _attend_behind(q: Tensor, k: Tensor, v: Tensor, *, is_grouped: bool) -> Tens
     """For several queries and more keys than queries, [row, head, length, head_dim]."""
     (rows, heads, n_queries, _), n_keys = q.shape, k.shape[2]
     if can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, is_grouped)):
-        return _FLASH.load()(q, k, v, is_grouped=is_grouped)
+        return _FLASH.loaded(q, k, v, is_grouped=is_grouped)
     block = max(1, _MAX_SCORES // (rows * heads * n_keys))
     outputs = []
     for start in range(0, n_queries, block):

@@ -33,7 +33,7 @@ def routed_experts_dequantized_native(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     matrices = dequantized(up, x.dtype), dequantized(down, x.dtype)
-    return _NATIVE.load()(x, indices, weights, *matrices, activation)
+    return _NATIVE.loaded(x, indices, weights, *matrices, activation)
 
 
 def routed_experts_dequantized_triton(
@@ -41,4 +41,4 @@ def routed_experts_dequantized_triton(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     matrices = dequantized(up, x.dtype), dequantized(down, x.dtype)
-    return _TRITON.load()(x, indices, weights, *matrices, activation)
+    return _TRITON.loaded(x, indices, weights, *matrices, activation)

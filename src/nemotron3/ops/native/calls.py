@@ -157,4 +157,4 @@ class Program:
 
 def supports(x: Tensor) -> bool:
     """Whether compiled functions can take a tensor like this one: float32 on the CPU."""
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.dtype == torch.float32 and x.is_cpu
