@@ -241,7 +241,7 @@ class TestReplay:
             for _ in range(3):
                 torch.nn.functional.embedding(tokens, table)
                 torch.nn.functional.embedding((tokens + 1).clone(), table)
-        assert len(graph._checks) == 1
+        assert len(graph._watched) == 1
 
 
 def test_empty_segments():

@@ -223,6 +223,15 @@ class WatchedIndices(NamedTuple):
     bounds: tuple[int, int]
     check: Callable[[], None]
 
+    def check_again(self) -> None:
+        """The same check; a few indices in a row, as each step of decoding has, are read first."""
+        if self.indices.dim() != 1 or not 0 < self.indices.numel() <= _FEW:
+            self.check()
+            return
+        values: list[int] = self.indices.tolist()
+        if min(values) < self.bounds[0] or max(values) >= self.bounds[1]:
+            self.check()
+
 
 _watched: ContextVar[list[WatchedIndices] | None] = ContextVar("watched", default=None)
 

@@ -47,7 +47,7 @@ class Graph:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
-        self._checks: list[Callable[[], None]] = []
+        self._watched: list[WatchedIndices] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -59,12 +59,12 @@ class Graph:
         with native.recording(calls), recorder, watching_indices(watched):
             yield
         self._steps = _joined(calls)
-        self._checks = _of_given(watched, recorder.made)
+        self._watched = _of_given(watched, recorder.made)
 
     def replay(self) -> None:
         """Do it all again; raises OperandIndexError where an index has come to be out of range."""
-        for check in self._checks:
-            check()
+        for watched in self._watched:
+            watched.check_again()
         for step in self._steps:
             step()
 
@@ -85,14 +85,15 @@ def _joined(calls: list[Any]) -> list[Callable[[], object]]:
     return steps
 
 
-def _of_given(watched: list[WatchedIndices], made: set[int]) -> list[Callable[[], None]]:
-    """A check for each range of indices that the recording was given, not of those it makes."""
-    checks: dict[Any, Callable[[], None]] = {}
-    for indices, bounds, check in watched:
+def _of_given(watched: list[WatchedIndices], made: set[int]) -> list[WatchedIndices]:
+    """Each range of indices that the recording was given, once, without those that it makes."""
+    found: dict[Any, WatchedIndices] = {}
+    for each in watched:
+        indices = each.indices
         if indices.untyped_storage().data_ptr() not in made:
-            place = (indices.data_ptr(), indices.shape, indices.stride(), bounds)
-            checks.setdefault(place, check)
-    return list(checks.values())
+            place = (indices.data_ptr(), indices.shape, indices.stride(), each.bounds)
+            found.setdefault(place, each)
+    return list(found.values())
 
 
 class _Recorder(TorchDispatchMode):

@@ -38,8 +38,10 @@ inline void relax() { asm volatile("" ::: "memory"); }
 #endif
 
 constexpr int64_t MICROSECOND = 1000, MILLISECOND = 1000 * MICROSECOND;  // of nanoseconds
-// How long to spin for others of a team, and for the next operation, which costs more to miss.
-constexpr int64_t SPIN_IN_TEAM = 50 * MICROSECOND, SPIN_FOR_WORK = 200 * MICROSECOND;
+// How long to spin for others of a team: on contended processors, and on idle ones, where to wake
+// somebody costs more than there is to win by sleeping.
+constexpr int64_t SPIN_CONTENDED = 50 * MICROSECOND, SPIN_IDLE = 2 * MILLISECOND;
+constexpr int64_t SPIN_FOR_WORK = 200 * MICROSECOND;  // of a helper of our own
 constexpr int64_t SPINS_A_LOOK = 16;  // at the clock
 constexpr int64_t PROMPT = 100 * MICROSECOND;  // to wake within is no sign of contention
 
@@ -113,6 +115,8 @@ class Contention {
   static constexpr int64_t LASTS = 1000 * MILLISECOND;  // after it was seen last
   static inline std::atomic<int64_t> until{0};
 };
+
+int64_t spin_in_team() { return Contention::lasts() ? SPIN_CONTENDED : SPIN_IDLE; }
 
 // How many threads the teams of one caller have, where `wanted` would be worth it on idle processors.
 class Size {
@@ -233,7 +237,7 @@ class Helpers {
     const auto work = [&] {
       body(context, team);
       if (count > 1 && all_ended.count.load(std::memory_order_acquire) != ++operations)
-        await(all_ended, operations, SPIN_IN_TEAM, team.waiting);
+        await(all_ended, operations, spin_in_team(), team.waiting);
     };
     if (!is_measured) return work();
     const Stopwatch watch;
@@ -327,7 +331,7 @@ extern "C" {
 void nemotron3_raise(Signal& signal) { raise(signal); }
 
 void nemotron3_await(Signal& signal, uint32_t count, Waiting& waiting) {
-  await(signal, count, SPIN_IN_TEAM, waiting);
+  await(signal, count, spin_in_team(), waiting);
 }
 
 void nemotron3_together(int64_t threads, TeamBody body, void* context) {
