@@ -89,13 +89,14 @@ struct Share {
 // Time of one thread in an operation.
 class Stopwatch {
  public:
-  Stopwatch() : start(now()), used(now(CLOCK_THREAD_CPUTIME_ID)) {}
+  // The slower clock is read outside of the other's time, or reading it would seem contention.
+  Stopwatch() : used(now(CLOCK_THREAD_CPUTIME_ID)), start(now()) {}
   void stop(const Waiting& waiting, Share& share) const {
-    const int64_t on_processor = now(CLOCK_THREAD_CPUTIME_ID) - used, lasted = now() - start;
+    const int64_t lasted = now() - start, on_processor = now(CLOCK_THREAD_CPUTIME_ID) - used;
     share.worked += std::max<int64_t>(0, on_processor - waiting.spun);
     share.kept_out += std::max<int64_t>(0, lasted - on_processor - waiting.slept);
   }
-  const int64_t start, used;
+  const int64_t used, start;
 };
 
 std::atomic<int64_t> forks{0};
@@ -204,7 +205,7 @@ class Helpers {
     } else {
       threads = present(most);
       for (int64_t i = 0; i < threads - 1; i++) raise(helpers[i]->called);
-      lead(threads);
+      lead();
     }
     if (!is_measured) return;
     Share all;
@@ -223,40 +224,42 @@ class Helpers {
     std::thread thread;
   };
 
-  // What a thread of OpenMP does, which may have brought more than are wanted, or fewer.
+  // What a thread of OpenMP does, which may have brought more than are wanted, or fewer. The end of
+  // the region is where all wait for each other.
   void take_part() {
     const OpenMP& openmp = *OpenMP::loaded();
     const int64_t thread = openmp.thread(), count = std::min(threads, openmp.threads());
-    if (thread == 0) return lead(count);
-    if (thread < count) help(thread, count);
+    if (thread < count) work(thread, count, [](Team&) {});
   }
 
-  // What the caller does: its part, and to wait for the others.
-  void lead(int64_t count) {
-    Team team(0, count, barrier);
-    const auto work = [&] {
-      body(context, team);
-      if (count > 1 && all_ended.count.load(std::memory_order_acquire) != ++operations)
+  // What the caller does with helpers of our own: its part, and to wait for the others.
+  void lead() {
+    work(0, threads, [&](Team& team) {
+      if (threads > 1 && all_ended.count.load(std::memory_order_acquire) != ++operations)
         await(all_ended, operations, spin_in_team(), team.waiting);
-    };
-    if (!is_measured) return work();
-    const Stopwatch watch;
-    work();
-    watch.stop(team.waiting, shares[0]);
+    });
   }
 
-  // What each of the others does.
-  void help(int64_t thread, int64_t count) {
+  // What each of those does.
+  void help(int64_t thread) {
+    work(thread, threads, [](Team&) {});
+    if (ended.fetch_add(1, std::memory_order_acq_rel) == threads - 2) raise(all_ended);
+  }
+
+  // A thread's part of the operation, and what it does then, measured if this one is.
+  template <class Then>
+  void work(int64_t thread, int64_t count, const Then& then) {
     Team team(thread, count, barrier);
-    if (is_measured) {
-      const Stopwatch watch;
-      if (watch.start - began > PROMPT) shares[thread].kept_out += watch.start - began;
+    if (!is_measured) {
       body(context, team);
-      watch.stop(team.waiting, shares[thread]);
-    } else {
-      body(context, team);
+      return then(team);
     }
-    if (ended.fetch_add(1, std::memory_order_acq_rel) == count - 2) raise(all_ended);
+    const Stopwatch watch;
+    Share& share = shares[thread];
+    if (thread && watch.start - began > PROMPT) share.kept_out += watch.start - began;
+    body(context, team);
+    then(team);
+    watch.stop(team.waiting, share);
   }
 
   // So many threads, or as many as the system lets there be.
@@ -282,7 +285,7 @@ class Helpers {
     for (uint32_t calls = 1;; calls++) {
       await(helper.called, calls, SPIN_FOR_WORK, between);
       if (is_over) return;
-      help(thread, threads);
+      help(thread);
     }
   }
 
