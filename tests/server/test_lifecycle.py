@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
-from nemotron3.inference.grammar_library import GrammarLibrary
-from nemotron3.inference.structured_output import GrammarCompiler
+from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
+from nemotron3.inference.structured_output.grammar_library import GrammarLibrary
 from nemotron3.server.running import bind
 from tests.server.serving import running
 

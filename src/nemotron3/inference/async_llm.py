@@ -29,6 +29,7 @@ from nemotron3.inference.base_llm import BaseLLM
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
 from nemotron3.inference.generation_config import Source
+from nemotron3.inference.model_runner.weights import RunningRequests, Weights
 from nemotron3.inference.output_processor import (
     AnswerDelta,
     Prompt,
@@ -45,7 +46,6 @@ from nemotron3.inference.requests import (
     TokenDelta,
 )
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.inference.weights import RunningRequests, Weights
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.weights import WeightFormat
 from nemotron3.text import Tokenizer

@@ -13,10 +13,10 @@ from typing import Any
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.output_processor import OutputProcessor, Prompt, RequestOutputProcessor
 from nemotron3.inference.requests import SamplingParams, StructuredOutput, TokenConstraint
+from nemotron3.inference.sampling.stop_strings import StopStrings
+from nemotron3.inference.sampling.thinking_budget import BudgetIds, ThinkingBudget, budget_ids
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.inference.stop_strings import StopStrings
-from nemotron3.inference.structured_output import GrammarCompiler
-from nemotron3.inference.thinking_budget import BudgetIds, ThinkingBudget, budget_ids
+from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
 from nemotron3.text import CHAT_STYLES, ChatStyle, ChatTemplate, Tokenizer
 from nemotron3.text.chat_style import style_of_template
 from nemotron3.text.jinja_render import render_jinja

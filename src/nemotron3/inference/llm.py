@@ -16,6 +16,7 @@ from typing import Any
 from nemotron3.errors import ConfigError
 from nemotron3.inference.base_llm import BaseLLM
 from nemotron3.inference.engine import EngineStats
+from nemotron3.inference.model_runner.weights import RunningRequests, Weights
 from nemotron3.inference.output_processor import (
     AnswerDelta,
     Prompt,
@@ -24,7 +25,6 @@ from nemotron3.inference.output_processor import (
 )
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.inference.weights import RunningRequests, Weights
 
 OnDelta = Callable[[int, AnswerDelta], None]
 

@@ -20,8 +20,8 @@ from nemotron3.inference.requests import (
     TokenDelta,
     TokenLogprob,
 )
-from nemotron3.inference.stop_strings import StopStrings
-from nemotron3.inference.thinking_budget import ThinkingBudget
+from nemotron3.inference.sampling.stop_strings import StopStrings
+from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
 from nemotron3.text import (
     ContentDelta,
     IncrementalDetokenizer,

@@ -14,8 +14,8 @@ from nemotron3.inference.requests import (
     TokenConstraint,
     TokenLogprob,
 )
-from nemotron3.inference.sampler import TokenChooser
-from nemotron3.inference.thinking_budget import ThinkingBudget
+from nemotron3.inference.sampling.sampler import TokenChooser
+from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.allocation import allocate
 from nemotron3.models.block import Block
+from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Router, Routing
-from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.linear import Embedding, Linear

@@ -1,13 +1,15 @@
-"""What one layer carries between calls, and how the cache handles it without knowing the layer.
+"""The state that one layer carries between calls, and what the cache needs to know of a layer.
 
-A layer keeps rows, one for each sequence (a convolution's tail, a scan's state), or pages, with an
-entry for each token (keys and values), or both. A call's layout says which slots its sequences use;
-the mixer asks its state to continue them. `HybridCache` (models/hybrid_cache.py) holds the states
-of all layers and is the only one who gives slots, pages and lengths away.
+A layer keeps rows, one for each sequence (a convolution state, an SSM state), or pages with an
+entry for each token (keys and values), or both. The layout of a call says which slots its sequences
+use, and the mixer reads and writes these slots. `HybridCache` (hybrid_cache.py) holds the states of
+all layers; it alone assigns slots and pages and counts lengths. It sees a mixer only as a
+`StatefulLayerConfig`, so this package imports no mixer and no model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -120,6 +122,43 @@ class LayerState:
     def tensors(self) -> Parts:
         """All of its memory."""
         return *self.rows, *self.intermediate_states, *self.pages
+
+
+class StatefulLayerConfig(Protocol):
+    """What the cache reads of a layer's configuration (`models.mixer.MixerConfig`)."""
+
+    @property
+    def state_size(self) -> StateSize:
+        """How many numbers the layer carries."""
+        ...
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether it carries any."""
+        ...
+
+    def new_state(self, memory: StateMemory) -> LayerState | None:
+        """An empty state, if the layer carries one."""
+        ...
+
+
+class CachedModelConfig(Protocol):
+    """What the cache reads of a model's configuration (`models.config.ModelConfig`)."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[StatefulLayerConfig]:
+        """The layers of the backbone."""
+        ...
+
+    @property
+    def mtp_layers(self) -> Sequence[StatefulLayerConfig]:
+        """The layers of the multi-token-prediction block."""
+        ...
 
 
 def _with_length(entries: Tensor, length: int) -> Tensor:

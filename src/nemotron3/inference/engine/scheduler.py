@@ -1,0 +1,246 @@
+"""Who runs, who waits, how much of a prompt is read next, and who is preempted.
+
+First come, first served. A sequence is admitted when a slot is free and the pages for all of its
+tokens are; it then reads its prompt in chunks and writes. Pages for what is written are taken as it
+grows. When there are none, what is kept for others goes first, then the sequence that came last is
+preempted: it waits at the head of the queue and reads its tokens again later, so that nothing is
+lost.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine.prefix_cache import PrefixCache
+from nemotron3.inference.sequences import Sequence
+from nemotron3.models.cache.hybrid_cache import HybridCache, Snapshot
+from nemotron3.models.layout import MAX_STEPS
+
+_CLOSE = 8
+"""Of an interval between kept states, the part in which one stands for the next."""
+
+
+class Scheduler:
+    """Keeps the queues and the slots. It knows tokens and pages, and nothing of the model."""
+
+    def __init__(
+        self,
+        cache: HybridCache,
+        prefixes: PrefixCache,
+        config: EngineConfig,
+        *,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.cache = cache
+        self.prefixes = prefixes
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In the order of their arrival."""
+        self.num_preemptions = 0
+        self._config = config
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self._is_narrow = config.state.is_narrow
+        self._free_slots = list(range(len(cache.lengths)))[::-1]
+        self._groups: dict[str, Snapshot] = {}
+        """Of requests with several answers: the prompt but its last token, read once for all."""
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Those that have read their prompts."""
+        return [sequence for sequence in self.running if sequence.is_prefilled]
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Let new ones wait."""
+        self.waiting.extend(sequences)
+
+    def admit(self) -> None:
+        """Start those for which there is room."""
+        for sequence in list(self.waiting):
+            if not self._free_slots:
+                return
+            if self._waits_for_leader(sequence):
+                continue
+            if not self._allocate(sequence):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self.running.sort(key=lambda running: running.order)
+
+    def schedule_prefill(self) -> list[list[tuple[Sequence, int]]]:
+        """Who reads on in this step, and how many tokens, call by call.
+
+        Narrow states are rounded where a chunk of a prompt ends, and after each token of an answer.
+        That a sequence's tokens be the same in any company, its chunks then end only where its own
+        prompt says; and what it had written before it was preempted is read by itself, as steps.
+        """
+        budget = self.max_num_batched_tokens
+        prompts: list[tuple[Sequence, int]] = []
+        again: list[tuple[Sequence, int]] = []
+        for sequence in self.running:
+            if sequence.is_prefilled or budget == 0:
+                continue
+            count = self._next_chunk(sequence)
+            if count > budget:
+                if self._is_narrow:
+                    break
+                count = budget
+            (again if self.is_recompute(sequence) else prompts).append((sequence, count))
+            budget -= count
+        return [*([prompts] if prompts else []), *([chunk] for chunk in again)]
+
+    def is_recompute(self, sequence: Sequence) -> bool:
+        """Whether it reads what it has written, in a way that rounding would notice."""
+        assert sequence.slot is not None
+        return self._is_narrow and self.cache.lengths[sequence.slot] >= sequence.num_prompt
+
+    def after_chunk(self, sequence: Sequence) -> None:
+        """Keep the state where another prompt may go on from it."""
+        assert sequence.slot is not None
+        length = self.cache.lengths[sequence.slot]
+        if sequence.is_stale:
+            return
+        if length in self._stops(sequence):
+            self.prefixes.insert(sequence.tokens[:length], sequence.slot)
+        if self._leads(sequence) and length == sequence.num_prompt - 1:
+            self._groups[sequence.request_id] = self.cache.snapshot(sequence.slot)
+
+    def make_room(self, sequence: Sequence, new_tokens: int) -> bool:
+        """Take the pages for more tokens of a running sequence; False where it was preempted."""
+        while sequence.slot is not None:
+            missing = self.cache.missing_pages(sequence.slot, new_tokens)
+            if missing == 0:  # as in nearly every step
+                return True
+            if missing <= self.cache.pool.num_free:
+                self.cache.reserve(sequence.slot, new_tokens)
+                return True
+            if not self._evict():
+                self._preempt(self.running[-1])
+        return False
+
+    def remove(self, sequence: Sequence, *, keep_state: bool = False) -> None:
+        """Let a finished or unwanted sequence go, running or waiting."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        slot = sequence.slot
+        if slot is not None:
+            length = self.cache.lengths[slot]
+            if keep_state and not sequence.is_stale and length <= len(sequence.tokens):
+                self.prefixes.insert(sequence.tokens[:length], slot)
+            self._release(sequence)
+        everyone = (*self.waiting, *self.running)
+        if not any(other.request is sequence.request for other in everyone):
+            snapshot = self._groups.pop(sequence.request_id, None)
+            if snapshot is not None:
+                self.cache.drop(snapshot)
+
+    def forget(self) -> None:
+        """Let nobody start from what has been computed so far: the weights are others now."""
+        self.prefixes.clear()
+        while self._evict():
+            pass
+        for sequence in self.running:
+            sequence.is_stale = True
+
+    def preempt_all(self) -> None:
+        """Have all that run read their tokens again."""
+        for sequence in reversed(list(self.running)):
+            self._preempt(sequence)
+
+    def _evict(self) -> bool:
+        """Give up one of the states that are kept for others; whether there was one.
+
+        The answers that wait for a prompt that is given up read it themselves.
+        """
+        if self.prefixes.evict():
+            return True
+        if not self._groups:
+            return False
+        _, snapshot = self._groups.popitem()
+        self.cache.drop(snapshot)
+        return True
+
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Give a slot and the pages for all its tokens and one more; False where they lack."""
+        slot = self._free_slots.pop()
+        snapshot = None
+        if self._config.keeps_states and not sequence.wants_prompt_logprobs:
+            snapshot = self._groups.get(sequence.request_id)
+            snapshot = snapshot or self.prefixes.match(sequence.tokens)
+        if snapshot is not None:
+            self.cache.restore(slot, snapshot)
+        sequence.begin(slot, self.cache.lengths[slot])
+        rest = len(sequence.tokens) + 1 - self.cache.lengths[slot]
+        while self.cache.missing_pages(slot, rest) > self.cache.pool.num_free:
+            if not self._evict():
+                self._release(sequence)
+                return False
+        self.cache.reserve(slot, rest)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.cache.free(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.is_prefilled = None, False
+        sequence.drafts.clear()
+
+    def _leads(self, sequence: Sequence) -> bool:
+        """Whether other answers to the same prompt may start from this one's state."""
+        return (
+            self._shares_prompt(sequence)
+            and sequence.num_prompt > 1
+            and sequence.num_generated == 0
+            and sequence.request_id not in self._groups
+        )
+
+    def _shares_prompt(self, sequence: Sequence) -> bool:
+        """Whether other answers to its request start from the prompt as one of them has read it."""
+        params = sequence.request.params
+        if params.prompt_logprobs is not None:  # with these each reads all of it
+            return False
+        return params.n > 1 and self._config.keeps_states
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        if not self._shares_prompt(sequence) or sequence.request_id in self._groups:
+            return False
+        return any(
+            other.request is sequence.request and not other.is_prefilled for other in self.running
+        )
+
+    def _next_chunk(self, sequence: Sequence) -> int:
+        """Tokens up to where it has to stop next."""
+        assert sequence.slot is not None
+        start, config = self.cache.lengths[sequence.slot], self._config
+        ends = {len(sequence.tokens), *self._stops(sequence)}
+        if self._leads(sequence):
+            ends.add(sequence.num_prompt - 1)
+        if self._is_narrow:
+            grids = (self.max_num_batched_tokens, config.prefix_interval)
+            ends |= {sequence.num_prompt, *((start // grid + 1) * grid for grid in grids)}
+            if start >= sequence.num_prompt:
+                ends.add(start + MAX_STEPS)
+        return min(end for end in ends if end > start) - start
+
+    def _stops(self, sequence: Sequence) -> set[int]:
+        """Lengths at which the state is kept.
+
+        Not close behind one that stands already, where it would save another prompt a few tokens
+        and cost this one a call of its own.
+        """
+        if self._config.prefix_cache_bytes == 0:
+            return set()
+        interval, length = self._config.prefix_interval, len(sequence.tokens)
+        ends = {end for end in sequence.request.boundaries if 0 < end < length}
+        kept = {*ends, sequence.num_cached_tokens} - {0}
+        grid = range(interval, length, interval)
+        close = interval // _CLOSE
+        return {*ends, *(at for at in grid if not any(0 < at - k < close for k in kept))}
