@@ -1,6 +1,7 @@
-"""What is noted while a sequence is read: log-probabilities of its prompt, experts of its tokens.
+"""Outputs of the forward pass beside the next token: prompt log-probabilities, routed experts.
 
-Both belong to the state that is built, and start again with it (`Sequence.begin`).
+Both are collected together with a sequence's state. If the sequence is preempted, they are dropped
+with the state and collected again (`Sequence.begin`).
 """
 
 from collections.abc import Sequence as Many
@@ -14,10 +15,10 @@ from nemotron3.inference.sequences import Sequence
 from nemotron3.models.nemotron_h import LanguageModel
 
 _LOGIT_ROWS = 256
-"""Rows of logits made at a time for a prompt's log-probabilities."""
+"""Rows of logits computed at a time for a prompt's log-probabilities: a bound on memory."""
 
 
-def note_prompt_logprobs(
+def record_prompt_logprobs(
     model: LanguageModel,
     sequence: Sequence,
     hidden: Float[Tensor, "tokens d_model"],
@@ -25,7 +26,10 @@ def note_prompt_logprobs(
     start: int,
     weight_version: int,
 ) -> None:
-    """Note those of the tokens that a chunk predicts; `start` is the place of its first token."""
+    """Append the log-probabilities of the tokens that a chunk of the prompt predicts.
+
+    `start` is the position of the chunk's first token.
+    """
     following = sequence.request.prompt[start + 1 : start + 1 + len(hidden)]
     top = sequence.request.params.prompt_logprobs
     assert top is not None
@@ -37,17 +41,17 @@ def note_prompt_logprobs(
         )
 
 
-def note_routes(
+def record_routes(
     sequences: Many[Sequence],
     counts: Many[int],
     routes: Many[Int[Tensor, "tokens choice"]],
     *,
     window: int | None = None,
 ) -> None:
-    """Note the experts of the tokens that stand: `counts` of each sequence.
+    """Append the experts of the first `counts[i]` tokens of each sequence to its `routes`.
 
-    The tokens of a sequence follow those of the one before, or every `window` tokens, of which
-    those behind `count` were refused.
+    `routes` has a tensor for each mixture. The tokens of the sequences are packed, or with `window`
+    each sequence has that many rows, and those after the first `counts[i]` are of rejected drafts.
     """
     if not routes:
         return

@@ -1,16 +1,17 @@
 """The engine: many requests at once through one model, a step at a time.
 
-A step decodes one token, or the window of its drafts, for every sequence that has read its prompt,
-then reads on in the prompts of those that have not. Both are the forward pass that trains, over
-packed sequences and a carried state. Which requests share a step changes none of their tokens.
+A step decodes one token, or verifies a window of drafts, for every sequence whose prompt is
+prefilled; then it prefills the next chunks of the other prompts. Both are the forward pass that
+trains, over packed sequences and a carried state. The tokens of a request do not depend on the
+requests that share its steps.
 
     engine = Engine(model, EngineConfig())
     engine.add(EngineRequest(request_id="a", prompt=(1, 2, 3), params=SamplingParams()))
     while engine.has_work:
         for delta in engine.step(): ...
 
-Token ids only: text, chat and stop strings are `llm.py`'s. Not safe for threads; `async_llm.py`
-gives an engine a thread of its own.
+It handles token ids only; `llm.py` handles text and chats. It is not thread-safe; `async_llm.py`
+runs an engine in a thread of its own.
 """
 
 import random
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.engine.auxiliary_outputs import note_prompt_logprobs, note_routes
+from nemotron3.inference.engine.auxiliary_outputs import record_prompt_logprobs, record_routes
 from nemotron3.inference.engine.memory import batched_tokens, longest_sequence, num_pages
 from nemotron3.inference.engine.prefix_cache import PrefixCache
 from nemotron3.inference.engine.scheduler import Scheduler
@@ -50,19 +51,19 @@ from nemotron3.runtime.malloc import retain_freed_memory
 
 @dataclass
 class EngineStats:
-    """What an engine has done so far, and what it holds now."""
+    """Counts of an engine's work so far, and of what it contains."""
 
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
-    """Share of the pages that running sequences hold; those of kept prefixes can be had."""
+    """Share of the pages that running sequences use; pages of the prefix cache count as free."""
     prefix_bytes: int = 0
     prefix_queries: int = 0
-    """Prompt tokens looked up among kept prefixes."""
+    """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int = 0
-    """Prompt tokens found there."""
+    """Prompt tokens found in the prefix cache."""
     prompt_tokens: int = 0
-    """Prompt tokens read, the found ones not included."""
+    """Prompt tokens prefilled, without those found in the prefix cache."""
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -82,13 +83,13 @@ class Engine:
         stop_ids: frozenset[int] | None = None,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> None:
-        """`stop_ids` end every answer; the model's own end token where they are not given.
+        """`stop_ids` end every answer; by default they are the model's end tokens.
 
-        `make_runner` is called as `ModelRunner` is, and gives what calls the model.
+        `make_runner` makes the model runner; it is called with the arguments of `ModelRunner`.
         """
         if model.device.type == "cpu":
             retain_freed_memory()
-        self.model = model  # as it is: it may be in training, and no module of it asks whether
+        self.model = model  # its training mode stays as it is: no module depends on it
         self.config = config or EngineConfig()
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
@@ -120,23 +121,23 @@ class Engine:
         )
         self._drafter = Drafter(self._runner) if drafts else None
         self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
-        self._drafting_s = 0.0  # of the last step, what came after its tokens were chosen
+        self._drafting_s = 0.0  # seconds of the last step after its tokens were chosen
         self._stats = EngineStats()
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Sequence]] = {}
         self._num_added = 0
         self.weight_version = 0
-        """Of the weights that the next step computes with."""
+        """Version of the weights that the next step computes with."""
         self._addresses = _addresses(model)
         self._is_half_written = False
 
     @property
     def has_work(self) -> bool:
-        """Whether anyone runs or waits."""
+        """Whether any sequence runs or waits."""
         return bool(self._requests)
 
     def check(self, request: EngineRequest) -> None:
-        """Refuse what can never be answered, before anything runs."""
+        """Raise ConfigError for a request that this engine can never answer."""
         length, params, vocab = len(request.prompt), request.params, self.model.config.vocab_size
         if length == 0:
             raise ConfigError("the prompt has no tokens; an empty prompt cannot be continued")
@@ -158,12 +159,12 @@ class Engine:
                 raise ConfigError(f"{name} has token {wrong[0]}; the vocabulary has {vocab}")
 
     def has_room(self, request: EngineRequest) -> bool:
-        """Whether a request may join those that wait; one that nobody is before always may."""
+        """Whether the queue has room for a request; an empty queue always has."""
         waiting = len(self.scheduler.waiting)
         return waiting == 0 or waiting + request.params.n <= self.config.max_num_waiting
 
     def add(self, request: EngineRequest) -> None:
-        """Let a request wait for its turn; how many may is for `has_room` to say."""
+        """Add a request to the queue, of any length: callers ask `has_room` first."""
         self.check(request)
         if request.request_id in self._requests:
             raise ConfigError(f"request {request.request_id!r} is being answered already")
@@ -175,7 +176,7 @@ class Engine:
 
     @torch.inference_mode()
     def abort(self, request_id: str) -> list[TokenDelta]:
-        """Stop answering a request; of one that is over already, nothing."""
+        """Abort a request; returns a delta for each of its unfinished answers."""
         deltas: list[TokenDelta] = []
         for sequence in list(self._requests.get(request_id, ())):
             self._end(sequence, FinishReason.ABORT)
@@ -186,7 +187,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenDelta]:
-        """Do one step of work; returns what it brought."""
+        """Execute one step; returns the new tokens."""
         if self._is_half_written:
             raise CheckpointError(
                 "the model's weights are half written: update_weights failed while it wrote; call "
@@ -203,7 +204,7 @@ class Engine:
         return deltas
 
     def stats(self) -> EngineStats:
-        """What has been done so far, and what is held now; any thread may ask."""
+        """Counts so far; may be called from any thread."""
         scheduler = self.scheduler
         return replace(
             self._stats,
@@ -221,12 +222,12 @@ class Engine:
         version: int | None = None,
         running: RunningRequests = "recompute",
     ) -> int:
-        """Put other weights into the model's own tensors, between two steps; returns their version.
+        """Write other weights into the model's tensors, between two steps; returns their version.
 
-        `weights` are a model directory, or all tensors by the names of `model.state_dict()`. What
-        does not fit raises before anything is written. Running requests keep their tokens; with
-        "recompute" they read them again under the new weights, with "keep" their states, computed
-        by the old ones, go on. Nothing else that old weights computed is used again.
+        `weights` are a model directory, or all tensors by the names of `model.state_dict()`; if
+        they do not fit, an error is raised before anything is written. Running requests keep their
+        tokens: with "recompute" their states are computed again by the new weights, with "keep" the
+        states of the old weights are continued. No other result of the old weights is used again.
         """
         assert_running(running)
         version = next_version(self.weight_version, version)
@@ -240,18 +241,18 @@ class Engine:
     def invalidate_caches(
         self, *, version: int | None = None, running: RunningRequests = "recompute"
     ) -> int:
-        """Forget what other weights have computed: for whoever has changed the model's itself.
+        """Drop the states that other weights computed, after the caller has changed the weights.
 
-        The new weights may lie in the old tensors or be tensors of their own. Arguments and result
+        The caller may have written into the model's tensors or replaced them. Arguments and result
         are those of `update_weights`.
         """
         assert_running(running)
         self.weight_version = next_version(self.weight_version, version)
         if running == "recompute":
             self.scheduler.preempt_all()
-        self.scheduler.forget()
+        self.scheduler.drop_cached_states()
         addresses = _addresses(self.model)
-        if addresses != self._addresses:  # recordings stand on the memory of the weights
+        if addresses != self._addresses:  # graphs are valid for the memory that they recorded
             self._addresses = addresses
             self._runner.clear_graphs()
         return self.weight_version
@@ -304,10 +305,10 @@ class Engine:
         hidden, routes = self._runner.prefill(
             tokens, slots, is_prompt=is_prompt, output_indices=None if wants_all else last
         )
-        note_routes([s for s, _ in chunks], [count for _, count in chunks], routes)
+        record_routes([s for s, _ in chunks], [count for _, count in chunks], routes)
         self._stats.prompt_tokens += ends[-1]
         if wants_all:
-            self._follow_prompts(chunks, hidden)
+            self._process_prompts(chunks, hidden)
             hidden = hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
         for sequence, _ in chunks:
             self.scheduler.after_chunk(sequence)
@@ -319,19 +320,19 @@ class Engine:
         return self._choose([s for s, _ in done], hidden, self.model.logits(hidden))[0]
 
     def _next_tokens(self, sequence: Sequence, count: int) -> list[int]:
-        """What is read next of a prompt; at its beginning, what was found of it is counted."""
+        """The next tokens of a prompt; the first call for it counts the prefix cache's hits."""
         start = self.cache.lengths[_slot(sequence)]
         if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
             self._stats.prefix_queries += len(sequence.tokens)
             self._stats.prefix_hits += start
         return sequence.tokens[start : start + count]
 
-    def _follow_prompts(self, chunks: list[tuple[Sequence, int]], hidden: Tensor) -> None:
-        """Do what needs the hidden states of all tokens of chunks that have just been read."""
+    def _process_prompts(self, chunks: list[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Prompt log-probabilities and the draft block, which need all hidden states of chunks."""
         at = 0
         for sequence, count in chunks:
             if sequence.wants_prompt_logprobs:
-                note_prompt_logprobs(
+                record_prompt_logprobs(
                     self.model,
                     sequence,
                     hidden[at : at + count],
@@ -355,12 +356,12 @@ class Engine:
         tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
         slots = [_slot(sequence) for sequence in rows]
         out = self._runner.decode(tokens, slots, is_verification=count > 0)
-        deltas, stood = self._choose(
-            rows, out.hidden, out.logits, tried=out.layout if count else None, routes=out.routes
+        deltas, num_accepted = self._choose(
+            rows, out.hidden, out.logits, verified=out.layout if count else None, routes=out.routes
         )
-        # These drafts were written in the step before, and those of the next one in this.
+        # The drafts of this step were written in the step before: their time belongs to this one.
         seconds = time.perf_counter() - start - self._drafting_s + drafting_s
-        self._draft_length.record(count, stood, seconds)
+        self._draft_length.record(count, num_accepted, seconds)
         self._stats.draft_length = count
         return deltas
 
@@ -370,21 +371,22 @@ class Engine:
         hidden: Tensor,
         logits: Tensor,
         *,
-        tried: SequenceLayout | None = None,
+        verified: SequenceLayout | None = None,
         routes: Many[Tensor] = (),
     ) -> tuple[list[TokenDelta], list[int]]:
         """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones.
 
-        Returns what it brought, and how many drafts of each sequence stood. Where an answer ends
-        among its drafts, those behind its end stood and are no part of it.
+        `verified` is the layout of a verification call. Returns the new tokens, and the number of
+        accepted drafts of each sequence, also of those behind the end of an answer.
         """
         windows = [sequence.drafts for sequence in sequences]
         choosers = [sequence.chooser for sequence in sequences]
         accepted = choose(choosers, logits.flatten(0, 1).float(), windows)
-        stand = [max(len(new_tokens), 1) for new_tokens in accepted]
-        if tried is not None:
-            self.cache.accept(tried, stand)
-        note_routes(sequences, stand, [r.flatten(0, 1) for r in routes], window=hidden.shape[1])
+        counts = [max(len(new_tokens), 1) for new_tokens in accepted]
+        if verified is not None:
+            self.cache.accept(verified, counts)
+        experts = [r.flatten(0, 1) for r in routes]
+        record_routes(sequences, counts, experts, window=hidden.shape[1])
         start = time.perf_counter()
         after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
         if self._drafter is not None and count:
@@ -392,20 +394,20 @@ class Engine:
         elif self._drafter is not None:
             self._drafter.defer(sequences, accepted, hidden)
         deltas: list[TokenDelta] = []
-        stood = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
-        going: list[int] = []
+        num_accepted = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
+        open_rows: list[int] = []
         for row, (sequence, new_tokens) in enumerate(zip(sequences, accepted, strict=True)):
-            deltas.append(self._take(sequence, new_tokens, stood[row], logits[row]))
+            deltas.append(self._append(sequence, new_tokens, num_accepted[row], logits[row]))
             if sequence.finish_reason is None:
-                going.append(row)
-        if after is not None and going:
-            hidden, logits = after
-            self._draft([sequences[row] for row in going], hidden[going], logits[going], count)
+                open_rows.append(row)
+        if after is not None and open_rows:
+            hidden, logits = after[0][open_rows], after[1][open_rows]
+            self._draft([sequences[row] for row in open_rows], hidden, logits, count)
         self._drafting_s = time.perf_counter() - start
-        return deltas, stood
+        return deltas, num_accepted
 
     def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
-        """Write `count` drafts for as many sequences as there are pages for."""
+        """Write `count` drafts for each sequence that free pages suffice for."""
         assert self._drafter is not None
         with_room: list[int] = []
         for row, sequence in enumerate(sequences):
@@ -417,10 +419,10 @@ class Engine:
             chosen = [sequences[row] for row in with_room]
             self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
-    def _take(
-        self, sequence: Sequence, new_tokens: Many[int], stood: int, logits: Tensor
+    def _append(
+        self, sequence: Sequence, new_tokens: Many[int], num_accepted: int, logits: Tensor
     ) -> TokenDelta:
-        """Add chosen tokens to an answer, up to its end; the first `stood` of them are drafts."""
+        """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts."""
         taken: list[int] = []
         reason = FinishReason.ERROR if sequence.chooser.error is not None else None
         stop_token = None
@@ -435,7 +437,7 @@ class Engine:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 break
-        self._count(sequence, len(taken), accepted=min(stood, len(taken)))
+        self._count(sequence, len(taken), accepted=min(num_accepted, len(taken)))
         top = sequence.request.params.logprobs
         logprobs: list[TokenLogprob] = []
         if top is not None:
@@ -486,10 +488,10 @@ class Engine:
 
 
 def _addresses(model: LanguageModel) -> tuple[int, ...]:
-    """Where the weights lie."""
+    """Addresses of the weights."""
     return tuple(tensor.data_ptr() for tensor in model.state_dict().values())
 
 
 def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "only what runs has a slot"
+    assert sequence.slot is not None, "only a running sequence has a slot"
     return sequence.slot

@@ -1,8 +1,9 @@
-"""How many tokens an engine reads at a time, and how many pages of keys and values it makes.
+"""The memory of an engine: prompt tokens of a step, and pages of keys and values.
 
-Where nobody says, the device decides. A GPU is there for the model alone: nearly all of its memory
-is taken, as vLLM does (`gpu_memory_utilization`), but for what comes later, which is counted first.
-Other memory is shared with everything else that runs on the machine, and little of it is taken.
+Values that the configuration leaves open depend on the device. A GPU serves the model alone, so
+nearly all of its free memory is used, as by vLLM's `gpu_memory_utilization`; the memory of states,
+prefix cache and activations, which are allocated later, is subtracted first. The host's memory is
+shared with other programs, so only a part of it is used.
 """
 
 import torch
@@ -17,21 +18,21 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
 
 _SHARE, _GPU_SHARE = 0.25, 0.9
-"""At most this part of the free memory is taken, where nobody says how much."""
+"""Largest share of the free memory that is used where `kv_cache_bytes` is not given."""
 _BATCHED_TOKENS, _GPU_BATCHED_TOKENS = 2048, 8192
 _STEP_BYTES_PER_TOKEN = 384 * 1024
-"""Left for the activations of a token of a prompt: 3 GiB for 8192 of them."""
+"""Reserved for the activations of each prompt token of a step: 3 GiB for 8192 tokens."""
 
 
 def batched_tokens(config: EngineConfig, device: torch.device) -> int:
-    """Prompt tokens read in one step."""
+    """Most prompt tokens of one step."""
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     return _GPU_BATCHED_TOKENS if has_memory_of_its_own(device) else _BATCHED_TOKENS
 
 
 def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device) -> int:
-    """Memory for keys and values where nobody says how much."""
+    """Bytes for keys and values where `kv_cache_bytes` is not given."""
     free = free_memory_bytes(device)
     least = int(free * _SHARE)
     if not has_memory_of_its_own(device):
@@ -41,11 +42,11 @@ def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device
         + config.prefix_cache_bytes
         + batched_tokens(config, device) * _STEP_BYTES_PER_TOKEN
     )
-    return max(int(free * _GPU_SHARE) - later, least)  # a small GPU holds no large step
+    return max(int(free * _GPU_SHARE) - later, least)  # `later` may exceed a small GPU's memory
 
 
 def _state_bytes(model: LanguageModel, config: EngineConfig) -> int:
-    """Of what is kept of each sequence; with drafts also after each token of a window."""
+    """Bytes of all Mamba states; with drafts also of those after each token of a window."""
     cache = HybridCache(
         model.config,
         slots=config.max_num_seqs,
@@ -59,14 +60,17 @@ def _state_bytes(model: LanguageModel, config: EngineConfig) -> int:
 
 
 def page_bytes(model: LanguageModel, config: EngineConfig) -> int:
-    """Bytes of one page in all layers that keep something of each token; 0 where there are none."""
+    """Bytes of one page, summed over all layers with keys and values; 0 if there are none."""
     itemsize = config.state.keys_dtype(model.compute_dtype).itemsize
     drafts = config.max_draft_tokens != 0
     return config.page_size * kv_bytes_per_token(model.config, itemsize=itemsize, with_mtp=drafts)
 
 
 def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) -> int:
-    """As many as all sequences can use at their longest, within what may be taken."""
+    """Pages for all sequences at their greatest length, within the memory that may be used.
+
+    Raises ConfigError if not even two pages fit.
+    """
     size = page_bytes(model, config)
     if size == 0:
         return 0
@@ -85,10 +89,13 @@ def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) ->
 
 
 def longest_sequence(config: EngineConfig, wanted: int, pages: int) -> int:
-    """The most tokens that one sequence can have: what is wanted, as far as the pages hold it."""
+    """The most tokens of one sequence: `wanted`, or what the pages hold where that is less.
+
+    Raises ConfigError if the configuration asks for a `max_model_len` that the pages do not hold.
+    """
     if pages == 0:
         return wanted
-    # Drafts and a page that has to be copied before it is written need some room as well.
+    # Drafts need room, and so does a shared page, which is copied before it is written.
     held = (pages - 1) * config.page_size - MAX_STEPS
     if held >= wanted:
         return wanted

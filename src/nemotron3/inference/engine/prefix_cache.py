@@ -1,12 +1,13 @@
-"""States of prompts read before, found again by the tokens that led to them.
+"""The prefix cache: states of earlier prompts, looked up by their tokens.
 
-A hybrid model cannot go on from keys alone: the Mamba layers' states exist only where they were
-kept. So what is cached are snapshots of everything at chosen lengths (message ends, every some
-hundred tokens, the end of an answer), found by a running hash of the tokens up to there and checked
-against the tokens themselves. Pages of keys are shared, so a snapshot costs the states, some
-megabytes; the least recently used ones go when the budget is full or pages are wanted.
+A hybrid model cannot continue from keys and values alone: the states of Mamba layers exist only at
+the lengths at which they were copied. The cache therefore contains snapshots of all layers at
+chosen lengths: the ends of messages, every few hundred tokens, the end of an answer. A snapshot is
+looked up by a running hash of the tokens before it, and the tokens themselves are compared. Pages
+of keys are shared, so a snapshot takes the memory of the states, some megabytes. The least recently
+used snapshots are evicted when the budget is exceeded or pages are needed.
 
-Keys are salted with the version of the weights: what another model computed is never found.
+The hash includes the version of the weights, so states of other weights are never found.
 """
 
 from array import array
@@ -26,35 +27,35 @@ class _Entry:
 
 _TYPE = "q"
 _BYTES = array(_TYPE).itemsize
-"""Of a token, as it is hashed."""
+"""Bytes of a token in the hash."""
 
 _Key = tuple[int, bytes]
-"""How long a beginning is, and its hash."""
+"""Length of a prefix, and its hash."""
 
 
 class PrefixCache:
-    """Snapshots by their tokens, within a budget of memory."""
+    """Snapshots by their tokens, least recently used first, of at most `max_bytes`."""
 
     def __init__(self, cache: HybridCache, *, max_bytes: int) -> None:
         self._cache = cache
         self._max_bytes = max_bytes
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self._lengths: Counter[int] = Counter()
-        """Of the entries: no others need be looked up."""
+        """Number of entries of each length: prefixes of other lengths are not hashed."""
         self._bytes = 0
         self.version = 0
-        """Of the weights; whoever changes them calls `clear`."""
+        """Version of the weights; `clear` advances it."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the kept states."""
+        """Memory of the snapshots."""
         return self._bytes
 
     def match(self, tokens: Sequence[int]) -> Snapshot | None:
-        """The longest kept beginning that leaves at least one token to read."""
+        """The snapshot of the longest cached prefix that is shorter than `tokens`, if any."""
         packed = _packed(tokens[:-1])
         for key in reversed(list(self._keys(packed))):
             entry = self._entries.get(key)
@@ -64,7 +65,7 @@ class PrefixCache:
         return None
 
     def insert(self, tokens: Sequence[int], slot: int) -> None:
-        """Keep what a slot holds, which is what these tokens led to."""
+        """Cache a snapshot of a slot whose state was computed from these tokens."""
         if self._max_bytes == 0 or not tokens:
             return
         packed = _packed(tokens)
@@ -79,7 +80,7 @@ class PrefixCache:
             pass
 
     def evict(self) -> bool:
-        """Drop the least recently used entry; whether there was one."""
+        """Drop the least recently used entry; returns whether there was one."""
         if not self._entries:
             return False
         (length, _), entry = self._entries.popitem(last=False)
@@ -91,13 +92,13 @@ class PrefixCache:
         return True
 
     def clear(self) -> None:
-        """Drop everything: the weights are others now."""
+        """Drop all entries, because the weights have changed."""
         while self.evict():
             pass
         self.version += 1
 
     def _keys(self, packed: bytes) -> Iterator[_Key]:
-        """Of every beginning that is as long as an entry, from short to long."""
+        """The keys of every prefix that has the length of an entry, from short to long."""
         running, at = self._begun(b""), 0
         for length in sorted(self._lengths):
             end = length * _BYTES
@@ -114,5 +115,5 @@ class PrefixCache:
 
 
 def _packed(tokens: Sequence[int]) -> bytes:
-    """Tokens as what is hashed and compared in one go, of long prompts too."""
+    """Tokens as bytes, which are hashed and compared in one call each."""
     return array(_TYPE, tokens).tobytes()

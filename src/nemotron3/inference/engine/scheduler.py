@@ -1,10 +1,10 @@
-"""Who runs, who waits, how much of a prompt is read next, and who is preempted.
+"""Scheduling: which sequences run or wait, the next chunk of each prompt, and preemption.
 
-First come, first served. A sequence is admitted when a slot is free and the pages for all of its
-tokens are; it then reads its prompt in chunks and writes. Pages for what is written are taken as it
-grows. When there are none, what is kept for others goes first, then the sequence that came last is
-preempted: it waits at the head of the queue and reads its tokens again later, so that nothing is
-lost.
+First come, first served. A sequence is admitted when a slot and the pages for all of its tokens are
+free. Its prompt is then prefilled in chunks, and it decodes; pages for new tokens are allocated as
+it grows. When no page is free, cached states are evicted first; then the sequence that arrived last
+is preempted. It returns to the head of the queue and recomputes its state later, so none of its
+tokens is lost.
 """
 
 from collections import deque
@@ -17,11 +17,11 @@ from nemotron3.models.cache.hybrid_cache import HybridCache, Snapshot
 from nemotron3.models.layout import MAX_STEPS
 
 _CLOSE = 8
-"""Of an interval between kept states, the part in which one stands for the next."""
+"""A state is not cached within 1 / this of `prefix_interval` after another cached one."""
 
 
 class Scheduler:
-    """Keeps the queues and the slots. It knows tokens and pages, and nothing of the model."""
+    """Owns the queues and the slots. It handles tokens and pages and knows no model."""
 
     def __init__(
         self,
@@ -35,26 +35,27 @@ class Scheduler:
         self.prefixes = prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In the order of their arrival."""
+        """In order of arrival."""
         self.num_preemptions = 0
         self._config = config
         self.max_num_batched_tokens = max_num_batched_tokens
         self._is_narrow = config.state.is_narrow
         self._free_slots = list(range(len(cache.lengths)))[::-1]
         self._groups: dict[str, Snapshot] = {}
-        """Of requests with several answers: the prompt but its last token, read once for all."""
+        """For requests with several answers: the state of the prompt without its last token, which
+        one of the answers computes for all."""
 
     @property
     def decoding(self) -> list[Sequence]:
-        """Those that have read their prompts."""
+        """The running sequences whose prompts are prefilled."""
         return [sequence for sequence in self.running if sequence.is_prefilled]
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Let new ones wait."""
+        """Append sequences to the queue."""
         self.waiting.extend(sequences)
 
     def admit(self) -> None:
-        """Start those for which there is room."""
+        """Move sequences from the queue to a slot, while slots and pages are free."""
         for sequence in list(self.waiting):
             if not self._free_slots:
                 return
@@ -67,11 +68,12 @@ class Scheduler:
             self.running.sort(key=lambda running: running.order)
 
     def schedule_prefill(self) -> list[list[tuple[Sequence, int]]]:
-        """Who reads on in this step, and how many tokens, call by call.
+        """The prompt chunks of this step: for each model call, sequences and numbers of tokens.
 
-        Narrow states are rounded where a chunk of a prompt ends, and after each token of an answer.
-        That a sequence's tokens be the same in any company, its chunks then end only where its own
-        prompt says; and what it had written before it was preempted is read by itself, as steps.
+        Narrow states are rounded at the end of each chunk of a prompt, and after each token of an
+        answer. So that a sequence's tokens do not depend on other sequences, its chunks then end
+        only at lengths that follow from its own prompt, and the tokens that it generated before a
+        preemption are recomputed in a call of its own, as decoding steps.
         """
         budget = self.max_num_batched_tokens
         prompts: list[tuple[Sequence, int]] = []
@@ -89,12 +91,12 @@ class Scheduler:
         return [*([prompts] if prompts else []), *([chunk] for chunk in again)]
 
     def is_recompute(self, sequence: Sequence) -> bool:
-        """Whether it reads what it has written, in a way that rounding would notice."""
+        """Whether the next chunk recomputes generated tokens whose states are narrow."""
         assert sequence.slot is not None
         return self._is_narrow and self.cache.lengths[sequence.slot] >= sequence.num_prompt
 
     def after_chunk(self, sequence: Sequence) -> None:
-        """Keep the state where another prompt may go on from it."""
+        """Cache the state that a chunk ended with, if other prompts or answers may start there."""
         assert sequence.slot is not None
         length = self.cache.lengths[sequence.slot]
         if sequence.is_stale:
@@ -105,10 +107,13 @@ class Scheduler:
             self._groups[sequence.request_id] = self.cache.snapshot(sequence.slot)
 
     def make_room(self, sequence: Sequence, new_tokens: int) -> bool:
-        """Take the pages for more tokens of a running sequence; False where it was preempted."""
+        """Allocate pages for more tokens of a running sequence; returns False if it is preempted.
+
+        If no page is free, cached states are evicted, then the last running sequences preempted.
+        """
         while sequence.slot is not None:
             missing = self.cache.missing_pages(sequence.slot, new_tokens)
-            if missing == 0:  # as in nearly every step
+            if missing == 0:  # the usual case
                 return True
             if missing <= self.cache.pool.num_free:
                 self.cache.reserve(sequence.slot, new_tokens)
@@ -118,7 +123,10 @@ class Scheduler:
         return False
 
     def remove(self, sequence: Sequence, *, keep_state: bool = False) -> None:
-        """Let a finished or unwanted sequence go, running or waiting."""
+        """Remove a finished or aborted sequence, running or waiting, and free its slot.
+
+        With `keep_state` its state goes into the prefix cache.
+        """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence in self.running:
@@ -135,8 +143,8 @@ class Scheduler:
             if snapshot is not None:
                 self.cache.drop(snapshot)
 
-    def forget(self) -> None:
-        """Let nobody start from what has been computed so far: the weights are others now."""
+    def drop_cached_states(self) -> None:
+        """Drop all shared states and mark running ones as stale, because the weights changed."""
         self.prefixes.clear()
         while self._evict():
             pass
@@ -144,14 +152,14 @@ class Scheduler:
             sequence.is_stale = True
 
     def preempt_all(self) -> None:
-        """Have all that run read their tokens again."""
+        """Preempt all running sequences: they recompute their states."""
         for sequence in reversed(list(self.running)):
             self._preempt(sequence)
 
     def _evict(self) -> bool:
-        """Give up one of the states that are kept for others; whether there was one.
+        """Drop one cached or shared state; returns whether there was one.
 
-        The answers that wait for a prompt that is given up read it themselves.
+        Answers that wait for a shared prompt which is dropped prefill it themselves.
         """
         if self.prefixes.evict():
             return True
@@ -162,7 +170,7 @@ class Scheduler:
         return True
 
     def _allocate(self, sequence: Sequence) -> bool:
-        """Give a slot and the pages for all its tokens and one more; False where they lack."""
+        """Allocate a slot, and pages for all tokens and one more; returns False if they lack."""
         slot = self._free_slots.pop()
         snapshot = None
         if self._config.keeps_states and not sequence.wants_prompt_logprobs:
@@ -194,7 +202,7 @@ class Scheduler:
         sequence.drafts.clear()
 
     def _leads(self, sequence: Sequence) -> bool:
-        """Whether other answers to the same prompt may start from this one's state."""
+        """Whether this sequence computes the prompt's state that other answers start from."""
         return (
             self._shares_prompt(sequence)
             and sequence.num_prompt > 1
@@ -203,9 +211,9 @@ class Scheduler:
         )
 
     def _shares_prompt(self, sequence: Sequence) -> bool:
-        """Whether other answers to its request start from the prompt as one of them has read it."""
+        """Whether one answer computes the prompt's state for all answers to the request."""
         params = sequence.request.params
-        if params.prompt_logprobs is not None:  # with these each reads all of it
+        if params.prompt_logprobs is not None:  # each answer computes those of the whole prompt
             return False
         return params.n > 1 and self._config.keeps_states
 
@@ -217,7 +225,7 @@ class Scheduler:
         )
 
     def _next_chunk(self, sequence: Sequence) -> int:
-        """Tokens up to where it has to stop next."""
+        """Number of tokens up to the next length at which a chunk must end."""
         assert sequence.slot is not None
         start, config = self.cache.lengths[sequence.slot], self._config
         ends = {len(sequence.tokens), *self._stops(sequence)}
@@ -231,10 +239,10 @@ class Scheduler:
         return min(end for end in ends if end > start) - start
 
     def _stops(self, sequence: Sequence) -> set[int]:
-        """Lengths at which the state is kept.
+        """Lengths at which the state is cached.
 
-        Not close behind one that stands already, where it would save another prompt a few tokens
-        and cost this one a call of its own.
+        A length shortly after another one is left out: it would save later prompts a few tokens and
+        cost this prompt a model call.
         """
         if self._config.prefix_cache_bytes == 0:
             return set()
