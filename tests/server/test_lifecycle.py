@@ -151,7 +151,7 @@ def test_a_model_that_fails_in_a_form_is_the_servers_fault(model_folder, monkeyp
         failed = server.post(CHAT, {"messages": HELLO} | form)
     assert failed.status_code == 500
     assert failed.json()["error"]["code"] == "engine_error"
-    assert "no numbers" in failed.json()["error"]["message"]
+    assert "logits are NaN" in failed.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("is_first", [True, False])

@@ -110,7 +110,7 @@ def test_a_tentative_step_stands_as_far_as_it_is_accepted(model, precision):
 @pytest.mark.parametrize("tokens", [[], [[]], [[1, 2], [3]], [[1] * 17]])
 def test_what_is_no_step_is_refused(model, tokens):
     runner = ModelRunner(model, fed(model, [5, 9]))
-    with pytest.raises(ConfigError, match="as many from each, from 1 to 16"):
+    with pytest.raises(ConfigError, match="the same number for each, from 1 to 16"):
         runner.decode(tokens, list(range(len(tokens))))
 
 

@@ -1,14 +1,15 @@
-"""How many tokens to draft, from what drafts have brought and what steps have cost.
+"""The number of drafts of a step, chosen from measured acceptance and measured cost.
 
-A step with d drafts yields 1 + a_1 + a_1 a_2 + … tokens, where a_i is how often draft i stands when
-those before it do, and takes as long as it takes: on a GPU with a small batch about as long as one
-without, on a busy one almost d times as much. Both are measured while the engine runs, and the
-number with the most tokens per second is taken. None of this changes a token, only when it comes.
+A step with d drafts yields 1 + a_1 + a_1 a_2 + … tokens, where a_i is the rate at which draft i is
+accepted when those before it are. Its cost depends on the device and the batch: on a GPU with a
+small batch it is about that of a step without drafts, with a large batch almost d times as much.
+Both are measured while the engine runs, and the number with the most tokens per second is chosen.
+It changes no token, only the time at which a token is generated.
 
-The first step after one of another kind is not counted, since it finds nothing of what it needs in
-a cache; of a new kind the first two are not, which compile and record what later ones repeat. Every
-so often a neighbour is tried for some steps, so that what was slow once is not given up forever;
-the less often, the longer nothing has come of it.
+A kind of step is a batch size with a number of drafts. The first step after one of another kind is
+not measured, since the processor's caches contain none of its data; of a new kind the first two are
+not, since they compile and record. From time to time a neighbouring number is tried for a few
+steps, in case it has become faster; the interval doubles while the trials find nothing better.
 """
 
 from collections.abc import Iterable
@@ -16,17 +17,17 @@ from itertools import accumulate
 from operator import mul
 
 _FORGET = 0.05
-"""Weight of a new observation of what stands."""
+"""Weight of a new observation in the average of acceptance."""
 _RECENT, _TRIED = 0.2, 0.5
-"""Weights of a new time: one among many, and one of a number that is only tried now and then."""
+"""Weights of a new time in its average: for the number in use, and for one that is tried."""
 _OUTLIER = 1.5
-"""Of the time so far: a step that took longer was held up by something else."""
+"""A time is clipped at this multiple of the average: longer steps were delayed from outside."""
 _UNCOUNTED = 2
-"""First steps of a new kind."""
+"""Number of first steps of a new kind that are not measured."""
 _TRIAL = 4
-"""Steps for which a neighbour is tried."""
+"""Number of steps of a trial."""
 _SOON, _LATE = 32, 512
-"""Steps until the next trial: at first, and when none has found better for long."""
+"""Steps between trials: at first, and at most."""
 
 
 class DraftLength:
@@ -37,7 +38,7 @@ class DraftLength:
         self._adapts = adapts
         self._stands = [0.7] * most
         self.yields = self._expected()
-        """Tokens expected of a step with 0, 1, … drafts."""
+        """Expected tokens of a step with 0, 1, … drafts."""
         self._seconds: dict[tuple[int, int], float] = {}
         self._last: tuple[int, int] | None = None
         self._in_a_row = 0
@@ -47,7 +48,7 @@ class DraftLength:
         self._side = 1
 
     def choose(self, rows: int) -> int:
-        """The number of drafts for the next step of so many sequences."""
+        """The number of drafts for the next step of `rows` sequences."""
         if not self._adapts or self.most == 0:
             return self.most
         bucket = rows.bit_length()
@@ -71,9 +72,9 @@ class DraftLength:
         return self._trial
 
     def record(self, count: int, accepted: Iterable[int], seconds: float) -> None:
-        """Take what a step brought: the number of drafts that stood for each of its sequences."""
+        """Record a step: its drafts, the accepted drafts of each of its sequences, its time."""
         if self.most == 0:
-            return  # there is nothing to choose
+            return
         accepted = list(accepted)
         for place in range(count):
             tried = sum(a >= place for a in accepted)
@@ -95,7 +96,7 @@ class DraftLength:
         self._seconds[key] = seconds
 
     def interrupted(self) -> None:
-        """Something else has run since the last step."""
+        """Note that another call of the model has run since the last step."""
         self._last = None
 
     def _expected(self) -> list[float]:

@@ -1,10 +1,10 @@
-"""Graphs of what a model does on a carried state, by the shape of the call.
+"""Graphs of model calls on a carried state, one for each shape of call.
 
-On a CPU the first call of a shape runs the function and records it (ops/graph.py); on a GPU the
-function runs on padding alone and is captured (runtime/cuda_graph.py). Those after it copy their
-inputs over the first one's and replay the graph, which has the same bits. A graph stands on the
-memory of the cache and of the parameters: when the cache's grows a new one is made, and `clear` is
-for whoever puts other tensors into the model.
+On a CPU the first call of a shape runs the function and records it (ops/graph.py). On a GPU the
+function first runs on padding alone and is captured (runtime/cuda_graph.py). Later calls copy their
+inputs over the first ones and replay the graph, with the same results to the last bit. A graph is
+valid for the memory of the cache and of the parameters that it was made with: if the cache's memory
+has grown, a new graph is made, and whoever replaces the model's tensors calls `clear`.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,29 +16,29 @@ from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.ops.graph import Graph, can_record
 
 MAX_GRAPHS = 64
-"""Shapes that are kept; each holds the memory of a call's results."""
+"""Most graphs of one cache; each has memory for the results of a call."""
 
 Tensors = tuple[Tensor, ...]
 
 
 class CapturedGraph(Protocol):
-    """What a device does for a function, to be done again on the same memory."""
+    """The operations of a function on a device, to be replayed on the same memory."""
 
     @property
     def results(self) -> Tensors:
-        """What the function returned; `replay` writes it anew."""
+        """The function's results; `replay` overwrites them."""
         ...
 
     def replay(self) -> None:
-        """Do it again."""
+        """Execute the operations again."""
         ...
 
 
 class GraphPool(Protocol):
-    """Captures functions for a device: `runtime.cuda_graph.CudaGraphPool` does."""
+    """Captures functions on a device, as `runtime.cuda_graph.CudaGraphPool` does."""
 
     def capture(self, function: Callable[[], Tensors]) -> CapturedGraph:
-        """Note what a function that has run before does, without doing it."""
+        """Capture the operations of a function that has run before, without executing them."""
         ...
 
 
@@ -49,7 +49,7 @@ class _CachedGraph(NamedTuple):
 
 
 class GraphCache:
-    """The graphs of one cache: captured in `pool` where there is one, else recorded."""
+    """The graphs of one `HybridCache`: captured in `pool` if there is one, else recorded."""
 
     def __init__(self, cache: HybridCache, pool: GraphPool | None) -> None:
         self._cache = cache
@@ -57,15 +57,15 @@ class GraphCache:
         self._addresses = cache.addresses()
         self._pool = pool
         self.is_supported = self.pads_batch or can_record(cache.keys_dtype, cache.device)
-        """Whether what a model does on such a cache can be recorded."""
+        """Whether model calls on this cache can be captured or recorded."""
 
     @property
     def pads_batch(self) -> bool:
-        """Whether sequences in slot -1 pad batches, so that few shapes serve all calls."""
+        """Whether batches are padded by sequences in slot -1, so that few shapes suffice."""
         return self._pool is not None
 
     def has(self, shape: Hashable) -> bool:
-        """Whether there is a graph for calls of this shape."""
+        """Whether there is a valid graph for calls of this shape."""
         addresses = self._cache.addresses()
         if addresses != self._addresses:
             self._kept.clear()
@@ -80,10 +80,10 @@ class GraphCache:
         *,
         padding_inputs: Callable[[], Tensors] | None = None,
     ) -> Tensors:
-        """`function(*inputs)`; the results are good until the next call.
+        """The results of `function(*inputs)`, valid until the next call.
 
-        `padding_inputs` makes inputs like those given, of padding alone: what a CUDA graph is
-        captured on.
+        `padding_inputs` makes inputs of the same shapes that are padding alone; a CUDA graph is
+        captured on them.
         """
         if self.has(shape):
             cached = self._kept.pop(shape)
@@ -93,24 +93,24 @@ class GraphCache:
                 cached = _record(inputs, function)
             else:
                 assert padding_inputs is not None, (
-                    "a capture would write into the state that it runs on"
+                    "a capture on other inputs than padding would change the carried state"
                 )
                 cached = self._capture(self._pool, padding_inputs(), function)
                 _replay(cached, inputs)
             self.has(shape)  # the call may have made the cache grow
             if len(self._kept) == MAX_GRAPHS:
                 del self._kept[next(iter(self._kept))]
-        self._kept[shape] = cached  # the last one used is the last to go
+        self._kept[shape] = cached  # in the order of use: the least recently used is dropped first
         return cached.outputs
 
     def clear(self) -> None:
-        """Record anew: the model's parameters are other tensors."""
+        """Drop all graphs, because the model's parameters are other tensors."""
         self._kept.clear()
 
     def _capture(
         self, pool: GraphPool, padding_inputs: Tensors, function: Callable[..., Tensors]
     ) -> _CachedGraph:
-        """Run it once, since a capture can neither compile kernels nor make memory that stays."""
+        """Run once, since a capture can neither compile kernels nor allocate lasting memory."""
         inputs = tuple(given.to(self._cache.device, copy=True) for given in padding_inputs)
         function(*inputs)
         graph = pool.capture(lambda: function(*inputs))

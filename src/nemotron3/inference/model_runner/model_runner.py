@@ -1,18 +1,18 @@
-"""Every call of the model that an engine makes: prompts, decoding steps, the draft block.
+"""The model runner: all calls of the model that an engine makes.
 
     runner = ModelRunner(model, cache)
-    hidden = runner.prefill([prompt], [3])                    # packed, whatever the lengths
+    hidden = runner.prefill([prompt], [3])                    # packed, of any lengths
     out = runner.decode([[token_of_3], [token_of_0]], [3, 0])
     out.logits[:, -1].argmax(-1)                              # next tokens of slots 3 and 0
 
-A step takes a few new tokens, the same number from each of some sequences. The first one of each
-shape is the model's forward pass; where that can be recorded, those after it replay its graph
-(graph_cache.py) on new tokens, slots and lengths. Chunks of prompts that are no longer than a step
-are steps as well: what stands behind a chat's last message is, and most of its time would be
-Python. Not so on a GPU, where prompts are of too many shapes to capture each.
+A decoding step has a few new tokens, the same number for each sequence. The first step of a shape
+is the model's forward pass. Where the device can record it, later steps of that shape replay its
+graph (graph_cache.py) on other tokens, slots and lengths. On a CPU a short chunk of a prompt, such
+as the tokens after a chat's last message, is recorded as well, because Python would take most of
+its time. On a GPU it is not: prompts have too many shapes to capture each.
 
-Where batches are padded, decoding steps come in few sizes, each at most an eighth larger than the
-rows it is for. The rows that are too many have slot -1, which kernels leave alone.
+Where batches are padded, decoding steps have few sizes, each at most an eighth larger than the
+number of sequences. Padding has slot -1, which kernels ignore.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from nemotron3.runtime.cuda_graph import cuda_graph_pool
 
 
 class StepOutput(NamedTuple):
-    """What a decoding step yields; its tensors are good until the next call of the model."""
+    """Outputs of a decoding step; its tensors are valid until the next call of the model."""
 
     hidden: Float[Tensor, "sequence step d_model"]
     """The residual stream after the final norm."""
@@ -41,7 +41,7 @@ class StepOutput(NamedTuple):
     layout: SequenceLayout
     """For `HybridCache.accept` after a verification step."""
     routes: tuple[Int[Tensor, "sequence step choice"], ...] = ()
-    """The experts that each mixture chose, first to last, where they are returned."""
+    """The experts of each mixture, first to last; empty unless the runner returns them."""
 
 
 class _Shape(NamedTuple):
@@ -51,18 +51,18 @@ class _Shape(NamedTuple):
 
 
 class PrefillOutput(NamedTuple):
-    """What reading prompts yields; its tensors are good until the next call of the model."""
+    """Outputs of a prefill; its tensors are valid until the next call of the model."""
 
     hidden: Float[Tensor, "tokens d_model"]
     routes: tuple[Int[Tensor, "tokens choice"], ...] = ()
-    """The experts that each mixture chose, first to last, where they are returned."""
+    """The experts of each mixture, first to last; empty unless the runner returns them."""
 
 
 class ModelRunner:
-    """Runs one model on one carried state.
+    """Executes one model on one carried state.
 
-    With `returns_routes` prompts and decoding steps return the experts that they chose.
-    `make_pool` gives the pool that graphs are captured in, or None where a device captures none.
+    With `returns_routes` prefills and decoding steps return the experts that the routers chose.
+    `make_pool` returns the pool that graphs are captured in, or None if a device captures none.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self._returns_routes = returns_routes
-        # Graphs of one pool write over each other's results, and those of a decoding step are
-        # still read while the draft block runs.
+        # Graphs of one pool overwrite each other's results, and the draft block runs while those of
+        # a decoding step are still needed.
         self._graphs = GraphCache(cache, make_pool(cache.device))
         self._draft_graphs = GraphCache(cache, make_pool(cache.device))
 
@@ -89,10 +89,11 @@ class ModelRunner:
         is_prompt: bool = True,
         output_indices: Sequence[int] | None = None,
     ) -> PrefillOutput:
-        """Read prompts, or chunks of them; returns their hidden states, packed, or those at
+        """Prefill prompts or chunks of them; returns packed hidden states, or those at
         `output_indices`.
 
-        What is no prompt was written here before, and is read as it was then: as steps.
+        With `is_prompt=False` the tokens are those of an answer whose state is recomputed: narrow
+        states are then rounded after each token, as when the answer was generated.
         """
         layout = self.cache.layout([len(part) for part in tokens], slots, is_prompt=is_prompt)
         device = self.model.device
@@ -114,17 +115,18 @@ class ModelRunner:
         *,
         is_verification: bool = False,
     ) -> StepOutput:
-        """Feed each slot its tokens, the same number (at most `MAX_STEPS`) for all.
+        """Continue each slot by its tokens, the same number (at most `MAX_STEPS`) for all.
 
-        The cache takes the pages it needs; where it has none left, no slot has gone on. Gradients
-        have to be off: in inference mode, if the cache is used in that, else by no_grad.
+        The cache allocates the pages that it needs; if it has none left, it raises and no slot has
+        changed. Gradients must be disabled: by inference mode if the cache was made in it, else by
+        `no_grad`.
         """
         assert not torch.is_grad_enabled(), "steps have no gradients"
         rows, lengths = len(tokens), {len(part) for part in tokens}
         if len(lengths) != 1 or not 0 < (length := lengths.pop()) <= MAX_STEPS:
             raise ConfigError(
-                f"a step brings sequences of {[len(part) for part in tokens]} tokens; it takes as "
-                f"many from each, from 1 to {MAX_STEPS}: call the model for anything else"
+                f"a decoding step has sequences of {[len(part) for part in tokens]} new tokens; "
+                f"give the same number for each, from 1 to {MAX_STEPS}, or call prefill"
             )
         layout = self.cache.layout([length] * rows, slots, is_verification=is_verification)
         self.cache.check(layout)
@@ -151,7 +153,7 @@ class ModelRunner:
         slots: Sequence[int],
         cached_lengths: Sequence[int],
     ) -> None:
-        """Have the draft block read parts of prompts, behind `cached_lengths` tokens of theirs."""
+        """Prefill parts of prompts in the draft block, after `cached_lengths` tokens of each."""
         mtp = self.model.mtp
         assert mtp is not None
         layout = SequenceLayout(
@@ -171,7 +173,7 @@ class ModelRunner:
     ) -> tuple[Float[Tensor, "sequences d_model"], Float[Tensor, "sequences vocab"]]:
         """A step of the draft block: its output and logits at token `last[i]` of sequence i.
 
-        They are good until the next one.
+        They are valid until its next step.
         """
         mtp, rows, steps = self.model.mtp, len(tokens), len(tokens[0])
         assert mtp is not None
@@ -200,14 +202,14 @@ class ModelRunner:
         return picked, logits
 
     def clear_graphs(self) -> None:
-        """Record anew: the model's parameters are other tensors."""
+        """Drop all graphs, because the model's parameters are other tensors."""
         self._graphs.clear()
         self._draft_graphs.clear()
 
     def _prefill_step(
         self, tokens: Sequence[Sequence[int]], layout: SequenceLayout
     ) -> PrefillOutput:
-        """Read chunks of a step's size."""
+        """Prefill chunks of equal, small size by a recorded graph."""
         rows, length = len(tokens), layout.segments.max_length
 
         def step(numbers: Tensor) -> tuple[Tensor, ...]:
@@ -223,7 +225,7 @@ class ModelRunner:
         return PrefillOutput(hidden, tuple(routes))
 
     def _decode_step(self, shape: _Shape) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """The forward pass of such a step, on tokens, then slots, then lengths of the context."""
+        """The forward pass of a decoding step; its input is tokens, slots and cached lengths."""
         rows, length, is_verification = shape
 
         def step(inputs: Tensor) -> tuple[Tensor, ...]:
@@ -240,7 +242,7 @@ class ModelRunner:
     def _forward(
         self, x: Tensor, layout: SequenceLayout, *, output_indices: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Hidden states, and the experts that were chosen where they are returned."""
+        """Hidden states, and the experts if the runner returns them."""
         out = self.model.backbone(x, layout, self.cache, output_indices=output_indices)
         routes = [r.indices for r in out.routings] if self._returns_routes else []
         return out.hidden, tuple(routes)
@@ -250,7 +252,7 @@ class ModelRunner:
 
 
 def padded_rows(rows: int) -> int:
-    """As many rows or a few more: a multiple of the largest power of two that is an eighth."""
+    """`rows` rounded up, by at most an eighth: to a multiple of a power of two."""
     grain = 1 << max(rows.bit_length() - 4, 0)
     return -(-rows // grain) * grain
 
@@ -260,7 +262,7 @@ def _packed(tokens: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _split(numbers: Tensor, *sizes: int) -> list[Tensor]:
-    """Views of a row of numbers that holds several things one after another."""
+    """Consecutive parts of a tensor, as views."""
     ends = list(accumulate(sizes))
     return [numbers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
@@ -273,7 +275,7 @@ def _step_layout(
     *,
     is_verification: bool = False,
 ) -> SequenceLayout:
-    """The layout of a step, with what differs from one to the next in tensors."""
+    """The layout of a step whose slots and lengths are tensors, so that a graph can be replayed."""
     return SequenceLayout(
         Segments.uniform(rows, length),
         is_verification=is_verification,
@@ -282,7 +284,7 @@ def _step_layout(
 
 
 def _decode_inputs(shape: _Shape, tokens: list[int], layout: SequenceLayout | None) -> Tensor:
-    """Tokens, slots and lengths of the context; padding where the layout has no more sequences."""
+    """Tokens, slots and cached lengths, padded up to the rows of the shape."""
     slots, cached_lengths = ((), ()) if layout is None else (layout.slots, layout.cached_lengths)
     if missing := shape.rows - len(slots):
         tokens = [*tokens, *[0] * (missing * shape.length)]

@@ -1,19 +1,21 @@
-"""Drafting by multi-token prediction: the shared block writes ahead, the model checks in one step.
+"""Speculative decoding by multi-token prediction (MTP): the MTP block writes drafts, and the model
+verifies them in one step.
 
-The block reads, for each position, the hidden state there and the token after it, so in a prompt it
-is one token behind the state. Its keys and values lie in the same pages as the model's:
+At each position the block takes the hidden state there and the token after it, so in a prompt it is
+one token behind the model. Its keys and values are in the same pages as the model's:
 
-- a prompt's chunk is read right after the model has read it, but for the last position, whose next
-  token is not known yet; its hidden state waits in the cache (`DraftState`). To read is to
-  make keys and values: nobody asks for outputs there;
-- after tokens were chosen, the block reads what they settle, and its output at the last position
-  gives the first draft; further drafts feed its own output back, as it was trained to (white paper,
-  section 2.3), and leave nothing behind;
-- while nothing is drafted, what it would read is deferred (`DraftState.defer`), and
-  read in one go when drafts are wanted again, so that drafting nothing costs next to nothing. An
-  answer may end with it: whoever goes on from there reads it first.
+- A chunk of a prompt is prefilled in the block right after the model, without its last position,
+  whose next token is not yet known; the hidden state there waits in the cache (`DraftState`). The
+  prefill computes keys and values only.
+- After tokens are chosen, the block processes the accepted ones, and its output at the last
+  position gives the first draft. Further drafts feed the block's own output back, as it was trained
+  (white paper, section 2.3), and leave no state.
+- While no drafts are wanted, the inputs of the block are deferred (`DraftState.defer`) and
+  processed in one call when they are wanted again, so that a step without drafts costs almost
+  nothing more. They may remain deferred at the end of an answer; a continuation processes them.
 
-Training gives each depth keys of its own depth; here later depths look back at the first one's.
+Training gives each depth keys of its own depth; here later depths attend to the first one's keys
+(decision 0013).
 """
 
 from collections.abc import Sequence as Many
@@ -30,12 +32,15 @@ from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 
 DEFAULT_DRAFTS = 3
-"""Most drafts where nobody says how many. One block drafts at all depths, so the number that it was
-trained at is no limit, and published checkpoints do not tell it."""
+"""Most drafts of a step if `max_draft_tokens` is not given. One block drafts at all depths, so the
+number of depths in training is no limit, and published checkpoints do not contain it."""
 
 
 def most_drafts(model: LanguageModel, wanted: int | None) -> int:
-    """How many tokens may be drafted: what is wanted, else the default."""
+    """The most drafts of a step: `wanted`, or the default where it is None.
+
+    Raises ConfigError if the model cannot draft that many.
+    """
     if wanted == 0 or (wanted is None and model.mtp is None):
         return 0
     if model.mtp is None:
@@ -46,8 +51,8 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
     for mixer in model.config.mtp_layers:
         if mixer.state_size.per_sequence:
             raise ConfigError(
-                f"the model's multi-token-prediction block has {mixer.label} layers, which drafts "
-                "cannot be taken back from; set max_draft_tokens to 0"
+                f"the model's multi-token-prediction block has {mixer.label} layers, whose state "
+                "rejected drafts would change; set max_draft_tokens to 0"
             )
     wanted = DEFAULT_DRAFTS if wanted is None else wanted
     if wanted >= MAX_STEPS:
@@ -56,11 +61,11 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
 
 
 _MOST_PENDING = 128
-"""Steps of a sequence that are deferred: a bound of memory, and enough to make reading cheap."""
+"""Most steps of a sequence that are deferred: it bounds their memory."""
 
 
 class Drafter:
-    """Runs the draft block along with the model."""
+    """Runs the MTP block beside the model."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -69,7 +74,7 @@ class Drafter:
         self._drafts: DraftState = self.cache.drafts
 
     def read(self, chunks: Many[tuple[Sequence, int]], hidden: Tensor) -> None:
-        """Follow the model over chunks of prompts that it has just read; `hidden` is its output."""
+        """Prefill the chunks of prompts that the model has just prefilled, with output `hidden`."""
         drafts = self._drafts
         tokens: list[list[int]] = []
         inputs: list[Tensor] = []
@@ -81,7 +86,7 @@ class Drafter:
             part, at = hidden[at : at + count], at + count
             start, end = drafts.lengths[slot], self.cache.lengths[slot]
             if end - 1 > start:
-                # What was deferred before this prompt is a part of it, so its tokens are here.
+                # Deferred tokens of an earlier answer are a part of this prompt.
                 inputs += [*drafts.waiting(slot, end - count), part[:-1]]
                 tokens.append(sequence.tokens[start + 1 : end])
                 slots.append(slot)
@@ -93,16 +98,16 @@ class Drafter:
     def advance(
         self, sequences: Many[Sequence], accepted: Many[Many[int]], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Read what newly chosen tokens settle; returns the block's output and logits after it.
+        """Process the accepted tokens; returns the block's output and logits after them.
 
-        `hidden` [rows, steps, d_model] is the model's, at and before the last of the tokens that
-        each sequence's state holds; what is beyond the accepted tokens was refused.
+        `hidden` [rows, steps, d_model] is the model's output of the step that the tokens were
+        chosen from; rows beyond the accepted tokens are of rejected drafts.
         """
         self.flush(sequences)
         drafts, (rows, steps, _) = self._drafts, hidden.shape
-        if rows == 1:  # of several one is long nearly always
+        if rows == 1:  # of several sequences, one nearly always needs all steps
             steps = max(len(accepted[0]), 1)
-            hidden = hidden[:, :steps]  # what is beyond would choose experts of its own
+            hidden = hidden[:, :steps]  # rejected tokens would load experts of their own
         slots = [_slot(sequence) for sequence in sequences]
         tokens = [[*new_tokens, *[0] * (steps - len(new_tokens))] for new_tokens in accepted]
         cached_lengths = [drafts.lengths[slot] for slot in slots]
@@ -113,9 +118,9 @@ class Drafter:
         return after
 
     def defer(self, sequences: Many[Sequence], accepted: Many[Many[int]], hidden: Tensor) -> None:
-        """Read later what `advance` would read now."""
+        """Keep the input of `advance` in the cache, to be processed later."""
         steps = hidden.shape[1]
-        kept = hidden.clone()  # the next step writes over it
+        kept = hidden.clone()  # the next step overwrites it
         full: list[Sequence] = []
         for sequence, new_tokens, part in zip(sequences, accepted, kept.unbind(0), strict=True):
             if not new_tokens:
@@ -126,7 +131,7 @@ class Drafter:
         self.flush(full)
 
     def flush(self, sequences: Many[Sequence]) -> None:
-        """Read what was deferred."""
+        """Process the deferred tokens of these sequences."""
         drafts = self._drafts
         pending = {
             slot: part
@@ -143,7 +148,7 @@ class Drafter:
         drafts.advance(slots, [len(part.tokens) for part in parts], last)
 
     def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
-        """Draft `count` tokens for each sequence, from what `advance` returned."""
+        """Draft `count` tokens for each sequence, from the results of `advance`."""
         choosers = [sequence.chooser for sequence in sequences]
         slots = [_slot(sequence) for sequence in sequences]
         drafts: list[list[int]] = [[] for _ in sequences]

@@ -1,9 +1,9 @@
-"""Other weights for a model that is being served, put into the memory of the old ones.
+"""Replacing the weights of a served model, in the memory of the old ones.
 
-They come from a model directory, or by name as in `model.state_dict()`. Everything is compared
-before anything is written: all names, shapes and kinds of number, of a directory its configuration
-too. So weights that do not fit are an error that leaves the model as it was. Where the model keeps
-its own in a number format, plain ones are quantized as they are written.
+New weights come from a model directory, or as tensors by the names of `model.state_dict()`. Names,
+shapes and kinds of dtype, and for a directory its configuration, are compared before anything is
+written, so weights that do not fit raise an error and leave the model unchanged. If the model's
+weights are quantized, plain ones are quantized when they are written.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +23,18 @@ from nemotron3.ops.weights import Weight
 Weights = str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 """A model directory, or tensors by the names of `model.state_dict()` of the plain model."""
 RunningRequests = Literal["recompute", "keep"]
-"""What becomes of the states of requests that run while weights are replaced: computed anew by the
-new weights, or carried on by them. Their tokens stay either way."""
+"""How running requests continue when weights are replaced: their states are computed again by the
+new weights, or the states of the old weights are kept. Their tokens stay in both cases."""
 
 _RUNNING: tuple[RunningRequests, ...] = ("recompute", "keep")
 _NOT_COMPUTED_WITH = {"initializer_range", "max_position_embeddings"}
 
 
 def prepared_weights(model: LanguageModel, weights: Weights) -> Callable[[], None]:
-    """Compare weights with a model; returns what writes them into its tensors."""
+    """Compare weights with a model; returns a function that writes them into its tensors.
+
+    Raises ConfigError or CheckpointError if they do not fit.
+    """
     if isinstance(weights, str | Path):
         _compare_configs(model, Path(weights))
         return huggingface.prepared_weights(model, model.config, weights)
@@ -48,7 +51,7 @@ def prepared_weights(model: LanguageModel, weights: Weights) -> Callable[[], Non
 
 
 def assert_running(running: str) -> None:
-    """Refuse what is no way to treat running requests."""
+    """Raise ConfigError unless `running` is one of `RunningRequests`."""
     if running not in _RUNNING:
         raise ConfigError(
             f"running is {running!r}; it must be one of {', '.join(_RUNNING)}", field="running"
@@ -56,7 +59,7 @@ def assert_running(running: str) -> None:
 
 
 def next_version(current: int, wanted: int | None) -> int:
-    """The version of new weights: one more than that of the old ones, where nobody says."""
+    """The version of new weights: `wanted`, or one more than that of the old ones."""
     if wanted is None:
         return current + 1
     if wanted <= current:
@@ -86,28 +89,28 @@ def _compare(targets: Mapping[str, Weight], named: Mapping[str, Tensor]) -> None
     ):
         if names:
             raise ConfigError(
-                f"weights {problem} {len(names)} tensors, first {min(names)!r}; give those of "
-                "model.state_dict(), all of them"
+                f"weights {problem} {len(names)} tensors, first {min(names)!r}; give exactly those "
+                "of model.state_dict()"
             )
     for name, target in targets.items():
         given: Any = named[name]
         if not isinstance(given, Tensor) or given.is_meta:
-            raise ConfigError(f"weights[{name!r}] is no tensor with values; give its values")
+            raise ConfigError(f"weights[{name!r}] is not a tensor with values; give its values")
         if given.shape != target.shape:
             raise ConfigError(
                 f"weights[{name!r}] has shape {tuple(given.shape)} and the model's has "
-                f"{tuple(target.shape)}; they are of another model"
+                f"{tuple(target.shape)}; give weights of the same model"
             )
         dtype = target.dtype if isinstance(target, Tensor) else torch.float32
         if given.dtype.is_floating_point != dtype.is_floating_point:
             raise ConfigError(
-                f"weights[{name!r}] has dtype {given.dtype} and the model's has {dtype}; "
-                "one cannot be written into the other"
+                f"weights[{name!r}] has dtype {given.dtype} and the model's has {dtype}; give it "
+                "in that dtype"
             )
         if not isinstance(target, Tensor) and not given.isfinite().all():
             raise ConfigError(
-                f"weights[{name!r}] holds values that are not finite; {target.format} cannot "
-                "express them"
+                f"weights[{name!r}] has values that are not finite, which {target.format} cannot "
+                "represent; give finite values"
             )
 
 
@@ -119,6 +122,6 @@ def _compare_configs(model: LanguageModel, path: Path) -> None:
         ours, other = getattr(model.config, field.name), getattr(theirs, field.name)
         if ours != other:
             raise ConfigError(
-                f"{path}: {field.name} is {other!r}, and that of the model which is served is "
-                f"{ours!r}; weights can be replaced by those of the same configuration alone"
+                f"{path}: {field.name} is {other!r}, and that of the served model is {ours!r}; "
+                "give weights of a model with the same configuration"
             )

@@ -1,11 +1,11 @@
-"""Drawing tokens from logits: temperature, min-p, top-k, top-p, then noise.
+"""Sampling from logits: temperature, min-p, top-k, top-p, then Gumbel noise.
 
-The order is vLLM's. Tokens that are equally probable stay or go together, so that no sort's order
-of equals decides what may be said: top-k keeps what is at least as probable as the k-th, top-p what
-has less than p of probability strictly above it.
+The order is vLLM's. Equally probable tokens are kept or removed together, so the result does not
+depend on how a sort orders ties: top-k keeps every token that is at least as probable as the k-th,
+top-p every token with less than p of probability strictly above it.
 
-Nothing is sorted that cannot matter. Tokens below (1 - p) / vocabulary hold less than 1 - p
-together, so top-p keeps none of them, and sorts what is left: tens or hundreds of 131,072.
+Top-p sorts few tokens. Those below (1 - p) / vocabulary have less than 1 - p of probability
+together, so top-p removes them all; tens or hundreds of 131,072 are left to be sorted.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from torch import Tensor
 from nemotron3.ops.sampling import gumbel_argmax
 
 _BLOCK = 2**17
-"""Numbers that a processor's cache holds while a row is worked on."""
+"""Elements processed at a time on a CPU, so that they stay in its cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How one row is drawn from; `key` is that of its position."""
+    """How one row is sampled; `key` is the noise's, a function of seed, answer and position."""
 
     key: int
     temperature: float
@@ -33,7 +33,7 @@ class Draw:
 
 
 def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Tensor, " rows"]:
-    """One token per row, -1 where the logits are no numbers or leave nothing to draw."""
+    """One token per row; -1 where the logits are NaN or all minus infinity."""
     size = max(1, _BLOCK // logits.shape[1]) if logits.is_cpu else len(draws)
     keys = torch.tensor([row.key for row in draws], dtype=torch.int64, device=logits.device)
     parts = [slice(i, i + size) for i in range(0, len(draws), size)]
@@ -44,7 +44,7 @@ def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Te
 def truncate(
     logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]
 ) -> Float[Tensor, "rows vocab"]:
-    """Logits over temperature, minus infinity for the tokens that may not be drawn."""
+    """Logits divided by temperature, and minus infinity for the tokens that are removed."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
@@ -71,7 +71,7 @@ def truncate(
 
 def _nucleus(kept: Tensor, top_p: Tensor) -> Tensor:
     probabilities = kept.softmax(-1)
-    least = 0.99 * (1 - top_p) / kept.shape[-1]  # a little less, for rounding
+    least = 0.99 * (1 - top_p) / kept.shape[-1]  # 0.99 allows for rounding
     width = int((probabilities >= least).sum(-1).max().clamp(min=1))
     ordered = probabilities.topk(width).values
     mass = ordered.double().cumsum(-1)

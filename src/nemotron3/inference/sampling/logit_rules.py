@@ -1,7 +1,7 @@
-"""What a request changes about logits before a token is chosen: bias, penalties, minimum length.
+"""Logits processing by a request's parameters: bias, penalties, masks, minimum length.
 
-The order is vLLM's: bias, repetition, frequency, presence; then what may not come at all. A
-constraint outranks `min_tokens`: where a grammar allows nothing but the end, the answer ends.
+The order is vLLM's: bias, repetition, frequency and presence penalty, then masks. A constraint has
+priority over `min_tokens`: if a grammar allows only end tokens, the answer ends.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from nemotron3.inference.requests import SamplingParams
 
 
 class LogitRules:
-    """The rules of one answer, with the counts that they need."""
+    """The logits processing of one answer, with the token counts that it needs."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class LogitRules:
             for token in tokens:
                 if not 0 <= token < vocab_size:
                     raise ConfigError(
-                        f"{name} names token {token}; the model knows 0 to {vocab_size - 1}"
+                        f"{name} has token {token}; the model's tokens are 0 to {vocab_size - 1}"
                     )
         self._bias = None
         if params.logit_bias:
@@ -47,7 +47,7 @@ class LogitRules:
         self._always = self._bias is not None or self._counts is not None
 
     def apply_at(self, position: int) -> bool:
-        """Whether the token at this position of the answer is under any rule."""
+        """Whether the logits at this position of the answer are changed."""
         return self._always or (position < self._params.min_tokens and len(self._stop_ids) > 0)
 
     def apply(
@@ -58,9 +58,9 @@ class LogitRules:
         drafts: Sequence[int],
         mask: Bool[Tensor, " vocab"] | None,
     ) -> Float[Tensor, " vocab"]:
-        """The row under the rules, as it is after `drafts`, which are not counted yet.
+        """The processed logits of the position after `drafts`, which `accept` has not counted.
 
-        `mask` is what a constraint permits.
+        `mask` is True for the tokens that a constraint allows.
         """
         self._move_to(row.device)
         if self._bias is not None:

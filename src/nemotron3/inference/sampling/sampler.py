@@ -1,12 +1,13 @@
-"""Choosing the next tokens, a window at a time, so that speculation changes nothing.
+"""Sampling the next tokens from a window of logits, with the same result as without drafts.
 
 A step of the engine gives each answer 1 + d rows of logits: after its last token, and after each of
-d drafted ones. For every row the token is worked out that plain decoding would choose there, given
-the drafts before it; a draft stands while it is that token, and the first that is not gives way to
-it. Nothing is accepted by chance: the noise belongs to the position (`noise.py`), so an answer has
-the same tokens with and without drafts, whoever drafted. Drafts are drawn with the same noise from
-the draft head's logits, which makes them coincide with the choice as often as the two distributions
-allow (a maximal coupling would agree a little more often, and would make tokens depend on drafts).
+d drafts. For every row this module computes the token that decoding without drafts would choose
+there, given the drafts before it. A draft is accepted if it equals that token; the first one that
+does not is replaced by it. Acceptance has no randomness of its own: the noise of a position is a
+function of seed, answer and position (`ops/sampling/noise.py`), so an answer has the same tokens
+with any drafts or none. Drafts are sampled with the same noise from the MTP block's logits, so they
+agree with the choice nearly as often as possible (a maximal coupling would agree a little more
+often, and would make tokens depend on drafts: decision 0012).
 
     chooser = TokenChooser(params, prompt=ids, seed=7, index=0, stop_ids=stop_ids, vocab_size=V)
     choose([chooser], logits, [[]])          # logits [1, V]: [[token]]
@@ -31,15 +32,15 @@ from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
 from nemotron3.ops.sampling.noise import position_key
 
 COLDEST = 1e-5
-"""Temperatures below this take the most probable token: dividing by them would overflow."""
+"""Temperatures below this choose the most probable token: dividing by them would overflow."""
 
 
 class TokenChooser:
-    """What one answer needs to choose its tokens, and what it has chosen so far.
+    """The sampling state of one answer: its parameters, and what depends on its tokens so far.
 
-    `seed` and `index` (which of the n answers) fix the noise. `stop_ids` end the answer; they are
-    kept back before `min_tokens`, and nothing of a window is accepted after one. `constraint` and
-    `budget` belong to this chooser, which reports every accepted token to them.
+    `seed` and `index` (of the n answers) determine the noise. `stop_ids` end the answer: they are
+    masked before `min_tokens`, and no draft is accepted after one. `constraint` and `budget` belong
+    to this chooser, which reports every accepted token to them.
     """
 
     def __init__(
@@ -58,34 +59,32 @@ class TokenChooser:
         self.num_tokens = 0
         self.stop_ids = stop_ids
         self.error: str | None = None
-        """Why the last choice failed, where it did: the answer cannot go on."""
+        """Why no token could be chosen; None while the answer can continue."""
         self.failure: FailureKind | None = None
         self._seed, self._index = seed, index
-        self._here = _Followed(budget, constraint)
-        self._ahead: list[tuple[int, _Followed]] = []  # after each of the last drafts
+        self._here = _TokenStates(budget, constraint)
+        self._ahead: list[tuple[int, _TokenStates]] = []  # after each of the last drafts
         self._rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids, vocab_size=vocab_size)
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it takes the most probable token."""
+        """Whether the most probable token is chosen."""
         return self.params.temperature < COLDEST
 
     @property
     def is_plain(self) -> bool:
         """Whether every token from here on is the argmax of the model's logits."""
         return (
-            self.is_greedy
-            and not self._here.is_anything
-            and not self._rules.apply_at(self.num_tokens)
+            self.is_greedy and not self._here.is_used and not self._rules.apply_at(self.num_tokens)
         )
 
     @property
     def budget(self) -> ThinkingBudget | None:
-        """The budget as it stands after the tokens chosen."""
+        """The reasoning budget after the tokens chosen so far."""
         return self._here.budget
 
     def accept(self, token: int) -> None:
-        """Take a token of the answer; `choose` does it for those it returns."""
+        """Advance by a token of the answer; `choose` does so for the tokens that it returns."""
         self.num_tokens += 1
         self._rules.accept(token)
         if self._ahead and self._ahead[0][0] == token:
@@ -95,9 +94,9 @@ class TokenChooser:
             self._here.accept(token)
 
     def rows(self, drafts: Sequence[int], logits: Float[Tensor, "rows vocab"]) -> "list[_Row]":
-        """How to decide the rows after 0, 1, … drafts, of which `logits` holds the last ones.
+        """How to choose the tokens after 0, 1, … drafts; `logits` has the last rows of these.
 
-        They end early behind a draft that cannot be chosen: no later row matters then.
+        The list ends early after a draft that cannot be chosen: no later row is needed then.
         """
         first = len(drafts) + 1 - logits.shape[0]
         rows: list[_Row] = []
@@ -116,16 +115,16 @@ class TokenChooser:
                 break
         return rows
 
-    def _after(self, drafts: Sequence[int]) -> "_Followed":
-        """What is followed, after drafts of which all but the last have been looked at."""
-        if not drafts or not self._here.is_anything:
+    def _after(self, drafts: Sequence[int]) -> "_TokenStates":
+        """The states after drafts, where those after all but the last draft are computed."""
+        if not drafts or not self._here.is_used:
             return self._here
         ahead = len(drafts) - 1
         if ahead >= len(self._ahead) or self._ahead[ahead][0] != drafts[-1]:
             del self._ahead[ahead:]
-            followed = (self._ahead[-1][1] if self._ahead else self._here).fork()
-            followed.accept(drafts[-1])
-            self._ahead.append((drafts[-1], followed))
+            states = (self._ahead[-1][1] if self._ahead else self._here).fork()
+            states.accept(drafts[-1])
+            self._ahead.append((drafts[-1], states))
         return self._ahead[ahead][1]
 
     def _row(
@@ -151,14 +150,14 @@ class TokenChooser:
 
 
 @dataclass(frozen=True)
-class _Followed:
-    """What has to see every token, at one point of an answer."""
+class _TokenStates:
+    """The state machines that every token of an answer advances, at one position."""
 
     budget: ThinkingBudget | None
     constraint: TokenConstraint | None
 
     @property
-    def is_anything(self) -> bool:
+    def is_used(self) -> bool:
         return self.budget is not None or self.constraint is not None
 
     def forced(self) -> int | None:
@@ -173,8 +172,8 @@ class _Followed:
         if self.constraint is not None:
             self.constraint.accept(token)
 
-    def fork(self) -> "_Followed":
-        return _Followed(
+    def fork(self) -> "_TokenStates":
+        return _TokenStates(
             self.budget.fork() if self.budget is not None else None,
             self.constraint.fork() if self.constraint is not None else None,
         )
@@ -182,7 +181,10 @@ class _Followed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """How one row is decided: forced, drawn, or by argmax; `changed` are its logits under rules."""
+    """How the token of one row is chosen: forced, sampled, or by argmax.
+
+    `changed` are the row's logits after penalties and masks, if there are any.
+    """
 
     changed: Tensor | None = None
     forced: int | None = None
@@ -194,12 +196,12 @@ def choose(
     logits: Float[Tensor, "rows vocab"],
     windows: Sequence[Sequence[int]],
 ) -> list[list[int]]:
-    """The tokens accepted for each answer: the agreed beginning of its drafts, and one more.
+    """The new tokens of each answer: its accepted drafts, and one more.
 
     `logits` (float32) has the rows of the first window, then those of the second, and so on; a
-    window is the drafts that the rows were computed after. A token of `stop_ids` is the last one.
-    The choosers are advanced by what is returned. For an answer that cannot go on there is none and
-    its chooser's `error` says why; the others are not concerned.
+    window is the drafts of an answer, and has a row before, between and after them. No token
+    follows one of `stop_ids`. The choosers are advanced by the tokens that are returned. An answer
+    that cannot continue gets no token, and its chooser's `error` says why; others are not affected.
     """
     sizes = [len(drafts) + 1 for drafts in windows]
     assert logits.shape[0] == sum(sizes), f"{logits.shape[0]} rows for windows of {sizes}"
@@ -210,7 +212,7 @@ def choose(
         rows: dict[int, _Row] = {}
         for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
             decided = chooser.rows(drafts, logits[span.start : span.stop])
-            rows |= zip(span, decided, strict=False)  # there may be fewer
+            rows |= zip(span, decided, strict=False)  # `rows` may return fewer
         chosen = _decide(rows, logits)
     accepted: list[list[int]] = []
     for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
@@ -218,7 +220,7 @@ def choose(
         for token in new_tokens:
             chooser.accept(token)
         if not new_tokens and chooser.error is None:
-            chooser.error = "the model's logits are no numbers, or leave no token to choose"
+            chooser.error = "the model's logits are NaN, or all of them are minus infinity"
             chooser.failure = FailureKind.ENGINE
         accepted.append(new_tokens)
     return accepted
@@ -229,29 +231,29 @@ def draft(
     logits: Float[Tensor, "rows vocab"],
     windows: Sequence[Sequence[int]],
 ) -> list[int]:
-    """One more draft for each answer, from a draft head's logits after the drafts so far.
+    """One more draft for each answer, from the MTP block's logits after the drafts so far.
 
-    It is what `choose` would take if these were the model's logits, rules and noise included. The
-    choosers stay where they are.
+    It is the token that `choose` would return if these were the model's logits, with the same rules
+    and noise. The choosers are not advanced.
     """
     if all(chooser.is_plain for chooser in choosers):
         chosen = _most_probable(logits)
     else:
         rows: dict[int, _Row] = {}
         for i, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
-            # No row is left behind a draft that cannot stand; what follows it cannot matter.
+            # There is no row after a draft that cannot be accepted; any draft will do there.
             rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
         chosen = _decide(rows, logits)
-    return [max(token, 0) for token in chosen]  # a bad draft is only a bad draft
+    return [max(token, 0) for token in chosen]  # where no token can be chosen, any draft will do
 
 
 def token_logprobs(
     logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], top: int, *, weight_version: int = 0
 ) -> list[TokenLogprob]:
-    """The log-probability of one token per row, its rank, and the `top` most probable ones.
+    """The log-probability and rank of one token per row, and the `top` most probable tokens.
 
-    They are the model's own, so `logits` are those that it gave, before temperature and rules. The
-    rank counts equals, as vLLM's does: of two most probable tokens both are second.
+    They are the model's own: `logits` are those before temperature, penalties and masks. The rank
+    counts ties, as vLLM's does: two most probable tokens both have rank 2.
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
@@ -266,7 +268,7 @@ def token_logprobs(
 
 
 def _may_be(token: int, forced: int | None, mask: Tensor | None, stop_ids: frozenset[int]) -> bool:
-    """Whether a draft can be accepted with more to come after it."""
+    """Whether a draft can be accepted and followed by another token."""
     if forced is not None:
         return token == forced
     return token not in stop_ids and (mask is None or bool(mask[token]))
@@ -284,7 +286,7 @@ def _agreed(tokens: Sequence[int], drafts: Sequence[int], stop_ids: frozenset[in
 
 
 def _decide(rows: dict[int, _Row], logits: Tensor) -> list[int]:
-    """The token of each row of the logits, -1 where there is none, or nothing to decide by."""
+    """The token of each row of the logits; -1 if none can be chosen or the row is not needed."""
     chosen = {i: row.forced for i, row in rows.items() if row.forced is not None}
     greedy = [i for i, row in rows.items() if row.forced is None and row.draw is None]
     if greedy:
@@ -297,7 +299,7 @@ def _decide(rows: dict[int, _Row], logits: Tensor) -> list[int]:
 
 
 def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> Tensor:
-    """The logits of some rows, with those in place that rules have changed."""
+    """The logits of some rows, after penalties and masks."""
     result = logits[torch.tensor(wanted, device=logits.device)]
     for place, i in enumerate(wanted):
         if (changed := rows[i].changed) is not None:
@@ -308,7 +310,7 @@ def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> T
 def _most_probable(logits: Tensor) -> list[int]:
     best: Any = logits.max(-1)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    # NaN counts as the largest, and is above nothing.
+    # `max` returns NaN where there is one, and NaN is not above -inf.
     return [token if largest > -inf else -1 for token, largest in pairs]
 
 

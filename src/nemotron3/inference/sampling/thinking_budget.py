@@ -1,34 +1,33 @@
-r"""An enforced limit on the tokens of reasoning, as a state machine over token ids.
+r"""The reasoning budget: an enforced limit on the tokens of reasoning, a state machine over ids.
 
-A hint in the prompt asks a model to be brief; this makes it. While reasoning is open its tokens are
-counted. Once `budget` of them have come, the reasoning is closed at the first line end, and `grace`
-tokens later wherever it is: the closing sequence is forced, token by token, and the model goes on
-to its answer from what it has thought. With `grace` 0 the budget is exact, as vLLM's
-`thinking_token_budget` is. A grace is the rule of NVIDIA's own logits processor; one of 500 is the
-model card's, "a line end within 500 tokens of the budget, else a hard stop". The model card's
-client gets a hard cut by two calls, one with max_tokens = budget, one that continues after
-".\n</think>\n\n"; nothing needs to be sent twice here.
+A prompt can only ask a model to be brief. Here the tokens of reasoning are counted. After `budget`
+of them the reasoning is closed at the next line end, and after `grace` more tokens in any case: the
+tokens of the closing sequence are forced, and the model continues with its answer. With `grace` 0
+the budget is exact, as vLLM's `thinking_token_budget` is. The grace is that of NVIDIA's own logits
+processor; 500 is the model card's rule, "a line end within 500 tokens of the budget, else a hard
+stop". The model card's client needs two calls for a hard stop, one with max_tokens = budget and one
+that continues after ".\n</think>\n\n"; here one request suffices.
 
 Decided here, because the sources leave it open:
 
-- **Reasoning shorter than the budget is untouched**, to the last token. So is an answer that never
-  opens any, whatever the budget.
-- **What counts** is every token generated while the reasoning is open, tags that change nothing
-  and end tokens (where those are ignored) included. The prompt's own tokens do not count.
-- **The bound**: at most budget + grace tokens of the model's own, then the closing sequence, of
-  which all but `</think>` is shown as reasoning (one line end, or nothing; once for each block),
-  and none is counted: usage reports the model's own tokens between the tags.
-- **The closing sequence is what the chat style writes** up to `</think>`: a line end and the tag
-  for Nano and Super, the tag alone for Ultra and Lightning. What follows is left to the model,
-  whose next token may join that line end with others. Where the reasoning already ends with a part
-  of the sequence, or with a token that ends a line, the rest completes it.
+- **Reasoning shorter than the budget is unchanged**, to the last token. So is an answer without
+  reasoning.
+- **Every token that is generated while the reasoning is open counts**, also tags without effect and
+  end tokens that are ignored. The tokens of the prompt do not count.
+- **The bound**: at most budget + grace tokens of the model's own, then the closing sequence. Its
+  tokens before `</think>` are shown as reasoning (one line end, or nothing; once for each block).
+  None of it is counted: usage reports the model's own tokens between the tags.
+- **The closing sequence is the chat style's** up to `</think>`: a line end and the tag for Nano and
+  Super, the tag alone for Ultra and Lightning. The tokens after it are left to the model, whose
+  next token may join that line end with others. If the reasoning already ends with a part of the
+  sequence, or with a token that ends a line, only the rest is forced.
 - **A budget of 0** closes at once: the prompt has opened the block and ended a line.
-- **Reasoning that is opened again** (`<think>` before any answer) spends what is left of the same
-  budget, and is closed at once where nothing is. After text of an answer the tag is text.
+- **Reasoning that is opened again** (`<think>` before any answer) uses the rest of the same budget,
+  and is closed at once if there is none. After text of an answer the tag is text.
 - **An end token** inside the reasoning ends the answer as it would without a budget.
-- **A call ends the reasoning** where tools are offered, as `text/reasoning.py` reads it:
-  `<tool_call>`, then `<function=`. A call that has begun is not cut in two: `CALL_OPENING` tokens
-  are waited for it to show itself, and they may be beyond the bound.
+- **A tool call ends the reasoning** if the request has tools, by the rule of `text/reasoning.py`:
+  `<tool_call>`, then `<function=`. A call that has begun is not cut in two: after `<tool_call>`
+  up to `CALL_OPENING` tokens may follow, also beyond the bound.
 """
 
 import codecs
@@ -41,7 +40,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.text import ChatStyle, Tokenizer
 
 CALL_OPENING = 8
-"""Most tokens that are waited for after `<tool_call>`, for `<function=` to come."""
+"""Tokens after `<tool_call>` within which `<function=` must follow."""
 
 _Decoder = codecs.getincrementaldecoder("utf-8")
 _CALL_NEXT = "<function="
@@ -49,20 +48,20 @@ _CALL_NEXT = "<function="
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetIds:
-    """What the budget has to know of a vocabulary and a chat style; made once (`budget_ids`)."""
+    """The token ids that a budget needs, of a tokenizer and a chat style; made by `budget_ids`."""
 
     start: int
     """`<think>`."""
     closing: tuple[int, ...]
-    """What closes the reasoning; its last is `</think>`."""
+    """The tokens that close the reasoning; the last is `</think>`."""
     line_ends: frozenset[int]
     """Tokens whose text ends with a line end."""
     hidden: frozenset[int]
-    """Special tokens that are no text of an answer and no tags."""
+    """Special tokens other than tags; they are not text of an answer."""
     call_start: int
     """`<tool_call>`."""
     token_bytes: Callable[[int], bytes]
-    """The text of an id; asked for where an answer or a call may begin."""
+    """The bytes of an id."""
 
     @property
     def end(self) -> int:
@@ -71,9 +70,10 @@ class BudgetIds:
 
 
 def budget_ids(tokenizer: Tokenizer, style: ChatStyle) -> BudgetIds:
-    """The ids for a tokenizer and what its chat style writes after reasoning.
+    """The ids for a tokenizer and a chat style.
 
-    It looks at every entry of the vocabulary, so an engine does it once.
+    It reads every entry of the vocabulary, so an engine calls it once. Raises ConfigError if the
+    style's `reasoning_end` has no `</think>`.
     """
     closing = tokenizer.encode(style.reasoning_end)
     if tokenizer.think_end_id not in closing:
@@ -111,11 +111,11 @@ class _State(Enum):
 
 
 class ThinkingBudget:
-    """Counts the reasoning of one answer and says which token has to come, where one has to.
+    """Counts the reasoning tokens of one answer and forces the closing sequence.
 
-    `is_open` is whether the prompt leaves reasoning open, `last_token` the prompt's last token
-    (None takes the template's word that a line has ended). Every token of the answer is reported
-    through `accept`, the forced ones too.
+    `is_open` says whether the prompt ends within reasoning; `last_token` is the prompt's last token
+    (None if it is known to end a line). Every token of the answer must be passed to `accept`, also
+    forced ones.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class ThinkingBudget:
         self._ids = ids
         self._has_tools = has_tools
         self._state = _State.OPEN if is_open else _State.CLOSED
-        self._recent: tuple[int, ...] = ()  # of this block, no more than could begin the closing
+        self._recent: tuple[int, ...] = ()  # last tokens of this block, for `_num_produced`
         self._ends_line = last_token is None or last_token in (*ids.line_ends, ids.start)
         self._call = ""
         self._num_call_tokens = 0
-        self._tail = b""  # of a character that is not whole yet
-        self._next = 0  # of the closing sequence
+        self._tail = b""  # bytes of an incomplete character
+        self._next = 0  # index in the closing sequence
         self.num_reasoning_tokens = 0
         """Tokens that the model itself generated while reasoning was open."""
         self._close_if_due()
@@ -149,11 +149,11 @@ class ThinkingBudget:
         return self._state in (_State.OPEN, _State.PERHAPS_CALL, _State.CLOSING)
 
     def forced(self) -> int | None:
-        """The token that has to come, where one has to."""
+        """The token that must come next, or None."""
         return self._ids.closing[self._next] if self._state is _State.CLOSING else None
 
     def accept(self, token: int) -> None:
-        """Take the token that came."""
+        """Advance by the token that was chosen."""
         if self._state is _State.CLOSING:
             assert token == self.forced(), f"{token} came where {self.forced()} was forced"
             self._next += 1
@@ -170,7 +170,7 @@ class ThinkingBudget:
 
     def fork(self) -> "ThinkingBudget":
         """An independent copy, to look ahead along drafted tokens."""
-        return copy.copy(self)  # nothing in it is changed in place
+        return copy.copy(self)  # its attributes are replaced, never changed in place
 
     def _reason(self, token: int) -> None:
         if token == self._ids.end:
