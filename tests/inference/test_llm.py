@@ -242,7 +242,7 @@ def test_leaving_early_aborts_and_a_full_queue_refuses(llm):
             with pytest.raises(ConfigError, match="'a' is being answered already"):
                 server.submit(prompt, long, request_id="a")
             second = server.submit(prompt, GREEDY, request_id="b")
-            with pytest.raises(OverloadedError, match=r"2 answers.*2 may"):
+            with pytest.raises(OverloadedError, match=r"2 answers.*at most 2"):
                 server.submit(prompt, long, request_id="c")
             with pytest.raises(ConfigError, match="may have 400"):
                 server.submit(prompt, SamplingParams(max_tokens=500), request_id="d")
@@ -337,12 +337,12 @@ def test_token_ids_need_no_tokenizer(llm):
     stop = answer.token_ids[4]
     (stopped,) = bare.generate([ids], replace(GREEDY, stop_token_ids=(stop,)))
     assert stopped.outputs[0].stop_reason == stop
-    form = StructuredOutput(kind="regex", value="a")
+    regex = StructuredOutput(kind="regex", value="a")
     for what, ask in {
         "text": lambda: bare.generate("the quick", GREEDY),
         "stop": lambda: bare.generate([ids], replace(GREEDY, stop=("a",))),
         "reasoning_budget": lambda: bare.generate([ids], replace(GREEDY, reasoning_budget=3)),
-        "a structured answer": lambda: bare.generate([ids], replace(GREEDY, structured=form)),
+        "structured output": lambda: bare.generate([ids], replace(GREEDY, structured=regex)),
         "text ": lambda: bare.chat(TALK, GREEDY),
     }.items():
         with pytest.raises(ConfigError, match=f"^{what}.*needs a tokenizer.*tokenizer="):

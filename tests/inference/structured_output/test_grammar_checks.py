@@ -145,7 +145,7 @@ def test_grammars_come_to_their_turn_in_the_order_in_which_they_came(blocked):
 def test_too_many_waiting_grammars_are_refused_until_some_are_done_or_given_up(blocked):
     checks, gate = blocked
     futures = [checks.submit(lambda: None) for _ in range(grammar_checks._MAX_WAITING - 1)]
-    with pytest.raises(OverloadedError, match="grammars wait to be compiled; try later"):
+    with pytest.raises(OverloadedError, match="grammars are waiting to be compiled; try later"):
         checks.submit(lambda: None)
     assert futures[0].cancel()
     checks.submit(lambda: None)

@@ -1,13 +1,12 @@
-"""Whether a grammar can be compiled without harm, found out by a process of its own.
+"""Checks that a grammar can be compiled safely, in a process of its own.
 
-No shape of a grammar matters then: one that would end the engine's process ends the worker
-(`grammar_worker.py`), which is started at the first grammar and again after such an end. Grammars
-are checked one after another, in the order in which they came, and each has a few seconds; so one
-that waits comes to its turn, and when too many wait the next is refused. Verdicts are kept by the
-digest of the grammar.
+A grammar whose compilation would end the engine's process only ends the worker process
+(`grammar_worker.py`), which starts with the first grammar and restarts after such an end. Grammars
+are checked in order of arrival, each within a few seconds; when too many wait, further ones are
+refused. Results are cached by the digest of the grammar.
 
-`python -m` starts the worker and not `multiprocessing`, which would run a user's script a second
-time where that has no `if __name__ == "__main__"`.
+The worker is started by `python -m` and not by `multiprocessing`, which would run a user's script a
+second time if that has no `if __name__ == "__main__"`.
 """
 
 import hashlib
@@ -29,21 +28,21 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from nemotron3.errors import BackendUnavailableError, OverloadedError
-from nemotron3.inference.structured_output.grammar_library import MAX_COMPILE_S, cannot_hold
+from nemotron3.inference.structured_output.grammar_library import MAX_COMPILE_S, grammar_error
 
 T = TypeVar("T")
 
 _START_S = 120.0
 _MAX_VERDICTS = 4096
 _MAX_WAITING = 32
-_TIMEOUT_KEPT_S = 60.0  # the machine was busy, perhaps
+_TIMEOUT_KEPT_S = 60.0  # after that the grammar is tried again: the machine may have been busy
 _WORKER = "nemotron3.inference.structured_output.grammar_worker"
 
 
 class GrammarChecks:
-    """Owns a worker and a thread that talks to it; one object per compiler.
+    """Owns a worker process and the thread that sends it grammars; one object per compiler.
 
-    `vocabulary` are the keyword arguments of `GrammarLibrary`, without `encode`.
+    `vocabulary` has the keyword arguments of `GrammarLibrary`, without `encode`.
     """
 
     def __init__(self, vocabulary: Mapping[str, Any]) -> None:
@@ -57,16 +56,16 @@ class GrammarChecks:
         self._end = weakref.finalize(self, self._worker.end)
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
-        """Have work done in the thread that checks, in its turn.
+        """Run a function in the thread that checks, after those submitted before.
 
-        Raises `OverloadedError` where too many wait.
+        Raises `OverloadedError` if too many wait.
         """
         with self._lock:
             if self._is_closed:
                 raise OverloadedError("the engine has been closed; start another one")
             if self._num_waiting >= _MAX_WAITING:
                 raise OverloadedError(
-                    f"{self._num_waiting} grammars wait to be compiled; try later"
+                    f"{self._num_waiting} grammars are waiting to be compiled; try later"
                 )
             self._num_waiting += 1
         future = self._executor.submit(work)
@@ -74,7 +73,7 @@ class GrammarChecks:
         return future
 
     def check(self, kind: str, text: str) -> "Future[str | None]":
-        """What is wrong with a grammar, None for nothing; at once where that is known."""
+        """The error of a grammar, None if it can be compiled; at once if the result is cached."""
         digest = hashlib.sha256(f"{kind}\0{text}".encode()).digest()
         known = self._known(digest)
         if known is None:
@@ -92,7 +91,8 @@ class GrammarChecks:
         return known
 
     def _verdict(self, digest: bytes, kind: str, text: str) -> str | None:
-        known = self._known(digest) or self._find(kind, text)  # asked for twice while it waited
+        # A grammar that was submitted twice is known when its second turn comes.
+        known = self._known(digest) or self._find(kind, text)
         with self._lock:
             self._verdicts[digest] = known
             while len(self._verdicts) > _MAX_VERDICTS:
@@ -100,7 +100,7 @@ class GrammarChecks:
         return known[0]
 
     def close(self) -> None:
-        """End the worker; whoever waits is told."""
+        """End the worker; checks that wait are cancelled."""
         with self._lock:
             self._is_closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -111,21 +111,21 @@ class GrammarChecks:
             self._num_waiting -= 1
 
     def _find(self, kind: str, text: str) -> tuple[str | None, float]:
-        for _ in range(2):  # a worker may have been ended from outside
+        for _ in range(2):  # the first worker may have been killed from outside
             self._worker.start(self._vocabulary)
             try:
                 return self._worker.ask((kind, text), MAX_COMPILE_S), float("inf")
             except TimeoutError:
-                why = f"to compile it takes more than {MAX_COMPILE_S:g} seconds"
-                return cannot_hold(kind, why), time.monotonic() + _TIMEOUT_KEPT_S
+                why = f"its compilation takes more than {MAX_COMPILE_S:g} seconds"
+                return grammar_error(kind, why), time.monotonic() + _TIMEOUT_KEPT_S
             except EOFError:
                 if self._is_closed:
                     break
-        return cannot_hold(kind, "it is too deep or too large to be compiled"), float("inf")
+        return grammar_error(kind, "it is too deep or too large to be compiled"), float("inf")
 
 
 class _Worker:
-    """The process, which may not run."""
+    """The worker process, running or not."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,7 +134,7 @@ class _Worker:
         self._is_asked = False
 
     def start(self, vocabulary: Mapping[str, Any]) -> None:
-        """Have a process that waits for grammars."""
+        """Start the process if it does not run."""
         with self._lock:
             if self._is_over:
                 raise OverloadedError("the engine has been closed; start another one")
@@ -151,10 +151,10 @@ class _Worker:
             ) from error
 
     def ask(self, question: Any, timeout_s: float) -> str | None:
-        """Send something, and wait for what is wrong with it.
+        """Send a grammar or the vocabulary; returns its error, None if there is none.
 
-        Raises EOFError where the process ends, TimeoutError where it takes too long; then too it
-        is ended.
+        Raises EOFError if the process ends, TimeoutError if it takes too long; the process is then
+        killed.
         """
         with self._lock:
             process = self._process
@@ -168,7 +168,7 @@ class _Worker:
             return answer
         except TimeoutError:
             raise
-        except OSError as error:  # nobody reads what is written
+        except OSError as error:  # the pipe is closed
             raise EOFError from error
         finally:
             with self._lock:
@@ -177,7 +177,7 @@ class _Worker:
                     self._reap()
 
     def end(self) -> None:
-        """End the process for good; whoever asks reaps it."""
+        """Kill the process for good; a thread within `ask` reaps it."""
         with self._lock:
             self._is_over = True
             if self._process is not None:
@@ -218,9 +218,9 @@ def _exchange(process: "subprocess.Popen[bytes]", question: bytes, timeout_s: fl
 
 def _started() -> "subprocess.Popen[bytes]":
     environment = {
-        # What can be imported here can be there, a folder that a script has added included.
+        # The worker imports from the same folders, those that a script has added included.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        # Every thread and every arena would take of the memory that a grammar may have.
+        # Threads and arenas would use memory that is limited for the sake of the grammar.
         "RAYON_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",
     }
@@ -228,7 +228,7 @@ def _started() -> "subprocess.Popen[bytes]":
         [sys.executable, "-P", "-m", _WORKER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # how a grammar ended it is nobody's news
+        stderr=subprocess.DEVNULL,  # a crash is reported as the grammar's error
         env={**os.environ, **environment},
-        start_new_session=True,  # an interrupt is for the parent, which ends it
+        start_new_session=True,  # an interrupt goes to the parent alone, which ends the worker
     )

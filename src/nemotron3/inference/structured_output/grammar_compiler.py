@@ -1,26 +1,27 @@
-r"""Answers that have to have a form: JSON of a schema, an expression, a choice, a grammar.
+r"""Structured output: answers that follow a JSON schema, a regular expression, a choice, a grammar.
 
-A grammar is compiled once and then says, before every token, which tokens can still lead to a whole
-answer; the others are masked, in tens of microseconds a token (`grammar_library.py`).
+A grammar is compiled once. Before every token it determines the tokens that can still lead to a
+complete answer; all others are masked, in tens of microseconds per token (`grammar_library.py`).
 
 Decided here:
 
-- **Reasoning is free.** Where the prompt leaves reasoning open the grammar begins after `</think>`,
-  and nothing may end the answer before. Where it does not, the grammar begins with the answer, and
-  the model cannot open reasoning of its own.
-- **The end tokens may come exactly when the answer is whole**, and nothing else when it cannot go
-  on. A request without any end token (`ignore_eos`) cannot be held to a form.
-- **The glue of the chat style stays.** Nano and Super write `</think>\n`; a model that is kept from
-  its line end starts the answer where it never has. So one token of line ends may come between,
-  which the reader of an answer drops.
-- **White space in JSON has an end.** `{` and then line ends for ever is JSON too, and models fall
-  into it; 40 characters of indentation in one place are enough.
+- **Reasoning is free.** If the prompt ends within reasoning, the grammar begins after `</think>`,
+  and no end token is allowed before. Otherwise it begins with the answer, and the model cannot open
+  reasoning of its own.
+- **End tokens are allowed exactly when the answer is complete**, and nothing else is when it cannot
+  be continued. A request without any end token (`ignore_eos`) cannot have structured output.
+- **The line end of the chat style is allowed.** Nano and Super write `</think>\n`; without its line
+  end a model would begin the answer as it never did in training. So one token of line ends may
+  precede the answer; the parser of answers drops it.
+- **White space in JSON is limited.** `{` followed by endless line ends is a prefix of valid JSON,
+  and models produce it; 40 characters in one place are enough for indentation.
 - **Text is text.** A special token matches nothing in a schema, expression or string; a Lark
-  grammar may name one (`<tool_call>`), and then means it.
-- **What cannot be enforced is an error** before anything runs: an unknown keyword of JSON schema is
-  not left out in silence. So is a grammar beyond `MAX_GRAMMAR_BYTES`, and one that another process
-  cannot compile in little time and memory (`grammar_checks.py`): only what passed there is compiled
-  here. The automata behind have limits of their own; an answer that meets one fails by itself.
+  grammar may name one (`<tool_call>`), and then matches it.
+- **A grammar that cannot be enforced is an error**, before any work starts: an unknown keyword of a
+  JSON schema is not ignored. So is a grammar of more than `MAX_GRAMMAR_BYTES`, and one that another
+  process cannot compile within limits of time and memory (`grammar_checks.py`): only grammars that
+  passed there are compiled here. The automata have limits of their own; an answer that exceeds one
+  fails alone.
 
     compiler = GrammarCompiler(tokenizer, style, vocab_size=131_072)
     constraint = compiler.constraint(
@@ -57,12 +58,11 @@ _MAX_CACHED = 64
 
 
 class GrammarCompiler:
-    """Compiles what requests ask for, over one vocabulary; one object per engine.
+    """Compiles the grammars of requests over one vocabulary; one object per engine.
 
-    Compiled grammars are kept, the most recently used ones, since a service asks for the same few.
-    An automaton grows with what has been written under it, in all answers together, and fails at
-    its limit; it is compiled anew then, so that a grammar in long use does not wear out. May be
-    asked from several threads.
+    The most recently used grammars are cached, since a service uses the same few. An automaton
+    grows with the tokens of all answers that use it and fails at its limit; it is then compiled
+    again, so that a grammar can be used for any time. Thread-safe.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class GrammarCompiler:
     def constraint(
         self, structured: StructuredOutput, *, stop_ids: frozenset[int], is_reasoning_open: bool
     ) -> "AnswerConstraint":
-        """The constraint of one answer; a ConfigError where the form cannot be held."""
+        """The constraint of one answer; a ConfigError if the grammar cannot be enforced."""
         if not stop_ids:
             raise ConfigError(
-                "structured output needs a token that ends the answer and ignore_eos leaves none; "
-                "leave out ignore_eos or give stop_token_ids"
+                "structured output needs a token that ends the answer, and with ignore_eos there "
+                "is none; leave out ignore_eos or give stop_token_ids"
             )
         key = (structured.kind, _text(structured))
         error = self.check(structured).result()
@@ -116,15 +116,18 @@ class GrammarCompiler:
         )
 
     def check(self, structured: StructuredOutput) -> "Future[str | None]":
-        """What is wrong with a form, found out in its turn; a ConfigError where that is plain."""
+        """The error of a grammar, None if it can be compiled; checked in order of arrival.
+
+        Raises ConfigError at once for a value of the wrong type or size.
+        """
         return self._checks.check(structured.kind, _text(structured))
 
     def close(self) -> None:
-        """End the process that checks; nothing more is compiled."""
+        """End the process that checks grammars; no grammar can be compiled after that."""
         self._checks.close()
 
     def _compile(self, key: tuple[str, str], *, worn: Any = None) -> Any:
-        """The matcher of a form that passed, kept; nobody waits for it who wants another form."""
+        """The matcher of a checked grammar, cached; the lock is not held while it is compiled."""
         with self._lock:
             matcher = self._compiled.get(key)
         if matcher is None or matcher is worn:
@@ -145,7 +148,7 @@ class _Phase(Enum):
 
 
 class AnswerConstraint:
-    """Which tokens may come next in one answer that has a form (a `TokenConstraint`)."""
+    """The allowed tokens of one answer that follows a grammar (a `TokenConstraint`)."""
 
     def __init__(
         self,
@@ -160,7 +163,7 @@ class AnswerConstraint:
     ) -> None:
         self._matcher = matcher
         self._renew = renew
-        self._taken: list[int] = []  # by the grammar
+        self._taken: list[int] = []  # tokens that the matcher has consumed
         self._vocab_size = vocab_size
         self._stop_ids = stop_ids
         self._stops = torch.tensor(sorted(stop_ids))
@@ -170,7 +173,7 @@ class AnswerConstraint:
         self._phase = _Phase.ANSWER if think_end_id is None else _Phase.REASONING
 
     def mask(self) -> Bool[Tensor, " vocab"]:
-        """True for each token that may come next."""
+        """True for each allowed token."""
         if self._phase is _Phase.REASONING:
             allowed = torch.ones(self._vocab_size, dtype=torch.bool)
             allowed[self._ends] = False
@@ -185,7 +188,7 @@ class AnswerConstraint:
         allowed[self._stops] = self._matcher.is_accepting()
         if not allowed.any():
             raise DataError(
-                "no token can continue the answer in the form that was asked for; "
+                "the grammar allows no token that continues the answer; "
                 "a grammar must not name tokens that end an answer"
             )
         if self._phase is _Phase.GLUE:
@@ -193,7 +196,7 @@ class AnswerConstraint:
         return allowed
 
     def accept(self, token: int) -> None:
-        """Take the token that came."""
+        """Advance by the token that was chosen."""
         match self._phase:
             case _Phase.REASONING:
                 if token == self._think_end_id:
@@ -225,7 +228,7 @@ class AnswerConstraint:
             bits = self._matcher.compute_bitmask()
             if self._matcher.is_error():
                 why = message_of(self._matcher)
-                raise DataError(f"the answer cannot be held to its form any further: {why}")
+                raise DataError(f"the answer exceeds a limit of its grammar: {why}")
         return np.frombuffer(bits, dtype=np.uint8)
 
 
@@ -235,7 +238,7 @@ def _line_ends(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _text(structured: StructuredOutput) -> str:
-    """What was asked for, as text; its first, cheap check."""
+    """The grammar as text; raises ConfigError for a value of the wrong type or size."""
     kind, value = structured.kind, structured.value
     match kind:
         case "json_object":
@@ -246,18 +249,18 @@ def _text(structured: StructuredOutput) -> str:
             text = _schema_text(value)
         case "choice":
             if not isinstance(value, list | tuple) or not value:
-                raise ConfigError(f"choice is {value!r}; give a list of strings, one at least")
+                raise ConfigError(f"choice is {value!r}; give a list of one or more strings")
             choices = list(cast(Sequence[Any], value))
             if not all(isinstance(choice, str) and choice for choice in choices):
-                raise ConfigError(f"choice is {choices!r}; every choice must be text, not empty")
+                raise ConfigError(f"choice is {choices!r}; every choice must be a non-empty string")
             text = json.dumps(choices)
         case _:
             if not isinstance(value, str):
-                raise ConfigError(f"{kind} is {value!r}; give it as text")
+                raise ConfigError(f"{kind} is {value!r}; give it as a string")
             text = value
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise ConfigError(
-            f"{kind} takes {len(text.encode())} bytes; at most {MAX_GRAMMAR_BYTES} are compiled"
+            f"{kind} has {len(text.encode())} bytes; give one of at most {MAX_GRAMMAR_BYTES}"
         )
     return text
 
@@ -268,7 +271,7 @@ def _schema_text(schema: Any) -> str:
             schema = json.loads(schema)
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"json_schema is no JSON ({error}); give a JSON schema") from error
+        raise ConfigError(f"json_schema is not JSON ({error}); give a JSON schema") from error
     if not isinstance(schema, dict):
         raise ConfigError(f"json_schema is {text}; give an object ({{}} for any JSON value)")
     return text

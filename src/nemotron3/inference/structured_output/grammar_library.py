@@ -1,8 +1,8 @@
 """Grammars compiled by `llguidance`: an Earley parser over a trie of the vocabulary.
 
-This is the one file that knows the library. It needs nothing heavy, because a process of its own
-compiles every grammar first (`grammar_worker.py`): a grammar can be of a shape at which the library
-overflows its stack, and that ends the process.
+Only this file imports the library. It imports nothing else of size, because every grammar is first
+compiled in a process of its own (`grammar_worker.py`): some grammars make the library overflow its
+stack, which ends the process.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from nemotron3.errors import ConfigError, DependencyMissingError
 
 MAX_COMPILE_S = 5.0
-"""Seconds that a grammar may take to be compiled, once, where nothing is lost by it."""
+"""Seconds that the first compilation of a grammar may take, in the worker process."""
 
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False}
 _LIMITS = {"max_grammar_size": 200_000, "max_lexer_states": 50_000, "verbose_errors": False}
@@ -22,8 +22,8 @@ _LIMITS = {"max_grammar_size": 200_000, "max_lexer_states": 50_000, "verbose_err
 class GrammarLibrary:
     """Compiles grammars over one vocabulary.
 
-    `tokens` are the bytes of each entry, `encode` cuts text into entries, and `vocab_size` may be
-    larger than the vocabulary, as published models have it.
+    `tokens` are the bytes of each entry and `encode` tokenizes text. `vocab_size` is the model's,
+    which may be larger than the vocabulary.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class GrammarLibrary:
         self._limits = self._lib.LLParserLimits(**_LIMITS)
 
     def compile(self, kind: str, text: str) -> Any:
-        """A matcher of the library; a ConfigError where the text is no grammar of that kind."""
+        """A matcher of the library; a ConfigError if the text is not a grammar of that kind."""
         matcher = self._lib.LLMatcher(
             self._tokens, self._grammar(kind, text), log_level=0, limits=self._limits
         )
-        matcher.compute_bitmask()  # the first step may be too complex already
+        matcher.compute_bitmask()  # the first step may already exceed a limit
         if matcher.is_error():
-            raise ConfigError(cannot_hold(kind, message_of(matcher)))
+            raise ConfigError(grammar_error(kind, message_of(matcher)))
         return matcher
 
     def _grammar(self, kind: str, text: str) -> str:
@@ -64,11 +64,11 @@ class GrammarLibrary:
                 case _:
                     return matcher.grammar_from_lark(text)
         except ValueError as error:
-            raise ConfigError(cannot_hold(kind, str(error))) from error
+            raise ConfigError(grammar_error(kind, str(error))) from error
 
 
 class _Trie:
-    """The vocabulary as llguidance asks for it."""
+    """The vocabulary in the interface of llguidance."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -90,13 +90,13 @@ class _Trie:
 
 
 def message_of(matcher: Any) -> str:
-    """What went wrong in a matcher."""
-    return matcher.get_error().partition("\n<")[0]  # after that the state, or that it is left out
+    """The error of a matcher, without the dump of its state."""
+    return matcher.get_error().partition("\n<")[0]
 
 
-def cannot_hold(kind: str, why: str) -> str:
-    """The sentence for whoever asked."""
-    return f"an answer cannot be held to this {kind}: {why.strip()}; change it or leave it out"
+def grammar_error(kind: str, why: str) -> str:
+    """The message for a grammar that cannot be enforced."""
+    return f"an answer cannot follow this {kind}: {why.strip()}; change it or leave it out"
 
 
 def _llguidance() -> Any:

@@ -1,12 +1,13 @@
-"""The process that compiles grammars before the engine does.
+"""The worker process that compiles grammars before the engine does.
 
-It takes a vocabulary and then grammars from its standard input, compiles each, writes a little
-under it, and answers on its standard output in a line of JSON: `{"error": null}`, or what is wrong.
-A grammar that overflows the stack, or takes more memory or time than it may, ends the process; who
-started it (`grammar_checks.py`) sees that and starts another.
+It reads a vocabulary and then grammars from its standard input, compiles each, generates a few
+tokens with it, and answers on its standard output in a line of JSON: `{"error": null}`, or the
+error. A grammar that overflows the stack, or exceeds the limits of memory or time, ends the
+process; its parent (`grammar_checks.py`) notices that and starts another.
 
-What passes here passes in the engine: the stack is smaller than that of any thread there. The
-process ends with its input, and by a timer where it is busy, so it does not outlive its parent.
+A grammar that passes here passes in the engine, because the stack is smaller than that of any
+thread there. The process ends with its input, or by a timer while it is busy, so it does not
+outlive its parent.
 """
 
 import json
@@ -25,13 +26,13 @@ from nemotron3.errors import ConfigError
 from nemotron3.inference.structured_output.grammar_library import (
     MAX_COMPILE_S,
     GrammarLibrary,
-    cannot_hold,
+    grammar_error,
 )
 
 MAX_MEMORY_BYTES = 2 * 2**30
 
 _STACK_BYTES = 2**20
-_GRACE_S = 1.0  # the parent's clock comes first
+_GRACE_S = 1.0  # so that the parent's timeout comes first
 _TRIAL_STEPS = 48
 _TRIAL_S = 1.0
 
@@ -53,9 +54,9 @@ def main() -> None:
 
 
 def _verdict(library: GrammarLibrary, kind: str, text: str) -> str | None:
-    """What is wrong with a grammar, found on a stack of its own."""
-    # A panic of the library ends the thread without a word.
-    found: list[str | None] = [cannot_hold(kind, "its compiler failed at it")]
+    """The error of a grammar, compiled in a thread with a small stack; None if there is none."""
+    # A panic of the library ends the thread without an exception.
+    found: list[str | None] = [grammar_error(kind, "the compiler of grammars failed")]
 
     def work() -> None:
         try:
@@ -71,7 +72,7 @@ def _verdict(library: GrammarLibrary, kind: str, text: str) -> str | None:
 
 
 def _try_out(matcher: Any) -> None:
-    """Write by chance, as a model does; where that gets stuck, an answer says so by itself."""
+    """Generate random tokens, as a model may; if none is allowed, the answer's error says so."""
     matcher = matcher.deep_copy()
     chance = random.Random(0)
     end = time.monotonic() + _TRIAL_S
@@ -89,7 +90,7 @@ def _try_out(matcher: Any) -> None:
 
 
 class _Bytes:
-    """Cuts text byte by byte, for which a worker needs no tokenizer."""
+    """Tokenizes text byte by byte, so that the worker needs no tokenizer."""
 
     def __init__(self, tokens: list[bytes]) -> None:
         self._ids = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
@@ -99,7 +100,7 @@ class _Bytes:
 
 
 def _receive() -> Any:
-    """What the parent sends next; None where it ends."""
+    """The next message of the parent; None at the end of the input."""
     head = _read(4)
     size = struct.unpack(">I", head)[0] if head is not None else 0
     body = _read(size) if size else None
