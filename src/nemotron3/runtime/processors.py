@@ -1,10 +1,10 @@
-"""How many processors this process may use, which is not how many the machine has.
+"""The number of processors that this process may use; the machine may have more.
 
-A container is given processor time by a quota of its control group, and each group above may have
-a tighter one (Linux, *Control Group v2*, `cpu.max`; in version 1 `cpu.cfs_quota_us` of every
-`cpu.cfs_period_us`). PyTorch and OpenMP look at the processors that threads may be put on, never at
-quotas: with one of one processor on a machine of 64, their threads would use up in a sixty-fourth
-of each period what it allows, and stand still until the next.
+The control group of a container has a quota of processor time, and each group above it may have a
+smaller one (Linux, *Control Group v2*, `cpu.max`; in version 1 `cpu.cfs_quota_us` of every
+`cpu.cfs_period_us`). PyTorch and OpenMP count the processors that threads may be scheduled on and
+ignore quotas: with a quota of one processor on a machine of 64, their threads would use up the
+quota in a sixty-fourth of each period and be stopped until the next.
 """
 
 import math
@@ -19,7 +19,7 @@ PROCESS = Path("/proc/self")
 
 
 def processors() -> int:
-    """Threads of this process that can run at the same time: at least one."""
+    """Number of threads of this process that can run at the same time, at least 1."""
     affinity = getattr(os, "sched_getaffinity", None)
     may = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     quota = cpu_quota()
@@ -27,9 +27,10 @@ def processors() -> int:
 
 
 def fit_pytorch() -> None:
-    """Have PyTorch use no more threads than may run; fewer stay as they are.
+    """Reduce PyTorch's number of threads to `processors()`, if it is larger.
 
-    For when the first operation is compiled or loaded. Who sets another number after that gets it.
+    It is called once, when the first compiled operation is loaded; a program may set another number
+    afterwards.
     """
     most = processors()
     if torch.get_num_threads() > most:
@@ -37,9 +38,9 @@ def fit_pytorch() -> None:
 
 
 def cpu_quota(process: Path = PROCESS) -> float | None:
-    """Processors' worth of time that control groups leave a process; None without a limit.
+    """The quota of a process in processors, by its control groups; None without a quota.
 
-    `process` is its folder in /proc, which says where its groups are and what is mounted.
+    `process` is its folder in /proc, which lists its groups and its mounts.
     """
     try:
         groups = (process / "cgroup").read_text()
@@ -51,7 +52,7 @@ def cpu_quota(process: Path = PROCESS) -> float | None:
 
 
 def _folders(groups: str, mounts: str) -> Iterator[Path]:
-    """The folders of the process's group for processors, and of those above."""
+    """The folders of the process's control group for processors, and of the groups above it."""
     paths: dict[str, str] = {}
     for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -64,7 +65,7 @@ def _folders(groups: str, mounts: str) -> Iterator[Path]:
             continue
         root, point = map(_unescaped, fields.split(" ")[3:5])
         group = PurePosixPath(paths[kind])
-        # A container sees a part of the tree; a group outside of it is told as /../other.
+        # A container sees a part of the tree; a group outside of it is reported as /../other.
         inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
         folder = Path(point) / inside
         yield folder
@@ -77,7 +78,7 @@ def _unescaped(field: str) -> str:
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """What the group of a folder may use, as either version of control groups says it."""
+    """The quota of a group's folder, in either version of control groups."""
     both = _words(folder / "cpu.max")
     old = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
     for words in (both, old):

@@ -332,7 +332,7 @@ def test_a_grammar_that_leads_nowhere_fails_the_answer(compiler):
         stop_ids=frozenset({11}),
         is_reasoning_open=False,
     )
-    with pytest.raises(DataError, match="allows no token"):
+    with pytest.raises(DataError, match="no token can continue"):
         constraint.mask()
 
 

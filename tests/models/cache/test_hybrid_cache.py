@@ -131,7 +131,7 @@ def test_a_fixed_pool_says_when_it_is_used_up_and_nothing_is_lost():
     model = tiny_model(CONFIG, dtype=torch.float64)
     cache = new_cache(model)
     cache.reserve(0, 40)
-    with pytest.raises(OverloadedError, match=r"5 pages are wanted and 4 of 14 are free"):
+    with pytest.raises(OverloadedError, match=r"5 pages are needed and 4 of 14 are free"):
         cache.reserve(1, 20)
     assert cache.table.rows[1] == []
     cache.reserve(1, 16)

@@ -188,7 +188,7 @@ class AnswerConstraint:
         allowed[self._stops] = self._matcher.is_accepting()
         if not allowed.any():
             raise DataError(
-                "the grammar allows no token that continues the answer; "
+                "no token can continue the answer under its grammar; "
                 "a grammar must not name tokens that end an answer"
             )
         if self._phase is _Phase.GLUE:

@@ -1,22 +1,21 @@
-"""The carried state of a whole model, and the verbs by which everything else handles it.
+"""The `HybridCache`: the carried state of a whole model, and the methods that change it.
 
-One `HybridCache` serves a number of sequences, each in a slot of its own. A call says in its layout
-which slots its sequences use and how much they hold already; each layer then reads and writes its
-own part, and the model advances the lengths when the call is done.
+One `HybridCache` serves a number of sequences, each in a slot of its own. The layout of a call says
+which slots its sequences use and how many tokens these contain. Each layer reads and writes its own
+state, and the model advances the lengths after the call.
 
     cache = model.new_state(slots=2)
     model(prompt, layout=cache.layout([7, 3]), state=cache)   # two prompts, packed
     model(tokens, layout=cache.layout([1, 1]), state=cache)   # one more token each
 
-Sequences come and go by four verbs, whatever their layers keep: `snapshot` keeps what a slot holds,
-`restore` lets a slot hold it again, `fork` lets a slot hold what another does, `free` empties one.
-Prefix caching, several answers to one prompt and preemption are made of these. A fifth pair serves
-drafts that may be refused: a verification call changes nothing until `accept` says how far it
-stands.
+Four methods manage sequences, whatever the layers store: `snapshot` copies the state of a slot,
+`restore` puts it into a slot, `fork` copies one slot to another, `free` empties a slot. Prefix
+caching, several answers to one prompt and preemption use these alone. For drafts, a verification
+call leaves the slots unchanged until `accept` says how many of its tokens are accepted.
 
-What is kept of each token lies in shared pages, so a snapshot costs little more than what is kept
-of each sequence: some megabytes, however long the sequence is. What a layer keeps is its own
-business (`LayerState`): the cache knows no kinds of layers.
+Keys and values are in pages that are shared, so a snapshot takes little more memory than the states
+of fixed size: some megabytes, for a sequence of any length. The cache knows no kinds of layers;
+each layer defines its state as a `LayerState`.
 """
 
 from collections.abc import Sequence
@@ -40,23 +39,23 @@ from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.segments import Segments
 
 PAGE_SIZE = 64
-"""Tokens of a page: long runs for kernels, and little lost in the last page of a sequence."""
+"""Tokens of a page: long contiguous reads for kernels, and little waste in the last page."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a slot held at one moment; give it back with `HybridCache.drop`."""
+    """The state of a slot at one moment; `HybridCache.drop` releases its pages."""
 
     length: int
     pages: tuple[int, ...]
     states: tuple[Parts, ...]
-    """Rows of each layer that keeps some, in the order of layers."""
+    """Rows of each layer that has any, in the order of layers."""
     drafts: DraftSnapshot | None
-    """What the draft block held, where there is one."""
+    """The state of the MTP block, if the cache was made with drafts."""
 
     @property
     def nbytes(self) -> int:
-        """Memory of its own, without the pages that it shares."""
+        """Its own memory, without the pages that it shares."""
         drafts = 0 if self.drafts is None else self.drafts.nbytes
         return drafts + sum(part.nbytes for state in self.states for part in state)
 
@@ -64,9 +63,9 @@ class Snapshot:
 class HybridCache:
     """States of all layers for a number of slots.
 
-    It carries values and no gradients: what an earlier call left behind is a constant to the next.
-    With `pages` the memory of keys and values is fixed, and `layout` raises OverloadedError when
-    it is used up; without, it grows. `max_length` fixes the width of the page table likewise.
+    States have no gradients: they are constants for later calls. With `pages` the memory of keys
+    and values is fixed, and `layout` raises OverloadedError when no page is free; without, it
+    grows. `max_length` fixes the width of the page table in the same way.
     """
 
     def __init__(  # noqa: PLR0913
@@ -104,24 +103,25 @@ class HybridCache:
         self.drafts = (
             DraftState(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
-        """How far the multi-token-prediction block is, where it drafts."""
+        """The progress of the multi-token-prediction block, if it drafts."""
         self._with_rows = [layer for layer in self.layers if layer is not None and layer.rows]
         self._with_pages = [layer for layer in states if layer is not None and layer.pages]
         if any(layer is not None and layer.rows for layer in self.draft_layers):
             raise ConfigError(
-                "the multi-token-prediction block has layers that keep a state of each sequence, "
-                "which drafts cannot be taken back from; make the cache without drafts"
+                "the multi-token-prediction block has layers with a state of each sequence, which "
+                "rejected drafts would change; make the cache without drafts"
             )
 
     @property
     def state_nbytes(self) -> int:
-        """Memory of what is kept of each sequence, whatever the sequences' lengths."""
+        """Memory of the states of fixed size, without keys and values."""
         return sum(rows.nbytes for layer in self._with_rows for rows in layer.rows)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where what may grow lies: the same until a tensor is replaced by a larger one.
+        """Addresses of the tensors that may grow: they change when one is replaced by a larger one.
 
-        All trails grow in the same calls and all pages together, so it asks the first layer's.
+        Intermediate states of all layers grow in the same calls, and so do pages, so those of the
+        first layer represent all.
         """
         tensors = [self.table.tensor]
         for layer in self._with_rows[:1]:
@@ -138,9 +138,9 @@ class HybridCache:
         is_verification: bool = False,
         is_prompt: bool = False,
     ) -> SequenceLayout:
-        """The layout of a call that brings `lengths` new tokens to `slots` (all, where omitted).
+        """The layout of a call with `lengths` new tokens for `slots` (by default, all).
 
-        Takes the pages that the call will fill.
+        It reserves the pages that the call will fill; raises OverloadedError if too few are free.
         """
         slots = tuple(range(len(self.lengths))) if slots is None else tuple(slots)
         cached_lengths = tuple(self.lengths[s] for s in slots)
@@ -156,14 +156,14 @@ class HybridCache:
         )
 
     def missing_pages(self, slot: int, new_tokens: int) -> int:
-        """Pages that must be taken before a slot can hold so many more tokens."""
+        """Number of pages that a slot needs for `new_tokens` more tokens."""
         if not self._with_pages:
             return 0
         more = self.table.pages_for(self.lengths[slot] + new_tokens) - len(self.table.rows[slot])
         return max(more, 0) + len(self._shared_places(slot))
 
     def reserve(self, slot: int, new_tokens: int) -> None:
-        """Take the pages for so many more tokens; all or none."""
+        """Allocate the pages for `new_tokens` more tokens of a slot, all or none."""
         missing = self.missing_pages(slot, new_tokens)
         if missing <= 0:
             return
@@ -179,9 +179,9 @@ class HybridCache:
         self.table.extend(slot, taken)
 
     def check(self, layout: SequenceLayout) -> None:
-        """Refuse a layout that does not continue what the slots hold.
+        """Raise ConfigError for a layout whose lengths are not those of the slots.
 
-        One with a `device_layout` is not looked at: whoever makes one checks and counts.
+        A layout with a `device_layout` is not checked: its maker checks and counts.
         """
         if layout.device_layout is not None:
             return
@@ -198,21 +198,21 @@ class HybridCache:
             )
 
     def takes_steps(self, layout: SequenceLayout) -> bool:
-        """Whether a call without gradients goes on in place, token by token, in every layer."""
+        """Whether all layers update their states in place, token by token, in this call."""
         return layout.is_step and all(layer.takes_steps(layout) for layer in self._with_rows)
 
     def advance(self, layout: SequenceLayout) -> None:
-        """Count the tokens of a finished call; of drafts, `accept` counts them."""
+        """Add the tokens of a finished call to the lengths; after a verification `accept` does."""
         if layout.is_verification or layout.device_layout is not None:
             return
         for slot, length in zip(layout.slots, layout.segments.lengths, strict=True):
             self.lengths[slot] += length
 
     def accept(self, layout: SequenceLayout, counts: Sequence[int]) -> None:
-        """Let the first `counts` tokens (one at least) of each sequence stand, after a try."""
+        """Accept the first `counts` tokens (at least one) of each sequence of a verification."""
         assert layout.is_verification, "only a verification call can be accepted in part"
         for slot, count, length in zip(layout.slots, counts, layout.segments.lengths, strict=True):
-            assert 1 <= count <= length, f"{count} of {length} tokens cannot stand"
+            assert 1 <= count <= length, f"{count} of {length} tokens cannot be accepted"
             self.lengths[slot] += count
         if not self._with_rows:
             return
@@ -243,7 +243,7 @@ class HybridCache:
             layer.clear(slot)
 
     def snapshot(self, slot: int) -> Snapshot:
-        """Keep what a slot holds."""
+        """Copy the state of a slot; its pages are shared."""
         pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
         self.pool.share(pages)
         length = self.lengths[slot]
@@ -255,7 +255,7 @@ class HybridCache:
         )
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
-        """Let a slot hold what a snapshot kept; the snapshot stays."""
+        """Put the state of a snapshot into a slot; the snapshot stays valid."""
         self.pool.share(snapshot.pages)
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, snapshot.pages)
@@ -263,21 +263,21 @@ class HybridCache:
         for layer, rows in zip(self._with_rows, snapshot.states, strict=True):
             layer.put(slot, rows)
         if self.drafts is not None:
-            assert snapshot.drafts is not None, "the snapshot is another cache's"
+            assert snapshot.drafts is not None, "the snapshot is of another cache"
             self.drafts.restore(slot, snapshot.drafts)
 
     def drop(self, snapshot: Snapshot) -> None:
-        """Give a snapshot's pages back; it must not be used again."""
+        """Release the pages of a snapshot; it must not be used again."""
         self.pool.release(snapshot.pages)
 
     def fork(self, source: int, target: int) -> None:
-        """Let slot `target` hold what `source` does."""
+        """Copy the state of slot `source` to slot `target`."""
         snapshot = self.snapshot(source)
         self.restore(target, snapshot)
         self.drop(snapshot)
 
     def _shared_places(self, slot: int) -> list[int]:
-        """Places of the pages that the next call writes into and someone else holds too."""
+        """Indices of a slot's pages that the next call writes to although they are shared."""
         start = self.lengths[slot]
         if self.drafts is not None and self.draft_layers:
             start = min(start, self.drafts.lengths[slot])
@@ -299,7 +299,7 @@ def _new_state(mixer: StatefulLayerConfig, memory: StateMemory) -> LayerState | 
 def _key_scales(
     precision: StatePrecision, mixers: Sequence[StatefulLayerConfig]
 ) -> list[tuple[float, float]]:
-    """Scales of keys and values for each layer; those given are for layers that have some."""
+    """Scales of keys and values for each layer; `key_scales` has those of attention layers only."""
     given = precision.key_scales
     scaled = [mixer.state_size.per_token > 0 for mixer in mixers]
     if given and len(given) < sum(scaled):
