@@ -193,7 +193,7 @@ class OutputProcessor:
                 self._stop_reason = delta.stop_token
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]
-        told = len(self._content_logprobs)
+        num_before = len(self._content_logprobs)
         parts: list[ResponseDelta] = []
         if self._stop is not None:
             parts = self._read(self._stop.push(shown))
@@ -205,7 +205,7 @@ class OutputProcessor:
             token_ids=delta.tokens,
             weight_versions=versions,
             logprobs=delta.logprobs,
-            content_logprobs=tuple(self._content_logprobs[told:]),
+            content_logprobs=tuple(self._content_logprobs[num_before:]),
             finish_reason=delta.finish_reason,
             stop_reason=self._stop_reason,
             num_reasoning_tokens=self.num_reasoning_tokens,

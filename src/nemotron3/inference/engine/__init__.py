@@ -1,4 +1,4 @@
-"""The engine: which sequences run in a step, and where their states are kept."""
+"""The engine: scheduling, prefix cache, memory, and the steps that execute requests."""
 
 from nemotron3.inference.engine.engine import Engine, EngineStats
 

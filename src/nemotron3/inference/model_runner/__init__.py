@@ -1,4 +1,4 @@
-"""Execution of the model: forward passes, graphs, drafts, weights."""
+"""The model runner: forward passes, graphs, drafts, replacement of weights."""
 
 from nemotron3.inference.model_runner.model_runner import ModelRunner
 

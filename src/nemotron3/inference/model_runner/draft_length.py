@@ -36,7 +36,7 @@ class DraftLength:
     def __init__(self, most: int, *, adapts: bool) -> None:
         self.most = most
         self._adapts = adapts
-        self._stands = [0.7] * most
+        self._acceptance = [0.7] * most
         self.yields = self._expected()
         """Expected tokens of a step with 0, 1, … drafts."""
         self._seconds: dict[tuple[int, int], float] = {}
@@ -81,7 +81,7 @@ class DraftLength:
             if tried:
                 rate = sum(a > place for a in accepted) / tried
                 weight = 1 - (1 - _FORGET) ** tried
-                self._stands[place] += weight * (rate - self._stands[place])
+                self._acceptance[place] += weight * (rate - self._acceptance[place])
         if count:
             self.yields = self._expected()
         key = (len(accepted).bit_length(), count)
@@ -100,4 +100,4 @@ class DraftLength:
         self._last = None
 
     def _expected(self) -> list[float]:
-        return list(accumulate(accumulate(self._stands, mul), initial=1.0))
+        return list(accumulate(accumulate(self._acceptance, mul), initial=1.0))

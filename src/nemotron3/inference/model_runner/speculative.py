@@ -1,5 +1,6 @@
-"""Speculative decoding by multi-token prediction (MTP): the MTP block writes drafts, and the model
-verifies them in one step.
+"""Speculative decoding by multi-token prediction (MTP).
+
+The MTP block writes drafts, and the model verifies all of them in one step.
 
 At each position the block takes the hidden state there and the token after it, so in a prompt it is
 one token behind the model. Its keys and values are in the same pages as the model's:

@@ -26,7 +26,7 @@ class StateSize(NamedTuple):
     """Number of elements of a layer's state; costs and the engine's memory are computed from it."""
 
     accumulated: int = 0
-    """For each sequence, accumulated over its tokens; float32 unless narrowed (`StatePrecision`)."""
+    """For each sequence, accumulated over its tokens; float32 by default (`StatePrecision`)."""
     activations: int = 0
     """For each sequence, in the dtype of activations."""
     per_token: int = 0
