@@ -290,7 +290,7 @@ def test_a_step_that_fails_is_told_to_those_who_wait_and_the_engine_goes_on(monk
 
 
 def test_calls_come_out_of_an_answer(llm):
-    """A model made to call: the form is a grammar, the reader is the chat's."""
+    """A grammar makes the model call a tool, and the chat's parser reads the call."""
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
     call = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"

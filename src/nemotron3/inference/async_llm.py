@@ -356,7 +356,7 @@ class AsyncLLM(BaseLLM):
                 if self._has_steps:
                     deltas += self._engine.step()
             except Exception:  # noqa: BLE001 - the outermost handler: clients must be informed
-                _log.exception("a step of the engine failed; its requests are aborted")
+                _log.exception("a step of the engine failed, and so do its requests")
                 self._fail("the engine failed in this step; see its log", FinishReason.ERROR)
                 continue
             self._deliver(deltas)

@@ -53,17 +53,17 @@ GRAMMAR = StructuredOutput(kind="regex", value="[a-z ]{2,9}")
 
 
 def params_drawn():
-    def build(*, is_lively, form, **given):
+    def build(*, is_lively, has_grammar, **given):
         if is_lively:
             given["logit_bias"] = lively()
-        if form and given["n"] == 1:
-            given |= {"structured": GRAMMAR, "ignore_eos": False}  # a form can only end by them
+        if has_grammar and given["n"] == 1:
+            given |= {"structured": GRAMMAR, "ignore_eos": False}  # they alone end such an answer
         return SamplingParams(**given)
 
     return st.builds(
         build,
         is_lively=st.booleans(),
-        form=st.sampled_from([False, False, False, True]),
+        has_grammar=st.sampled_from([False, False, False, True]),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         max_tokens=st.integers(1, 26),
         min_tokens=st.sampled_from([0, 0, 1]),

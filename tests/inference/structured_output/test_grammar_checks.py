@@ -223,8 +223,8 @@ for structured in KILLERS.values():
         llm.generate("Hello", SamplingParams(max_tokens=4, structured=structured))
     except ConfigError as error:
         print("refused", error)
-form = StructuredOutput(kind="choice", value=["yes"])
-(answer,) = llm.generate("Hello", SamplingParams(max_tokens=9, structured=form))
+choice = StructuredOutput(kind="choice", value=["yes"])
+(answer,) = llm.generate("Hello", SamplingParams(max_tokens=9, structured=choice))
 print("said", answer.outputs[0].text)
 """
 

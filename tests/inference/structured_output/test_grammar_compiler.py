@@ -104,7 +104,7 @@ def check_list(text):
     assert depth == 0
 
 
-FORMS = {
+GRAMMARS = {
     "schema": (StructuredOutput(kind="json_schema", value=CITY), check_city),
     "schema as text": (StructuredOutput(kind="json_schema", value=json.dumps(CITY)), check_city),
     "object": (
@@ -123,10 +123,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GRAMMARS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_every_whole_answer_has_the_form(compiler, tokenizer, form, temperature):
-    structured, check = FORMS[form]
+def test_every_complete_answer_follows_its_grammar(compiler, tokenizer, name, temperature):
+    structured, check = GRAMMARS[name]
     num_whole = 0
     for seed in range(6):
         how = {"salt": seed, "head": seed + seed % 2, "drafts": seed % 3}
@@ -136,12 +136,12 @@ def test_every_whole_answer_has_the_form(compiler, tokenizer, form, temperature)
             check(text)
             num_whole += 1
         assert "<|im_end|>" not in text
-    assert num_whole >= 3, "most answers of this form come to an end"
+    assert num_whole >= 3, "most answers of this grammar are complete"
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_speculation_changes_nothing(compiler, tokenizer, form):
-    structured, _ = FORMS[form]
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_speculation_changes_nothing(compiler, tokenizer, name):
+    structured, _ = GRAMMARS[name]
     for seed in range(3):
         answers = {
             written(
@@ -157,7 +157,7 @@ def test_speculation_changes_nothing(compiler, tokenizer, form):
 
 
 def test_what_is_cut_off_can_still_be_completed(compiler, tokenizer):
-    structured, _ = FORMS["schema"]
+    structured, _ = GRAMMARS["schema"]
     one = chooser(compiler, tokenizer, structured)
     text, is_whole = written(one, tokenizer, length=4)
     assert not is_whole

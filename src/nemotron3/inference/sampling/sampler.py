@@ -220,7 +220,7 @@ def choose(
         for token in new_tokens:
             chooser.accept(token)
         if not new_tokens and chooser.error is None:
-            chooser.error = "the model's logits are NaN, or all of them are minus infinity"
+            chooser.error = "the model's logits are NaN, or leave no token to choose"
             chooser.failure = FailureKind.ENGINE
         accepted.append(new_tokens)
     return accepted
