@@ -95,12 +95,12 @@ class ModelConfig:
         given = [getattr(self, name) for name in fields]
         return {mixer.symbol: mixer for mixer in given if mixer is not None}
 
-    @cached_property
+    @property
     def layers(self) -> tuple[MixerConfig, ...]:
         """The configuration of each layer of the backbone."""
         return tuple(self.mixers[symbol] for symbol in self.pattern.main)
 
-    @cached_property
+    @property
     def mtp_layers(self) -> tuple[MixerConfig, ...]:
         """The configuration of each layer of the multi-token-prediction block."""
         return tuple(self.mixers[symbol] for symbol in self.pattern.mtp)

@@ -296,7 +296,7 @@ def test_white_space_in_json_has_an_end(compiler, tokenizer):
         ("regex", "(?=a)b", "(?i)look"),
         ("regex", 3, "as a string"),
         ("regex", "a" * (MAX_GRAMMAR_BYTES + 1), "at most"),
-        ("choice", [], "one or more strings"),
+        ("choice", [], "not empty"),
         ("choice", "yes", "list of strings"),
         ("choice", ["a", ""], "non-empty"),
         ("choice", ["a", 1], "non-empty string"),

@@ -249,7 +249,7 @@ def _text(structured: StructuredOutput) -> str:
             text = _schema_text(value)
         case "choice":
             if not isinstance(value, list | tuple) or not value:
-                raise ConfigError(f"choice is {value!r}; give a list of one or more strings")
+                raise ConfigError(f"choice is {value!r}; give a list of strings, not empty")
             choices = list(cast(Sequence[Any], value))
             if not all(isinstance(choice, str) and choice for choice in choices):
                 raise ConfigError(f"choice is {choices!r}; every choice must be a non-empty string")
