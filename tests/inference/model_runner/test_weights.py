@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
         (good | {last: good[last].long()}, ConfigError, "dtype torch.int64"),
         (good | {last: good[last].to("meta")}, ConfigError, "not a tensor with values"),
         (iter([*good.items(), (name, good[name])]), ConfigError, f"have '{name}' twice"),
-        (tmp_path / "eps", ConfigError, r"layer_norm_epsilon is 0\.001.*served is 1e-05"),
+        (tmp_path / "eps", ConfigError, r"layer_norm_epsilon is 0\.001.*served model is 1e-05"),
         (tmp_path / "cut", CheckpointError, "model.safetensors"),
         (tmp_path / "none", CheckpointError, "does not exist"),
     ]
