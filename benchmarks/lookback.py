@@ -25,7 +25,7 @@ from benchmarks.speculation import held_out_of
 from torch import Tensor
 
 from nemotron3 import LanguageModel
-from nemotron3.models.hybrid_cache import HybridCache
+from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.ops.segments import Segments
 

@@ -40,8 +40,8 @@ from benchmarks.timing import turns
 from nemotron3 import LLM, EngineConfig, LanguageModel, SamplingParams
 from nemotron3.config import read_run
 from nemotron3.data.token_files import TokenFile
+from nemotron3.inference.model_runner.speculative import DEFAULT_DRAFTS
 from nemotron3.inference.output_processor import Prompt
-from nemotron3.inference.speculative import DEFAULT_DRAFTS
 from nemotron3.recipes.inputs import open_inputs
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.text import Tokenizer

@@ -14,7 +14,7 @@ from benchmarks.timing import Contestant, warmed
 from torch import Tensor, nn
 
 from nemotron3.inference.model_runner import ModelRunner
-from nemotron3.models.hybrid_cache import HybridCache
+from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 

@@ -16,9 +16,9 @@ from benchmarks.limits import decode_bytes, prefill_flops
 from benchmarks.models import configs
 
 from nemotron3.inference.model_runner import ModelRunner
+from nemotron3.models.cache.hybrid_cache import PAGE_SIZE, HybridCache
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import kv_bytes_per_token, model_costs, state_bytes_per_sequence
-from nemotron3.models.hybrid_cache import PAGE_SIZE, HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.devices import free_memory_bytes, synchronize
 

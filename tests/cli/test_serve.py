@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from nemotron3.cli.main import main
-from nemotron3.inference import grammar_library, structured_output
+from nemotron3.inference.structured_output import grammar_compiler, grammar_library
 from nemotron3.server import running
 from tests.server.serving import write_model
 
@@ -34,7 +34,7 @@ def serve(monkeypatch, model_folder):
 
 def test_what_compiles_forms_is_there_before_the_first_request(serve, monkeypatch):
     built = []
-    monkeypatch.setattr(structured_output, "_line_ends", lambda _: built.append(1) or frozenset())
+    monkeypatch.setattr(grammar_compiler, "_line_ends", lambda _: built.append(1) or frozenset())
     server = serve()
     assert built == [1]
     server.llm.prepare_grammars()

@@ -242,7 +242,7 @@ def test_leaving_early_aborts_and_a_full_queue_refuses(llm):
             with pytest.raises(ConfigError, match="'a' is being answered already"):
                 server.submit(prompt, long, request_id="a")
             second = server.submit(prompt, GREEDY, request_id="b")
-            with pytest.raises(OverloadedError, match=r"2 answers.*2 may"):
+            with pytest.raises(OverloadedError, match=r"2 answers.*at most 2"):
                 server.submit(prompt, long, request_id="c")
             with pytest.raises(ConfigError, match="may have 400"):
                 server.submit(prompt, SamplingParams(max_tokens=500), request_id="d")
@@ -290,7 +290,7 @@ def test_a_step_that_fails_is_told_to_those_who_wait_and_the_engine_goes_on(monk
 
 
 def test_calls_come_out_of_an_answer(llm):
-    """A model made to call: the form is a grammar, the reader is the chat's."""
+    """A grammar makes the model call a tool, and the chat's parser reads the call."""
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
     call = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
@@ -337,12 +337,12 @@ def test_token_ids_need_no_tokenizer(llm):
     stop = answer.token_ids[4]
     (stopped,) = bare.generate([ids], replace(GREEDY, stop_token_ids=(stop,)))
     assert stopped.outputs[0].stop_reason == stop
-    form = StructuredOutput(kind="regex", value="a")
+    regex = StructuredOutput(kind="regex", value="a")
     for what, ask in {
         "text": lambda: bare.generate("the quick", GREEDY),
         "stop": lambda: bare.generate([ids], replace(GREEDY, stop=("a",))),
         "reasoning_budget": lambda: bare.generate([ids], replace(GREEDY, reasoning_budget=3)),
-        "a structured answer": lambda: bare.generate([ids], replace(GREEDY, structured=form)),
+        "structured output": lambda: bare.generate([ids], replace(GREEDY, structured=regex)),
         "text ": lambda: bare.chat(TALK, GREEDY),
     }.items():
         with pytest.raises(ConfigError, match=f"^{what}.*needs a tokenizer.*tokenizer="):

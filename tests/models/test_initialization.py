@@ -177,5 +177,5 @@ def test_other_dtypes_have_the_same_values_rounded(dtype):
 def test_a_parameter_that_nobody_declares_is_refused():
     config = tiny_config("M")
     model = nn.Sequential(Linear(3, 2), nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"what parameter '1\.weight' begins with"):
+    with pytest.raises(ConfigError, match=r"parameter '1\.weight' has no declared initial value"):
         initialize(model, config, 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron3.models.cache.attention_state import AttentionState
-from nemotron3.models.hybrid_cache import HybridCache
+from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.ops.segments import Segments
 from tests.tiny import tiny_config, tiny_model

@@ -21,6 +21,7 @@ from nemotron3.inference.engine import Engine
 from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
+from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import (
     forward_flops_per_token,
@@ -28,14 +29,13 @@ from nemotron3.models.costs import (
     model_costs,
     state_bytes_per_sequence,
 )
-from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
 from nemotron3.training.batch import TrainBatch
 from nemotron3.training.optimizers import AdamWConfig, build_optimizer, parameter_groups
 from nemotron3.training.step import TrainingStep
 from tests.contracts import test_one_forward as contract
-from tests.models.test_hybrid_cache import Verbs
+from tests.models.cache.test_hybrid_cache import Verbs
 from tests.tiny import ATTENTION, MAMBA, MOE, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE, FLOAT32, FLOAT64
 from tests.training.batches import pretraining

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemotron3.errors import DataError
-from nemotron3.inference.structured_output import GrammarCompiler
+from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
 from nemotron3.server.tool_choice import tool_use
 from nemotron3.text import ResponseParser, Tokenizer, parse_tools
 

@@ -7,7 +7,7 @@ import threading
 import httpx2
 import pytest
 
-from tests.inference.killers import chain, chained_tool, rules
+from tests.inference.structured_output.killers import chain, chained_tool, rules
 from tests.server.serving import MODEL, running, write_model
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
@@ -102,7 +102,7 @@ def test_while_grammars_wait_others_are_answered_and_who_leaves_waits_no_more(se
 
 
 def test_too_many_waiting_grammars_are_a_429(served, blocked, monkeypatch):
-    monkeypatch.setattr("nemotron3.inference.grammar_checks._MAX_WAITING", 1)
+    monkeypatch.setattr("nemotron3.inference.structured_output.grammar_checks._MAX_WAITING", 1)
     refused = served.post("/v1/completions", TEXT | {"structured_outputs": {"regex": "one more"}})
     assert refused.status_code == 429
     assert refused.headers["retry-after"]

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError
-from nemotron3.inference.grammar_library import GrammarLibrary
-from nemotron3.inference.structured_output import GrammarCompiler
+from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
+from nemotron3.inference.structured_output.grammar_library import GrammarLibrary
 from nemotron3.server.running import bind
 from tests.server.serving import running
 
@@ -151,7 +151,7 @@ def test_a_model_that_fails_in_a_form_is_the_servers_fault(model_folder, monkeyp
         failed = server.post(CHAT, {"messages": HELLO} | form)
     assert failed.status_code == 500
     assert failed.json()["error"]["code"] == "engine_error"
-    assert "no numbers" in failed.json()["error"]["message"]
+    assert "logits are NaN" in failed.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("is_first", [True, False])

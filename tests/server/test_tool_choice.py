@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nemotron3.errors import DataError
-from nemotron3.inference.structured_output import GrammarCompiler
+from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
 from nemotron3.server.errors import APIError
 from nemotron3.server.tool_choice import tool_use
 from nemotron3.text import ResponseParser, Tokenizer, ToolCall, parse_tools

@@ -1,1 +1,1 @@
-"""The inference engine: requests in, tokens out, by the same forward pass that trains."""
+"""Inference: `LLM` and `AsyncLLM`, requests and outputs, and the engine behind them."""

@@ -1,14 +1,13 @@
-"""The engine behind a server: a thread of its own, and answers as asynchronous streams.
+"""An engine in a thread of its own, with answers as asynchronous streams, for servers.
 
     llm = AsyncLLM("runs/tiny/model")
     async with llm.submit(llm.prepare_chat(messages), SamplingParams(), request_id="a") as stream:
         async for delta in stream: ...
     stream.output()
 
-The thread owns the engine, of which the others read counts and touch nothing; requests and
-cancellations reach it through a queue, tokens come back to the event loop of whoever asked. A
-reader that is slow delays nobody: its pieces wait for it. Leaving a stream early aborts its
-request.
+The thread owns the engine; other threads only read its counts. Requests and cancellations reach it
+through a queue, and tokens return to the event loop that submitted the request. A slow reader
+delays no other: its deltas are queued. Leaving a stream early aborts its request.
 """
 
 import asyncio
@@ -29,6 +28,7 @@ from nemotron3.inference.base_llm import BaseLLM
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import EngineStats
 from nemotron3.inference.generation_config import Source
+from nemotron3.inference.model_runner.weights import RunningRequests, Weights
 from nemotron3.inference.output_processor import (
     AnswerDelta,
     Prompt,
@@ -45,7 +45,6 @@ from nemotron3.inference.requests import (
     TokenDelta,
 )
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.inference.weights import RunningRequests, Weights
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.weights import WeightFormat
 from nemotron3.text import Tokenizer
@@ -56,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 
 class Stream:
-    """The pieces of all answers to one request, in the order in which they came."""
+    """The deltas of all answers to one request, in order of generation."""
 
     def __init__(self, processor: RequestOutputProcessor, abort: Callable[[str], None]) -> None:
         self._processor = processor
@@ -64,23 +63,23 @@ class Stream:
         self._deltas: deque[AnswerDelta] = deque()
         self._news = asyncio.Event()
         self.open = set(range(len(processor.each)))
-        """Which of the answers are not over, as the engine's thread knows."""
+        """Indices of the unfinished answers; used by the engine's thread."""
         self.loop = asyncio.get_running_loop()
-        """Of whoever asked; nothing but `open` is used elsewhere."""
+        """The event loop of the client; all attributes but `open` are used in it alone."""
 
     @property
     def request_id(self) -> str:
-        """The request's name."""
+        """Id of the request."""
         return self._processor.request_id
 
     async def prompt_report(self) -> PromptReport:
-        """What was done with the prompt; waits for the first token."""
+        """The report on the prompt; waits for the first token."""
         while self._processor.report is None and not self._processor.is_finished:
             await self._next_news()
         return self._processor.report or PromptReport()
 
     def output(self) -> RequestOutput:
-        """Everything that has come, whole once the stream is over."""
+        """The answers so far; complete after the stream has ended."""
         return self._processor.output()
 
     def __aiter__(self) -> "Stream":
@@ -94,7 +93,7 @@ class Stream:
         return self._deltas.popleft()
 
     async def aclose(self) -> None:
-        """Abort what is not over."""
+        """Abort the request if it has not finished."""
         if not self._processor.is_finished:
             self._abort(self.request_id)
 
@@ -121,18 +120,18 @@ class Stream:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens whose state was kept from before, once the first token has come."""
+        """Prompt tokens found in the prefix cache; 0 before the first token."""
         report = self._processor.report
         return 0 if report is None else report.num_cached_tokens
 
     def receive(self, delta: TokenDelta) -> None:
-        """Take what a step brought."""
+        """Process the tokens of a step, and wake the reader."""
         self._deltas.append(self._processor.push(delta))
         self._news.set()
 
 
 class AsyncLLM(BaseLLM):
-    """A model that answers many clients."""
+    """A model that answers many clients at the same time."""
 
     def __init__(
         self,
@@ -161,7 +160,7 @@ class AsyncLLM(BaseLLM):
         self._is_closing = False
         self._is_paused = False
         self._calls: set[Future[Any]] = set()
-        """What was asked of the engine's thread and is not done yet."""
+        """Calls that the engine's thread has not finished."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -171,12 +170,12 @@ class AsyncLLM(BaseLLM):
         return self._thread.is_alive() and not self._is_closing
 
     def stats(self) -> EngineStats:
-        """What the engine has done so far, and what it holds now."""
+        """Counts of the engine's work so far."""
         return self._engine.stats()
 
     @property
     def weight_version(self) -> int:
-        """Of the weights that the next token is sampled with."""
+        """Version of the weights that the next token is sampled with."""
         return self._engine.weight_version
 
     @property
@@ -185,11 +184,11 @@ class AsyncLLM(BaseLLM):
         return self._is_paused
 
     async def pause_generation(self) -> None:
-        """Let requests stand where they are, once the step that runs is over."""
+        """Stop all requests after the current step; they keep their states."""
         await self._call(partial(self._set_paused, value=True))
 
     async def resume_generation(self) -> None:
-        """Let requests go on."""
+        """Continue all requests."""
         await self._call(partial(self._set_paused, value=False))
 
     async def update_weights(
@@ -199,9 +198,9 @@ class AsyncLLM(BaseLLM):
         version: int | None = None,
         running: RunningRequests = "recompute",
     ) -> int:
-        """Put other weights into the model between two steps; see `Engine.update_weights`.
+        """Replace the model's weights between two steps (`Engine.update_weights`).
 
-        Requests need not be paused for it.
+        Generation need not be paused for it.
         """
         return await self._call(
             partial(self._engine.update_weights, weights, version=version, running=running)
@@ -210,9 +209,9 @@ class AsyncLLM(BaseLLM):
     async def invalidate_caches(
         self, *, version: int | None = None, running: RunningRequests = "recompute"
     ) -> int:
-        """Forget what other weights have computed; see `Engine.invalidate_caches`.
+        """Drop the states of earlier weights (`Engine.invalidate_caches`).
 
-        Whoever changes the weights of a model in memory pauses generation meanwhile.
+        Pause generation while you change the weights of a model in memory.
         """
         return await self._call(
             partial(self._engine.invalidate_caches, version=version, running=running)
@@ -231,15 +230,15 @@ class AsyncLLM(BaseLLM):
         return self._frontend.ids_prompt(ids)
 
     def prepare_grammars(self) -> None:
-        """Have what compiles forms ready, for which else the first request with one waits."""
+        """Start the process that compiles grammars, so that the first request need not wait."""
         self._frontend.check(StructuredOutput(kind="json_object")).result()
 
     async def compile_grammar(
         self, prompt: Prompt, params: SamplingParams
     ) -> TokenConstraint | None:
-        """What answers are held to, compiled in its turn; None where they are free.
+        """The compiled grammar of a request's answers, None if it has none.
 
-        Whoever is cancelled while it waits gives its turn up.
+        Grammars are compiled in order of arrival. A task that is cancelled leaves the queue.
         """
         if params.structured is None:
             return None
@@ -261,10 +260,11 @@ class AsyncLLM(BaseLLM):
         request_id: str,
         grammar: TokenConstraint | None = None,
     ) -> Stream:
-        """Ask for answers. What can be refused is refused here, before anything runs.
+        """Submit a request; returns the stream of its answers.
 
-        `grammar` is what `compile_grammar` made of the same prompt and parameters; without it a
-        form is compiled here, and an event loop stands still.
+        Invalid requests raise here, before any work starts. `grammar` is the result of
+        `compile_grammar` for the same prompt and parameters; without it the grammar is compiled
+        here, which blocks the event loop.
         """
         request = self._frontend.request(prompt, params, request_id, grammar)
         self._engine.check(request)
@@ -277,7 +277,7 @@ class AsyncLLM(BaseLLM):
                 raise ConfigError(f"request {request_id!r} is being answered already")
             if self._num_answers and self._num_answers + params.n > may:
                 raise OverloadedError(
-                    f"{self._num_answers} answers are being written or wait, and {may} may; "
+                    f"{self._num_answers} answers are being generated or wait, of at most {may}; "
                     "try later"
                 )
             processor = self._frontend.output_processor(prompt, params, request_id)
@@ -288,7 +288,7 @@ class AsyncLLM(BaseLLM):
         return stream
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until everything is answered; whether it was in time."""
+        """Wait until all requests have finished; returns whether they did within `timeout_s`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
         while self._streams and loop.time() < end:
@@ -296,7 +296,7 @@ class AsyncLLM(BaseLLM):
         return not self._streams
 
     def close(self) -> None:
-        """Abort what runs and end the thread."""
+        """Abort all requests and end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -311,7 +311,7 @@ class AsyncLLM(BaseLLM):
             if outcome.set_running_or_notify_cancel():
                 try:
                     outcome.set_result(function())
-                except Exception as error:  # noqa: BLE001 - it is for whoever called
+                except Exception as error:  # noqa: BLE001 - it is raised in the caller
                     outcome.set_exception(error)
             return ()
 
@@ -355,8 +355,8 @@ class AsyncLLM(BaseLLM):
                 deltas = [p for command in commands for p in command()]
                 if self._has_steps:
                     deltas += self._engine.step()
-            except Exception:  # noqa: BLE001 - the outermost handler: whoever waits must be told
-                _log.exception("a step of the engine failed; its requests are given up")
+            except Exception:  # noqa: BLE001 - the outermost handler: clients must be informed
+                _log.exception("a step of the engine failed, and so do its requests")
                 self._fail("the engine failed in this step; see its log", FinishReason.ERROR)
                 continue
             self._deliver(deltas)
@@ -366,12 +366,12 @@ class AsyncLLM(BaseLLM):
         return self._engine.has_work and not self._is_paused
 
     def _fail(self, why: str, reason: FinishReason) -> None:
-        """Give up everything that runs or waits."""
+        """End all requests with an error or an abort."""
         failure = FailureKind.ENGINE if reason is FinishReason.ERROR else None
         over: list[TokenDelta] = []
         for request_id, stream in list(self._streams.items()):
             self._engine.abort(request_id)
-            # The engine knows less: it has forgotten what ended in a step that then failed.
+            # By the streams, since the engine has no record of answers that ended in a failed step.
             over += [
                 TokenDelta(request_id, index, (), finish_reason=reason, error=why, failure=failure)
                 for index in sorted(stream.open)

@@ -1,4 +1,4 @@
-"""A model ready to answer: weights, tokenizer and engine, from a directory or from memory."""
+"""The base of `LLM` and `AsyncLLM`: model, tokenizer and engine, from a directory or in memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from nemotron3.text import ChatTemplate, Tokenizer
 
 
 def name_of(path: Path) -> str:
-    """A model's name: its directory's, or that of the run whose `model` it is."""
+    """A model's name: that of its directory, or of the run if the directory is `RUN/model`."""
     resolved = path.resolve()
     if resolved.name == "model" and resolved.parent.name:
         return resolved.parent.name
@@ -42,14 +42,13 @@ class BaseLLM:
     ) -> None:
         """`model` is a directory in the published layout, or a model in memory.
 
-        A model in memory is used as it is, weights and all: it may be one that is being trained,
-        which sampling leaves alone, and after its weights have changed `invalidate_caches` has to
-        be called. It needs a `tokenizer` for text; without one, prompts are token ids, and so are
-        answers. `device`, `dtype` and `weights` are for a directory; with `weights` the matrices
-        are kept in that number format (`LanguageModel.from_pretrained`).
+        A model in memory is used in place. It may be in training: sampling does not change it, and
+        after its weights have changed `invalidate_caches` must be called. Text needs a `tokenizer`;
+        without one, prompts and answers are token ids. `device`, `dtype` and `weights` apply to a
+        directory; `weights` is the number format of the matrices (`LanguageModel.from_pretrained`).
 
-        `generation_config` says whether the defaults of sampling of the directory that the model
-        was loaded from hold ("auto") or not ("none").
+        `generation_config` says whether the sampling defaults of the model's directory are used
+        ("auto") or not ("none").
         """
         name = "model"
         if not isinstance(model, LanguageModel):
@@ -69,20 +68,20 @@ class BaseLLM:
             model.companions, source=generation_config, vocab_size=vocab_size
         )
         self.defaults = defaults
-        """What the model's directory says of sampling."""
+        """Sampling defaults of the model's directory."""
         stop_ids = () if tokenizer is None else tokenizer.stop_ids
         eos_ids = defaults.eos_ids | {*stop_ids} | model.config.eos_token_ids
         self._engine = Engine(model, config, stop_ids=eos_ids)
         self._frontend = Frontend(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids, name=name)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """How the model is sampled where nobody says otherwise."""
+        """The sampling parameters of a request that sets none."""
         return SamplingParams(**self.defaults.sampling, max_tokens=self.defaults.max_tokens)
 
     def with_default_length(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """`max_tokens` as the model's directory has it, where they say nothing of it.
+        """`params` with the default `max_tokens` of the model's directory, if they have none.
 
-        As everywhere, an answer ends where the context does: a default is never too much to ask.
+        A default that exceeds the rest of the context is not an error: the answer ends there.
         """
         most = self.defaults.max_tokens
         if most is None or params.max_tokens is not None:
@@ -93,17 +92,17 @@ class BaseLLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; a ConfigError where none was given."""
+        """The model's tokenizer; a ConfigError if none was given."""
         return self._frontend.tokenizer
 
     @property
     def template(self) -> ChatTemplate:
-        """How conversations are written for the model."""
+        """The model's chat template."""
         return self._frontend.template
 
     @property
     def model_name(self) -> str:
-        """What `name_of` calls it."""
+        """The name of the model's directory or run."""
         return self._frontend.model_name
 
     @property

@@ -1,4 +1,4 @@
-"""How much an engine may hold and do at a time."""
+"""The limits of an engine: sequences, tokens of a step, memory, drafts."""
 
 from dataclasses import dataclass, field
 
@@ -8,44 +8,45 @@ from nemotron3.models.cache.state_precision import StatePrecision
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The engine's limits. None means what fits the model and the machine."""
+    """The engine's limits. None stands for a value chosen for the model and the machine."""
 
     max_num_seqs: int = 32
     """Sequences that run at the same time."""
     max_num_waiting: int = 256
-    """Answers that may wait for their turn; beyond that requests are refused."""
+    """Answers that may wait to be scheduled; further requests are refused."""
     max_num_batched_tokens: int | None = None
-    """Prompt tokens read in one step; longer prompts are read in chunks, between others' steps.
-    None for 8192 on a GPU, which fewer do not fill, and 2048 elsewhere."""
+    """Prompt tokens of one step; longer prompts are prefilled in chunks, between the decoding steps
+    of other sequences. None for 8192 on a GPU, which needs that many to be busy, 2048 elsewhere."""
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; None for the model's own limit."""
     kv_cache_bytes: int | None = None
-    """Memory for keys and values; None for what `max_num_seqs` long sequences want, at most nine
-    tenths of a GPU's memory that weights leave free, less what states, kept prefixes and a step
-    take of it; a quarter of what is free elsewhere, and at least."""
+    """Memory for keys and values. None for as much as `max_num_seqs` sequences of the greatest
+    length need, within a bound: nine tenths of the GPU memory that the weights leave free, less the
+    states, the prefix cache and the activations of a step; elsewhere a quarter of the free memory,
+    which is also the lowest bound on a GPU."""
     page_size: int = 64
     """Tokens of a page of keys and values."""
     prefix_cache_bytes: int = 1 << 30
-    """Memory for states kept for prompts that begin alike; 0 keeps none."""
+    """Memory for the states of the prefix cache; 0 turns it off."""
     prefix_interval: int = 512
-    """A state is kept whenever a prompt has been read this far, and at its messages' ends; not
-    where another one ends just before."""
+    """Tokens between the lengths of a prompt at which its state is cached, beside the ends of its
+    messages; a length shortly after another one is left out."""
     max_draft_tokens: int | None = None
-    """Most tokens drafted ahead by multi-token prediction, 0 for none; None for 3 where the model
-    can. How many are drafted in a step depends on what is accepted and on the batch."""
+    """Most tokens drafted in a step by multi-token prediction, 0 for none; None for 3 where the
+    model has the block for it. The number in use depends on acceptance and on the batch size."""
     adapts_drafts: bool = True
-    """Whether the number of drafts follows what they bring; else it is always the most."""
+    """Whether the number of drafts adapts to measured acceptance and cost; else it is the most."""
     return_routed_experts: bool = False
-    """Whether answers come with the experts that each mixture chose for each token, to be chosen
-    again by a training pass. Prompts are then read whole: what is kept of earlier ones has none."""
+    """Whether answers have the experts that each mixture chose for each token, so that a training
+    pass can replay them. Prompts then do not use the prefix cache, whose states have no experts."""
     seed: int = 0
-    """Seed of the seeds that requests without one get."""
+    """Seed of the generator that gives seeds to requests without one."""
     state: StatePrecision = field(default_factory=StatePrecision)
-    """What keys, values and the scan's states are kept in."""
+    """Number formats of keys, values and SSM states."""
 
     @property
     def keeps_states(self) -> bool:
-        """Whether a state may serve another answer than the one it was computed for."""
+        """Whether states are shared: cached prefixes, and one prompt for several answers."""
         return not self.return_routed_experts
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
-"""From messages and text to what the engine takes: prompts, rules, stop strings.
+"""From messages and text to requests of the engine: prompts, stop strings, budgets, grammars.
 
-`LLM` and `AsyncLLM` share one. Whatever can be refused is refused here, before anything runs.
+`LLM` and `AsyncLLM` have one each. Requests that cannot be answered raise an error here, before any
+work starts.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ from typing import Any
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.output_processor import OutputProcessor, Prompt, RequestOutputProcessor
 from nemotron3.inference.requests import SamplingParams, StructuredOutput, TokenConstraint
+from nemotron3.inference.sampling.stop_strings import StopStrings
+from nemotron3.inference.sampling.thinking_budget import BudgetIds, ThinkingBudget, budget_ids
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.inference.stop_strings import StopStrings
-from nemotron3.inference.structured_output import GrammarCompiler
-from nemotron3.inference.thinking_budget import BudgetIds, ThinkingBudget, budget_ids
+from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
 from nemotron3.text import CHAT_STYLES, ChatStyle, ChatTemplate, Tokenizer
 from nemotron3.text.chat_style import style_of_template
 from nemotron3.text.jinja_render import render_jinja
@@ -24,16 +25,17 @@ from nemotron3.text.messages import parse_tools
 from nemotron3.text.vocabulary import IM_START, THINK_END, THINK_START
 
 _KEPT_BOUNDARIES = 2
-"""Of a conversation's turns the last ones are where the next request parts from this one."""
+"""Number of last turns whose beginnings are cached: the next request of a conversation has the same
+tokens up to one of them."""
 
 
 class Frontend:
-    """Everything about a model that is text."""
+    """Tokenizer, chat template and grammars of one model."""
 
     def __init__(
         self, tokenizer: Tokenizer | None, *, vocab_size: int, eos_ids: frozenset[int], name: str
     ) -> None:
-        """Without a `tokenizer` prompts and answers are token ids, and text is an error."""
+        """Without a `tokenizer`, prompts and answers are token ids, and text raises ConfigError."""
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
@@ -47,7 +49,7 @@ class Frontend:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; a ConfigError where none was given."""
+        """The model's tokenizer; a ConfigError if none was given."""
         return self._tokenizer_for("text")
 
     def _tokenizer_for(self, what: str) -> Tokenizer:
@@ -95,18 +97,18 @@ class Frontend:
         )
 
     def text_prompt(self, text: str) -> Prompt:
-        """A text to continue, as it is."""
+        """A text to continue."""
         ids = self.tokenizer.encode(text)
         if not ids:
             raise DataError("prompt is empty; give at least one character to continue")
         return self.ids_prompt(ids)
 
     def ids_prompt(self, ids: Sequence[int]) -> Prompt:
-        """Token ids to continue, as they are; they may be a conversation that someone rendered."""
+        """Token ids to continue; they may be a rendered conversation."""
         return Prompt(ids=tuple(ids), is_reasoning_open=self._ends_in_reasoning(ids))
 
     def _ends_in_reasoning(self, ids: Sequence[int]) -> bool:
-        """Whether `<think>` is the last of the tags, and its turn is not over."""
+        """Whether `<think>` is the last tag, in the last turn."""
         if self._tokenizer is None:
             return False
         start = self._tokenizer.token_to_id(THINK_START)
@@ -116,7 +118,7 @@ class Frontend:
         return next(token for token in reversed(ids) if token == start or token in ends) == start
 
     def compile_grammar(self, prompt: Prompt, params: SamplingParams) -> TokenConstraint | None:
-        """The grammar that answers are held to, compiled; any thread may call it."""
+        """The compiled grammar of a request's answers, None if it has none; thread-safe."""
         if params.structured is None:
             return None
         stop_ids = frozenset(params.stop_token_ids)
@@ -126,22 +128,22 @@ class Frontend:
         )
 
     def check(self, structured: StructuredOutput) -> "Future[str | None]":
-        """What is wrong with a form, found out by another process; None for nothing."""
+        """The error of a grammar, found by another process; None if it can be compiled."""
         return self.compiler().check(structured)
 
     def compiler(self) -> GrammarCompiler:
-        """The compiler of grammars, built at the first call: a large vocabulary takes its time."""
+        """The compiler of grammars, made at the first call: a large vocabulary takes seconds."""
         with self._building:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(
-                    self._tokenizer_for("a structured answer"),
+                    self._tokenizer_for("structured output"),
                     self.template.style,
                     vocab_size=self.vocab_size,
                 )
             return self._compiler
 
     def close(self) -> None:
-        """End the process that checks grammars, where one runs."""
+        """End the process that checks grammars, if one runs."""
         with self._building:
             if self._compiler is not None:
                 self._compiler.close()
@@ -153,7 +155,7 @@ class Frontend:
         request_id: str,
         grammar: TokenConstraint | None = None,
     ) -> EngineRequest:
-        """A request in token ids; `grammar` is that of these parameters, where it is compiled."""
+        """A request in token ids; `grammar` is that of `params`, compiled here if not given."""
         if grammar is None:
             grammar = self.compile_grammar(prompt, params)
         if params.stop:
@@ -179,7 +181,7 @@ class Frontend:
     def output_processor(
         self, prompt: Prompt, params: SamplingParams, request_id: str
     ) -> RequestOutputProcessor:
-        """What reads the tokens of a request's answers."""
+        """The processor of a request's answers."""
         each = [
             OutputProcessor(
                 prompt, params, self._tokenizer, index, self.eos_ids, self._budget(prompt, params)
@@ -189,7 +191,7 @@ class Frontend:
         return RequestOutputProcessor(request_id, prompt, each)
 
     def _budget(self, prompt: Prompt, params: SamplingParams) -> ThinkingBudget | None:
-        """What limits one answer's reasoning: of the engine's, and of who reads the answer."""
+        """A reasoning budget for one answer: the engine and the output processor have one each."""
         if params.reasoning_budget is None:
             return None
         return ThinkingBudget(
@@ -202,7 +204,7 @@ class Frontend:
         )
 
     def _turns(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Where the last turns of a conversation begin, whoever rendered it."""
+        """The beginnings of the last turns of a conversation."""
         if self._tokenizer is None:
             return ()
         start = self._tokenizer.token_to_id(IM_START)

@@ -1,9 +1,9 @@
-"""What a model directory's `generation_config.json` says of sampling.
+"""Sampling defaults from the `generation_config.json` of a model directory.
 
-Whoever publishes a model writes there how it should be sampled. As with vLLM these values are
-defaults, for what a request leaves out; `max_new_tokens` is one for a request's `max_tokens`.
-`do_sample` and what belongs to beam search are not read, and the end tokens are read even where the
-defaults are not wanted: they are part of the model and not of taste.
+A publisher writes there how the model should be sampled. As in vLLM, these values are defaults for
+parameters that a request leaves out; `max_new_tokens` is the default of `max_tokens`. `do_sample`
+and the parameters of beam search are ignored. The end tokens are used even if the defaults are
+turned off, because they are a property of the model.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.huggingface import Companions
 
 Source = Literal["auto", "none"]
-"""Where defaults come from: the model's directory, or nowhere."""
+"""The source of the defaults: the model's directory, or none."""
 
 _FILE = "generation_config.json"
 _PARAMETERS = {
@@ -27,23 +27,23 @@ _PARAMETERS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""Keys of the file, and what `SamplingParams` calls them."""
+"""Keys of the file, and the fields of `SamplingParams`."""
 _WHOLE = ("top_k", "max_new_tokens")
-_REMEDY = "mend the file, or leave its defaults out with generation_config='none'"
+_REMEDY = "correct the file, or turn its defaults off by generation_config='none'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """What holds for a model where nobody says otherwise."""
+    """The sampling defaults of a model."""
 
     sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Fields of `SamplingParams` that the file has, but for the length."""
+    """Fields of `SamplingParams`, without `max_tokens`."""
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end an answer, beside those of tokenizer and configuration."""
 
     def described(self) -> str:
-        """The defaults in a line; nothing where there are none."""
+        """The defaults in a line of text; empty if there are none."""
         length = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         return ", ".join(f"{name} {value}" for name, value in {**self.sampling, **length}.items())
 
@@ -51,7 +51,7 @@ class GenerationDefaults:
 def generation_defaults(
     companions: Companions | None, *, source: Source = "auto", vocab_size: int
 ) -> GenerationDefaults:
-    """What a loaded model's directory says; a ConfigError names what is wrong in its file."""
+    """The defaults of a loaded model's directory; a ConfigError names a wrong value in its file."""
     if source not in ("auto", "none"):
         raise ConfigError(f"generation_config is {source!r}; it must be 'auto' or 'none'")
     if companions is None or companions.generation_config is None:
@@ -92,6 +92,6 @@ def _eos_ids(path: Path, value: Any, vocab_size: int) -> frozenset[int]:
         if not is_id or not 0 <= token < vocab_size:
             raise ConfigError(
                 f"{path}: eos_token_id has {token!r}; it must be ids of this model's tokens, 0 to "
-                f"{vocab_size - 1}; mend or remove it"
+                f"{vocab_size - 1}; correct or remove it"
             )
     return frozenset(ids)

@@ -4,9 +4,8 @@
     llm = LLM("runs/tiny/model")
     print(llm.chat([{"role": "user", "content": "Who are you?"}])[0].outputs[0].content)
 
-All requests of a call are answered together. A model in memory will do as well as a directory, for
-token ids without a tokenizer: `LLM(model).generate([[1, 2, 3]])`. `async_llm.py` is the form for
-servers.
+All requests of a call are answered together. The model may also be one in memory; token ids need no
+tokenizer: `LLM(model).generate([[1, 2, 3]])`. `async_llm.py` is for servers.
 """
 
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Any
 from nemotron3.errors import ConfigError
 from nemotron3.inference.base_llm import BaseLLM
 from nemotron3.inference.engine import EngineStats
+from nemotron3.inference.model_runner.weights import RunningRequests, Weights
 from nemotron3.inference.output_processor import (
     AnswerDelta,
     Prompt,
@@ -24,21 +24,20 @@ from nemotron3.inference.output_processor import (
 )
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
-from nemotron3.inference.weights import RunningRequests, Weights
 
 OnDelta = Callable[[int, AnswerDelta], None]
 
 
 class LLM(BaseLLM):
-    """A model that answers."""
+    """A model that answers prompts and conversations."""
 
     def stats(self) -> EngineStats:
-        """What the engine has done so far."""
+        """Counts of the engine's work so far."""
         return self._engine.stats()
 
     @property
     def weight_version(self) -> int:
-        """Of the weights that the next token is sampled with."""
+        """Version of the weights that the next token is sampled with."""
         return self._engine.weight_version
 
     def update_weights(
@@ -48,16 +47,16 @@ class LLM(BaseLLM):
         version: int | None = None,
         running: RunningRequests = "recompute",
     ) -> int:
-        """Put other weights into the model (`Engine.update_weights`); returns their version.
+        """Replace the model's weights (`Engine.update_weights`); returns their version.
 
-        `on_delta` may do so in the middle of answers, which `running` is about.
+        An `on_delta` callback may call it during answers; `running` says how these continue.
         """
         return self._engine.update_weights(weights, version=version, running=running)
 
     def invalidate_caches(
         self, *, version: int | None = None, running: RunningRequests = "recompute"
     ) -> int:
-        """Forget what other weights have computed: the model's have been changed in place."""
+        """Drop the states of earlier weights, after the caller has changed the model's."""
         return self._engine.invalidate_caches(version=version, running=running)
 
     def generate(
@@ -67,11 +66,10 @@ class LLM(BaseLLM):
         *,
         on_delta: OnDelta | None = None,
     ) -> list[RequestOutput]:
-        """Continue texts, or lists of token ids; results are in the order of the prompts.
+        """Continue texts or lists of token ids; results are in the order of the prompts.
 
-        Without `params` the defaults of the model's directory hold.
-
-        `on_delta(prompt_index, delta)` is called with the pieces of answers as they come.
+        Without `params` the defaults of the model's directory apply. `on_delta(prompt_index,
+        delta)` is called with the parts of answers as they are generated.
         """
         given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
         return self._run([self._prompt(prompt) for prompt in given], params, on_delta)
@@ -121,7 +119,7 @@ class LLM(BaseLLM):
         waiting: deque[EngineRequest] = deque()
         processors: list[RequestOutputProcessor] = []
         for place, (prompt, how) in enumerate(zip(prompts, params, strict=True)):
-            name = str(place)  # none of another call is left
+            name = str(place)  # unique: no request of another call is left in the engine
             request = self._frontend.request(prompt, how, name)
             self._engine.check(request)
             waiting.append(request)
@@ -136,6 +134,6 @@ class LLM(BaseLLM):
                     if on_delta is not None:
                         on_delta(place, delta)
         finally:
-            for each in processors:  # nothing is left behind by an interrupted call
+            for each in processors:  # for a call that was interrupted
                 self._engine.abort(each.request_id)
         return [each.output() for each in processors]

@@ -1,8 +1,8 @@
-"""From the engine's tokens to what a client sees: text, reasoning, calls, piece by piece.
+"""From the engine's tokens to text, reasoning, content and tool calls, streamed.
 
-One `OutputProcessor` per sequence, one `RequestOutputProcessor` per request. It holds back text
-that may still become a stop string, leaves out the token that ended it, and hands everything else
-to the readers of `nemotron3.text`.
+There is an `OutputProcessor` for each answer and a `RequestOutputProcessor` for each request. It
+holds back text that may become a stop string, removes the token that ended the answer, and passes
+all other tokens to the parsers of `nemotron3.text`.
 """
 
 import time
@@ -20,8 +20,8 @@ from nemotron3.inference.requests import (
     TokenDelta,
     TokenLogprob,
 )
-from nemotron3.inference.stop_strings import StopStrings
-from nemotron3.inference.thinking_budget import ThinkingBudget
+from nemotron3.inference.sampling.stop_strings import StopStrings
+from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
 from nemotron3.text import (
     ContentDelta,
     IncrementalDetokenizer,
@@ -35,7 +35,7 @@ from nemotron3.text.response import ResponseDelta
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What an answer continues. Of a chat the answer is read as reasoning, content and calls."""
+    """A prompt in token ids. The answer to a chat is parsed into reasoning, content and calls."""
 
     ids: tuple[int, ...]
     is_chat: bool = False
@@ -43,12 +43,12 @@ class Prompt:
     """Whether the prompt ends inside a `<think>` block."""
     tools: tuple[Tool, ...] = ()
     force_nonempty_content: bool = False
-    """Give the reasoning as the content where the content would be empty."""
+    """Return the reasoning as the content if the content would be empty."""
 
 
 @dataclass(frozen=True)
 class DraftStats:
-    """Tokens drafted for an answer, and how many of them stood."""
+    """Tokens drafted for an answer, and how many of them were accepted."""
 
     drafted: int = 0
     accepted: int = 0
@@ -56,38 +56,38 @@ class DraftStats:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerDelta:
-    """A piece of one answer."""
+    """The next part of one answer."""
 
     index: int
     parts: tuple[ResponseDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     weight_versions: tuple[int, ...] = ()
-    """Of the weights that each token was sampled with."""
+    """The version of the weights that sampled each token."""
     logprobs: tuple[TokenLogprob, ...] = ()
     content_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens that a chat's content is made of; a part's text may come after them."""
+    """Those of the tokens of a chat's content; the text of a token may come in a later delta."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or token that ended the answer; None for the model's own end."""
     num_reasoning_tokens: int = 0
-    """Tokens of reasoning so far, in this answer."""
+    """Reasoning tokens of this answer so far."""
     error: str | None = None
     failure: FailureKind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
-    """One whole answer."""
+    """One complete answer."""
 
     index: int
     text: str
-    """As it was written, special tokens left out."""
+    """All text, reasoning and calls included, without special tokens."""
     token_ids: tuple[int, ...]
     weight_versions: tuple[int, ...]
-    """Of the weights that each token was sampled with."""
+    """The version of the weights that sampled each token."""
     logprobs: tuple[TokenLogprob, ...]
     content_logprobs: tuple[TokenLogprob, ...]
-    """Those of the tokens that a chat's content is made of."""
+    """Those of the tokens of a chat's content."""
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     reasoning: str
@@ -95,12 +95,12 @@ class CompletionOutput:
     """The text without reasoning and calls."""
     tool_calls: tuple[ParsedCall, ...]
     num_reasoning_tokens: int
-    """Tokens that the model generated between the tags of its reasoning; a budget's forced end is
-    not among them."""
+    """Tokens that the model generated between the tags of its reasoning, without the tokens that a
+    budget forced."""
     acceptance: DraftStats
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
-    """The experts of every token of prompt and answer but the last, which no layer has read; with
-    `EngineConfig(return_routed_experts=True)`."""
+    """The experts of every token of prompt and answer except the last, which no layer has read;
+    only with `EngineConfig(return_routed_experts=True)`."""
     error: str | None = None
     failure: FailureKind | None = None
 
@@ -114,7 +114,7 @@ class RequestOutput:
     prompt_logprobs: Sequence[TokenLogprob | None] = ()
     outputs: tuple[CompletionOutput, ...] = ()
     num_cached_tokens: int = 0
-    """Prompt tokens whose state was kept from before."""
+    """Prompt tokens found in the prefix cache."""
     first_token_s: float | None = None
     """From the request to its first token, seconds."""
     total_s: float = 0.0
@@ -123,7 +123,7 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class OutputProcessor:
-    """Reads one answer; without a tokenizer its tokens alone."""
+    """Processes the tokens of one answer; without a tokenizer it collects ids only."""
 
     prompt: Prompt
     params: SamplingParams
@@ -132,7 +132,7 @@ class OutputProcessor:
     eos_ids: frozenset[int] = frozenset()
     """The model's own end tokens."""
     budget: ThinkingBudget | None = None
-    """Of the reasoning, where there is one: it tells which tokens were forced."""
+    """The reasoning budget, if there is one: it determines which tokens were forced."""
     report: PromptReport | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -142,7 +142,7 @@ class OutputProcessor:
     _versions: list[int] = field(default_factory=list[int])
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    _num_read: int = 0  # tokens that stop strings let through
+    _num_read: int = 0  # tokens that are certain to precede a stop string
     _text: list[str] = field(default_factory=list[str])
     _drafts: DraftStats = field(default_factory=DraftStats)
     _stop_reason: str | int | None = None
@@ -151,7 +151,7 @@ class OutputProcessor:
         self._stop: StopStrings | None = None
         self._parser: ResponseParser | None = None
         self._counter: ResponseParser | None = None
-        """Counts reasoning: a chat's parser, or one for a text whose reasoning is asked after."""
+        """Counts reasoning tokens: the chat's parser, or one of its own for a text completion."""
         if self.tokenizer is None:
             return
         self._stop = StopStrings(self.tokenizer, self.params, is_chat=self.prompt.is_chat)
@@ -172,11 +172,11 @@ class OutputProcessor:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """How many of them were reasoning, of the model's own."""
+        """Reasoning tokens so far, without forced ones."""
         return self._counter.num_reasoning_tokens if self._counter is not None else 0
 
     def push(self, delta: TokenDelta) -> AnswerDelta:
-        """Take what a step of the engine brought; returns what can be shown of it."""
+        """Process the tokens of a step; returns the parts of the answer that can be shown."""
         self._tokens += delta.tokens
         versions = (delta.weight_version,) * len(delta.tokens)
         self._versions += versions
@@ -193,7 +193,7 @@ class OutputProcessor:
                 self._stop_reason = delta.stop_token
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]
-        told = len(self._content_logprobs)
+        num_before = len(self._content_logprobs)
         parts: list[ResponseDelta] = []
         if self._stop is not None:
             parts = self._read(self._stop.push(shown))
@@ -205,7 +205,7 @@ class OutputProcessor:
             token_ids=delta.tokens,
             weight_versions=versions,
             logprobs=delta.logprobs,
-            content_logprobs=tuple(self._content_logprobs[told:]),
+            content_logprobs=tuple(self._content_logprobs[num_before:]),
             finish_reason=delta.finish_reason,
             stop_reason=self._stop_reason,
             num_reasoning_tokens=self.num_reasoning_tokens,
@@ -214,7 +214,7 @@ class OutputProcessor:
         )
 
     def output(self) -> CompletionOutput:
-        """The whole answer, once it is over."""
+        """The complete answer; to be called after it has finished."""
         text = "".join(self._text)
         response = self._parser.response() if self._parser is not None else None
         return CompletionOutput(
@@ -241,7 +241,7 @@ class OutputProcessor:
         tail = self._detokenizer.finish()
         if stop.matched is not None:
             self._stop_reason = stop.matched
-            tail = stop.rest  # half a character before it is in it
+            tail = stop.rest  # it includes an incomplete character before the stop string
             if self._counter is not None:
                 unshown = self._tokens[self._num_read :]
                 self._counter.count_unshown(t for t in unshown if not self._is_forced(t))
@@ -272,7 +272,7 @@ class OutputProcessor:
         return parts
 
     def _is_forced(self, token: int) -> bool:
-        """Take the next token to the budget; whether the budget had forced it."""
+        """Advance the budget by the next token; returns whether the budget had forced it."""
         if self.budget is None:
             return False
         forced = self.budget.forced()
@@ -280,8 +280,8 @@ class OutputProcessor:
         return forced is not None
 
     def _note_content(self, parser: ResponseParser, before: int) -> None:
-        """Keep the log-probability of the token just read, where content is made of it."""
-        if self._parser is None:  # a text to continue has no other
+        """Keep the log-probability of the last token if it is part of the content."""
+        if self._parser is None:  # a text completion has only content
             return
         if self._logprobs and parser.num_content_tokens > before:
             self._content_logprobs.append(self._logprobs[self._num_read])
@@ -292,7 +292,7 @@ class OutputProcessor:
 
 
 class RequestOutputProcessor:
-    """The processors of all answers to one request, and when tokens came."""
+    """The processors of all answers to one request, and the times of its tokens."""
 
     def __init__(self, request_id: str, prompt: Prompt, each: Sequence[OutputProcessor]) -> None:
         self.request_id = request_id
@@ -304,23 +304,23 @@ class RequestOutputProcessor:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every answer is over."""
+        """Whether every answer has finished."""
         return all(answer.finish_reason is not None for answer in self.each)
 
     @property
     def report(self) -> PromptReport | None:
-        """What was done with the prompt, once that is known."""
+        """The report on the prompt; None before the first tokens."""
         return self.each[0].report
 
     def push(self, delta: TokenDelta) -> AnswerDelta:
-        """Take what a step of the engine brought to one of them."""
+        """Process the tokens of a step for one of the answers."""
         self._last_s = time.monotonic()
         if delta.tokens and self._first_s is None:
             self._first_s = self._last_s
         return self.each[delta.index].push(delta)
 
     def output(self) -> RequestOutput:
-        """The whole, once it is over."""
+        """All answers; complete after they have finished."""
         report = self.report or PromptReport()
         return RequestOutput(
             request_id=self.request_id,

@@ -1,8 +1,7 @@
-"""What one asks of the engine and what it answers, in token ids.
+"""Requests to the engine and its results, in token ids.
 
-`SamplingParams` has the names of vLLM, so that what is known of that engine is known of this one;
-`reasoning_budget` is what vLLM calls `thinking_token_budget`. Everything is checked here, before
-anything runs.
+`SamplingParams` has the names of vLLM; `reasoning_budget` is vLLM's `thinking_token_budget`. All
+values are checked on construction, before any work starts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from nemotron3.errors import ConfigError
 
 MAX_LOGPROBS = 64
-"""Most alternatives that a request may ask for per token."""
+"""Most alternatives per token that a request may ask for."""
 
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
@@ -24,27 +23,27 @@ GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
-    """What the answer has to look like; the reasoning before it is free."""
+    """The grammar or schema that an answer must follow; the reasoning before it is free."""
 
     kind: GrammarKind
     value: Any = None
-    """The schema, expression, list of choices or grammar (Lark); None for any object."""
+    """The schema, regular expression, list of choices or Lark grammar; None for any JSON object."""
     source: str | None = field(default=None, compare=False)
-    """What the request calls it, for errors."""
+    """The request's field that it came from, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is answered."""
+    """How the answers to one request are sampled, and when they end."""
 
     n: int = 1
-    """Answers to give; they share the prompt's state."""
+    """Number of answers; they share the prompt's state."""
     max_tokens: int | None = None
-    """Most tokens to write; None for what the context holds."""
+    """Most tokens of an answer; None for the rest of the context."""
     min_tokens: int = 0
-    """Tokens before which nothing ends the answer."""
+    """The answer cannot end before it has this many tokens."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
+    """Divides the logits; 0 chooses the most probable token."""
     top_p: float = 1.0
     """Keep the most probable tokens that together reach this probability."""
     top_k: int = 0
@@ -52,9 +51,9 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this probable relative to the most probable one."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that the answer holds already."""
+    """Subtracted from the logits of tokens that occur in the answer."""
     frequency_penalty: float = 0.0
-    """Subtracted once for every time that the answer holds them."""
+    """Subtracted from the logits of a token once for each of its occurrences in the answer."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or answer."""
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
@@ -66,19 +65,19 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer, beside those of the model."""
     include_stop_str_in_output: bool = False
-    """Keep the string that ended the answer."""
+    """Keep the stop string or stop token in the answer."""
     ignore_eos: bool = False
     """Do not stop at the model's own end tokens."""
     logprobs: int | None = None
-    """Report each token's log-probability, and that of so many most probable others."""
+    """Report each token's log-probability and those of this many most probable tokens."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
     reasoning_budget: int | None = None
-    """Most tokens of reasoning; None leaves the model to it."""
+    """Most tokens of reasoning; None for no limit."""
     reasoning_grace: int = 0
-    """Tokens beyond the budget in which a line end is waited for before reasoning is closed."""
+    """Tokens beyond the budget during which reasoning may still end at a line end."""
     structured: StructuredOutput | None = None
-    """What the answer has to look like."""
+    """The grammar or schema that the answer must follow."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -126,36 +125,36 @@ class FinishReason(Enum):
     """Why an answer ended."""
 
     STOP = "stop"
-    """The model ended it, or a stop string or token did."""
+    """The model's end token, a stop token or a stop string."""
     LENGTH = "length"
-    """max_tokens, or the end of the context."""
+    """`max_tokens`, or the end of the context."""
     ABORT = "abort"
-    """Whoever asked went away."""
+    """The client cancelled the request."""
     ERROR = "error"
-    """Something in this request failed; the others go on."""
+    """This request failed; other requests continue."""
 
 
 class FailureKind(Enum):
-    """Whose an answer's failure is: what `FinishReason.ERROR` alone does not say."""
+    """The cause of `FinishReason.ERROR`: the request's grammar, or the engine."""
 
     GRAMMAR = "grammar"
-    """The grammar leaves no token to go on with; another may."""
+    """The grammar allows no further token; the client may send another grammar."""
     ENGINE = "engine"
-    """A step failed, or the model's logits are no numbers; the request is not to blame."""
+    """A step failed, or the model's logits are NaN; the request is not the cause."""
 
 
 class TokenConstraint(Protocol):
-    """Which tokens may come next in one answer. It is told of every token that comes."""
+    """The tokens that are allowed next in one answer; `accept` reports every token to it."""
 
     def mask(self) -> Tensor | None:
-        """True for each token that may come next, [vocab]; None where all may.
+        """True for each allowed token, [vocab]; None if all are allowed.
 
-        A DataError where none may: the answer ends as a `FailureKind.GRAMMAR`.
+        Raises DataError if none is: the answer then fails with `FailureKind.GRAMMAR`.
         """
         ...
 
     def accept(self, token: int) -> None:
-        """Take the token that came."""
+        """Advance by the token that was chosen."""
         ...
 
     def fork(self) -> "TokenConstraint":
@@ -164,10 +163,10 @@ class TokenConstraint(Protocol):
 
 
 class StopCondition(Protocol):
-    """Decides, token by token, whether an answer is over (stop strings need text)."""
+    """Decides, token by token, whether an answer is finished (stop strings need text)."""
 
     def ends_at(self, token: int) -> bool:
-        """Take the token that came; whether the answer ends with it."""
+        """Advance by the token that was chosen; returns whether the answer ends with it."""
         ...
 
 
@@ -180,43 +179,44 @@ class TokenLogprob:
     rank: int
     """1 for the most probable token."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens and their log-probabilities, where they were asked for."""
+    """The most probable tokens and their log-probabilities, if the request asks for them."""
     weight_version: int = 0
-    """Of the weights that they were computed with."""
+    """Version of the weights that computed them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReport:
-    """What the engine did with a request's prompt."""
+    """The results of a request's prefill."""
 
     num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
     logprobs: Sequence[TokenLogprob | None] = ()
-    """Of each prompt token (the first has none), where they were asked for."""
+    """One for each prompt token (None for the first), if the request asks for them."""
 
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """The tokens that one step of the engine brought to one answer."""
+    """The tokens that one step of the engine adds to one answer."""
 
     request_id: str
     index: int
-    """Which of the n answers."""
+    """Index among the n answers."""
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
     failure: FailureKind | None = None
-    """Of what kind the error is, where the answer failed."""
+    """The kind of the error, if the answer failed."""
     stop_token: int | None = None
-    """The token that ended the answer, where one did; it is the last of `tokens`."""
+    """The token that ended the answer, if one did; it is the last of `tokens`."""
     prompt: PromptReport | None = None
-    """With the first tokens: what was done with the prompt."""
+    """The report on the prompt, in the first delta only."""
     num_drafted: int = 0
     """Tokens drafted for this answer so far."""
     num_accepted: int = 0
-    """Drafts that are part of the answer so far."""
+    """Accepted drafts that are part of the answer so far."""
     weight_version: int = 0
-    """Of the weights that the tokens were sampled with."""
+    """Version of the weights that the tokens were sampled with."""
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
-    """With the end, where they are returned: the experts of prompt and answer, without the last
-    token, which no layer has read."""
+    """The experts of prompt and answer without the last token, which no layer has read. Only in the
+    last delta, with `EngineConfig(return_routed_experts=True)`."""

@@ -1,4 +1,4 @@
-"""One answer while it is being written: its tokens, its place in the state, its rules."""
+"""A request as the engine sees it, and the state of one answer to it while it is generated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,19 +14,21 @@ from nemotron3.inference.requests import (
     TokenConstraint,
     TokenLogprob,
 )
-from nemotron3.inference.sampler import TokenChooser
-from nemotron3.inference.thinking_budget import ThinkingBudget
+from nemotron3.inference.sampling.sampler import TokenChooser
+from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """A request in token ids. Each of its n answers gets rules of its own from the factories."""
+    """A request in token ids. The factories make a stop condition, a budget and a constraint for
+    each of its n answers."""
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     boundaries: tuple[int, ...] = ()
-    """Lengths of the prompt at which another one may part from it: ends of messages."""
+    """Prompt lengths at which other prompts may diverge: the beginnings of messages. The states
+    there are cached."""
     make_stop: Callable[[], StopCondition | None] = lambda: None
     make_budget: Callable[[], ThinkingBudget | None] = lambda: None
     make_constraint: Callable[[], TokenConstraint | None] = lambda: None
@@ -34,7 +36,8 @@ class EngineRequest:
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One answer. `tokens` are prompt and answer; the state holds the first `length` of them."""
+    """One answer. `tokens` are those of prompt and answer; its slot of the `HybridCache` contains
+    the first ones of them."""
 
     request: EngineRequest
     index: int
@@ -42,32 +45,33 @@ class Sequence:
     stop: StopCondition | None
     tokens: list[int]
     order: int
-    """Of arrival: who came first is served first, and preempted last."""
+    """Order of arrival: earlier sequences are scheduled first and preempted last."""
     max_tokens: int
     slot: int | None = None
     is_prefilled: bool = False
-    """Whether all tokens but the last one are in the state."""
+    """Whether the state contains all tokens but the last."""
     is_stale: bool = False
-    """Whether a part of the state was computed by weights that are no more."""
+    """Whether a part of the state was computed by weights that have been replaced."""
     drafts: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0
-    """Tokens that the state was not computed from for this answer, however often it was begun."""
+    """Tokens found in the prefix cache; after a preemption, the smallest number of all starts."""
     num_drafted: int = 0
     num_accepted: int = 0
-    """Drafts that are part of the answer."""
+    """Accepted drafts that are part of the answer."""
     num_preemptions: int = 0
     is_reported: bool = False
-    """Whether what was done with the prompt has been told, as it is with the first tokens."""
+    """Whether the `PromptReport` has been returned; the first delta has it."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list[TokenLogprob | None])
-    """Of as many tokens of the prompt as the state holds, and the one after them."""
+    """One for each prompt token that the state contains, and for the token after them."""
     routes: list[Int16[Tensor, "tokens layer choice"]] = field(default_factory=list[Tensor])
-    """The experts chosen for the tokens that the state holds, where they are returned."""
+    """The experts of the tokens that the state contains, if the engine returns them."""
     finish_reason: FinishReason | None = None
 
     def begin(self, slot: int, num_read: int) -> None:
-        """Start, or start again, in a slot whose state holds `num_read` tokens.
+        """Start, or start again after a preemption, in a slot that contains `num_read` tokens.
 
-        Whatever was gathered while another state was built goes with that state.
+        Results that were collected with an earlier state (drafts, experts, log-probabilities of the
+        prompt) are dropped, since they are collected again.
         """
         self.slot = slot
         self.is_stale = self.is_prefilled = False
@@ -76,31 +80,31 @@ class Sequence:
         first = self.num_preemptions == 0
         self.num_cached_tokens = num_read if first else min(self.num_cached_tokens, num_read)
         if self.wants_prompt_logprobs:
-            assert num_read == 0, "a prompt that is scored is read from its beginning"
+            assert num_read == 0, "prompt_logprobs need the whole prompt to be computed"
             self.prompt_logprobs = [None]
 
     def routed_experts(self) -> Int16[Tensor, "tokens layer choice"] | None:
-        """The experts chosen for all tokens but the last, which nothing has read."""
+        """The experts of all tokens but the last, which no layer has read."""
         if not self.routes:
             return None
         return torch.cat(self.routes)[: len(self.tokens) - 1]
 
     @property
     def request_id(self) -> str:
-        """The request that this is an answer to."""
+        """Id of the request."""
         return self.request.request_id
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.prompt)
 
     @property
     def num_generated(self) -> int:
-        """Tokens of the answer so far."""
+        """Number of tokens of the answer so far."""
         return len(self.tokens) - self.num_prompt
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of the prompt are still to be told."""
+        """Whether log-probabilities of the prompt are asked for and not yet reported."""
         return self.request.params.prompt_logprobs is not None and not self.is_reported

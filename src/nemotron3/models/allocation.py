@@ -1,12 +1,12 @@
 """Memory for a model that was built on the meta device.
 
-Models are built on the meta device, where a parameter has a shape and no bytes, and get memory once
-their device and dtype are known. Parameters that are declared to stay in float32 (parameter.py) do
-so, whatever the dtype of the others.
+Models are built on the meta device, where a parameter has a shape and no bytes, and get memory when
+their device and dtype are known. Parameters that are declared to stay in float32 (parameter.py) are
+float32 for any dtype of the others.
 
-On the CPU all parameters are in one block of memory, in the order of their modules, with large
-pages requested for it: a decoding step reads all active weights once, and with pages of 4 KiB part
-of its time goes into address translation.
+On the CPU all parameters are in one block of memory, in the order of their modules, and large pages
+are requested for it: a decoding step reads all active weights once, and with pages of 4 KiB a part
+of its time is address translation.
 """
 
 import mmap
@@ -22,11 +22,11 @@ from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.weights import QuantizedWeight
 
 _ALIGNMENT = 64
-"""Bytes that every tensor begins at a multiple of: a line of the cache."""
+"""Every tensor begins at a multiple of this many bytes: a cache line."""
 
 
 class _Place(NamedTuple):
-    """A tensor that a module lacks the memory of."""
+    """A tensor of a module that has no memory yet."""
 
     module: nn.Module
     name: str
@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter and buffer memory, in the dtype it is kept in."""
+    """Give every parameter and buffer memory, in its declared dtype."""
     places = list(_places(model, dtype))
     for place, fresh in zip(places, _empty(places, device), strict=True):
         if isinstance(place.described, nn.Parameter):
@@ -50,11 +50,11 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
 
 
 def large_pages(nbytes: int) -> mmap.mmap | bytearray:
-    """So many bytes, in large pages where the system has them; they are zero."""
+    """`nbytes` bytes of value 0, in large pages if the system has them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return bytearray(nbytes)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel that has none
+    with suppress(OSError):  # a kernel without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 

@@ -1,7 +1,7 @@
-"""Grouped-query attention without positions; rotary positions are for the comparison models.
+"""Grouped-query attention, without positions in Nemotron 3, with rotary ones in Qwen3.
 
-The published configurations carry `rope_theta`, but the models were trained without rotary
-positions; applying them because of that field ruins the model (white paper, section 2.5).
+The published configurations of Nemotron 3 have a `rope_theta`, but the models were trained without
+rotary positions; applying them because of that field ruins the model (white paper, section 2.5).
 """
 
 from dataclasses import dataclass
@@ -62,18 +62,18 @@ class AttentionConfig(MixerConfig):
         return Attention(self, hidden_size, eps)
 
     def new_state(self, memory: StateMemory) -> AttentionState:
-        """Pages without keys and values."""
+        """Empty pages."""
         return AttentionState(
             memory, num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim
         )
 
     def mixing_flops(self, context: int) -> float:
-        """Of scores and sums: causal, so that a token sees half the sequence on average."""
+        """FLOPs of scores and sums; a token attends to half the sequence on average (causal)."""
         return 2 * 2 * self.num_attention_heads * self.head_dim * (context + 1) / 2
 
 
 class Attention(Mixer):
-    """Looks back at every earlier token of the same sequence."""
+    """Causal grouped-query attention within each sequence."""
 
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Attention(Mixer):
         layout: SequenceLayout,
         state: AttentionState | None = None,
     ) -> Float[Tensor, "tokens d_model"]:
-        """Attend within each sequence, and to the keys and values in `state`."""
+        """Attend within each sequence; with a `state`, also to the keys and values stored there."""
         c = self.config
         q = self.q_norm(self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)))
         q = self._rotated(q, layout)
@@ -113,7 +113,7 @@ class Attention(Mixer):
     def update_state(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
     ) -> None:
-        """Write keys and values of tokens whose outputs nobody asks for."""
+        """Store the keys and values of tokens whose outputs are not needed."""
         state.write(layout, *self._keys_and_values(x, layout))
 
     def _keys_and_values(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:

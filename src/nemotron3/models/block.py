@@ -29,7 +29,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "tokens d_model"], Routing | None]:
         """The residual stream after this layer, and the router's decision where it has one.
 
-        With `experts` the decision is theirs; a layer without a router is given none.
+        `experts` are the experts to use instead of the router's choice; None for other layers.
         """
         if self.has_router:
             y, routing = self.mixer(self.norm(x), layout, state, experts)
@@ -45,5 +45,5 @@ class Block(nn.Module):
     def update_state(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: LayerState
     ) -> None:
-        """Let the layer's state take in tokens whose outputs nobody asks for."""
+        """Advance the layer's state by tokens whose outputs are not needed."""
         self.mixer.update_state(self.norm(x), layout, state)

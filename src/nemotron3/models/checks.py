@@ -6,7 +6,7 @@ from nemotron3.errors import ConfigError
 
 
 def require_positive(owner: object, *names: str) -> None:
-    """Refuse fields that are not above 0."""
+    """Raise ConfigError for fields that are not above 0."""
     for name in names:
         value = getattr(owner, name)
         if value <= 0:
@@ -14,7 +14,7 @@ def require_positive(owner: object, *names: str) -> None:
 
 
 def require_divides(owner: Any, whole: str, part: str) -> None:
-    """Refuse a field that another does not divide."""
+    """Raise ConfigError if `part` does not divide `whole`."""
     if getattr(owner, whole) % getattr(owner, part):
         raise ConfigError(
             f"{whole} = {getattr(owner, whole)} is not divisible by {part} = "
@@ -23,7 +23,7 @@ def require_divides(owner: Any, whole: str, part: str) -> None:
 
 
 def require_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
-    """Refuse a field that is none of these."""
+    """Raise ConfigError for a field whose value is not one of `choices`."""
     value = getattr(owner, name)
     if value not in choices:
         raise ConfigError(

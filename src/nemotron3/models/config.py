@@ -1,7 +1,7 @@
 """The configuration of a model: one record per kind of layer, and the pattern of layers.
 
 The record of a kind of layer is in the file of its mixer. Fields have the names of the published
-`config.json`; only `huggingface` knows other names. All checks run on construction.
+`config.json`; only `huggingface` uses other names. All checks run on construction.
 
     config = ModelConfig.preset("nano")
     wider = dataclasses.replace(config, hidden_size=4096)
@@ -54,13 +54,13 @@ class ModelConfig:
     initializer_range: float | None = None
     """Standard deviation of initial weights; None for the published sqrt(0.8 / hidden_size)."""
     max_position_embeddings: int = 262_144
-    """Longest context the model is meant for; no tensor has this size."""
+    """Longest context that the model supports; no tensor has this size."""
     bos_token_id: int = 1
     """Begin of sequence."""
     eos_token_id: int | tuple[int, ...] = 2
     """End of sequence, or every token that ends one."""
     pad_token_id: int = 0
-    """Filler that is never predicted."""
+    """Padding, which is never predicted."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "layer_norm_epsilon")
@@ -95,12 +95,12 @@ class ModelConfig:
         given = [getattr(self, name) for name in fields]
         return {mixer.symbol: mixer for mixer in given if mixer is not None}
 
-    @cached_property
+    @property
     def layers(self) -> tuple[MixerConfig, ...]:
         """The configuration of each layer of the backbone."""
         return tuple(self.mixers[symbol] for symbol in self.pattern.main)
 
-    @cached_property
+    @property
     def mtp_layers(self) -> tuple[MixerConfig, ...]:
         """The configuration of each layer of the multi-token-prediction block."""
         return tuple(self.mixers[symbol] for symbol in self.pattern.mtp)
@@ -141,7 +141,7 @@ class ModelConfig:
 
 @cache
 def _mixer_fields(config: type[ModelConfig]) -> dict[str, type[MixerConfig]]:
-    """The fields that describe a kind of layer, with the classes of what they hold."""
+    """The fields of the kinds of layers, and the classes of their values."""
     fields: dict[str, type[MixerConfig]] = {}
     for name, hint in get_type_hints(config).items():
         for member in get_args(hint) or (hint,):

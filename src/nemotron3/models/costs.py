@@ -1,9 +1,8 @@
-"""The costs of a model from its configuration alone: parameters, bytes of state, FLOPs.
+"""The costs of a model, from its configuration alone: parameters, bytes of state, FLOPs.
 
-Parameters are counted on the real modules, built without memory, so the count is right by
-construction. FLOPs are those of the products, two per multiply-add, as everyone counts them; the
-formula is spelled out because published ones differ (Megatron sizes the Mamba inner width as twice
-the model's, which overstates Nano by 7 %).
+Parameters are counted on the model's modules, built without memory. FLOPs are those of products,
+two per multiply-add, as usual; the formula is written out because published ones differ (Megatron
+takes the Mamba inner width to be twice the model's, which overstates Nano by 7 %).
 """
 
 from collections.abc import Mapping
@@ -24,13 +23,13 @@ class ModelCosts:
     """The costs of a model, by part."""
 
     parameters: dict[str, int]
-    """Parameters of the backbone by part; multi-token prediction is not among them."""
+    """Parameters by part, without multi-token prediction."""
     active: dict[str, int]
-    """Parameters that one token passes, by part."""
+    """Parameters that are used for one token, by part."""
     mtp_parameters: int
     """Parameters of the multi-token-prediction block."""
     mtp_active: int
-    """Of these, what one token passes at one depth."""
+    """Parameters of that block that are used for one token at one depth."""
 
     @property
     def total(self) -> int:
@@ -75,9 +74,9 @@ def kv_bytes_per_token(config: ModelConfig, *, itemsize: int = 2, with_mtp: bool
 
 
 def state_bytes_per_sequence(config: ModelConfig, *, conv_itemsize: int = 2) -> tuple[int, int]:
-    """Bytes of (scan states, convolution states) that one sequence keeps at any length.
+    """Bytes of (SSM states, convolution states) of one sequence, at any length.
 
-    Scan states are float32; convolution states have the dtype of activations.
+    SSM states are float32; convolution states have the dtype of activations.
     """
     sizes = [mixer.state_size for mixer in config.layers]
     states = 4 * sum(size.accumulated for size in sizes)
@@ -87,9 +86,9 @@ def state_bytes_per_sequence(config: ModelConfig, *, conv_itemsize: int = 2) -> 
 def forward_flops_per_token(config: ModelConfig, *, context: int, with_mtp: bool = False) -> float:
     """FLOPs of the forward pass for one token, averaged over a sequence of `context` tokens.
 
-    Two per active matrix element (the input table is looked up, not multiplied), plus causal
-    attention, which on average sees half the sequence, plus the chunked scan. Training takes three
-    times as much. With MTP, each trained depth adds its block and one more output layer.
+    They are two per active matrix element (the embedding is a lookup, without products), plus
+    causal attention over half the sequence on average, plus the chunked scan. Training takes three
+    times as many. With MTP, each trained depth adds its block and another output layer.
     """
     costs = model_costs(config)
     flops = 2.0 * costs.total_active

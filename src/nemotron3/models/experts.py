@@ -7,9 +7,10 @@ White paper, section 2.2. With x the normed input of width d and l the latent wi
     g_i = scale * s_i / sum over T of s
     y   = W_up sum over T of g_i E_i(W_down x) + shared(x)
 
-The latent projections stand around the whole mixture: one down-projection before the tokens go to
-their experts and one up-projection after their results are summed, so that what travels and what
-the experts read is l wide. Without a latent width they are absent and the experts work at width d.
+The latent projections enclose the whole mixture: one down-projection before tokens are dispatched
+to experts and one up-projection after the experts' results are summed, so that dispatched tokens
+and expert matrices have width l. Without a latent width there are no projections, and the experts
+have width d.
 """
 
 from dataclasses import dataclass
@@ -83,18 +84,18 @@ class MoEConfig(MixerConfig):
 
 
 class Routing(NamedTuple):
-    """What a router decided: enough to balance it, to measure it, and to replay it."""
+    """The decision of a router, with what balancing, metrics and replay need."""
 
     indices: Int[Tensor, "tokens choice"]
     """Chosen experts."""
     weights: Float[Tensor, "tokens choice"]
-    """Their weights in the sum."""
+    """Weights of the chosen experts in the sum."""
     scores: Float[Tensor, "tokens expert"]
     """Scores of all experts, without the selection bias."""
 
 
 class Router(DeclaredModule):
-    """Chooses experts for each token, in float32 whatever the model runs in."""
+    """Chooses experts for each token, in float32 for any dtype of the model."""
 
     weight: nn.Parameter
     e_score_correction_bias: Tensor
@@ -104,7 +105,7 @@ class Router(DeclaredModule):
         self.config = config
         experts = config.n_routed_experts
         self.declare("weight", (experts, hidden_size), init=Normal(), decays=True)
-        # Its rounding would change which experts are chosen, and steps of 1e-3 would be lost in it.
+        # Rounding to a narrower dtype would change the choice and lose updates of 1e-3.
         self.declare_buffer(
             "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
         )
@@ -114,7 +115,7 @@ class Router(DeclaredModule):
         x: Float[Tensor, "tokens d_model"],
         indices: Int[Tensor, "tokens choice"] | None = None,
     ) -> Routing:
-        """Score all experts, choose the best or take those of `indices`, weigh them."""
+        """Score all experts, choose the best (or those of `indices`), and compute their weights."""
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = dense(x.to(wide), self.weight)
@@ -179,7 +180,7 @@ class MixtureOfExperts(Mixer):
         self.fc2_latent_proj = Linear(width, hidden_size, writes_residual=True) if latent else None
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """Router, experts, and what stands around them; a token passes some of the experts."""
+        """Router, experts, shared experts and latent projections; some experts are active."""
         c = self.gate.config
         experts = ParameterCount.of(self.experts).total
         parts = {
@@ -202,10 +203,10 @@ class MixtureOfExperts(Mixer):
         state: None = None,  # noqa: ARG002
         indices: Int[Tensor, "tokens choice"] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], Routing]:
-        """Send each token through its experts; also returns what the router decided.
+        """The weighted sum of each token's experts, and the router's decision.
 
-        With `indices` the experts are those, for example of the pass that sampled the tokens, and
-        their weights follow from this pass's scores.
+        With `indices` the experts are given, for example those of the pass that sampled the tokens;
+        their weights are computed from the scores of this pass.
         """
         routing = self.gate(x, indices)
         payload = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)

@@ -1,8 +1,8 @@
 """Initial values of parameters, declared where the parameters are made.
 
-An initial value is a small record that is called with some elements of the parameter. Each element
-has its own random numbers, by the parameter's name and its index, so that a process with a part of
-a parameter draws only that part.
+An initial value is a small record that is called with some elements of the parameter. The random
+numbers of an element are a function of the parameter's name and the element's index, so a process
+with a shard of a parameter computes only that shard.
 
     @dataclass(frozen=True)
     class Triangular:
@@ -22,7 +22,7 @@ from nemotron3.ops import counter_random
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements `start` to `stop` - 1 of the parameter `name`, in the order of memory."""
+    """Elements `start` to `stop` - 1 of the parameter `name`, in memory order."""
 
     seed: int
     name: str
@@ -33,7 +33,7 @@ class Elements:
     def uniform(
         self, low: float = 0.0, high: float = 1.0, *, stream: str = ""
     ) -> Float32[Tensor, " element"]:
-        """Uniform random numbers; another `stream` has others."""
+        """Uniform random numbers; each `stream` has its own."""
         drawn = counter_random.uniform(self._key(stream), self.start, self.stop, self.device)
         return drawn.mul_(high - low).add_(low)
 
@@ -43,7 +43,7 @@ class Elements:
         return drawn.mul_(std)
 
     def full(self, value: float) -> Float32[Tensor, " element"]:
-        """The same for each."""
+        """The same value for each element."""
         return torch.full((self.stop - self.start,), value, device=self.device)
 
     def _key(self, stream: str) -> int:
@@ -51,16 +51,16 @@ class Elements:
 
 
 class InitialScale(NamedTuple):
-    """What a whole model says of the size of its matrices."""
+    """Standard deviations of a model's initial matrices."""
 
     std: float
     """Standard deviation of matrices."""
     residual_std: float
-    """Of those whose products are added to the residual stream."""
+    """Standard deviation of matrices whose products are added to the residual stream."""
 
 
 class InitialValue(Protocol):
-    """The values that some elements of a parameter begin with."""
+    """Computes the initial values of some elements of a parameter."""
 
     def __call__(self, elements: Elements, scale: InitialScale) -> Tensor: ...
 
@@ -89,7 +89,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same for all elements."""
+    """The same value for all elements."""
 
     value: float
 

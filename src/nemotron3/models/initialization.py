@@ -23,12 +23,12 @@ from nemotron3.models.initial_values import Elements, InitialScale, InitialValue
 from nemotron3.models.parameter import parameter_specs
 
 _CHUNK = 1 << 18
-"""Elements that are drawn at a time; a parameter's numbers in the making are several times it."""
+"""Elements computed at a time: it bounds the temporary memory, several times that of a chunk."""
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw every parameter and buffer of `model` anew.
+    """Write the initial value of every parameter and buffer of `model`.
 
     Raises ConfigError for one that its module does not declare.
     """
@@ -37,7 +37,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name not in specs:
             raise ConfigError(
-                f"nobody says what parameter {name!r} begins with; make it by "
+                f"parameter {name!r} has no declared initial value; make it by "
                 "DeclaredModule.declare, or load its values"
             )
         _fill(tensor, specs[name].init, scale, seed=seed, name=name)

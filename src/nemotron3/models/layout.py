@@ -17,7 +17,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.ops.segments import Segments
 
 MAX_STEPS = 16
-"""Up to this many new tokens of each sequence are steps: the state is read and written in place."""
+"""Most new tokens of each sequence in a step, which updates states in place, token by token."""
 
 
 class DeviceLayout(NamedTuple):
@@ -29,21 +29,21 @@ class DeviceLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Sequences in a packed stream, and how much of each the carried state holds already."""
+    """Sequences in a packed stream, and the number of tokens of each in the carried state."""
 
     segments: Segments
     """The tokens of this call."""
     cached_lengths: tuple[int, ...] = ()
-    """Tokens of each sequence in the state before this call; empty where there is no state."""
+    """Tokens of each sequence in the state before this call; empty without a state."""
     slots: tuple[int, ...] = ()
-    """Row of the state that belongs to each sequence; empty where there is no state."""
+    """Slot of each sequence in the state; empty without a state."""
     is_verification: bool = False
-    """Whether the call verifies drafts: the state stays as it is until `HybridCache.accept`."""
+    """Whether the call verifies drafts: the state does not change until `HybridCache.accept`."""
     is_prompt: bool = False
-    """Whether the tokens are read as a whole: a narrow state is then rounded once, after them."""
+    """Whether the tokens are part of a prompt: a narrow state is then rounded once, after them."""
     device_layout: "DeviceLayout | None" = None
-    """`slots` and `cached_lengths` as tensors, where whoever made the layout keeps them: they are
-    what counts then, and may change from call to call."""
+    """`slots` and `cached_lengths` as tensors. If given, they replace the tuples, and their values
+    may differ in each replay of a recorded call."""
 
     def __post_init__(self) -> None:
         count = len(self.segments)
@@ -61,12 +61,12 @@ class SequenceLayout:
 
     @classmethod
     def packed(cls, lengths: tuple[int, ...] | list[int]) -> "SequenceLayout":
-        """The layout of documents that lie one after another, without state."""
+        """The layout of documents that are packed one after another, without state."""
         return cls(Segments(lengths))
 
     @cached_property
     def is_step(self) -> bool:
-        """Whether every sequence of a state goes on by the same few tokens."""
+        """Whether every sequence continues a state by the same, small number of tokens."""
         length = self.segments.uniform_length
         has_state = bool(self.slots) or self.device_layout is not None
         return has_state and length is not None and length <= MAX_STEPS
@@ -95,7 +95,7 @@ class SequenceLayout:
 
     @cached_property
     def keys(self) -> Segments:
-        """What attention looks at: remembered tokens and those of this call."""
+        """The segments of keys in attention: the tokens in the state and those of this call."""
         if not any(self.cached_lengths):
             return self.segments
         return Segments(
@@ -111,10 +111,10 @@ class SequenceLayout:
 
 
 def shift_left(values: Tensor, segments: Segments, by: int) -> tuple[Tensor, Tensor]:
-    """Each token's value `by` places later in its own sequence, and whether there is one.
+    """The value `by` positions after each token in its own sequence, and a mask.
 
-    Where the sequence ends sooner the value is 0 and the mask False. This is Megatron's roll for
-    multi-token prediction, which likewise stops at document boundaries.
+    After the end of a sequence the value is 0 and the mask False. It is Megatron's roll for
+    multi-token prediction, which stops at document boundaries as well.
     """
     positions = segments.positions(values.device)
     lengths = torch.tensor(segments.lengths, device=values.device)[segments.ids(values.device)]

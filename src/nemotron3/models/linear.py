@@ -38,7 +38,7 @@ class Linear(DeclaredModule):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
     ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
-        """x W^T in the dtype of `x`; with `sizes`, taken apart into so many columns each."""
+        """x W^T in the dtype of `x`; with `sizes`, split into parts of these widths."""
         return dense(x, self.weight) if sizes is None else dense(x, self.weight, sizes)
 
     def extra_repr(self) -> str:
@@ -48,8 +48,8 @@ class Linear(DeclaredModule):
 class Embedding(DeclaredModule):
     """A vector for each token.
 
-    Not `nn.Embedding`: that one draws initial values even where there is no memory to draw them in,
-    and loads PyTorch's decompositions to do so, seconds at the start of every command.
+    It is not `nn.Embedding`, which computes initial values even on the meta device and loads
+    PyTorch's decompositions for that, which takes seconds at the start of every command.
     """
 
     weight: nn.Parameter

@@ -81,12 +81,12 @@ class MambaConfig(MixerConfig):
 
     @property
     def state_size(self) -> StateSize:
-        """The scan's state and the convolution's tail."""
+        """The SSM state and the convolution state."""
         ssm_states = self.inner_size * self.ssm_state_size
-        return StateSize(accumulated=ssm_states, activations=math.prod(self._tail))
+        return StateSize(accumulated=ssm_states, activations=math.prod(self._conv_shape))
 
     @property
-    def _tail(self) -> tuple[int, int]:
+    def _conv_shape(self) -> tuple[int, int]:
         return self.conv_kernel - 1, self.conv_channels
 
     def build(self, hidden_size: int, eps: float) -> "Mamba2Mixer":
@@ -94,12 +94,12 @@ class MambaConfig(MixerConfig):
         return Mamba2Mixer(self, hidden_size, eps)
 
     def new_state(self, memory: StateMemory) -> MambaState:
-        """Tails and states of zeros."""
-        state = self.mamba_num_heads, self.mamba_head_dim, self.ssm_state_size
-        return MambaState(memory, tail=self._tail, state=state)
+        """Convolution and SSM states of zeros."""
+        ssm_shape = self.mamba_num_heads, self.mamba_head_dim, self.ssm_state_size
+        return MambaState(memory, conv_shape=self._conv_shape, ssm_shape=ssm_shape)
 
     def mixing_flops(self, context: int) -> float:
-        """Of the chunked scan: scores and sums within a chunk, states between chunks."""
+        """FLOPs of the chunked scan: scores and sums within a chunk, states between chunks."""
         chunk = min(self.chunk_size, context)
         scores = 2 * self.n_groups * self.ssm_state_size * chunk
         within = 2 * self.inner_size * chunk
@@ -109,9 +109,9 @@ class MambaConfig(MixerConfig):
 
 @dataclass(frozen=True)
 class InitialRates:
-    """A_log so that A is uniform in [1, 16], as in Dao & Gu's code.
+    """Initial A_log: A is uniform in [1, 16], as in Dao & Gu's code.
 
-    Hugging Face's file has 1..heads instead; docs/decisions/0002 says why that is not taken.
+    Hugging Face's code has 1..heads instead; docs/decisions/0002 says why that is not used.
     """
 
     def __call__(self, elements: Elements, scale: InitialScale) -> Tensor:  # noqa: ARG002
@@ -120,7 +120,7 @@ class InitialRates:
 
 @dataclass(frozen=True)
 class InitialSteps:
-    """dt_bias so that softplus gives steps that are log-uniform, and at least the floor."""
+    """Initial dt_bias: steps after softplus are log-uniform, and at least the floor."""
 
     config: MambaConfig
 
@@ -155,7 +155,7 @@ class CausalConv1d(DeclaredModule):
     def steps(
         self, x: Tensor, conv_states: Tensor, slots: Tensor, intermediate_states: Tensor | None
     ) -> Float[Tensor, "tokens channel"]:
-        """The same for a few tokens behind the states of `slots`, which go on in place."""
+        """The same for a few tokens that continue the states of `slots`, which change in place."""
         return causal_conv_steps(
             x,
             self.weight.squeeze(1),
@@ -167,7 +167,7 @@ class CausalConv1d(DeclaredModule):
 
 
 class Mamba2Mixer(Mixer):
-    """Mixes along time through a state of fixed size."""
+    """The Mamba-2 mixer: a sequence is mixed along time through a state of fixed size."""
 
     dt_bias: nn.Parameter
     A_log: nn.Parameter
@@ -177,11 +177,11 @@ class Mamba2Mixer(Mixer):
         super().__init__()
         self.config = config
         heads, inner = config.mamba_num_heads, config.inner_size
-        # Rows of in_proj: gate z, then what is convolved (x, B, C), then the steps dt.
+        # Rows of in_proj: gate z, then the inputs of the convolution (x, B, C), then the steps dt.
         self.in_proj = Linear(hidden_size, inner + config.conv_channels + heads)
         self.conv1d = CausalConv1d(config.conv_channels, config.conv_kernel)
-        # The state sums their rounding up over the whole sequence, and to shrink them would change
-        # the dynamics rather than regularise.
+        # They stay in float32, because the state accumulates their rounding over the sequence, and
+        # have no weight decay, which would change the dynamics instead of regularising.
         for name, init in (
             ("dt_bias", InitialSteps(config)),
             ("A_log", InitialRates()),
@@ -201,7 +201,7 @@ class Mamba2Mixer(Mixer):
         layout: SequenceLayout,
         state: MambaState | None = None,
     ) -> Float[Tensor, "tokens d_model"]:
-        """Mix each sequence along time, continuing from `state` where there is one."""
+        """Mix each sequence along time; with a `state`, continue it."""
         c = self.config
         z, xBC, dt = self.in_proj(x, [c.inner_size, c.conv_channels, c.mamba_num_heads])
         dt, A = ssd_rates(dt, self.dt_bias, self.A_log)
@@ -214,7 +214,7 @@ class Mamba2Mixer(Mixer):
             y = state.scan(layout, self._operands(xBC, dt, A, D))
         else:
             assert not layout.is_verification, (
-                "a verification call takes few tokens and no gradients"
+                "a verification call has at most MAX_STEPS tokens and no gradients"
             )
             conv_states, ssm_states = (None, None) if state is None else state.read(layout)
             xBC, conv_states = self.conv1d(xBC, layout, conv_states)
@@ -231,7 +231,7 @@ class Mamba2Mixer(Mixer):
     def _operands(
         self, xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the scan reads: x, dt, A, B, C, D."""
+        """The operands of the scan: x, dt, A, B, C, D."""
         c = self.config
         state_width = c.n_groups * c.ssm_state_size
         x, B, C = xBC.split([c.inner_size, state_width, state_width], dim=-1)

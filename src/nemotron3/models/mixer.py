@@ -1,8 +1,8 @@
-"""A mixer, the part of a layer between norm and residual sum, and what it declares about itself.
+"""The interface of mixers: the part of a layer between norm and residual sum.
 
 A mixer is a pair: a configuration, which declares its state and costs, and the module that it
-builds. Both are in the mixer's own file. Cache, costs, memory and the model itself read only the
-declarations of this interface, so a new mixer is its file and a field of `ModelConfig` (or, outside
+builds. Both are in the mixer's own file. The cache, the costs, the engine's memory and the model
+read only this interface, so a new mixer is one file and one field of `ModelConfig` (or, outside
 this package, of a subclass of it): see docs/guides/add-a-mixer.md.
 """
 
@@ -24,11 +24,11 @@ class ParameterCount(NamedTuple):
 
     total: int
     active: int
-    """Those that one token passes."""
+    """Parameters that are used for one token."""
 
     @classmethod
     def of(cls, module: nn.Module) -> "ParameterCount":
-        """Of a module that every token passes as a whole."""
+        """The count of a module whose parameters are all used for every token."""
         total = sum(parameter.numel() for parameter in module.parameters())
         return cls(total, total)
 
@@ -37,19 +37,19 @@ class Mixer(DeclaredModule):
     """The module of one layer.
 
     `forward(x, layout, state=None)` takes the normed residual stream [tokens, d_model] and returns
-    what is added to it, of the same shape. Whatever looks along time takes `layout.segments` and
-    never mixes two of them; with a state it continues what the layout's slots hold. A mixer with a
-    router returns a pair of that and the router's decision.
+    the layer's contribution to it, of the same shape. A mixer that relates tokens does so within
+    each of `layout.segments` only; with a state it continues that of the layout's slots. A mixer
+    with a router returns a pair: the contribution and the router's decision.
     """
 
     def update_state(
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: LayerState
     ) -> None:
-        """Let the state take in tokens whose outputs nobody asks for."""
+        """Advance the state by tokens whose outputs are not needed."""
         self(x, layout, state)
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """Its parameters by part, under the names that tables of costs have."""
+        """Its parameters by part; the names are those in tables of costs."""
         raise NotImplementedError(f"{type(self).__name__} has no parameter_counts")
 
 
@@ -66,19 +66,19 @@ class MixerConfig(ABC):
 
     @abstractmethod
     def build(self, hidden_size: int, eps: float) -> Mixer:
-        """The module, for a residual stream of this width; `eps` is the norms'."""
+        """The module, for a residual stream of this width; `eps` is that of norms."""
 
     @property
     def state_size(self) -> StateSize:
-        """What a layer carries between calls: nothing, where a token is mixed with no other."""
+        """The size of a layer's state between calls; 0 for a mixer that relates no tokens."""
         return StateSize()
 
     def new_state(self, memory: StateMemory) -> LayerState | None:  # noqa: ARG002
-        """An empty state, if a layer carries one."""
+        """An empty state; None for a mixer without state."""
         return None
 
     def mixing_flops(self, context: int) -> float:  # noqa: ARG002
-        """FLOPs of a token beside the products with parameters, in a sequence of `context`."""
+        """FLOPs per token in addition to products with parameters, at a length of `context`."""
         return 0.0
 
     @property
@@ -88,8 +88,8 @@ class MixerConfig(ABC):
 
 
 def last_stateful_layer(mixers: Sequence[MixerConfig]) -> int:
-    """The last layer whose state a token enters; the first if there is none.
+    """Index of the last layer with a state; 0 if there is none.
 
-    Behind it a token can be left out, and no other notices.
+    After this layer no token affects another, so tokens whose outputs are not needed are left out.
     """
     return max((i for i, mixer in enumerate(mixers) if mixer.is_stateful), default=0)

@@ -56,7 +56,7 @@ class MLP(Mixer):
         layout: SequenceLayout | None = None,  # noqa: ARG002 - a mixer like any other
         state: None = None,  # noqa: ARG002
     ) -> Float[Tensor, "tokens d_model"]:
-        """Feed each token forward by itself."""
+        """The output of each token, computed independently."""
         h = self.up_proj(x)
         if self.activation == "swiglu":
             h = torch.cat([self.gate_proj(x), h], dim=-1)

@@ -8,9 +8,9 @@ i, token i + k + 1 (the main head predicts i + 1):
     h_k = final_norm(block(c))                                           here `*E`, own attention
     logits = the backbone's own output layer (h_k)
 
-All depths share the block's weights, so it can be applied more often than in training; the
-embedding and the output layer are the backbone's. In published checkpoints the input
-part belongs to the first layer and the final norm to the last; `models/huggingface` translates.
+All depths share the block's weights, so it can be applied at more depths than in training; the
+embedding and the output layer are those of the backbone. In published checkpoints the input part
+belongs to the first layer and the final norm to the last; `models/huggingface` translates.
 """
 
 from collections.abc import Sequence
@@ -69,13 +69,13 @@ class MultiTokenPredictor(nn.Module):
     ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
         """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k.
 
-        With the `states` of its layers the block continues what the layout's slots hold. With
-        `output_indices` these tokens alone pass the last layers.
+        With the `states` of its layers the block continues the sequences in the layout's slots.
+        With `output_indices` the layers after the last one with a state compute only these tokens.
         `routes` are the experts of all tokens of the call, for each mixture of the block.
         """
         x = self.input(embedding, hidden)
         recorded = iter(routes or ())
-        rows: Tensor | None = None  # those of the wanted tokens, once they alone go on
+        rows: Tensor | None = None  # `output_indices`, in the layers that compute only these
         routings = []
         states = states or [None] * len(self.layers)
         for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
@@ -100,8 +100,8 @@ class MultiTokenPredictor(nn.Module):
     ) -> tuple[list[Float[Tensor, "tokens d_model"]], list[list[Routing]]]:
         """All depths, one after another: `embeddings[k - 1]` are those of tokens i + k.
 
-        `routes` are the experts by depth and mixture; `recompute` keeps only the inputs of a depth
-        for the backward pass.
+        `routes` are the experts by depth and mixture; `recompute` stores only the inputs of each
+        depth for the backward pass.
         """
         outputs: list[Tensor] = []
         routings: list[list[Routing]] = []
@@ -125,7 +125,7 @@ class MultiTokenPredictor(nn.Module):
         layout: SequenceLayout,
         states: Sequence[LayerState | None],
     ) -> None:
-        """Let the states of the block's layers take in tokens whose outputs nobody asks for."""
+        """Advance the states of the block's layers by tokens whose outputs are not needed."""
         last = self.last_stateful_layer
         state = states[last]
         if state is None:

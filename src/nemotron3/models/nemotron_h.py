@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of blocks, a final norm, an output layer, and MTP.
 
-The same forward pass trains, evaluates and generates; only the layout of the batch differs, and
-whether a state is carried.
+Training, evaluation and generation use the same forward pass; they differ in the layout of the
+batch, and in whether a state is carried.
 
     model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0)
     model(tokens)                                             # [batch, seq] -> [batch, seq, vocab]
@@ -23,10 +23,10 @@ from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.allocation import allocate
 from nemotron3.models.block import Block
+from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.experts import Router, Routing
-from nemotron3.models.hybrid_cache import HybridCache
 from nemotron3.models.initialization import initialize
 from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.linear import Embedding, Linear
@@ -42,33 +42,33 @@ T = TypeVar("T")
 
 
 class BackboneOutput(NamedTuple):
-    """What the stack of blocks yields."""
+    """Outputs of the backbone."""
 
     hidden: Float[Tensor, "tokens d_model"]
     """The residual stream after the final norm."""
     routings: list[Routing]
     """Decisions of the routers, first mixture to last."""
     residual_rms: list[Tensor]
-    """Root mean square of the residual stream after each block, where it was asked for."""
+    """Root mean square of the residual stream after each block; empty without `measure`."""
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass hands to its head: hidden states, and the matrix that makes logits."""
+    """The input of a head: hidden states, and the matrix of the output layer."""
 
     hidden: list[Float[Tensor, "tokens d_model"]]
-    """After the final norm, of the main head and then of each MTP depth that was asked for."""
+    """After the final norm: of the backbone, then of each requested MTP depth."""
     output_weight: Weight
-    """The output layer's matrix [vocab, d_model], whole; all depths share it."""
+    """The output layer's matrix [vocab, d_model], unsharded; all depths share it."""
     routings: list[Routing]
     """Decisions of the backbone's routers, first mixture to last."""
     mtp_routings: list[list[Routing]]
     """Decisions of the MTP block's routers, for each depth."""
     residual_rms: list[Tensor]
-    """Root mean square of the residual stream after each block, where it was asked for."""
+    """Root mean square of the residual stream after each block; empty without `measure`."""
 
     @property
     def routes(self) -> RecordedRoutes:
-        """The chosen experts, for a pass that replays them."""
+        """The chosen experts, to be replayed by another pass."""
         return RecordedRoutes(
             backbone=[routing.indices for routing in self.routings],
             mtp=[[routing.indices for routing in depth] for depth in self.mtp_routings] or None,
@@ -76,7 +76,7 @@ class ModelOutput(NamedTuple):
 
 
 Head = Callable[[ModelOutput], T]
-"""What makes the result of a forward pass."""
+"""Computes the result of a forward pass from its hidden states, for example a loss."""
 
 
 class Backbone(nn.Module):
@@ -102,10 +102,10 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """Run all blocks on embedded tokens.
 
-        With a `state` the call continues what its slots hold. Where only some tokens' outputs are
-        `output_indices`, the result is theirs, and they alone pass the layers behind the last one
-        that has a state: of a prompt it is a single one. `recompute` trades time for memory: only
-        the inputs of blocks are kept for the backward pass. `measure` records the size of the
+        With a `state` the call continues the sequences in its slots. With `output_indices` the
+        result has only these tokens (for a prompt, the last one), and the layers after the last one
+        with a state compute only these. `recompute` trades time for memory: only the inputs of
+        blocks are stored for the backward pass. `measure` records the root mean square of the
         residual stream after each block. `routes` are the experts of all tokens of the call, for
         each mixture; without them the routers choose.
         """
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         if state is not None:
             state.check(layout)
         recorded = iter(routes or ())
-        rows: Tensor | None = None  # those of the wanted tokens, once they alone go on
+        rows: Tensor | None = None  # `output_indices`, in the layers that compute only these
         routings: list[Routing] = []
         residual_rms: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -152,9 +152,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.activation_dtype: torch.dtype | None = None
-        """What products run in; None for the dtype of the parameters."""
+        """The dtype of activations and products; None for that of the parameters."""
         self.companions: huggingface.Companions | None = None
-        """What the directory that the model was loaded from says beside its tensors."""
+        """The files beside the tensors in the directory that the model was loaded from."""
         self.backbone = Backbone(config)
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -170,9 +170,9 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageModel":
-        """A new model with initial weights drawn from `seed`, the same on every device.
+        """A new model with initial weights computed from `seed`, the same on every device.
 
-        Parameters are kept in `dtype`; the scan's own and the router's bias always in float32.
+        Parameters have `dtype`, except those of the scan and the router's bias: they are float32.
         """
         with torch.device("meta"):
             model = cls(config)
@@ -192,11 +192,11 @@ class LanguageModel(nn.Module):
     ) -> "LanguageModel":
         """A model from a directory in the published layout (config.json and safetensors).
 
-        Weights stream onto `device` shard by shard, in `dtype` where it is given and as they are
-        stored where not; the scan's own parameters and the router's bias stay float32. With
-        `weights` the matrices of dense layers, experts and output layer are kept in that number
-        format, each quantized as it is read; without, in the one they are stored in.
-        `config_class` is the subclass of ModelConfig that the model was saved with, if it has one.
+        Weights are read onto `device` shard by shard, in `dtype`, by default in the stored dtype;
+        the scan's parameters and the router's bias are float32. `weights` is the number format of
+        the matrices of dense layers, experts and output layer, which are quantized as they are
+        read; the default is the stored format. `config_class` is the subclass of ModelConfig that
+        the model was saved with, if it has one.
         """
         companions = huggingface.read_directory(path, config_class)
         config = companions.config
@@ -211,10 +211,10 @@ class LanguageModel(nn.Module):
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write the published directory layout, which Hugging Face and other engines read.
 
-        A model that was loaded gets back what its directory held beside the tensors: fields of
-        config.json and generation_config.json that nothing here reads, tokenizer and chat template.
-        Quantized weights are written as they are, codes and scales, in this package's own layout;
-        for a published one convert the model first (`models.precision.convert_weights`).
+        For a model that was loaded, the other contents of its directory are written as well: fields
+        of config.json and generation_config.json that this package does not read, the tokenizer and
+        the chat template. Quantized weights are written as codes and scales, in this package's own
+        layout; for a published layout convert the model first (`models.precision.convert_weights`).
         """
         huggingface.write_model(
             self,
@@ -231,21 +231,21 @@ class LanguageModel(nn.Module):
 
     @property
     def routers(self) -> list[Router]:
-        """Every router, the backbone's first to last and then those of the MTP block."""
+        """All routers: those of the backbone, first to last, then those of the MTP block."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations have and products run in."""
+        """The dtype of activations and products."""
         return self.activation_dtype or self.backbone.embeddings.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.output_weight.device
 
     def embed(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
-        """Embeddings, in the dtype that activations have."""
+        """Embeddings, in the dtype of activations."""
         x = self.backbone.embeddings(tokens)
         return x if self.activation_dtype is None else x.to(self.activation_dtype)
 
@@ -306,14 +306,14 @@ class LanguageModel(nn.Module):
     ) -> Tensor | T:
         """Logits for each token, of a [batch, seq] tensor or of a packed stream with its layout.
 
-        With a `head` the result is what it makes of the hidden states, and no logits are made. It
-        runs inside the pass, where a module that is sharded over processes has its whole
-        parameters; tensors that gradients flow through belong into tuples, lists or dicts of its
-        result, so that hooks find them. It is given the hidden states of `mtp_depths` depths too.
-        `recompute` and `measure` are as in `Backbone.forward`.
+        With a `head` the result is that of the head, called with the hidden states (also those of
+        `mtp_depths` depths), and no logits are computed. The head runs within the forward pass,
+        where a module that is sharded over processes has its whole parameters. Tensors of its
+        result that need gradients must be in tuples, lists or dicts, so that hooks find them.
+        `recompute` and `measure` are those of `Backbone.forward`.
 
-        With `routes` the experts of the backbone, and of the depths if it has theirs, are those
-        that another pass chose; their weights are computed from the scores of this one.
+        With `routes` the experts of the backbone, and of the depths if `routes` has theirs, are
+        those that another pass chose; their weights are computed from the scores of this pass.
         """
         layout = self._checked_layout(tokens, layout, state)
         stream = tokens.flatten()
@@ -333,8 +333,8 @@ class LanguageModel(nn.Module):
         if mtp_depths:
             if self.mtp is None or state is not None:
                 raise ConfigError(
-                    f"mtp_depths is {mtp_depths}; a model without an MTP block has none, and a "
-                    "call with a state reads the main head only: set it to 0"
+                    f"mtp_depths is {mtp_depths}; a model without an MTP block has no depths, and "
+                    "a call with a state computes only the main head: set it to 0"
                 )
             further, mtp_routings = self.mtp.unroll(
                 [self.embed(_ahead(stream, layout, depth)) for depth in range(1, mtp_depths + 1)],
@@ -376,7 +376,7 @@ class LanguageModel(nn.Module):
     def next_logits(
         self, tokens: Int[Tensor, " tokens"], *, layout: SequenceLayout, state: HybridCache
     ) -> Float[Tensor, "sequences vocab"]:
-        """Logits after the last token of each sequence: of a long prompt no others are made."""
+        """Logits after the last token of each sequence; no others are computed."""
         is_long = len(tokens) > len(layout.segments)
         last = layout.segments.last_indices(tokens.device) if is_long else None
         return self.logits(
@@ -395,5 +395,5 @@ class LanguageModel(nn.Module):
 
 
 def _ahead(tokens: Tensor, layout: SequenceLayout, by: int) -> Tensor:
-    """The token `by` places later in each token's sequence, 0 where it has ended."""
+    """The token `by` positions after each token in its sequence; 0 after its end."""
     return shift_left(tokens, layout.segments, by)[0]

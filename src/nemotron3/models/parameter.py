@@ -1,8 +1,8 @@
 """Declarations of parameters, made once by the module that makes the parameters.
 
 A declaration has the initial value, whether weight decay applies, and whether the parameter stays
-in float32 whatever the dtype of the model. Memory (allocation.py), initial values
-(initialization.py) and the optimizer's groups read this, so none of them has a list of names.
+in float32 for any dtype of the model. Memory (allocation.py), initial values (initialization.py)
+and the optimizer's groups read it, so none of them has a list of names.
 
     class Gain(DeclaredModule):
         weight: nn.Parameter
@@ -11,9 +11,9 @@ in float32 whatever the dtype of the model. Memory (allocation.py), initial valu
             super().__init__()
             self.declare("weight", (size,), init=Constant(1.0), decays=False)
 
-Declarations belong to the module and not to the tensor, which every conversion replaces. So they
-survive `deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and a parameter that is
-declared to stay in float32 does so through all of these.
+Declarations belong to the module, because every conversion replaces the tensor. So they survive
+`deepcopy`, pickling, `.to` and `load_state_dict(assign=True)`, and so does the dtype of a parameter
+that is declared to stay in float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,19 +30,19 @@ from nemotron3.ops.weights import FORMATS, QuantizedWeight, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """What is known of one parameter or buffer."""
+    """The declaration of one parameter or buffer."""
 
     init: InitialValue
-    """What it begins with."""
+    """The initial value."""
     decays: bool
-    """Whether weight decay applies: to matrices, and not to what sets scales or dynamics."""
+    """Whether weight decay applies: to matrices, but not to parameters of scale or dynamics."""
     keep_float32: bool
-    """Whether it is kept in float32 at least, because its rounding would add up."""
+    """Whether it is float32 or wider in any model, because its rounding errors would accumulate."""
     quantizes: bool = False
-    """Whether it only enters products, so that it may be kept in a narrower number format."""
+    """Whether it may have a narrower number format, because it is used in products only."""
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What it is kept in, in a model of `dtype`."""
+        """Its dtype in a model of `dtype`."""
         return torch.promote_types(dtype, torch.float32) if self.keep_float32 else dtype
 
 
@@ -52,7 +52,7 @@ class DeclaredModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.specs: dict[str, ParameterSpec] = {}
-        """Of its own parameters and buffers, by their names in this module."""
+        """Declarations of its own parameters and buffers, by their names in this module."""
 
     def declare(
         self,
@@ -64,7 +64,7 @@ class DeclaredModule(nn.Module):
         keep_float32: bool = False,
         quantizes: bool = False,
     ) -> None:
-        """Make a parameter, without values."""
+        """Make a parameter with uninitialised values."""
         self.specs[name] = ParameterSpec(
             init=init, decays=decays, keep_float32=keep_float32, quantizes=quantizes
         )
@@ -73,12 +73,12 @@ class DeclaredModule(nn.Module):
     def declare_buffer(
         self, name: str, shape: Sequence[int], *, init: InitialValue, keep_float32: bool = False
     ) -> None:
-        """Make a tensor that is saved with the model and not trained, without values."""
+        """Make a buffer with uninitialised values: saved with the model, but not trained."""
         self.specs[name] = ParameterSpec(init=init, decays=False, keep_float32=keep_float32)
         self.register_buffer(name, torch.empty(*shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001
-        """Every conversion of PyTorch's (`.to`, `.half`, `.cuda`, ...) comes through here."""
+        """PyTorch calls this for every conversion (`.to`, `.half`, `.cuda`, ...)."""
         wide = [tensor for name in self._kept_float32() for tensor in _with_gradient(self, name)]
 
         def convert(tensor: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class DeclaredModule(nn.Module):
 
 
 def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
-    """All that the modules of a model declare, by the names that parameters have in the model."""
+    """All declarations of a model's modules, by the parameters' names in the model."""
     return {
         f"{prefix}.{name}" if prefix else name: spec
         for prefix, module in model.named_modules()
@@ -112,7 +112,7 @@ def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
 
 
 def use_weight_format(model: nn.Module, weights: str) -> None:
-    """Put weights of a number format, without values, where parameters may have one."""
+    """Replace the parameters that may have a number format by uninitialised weights of it."""
     if weights not in FORMATS:
         raise ConfigError(
             f"weights is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
@@ -127,13 +127,13 @@ def use_weight_format(model: nn.Module, weights: str) -> None:
 
 
 def weight_format(model: nn.Module) -> str | None:
-    """The number format that a model's weights are kept in; None where they are plain tensors."""
+    """The number format of a model's weights; None if they are plain tensors."""
     formats = {m.format for m in model.modules() if isinstance(m, QuantizedWeight)}
     return next(iter(formats), None)
 
 
 def state_tensors(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """What `state_dict` holds, detached; a quantized weight is whole, not in parts."""
+    """The tensors of `state_dict`, detached; a quantized weight is one entry, not several."""
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner = name.rpartition(".")[0]

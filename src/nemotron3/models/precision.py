@@ -4,9 +4,9 @@ Parameters keep their own dtype: float32 masters in training, the checkpoint's d
 inference. Activations have the dtype set here, and every product runs in the dtype of its
 activations; norms, router, scan and loss always compute in float32.
 
-The matrices of dense layers, experts and output layer may be kept in a narrower number format
-(ops/weights). Such a model computes as before and has no gradients of these matrices: it is for
-inference, or for what is trained beside them.
+The matrices of dense layers, experts and output layer may have a narrower number format
+(ops/weights). The products of such a model are the same, but these matrices have no gradients: the
+model is for inference, or for training other parameters.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class PrecisionConfig:
     """Number formats of a run."""
 
     activations: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations, and so of all products. CPUs without native bfloat16 want float32."""
+    """Dtype of activations and of all products; float32 is faster on CPUs without bfloat16."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,14 +35,14 @@ class PrecisionConfig:
 
 
 def apply_precision(model: LanguageModel, config: PrecisionConfig) -> None:
-    """Make the model's products run as configured."""
+    """Set the dtype of the model's activations."""
     model.activation_dtype = config.dtype
 
 
 def convert_weights(model: LanguageModel, weights: WeightFormat | None) -> LanguageModel:
     """The same model with its matrices in another number format, in memory of its own.
 
-    None dequantizes: to the dtype of what was never quantized.
+    None dequantizes, to the dtype of the embedding, which is never quantized.
     """
     with torch.device("meta"):
         converted = type(model)(model.config)

@@ -1,10 +1,10 @@
 """Recorded routes: experts that another forward pass chose, for routing replay.
 
-Rollouts and training differ by rounding, and where two scores are nearly equal a router may then
-choose another expert: the trained policy is not the one that was sampled. Routing replay (R3, Ma et
-al., arXiv 2510.11370) gives the choices of the rollout to the training pass. Only the choice is
-replayed. The weights of the experts are computed from the scores of the pass that runs, so
-gradients reach the router as usual.
+Rollouts and training differ by rounding, so where two scores are nearly equal a router may choose
+another expert in training, and the trained policy is not the one that was sampled. Routing replay
+(R3, Ma et al., arXiv 2510.11370) gives the choices of the rollout to the training pass. Only the
+choices are replayed: the weights of the experts are computed from the scores of the training pass,
+so gradients reach the router as usual.
 
     output = model(tokens, layout=layout, head=lambda output: output)
     again = model(tokens, layout=layout, routes=output.routes)
@@ -26,13 +26,13 @@ class RecordedRoutes:
     """The experts of every token of a call, mixture by mixture, int64 [tokens, choices] each."""
 
     backbone: Sequence[Tensor]
-    """Of the backbone's mixtures, first to last."""
+    """The mixtures of the backbone, first to last."""
     mtp: Sequence[Sequence[Tensor]] | None = None
-    """Of each MTP depth's mixtures; without them the depths choose for themselves. What an engine
-    chose while it drafted is of no use here: it drafted from other hidden states."""
+    """The mixtures of each MTP depth; None lets their routers choose. The experts that an engine
+    chose for drafts cannot be replayed: they were chosen from other hidden states."""
 
     def check(self, config: ModelConfig, *, tokens: int, mtp_depths: int) -> None:
-        """Raise ConfigError where the routes are not those of a call of so many tokens."""
+        """Raise ConfigError if the routes do not fit a call of `tokens` tokens."""
         self._check_layers(config, "routes.backbone", self.backbone, config.layers, tokens)
         if self.mtp is None:
             return

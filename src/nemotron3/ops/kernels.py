@@ -1,7 +1,7 @@
-"""Requirements of all Triton kernels on the machine and on their operands.
+"""What compiled kernels, Triton's and those in C++, require of their operands.
 
-Kernels compute in float32 whatever they read and write. Float64 operands are refused rather than
-rounded: a caller that asks for float64 needs its precision.
+Triton kernels compute in float32 whatever they read and write. Float64 operands are refused rather
+than rounded: a caller that asks for float64 needs its precision.
 """
 
 import os
@@ -13,6 +13,11 @@ from nemotron3.errors import BackendUnavailableError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, whose products of bfloat16 are not to be trusted."""
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x` itself where its last axis is contiguous (a slice of columns is), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def require_kernel_dtypes(operation: str, *operands: Tensor | None) -> None:

@@ -1,1 +1,1 @@
-"""Devices, memory and CUDA graphs of a process: the only package that names CUDA."""
+"""Devices, processors, memory and CUDA graphs: the only package that names CUDA."""

@@ -1,4 +1,4 @@
-"""The device of a run, chosen once at its start, and its description, speed and memory."""
+"""The device of a run: its choice, description, speed and memory."""
 
 import os
 import platform
@@ -15,11 +15,11 @@ from nemotron3.errors import BackendUnavailableError, ConfigError
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 FUSED_OPTIMIZER_DEVICES = frozenset({"cpu", "cuda"})
-"""Where PyTorch updates all parameters in one pass."""
+"""Devices on which PyTorch's fused optimizers run."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device to run on, a `DeviceName`; `auto` takes a GPU where there is one."""
+    """The device of a `DeviceName`; `auto` is a GPU if there is one, else the CPU."""
     if name not in get_args(DeviceName):
         raise ConfigError(
             f"device is {name!r}; it must be one of {', '.join(get_args(DeviceName))}"
@@ -36,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """A device in words, for the record of a run: a GPU's name, or the processor and threads."""
+    """A description for the record of a run: a GPU's name, or the processor and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -44,14 +44,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def processor_model(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model as its maker names it, or "" where the system does not say."""
+    """The processor's model name, or "" if the system does not report it."""
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
+    """Wait until the device has finished all operations."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -64,14 +64,14 @@ def measure_product_rate(
     size: int = 1024,
     seconds: float = 0.3,
 ) -> float:
-    """FLOP/s of a square matrix product: the peak that a run's own rate is held against.
+    """FLOP/s of a square matrix product: the peak that the rate of a run is compared with.
 
-    `product` is what the run multiplies with: where that is faster than PyTorch's own, a share of
-    the latter would be above one.
+    `product` is the function that the run uses for products; if it is faster than PyTorch's, a
+    comparison with PyTorch's rate could exceed 1.
 
-    Measured, not looked up, since what a machine grants (cores, clocks, neighbours) is not on its
-    label. The best of several short trials counts. Operands are random: on zeros, or on numbers
-    alike, a chip draws less power and runs faster than it will on weights.
+    The rate is measured because the data sheet does not tell what a machine provides (cores,
+    clocks, other load). It is that of the fastest of several short trials. Operands are random: on
+    zeros or equal numbers a chip uses less power and runs faster than on weights.
     """
     size = size if device.type == "cpu" else 8 * size
     generator = torch.Generator(device).manual_seed(0)
@@ -89,17 +89,17 @@ def measure_product_rate(
 
 
 def has_memory_of_its_own(device: torch.device) -> bool:
-    """Whether a device's memory is there for what runs on it alone, as a GPU's is."""
+    """Whether a device has memory that other programs of the machine do not share, as a GPU has."""
     return device.type == "cuda"
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that could be taken on a device now."""
+    """Bytes that can be allocated on a device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     if info.exists():
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
-    # Systems that say no more than how much there is: take half of it for free.
+    # Other systems report the total only; half of it is assumed to be free.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

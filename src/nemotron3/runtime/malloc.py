@@ -11,18 +11,18 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of glibc's `mallopt`."""
 _KEPT_BYTES = 2**30
-"""Free memory beyond which the C library may return some."""
+"""Free memory that the C library retains at most."""
 
 
 def retain_freed_memory() -> bool:
-    """Have glibc keep freed memory for what comes next, in one heap for all threads to come.
+    """Let glibc retain freed memory for later allocations, in one heap for all later threads.
 
-    Threads that have a heap of their own by now keep it, and those to come may share it, where less
-    is kept. So a program calls this before anything starts a thread, as importing NumPy or PyTorch
-    does: the `nemotron3` command does so first of all.
+    Threads that already have a heap of their own keep it, and later threads may share that heap,
+    where less is retained. So a program should call this before it starts threads, which importing
+    NumPy or PyTorch does: the `nemotron3` command calls it first.
 
-    It concerns the whole process, so it is for those who own its loop. Whether it was done: other C
-    libraries have no such settings, and who has set MALLOC_… or GLIBC_TUNABLES is left alone.
+    The setting applies to the whole process. Returns False if nothing was changed: other C
+    libraries have no such setting, and a user's own MALLOC_… or GLIBC_TUNABLES has priority.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

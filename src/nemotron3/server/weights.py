@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from nemotron3.errors import CheckpointError
 from nemotron3.inference.async_llm import AsyncLLM
-from nemotron3.inference.weights import RunningRequests
+from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.server.bodies import Body
 from nemotron3.server.errors import APIError, invalid_request, rename_params
 

@@ -1,1 +1,1 @@
-"""The carried state of a model: its formats, its pages, and what each layer keeps between calls."""
+"""The cache: keys, values, convolution and SSM states of all layers between calls."""

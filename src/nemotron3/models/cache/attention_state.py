@@ -1,4 +1,4 @@
-"""What an attention layer carries between calls: keys and values of every token, in pages."""
+"""The carried state of an attention layer: keys and values of every token, in pages."""
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,10 @@ from nemotron3.ops.attention import attention_steps
 
 
 class AttentionState(LayerState):
-    """Keys and values of one attention layer, in pages that the cache hands out.
+    """Keys and values of one attention layer, in pages that the cache assigns.
 
-    What attention sees is what is kept, so that narrow keys are the same ones for the call that
-    brings them and for every later one. `scales` are what keys and values are divided by.
+    Attention reads the stored values, so that rounded keys are the same in the call that computes
+    them and in later ones. Keys and values are divided by `scales` before they are stored.
     """
 
     def __init__(self, memory: StateMemory, *, num_key_value_heads: int, head_dim: int) -> None:
@@ -24,16 +24,16 @@ class AttentionState(LayerState):
 
     @property
     def keys(self) -> Tensor:
-        """[page, place, head, head_dim], as `values`."""
+        """[page, place, head, head_dim]."""
         return self.pages[0]
 
     @property
     def values(self) -> Tensor:
-        """What the sums of attention are of."""
+        """[page, place, head, head_dim]."""
         return self.pages[1]
 
     def write(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> None:
-        """Write the call's keys and values."""
+        """Store the call's keys and values."""
         lengths = layout.segments.lengths
         at = _joined(
             [
@@ -45,7 +45,7 @@ class AttentionState(LayerState):
             pool.flatten(0, 1)[at] = self._quantized(new.detach(), scale)
 
     def extend(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the call's keys and values; returns all of each sequence, packed."""
+        """Store the call's keys and values; returns those of the whole sequences, packed."""
         self.write(layout, k, v)
         scale_k, scale_v = self.scales
         return (
@@ -56,7 +56,7 @@ class AttentionState(LayerState):
     def _gathered_kv(
         self, layout: SequenceLayout, pool: Tensor, new: Tensor, scale: float
     ) -> Tensor:
-        """What a pool holds of each sequence; `new` is what came last."""
+        """Stored keys or values of the whole sequences, packed; `new` are those of this call."""
         is_narrow = pool.dtype != new.dtype
         if not is_narrow and not any(layout.cached_lengths):
             return new
@@ -66,7 +66,7 @@ class AttentionState(LayerState):
             if is_narrow:
                 places = self.table.positions(slot, 0, old + len(last))
                 parts.append(flat[places].to(new.dtype) * scale)
-            elif old and not new.requires_grad:  # of a million keys one copy, not two
+            elif old and not new.requires_grad:  # one copy of a long context instead of two
                 parts.append(flat[self.table.positions(slot, 0, old + len(last))])
             else:
                 parts += [flat[self.table.positions(slot, 0, old)], last] if old else [last]
@@ -79,7 +79,7 @@ class AttentionState(LayerState):
         k: Float[Tensor, "tokens kv_head head_dim"],
         v: Float[Tensor, "tokens kv_head head_dim"],
     ) -> Float[Tensor, "tokens head head_dim"]:
-        """Keep a step's keys and values, and attend to all of each sequence."""
+        """Store the keys and values of a step, and attend to the whole sequences."""
         scale_k, scale_v = self.scales
         if self.keys.dtype != k.dtype:
             q = q * scale_k
@@ -94,7 +94,7 @@ class AttentionState(LayerState):
         return y if scale_v == 1 else y * scale_v
 
     def _quantized(self, x: Tensor, scale: float) -> Tensor:
-        """Keys or values as they are kept; what is too large for float8 becomes its largest."""
+        """Keys or values in the stored dtype; for float8 they saturate."""
         dtype = self.keys.dtype
         if dtype == torch.float8_e4m3fn:
             most = torch.finfo(dtype).max

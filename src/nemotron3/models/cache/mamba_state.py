@@ -1,4 +1,4 @@
-"""What a Mamba layer carries between calls: the states of its convolution and its scan."""
+"""The carried state of a Mamba layer: its convolution state and its SSM state."""
 
 import torch
 from jaxtyping import Float
@@ -11,21 +11,22 @@ from nemotron3.ops.ssd import ssd_steps
 
 
 class MambaState(LayerState):
-    """Convolution and scan states of one Mamba layer."""
+    """Convolution and SSM states of one Mamba layer."""
 
     def __init__(
-        self, memory: StateMemory, *, tail: tuple[int, int], state: tuple[int, int, int]
+        self, memory: StateMemory, *, conv_shape: tuple[int, int], ssm_shape: tuple[int, int, int]
     ) -> None:
-        """`tail` is [tap, channel] and `state` [head, head_dim, d_state] of one sequence."""
+        """Shapes of one sequence's states: [tap, channel] and [head, head_dim, d_state]."""
         # States accumulate over the whole sequence, so they are computed in float32 at least.
         wide = torch.promote_types(memory.dtype, torch.float32)
         self.format = StateFormat(memory.precision, memory.layer, wide)
-        conv_states = torch.zeros(memory.slots, *tail, dtype=memory.dtype, device=memory.device)
-        # Of narrow ones a last row is nobody's: there the padding of a call goes, slot -1.
-        slots = memory.slots + self.format.is_narrow
-        super().__init__(
-            rows=(conv_states, *self.format.zeros(slots, *state, device=memory.device))
+        conv_states = torch.zeros(
+            memory.slots, *conv_shape, dtype=memory.dtype, device=memory.device
         )
+        # Narrow states are written by index, so padding, with slot -1, needs a last row.
+        slots = memory.slots + self.format.is_narrow
+        ssm_states = self.format.zeros(slots, *ssm_shape, device=memory.device)
+        super().__init__(rows=(conv_states, *ssm_states))
 
     @property
     def conv_states(self) -> Tensor:
@@ -34,16 +35,16 @@ class MambaState(LayerState):
 
     @property
     def ssm_states(self) -> Parts:
-        """The scan's states, as `StateFormat` keeps them."""
+        """The SSM states, as `StateFormat` stores them."""
         return self.rows[1:]
 
     def read(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Convolution and scan states of the layout's sequences."""
+        """Convolution and SSM states of the layout's sequences."""
         slots = layout.slot_index(self.conv_states.device)
         return self.conv_states[slots], self._read_states(slots)
 
     def write(self, layout: SequenceLayout, conv_states: Tensor, ssm_states: Tensor) -> None:
-        """Keep the convolution and scan states after the call."""
+        """Store the convolution and SSM states after a call."""
         device = self.conv_states.device
         slots = layout.slot_index(device)
         lengths = torch.tensor(layout.segments.lengths, device=device)
@@ -54,15 +55,15 @@ class MambaState(LayerState):
         self._write_states(slots, parts)
 
     def takes_steps(self, layout: SequenceLayout) -> bool:
-        """Whether a call goes on in place, token by token.
+        """Whether a call updates the state in place, token by token.
 
-        A prompt is rounded where the call ends, however short it is, so that its neighbours in the
-        call do not matter.
+        Narrow states of a prompt are rounded at the end of the call, even if the prompt is short,
+        so that the rounding does not depend on other sequences in the call.
         """
         return layout.is_step and not (layout.is_prompt and self.format.is_narrow)
 
     def conv_intermediate_states(self, layout: SequenceLayout) -> Tensor | None:
-        """Where a verification call leaves the convolution states after each token; else None."""
+        """Memory for the convolution states after each token of a verification call; else None."""
         intermediate_states = self.intermediate_states_for(layout)
         return intermediate_states[0] if intermediate_states else None
 
@@ -71,7 +72,7 @@ class MambaState(LayerState):
         layout: SequenceLayout,
         operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     ) -> Float[Tensor, "tokens head head_dim"]:
-        """Steps of the scan on `operands` x, dt, A, B, C and D, from the states, in place."""
+        """Advance the SSM states in place, token by token, by the operands x, dt, A, B, C and D."""
         device = self.conv_states.device
         slots, intermediate_states = (
             layout.slot_index(device),

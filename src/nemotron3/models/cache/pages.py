@@ -1,9 +1,9 @@
-"""Pages of memory: who holds which, and where each token of a sequence lies.
+"""Pages of keys and values: reference counts, and the page table.
 
-Keys and values of all sequences lie in pages of equal size. A page may belong to several holders
-(sequences with one beginning, snapshots); it is written only while it has one, so whoever wants to
-write into a shared page takes a copy first. Bookkeeping is in plain integers on the host; the
-table that kernels read is a tensor that changes only when a sequence takes or leaves a page.
+Keys and values of all sequences are in pages of equal size. Several sequences with the same prefix,
+and snapshots, may share a page. A page is written only while its reference count is one, so a
+shared page is copied before a write. Reference counts are plain integers on the host; the page
+table, which kernels read, is a tensor that changes only when a sequence gains or loses a page.
 """
 
 import math
@@ -16,13 +16,13 @@ from torch import Tensor
 from nemotron3.errors import OverloadedError
 
 _LINE = 64
-"""Bytes of a cache line, across which no number should lie."""
+"""Bytes of a cache line: pages begin at a multiple of it."""
 
 
 def page_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros for pages. In a computer's own memory they take none before they are written to.
+    """Zeros for pages. In host memory, pages that were never written take no physical memory.
 
-    The pages of an engine are as many as might be wanted, and most of them never are.
+    An engine has pages for its largest load, and most of them may never be used.
     """
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
@@ -33,9 +33,9 @@ def page_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
 
 
 class PagePool:
-    """Numbers of equal pages, counted by their holders.
+    """The page numbers and their reference counts.
 
-    With a `count` the pool is that large and `take` fails beyond it; without, it grows.
+    With a `count` the pool has that many pages, and `take` fails beyond it; without, it grows.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -48,15 +48,15 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds; of a growing pool those that exist already."""
+        """Pages with reference count 0; in a growing pool, of those that exist already."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """So many pages, held once; all or none."""
+        """Allocate `count` pages with reference count 1, all or none."""
         missing = count - len(self._free)
         if missing > 0 and self.is_fixed:
             raise OverloadedError(
-                f"{count} pages are wanted and {len(self._free)} of {len(self)} are free; free a "
+                f"{count} pages are needed and {len(self._free)} of {len(self)} are free; free a "
                 "sequence or a snapshot first, or make the cache with more pages"
             )
         if missing > 0:
@@ -70,13 +70,13 @@ class PagePool:
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more holder for each."""
+        """Increment the reference count of each page."""
         for page in pages:
             assert self._holders[page] > 0, f"page {page} is free and cannot be shared"
             self._holders[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder less for each; the last one frees it."""
+        """Decrement the reference count of each page; at 0 it is free."""
         for page in pages:
             assert self._holders[page] > 0, f"page {page} is released more often than it was held"
             self._holders[page] -= 1
@@ -84,14 +84,14 @@ class PagePool:
                 self._free.append(page)
 
     def is_shared(self, page: int) -> bool:
-        """Whether someone else holds it too."""
+        """Whether the reference count is above 1."""
         return self._holders[page] > 1
 
 
 class PageTable:
-    """Which pages each slot's tokens lie in, on the host and as a tensor for kernels.
+    """The pages of each slot, on the host and as a tensor for kernels.
 
-    Token i of a slot lies at place i % page_size of page `rows[slot][i // page_size]`.
+    Token i of a slot is at place i % page_size of page `rows[slot][i // page_size]`.
     """
 
     def __init__(self, slots: int, page_size: int, width: int, device: torch.device) -> None:
@@ -101,31 +101,31 @@ class PageTable:
 
     @property
     def num_held(self) -> int:
-        """Pages that any slot's tokens lie in."""
+        """Number of pages that slots use."""
         return len({page for row in self.rows for page in row})
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that so many tokens fill or begin."""
+        """Number of pages for this number of tokens."""
         return -(-tokens // self.page_size)
 
     def set(self, slot: int, pages: Sequence[int]) -> None:
-        """Give a slot these pages."""
+        """Set the pages of a slot."""
         self.rows[slot] = list(pages)
         self._write(slot, 0)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
-        """Add pages behind those of a slot."""
+        """Append pages to those of a slot."""
         start = len(self.rows[slot])
         self.rows[slot] += pages
         self._write(slot, start)
 
     def replace(self, slot: int, place: int, page: int) -> None:
-        """Put another page in one place."""
+        """Replace one page of a slot."""
         self.rows[slot][place] = page
         self.tensor[slot, place] = page
 
     def positions(self, slot: int, start: int, end: int) -> Tensor:
-        """Where tokens start to end - 1 lie in a pool seen as one row of tokens."""
+        """Indices of tokens start to end - 1 in the pages flattened to one axis of tokens."""
         at = torch.arange(start, end, device=self.tensor.device)
         return self.tensor[slot, at // self.page_size] * self.page_size + at % self.page_size
 

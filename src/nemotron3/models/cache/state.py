@@ -1,13 +1,15 @@
-"""What one layer carries between calls, and how the cache handles it without knowing the layer.
+"""The state that one layer carries between calls, and what the cache needs to know of a layer.
 
-A layer keeps rows, one for each sequence (a convolution's tail, a scan's state), or pages, with an
-entry for each token (keys and values), or both. A call's layout says which slots its sequences use;
-the mixer asks its state to continue them. `HybridCache` (models/hybrid_cache.py) holds the states
-of all layers and is the only one who gives slots, pages and lengths away.
+A layer keeps rows, one for each sequence (a convolution state, an SSM state), or pages with an
+entry for each token (keys and values), or both. The layout of a call says which slots its sequences
+use, and the mixer reads and writes these slots. `HybridCache` (hybrid_cache.py) holds the states of
+all layers; it alone assigns slots and pages and counts lengths. It sees a mixer only as a
+`StatefulLayerConfig`, so this package imports no mixer and no model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +23,10 @@ Parts = tuple[Tensor, ...]
 
 
 class StateSize(NamedTuple):
-    """How many numbers a layer carries: what its costs and the engine's memory are counted from."""
+    """Number of elements of a layer's state; costs and the engine's memory are computed from it."""
 
     accumulated: int = 0
-    """For each sequence, summed up over all of it, so that they are float32 unless narrowed."""
+    """For each sequence, accumulated over its tokens; float32 by default (`StatePrecision`)."""
     activations: int = 0
     """For each sequence, in the dtype of activations."""
     per_token: int = 0
@@ -32,28 +34,28 @@ class StateSize(NamedTuple):
 
     @property
     def per_sequence(self) -> int:
-        """For each sequence, whatever its length."""
+        """For each sequence, at any length."""
         return self.accumulated + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateMemory:
-    """What the cache tells a layer that makes its state."""
+    """The arguments with which a layer makes its state."""
 
     slots: int
     pages: int
     table: PageTable
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of activations."""
     device: torch.device
     precision: StatePrecision
     layer: int
-    """Number of the layer, for random bits of its own."""
+    """Index of the layer, from which its random bits are computed."""
     key_scales: tuple[float, float] = (1.0, 1.0)
-    """What is kept for each token is divided by these, keys and values."""
+    """Keys and values are divided by these before they are stored."""
 
     def rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros for each slot, and a last row that is nobody's: padding has slot -1."""
+        """Zeros for each slot, and for padding, whose slot -1 is the last row."""
         return torch.zeros(self.slots + 1, *shape, dtype=dtype or self.dtype, device=self.device)
 
     def page_entries(self, *shape: int) -> Tensor:
@@ -65,26 +67,26 @@ class StateMemory:
 class LayerState:
     """The carried state of one layer.
 
-    A verification call (see `SequenceLayout`) leaves the rows as they are and writes what they
-    would be after each of its tokens into `intermediate_states_for(layout)`; `HybridCache.accept`
-    takes from there what came true. Entries in pages need none: those of refused tokens are written
-    over.
+    A verification call (see `SequenceLayout`) does not change the rows; it writes the rows after
+    each of its tokens into `intermediate_states_for(layout)`, and `HybridCache.accept` copies those
+    after the last accepted token. Entries of pages need no such copies: those of rejected tokens
+    are overwritten.
     """
 
     def __init__(self, *, rows: Parts = (), pages: Parts = ()) -> None:
         self.rows = rows
-        """[slot, ...], what is kept of each sequence."""
+        """[slot, ...], the state of each sequence."""
         self.pages = pages
-        """[page, place, ...], what is kept of each token."""
+        """[page, place, ...], the entries of each token."""
         self.intermediate_states: Parts = tuple(t.new_empty(0, 0, *t.shape[1:]) for t in rows)
         """[sequence of a call, step, ...] for each of the rows."""
 
     def takes_steps(self, layout: SequenceLayout) -> bool:
-        """Whether a call goes on in place, token by token."""
+        """Whether a call updates the state in place, token by token."""
         return layout.is_step
 
     def intermediate_states_for(self, layout: SequenceLayout) -> Parts:
-        """Where a verification call leaves the rows after each token; nothing for another call."""
+        """Memory for the rows after each token of a verification call; empty for other calls."""
         if not layout.is_verification:
             return ()
         rows, steps = len(layout.segments), layout.segments.max_length
@@ -95,31 +97,68 @@ class LayerState:
         return tuple(intermediate[:rows, :steps] for intermediate in self.intermediate_states)
 
     def clear(self, slot: int) -> None:
-        """Make a slot the beginning of a sequence."""
+        """Reset a slot to the state before a sequence."""
         for rows in self.rows:
             rows[slot].zero_()
 
     def copy(self, slot: int) -> Parts:
-        """The rows of a slot, as tensors of their own."""
+        """Copies of the rows of a slot."""
         return tuple(rows[slot].clone() for rows in self.rows)
 
     def put(self, slot: int, copied: Parts) -> None:
-        """Let a slot have the rows that `copy` returned."""
+        """Write rows that `copy` returned into a slot."""
         for rows, copy in zip(self.rows, copied, strict=True):
             rows[slot].copy_(copy)
 
     def grow(self, pages: int) -> None:
-        """Make room for so many pages in all."""
+        """Extend the memory to this number of pages."""
         self.pages = tuple(_with_length(entries, pages) for entries in self.pages)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy what a page holds into another."""
+        """Copy the entries of one page to another."""
         for entries in self.pages:
             entries[target] = entries[source]
 
     def tensors(self) -> Parts:
-        """All of its memory."""
+        """All tensors of the state."""
         return *self.rows, *self.intermediate_states, *self.pages
+
+
+class StatefulLayerConfig(Protocol):
+    """What the cache reads of a layer's configuration (`models.mixer.MixerConfig`)."""
+
+    @property
+    def state_size(self) -> StateSize:
+        """How many numbers the layer carries."""
+        ...
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether it carries any."""
+        ...
+
+    def new_state(self, memory: StateMemory) -> LayerState | None:
+        """An empty state, if the layer carries one."""
+        ...
+
+
+class CachedModelConfig(Protocol):
+    """What the cache reads of a model's configuration (`models.config.ModelConfig`)."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[StatefulLayerConfig]:
+        """The layers of the backbone."""
+        ...
+
+    @property
+    def mtp_layers(self) -> Sequence[StatefulLayerConfig]:
+        """The layers of the multi-token-prediction block."""
+        ...
 
 
 def _with_length(entries: Tensor, length: int) -> Tensor:

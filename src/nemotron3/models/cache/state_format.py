@@ -1,7 +1,7 @@
-"""The scan's states of one layer as the tensors that keep them, and back.
+"""The storage formats of SSM states: from states to the tensors that store them, and back.
 
-One tensor where they are float32 or float16, two where they are int8 with a step for each block.
-What holds rows of states (slots, snapshots, drafts) handles the tensors alike, whatever they mean.
+float32 and float16 states are stored in one tensor, int8 states in two: codes, and a scale for each
+block. Code that copies states (slots, snapshots, drafts) treats the tensors alike.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ from nemotron3.ops.rounding import BLOCK, RandomBits, from_int8, to_float16, to_
 
 
 class StateFormat:
-    """Quantizes and dequantizes the states of the layer `layer`, which are computed in `dtype`."""
+    """Quantizes and dequantizes the SSM states of one layer, which are computed in `dtype`."""
 
     def __init__(self, precision: StatePrecision, layer: int, dtype: torch.dtype) -> None:
         self.kind: Literal["float32", "float16", "int8"] = precision.ssm
@@ -27,7 +27,7 @@ class StateFormat:
             self._bits = RandomBits(precision.seed, layer, precision.philox_rounds)
 
     def zeros(self, *shape: int, device: torch.device) -> Parts:
-        """States of sequences that have not begun."""
+        """Stored states of value 0."""
         match self.kind:
             case "float32":
                 return (torch.zeros(shape, dtype=self.dtype, device=device),)
@@ -41,14 +41,14 @@ class StateFormat:
                 )
 
     def dequantize(self, parts: Parts) -> Float[Tensor, "row head head_dim d_state"]:
-        """The states that these tensors keep."""
+        """The states from the tensors that store them."""
         wide = from_int8(*parts) if self.kind == "int8" else parts[0]
         return wide.to(self.dtype)
 
     def quantize(
         self, states: Float[Tensor, "row head head_dim d_state"], positions: Int[Tensor, " row"]
     ) -> Parts:
-        """The tensors that keep these states, which have read so many tokens."""
+        """The tensors that store these states, each after `positions` tokens of its sequence."""
         match self.kind:
             case "float32":
                 return (states,)

@@ -1,12 +1,12 @@
-"""What the carried state is kept in.
+"""The number formats of the carried state.
 
-Decoding reads and writes all of it for every token, so its width is what large batches cost, and
-how many sequences fit. Everything is computed in float32 nevertheless: what is kept narrow is
-widened as it is read and rounded as it is written.
+Decoding reads and writes the whole state for every token, so its width determines the cost of large
+batches and the number of sequences that fit. Computation is in float32 in all cases: narrow states
+are converted when they are read and rounded when they are written.
 
-The published way to keep the scan's states is float16 with stochastic rounding from five rounds of
-Philox (Super report, section 4.3); `--mamba-ssm-cache-dtype float16
---enable-mamba-cache-stochastic-rounding --mamba-cache-philox-rounds 5` in vLLM's words.
+The published format of SSM states is float16 with stochastic rounding by five rounds of Philox
+(Super report, section 4.3); in vLLM `--mamba-ssm-cache-dtype float16
+--enable-mamba-cache-stochastic-rounding --mamba-cache-philox-rounds 5`.
 """
 
 from dataclasses import dataclass, fields
@@ -24,18 +24,18 @@ class StatePrecision:
     """Number formats of the carried state."""
 
     ssm: Literal["float32", "float16", "int8"] = "float32"
-    """Of the scan's states; int8 in blocks of 128 along the state axis, with a step for each."""
+    """Format of SSM states; int8 has a scale for each block of 128 along the state axis."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """How narrow states are rounded. To the nearest, they drift (docs/lab-notes)."""
+    """Rounding of narrow states. Rounded to the nearest, they drift (docs/lab-notes)."""
     philox_rounds: int = 5
-    """Rounds of Philox4x32 for the random bits; fewer than 4 are seen in the answers."""
+    """Rounds of Philox4x32 for the random bits; with fewer than 4, answers change measurably."""
     seed: int = 0
-    """Of the random bits. They are one state's alone: which seed, layer, position and element."""
+    """Seed of the random bits, which are a function of seed, layer, position and element."""
     keys: Literal["model", "bfloat16", "float8"] = "model"
-    """Of keys and values: as the model's activations, bfloat16, or float8 (e4m3)."""
+    """Format of keys and values: that of the model's activations, bfloat16, or float8 (e4m3)."""
     key_scales: tuple[tuple[float, float], ...] = ()
-    """What keys and values are divided by before they become float8, for each attention layer (the
-    draft block's last): `k_scale` and `v_scale` of published checkpoints. Empty for 1."""
+    """Divisors of keys and values before they become float8, for each attention layer (that of the
+    MTP block last): `k_scale` and `v_scale` of published checkpoints. Empty for 1."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.philox_rounds <= _MAX_ROUNDS:
@@ -63,10 +63,10 @@ class StatePrecision:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the scan's states are rounded."""
+        """Whether SSM states are rounded."""
         return self.ssm != "float32"
 
     def keys_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Of keys and values, for a model with activations of `dtype`."""
+        """The dtype of keys and values, in a model with activations of `dtype`."""
         kinds = {"model": dtype, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
         return kinds[self.keys]

@@ -1,4 +1,4 @@
-"""The published checkpoints' dialects: the only place that knows other names than ours."""
+"""Model directories in published layouts: the only package with other names than ours."""
 
 from nemotron3.models.huggingface.companions import Companions
 from nemotron3.models.huggingface.directory import (

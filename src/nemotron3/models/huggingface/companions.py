@@ -34,18 +34,18 @@ _CODE = "*.py"  # what `auto_map` in config.json names
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """A directory's files but for the tensors."""
+    """The files of a model directory, without the tensors."""
 
     path: Path
-    """Where they were read, for messages."""
+    """The directory, for messages."""
     config: ModelConfig
-    """The record that `fields` were read as."""
+    """The configuration that was read from `fields`."""
     fields: Mapping[str, Any]
     """The language model's fields of config.json."""
     generation_config: Mapping[str, Any] | None
-    """The content of generation_config.json; None where there is no such file."""
+    """The content of generation_config.json; None if there is no such file."""
     tokenizer_files: Mapping[str, bytes]
-    """The tokenizer's files by name, chat template included."""
+    """The tokenizer's files by name, including the chat template."""
     code_files: Mapping[str, bytes]
     """Python files by name."""
 
@@ -53,7 +53,7 @@ class Companions:
 def read_companions(
     directory: Path, *, config: ModelConfig, fields: Mapping[str, Any]
 ) -> Companions:
-    """Read what stands beside config.json and the tensors."""
+    """Read the files beside config.json and the tensors."""
     generation = directory / GENERATION_FILE
     tokenizer = (directory / name for name in _TOKENIZER_FILES)
     return Companions(
@@ -69,7 +69,7 @@ def read_companions(
 def write_companions(directory: Path, config: ModelConfig, companions: Companions | None) -> None:
     """Write generation_config.json, and the other files of a model that was loaded.
 
-    A tokenizer that stands in the directory already stays: somebody has saved it for this model.
+    If the directory already has a tokenizer, it stays: it was saved for this model.
     """
     tokens = {name: getattr(config, name) for name in SPECIAL_TOKENS}
     if companions is None or companions.generation_config is None:
@@ -89,7 +89,7 @@ def write_companions(directory: Path, config: ModelConfig, companions: Companion
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; a CheckpointError says what is wrong with it."""
+    """The object in a JSON file; raises CheckpointError if there is none."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -8,14 +8,14 @@ from nemotron3.errors import ConfigError
 
 Value = TypeVar("Value", int, float, bool, str)
 Aliases = Mapping[str, tuple[str, ...]]
-"""Other names of a field, by the name that we write."""
+"""Other names of a field, by the name that is written."""
 
 
 class Fields:
     """The fields of one configuration file.
 
-    A field may stand under several of its names, as long as all say the same: which of two values
-    another reader takes is unknown, so a difference is an error.
+    A field may occur under several of its names if all have the same value. Different values are an
+    error, because it is unknown which of them other programs read.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str, aliases: Aliases) -> None:
@@ -36,7 +36,7 @@ class Fields:
         }
 
     def agreed(self, values: Mapping[str, Any]) -> Any:
-        """The one value that several names give; None where there is no name."""
+        """The common value of several names, None for no names; ConfigError if they differ."""
         first, *others = list(values.items()) or [("", None)]
         for spelling, value in others:
             if value != first[1]:
@@ -52,7 +52,7 @@ class Fields:
         return default if value is None else value
 
     def get(self, kind: type[Value], name: str, *, default: Value | None = None) -> Value:
-        """A field as an int, float, bool or str; required where no default is given."""
+        """A field as an int, float, bool or str; required if no default is given."""
         found = self.spelled(name)
         value = self.agreed(found)
         if value is None:
@@ -71,7 +71,7 @@ class Fields:
         return value
 
     def require(self, name: str, allowed: Any, meaning: str) -> None:
-        """Refuse a value that would change the arithmetic in a way the model does not have."""
+        """Raise ConfigError for a value that asks for computations that the model does not have."""
         for spelling, value in self.spelled(name).items():
             if value != allowed:
                 raise ConfigError(
@@ -80,7 +80,7 @@ class Fields:
                 )
 
     def special_tokens(self, *, bos: int, eos: int, pad: int) -> dict[str, Any]:
-        """The ids of special tokens as our record has them; the arguments are the defaults."""
+        """The ids of special tokens as fields of `ModelConfig`; the arguments are the defaults."""
         return {
             "bos_token_id": self.get(int, "bos_token_id", default=bos),
             "eos_token_id": self._eos(eos),
@@ -105,10 +105,10 @@ def updated(
     after: Mapping[str, Any],
     aliases: Aliases,
 ) -> dict[str, Any]:
-    """The fields of a file with what changed between two records, and everything else as it is.
+    """The fields of a file, with those changed that differ between two records.
 
-    `before` is what we would write of the record that was read, `after` of the one to be saved. A
-    field that changed loses its other names, so that no old value stays beside the new one.
+    `before` are the fields of the record that was read, `after` those of the one to be saved. A
+    field that changed loses its other names, so that no old value remains beside the new one.
     """
     changed = [
         name
@@ -123,5 +123,5 @@ def updated(
 def number(value: Any) -> float:
     """A number in any of the spellings that JSON files use for infinity."""
     value = float(value["__float__"] if isinstance(value, dict) else value)
-    # JSON has no infinity, so some files write a number that no step ever reaches.
+    # JSON has no infinity, so some files have a number larger than any step.
     return math.inf if value >= 1e30 else value

@@ -1,8 +1,9 @@
 """Our own dialect, for models that no published layout can express.
 
-Comparison models mix what the published families keep apart: a hybrid with SwiGLU experts, a
-transformer with multi-token prediction. Their config.json holds our record as it is, under a model
-type that no other reader will mistake for one it knows; tensors are named as in `nemotron_h`.
+Comparison models combine features of several published families, such as a hybrid with SwiGLU
+experts or a transformer with multi-token prediction. Their config.json contains the record of
+`ModelConfig` under a model type that other programs do not know; tensors are named as in
+`nemotron_h`.
 """
 
 from typing import Any
@@ -29,14 +30,14 @@ ALIASES: Aliases = {}
 
 
 def config_from(fields: Fields, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
-    """Our record as it was written, of `ModelConfig` or of a subclass with further mixers."""
+    """The record of a `ModelConfig`, or of a subclass with further mixers."""
     return from_record(config_class, fields.raw("model", default={}))
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """Our record as it is."""
+    """The fields of a config.json: the model type, and the record."""
     return {"model_type": MODEL_TYPE, "model": to_record(config)}
 
 
 def unsupported(model: nn.Module, config: ModelConfig) -> None:
-    """Everything can be expressed."""
+    """This dialect can express every model."""

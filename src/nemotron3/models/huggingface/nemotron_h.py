@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 _KINDS = {
     mixer.symbol: mixer.label for mixer in (MambaConfig, AttentionConfig, MoEConfig, MLPConfig)
 }
-"""Layers that the layout has, by their characters."""
+"""The kinds of layers that the layout has, by their characters."""
 _BLOCK_TYPES = {
     "mamba": "M",
     "linear_attention": "M",
@@ -63,7 +63,7 @@ _WRITTEN_BLOCK_TYPES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 
 def config_from(fields: Fields) -> ModelConfig:
-    """Our record from the fields of a config.json."""
+    """The configuration from the fields of a config.json."""
     _refuse_other_arithmetic(fields)
     pattern = _pattern(fields)
     kinds = pattern.symbols
@@ -93,7 +93,7 @@ def config_from(fields: Fields) -> ModelConfig:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a config.json, in the spellings that most readers understand."""
+    """The fields of a config.json, under the names that most programs read."""
     main, mtp = "".join(config.pattern.main), "".join(config.pattern.mtp)
     fields: dict[str, Any] = {
         "model_type": MODEL_TYPE,
@@ -156,7 +156,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def unsupported(model: nn.Module, config: ModelConfig) -> str | None:  # noqa: ARG001
-    """Why this dialect cannot express `model`, or None where it can."""
+    """Why this dialect cannot express `model`; None if it can."""
     moe, attention, mlp = config.moe, config.attention, config.mlp
     if type(config) is not ModelConfig:
         return "its configuration has fields of its own"
@@ -189,13 +189,13 @@ def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str
 
 
 def our_spelling(name: str) -> str:
-    """A stored tensor's name as we publish it, without the prefixes that wrappers add."""
+    """The name under which a stored tensor is written, without the prefixes that wrappers add."""
     name = name.removeprefix("language_model.")
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def _pattern(fields: Fields) -> LayerPattern:
-    """The layers and the depths of multi-token prediction, from every field that tells of them."""
+    """The layers and the depths of multi-token prediction, from all fields that have them."""
     spelled = _spelled_layers(fields, "hybrid_override_pattern")
     main = fields.agreed({name: layers.partition("/")[0] for name, layers in spelled.items()})
     if not main:
@@ -204,7 +204,7 @@ def _pattern(fields: Fields) -> LayerPattern:
     spelled_mtp = _spelled_layers(fields, "mtp_hybrid_override_pattern")
     mtp = fields.agreed(spelled_mtp)
     for name, layers in spelled.items():
-        if "/" in layers:  # as in Megatron, the depths stand behind the layers
+        if "/" in layers:  # Megatron's pattern has the depths after the layers
             whole = parse_pattern(layers, _KINDS)
             block = "".join(whole.mtp)
             fields.agreed({f"the prediction block in {name}": block} | spelled_mtp)
@@ -237,7 +237,7 @@ def _num_depths(fields: Fields, main: str, block: str) -> int:
 
 
 def _spelled_layers(fields: Fields, name: str) -> dict[str, str]:
-    """A layer list as a pattern, under each of its names that is there."""
+    """A layer list as a pattern, under each of its names that occurs."""
     return {
         spelling: _as_pattern(fields, spelling, value)
         for spelling, value in fields.spelled(name).items()
@@ -246,7 +246,7 @@ def _spelled_layers(fields: Fields, name: str) -> dict[str, str]:
 
 def _as_pattern(fields: Fields, name: str, value: Any) -> str:
     if isinstance(value, str):
-        parse_pattern(value, _KINDS)  # an unknown layer is named before two spellings are compared
+        parse_pattern(value, _KINDS)  # raises for an unknown layer, before spellings are compared
         return value
     if not isinstance(value, list):
         raise ConfigError(
@@ -279,7 +279,7 @@ def _attention(fields: Fields) -> AttentionConfig:
     return AttentionConfig(
         num_attention_heads=heads,
         num_key_value_heads=fields.get(int, "num_key_value_heads", default=heads),
-        # Nothing to guess: in this family it is not hidden_size / num_attention_heads.
+        # It has no default: in this family it is not hidden_size / num_attention_heads.
         head_dim=fields.get(int, "head_dim"),
     )
 

@@ -18,7 +18,7 @@ MODEL_TYPE = "qwen3_moe"
 ALIASES: Aliases = {
     "num_experts": ("num_local_experts",),
     "rms_norm_eps": ("layer_norm_epsilon", "norm_eps"),
-    # Both hold the base of the rotary positions beside other things.
+    # Both contain the base of the rotary positions beside other values.
     "rope_theta": ("rope_parameters", "rope_scaling"),
 }
 
@@ -26,7 +26,7 @@ _SELECTION_BIAS = "e_score_correction_bias"
 
 
 def config_from(fields: Fields) -> ModelConfig:
-    """Our record from the fields of a config.json."""
+    """The configuration from the fields of a config.json."""
     fields.require("attention_bias", False, "Qwen3 has none")
     fields.require("hidden_act", "silu", "experts are SwiGLU")
     fields.require("decoder_sparse_step", 1, "every layer is a mixture")
@@ -64,7 +64,7 @@ def config_from(fields: Fields) -> ModelConfig:
 
 
 def _rope_theta(fields: Fields) -> float:
-    """The base of the rotary positions, from every field that holds it."""
+    """The base of the rotary positions, from all fields that have it."""
     found: dict[str, Any] = {}
     for name, value in fields.spelled("rope_theta").items():
         if name == "rope_theta":
@@ -121,7 +121,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def unsupported(model: nn.Module, config: ModelConfig) -> str | None:
-    """Why this dialect cannot express `model`, or None where it can."""
+    """Why this dialect cannot express `model`; None if it can."""
     attention, moe = config.attention, config.moe
     if type(config) is not ModelConfig:
         return "its configuration has fields of its own"
@@ -184,5 +184,5 @@ _OUTSIDE = {
 
 
 def our_spelling(name: str) -> str:
-    """A stored tensor's name as we publish it."""
+    """The name under which a stored tensor is written."""
     return name.removeprefix("language_model.")

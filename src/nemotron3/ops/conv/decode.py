@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nemotron3.errors import BackendUnavailableError
 from nemotron3.ops.conv.torch import causal_conv_torch
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import ParallelKernel
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.strides import contiguous_rows
 
 _steps = ParallelKernel(
     Path(__file__).with_name("decode_native.cpp"), "conv_steps", "ppppppp iiiiii"

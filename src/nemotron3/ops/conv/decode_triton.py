@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemotron3.ops.kernels import require_kernel_dtypes
-from nemotron3.ops.strides import contiguous_rows
+from nemotron3.ops.kernels import contiguous_rows, require_kernel_dtypes
 
 _STEPS = {"BLOCK": 256, "num_warps": 4}
 """Channels of a program."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = NativeFunction(_SOURCE, "conv_forward", "ppppppp iiii")

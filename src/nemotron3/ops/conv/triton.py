@@ -23,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.kernels import require_kernel_dtypes
+from nemotron3.ops.kernels import contiguous_rows, require_kernel_dtypes
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.strides import contiguous_rows
 
 jit: Any = triton.jit
 # Tokens, channels and warps of a program. Compiled for compute capability 9.0 neither spills; at 32

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nemotron3.ops.experts.activations import Activation, up_factor
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.strides import contiguous_rows
 from nemotron3.ops.weights import Int8Weight, Weight, dequantized
 
 _SOURCE = Path(__file__).with_name("native.cpp")

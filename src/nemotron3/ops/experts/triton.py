@@ -33,8 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.experts.activations import Activation, activate, activation_backward
-from nemotron3.ops.kernels import INTERPRETED, require_kernel_dtypes
-from nemotron3.ops.strides import contiguous_rows
+from nemotron3.ops.kernels import INTERPRETED, contiguous_rows, require_kernel_dtypes
 
 jit: Any = triton.jit
 _COMBINE_BLOCK = 1024

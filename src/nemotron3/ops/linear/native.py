@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.strides import contiguous_rows
 from nemotron3.ops.weights import Int8Weight
 
 _SOURCE = Path(__file__).with_name("native.cpp")

@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 
 from nemotron3.errors import BackendUnavailableError
-from nemotron3.ops.native.processors import fit_pytorch
+from nemotron3.runtime.processors import fit_pytorch
 
 HEADERS = Path(__file__).parent
 TEAMS = HEADERS / "team.cpp"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = ParallelKernel(_SOURCE, "norm_forward", "pppp iiiii f")

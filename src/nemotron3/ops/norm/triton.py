@@ -24,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.kernels import require_kernel_dtypes
-from nemotron3.ops.strides import contiguous_rows
+from nemotron3.ops.kernels import contiguous_rows, require_kernel_dtypes
 
 _TILE = 2048
 """Elements that a program holds at a time, where one group is not larger by itself. With twice as

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.routing.reference import Scoring
-from nemotron3.ops.strides import contiguous_rows
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = ParallelKernel(_SOURCE, "route", "ppppp iiiiiii f")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction
-from nemotron3.ops.strides import contiguous_rows
 
 _draw = NativeFunction(Path(__file__).with_name("native.cpp"), "gumbel_argmax", "ppp iii")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import ParallelKernel
-from nemotron3.ops.strides import contiguous_rows
 
 _rates = ParallelKernel(Path(__file__).with_name("rates.cpp"), "ssd_rates", "ppppp iii")
 

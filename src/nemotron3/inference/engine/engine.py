@@ -1,0 +1,497 @@
+"""The engine: many requests at once through one model, a step at a time.
+
+A step decodes one token, or verifies a window of drafts, for every sequence whose prompt is
+prefilled; then it prefills the next chunks of the other prompts. Both are the forward pass that
+trains, over packed sequences and a carried state. The tokens of a request do not depend on the
+requests that share its steps.
+
+    engine = Engine(model, EngineConfig())
+    engine.add(EngineRequest(request_id="a", prompt=(1, 2, 3), params=SamplingParams()))
+    while engine.has_work:
+        for delta in engine.step(): ...
+
+It handles token ids only; `llm.py` handles text and chats. It is not thread-safe; `async_llm.py`
+runs an engine in a thread of its own.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine.auxiliary_outputs import record_prompt_logprobs, record_routes
+from nemotron3.inference.engine.memory import batched_tokens, longest_sequence, num_pages
+from nemotron3.inference.engine.prefix_cache import PrefixCache
+from nemotron3.inference.engine.scheduler import Scheduler
+from nemotron3.inference.model_runner import ModelRunner
+from nemotron3.inference.model_runner.draft_length import DraftLength
+from nemotron3.inference.model_runner.speculative import Drafter, most_drafts
+from nemotron3.inference.model_runner.weights import (
+    RunningRequests,
+    Weights,
+    assert_running,
+    next_version,
+    prepared_weights,
+)
+from nemotron3.inference.requests import FinishReason, PromptReport, TokenDelta, TokenLogprob
+from nemotron3.inference.sampling.sampler import TokenChooser, choose, token_logprobs
+from nemotron3.inference.sequences import EngineRequest, Sequence
+from nemotron3.models.cache.hybrid_cache import HybridCache
+from nemotron3.models.layout import MAX_STEPS, SequenceLayout
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.runtime.malloc import retain_freed_memory
+
+
+@dataclass
+class EngineStats:
+    """Counts of an engine's work so far, and of what it contains."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    """Share of the pages that running sequences use; pages of the prefix cache count as free."""
+    prefix_bytes: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits: int = 0
+    """Prompt tokens found in the prefix cache."""
+    prompt_tokens: int = 0
+    """Prompt tokens prefilled, without those found in the prefix cache."""
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    draft_length: int = 0
+
+
+class Engine:
+    """Runs requests on a model."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: EngineConfig | None = None,
+        *,
+        stop_ids: frozenset[int] | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
+    ) -> None:
+        """`stop_ids` end every answer; by default they are the model's end tokens.
+
+        `make_runner` makes the model runner; it is called with the arguments of `ModelRunner`.
+        """
+        if model.device.type == "cpu":
+            retain_freed_memory()
+        self.model = model  # its training mode stays as it is: no module depends on it
+        self.config = config or EngineConfig()
+        wanted = self.config.max_model_len or model.config.max_position_embeddings
+        pages = num_pages(model, self.config, wanted)
+        self.max_model_len = longest_sequence(self.config, wanted, pages)
+        self.stop_ids = model.config.eos_token_ids if stop_ids is None else stop_ids
+        drafts = most_drafts(model, self.config.max_draft_tokens)
+        with torch.inference_mode():
+            self.cache = HybridCache(
+                model.config,
+                slots=self.config.max_num_seqs,
+                dtype=model.compute_dtype,
+                device=model.device,
+                page_size=self.config.page_size,
+                pages=pages,
+                max_length=self.max_model_len + MAX_STEPS,
+                drafts=drafts > 0,
+                precision=self.config.state,
+            )
+        kept_bytes = self.config.prefix_cache_bytes if self.config.keeps_states else 0
+        self.prefixes = PrefixCache(self.cache, max_bytes=kept_bytes)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.prefixes,
+            self.config,
+            max_num_batched_tokens=batched_tokens(self.config, model.device),
+        )
+        self._runner = make_runner(
+            model, self.cache, returns_routes=self.config.return_routed_experts
+        )
+        self._drafter = Drafter(self._runner) if drafts else None
+        self._draft_length = DraftLength(drafts, adapts=self.config.adapts_drafts)
+        self._drafting_s = 0.0  # seconds of the last step after its tokens were chosen
+        self._stats = EngineStats()
+        self._seeds = random.Random(self.config.seed)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._num_added = 0
+        self.weight_version = 0
+        """Version of the weights that the next step computes with."""
+        self._addresses = _addresses(model)
+        self._is_half_written = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence runs or waits."""
+        return bool(self._requests)
+
+    def check(self, request: EngineRequest) -> None:
+        """Raise ConfigError for a request that this engine can never answer."""
+        length, params, vocab = len(request.prompt), request.params, self.model.config.vocab_size
+        if length == 0:
+            raise ConfigError("the prompt has no tokens; an empty prompt cannot be continued")
+        if length >= self.max_model_len:
+            raise ConfigError(
+                f"the prompt has {length} tokens, and prompt and answer together may have "
+                f"{self.max_model_len}; shorten it"
+            )
+        if params.max_tokens is not None and length + params.max_tokens > self.max_model_len:
+            raise ConfigError(
+                f"max_tokens is {params.max_tokens} and the prompt has {length} tokens; together "
+                f"they may have {self.max_model_len}"
+            )
+        named = {"prompt": request.prompt, "stop_token_ids": params.stop_token_ids,
+                 "logit_bias": params.logit_bias}  # fmt: skip
+        for name, tokens in named.items():
+            wrong = [token for token in tokens if not 0 <= token < vocab]
+            if wrong:
+                raise ConfigError(f"{name} has token {wrong[0]}; the vocabulary has {vocab}")
+
+    def has_room(self, request: EngineRequest) -> bool:
+        """Whether the queue has room for a request; an empty queue always has."""
+        waiting = len(self.scheduler.waiting)
+        return waiting == 0 or waiting + request.params.n <= self.config.max_num_waiting
+
+    def add(self, request: EngineRequest) -> None:
+        """Add a request to the queue, of any length: callers ask `has_room` first."""
+        self.check(request)
+        if request.request_id in self._requests:
+            raise ConfigError(f"request {request.request_id!r} is being answered already")
+        seed = request.params.seed
+        seed = self._seeds.getrandbits(62) if seed is None else seed
+        sequences = [self._sequence(request, index, seed) for index in range(request.params.n)]
+        self._requests[request.request_id] = sequences
+        self.scheduler.add(sequences)
+
+    @torch.inference_mode()
+    def abort(self, request_id: str) -> list[TokenDelta]:
+        """Abort a request; returns a delta for each of its unfinished answers."""
+        deltas: list[TokenDelta] = []
+        for sequence in list(self._requests.get(request_id, ())):
+            self._end(sequence, FinishReason.ABORT)
+            deltas.append(
+                TokenDelta(request_id, sequence.index, (), finish_reason=FinishReason.ABORT)
+            )
+        return deltas
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenDelta]:
+        """Execute one step; returns the new tokens."""
+        if self._is_half_written:
+            raise CheckpointError(
+                "the model's weights are half written: update_weights failed while it wrote; call "
+                "it again with weights that can be read"
+            )
+        self.scheduler.admit()
+        self._stats.steps += 1
+        deltas: list[TokenDelta] = []
+        decoding = self.scheduler.decoding
+        if decoding:
+            deltas += self._decode(decoding)
+        for chunks in self.scheduler.schedule_prefill():
+            deltas += self._prefill(chunks)
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """Counts so far; may be called from any thread."""
+        scheduler = self.scheduler
+        return replace(
+            self._stats,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_usage=self.cache.table.num_held / max(len(self.cache.pool), 1),
+            prefix_bytes=self.prefixes.nbytes,
+            preemptions=scheduler.num_preemptions,
+        )
+
+    def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: int | None = None,
+        running: RunningRequests = "recompute",
+    ) -> int:
+        """Write other weights into the model's tensors, between two steps; returns their version.
+
+        `weights` are a model directory, or all tensors by the names of `model.state_dict()`; if
+        they do not fit, an error is raised before anything is written. Running requests keep their
+        tokens: with "recompute" their states are computed again by the new weights, with "keep" the
+        states of the old weights are continued. No other result of the old weights is used again.
+        """
+        assert_running(running)
+        version = next_version(self.weight_version, version)
+        write = prepared_weights(self.model, weights)
+        self._is_half_written = True
+        write()
+        self._is_half_written = False
+        return self.invalidate_caches(version=version, running=running)
+
+    @torch.inference_mode()
+    def invalidate_caches(
+        self, *, version: int | None = None, running: RunningRequests = "recompute"
+    ) -> int:
+        """Drop the states that other weights computed, after the caller has changed the weights.
+
+        The caller may have written into the model's tensors or replaced them. Arguments and result
+        are those of `update_weights`.
+        """
+        assert_running(running)
+        self.weight_version = next_version(self.weight_version, version)
+        if running == "recompute":
+            self.scheduler.preempt_all()
+        self.scheduler.drop_cached_states()
+        addresses = _addresses(self.model)
+        if addresses != self._addresses:  # graphs are valid for the memory that they recorded
+            self._addresses = addresses
+            self._runner.clear_graphs()
+        return self.weight_version
+
+    def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
+        params = request.params
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.stop_ids
+        self._num_added += 1
+        room = self.max_model_len - len(request.prompt)
+        return Sequence(
+            request=request,
+            index=index,
+            chooser=TokenChooser(
+                params,
+                prompt=request.prompt,
+                seed=seed,
+                index=index,
+                stop_ids=stop_ids,
+                vocab_size=self.model.config.vocab_size,
+                constraint=request.make_constraint(),
+                budget=request.make_budget(),
+            ),
+            stop=request.make_stop(),
+            tokens=list(request.prompt),
+            order=self._num_added,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        )
+
+    def _prefill(self, chunks: list[tuple[Sequence, int]]) -> list[TokenDelta]:
+        for sequence, count in chunks:
+            self.scheduler.make_room(sequence, count)
+        chunks = [chunk for chunk in chunks if chunk[0].slot is not None]
+        if not chunks:
+            return []
+        slots = [_slot(sequence) for sequence, _ in chunks]
+        tokens = [self._next_tokens(sequence, count) for sequence, count in chunks]
+        ends = list(accumulate(count for _, count in chunks))
+        done = [
+            (sequence, end - 1)
+            for (sequence, count), slot, end in zip(chunks, slots, ends, strict=True)
+            if self.cache.lengths[slot] + count == len(sequence.tokens)
+        ]
+        last = [at for _, at in done]
+        is_prompt = not any(self.scheduler.is_recompute(sequence) for sequence, _ in chunks)
+        wants_all = self._drafter is not None or self.config.return_routed_experts
+        wants_all |= any(sequence.wants_prompt_logprobs for sequence, _ in chunks)
+        self._draft_length.interrupted()
+        hidden, routes = self._runner.prefill(
+            tokens, slots, is_prompt=is_prompt, output_indices=None if wants_all else last
+        )
+        record_routes([s for s, _ in chunks], [count for _, count in chunks], routes)
+        self._stats.prompt_tokens += ends[-1]
+        if wants_all:
+            self._process_prompts(chunks, hidden)
+            hidden = hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
+        for sequence, _ in chunks:
+            self.scheduler.after_chunk(sequence)
+        for sequence, _ in done:
+            sequence.is_prefilled = True
+        if not done:
+            return []
+        hidden = hidden.unsqueeze(1)
+        return self._choose([s for s, _ in done], hidden, self.model.logits(hidden))[0]
+
+    def _next_tokens(self, sequence: Sequence, count: int) -> list[int]:
+        """The next tokens of a prompt; the first call for it counts the prefix cache's hits."""
+        start = self.cache.lengths[_slot(sequence)]
+        if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
+            self._stats.prefix_queries += len(sequence.tokens)
+            self._stats.prefix_hits += start
+        return sequence.tokens[start : start + count]
+
+    def _process_prompts(self, chunks: list[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Prompt log-probabilities and the draft block, which need all hidden states of chunks."""
+        at = 0
+        for sequence, count in chunks:
+            if sequence.wants_prompt_logprobs:
+                record_prompt_logprobs(
+                    self.model,
+                    sequence,
+                    hidden[at : at + count],
+                    start=self.cache.lengths[_slot(sequence)] - count,
+                    weight_version=self.weight_version,
+                )
+            at += count
+        if self._drafter is not None:
+            self._drafter.read(chunks, hidden)
+
+    def _decode(self, sequences: list[Sequence]) -> list[TokenDelta]:
+        count = min(len(sequence.drafts) for sequence in sequences)
+        for sequence in sequences:
+            self.scheduler.make_room(sequence, 1 + count)
+        rows = [sequence for sequence in sequences if sequence.slot is not None]
+        if not rows:
+            return []
+        start, drafting_s = time.perf_counter(), self._drafting_s
+        for sequence in rows:
+            del sequence.drafts[count:]
+        tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
+        slots = [_slot(sequence) for sequence in rows]
+        out = self._runner.decode(tokens, slots, is_verification=count > 0)
+        deltas, num_accepted = self._choose(
+            rows, out.hidden, out.logits, verified=out.layout if count else None, routes=out.routes
+        )
+        # The drafts of this step were written in the step before: their time belongs to this one.
+        seconds = time.perf_counter() - start - self._drafting_s + drafting_s
+        self._draft_length.record(count, num_accepted, seconds)
+        self._stats.draft_length = count
+        return deltas
+
+    def _choose(
+        self,
+        sequences: list[Sequence],
+        hidden: Tensor,
+        logits: Tensor,
+        *,
+        verified: SequenceLayout | None = None,
+        routes: Many[Tensor] = (),
+    ) -> tuple[list[TokenDelta], list[int]]:
+        """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones.
+
+        `verified` is the layout of a verification call. Returns the new tokens, and the number of
+        accepted drafts of each sequence, also of those behind the end of an answer.
+        """
+        windows = [sequence.drafts for sequence in sequences]
+        choosers = [sequence.chooser for sequence in sequences]
+        accepted = choose(choosers, logits.flatten(0, 1).float(), windows)
+        counts = [max(len(new_tokens), 1) for new_tokens in accepted]
+        if verified is not None:
+            self.cache.accept(verified, counts)
+        experts = [r.flatten(0, 1) for r in routes]
+        record_routes(sequences, counts, experts, window=hidden.shape[1])
+        start = time.perf_counter()
+        after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
+        if self._drafter is not None and count:
+            after = self._drafter.advance(sequences, accepted, hidden)
+        elif self._drafter is not None:
+            self._drafter.defer(sequences, accepted, hidden)
+        deltas: list[TokenDelta] = []
+        num_accepted = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
+        open_rows: list[int] = []
+        for row, (sequence, new_tokens) in enumerate(zip(sequences, accepted, strict=True)):
+            deltas.append(self._append(sequence, new_tokens, num_accepted[row], logits[row]))
+            if sequence.finish_reason is None:
+                open_rows.append(row)
+        if after is not None and open_rows:
+            hidden, logits = after[0][open_rows], after[1][open_rows]
+            self._draft([sequences[row] for row in open_rows], hidden, logits, count)
+        self._drafting_s = time.perf_counter() - start
+        return deltas, num_accepted
+
+    def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
+        """Write `count` drafts for each sequence that free pages suffice for."""
+        assert self._drafter is not None
+        with_room: list[int] = []
+        for row, sequence in enumerate(sequences):
+            slot = _slot(sequence)
+            if self.cache.missing_pages(slot, 1 + count) <= self.cache.pool.num_free:
+                self.cache.reserve(slot, 1 + count)
+                with_room.append(row)
+        if with_room:
+            chosen = [sequences[row] for row in with_room]
+            self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
+
+    def _append(
+        self, sequence: Sequence, new_tokens: Many[int], num_accepted: int, logits: Tensor
+    ) -> TokenDelta:
+        """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts."""
+        taken: list[int] = []
+        reason = FinishReason.ERROR if sequence.chooser.error is not None else None
+        stop_token = None
+        for token in new_tokens:
+            sequence.tokens.append(token)
+            taken.append(token)
+            if token in sequence.chooser.stop_ids:
+                reason, stop_token = FinishReason.STOP, token
+            elif sequence.stop is not None and sequence.stop.ends_at(token):
+                reason = FinishReason.STOP
+            elif sequence.num_generated >= sequence.max_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                break
+        self._count(sequence, len(taken), accepted=min(num_accepted, len(taken)))
+        top = sequence.request.params.logprobs
+        logprobs: list[TokenLogprob] = []
+        if top is not None:
+            logprobs = token_logprobs(
+                logits[: len(taken)], taken, top, weight_version=self.weight_version
+            )
+        report = None
+        if not sequence.is_reported:
+            sequence.is_reported = True
+            report = PromptReport(
+                num_cached_tokens=sequence.num_cached_tokens,
+                logprobs=tuple(sequence.prompt_logprobs),
+            )
+        if reason is not None:
+            self._end(sequence, reason)
+        return TokenDelta(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            tokens=tuple(taken),
+            logprobs=tuple(logprobs),
+            finish_reason=reason,
+            stop_token=stop_token,
+            prompt=report,
+            error=sequence.chooser.error,
+            failure=sequence.chooser.failure,
+            num_drafted=sequence.num_drafted,
+            num_accepted=sequence.num_accepted,
+            weight_version=self.weight_version,
+            routed_experts=None if reason is None else sequence.routed_experts(),
+        )
+
+    def _count(self, sequence: Sequence, taken: int, *, accepted: int) -> None:
+        sequence.num_drafted += len(sequence.drafts)
+        sequence.num_accepted += accepted
+        self._stats.generated_tokens += taken
+        self._stats.drafted_tokens += len(sequence.drafts)
+        self._stats.accepted_tokens += accepted
+        sequence.drafts = []
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        is_whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self.scheduler.remove(sequence, keep_state=is_whole)
+        left = self._requests[sequence.request_id]
+        left.remove(sequence)
+        if not left:
+            del self._requests[sequence.request_id]
+
+
+def _addresses(model: LanguageModel) -> tuple[int, ...]:
+    """Addresses of the weights."""
+    return tuple(tensor.data_ptr() for tensor in model.state_dict().values())
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "only a running sequence has a slot"
+    return sequence.slot

@@ -1,0 +1,107 @@
+"""The memory of an engine: prompt tokens of a step, and pages of keys and values.
+
+Values that the configuration leaves open depend on the device. A GPU serves the model alone, so
+nearly all of its free memory is used, as by vLLM's `gpu_memory_utilization`; the memory of states,
+prefix cache and activations, which are allocated later, is subtracted first. The host's memory is
+shared with other programs, so only a part of it is used.
+"""
+
+import torch
+
+from nemotron3.errors import ConfigError
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.model_runner.speculative import most_drafts
+from nemotron3.models.cache.hybrid_cache import HybridCache
+from nemotron3.models.costs import kv_bytes_per_token
+from nemotron3.models.layout import MAX_STEPS
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
+
+_SHARE, _GPU_SHARE = 0.25, 0.9
+"""Largest share of the free memory that is used where `kv_cache_bytes` is not given."""
+_BATCHED_TOKENS, _GPU_BATCHED_TOKENS = 2048, 8192
+_STEP_BYTES_PER_TOKEN = 384 * 1024
+"""Reserved for the activations of each prompt token of a step: 3 GiB for 8192 tokens."""
+
+
+def batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Most prompt tokens of one step."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    return _GPU_BATCHED_TOKENS if has_memory_of_its_own(device) else _BATCHED_TOKENS
+
+
+def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device) -> int:
+    """Bytes for keys and values where `kv_cache_bytes` is not given."""
+    free = free_memory_bytes(device)
+    least = int(free * _SHARE)
+    if not has_memory_of_its_own(device):
+        return least
+    later = (
+        _state_bytes(model, config)
+        + config.prefix_cache_bytes
+        + batched_tokens(config, device) * _STEP_BYTES_PER_TOKEN
+    )
+    return max(int(free * _GPU_SHARE) - later, least)  # `later` may exceed a small GPU's memory
+
+
+def _state_bytes(model: LanguageModel, config: EngineConfig) -> int:
+    """Bytes of all Mamba states; with drafts also of those after each token of a window."""
+    cache = HybridCache(
+        model.config,
+        slots=config.max_num_seqs,
+        dtype=model.compute_dtype,
+        device=torch.device("meta"),
+        pages=0,
+        precision=config.state,
+    )
+    drafts = most_drafts(model, config.max_draft_tokens)
+    return cache.state_nbytes * (1 + (1 + drafts if drafts else 0))
+
+
+def page_bytes(model: LanguageModel, config: EngineConfig) -> int:
+    """Bytes of one page, summed over all layers with keys and values; 0 if there are none."""
+    itemsize = config.state.keys_dtype(model.compute_dtype).itemsize
+    drafts = config.max_draft_tokens != 0
+    return config.page_size * kv_bytes_per_token(model.config, itemsize=itemsize, with_mtp=drafts)
+
+
+def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) -> int:
+    """Pages for all sequences at their greatest length, within the memory that may be used.
+
+    Raises ConfigError if not even two pages fit.
+    """
+    size = page_bytes(model, config)
+    if size == 0:
+        return 0
+    longest = -(-(max_model_len + MAX_STEPS) // config.page_size) + 1
+    wanted = config.max_num_seqs * longest
+    may_take = config.kv_cache_bytes
+    if may_take is None:
+        may_take = cache_bytes(model, config, model.device)
+    pages = min(wanted, may_take // size)
+    if pages < 2:
+        raise ConfigError(
+            f"{may_take} bytes for keys and values hold {pages} pages of {size} bytes; set "
+            f"kv_cache_bytes to {2 * size} or more, or page_size to fewer than {config.page_size}"
+        )
+    return pages
+
+
+def longest_sequence(config: EngineConfig, wanted: int, pages: int) -> int:
+    """The most tokens of one sequence: `wanted`, or what the pages hold where that is less.
+
+    Raises ConfigError if the configuration asks for a `max_model_len` that the pages do not hold.
+    """
+    if pages == 0:
+        return wanted
+    # Drafts need room, and so does a shared page, which is copied before it is written.
+    held = (pages - 1) * config.page_size - MAX_STEPS
+    if held >= wanted:
+        return wanted
+    if config.max_model_len is not None or held < 1:
+        raise ConfigError(
+            f"{pages} pages of {config.page_size} tokens hold sequences of {max(held, 0)} tokens, "
+            f"not of {wanted}; set a larger kv_cache_bytes or a smaller max_model_len"
+        )
+    return held

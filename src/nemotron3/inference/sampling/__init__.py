@@ -1,0 +1,1 @@
+"""Sampling: which token comes next, and what ends an answer."""
