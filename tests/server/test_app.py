@@ -8,7 +8,7 @@ import time
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
 
-from nemotron3.server.logs import JsonLines
+from nemotron3.server.http.logs import JsonLines
 from tests.server.serving import MODEL, running
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -7,15 +7,17 @@ import pytest
 from pydantic import ValidationError
 
 from nemotron3.inference.requests import StructuredOutput
-from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, Unsupported
-from nemotron3.server.chat import plan_chat
-from nemotron3.server.chat_bodies import ChatBody
-from nemotron3.server.completion_bodies import CompletionBody
-from nemotron3.server.completions import plan_completion
-from nemotron3.server.errors import APIError
-from nemotron3.server.response_items import items_of
-from nemotron3.server.responses import plan_response
-from nemotron3.server.responses_bodies import ResponsesBody
+from nemotron3.server.chat.body import ChatBody
+from nemotron3.server.chat.plan import plan_chat
+from nemotron3.server.completions.body import CompletionBody
+from nemotron3.server.completions.plan import plan_completion
+from nemotron3.server.generation.sampling import SamplingBody
+from nemotron3.server.generation.thinking import ChatTemplateKwargs
+from nemotron3.server.http.bodies import Unsupported
+from nemotron3.server.http.errors import APIError
+from nemotron3.server.responses.body import ResponsesBody
+from nemotron3.server.responses.items import items_of
+from nemotron3.server.responses.plan import plan_response
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOOL_CALL_END = 15

@@ -8,55 +8,37 @@ plan, an answer from the engine, whole or as a stream. Whatever can be wrong wit
 in the first two or when the engine takes it, so it is an HTTP status and not an event in a stream.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.exceptions import HTTPException
 
-from nemotron3.errors import ConfigError, Nemotron3Error
+from nemotron3.errors import ConfigError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.requests import SamplingParams
-from nemotron3.server.chat import ChatAnswer, plan_chat
-from nemotron3.server.chat_bodies import ChatBody
-from nemotron3.server.completion_bodies import CompletionBody, DetokenizeBody, TokenizeBody
-from nemotron3.server.completions import CompletionAnswer, completion_prompts, plan_completion
-from nemotron3.server.cors import assert_origins, with_cors
-from nemotron3.server.drain import InFlightRequests
-from nemotron3.server.errors import APIError, internal_error, invalid_request, to_api_error
-from nemotron3.server.metrics import CONTENT_TYPE, ServerMetrics
-from nemotron3.server.middleware import App, RequestMiddleware
-from nemotron3.server.response_store import ResponseStore
-from nemotron3.server.responses import ResponseAnswer, conversation, plan_response
-from nemotron3.server.responses_bodies import ResponsesBody
-from nemotron3.server.serving import ServingContext
-from nemotron3.server.streaming import EventStream, answered, submitted
-from nemotron3.server.tokenizing import detokenize, tokenize
+from nemotron3.server.chat.answer import ChatAnswer
+from nemotron3.server.chat.body import ChatBody
+from nemotron3.server.chat.plan import plan_chat
+from nemotron3.server.completions.answer import CompletionAnswer
+from nemotron3.server.completions.body import CompletionBody
+from nemotron3.server.completions.plan import completion_prompts, plan_completion
+from nemotron3.server.generation.prompts import prepare_chat
+from nemotron3.server.generation.serving import ServingContext
+from nemotron3.server.http.cors import assert_origins, with_cors
+from nemotron3.server.http.drain import InFlightRequests
+from nemotron3.server.http.error_handlers import ERROR_RESPONSES, add_error_handlers
+from nemotron3.server.http.metrics import CONTENT_TYPE, ServerMetrics
+from nemotron3.server.http.middleware import App, RequestMiddleware
+from nemotron3.server.http.streaming import EventStream, answered, submitted
+from nemotron3.server.responses.answer import ResponseAnswer
+from nemotron3.server.responses.body import ResponsesBody
+from nemotron3.server.responses.plan import conversation, plan_response
+from nemotron3.server.responses.store import ResponseStore
+from nemotron3.server.tokenizing import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from nemotron3.server.weights import add_weights
-
-_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in {
-        400: "The request asks for what cannot be.",
-        401: "The API key is missing or wrong.",
-        404: "No such model or response.",
-        413: "The body is too large.",
-        415: "The body does not say that it is JSON.",
-        429: "The queue is full; see Retry-After.",
-        500: "The server failed at this request.",
-        501: "The server lacks a package for this.",
-        503: "The server is shutting down; see Retry-After.",
-    }.items()
-}
-
-_IS_BRANCH = re.compile(r"(str|int|float|bool|list|dict|literal)(\[.*\])?|[A-Z]\w*", re.DOTALL)
-"""What pydantic adds to the place of an error where a field may be of several types."""
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -127,13 +109,13 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
         docs_url=None,  # its pages fetch from elsewhere
         redoc_url=None,
     )
-    _add_errors(api)
+    add_error_handlers(api)
     _add_pages(api, serving, in_flight)
     _add_models(api, serving)
     _add_generation(api, serving)
     _add_responses(api, serving)
     if settings.weights_folder is not None:
-        add_weights(api, llm, settings.weights_folder, _ERROR_RESPONSES)
+        add_weights(api, llm, settings.weights_folder)
     app = RequestMiddleware(
         cast(App, api),
         in_flight=in_flight,
@@ -186,7 +168,7 @@ def _add_models(api: FastAPI, serving: ServingContext) -> None:
         """The one model of this server."""
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @api.get("/v1/models/{model:path}", responses=_ERROR_RESPONSES)
+    @api.get("/v1/models/{model:path}", responses=ERROR_RESPONSES)
     async def model(model: str) -> JSONResponse:
         """A model by its name."""
         serving.assert_serves(model)
@@ -194,12 +176,12 @@ def _add_models(api: FastAPI, serving: ServingContext) -> None:
 
 
 def _add_generation(api: FastAPI, serving: ServingContext) -> None:
-    @api.post("/v1/chat/completions", responses=_ERROR_RESPONSES)
+    @api.post("/v1/chat/completions", responses=ERROR_RESPONSES)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Go on with a conversation."""
         serving.assert_serves(body.model)
         plan = plan_chat(body, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
-        prompt = await serving.prepare_chat(plan)
+        prompt = await prepare_chat(serving.llm, plan)
         job = serving.submit(prompt, plan.params, request.state.notes)
         handle = await submitted(request, job)
         answer = ChatAnswer(serving, body, plan, prompt, handle)
@@ -207,7 +189,7 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
             return EventStream(answer.events(), handle.stop)
         return JSONResponse(await answered(request, answer.whole(), handle.stop))
 
-    @api.post("/v1/completions", responses=_ERROR_RESPONSES)
+    @api.post("/v1/completions", responses=ERROR_RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with texts."""
         serving.assert_serves(body.model)
@@ -220,13 +202,13 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
             return EventStream(answer.events(), answer.stop)
         return JSONResponse(await answered(request, answer.whole(), answer.stop))
 
-    @api.post("/tokenize", responses=_ERROR_RESPONSES)
+    @api.post("/tokenize", responses=ERROR_RESPONSES)
     async def to_tokens(body: TokenizeBody) -> JSONResponse:
         """Cut a text or a conversation into tokens."""
         serving.assert_serves(body.model)
         return JSONResponse(await tokenize(serving, body))
 
-    @api.post("/detokenize", responses=_ERROR_RESPONSES)
+    @api.post("/detokenize", responses=ERROR_RESPONSES)
     async def to_text(body: DetokenizeBody) -> JSONResponse:
         """Put tokens together again."""
         serving.assert_serves(body.model)
@@ -236,13 +218,13 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
 def _add_responses(api: FastAPI, serving: ServingContext) -> None:
     store = ResponseStore()
 
-    @api.post("/v1/responses", responses=_ERROR_RESPONSES)
+    @api.post("/v1/responses", responses=ERROR_RESPONSES)
     async def create(body: ResponsesBody, request: Request) -> Response:
         """Answer items."""
         serving.assert_serves(body.model)
         items = conversation(body, store)
         plan = plan_response(body, items, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
-        prompt = await serving.prepare_chat(plan)
+        prompt = await prepare_chat(serving.llm, plan)
         job = serving.submit(prompt, plan.params, request.state.notes)
         handle = await submitted(request, job)
         answer = ResponseAnswer(serving, body, plan, items, handle, store)
@@ -250,68 +232,13 @@ def _add_responses(api: FastAPI, serving: ServingContext) -> None:
             return EventStream(answer.events(), handle.stop)
         return JSONResponse(await answered(request, answer.whole(), handle.stop))
 
-    @api.get("/v1/responses/{response_id}", responses=_ERROR_RESPONSES)
+    @api.get("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
     async def retrieve(response_id: str) -> JSONResponse:
         """A response that is stored."""
         return JSONResponse(store.get(response_id, "response_id").body)
 
-    @api.delete("/v1/responses/{response_id}", responses=_ERROR_RESPONSES)
+    @api.delete("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
     async def delete(response_id: str) -> JSONResponse:
         """Forget a response."""
         store.delete(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
-
-
-def _add_errors(api: FastAPI) -> None:
-    @api.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
-        return _answer(_validation_error(error))
-
-    @api.exception_handler(APIError)
-    @api.exception_handler(Nemotron3Error)
-    async def api_error(_: Request, error: Exception) -> Response:
-        found = to_api_error(error)
-        if found is None:
-            raise error
-        return _answer(found)
-
-    @api.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        # The middleware, outside of the framework, sees the error too and logs it.
-        del error
-        return _answer(internal_error(request.state.request_id))
-
-    @api.exception_handler(HTTPException)
-    async def no_such_thing(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path}"
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        headers = dict(error.headers or {})
-        return _answer(
-            APIError(error.status_code, f"{where}: {error.detail}", code=code, headers=headers)
-        )
-
-
-def _answer(api_error: APIError) -> Response:
-    return JSONResponse(api_error.body(), api_error.status, headers=dict(api_error.headers))
-
-
-def _validation_error(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong with a body, in a sentence that names it."""
-    found = cast(Mapping[str, Any], error.errors()[0])
-    place = [str(part) for part in found["loc"][1:] if not _IS_BRANCH.fullmatch(str(part))]
-    param = ".".join(place) or None
-    given = found.get("input")
-    match found["type"]:
-        case "extra_forbidden":
-            message = f"{param} is unknown here; check its spelling, or leave it out"
-        case "missing":
-            message = f"{param or 'the body'} is missing; it is required"
-        case "unsupported":
-            context: Mapping[str, Any] = found["ctx"]
-            param = ".".join([*place, context["param"]])
-            message = f"{param} is not supported; {context['remedy']}"
-        case _:
-            shown = repr(given) if len(repr(given)) < 100 else f"of type {type(given).__name__}"
-            said = str(found["msg"])
-            message = f"{param or 'the body'} is {shown}: {said[:1].lower()}{said[1:]}"
-    return invalid_request(message, param)

@@ -1,15 +1,40 @@
 """/tokenize and /detokenize, in vLLM's shapes."""
 
 import asyncio
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from nemotron3.server.bodies import SamplingBody
-from nemotron3.server.completion_bodies import DetokenizeBody, TokenizeBody
-from nemotron3.server.errors import invalid_request
-from nemotron3.server.length import assert_not_hopeless, texts_in
-from nemotron3.server.logprobs import token_text
-from nemotron3.server.sampling import resolve_thinking
-from nemotron3.server.serving import ServingContext
+from nemotron3.server.generation.logprobs import token_text
+from nemotron3.server.generation.prompts import assert_not_hopeless, texts_in
+from nemotron3.server.generation.sampling import SamplingBody
+from nemotron3.server.generation.serving import ServingContext
+from nemotron3.server.generation.thinking import ChatTemplateKwargs, resolve_thinking
+from nemotron3.server.http.bodies import Body, Unsupported
+from nemotron3.server.http.errors import invalid_request
+
+
+class TokenizeBody(Body):
+    """A text, or a conversation as the chat template writes it, to cut into tokens."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "add_special_tokens": Unsupported("a text is taken as it stands", (False,)),
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """Token ids to put together again."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 async def tokenize(serving: ServingContext, body: TokenizeBody) -> dict[str, Any]:

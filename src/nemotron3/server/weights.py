@@ -6,7 +6,6 @@ which wants an API key, and read model directories below that folder alone.
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -14,8 +13,9 @@ from fastapi.responses import JSONResponse
 from nemotron3.errors import CheckpointError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.weights import RunningRequests
-from nemotron3.server.bodies import Body
-from nemotron3.server.errors import APIError, invalid_request, rename_params
+from nemotron3.server.http.bodies import Body
+from nemotron3.server.http.error_handlers import ERROR_RESPONSES
+from nemotron3.server.http.errors import APIError, invalid_request, rename_params
 
 log = logging.getLogger("nemotron3.server")
 
@@ -29,12 +29,10 @@ class UpdateWeightsBody(Body):
     running: RunningRequests = "recompute"
 
 
-def add_weights(
-    api: FastAPI, llm: AsyncLLM, folder: Path, responses: dict[int | str, dict[str, Any]]
-) -> None:
+def add_weights(api: FastAPI, llm: AsyncLLM, folder: Path) -> None:
     """Add the addresses that replace weights, and hold generation meanwhile."""
 
-    @api.post("/update_weights", responses=responses)
+    @api.post("/update_weights", responses=ERROR_RESPONSES)
     async def update_weights(body: UpdateWeightsBody) -> JSONResponse:
         """Put the weights of a model directory into the model that is served."""
         path = directory_below(folder, body.model_path)
@@ -48,24 +46,24 @@ def add_weights(
         log.info("weights of version %d, from %s", version, path)
         return JSONResponse({"weight_version": version})
 
-    @api.get("/weight_version", responses=responses)
+    @api.get("/weight_version", responses=ERROR_RESPONSES)
     async def weight_version() -> JSONResponse:
         """Version of the weights that the next token is sampled with."""
         return JSONResponse({"weight_version": llm.weight_version})
 
-    @api.post("/pause", responses=responses)
+    @api.post("/pause", responses=ERROR_RESPONSES)
     async def pause() -> JSONResponse:
         """Let all requests stand where they are."""
         await llm.pause_generation()
         return JSONResponse({"is_paused": llm.is_paused})
 
-    @api.post("/resume", responses=responses)
+    @api.post("/resume", responses=ERROR_RESPONSES)
     async def resume() -> JSONResponse:
         """Let them go on."""
         await llm.resume_generation()
         return JSONResponse({"is_paused": llm.is_paused})
 
-    @api.get("/is_paused", responses=responses)
+    @api.get("/is_paused", responses=ERROR_RESPONSES)
     async def is_paused() -> JSONResponse:
         """Whether requests wait for /resume."""
         return JSONResponse({"is_paused": llm.is_paused})

@@ -1,0 +1,176 @@
+"""What chats, completions and responses have in common: from a plan to the engine and back."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, MutableMapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron3.inference.async_llm import AsyncLLM, Stream
+from nemotron3.inference.output_processor import AnswerDelta, Prompt, RequestOutput
+from nemotron3.inference.requests import FailureKind, FinishReason, SamplingParams
+from nemotron3.server.generation.usage import Usage
+from nemotron3.server.http.errors import APIError, rename_params
+from nemotron3.server.http.metrics import ServerMetrics
+
+Notes = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingContext:
+    """The engine and what is counted beside it."""
+
+    llm: AsyncLLM
+    metrics: ServerMetrics
+    model_name: str
+    defaults: Mapping[str, Any]
+    """Of `SamplingParams`, for what a request leaves out."""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def assert_serves(self, model: str | None) -> None:
+        """Refuse a model that is not here."""
+        if model is not None and model != self.model_name:
+            raise APIError(
+                404,
+                f"model is {model!r}; this server has {self.model_name!r}",
+                "model",
+                "model_not_found",
+            )
+
+    async def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "RequestHandle":
+        """Hand a request to the engine; raises where it is full or the request is wrong.
+
+        A grammar is compiled beside the event loop, and an answer without a length has that of the
+        model's directory. `notes` become part of the log's record of the HTTP request.
+        """
+        params = self.llm.with_default_length(prompt, params)
+        grammar = None
+        wanted = params.structured
+        if wanted is not None:
+            source = wanted.source or wanted.kind
+            with rename_params({wanted.kind: source, "": source}):
+                grammar = await self.llm.compile_grammar(prompt, params)
+        stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, grammar=grammar)
+        size = len(prompt.ids)
+        notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
+        return RequestHandle(stream, self.metrics, notes, num_prompt_tokens=size)
+
+    async def submit_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams, notes: Notes
+    ) -> "list[RequestHandle]":
+        """Hand several requests to the engine: all, or none where one is refused."""
+        handles: list[RequestHandle] = []
+        try:
+            for prompt in prompts:
+                handles.append(await self.submit(prompt, params, notes))
+        except BaseException:
+            for handle in handles:
+                await handle.stop()
+            raise
+        return handles
+
+
+class RequestHandle:
+    """One request in the engine: its answers piece by piece, then as a whole."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        metrics: ServerMetrics,
+        notes: Notes,
+        *,
+        num_prompt_tokens: int,
+    ) -> None:
+        self._stream = stream
+        self._metrics = metrics
+        self._notes = notes
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_tokens = 0
+        self._reasoning: dict[int, int] = {}  # tokens of it in each answer
+
+    def usage_so_far(self) -> Usage:
+        """What the pieces that have been taken cost; drafts are counted at the end."""
+        return Usage(
+            prompt=self.num_prompt_tokens,
+            completion=self.num_tokens,
+            cached=self._stream.num_cached_tokens,
+            reasoning=sum(self._reasoning.values()),
+        )
+
+    async def deltas(self) -> AsyncGenerator[AnswerDelta, None]:
+        """What comes; an answer that failed raises, and leaving early stops the engine's work."""
+        started = time.perf_counter()
+        first: float | None = None
+        async with aclosing(self._stream) as stream:
+            async for delta in stream:
+                if first is None and delta.token_ids:
+                    first = time.perf_counter()
+                self._count(len(delta.token_ids))
+                self._reasoning[delta.index] = delta.num_reasoning_tokens
+                self._assert_sound(delta)
+                yield delta
+        if first is not None:
+            total_s = time.perf_counter() - started
+            self._metrics.count_answer(first - started, total_s, self.num_tokens)
+
+    def _assert_sound(self, delta: AnswerDelta) -> None:
+        """Raise what a client is told of an answer that did not come to its end."""
+        if delta.finish_reason is FinishReason.ERROR:
+            # A grammar that cannot be held to the end is the client's to change; nothing else is.
+            is_theirs = delta.failure is FailureKind.GRAMMAR
+            status, code = (400, "invalid_form") if is_theirs else (500, "engine_error")
+            raise APIError(status, f"the answer failed: {delta.error}", code=code)
+        if delta.finish_reason is FinishReason.ABORT:
+            raise APIError(
+                503,
+                "the server is shutting down and the answer was not finished; ask again when it "
+                "is back",
+                code="aborted",
+                headers={"Retry-After": "5"},
+            )
+
+    def _count(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        self._notes["completion_tokens"] = self._notes.get("completion_tokens", 0) + num_tokens
+
+    async def whole(self) -> RequestOutput:
+        """Wait for the end."""
+        async with aclosing(self.deltas()) as deltas:
+            async for _ in deltas:
+                pass
+        return self.output()
+
+    def output(self) -> RequestOutput:
+        """The whole, once everything came."""
+        return self._stream.output()
+
+    async def stop(self) -> None:
+        """Give the request up."""
+        await self._stream.aclose()
+
+
+def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
+    """`finish_reason` as OpenAI names it, from how it ended and the calls' arguments.
+
+    The arguments of a call that was cut off are no whole JSON: it is none to run, and the answer
+    does not end with `tool_calls`.
+    """
+    if reason is FinishReason.STOP and arguments and all(map(is_whole_json, arguments)):
+        return "tool_calls"
+    return "length" if reason is FinishReason.LENGTH else "stop"
+
+
+def is_whole_json(text: str) -> bool:
+    """Whether a call's arguments are whole, as a client finds out too."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def new_id(kind: str) -> str:
+    """An id that no other thing has, with the prefix that clients know its kind by."""
+    return f"{kind}_{uuid.uuid4().hex}"

@@ -1,0 +1,47 @@
+"""Pages of other origins that may use the server from a browser (CORS).
+
+None by default: a browser then keeps every page but the server's own from it. The answer to a
+browser's question beforehand (`OPTIONS`) is given outside the middleware, because that question
+comes without the key; errors pass through here too, so that a page can read why it was refused.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import cast
+
+from starlette.middleware.cors import CORSMiddleware
+
+from nemotron3.errors import ConfigError
+from nemotron3.server.http.middleware import App
+
+ANYONE = "*"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
+_NEEDLESS_PORT = re.compile(r"(http://.*:80|https://.*:443)")
+
+
+def assert_origins(origins: Sequence[str]) -> None:
+    """Refuse what no browser calls an origin: it would allow nobody."""
+    if ANYONE in origins and len(origins) > 1:
+        raise ConfigError(f"allowed_origins is {', '.join(origins)}; * allows the others as well")
+    for origin in origins:
+        is_origin = _ORIGIN.fullmatch(origin) and not _NEEDLESS_PORT.fullmatch(origin)
+        if origin != ANYONE and not is_origin:
+            raise ConfigError(
+                f"allowed_origins has {origin!r}; write an origin as browsers do, scheme and host "
+                "in lower case, a port where it is not the usual one, and no path: "
+                "https://chat.example.org, or * for every page"
+            )
+
+
+def with_cors(app: App, origins: Sequence[str]) -> App:
+    """The application for pages of these origins, too."""
+    if not origins:
+        return app
+    middleware = CORSMiddleware(
+        app,  # pyright: ignore[reportArgumentType]
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+    )
+    return cast(App, middleware)

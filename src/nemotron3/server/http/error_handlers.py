@@ -1,0 +1,88 @@
+"""Errors of the application as answers: what the framework and the package raise, in one shape."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from nemotron3.errors import Nemotron3Error
+from nemotron3.server.http.errors import APIError, internal_error, invalid_request, to_api_error
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text}
+    for status, text in {
+        400: "The request asks for what cannot be.",
+        401: "The API key is missing or wrong.",
+        404: "No such model or response.",
+        413: "The body is too large.",
+        415: "The body does not say that it is JSON.",
+        429: "The queue is full; see Retry-After.",
+        500: "The server failed at this request.",
+        501: "The server lacks a package for this.",
+        503: "The server is shutting down; see Retry-After.",
+    }.items()
+}
+
+_IS_BRANCH = re.compile(r"(str|int|float|bool|list|dict|literal)(\[.*\])?|[A-Z]\w*", re.DOTALL)
+"""What pydantic adds to the place of an error where a field may be of several types."""
+
+
+def add_error_handlers(api: FastAPI) -> None:
+    """Answer every error in OpenAI's shape."""
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
+        return _answer(_validation_error(error))
+
+    @api.exception_handler(APIError)
+    @api.exception_handler(Nemotron3Error)
+    async def api_error(_: Request, error: Exception) -> Response:
+        found = to_api_error(error)
+        if found is None:
+            raise error
+        return _answer(found)
+
+    @api.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        # The middleware, outside of the framework, sees the error too and logs it.
+        del error
+        return _answer(internal_error(request.state.request_id))
+
+    @api.exception_handler(HTTPException)
+    async def no_such_thing(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        headers = dict(error.headers or {})
+        return _answer(
+            APIError(error.status_code, f"{where}: {error.detail}", code=code, headers=headers)
+        )
+
+
+def _answer(api_error: APIError) -> Response:
+    return JSONResponse(api_error.body(), api_error.status, headers=dict(api_error.headers))
+
+
+def _validation_error(error: RequestValidationError) -> APIError:
+    """The first thing that is wrong with a body, in a sentence that names it."""
+    found = cast(Mapping[str, Any], error.errors()[0])
+    place = [str(part) for part in found["loc"][1:] if not _IS_BRANCH.fullmatch(str(part))]
+    param = ".".join(place) or None
+    given = found.get("input")
+    match found["type"]:
+        case "extra_forbidden":
+            message = f"{param} is unknown here; check its spelling, or leave it out"
+        case "missing":
+            message = f"{param or 'the body'} is missing; it is required"
+        case "unsupported":
+            context: Mapping[str, Any] = found["ctx"]
+            param = ".".join([*place, context["param"]])
+            message = f"{param} is not supported; {context['remedy']}"
+        case _:
+            shown = repr(given) if len(repr(given)) < 100 else f"of type {type(given).__name__}"
+            said = str(found["msg"])
+            message = f"{param or 'the body'} is {shown}: {said[:1].lower()}{said[1:]}"
+    return invalid_request(message, param)
