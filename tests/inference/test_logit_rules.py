@@ -70,9 +70,9 @@ def test_a_constraint_outranks_the_minimum():
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_tokens_that_do_not_exist_are_named(token):
-    with pytest.raises(ConfigError, match=rf"logit_bias names token {token}; .* 0 to 6"):
+    with pytest.raises(ConfigError, match=rf"logit_bias has token {token}; .* 0 to 6"):
         LogitRules(
             SamplingParams(logit_bias={token: 1}), prompt=(), stop_ids=frozenset(), vocab_size=VOCAB
         )
-    with pytest.raises(ConfigError, match=f"stop_token_ids names token {token}"):
+    with pytest.raises(ConfigError, match=f"stop_token_ids has token {token}"):
         LogitRules(SamplingParams(), prompt=(), stop_ids=frozenset({token}), vocab_size=VOCAB)

@@ -283,23 +283,23 @@ def test_white_space_in_json_has_an_end(compiler, tokenizer):
         ("json_schema", {"$ref": "http://127.0.0.1/schema"}, "does not fetch"),
         ("json_schema", {"allOf": [{"type": "string"}, {"type": "null"}]}, "incompatible"),
         ("json_schema", {"type": "string", "format": "poem"}, "poem"),
-        ("json_schema", "{", "no JSON"),
+        ("json_schema", "{", "not JSON"),
         ("json_schema", [1], r"give an object \({}"),
         ("json_schema", None, "give an object"),
-        ("json_schema", {"const": float("nan")}, "no JSON"),
-        ("json_schema", {"type": {1, 2}}, "no JSON"),
+        ("json_schema", {"const": float("nan")}, "not JSON"),
+        ("json_schema", {"type": {1, 2}}, "not JSON"),
         ("json_object", {"type": "object"}, "leave it out"),
         ("regex", "(((", "unclosed group"),
         ("regex", "(?=a)b", "(?i)look"),
-        ("regex", 3, "as text"),
+        ("regex", 3, "as a string"),
         ("regex", "a" * (MAX_GRAMMAR_BYTES + 1), "at most"),
-        ("choice", [], "one at least"),
-        ("choice", "yes", "list of strings"),
-        ("choice", ["a", ""], "not empty"),
-        ("choice", ["a", 1], "must be text"),
+        ("choice", [], "one or more"),
+        ("choice", "yes", "list of one or more strings"),
+        ("choice", ["a", ""], "non-empty"),
+        ("choice", ["a", 1], "non-empty string"),
         ("grammar", "start: nothing", "nothing"),
         ("grammar", 'begin: "a"', "start"),
-        ("grammar", None, "as text"),
+        ("grammar", None, "as a string"),
     ],
 )
 def test_what_cannot_be_held_is_an_error_before_anything_runs(compiler, kind, value, why):
@@ -382,7 +382,7 @@ def test_an_answer_beyond_the_limits_fails_by_itself(tokenizer, monkeypatch):
         try:
             written(one, tokenizer, length=40, salt=seed)
         except AssertionError:
-            assert "cannot be held to its form any further" in (one.error or "")
+            assert "exceeds a limit of its grammar" in (one.error or "")
             return
     pytest.fail("no answer met the limit, so nothing was tested")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from nemotron3.errors import ConfigError
 from nemotron3.inference.requests import StructuredOutput
 from nemotron3.server.chat.body import ChatBody
 from nemotron3.server.chat.plan import plan_chat
@@ -125,7 +126,7 @@ CONTRADICTIONS = {
     ),
     "two forms": (
         {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-        "structured_outputs.regex and response_format hold the answer to different forms",
+        "structured_outputs.regex and response_format ask for different outputs",
     ),
     "two forms in one": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "regex, choice"),
     "no form": ({"structured_outputs": {}}, "has nothing"),
@@ -234,7 +235,7 @@ def test_a_completion_without_tokens_is_for_echo_alone():
     assert plan_completion(CompletionBody(prompt="Hi")).max_tokens == 16
     with pytest.raises(APIError, match="max_tokens is 0"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=0))
-    with pytest.raises(APIError, match="max_tokens is -1"):
+    with pytest.raises(ConfigError, match="max_tokens is -1"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=-1))
     echoed = plan_completion(CompletionBody(prompt="Hi", echo=True, logprobs=2))
     assert (echoed.logprobs, echoed.prompt_logprobs) == (2, 2)

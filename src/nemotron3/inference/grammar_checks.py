@@ -29,7 +29,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from nemotron3.errors import BackendUnavailableError, OverloadedError
-from nemotron3.inference.grammar_library import MAX_COMPILE_S, cannot_hold
+from nemotron3.inference.grammar_library import MAX_COMPILE_S, grammar_error
 
 T = TypeVar("T")
 
@@ -116,12 +116,12 @@ class GrammarChecks:
             try:
                 return self._worker.ask((kind, text), MAX_COMPILE_S), float("inf")
             except TimeoutError:
-                why = f"to compile it takes more than {MAX_COMPILE_S:g} seconds"
-                return cannot_hold(kind, why), time.monotonic() + _TIMEOUT_KEPT_S
+                why = f"its compilation takes more than {MAX_COMPILE_S:g} seconds"
+                return grammar_error(why), time.monotonic() + _TIMEOUT_KEPT_S
             except EOFError:
                 if self._is_closed:
                     break
-        return cannot_hold(kind, "it is too deep or too large to be compiled"), float("inf")
+        return grammar_error("it is too deep or too large to be compiled"), float("inf")
 
 
 class _Worker:

@@ -22,7 +22,7 @@ import time
 from typing import Any
 
 from nemotron3.errors import ConfigError
-from nemotron3.inference.grammar_library import MAX_COMPILE_S, GrammarLibrary, cannot_hold
+from nemotron3.inference.grammar_library import MAX_COMPILE_S, GrammarLibrary, grammar_error
 
 MAX_MEMORY_BYTES = 2 * 2**30
 
@@ -51,14 +51,14 @@ def main() -> None:
 def _verdict(library: GrammarLibrary, kind: str, text: str) -> str | None:
     """What is wrong with a grammar, found on a stack of its own."""
     # A panic of the library ends the thread without a word.
-    found: list[str | None] = [cannot_hold(kind, "its compiler failed at it")]
+    found: list[str | None] = [grammar_error("the compiler of grammars failed")]
 
     def work() -> None:
         try:
             _try_out(library.compile(kind, text))
             found[0] = None
         except ConfigError as error:
-            found[0] = str(error)
+            found[0] = error.problem
 
     thread = threading.Thread(target=work)
     thread.start()

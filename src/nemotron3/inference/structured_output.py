@@ -93,14 +93,18 @@ class GrammarCompiler:
         """The constraint of one answer; a ConfigError where the form cannot be held."""
         if not stop_ids:
             raise ConfigError(
-                "structured output needs a token that ends the answer and ignore_eos leaves none; "
-                "leave out ignore_eos or give stop_token_ids"
+                "needs a token that ends the answer, and with ignore_eos there is none; leave out "
+                "ignore_eos or give stop_token_ids",
+                field=_name(structured),
             )
         key = (structured.kind, _text(structured))
         error = self.check(structured).result()
         if error is not None:
-            raise ConfigError(error)
-        matcher = self._compile(key)
+            raise ConfigError(error, field=_name(structured))
+        try:
+            matcher = self._compile(key)
+        except ConfigError as refused:
+            raise refused.renamed({structured.kind: _name(structured)}) from refused
 
         def renew() -> Any:
             return self._compile(key, worn=matcher).deep_copy()
@@ -185,7 +189,7 @@ class AnswerConstraint:
         allowed[self._stops] = self._matcher.is_accepting()
         if not allowed.any():
             raise DataError(
-                "no token can continue the answer in the form that was asked for; "
+                "no token can continue the answer under its grammar; "
                 "a grammar must not name tokens that end an answer"
             )
         if self._phase is _Phase.GLUE:
@@ -225,7 +229,7 @@ class AnswerConstraint:
             bits = self._matcher.compute_bitmask()
             if self._matcher.is_error():
                 why = message_of(self._matcher)
-                raise DataError(f"the answer cannot be held to its form any further: {why}")
+                raise DataError(f"the answer exceeds a limit of its grammar: {why}")
         return np.frombuffer(bits, dtype=np.uint8)
 
 
@@ -234,41 +238,49 @@ def _line_ends(vocabulary: Vocabulary) -> frozenset[int]:
     return frozenset(i for i in tokens if set(vocabulary.token_bytes(i)) == {ord("\n")})
 
 
+def _name(structured: StructuredOutput) -> str:
+    """What the request calls it, for errors."""
+    return structured.source or structured.kind
+
+
 def _text(structured: StructuredOutput) -> str:
     """What was asked for, as text; its first, cheap check."""
-    kind, value = structured.kind, structured.value
+    kind, value, name = structured.kind, structured.value, _name(structured)
     match kind:
         case "json_object":
             if value is not None:
-                raise ConfigError(f"json_object takes no value, {value!r} was given; leave it out")
+                raise ConfigError(f"takes no value, {value!r} was given; leave it out", field=name)
             return '{"type": "object"}'
         case "json_schema":
-            text = _schema_text(value)
+            text = _schema_text(value, name)
         case "choice":
             if not isinstance(value, list | tuple) or not value:
-                raise ConfigError(f"choice is {value!r}; give a list of strings, one at least")
+                raise ConfigError(f"is {value!r}; give a list of one or more strings", field=name)
             choices = list(cast(Sequence[Any], value))
             if not all(isinstance(choice, str) and choice for choice in choices):
-                raise ConfigError(f"choice is {choices!r}; every choice must be text, not empty")
+                raise ConfigError(
+                    f"is {choices!r}; every choice must be a non-empty string", field=name
+                )
             text = json.dumps(choices)
         case _:
             if not isinstance(value, str):
-                raise ConfigError(f"{kind} is {value!r}; give it as text")
+                raise ConfigError(f"is {value!r}; give it as a string", field=name)
             text = value
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise ConfigError(
-            f"{kind} takes {len(text.encode())} bytes; at most {MAX_GRAMMAR_BYTES} are compiled"
+            f"has {len(text.encode())} bytes; give one of at most {MAX_GRAMMAR_BYTES}",
+            field=name,
         )
     return text
 
 
-def _schema_text(schema: Any) -> str:
+def _schema_text(schema: Any, name: str) -> str:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"json_schema is no JSON ({error}); give a JSON schema") from error
+        raise ConfigError(f"is not JSON ({error}); give a JSON schema", field=name) from error
     if not isinstance(schema, dict):
-        raise ConfigError(f"json_schema is {text}; give an object ({{}} for any JSON value)")
+        raise ConfigError(f"is {text}; give an object ({{}} for any JSON value)", field=name)
     return text

@@ -115,7 +115,7 @@ def use_weight_format(model: nn.Module, weights: str) -> None:
     """Put weights of a number format, without values, where parameters may have one."""
     if weights not in FORMATS:
         raise ConfigError(
-            f"weights is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
+            f"is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
         )
     for module in list(model.modules()):
         if isinstance(module, DeclaredModule):

@@ -70,13 +70,14 @@ class ServerSettings:
         assert_origins(self.allowed_origins)
         if self.weights_folder is not None and not self.api_key:
             raise ConfigError(
-                f"weights_folder is {str(self.weights_folder)!r} and there is no API key: whoever "
-                "reaches the server could replace its model; set api_key",
-                field="api_key",
+                f"is {str(self.weights_folder)!r} and there is no API key: whoever reaches the "
+                "server could replace its model; set {other}",
+                field="weights_folder",
+                other="api_key",
             )
         if self.weights_folder is not None and not self.weights_folder.is_dir():
             raise ConfigError(
-                f"weights_folder is {str(self.weights_folder)!r}, which is no directory; make it",
+                f"is {str(self.weights_folder)!r}, which is no directory; make it",
                 field="weights_folder",
             )
         SamplingParams(reasoning_grace=self.reasoning_grace)

@@ -10,12 +10,12 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from nemotron3.errors import CheckpointError
+from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.weights import RunningRequests
 from nemotron3.server.http.bodies import Body
 from nemotron3.server.http.error_handlers import ERROR_RESPONSES
-from nemotron3.server.http.errors import APIError, invalid_request, rename_params
+from nemotron3.server.http.errors import APIError, client_names, invalid_request
 
 log = logging.getLogger("nemotron3.server")
 
@@ -37,12 +37,16 @@ def add_weights(api: FastAPI, llm: AsyncLLM, folder: Path) -> None:
         """Put the weights of a model directory into the model that is served."""
         path = directory_below(folder, body.model_path)
         try:
-            with rename_params({"version": "weight_version"}):
+            with client_names({"version": "weight_version"}):
                 version = await llm.update_weights(
                     path, version=body.weight_version, running=body.running
                 )
-        except CheckpointError as error:
-            raise invalid_request(str(error), "model_path") from error
+        except (CheckpointError, ConfigError) as error:
+            if isinstance(error, ConfigError) and error.field is not None:
+                raise
+            raise invalid_request(
+                f"model_path is {body.model_path!r}: {error}", "model_path"
+            ) from error
         log.info("weights of version %d, from %s", version, path)
         return JSONResponse({"weight_version": version})
 

@@ -6,8 +6,8 @@ import pytest
 from openai import OpenAI
 
 from tests.server import learned
+from tests.server.chat.test_chat import joined
 from tests.server.serving import MODEL, running
-from tests.server.test_chat import joined
 
 TOOL = {"type": "function", **learned.WEATHER["function"]}
 CALLS = [("weather", {"city": "Paris", "days": 2}), ("weather", {"city": "Rome"})]

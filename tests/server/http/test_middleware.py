@@ -139,7 +139,7 @@ def test_a_body_beyond_the_limit_is_refused_whether_it_says_so_or_not(middleware
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(middleware, monkeypatch):
-    monkeypatch.setattr("nemotron3.server.middleware._BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("nemotron3.server.http.middleware._BODY_TIMEOUT_S", 0.05)
     in_flight = InFlightRequests()
     done = Exchange(
         middleware(in_flight=in_flight), method="POST", headers=JSON, body=b"{", stalls=True
@@ -210,7 +210,7 @@ def test_it_is_known_when_no_request_is_in_flight():
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (ConfigError("top_p is 3; it must be at most 1"), 400, "top_p is 3"),
+        (ConfigError("is 3; it must be at most 1", field="top_p"), 400, "top_p is 3"),
         (OverloadedError("8 wait; try again later"), 429, "8 wait"),
         (RuntimeError("secret place"), 500, "its log says why"),
     ],

@@ -69,6 +69,17 @@ def test_what_cannot_be_read_is_named(item, where):
         messages_of([item], None)
 
 
+def test_an_item_of_the_previous_response_is_none_of_the_input():
+    cut = CALL | {"arguments": '{"a": "b'}
+    said = r"previous_response_id: that conversation cannot be continued; items\[1\]\.arguments"
+    with pytest.raises(DataError, match=said) as caught:
+        messages_of([asked("Hi"), cut, asked("x")], None, num_stored=2)
+    assert caught.value.field == "previous_response_id"
+    with pytest.raises(DataError) as caught:
+        messages_of([asked("Hi"), asked("x"), cut], None, num_stored=2)
+    assert caught.value.field == "input[0].arguments"
+
+
 def test_the_store_forgets_the_oldest():
     store = ResponseStore(max_responses=2)
     for name in ("a", "b"):

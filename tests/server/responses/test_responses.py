@@ -5,8 +5,8 @@ import json
 import pytest
 from openai import APIError, BadRequestError, NotFoundError
 
+from tests.server.chat.test_chat import WEATHER
 from tests.server.serving import MODEL, running, write_model
-from tests.server.test_chat import WEATHER
 
 TOOL = {"type": "function", **WEATHER["function"]}
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nemotron3.inference.requests import StructuredOutput
 from nemotron3.server.chat.body import ChatBody, NamedTool
 from nemotron3.server.generation.prompts import ChatPlan
 from nemotron3.server.generation.sampling import NO_DEFAULTS, one_of, sampling_params
@@ -11,7 +12,7 @@ from nemotron3.server.generation.structured_output import (
     select_structured_output,
     structured_output,
 )
-from nemotron3.server.generation.thinking import budget_name, resolve_thinking
+from nemotron3.server.generation.thinking import resolve_thinking
 from nemotron3.server.generation.tool_choice import ending_with_call, tool_use
 from nemotron3.server.http.errors import invalid_request
 
@@ -19,52 +20,46 @@ from nemotron3.server.http.errors import invalid_request
 def plan_chat(
     body: ChatBody, tool_call_end: int, defaults: Mapping[str, Any] = NO_DEFAULTS
 ) -> ChatPlan:
-    """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
+    """What the body asks for; the model's defaults hold where it says nothing."""
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     word = None if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     tools = tool_use(body.tools, word, named=named, is_parallel=body.parallel_tool_calls)
     thinking = resolve_thinking(body, body.chat_template_kwargs, body.reasoning_effort)
-    said = {
-        "add_generation_prompt": body.add_generation_prompt,
-        "continue_final_message": body.continue_final_message,
-    }
-    limits = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
-    limit = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
+    limit, max_tokens = one_of(
+        {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
+    )
+    names = {**thinking.names, "max_tokens": limit, "logprobs": "top_logprobs"}
+    structured = select_structured_output(
+        tools, structured_output(body.structured_outputs), _response_format(body)
+    )
     params = sampling_params(
         body,
         defaults,
-        names={
-            "max_tokens": limit,
-            "logprobs": "top_logprobs",
-            "reasoning_budget": budget_name(body, body.chat_template_kwargs),
-        },
+        names=names,
         n=body.n,
-        max_tokens=one_of(limits),
+        max_tokens=max_tokens,
         logprobs=_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
         reasoning_budget=thinking.budget,
-        structured=select_structured_output(
-            tools,
-            structured_output(body.structured_outputs),
-            _response_format(body),
-        ),
+        structured=structured,
     )
     _assert_stream_options(body)
+    ends = {
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": body.continue_final_message,
+    }
+    said = {name: value for name, value in ends.items() if value is not None}
     return ChatPlan(
         messages=body.messages,
         tools=tools.listed,
-        options=thinking.template_options() | {k: v for k, v in said.items() if v is not None},
+        options={**thinking.template_options, **said},
         params=ending_with_call(params, tools, tool_call_end),
         is_single_call=tools.is_single,
-        max_tokens_name=limit,
-        names={
-            "effort": "reasoning_effort",
-            "budget_hint": "chat_template_kwargs.budget_hint",
-        },
+        names=names,
     )
 
 
-def _response_format(body: ChatBody) -> Any:
+def _response_format(body: ChatBody) -> StructuredOutput | None:
     wanted = body.response_format
     if wanted is None:
         return None
@@ -86,7 +81,8 @@ def _assert_stream_options(body: ChatBody) -> None:
         raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
     if options is not None and options.continuous_usage_stats and not options.include_usage:
         raise invalid_request(
-            "stream_options.continuous_usage_stats needs include_usage: true", "stream_options"
+            "stream_options.continuous_usage_stats needs include_usage: true",
+            "stream_options.continuous_usage_stats",
         )
     if body.stream and body.prompt_logprobs is not None:
         raise invalid_request(

@@ -14,7 +14,7 @@ from nemotron3.server.generation.prompts import assert_fits, prepare_text
 from nemotron3.server.generation.sampling import NO_DEFAULTS, sampling_params
 from nemotron3.server.generation.serving import ServingContext
 from nemotron3.server.generation.structured_output import structured_output
-from nemotron3.server.generation.thinking import budget_name, reasoning_budget
+from nemotron3.server.generation.thinking import reasoning_budget
 from nemotron3.server.http.errors import invalid_request
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -23,7 +23,7 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def plan_completion(
     body: CompletionBody, defaults: Mapping[str, Any] = NO_DEFAULTS
 ) -> SamplingParams:
-    """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
+    """What the body asks for; the model's defaults hold where it says nothing."""
     if body.stream_options is not None and not body.stream:
         raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
     if body.stream and (body.echo or body.prompt_logprobs is not None):
@@ -35,15 +35,16 @@ def plan_completion(
             "max_tokens is 0; ask for at least one token, or for echo", "max_tokens"
         )
     echoed = body.logprobs if body.echo else None
+    budget_name, budget = reasoning_budget(body)
     return sampling_params(
         body,
         defaults,
-        names={"reasoning_budget": budget_name(body, None)},
+        names={"reasoning_budget": budget_name},
         n=body.n,
         max_tokens=max(most, 1) if most >= 0 else most,
         logprobs=body.logprobs,
         prompt_logprobs=echoed if body.prompt_logprobs is None else body.prompt_logprobs,
-        reasoning_budget=reasoning_budget(body, None),
+        reasoning_budget=budget,
         structured=structured_output(body.structured_outputs),
     )
 

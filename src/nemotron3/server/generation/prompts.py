@@ -8,28 +8,25 @@ from typing import Any, cast
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.requests import SamplingParams
-from nemotron3.server.http.errors import APIError, invalid_request, rename_params
+from nemotron3.server.http.errors import APIError, client_names, invalid_request
 from nemotron3.text import Tool
 
 _MAX_BYTES_PER_TOKEN = 256
-"""No entry of a vocabulary stands for more text, but for runs of blanks and signs."""
+"""Entries of a vocabulary stand for less text, other than runs of spaces and signs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPlan:
-    """Messages and tools for the template, parameters for the engine."""
+    """What a conversation asks for, at any endpoint: messages, tools, and sampling parameters."""
 
     messages: Sequence[Any]
     options: Mapping[str, Any]
-    """Keyword arguments of `prepare_chat`."""
+    """Keyword arguments of `AsyncLLM.prepare_chat`."""
     params: SamplingParams
     tools: tuple[Tool, ...] = ()
     is_single_call: bool = False
-    source: str = "messages"
-    """The field that holds the conversation, for errors."""
-    max_tokens_name: str = "max_completion_tokens"
     names: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What the request calls the options of `prepare_chat`, where that is something else."""
+    """The request's names for fields that the package calls otherwise, for errors."""
 
 
 async def prepare_chat(llm: AsyncLLM, plan: ChatPlan) -> Prompt:
@@ -37,17 +34,29 @@ async def prepare_chat(llm: AsyncLLM, plan: ChatPlan) -> Prompt:
 
     A long one takes its time, so this happens in a thread and not on the event loop.
     """
-    limit = llm.max_model_len
+    where = plan.names.get("messages", "messages")
     if not plan.messages:
-        raise invalid_request(f"{plan.source} is empty; say something", plan.source)
-    assert_not_hopeless(texts_in(plan.messages), limit, plan.source)
-    with rename_params(plan.names):
-        prompt = await asyncio.to_thread(
-            llm.prepare_chat, plan.messages, tools=plan.tools or None, **plan.options
-        )
-    most = plan.params.max_tokens
-    assert_fits(len(prompt.ids), most, limit, plan.source, plan.max_tokens_name)
+        raise invalid_request(f"{where} is empty; say something", where)
+    prompt = await render_chat(
+        llm, plan.messages, tools=plan.tools or None, options=plan.options, names=plan.names
+    )
+    limit = plan.names.get("max_tokens", "max_tokens")
+    assert_fits(len(prompt.ids), plan.params.max_tokens, llm.max_model_len, where, limit)
     return prompt
+
+
+async def render_chat(
+    llm: AsyncLLM,
+    messages: Sequence[Any],
+    *,
+    tools: Sequence[Any] | None,
+    options: Mapping[str, Any],
+    names: Mapping[str, str],
+) -> Prompt:
+    """The prompt of a conversation, of whatever length that is not hopeless."""
+    assert_not_hopeless(texts_in(messages), llm.max_model_len, names.get("messages", "messages"))
+    with client_names(names):
+        return await asyncio.to_thread(llm.prepare_chat, messages, tools=tools, **options)
 
 
 async def prepare_text(llm: AsyncLLM, text: str) -> Prompt:
@@ -57,14 +66,14 @@ async def prepare_text(llm: AsyncLLM, text: str) -> Prompt:
 
 
 def assert_not_hopeless(texts: Iterable[str], max_model_len: int, where: str) -> None:
-    """Refuse what cannot fit whatever its tokens are, without the time to cut it into tokens."""
+    """Refuse texts that cannot fit whatever their tokens are, without cutting them into tokens."""
     characters = sum(len(text) for text in texts)
     if characters > _MAX_BYTES_PER_TOKEN * max_model_len:
         raise _too_long(f"{where} has {characters:,} characters", max_model_len, where)
 
 
 def assert_fits(
-    num_tokens: int, max_tokens: int | None, max_model_len: int, where: str, max_tokens_name: str
+    num_tokens: int, max_tokens: int | None, max_model_len: int, where: str, limit: str
 ) -> None:
     """Refuse a prompt that leaves no room, and a limit of the answer beyond the context."""
     if num_tokens == 0:
@@ -73,10 +82,10 @@ def assert_fits(
         raise _too_long(f"{where} has {num_tokens:,} tokens", max_model_len, where)
     if max_tokens is not None and num_tokens + max_tokens > max_model_len:
         raise invalid_request(
-            f"{max_tokens_name} is {max_tokens:,} and {where} has {num_tokens:,} tokens: together "
+            f"{limit} is {max_tokens:,} and {where} has {num_tokens:,} tokens: together "
             f"more than the context of {max_model_len:,}; ask for at most "
             f"{max_model_len - num_tokens:,}",
-            max_tokens_name,
+            limit,
             "context_length_exceeded",
         )
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.server.generation.structured_output import StructuredOutputsBody
 from nemotron3.server.http.bodies import Body, Unsupported
-from nemotron3.server.http.errors import invalid_request, rename_params
+from nemotron3.server.http.errors import client_names, invalid_request
 
 _SAME_NAME = (
     "temperature",
@@ -121,7 +121,7 @@ def sampling_params(
         given["logit_bias"] = _logit_bias(body.logit_bias)
     given |= others
     said = {name: value for name, value in given.items() if value is not None}
-    with rename_params(names):
+    with client_names(names):
         return SamplingParams(**{**defaults, **said})
 
 
@@ -132,13 +132,14 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     return {int(token): float(value) for token, value in bias.items()}
 
 
-def one_of(spellings: Mapping[str, Any]) -> Any:
-    """The value under several names for one thing, which must agree where more than one is set."""
+def one_of(spellings: Mapping[str, Any]) -> tuple[str, Any]:
+    """The value of a setting that has several names, and the name that the request uses.
+
+    Names that are given must agree; where none is, it is the first with None.
+    """
     said = {name: value for name, value in spellings.items() if value is not None}
-    values = list(said.values())
-    if any(value != values[0] for value in values):
-        listed = ", ".join(f"{name} = {value!r}" for name, value in said.items())
-        raise invalid_request(
-            f"{listed}: these name one setting; give one of them", next(iter(said))
-        )
-    return values[0] if values else None
+    name, value = next(iter(said.items()), (next(iter(spellings)), None))
+    if any(each != value for each in said.values()):
+        listed = ", ".join(f"{each} = {said[each]!r}" for each in said)
+        raise invalid_request(f"{listed}: these name one setting; give one of them", name)
+    return name, value

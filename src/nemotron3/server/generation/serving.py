@@ -12,7 +12,7 @@ from nemotron3.inference.async_llm import AsyncLLM, Stream
 from nemotron3.inference.output_processor import AnswerDelta, Prompt, RequestOutput
 from nemotron3.inference.requests import FailureKind, FinishReason, SamplingParams
 from nemotron3.server.generation.usage import Usage
-from nemotron3.server.http.errors import APIError, rename_params
+from nemotron3.server.http.errors import APIError, invalid_request
 from nemotron3.server.http.metrics import ServerMetrics
 
 Notes = MutableMapping[str, Any]
@@ -46,16 +46,18 @@ class ServingContext:
         model's directory. `notes` become part of the log's record of the HTTP request.
         """
         params = self.llm.with_default_length(prompt, params)
-        grammar = None
         wanted = params.structured
-        if wanted is not None:
-            source = wanted.source or wanted.kind
-            with rename_params({wanted.kind: source, "": source}):
-                grammar = await self.llm.compile_grammar(prompt, params)
+        grammar = await self.llm.compile_grammar(prompt, params)
         stream = self.llm.submit(prompt, params, request_id=uuid.uuid4().hex, grammar=grammar)
         size = len(prompt.ids)
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + size
-        return RequestHandle(stream, self.metrics, notes, num_prompt_tokens=size)
+        return RequestHandle(
+            stream,
+            self.metrics,
+            notes,
+            num_prompt_tokens=size,
+            grammar_source=None if wanted is None else wanted.source,
+        )
 
     async def submit_all(
         self, prompts: Sequence[Prompt], params: SamplingParams, notes: Notes
@@ -82,11 +84,14 @@ class RequestHandle:
         notes: Notes,
         *,
         num_prompt_tokens: int,
+        grammar_source: str | None,
     ) -> None:
+        """`grammar_source` is the field that asks for structured output, for errors."""
         self._stream = stream
         self._metrics = metrics
         self._notes = notes
         self.num_prompt_tokens = num_prompt_tokens
+        self._grammar_source = grammar_source
         self.num_tokens = 0
         self._reasoning: dict[int, int] = {}  # tokens of it in each answer
 
@@ -116,12 +121,14 @@ class RequestHandle:
             self._metrics.count_answer(first - started, total_s, self.num_tokens)
 
     def _assert_sound(self, delta: AnswerDelta) -> None:
-        """Raise what a client is told of an answer that did not come to its end."""
+        """Raise for an answer that failed or was aborted; only a grammar is the client's fault."""
         if delta.finish_reason is FinishReason.ERROR:
-            # A grammar that cannot be held to the end is the client's to change; nothing else is.
-            is_theirs = delta.failure is FailureKind.GRAMMAR
-            status, code = (400, "invalid_form") if is_theirs else (500, "engine_error")
-            raise APIError(status, f"the answer failed: {delta.error}", code=code)
+            if delta.failure is FailureKind.GRAMMAR:
+                raise invalid_request(
+                    f"{self._grammar_source} could not be followed to the end: {delta.error}",
+                    self._grammar_source,
+                )
+            raise APIError(500, f"the answer failed: {delta.error}", code="engine_error")
         if delta.finish_reason is FinishReason.ABORT:
             raise APIError(
                 503,

@@ -12,7 +12,7 @@ from nemotron3.server.http.errors import invalid_request
 
 
 class StructuredOutputsBody(Body):
-    """vLLM's `structured_outputs`: one of these."""
+    """vLLM's `structured_outputs`: exactly one of these fields is given."""
 
     # A field called `json` would hide a method of the class above.
     json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
@@ -33,7 +33,7 @@ class StructuredOutputsBody(Body):
 
 
 def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | None:
-    """The one form that vLLM's `structured_outputs` names."""
+    """The one output that vLLM's `structured_outputs` asks for."""
     if body is None:
         return None
     said: dict[GrammarKind, Any] = {
@@ -62,17 +62,17 @@ def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | 
 def select_structured_output(
     tools: ToolUse, *outputs: StructuredOutput | None
 ) -> StructuredOutput | None:
-    """The one structured output that is asked for, from whatever fields ask for one."""
+    """The one structured output that a request asks for, in whichever of its fields."""
     given = [output for output in outputs if output is not None]
     if not given:
         return tools.structured
     wanted, name = given[0], given[0].source
     if any(output != wanted for output in given):
         names = " and ".join(str(output.source) for output in given)
-        raise invalid_request(f"{names} hold the answer to different forms; give one of them", name)
+        raise invalid_request(f"{names} ask for different outputs; give one of them", name)
     if tools.listed:
         raise invalid_request(
-            f"{name} holds the answer to a form in which no tool could be called; send "
+            f"{name} says what the whole answer is, so no tool could be called; send "
             f"tool_choice: 'none', or leave one of them out",
             name,
         )
@@ -82,7 +82,7 @@ def select_structured_output(
 def json_structured_output(
     kind: str, schema: Mapping[str, Any] | None, where: str
 ) -> StructuredOutput | None:
-    """OpenAI's `text`, `json_object` and `json_schema`."""
+    """The structured output of OpenAI's types `text`, `json_object` and `json_schema`."""
     if kind == "text":
         return None
     if kind == "json_object":

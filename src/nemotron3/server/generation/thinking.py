@@ -1,12 +1,12 @@
 """What a request says of reasoning: whether, how hard, and for how many tokens the model thinks.
 
-A budget of reasoning has three names: `reasoning_budget` (NVIDIA's), `thinking_token_budget`
-(vLLM's), and the first inside `chat_template_kwargs`. They are one setting; two that differ are an
-error, because whichever won, somebody would not get what they wrote.
+A reasoning budget has three names: `reasoning_budget` (NVIDIA's), `thinking_token_budget` (vLLM's),
+and either of them inside `chat_template_kwargs`. They are one setting. Two of them that differ are
+an error, because whichever was taken, the client would not get what the other one says.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from nemotron3.server.generation.sampling import SamplingBody, one_of
@@ -14,11 +14,10 @@ from nemotron3.server.http.bodies import Body, Unsupported
 from nemotron3.server.http.errors import invalid_request
 
 Effort = Literal["none", "low", "medium", "high"]
-_BUDGET = "reasoning_budget"
 
 
 class ChatTemplateKwargs(Body):
-    """What the chat template of the family takes; the rest are other spellings of the budget."""
+    """Arguments of the family's chat template, and the reasoning budget by its two names."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "thinking": Unsupported("say `enable_thinking`"),
@@ -36,22 +35,24 @@ class ChatTemplateKwargs(Body):
     force_nonempty_content: bool | None = None
 
 
-def reasoning_budget(body: SamplingBody, template: ChatTemplateKwargs | None) -> int | None:
-    """The one budget that a request states, in whichever spelling."""
-    return one_of(_budget_spellings(body, template))
+@dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """What a request says of reasoning, by whichever fields."""
+
+    template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keyword arguments of `AsyncLLM.prepare_chat`."""
+    budget: int | None = None
+    """Most tokens of reasoning; None for no limit."""
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The request's names for the budget and for the options, where they differ."""
 
 
-def budget_name(body: SamplingBody, template: ChatTemplateKwargs | None) -> str:
-    """What the request calls it."""
-    spellings = _budget_spellings(body, template)
-    return next((name for name, value in spellings.items() if value is not None), _BUDGET)
-
-
-def _budget_spellings(
-    body: SamplingBody, template: ChatTemplateKwargs | None
-) -> dict[str, int | None]:
+def reasoning_budget(
+    body: SamplingBody, template: ChatTemplateKwargs | None = None
+) -> tuple[str, int | None]:
+    """The reasoning budget of a request, and the name of the field that says it."""
     spellings = {
-        _BUDGET: body.reasoning_budget,
+        "reasoning_budget": body.reasoning_budget,
         "thinking_token_budget": body.thinking_token_budget,
     }
     if template is not None:
@@ -59,70 +60,50 @@ def _budget_spellings(
             "chat_template_kwargs.reasoning_budget": template.reasoning_budget,
             "chat_template_kwargs.thinking_token_budget": template.thinking_token_budget,
         }
-    return spellings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thinking:
-    """What a request says of reasoning, whatever words it used; None is the template's default."""
-
-    is_enabled: bool | None = None
-    keeps_history: bool | None = None
-    effort: str | None = None
-    budget: int | None = None
-    budget_hint: int | None = None
-    forces_content: bool = False
-
-    def template_options(self) -> dict[str, Any]:
-        """Keyword arguments of `prepare_chat`."""
-        options = {
-            "enable_thinking": self.is_enabled,
-            "truncate_history_thinking": None
-            if self.keeps_history is None
-            else not self.keeps_history,
-            "effort": self.effort,
-            "budget_hint": self.budget_hint,
-            "force_nonempty_content": self.forces_content or None,
-        }
-        return {name: value for name, value in options.items() if value is not None}
+    return one_of(spellings)
 
 
 def resolve_thinking(
-    body: SamplingBody, template: ChatTemplateKwargs | None, effort: str | None
+    body: SamplingBody,
+    template: ChatTemplateKwargs | None,
+    effort: str | None = None,
+    *,
+    effort_field: str = "reasoning_effort",
 ) -> Thinking:
-    """Join `reasoning_effort`, `chat_template_kwargs` and the budget into one thing.
+    """Join the reasoning effort, `chat_template_kwargs` and the budget.
 
-    `none` is a closed `<think></think>`; `high` is how the models think without being told; `low`
-    and `medium` are the hints that Super and Ultra were trained with, and an error elsewhere.
+    The effort `none` is a closed `<think></think>`; `high` is how the models think unless told
+    otherwise; `low` and `medium` are hints that Super and Ultra were trained with, and an error for
+    other models. `effort_field` is the endpoint's name for `effort`.
     """
-    thinking = Thinking(budget=reasoning_budget(body, template))
-    said: dict[str, str | None] = {"reasoning_effort": effort}
-    if template is not None:
-        if template.low_effort:
-            said["chat_template_kwargs.low_effort"] = "low"
-        if template.medium_effort:
-            said["chat_template_kwargs.medium_effort"] = "medium"
-        keeps = template.truncate_history_thinking
-        thinking = replace(
-            thinking,
-            is_enabled=template.enable_thinking,
-            keeps_history=None if keeps is None else not keeps,
-            budget_hint=template.budget_hint,
-            forces_content=bool(template.force_nonempty_content),
-        )
-    chosen = one_of(said)
-    if chosen == "none":
-        if thinking.is_enabled:
-            raise invalid_request(
-                "reasoning_effort is 'none' and chat_template_kwargs.enable_thinking is true; "
-                "leave one out",
-                "reasoning_effort",
-            )
-        return replace(thinking, is_enabled=False)
-    if chosen is not None and thinking.is_enabled is False:
+    budget_name, budget = reasoning_budget(body, template)
+    template = template or ChatTemplateKwargs()
+    efforts = {
+        effort_field: effort,
+        "chat_template_kwargs.low_effort": "low" if template.low_effort else None,
+        "chat_template_kwargs.medium_effort": "medium" if template.medium_effort else None,
+    }
+    effort_name, chosen = one_of(efforts)
+    is_enabled = template.enable_thinking
+    if chosen is not None and is_enabled is (chosen == "none"):
         raise invalid_request(
-            f"reasoning_effort is {chosen!r} and chat_template_kwargs.enable_thinking is false; "
-            f"leave one out",
-            "reasoning_effort",
+            f"{effort_name} is {chosen!r} and chat_template_kwargs.enable_thinking is "
+            f"{'true' if is_enabled else 'false'}; leave one out",
+            effort_name,
         )
-    return replace(thinking, effort=None if chosen == "high" else chosen)
+    options = {
+        "enable_thinking": False if chosen == "none" else is_enabled,
+        "truncate_history_thinking": template.truncate_history_thinking,
+        "effort": chosen if chosen in ("low", "medium") else None,
+        "budget_hint": template.budget_hint,
+        "force_nonempty_content": template.force_nonempty_content or None,
+    }
+    return Thinking(
+        template_options={name: value for name, value in options.items() if value is not None},
+        budget=budget,
+        names={
+            "reasoning_budget": budget_name,
+            "effort": effort_name,
+            "budget_hint": "chat_template_kwargs.budget_hint",
+        },
+    )

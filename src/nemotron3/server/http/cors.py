@@ -22,14 +22,17 @@ _NEEDLESS_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 def assert_origins(origins: Sequence[str]) -> None:
     """Refuse what no browser calls an origin: it would allow nobody."""
     if ANYONE in origins and len(origins) > 1:
-        raise ConfigError(f"allowed_origins is {', '.join(origins)}; * allows the others as well")
+        raise ConfigError(
+            f"is {', '.join(origins)}; * allows the others as well", field="allowed_origins"
+        )
     for origin in origins:
         is_origin = _ORIGIN.fullmatch(origin) and not _NEEDLESS_PORT.fullmatch(origin)
         if origin != ANYONE and not is_origin:
             raise ConfigError(
-                f"allowed_origins has {origin!r}; write an origin as browsers do, scheme and host "
+                f"has {origin!r}; write an origin as browsers do, scheme and host "
                 "in lower case, a port where it is not the usual one, and no path: "
-                "https://chat.example.org, or * for every page"
+                "https://chat.example.org, or * for every page",
+                field="allowed_origins",
             )
 
 

@@ -1,7 +1,6 @@
 """Errors of the application as answers: what the framework and the package raise, in one shape."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -26,9 +25,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         503: "The server is shutting down; see Retry-After.",
     }.items()
 }
-
-_IS_BRANCH = re.compile(r"(str|int|float|bool|list|dict|literal)(\[.*\])?|[A-Z]\w*", re.DOTALL)
-"""What pydantic adds to the place of an error where a field may be of several types."""
 
 
 def add_error_handlers(api: FastAPI) -> None:
@@ -69,20 +65,38 @@ def _answer(api_error: APIError) -> Response:
 def _validation_error(error: RequestValidationError) -> APIError:
     """The first thing that is wrong with a body, in a sentence that names it."""
     found = cast(Mapping[str, Any], error.errors()[0])
-    place = [str(part) for part in found["loc"][1:] if not _IS_BRANCH.fullmatch(str(part))]
-    param = ".".join(place) or None
-    given = found.get("input")
-    match found["type"]:
+    kind: str = found["type"]
+    param = _place(found["loc"][1:], error.body, is_missing=kind == "missing")
+    subject = param or "the body"
+    match kind:
         case "extra_forbidden":
-            message = f"{param} is unknown here; check its spelling, or leave it out"
+            message = f"{subject} is unknown here; check its spelling, or leave it out"
         case "missing":
-            message = f"{param or 'the body'} is missing; it is required"
+            message = f"{subject} is missing; it is required"
         case "unsupported":
             context: Mapping[str, Any] = found["ctx"]
-            param = ".".join([*place, context["param"]])
+            param = ".".join(filter(None, (param, context["param"])))
             message = f"{param} is not supported; {context['remedy']}"
         case _:
+            given = found.get("input")
             shown = repr(given) if len(repr(given)) < 100 else f"of type {type(given).__name__}"
             said = str(found["msg"])
-            message = f"{param or 'the body'} is {shown}: {said[:1].lower()}{said[1:]}"
+            message = f"{subject} is {shown}: {said[:1].lower()}{said[1:]}"
     return invalid_request(message, param)
+
+
+def _place(parts: Sequence[str | int], body: Any, *, is_missing: bool) -> str | None:
+    """The dotted name of what pydantic found wrong; None for the whole body.
+
+    Where a field may be of several types, pydantic adds the type that it tried to the place. Such a
+    part leads nowhere in the body and is left out.
+    """
+    name, value = "", body
+    for i, part in enumerate(parts):
+        if isinstance(value, Mapping) and part in cast(Mapping[Any, Any], value):
+            name, value = f"{name}.{part}", cast(Mapping[Any, Any], value)[part]
+        elif isinstance(value, list) and part in range(len(cast(list[Any], value))):
+            name, value = f"{name}[{part}]", cast(list[Any], value)[int(part)]
+        elif is_missing and i == len(parts) - 1:
+            name = f"{name}.{part}"
+    return name.removeprefix(".") or None

@@ -2,23 +2,21 @@
 
     {"error": {"message": …, "type": "invalid_request_error", "param": "top_p", "code": null}}
 
-The package's own errors become HTTP errors here: what a client got wrong is 400, what the server
-has too much of is 429. Anything else is 500 and says nothing of the inside but the request's id,
-under which the log has the rest.
+The package's own errors become HTTP errors here: an invalid value is 400 and its `field` is
+`param`, a full queue is 429. Any other error is 500; its answer holds the request's id and no
+details, which are in the log under that id.
 """
 
-import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemotron3.errors import ConfigError, DataError, DependencyMissingError, OverloadedError
+from nemotron3.errors import DependencyMissingError, InvalidValueError, OverloadedError
 
 RETRY_AFTER_S = 1
 """Seconds after which a request that found the queue full may try again."""
 
-_NAME = re.compile(r"^[A-Za-z_]\w*(?:\[\d+\]|\.\w+)*")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -52,26 +50,15 @@ class APIError(Exception):
 
 
 @contextmanager
-def rename_params(names: Mapping[str, str]) -> Generator[None, None, None]:
-    """Give what is refused within the names by which the client knows it.
+def client_names(names: Mapping[str, str]) -> Generator[None, None, None]:
+    """Raise errors of fields under the names that the client has for them.
 
-    `names` maps the package's to the client's; "" is for errors that name nothing.
+    `names` maps the package's names to the client's.
     """
     try:
         yield
-    except Exception as error:
-        api_error = to_api_error(error)
-        if api_error is None or api_error.status != 400:
-            raise
-        message = api_error.message
-        for ours, theirs in names.items():
-            if ours:  # a name that is a word as well is one where it begins the message
-                place = "(?<![\\w.])" if "_" in ours else "^"
-                message = re.sub(rf"{place}{ours}\b", theirs, message)
-        param = names.get(api_error.param or "", api_error.param)
-        raise APIError(
-            api_error.status, message, param, api_error.code, api_error.headers
-        ) from error
+    except InvalidValueError as error:
+        raise error.renamed(names) from error
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
@@ -80,27 +67,19 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
 
 
 def to_api_error(error: Exception) -> APIError | None:
-    """What a client is told of an error of this package; None where it is none of theirs.
-
-    `param` is the error's `field`. Where it has none, it is the name that its message begins with
-    (`messages[0].role is …`), if it does.
-    """
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, OverloadedError):
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        return APIError(429, str(error), code="queue_full", headers=headers)
-    if isinstance(error, DependencyMissingError):
-        return APIError(501, str(error), code="not_installed")
-    if isinstance(error, ConfigError | DataError):
-        message = str(error)
-        if error.field is not None:
-            return invalid_request(message, error.field)
-        named = _NAME.match(message)
-        follows = message[named.end() :].lstrip() if named is not None else ""
-        is_named = follows.startswith(("is ", "are ", "= ", ": ", "has ", "must "))
-        return invalid_request(message, named[0] if named is not None and is_named else None)
-    return None
+    """What a client is told of an error of this package; None where it is not for clients."""
+    match error:
+        case APIError():
+            return error
+        case InvalidValueError():
+            return invalid_request(str(error), error.field)
+        case OverloadedError():
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            return APIError(429, str(error), code="queue_full", headers=headers)
+        case DependencyMissingError():
+            return APIError(501, str(error), code="not_installed")
+        case _:
+            return None
 
 
 def internal_error(request_id: str) -> APIError:

@@ -73,7 +73,8 @@ class ResponseAnswer:
                     for kind, fields in items.push(delta):
                         yield numbered(kind, fields)
         except APIError as error:
-            failure = {"code": "server_error", "message": error.message}
+            code = "invalid_prompt" if error.status == 400 else "server_error"  # OpenAI's codes
+            failure = {"code": code, "message": error.message}
             body = self._body_so_far("failed", items.items) | {"error": failure}
             yield numbered("response.failed", {"response": body})
             return

@@ -1,10 +1,10 @@
-"""Items of /v1/responses to messages, and an answer to items.
+"""Items as messages for the chat template, and an answer as items.
 
-In a conversation of items an assistant's turn is several: its reasoning, its words, each call.
-The template knows one message with all three, so neighbours of these kinds are joined.
+A turn of the assistant is several items: its reasoning, its text, each call. For the template it is
+one message with all of them, so consecutive items of these types are joined.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from nemotron3.errors import DataError
@@ -12,6 +12,7 @@ from nemotron3.inference.output_processor import CompletionOutput
 from nemotron3.server.generation.logprobs import chat_logprobs
 from nemotron3.server.generation.serving import new_id
 from nemotron3.text import Tokenizer
+from nemotron3.text.messages import parse_call
 
 Item = dict[str, Any]
 
@@ -25,50 +26,62 @@ def items_of(given: str | Sequence[Item]) -> list[Item]:
     return [dict(item) for item in given]
 
 
-def messages_of(items: Iterable[Item], instructions: str | None) -> list[dict[str, Any]]:
+def messages_of(
+    items: Sequence[Item], instructions: str | None, *, num_stored: int = 0
+) -> list[dict[str, Any]]:
     """The conversation as the chat template takes it.
 
-    Raises `DataError` with the place of what is wrong.
+    The first `num_stored` items come from the previous response, the others are the request's
+    `input`. Raises `DataError` with the place of what is wrong.
     """
     turns = _Turns()
     if instructions is not None:
         turns.say({"role": "system", "content": instructions})
-    for i, item in enumerate(items):
-        where = f"input[{i}]"
-        kind = item.get("type", "message")
-        match kind:
-            case "message":
-                turns.add_message(item, where)
-            case "reasoning":
-                turns.add_reasoning(_reasoning(item, where))
-            case "function_call":
-                turns.add_call(item)
-            case "function_call_output":
-                text = _text(item.get("output"), f"{where}.output")
-                said = {"role": "tool", "tool_call_id": item.get("call_id"), "content": text}
-                turns.say(said)
-            case _:
-                raise DataError(
-                    f"{where}.type is {kind!r}; the items are message, reasoning, function_call, "
-                    f"function_call_output"
-                )
+    for i, item in enumerate(items[:num_stored]):
+        try:
+            turns.add(item, f"items[{i}]")
+        except DataError as error:
+            raise DataError(
+                f": that conversation cannot be continued; {error}", field="previous_response_id"
+            ) from error
+    for i, item in enumerate(items[num_stored:]):
+        turns.add(item, f"input[{i}]")
     return turns.end()
 
 
 class _Turns:
-    """Messages so far, and the assistant's turn that its items are being joined to."""
+    """The messages so far, and the turn of the assistant that items are joined to."""
 
     def __init__(self) -> None:
         self._messages: list[dict[str, Any]] = []
         self._turn: dict[str, Any] = {}
 
     def say(self, message: dict[str, Any]) -> None:
-        """Take a message of anyone but the assistant."""
+        """Add a message that is not the assistant's."""
         self.end()
         self._messages.append(message)
 
-    def add_message(self, item: Item, where: str) -> None:
-        """Take an item with a role."""
+    def add(self, item: Item, where: str) -> None:
+        """Add an item of any type; `where` is its place in the request."""
+        kind = item.get("type", "message")
+        match kind:
+            case "message":
+                self._add_message(item, where)
+            case "reasoning":
+                self.end()  # a turn of the assistant begins with its reasoning
+                self._turn["reasoning_content"] = _reasoning(item, where)
+            case "function_call":
+                self._add_call(item, where)
+            case "function_call_output":
+                self._add_call_output(item, where)
+            case _:
+                raise DataError(
+                    f"is {kind!r}; the items are message, reasoning, function_call, "
+                    f"function_call_output",
+                    field=f"{where}.type",
+                )
+
+    def _add_message(self, item: Item, where: str) -> None:
         role = item.get("role")
         text = _text(item.get("content"), f"{where}.content")
         if role == "assistant":
@@ -79,19 +92,27 @@ class _Turns:
             self.say({"role": role, "content": text})
         else:
             raise DataError(
-                f"{where}.role is {role!r}; the roles are user, assistant, system, developer"
+                f"is {role!r}; the roles are user, assistant, system, developer",
+                field=f"{where}.role",
             )
 
-    def add_reasoning(self, text: str) -> None:
-        """Take the assistant's reasoning, with which a turn begins."""
-        self.end()
-        self._turn["reasoning_content"] = text
-
-    def add_call(self, item: Item) -> None:
-        """Take one of the assistant's calls."""
+    def _add_call(self, item: Item, where: str) -> None:
         function = {key: item.get(key) for key in ("name", "arguments")}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        parse_call(function, where)  # so that an error names the item and not the message
+        call = {"id": _call_id(item, where), "type": "function", "function": function}
         self._turn.setdefault("tool_calls", []).append(call)
+
+    def _add_call_output(self, item: Item, where: str) -> None:
+        text = _text(item.get("output"), f"{where}.output")
+        self.end()
+        first = self._messages[0]["role"] if self._messages else None
+        if len(self._messages) == (first in ("system", "developer")):
+            raise DataError(
+                "is a tool's answer and nothing was asked before it; a message of the user or of "
+                "the assistant must come first",
+                field=where,
+            )
+        self.say({"role": "tool", "tool_call_id": _call_id(item, where), "content": text})
 
     def end(self) -> list[dict[str, Any]]:
         """End the assistant's turn; all messages."""
@@ -178,15 +199,22 @@ def _reasoning(item: Mapping[str, Any], where: str) -> str:
     return _text(item.get("summary") or "", f"{where}.summary")
 
 
+def _call_id(item: Mapping[str, Any], where: str) -> str | None:
+    call_id = item.get("call_id")
+    if call_id is not None and not isinstance(call_id, str):
+        raise DataError(f"is {call_id!r}; a text was expected", field=f"{where}.call_id")
+    return call_id
+
+
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise DataError(f"{where} is not a text or a list of parts; give one of them")
+        raise DataError("is not a text or a list of parts; give one of them", field=where)
     texts: list[str] = []
     for i, part in enumerate(cast(list[Any], value)):
         text: Any = cast(Mapping[str, Any], part).get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str):
-            raise DataError(f"{where}[{i}] is no part with a text; only texts can be read")
+            raise DataError("is no part with a text; only texts can be read", field=f"{where}[{i}]")
         texts.append(text)
     return "".join(texts)

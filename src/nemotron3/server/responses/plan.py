@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nemotron3.inference.requests import StructuredOutput
 from nemotron3.server.generation.prompts import ChatPlan
 from nemotron3.server.generation.sampling import NO_DEFAULTS, sampling_params
 from nemotron3.server.generation.structured_output import (
@@ -10,7 +11,7 @@ from nemotron3.server.generation.structured_output import (
     select_structured_output,
     structured_output,
 )
-from nemotron3.server.generation.thinking import budget_name, resolve_thinking
+from nemotron3.server.generation.thinking import resolve_thinking
 from nemotron3.server.generation.tool_choice import ending_with_call, tool_use
 from nemotron3.server.http.errors import invalid_request
 from nemotron3.server.responses.body import LOGPROBS, NamedFunctionTool, ResponsesBody
@@ -32,48 +33,56 @@ def plan_response(
     tool_call_end: int,
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> ChatPlan:
-    """What the body asks for, beside the model's defaults; raises where it contradicts itself."""
+    """What the body asks for; the model's defaults hold where it says nothing.
+
+    `items` are those of `conversation`.
+    """
     choice = body.tool_choice
     named = choice.name if isinstance(choice, NamedFunctionTool) else None
     word = None if isinstance(choice, NamedFunctionTool) else choice
     tools = tool_use(body.tools, word, named=named, is_parallel=body.parallel_tool_calls)
-    effort = body.reasoning.effort if body.reasoning is not None else None
-    thinking = resolve_thinking(body, body.chat_template_kwargs, effort)
-    text_format = body.text.format if body.text is not None else None
+    thinking = resolve_thinking(
+        body,
+        body.chat_template_kwargs,
+        body.reasoning.effort if body.reasoning is not None else None,
+        effort_field="reasoning.effort",
+    )
     with_logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not with_logprobs:
         raise invalid_request(f"top_logprobs needs include: [{LOGPROBS!r}]", "top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
+    names = {
+        **thinking.names,
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "logprobs": "top_logprobs",
+    }
+    structured = select_structured_output(
+        tools, structured_output(body.structured_outputs), _text_format(body)
+    )
     params = sampling_params(
         body,
         defaults,
-        names={
-            "max_tokens": "max_output_tokens",
-            "logprobs": "top_logprobs",
-            "reasoning_budget": budget_name(body, body.chat_template_kwargs),
-        },
+        names=names,
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if with_logprobs else None,
         reasoning_budget=thinking.budget,
-        structured=select_structured_output(
-            tools,
-            structured_output(body.structured_outputs),
-            json_structured_output(text_format.type, text_format.schema_, "text.format")
-            if text_format is not None
-            else None,
-        ),
+        structured=structured,
     )
+    num_stored = len(items) - len(items_of(body.input))
     return ChatPlan(
-        messages=messages_of(items, body.instructions),
+        messages=messages_of(items, body.instructions, num_stored=num_stored),
         tools=tools.listed,
-        options=thinking.template_options(),
+        options=thinking.template_options,
         params=ending_with_call(params, tools, tool_call_end),
         is_single_call=tools.is_single,
-        source="input",
-        max_tokens_name="max_output_tokens",
-        names={
-            "effort": "reasoning.effort",
-            "budget_hint": "chat_template_kwargs.budget_hint",
-        },
+        names=names,
     )
+
+
+def _text_format(body: ResponsesBody) -> StructuredOutput | None:
+    wanted = body.text.format if body.text is not None else None
+    if wanted is None:
+        return None
+    return json_structured_output(wanted.type, wanted.schema_, "text.format")
