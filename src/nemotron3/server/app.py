@@ -1,11 +1,12 @@
-"""The application: which address does what.
+"""The application: routes, their handlers, and the settings of the server.
 
     app = create_app(AsyncLLM("runs/tiny/model"), ServerSettings(served_model_name="tiny"))
-    await run(app, host="127.0.0.1", port=8000)
+    serve(app, bind("127.0.0.1", 8000), drain_timeout_s=60)
 
-Handlers are short because each endpoint is three steps: a plan from the body, a prompt from the
-plan, an answer from the engine, whole or as a stream. Whatever can be wrong with a request is found
-in the first two or when the engine takes it, so it is an HTTP status and not an event in a stream.
+Each endpoint that generates has three steps: it makes a plan from the body, a prompt from the plan,
+and an answer from the engine's output, whole or as a stream. A bad request is refused in the first
+two steps or when it is submitted to the engine. The client therefore gets an HTTP status and not an
+error event in a stream.
 """
 
 from dataclasses import dataclass, field
@@ -48,23 +49,23 @@ _PAGE_POLICY = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What belongs to the server alone; the engine has its own configuration."""
+    """Settings of the server itself; those of the engine are in `EngineConfig`."""
 
     served_model_name: str | None = None
-    """Name in `model`; None for the model's own."""
+    """Name that clients send as `model`; None for the model's own name."""
     api_key: str | None = field(default=None, repr=False)
-    """Key that clients send; None to let everyone in."""
+    """Key that clients must send; None accepts every client."""
     max_body_bytes: int = 32 * 2**20
     """Largest body of a request."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins whose pages may use the server from a browser; ("*",) for all."""
+    """Web origins whose pages may call the server from a browser; ("*",) for all."""
     reasoning_grace: int = 0
-    """Tokens beyond a reasoning budget in which a line end is waited for, where a request does not
-    say; 0 leaves budgets exact, 500 is the model card's rule."""
+    """Default of `reasoning_grace`: tokens beyond a reasoning budget in which reasoning may end its
+    line. 0 makes budgets exact, 500 is the model card's rule."""
 
     weights_folder: Path | None = None
-    """Where the directories lie whose weights clients may put into the model; None lets nobody.
-    It takes an API key."""
+    """Folder of model directories that clients may load weights from; None allows no update.
+    Requires an API key."""
 
     def __post_init__(self) -> None:
         assert_origins(self.allowed_origins)
@@ -85,7 +86,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The application as an ASGI server runs it, and what an end of it needs."""
+    """The application for an ASGI server, with the parts that a graceful shutdown needs."""
 
     app: App
     in_flight: InFlightRequests
@@ -94,7 +95,7 @@ class Server:
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
-    """The whole server around an engine; a ConfigError where it has no tokenizer."""
+    """Build the server around an engine; raises ConfigError if the engine has no tokenizer."""
     _ = llm.tokenizer
     in_flight = InFlightRequests()
     metrics = ServerMetrics(llm.stats)
@@ -139,7 +140,7 @@ def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequest
     @api.get("/health")
     @api.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
-        """200 while requests are taken, 503 while they are not."""
+        """200 while requests are accepted, 503 while draining or after a failure."""
         if not serving.llm.is_alive:
             return JSONResponse({"status": "failed"}, 503)
         if not in_flight.is_accepting:
@@ -148,7 +149,7 @@ def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequest
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        """Counts and latencies for Prometheus."""
+        """Metrics in the text format of Prometheus."""
         return Response(serving.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -166,12 +167,12 @@ def _add_models(api: FastAPI, serving: ServingContext) -> None:
 
     @api.get("/v1/models")
     async def models() -> JSONResponse:
-        """The one model of this server."""
+        """List the one model of this server."""
         return JSONResponse({"object": "list", "data": [card()]})
 
     @api.get("/v1/models/{model:path}", responses=ERROR_RESPONSES)
     async def model(model: str) -> JSONResponse:
-        """A model by its name."""
+        """Describe a model by its name."""
         serving.assert_serves(model)
         return JSONResponse(card())
 
@@ -179,7 +180,7 @@ def _add_models(api: FastAPI, serving: ServingContext) -> None:
 def _add_generation(api: FastAPI, serving: ServingContext) -> None:
     @api.post("/v1/chat/completions", responses=ERROR_RESPONSES)
     async def chat(body: ChatBody, request: Request) -> Response:
-        """Go on with a conversation."""
+        """Answer a conversation."""
         serving.assert_serves(body.model)
         plan = plan_chat(body, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
         prompt = await prepare_chat(serving.llm, plan)
@@ -192,7 +193,7 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
 
     @api.post("/v1/completions", responses=ERROR_RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """Go on with texts."""
+        """Continue texts."""
         serving.assert_serves(body.model)
         params = plan_completion(body, serving.defaults)
         prompts = await completion_prompts(serving, body)
@@ -205,13 +206,13 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
 
     @api.post("/tokenize", responses=ERROR_RESPONSES)
     async def to_tokens(body: TokenizeBody) -> JSONResponse:
-        """Cut a text or a conversation into tokens."""
+        """Tokenize a text or a conversation."""
         serving.assert_serves(body.model)
         return JSONResponse(await tokenize(serving, body))
 
     @api.post("/detokenize", responses=ERROR_RESPONSES)
     async def to_text(body: DetokenizeBody) -> JSONResponse:
-        """Put tokens together again."""
+        """Decode token ids into text."""
         serving.assert_serves(body.model)
         return JSONResponse(detokenize(serving, body))
 
@@ -221,7 +222,7 @@ def _add_responses(api: FastAPI, serving: ServingContext) -> None:
 
     @api.post("/v1/responses", responses=ERROR_RESPONSES)
     async def create(body: ResponsesBody, request: Request) -> Response:
-        """Answer items."""
+        """Answer a list of items."""
         serving.assert_serves(body.model)
         items = conversation(body, store)
         plan = plan_response(body, items, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
@@ -235,11 +236,11 @@ def _add_responses(api: FastAPI, serving: ServingContext) -> None:
 
     @api.get("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
     async def retrieve(response_id: str) -> JSONResponse:
-        """A response that is stored."""
+        """Return a stored response."""
         return JSONResponse(store.get(response_id, "response_id").body)
 
     @api.delete("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
     async def delete(response_id: str) -> JSONResponse:
-        """Forget a response."""
+        """Delete a stored response."""
         store.delete(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})

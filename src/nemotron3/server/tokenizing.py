@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's shapes."""
+"""/tokenize and /detokenize, with the fields of vLLM."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from nemotron3.server.http.errors import invalid_request
 
 
 class TokenizeBody(Body):
-    """A text, or a conversation as the chat template writes it, to cut into tokens."""
+    """A text to tokenize, or a conversation to render and tokenize."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "add_special_tokens": Unsupported("a text is taken as it stands", (False,)),
@@ -30,7 +30,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    """Token ids to put together again."""
+    """Token ids to decode."""
 
     model: str | None = None
     tokens: list[int]

@@ -1,8 +1,8 @@
 """The message that answers a chat, whole or in chunks.
 
-Reasoning is in the message twice, as `reasoning` (vLLM's name) and as `reasoning_content`
-(DeepSeek's, which most clients read); the same text under both, so that either finds it. An empty
-answer has the content "", and null only beside calls.
+A message contains its reasoning twice, as `reasoning` (vLLM's name) and as `reasoning_content`
+(DeepSeek's name, which most clients read). The content of an empty answer is ""; it is null only in
+a message with tool calls.
 """
 
 import time
@@ -65,7 +65,7 @@ class ChatAnswer:
         return said
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer's stream, from the role to the usage."""
+        """The stream of the answer, from the role to the usage."""
         options = self._body.stream_options
         with_usage = options is not None and bool(options.include_usage)
         is_continuous = options is not None and bool(options.continuous_usage_stats)
@@ -123,7 +123,7 @@ class ChatAnswer:
         return choice
 
     def _stop_reason(self, reason: str | int | None) -> str | int | None:
-        """What of the client's own ended the answer; the end of a single call is not theirs."""
+        """The stop string or token that ended the answer, if the client asked for it."""
         is_theirs = reason not in self._plan.params.stop_token_ids or reason in (
             self._body.stop_token_ids or ()
         )
@@ -143,7 +143,7 @@ class ChatAnswer:
         return chunk | {"usage": None} if with_usage else chunk
 
     def _chunks(self, delta: AnswerDelta, with_usage: bool) -> list[dict[str, Any]]:  # noqa: FBT001
-        """What one delta of the engine comes to: a chunk of the message, a chunk of its end."""
+        """The chunks for one delta of the engine: content first, then the finish reason."""
         said = self._said(delta)
         chunks: list[dict[str, Any]] = []
         has_tokens = bool(delta.token_ids) and (

@@ -1,6 +1,6 @@
-"""The body of /v1/chat/completions: what is asked in a conversation.
+"""The body of /v1/chat/completions.
 
-Messages and tools are read by `nemotron3.text`, which says what is wrong with them and where.
+Messages and tools are parsed by `nemotron3.text`, whose errors name the place that is wrong.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from nemotron3.server.http.bodies import Body, Unsupported
 
 
 class JsonSchemaBody(Body):
-    """The schema that an answer follows; `strict` or not, it is held to it."""
+    """The schema of an answer; it is enforced whether `strict` is set or not."""
 
     name: str | None = None
     description: str | None = None
@@ -23,7 +23,7 @@ class JsonSchemaBody(Body):
 
 
 class ResponseFormat(Body):
-    """The form of an answer: text, any JSON object, or JSON that follows a schema."""
+    """The format of an answer: text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaBody | None = None
@@ -43,7 +43,7 @@ class NamedTool(Body):
 
 
 class ChatBody(SamplingBody):
-    """A conversation to go on with."""
+    """A conversation to answer."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **SamplingBody.unsupported,

@@ -1,6 +1,7 @@
 """The texts that continue prompts, whole or as a stream.
 
-Several prompts are several requests of the engine side by side; their answers are numbered through.
+Each prompt is a request of its own in the engine, and they run concurrently. A choice's `index`
+counts the answers over all prompts.
 """
 
 import asyncio
@@ -59,7 +60,7 @@ class CompletionAnswer:
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answers' stream, those of several prompts mixed as they come."""
+        """The stream of the answers, those of several prompts interleaved."""
         options = self._body.stream_options
         with_usage = options is not None and bool(options.include_usage)
         is_continuous = options is not None and bool(options.continuous_usage_stats)
@@ -97,7 +98,7 @@ class CompletionAnswer:
         yield DONE
 
     async def stop(self) -> None:
-        """Give all of it up."""
+        """Abort all requests."""
         for handle in self._handles:
             await handle.stop()
 
@@ -167,7 +168,7 @@ class CompletionAnswer:
 
 
 async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run jobs side by side; where one fails, the others are cancelled."""
+    """Run jobs concurrently; if one fails, the others are cancelled."""
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
         return list(await asyncio.gather(*tasks))

@@ -1,4 +1,4 @@
-"""The body of /v1/completions: texts and token ids as they stand."""
+"""The body of /v1/completions: texts or token ids, which no chat template changes."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -8,7 +8,7 @@ from nemotron3.server.http.bodies import Unsupported
 
 
 class CompletionBody(SamplingBody):
-    """Texts, or lists of token ids, to go on with."""
+    """Texts or lists of token ids to continue."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **SamplingBody.unsupported,

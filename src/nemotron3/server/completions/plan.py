@@ -1,7 +1,7 @@
 """What a body of /v1/completions asks for.
 
-`echo` puts the prompt before the answer, with its log-probabilities where any are asked for; with
-`max_tokens: 0` it is the prompt alone, which is how harnesses measure what a text is worth.
+`echo` puts the prompt before the answer, with its log-probabilities if `logprobs` is set. With
+`max_tokens: 0` only the prompt is returned: evaluation harnesses score texts by it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def plan_completion(
 
 
 async def completion_prompts(serving: ServingContext, body: CompletionBody) -> list[Prompt]:
-    """The prompts, cut into tokens and measured."""
+    """Tokenize the prompts; raises for one that does not fit."""
     given = _prompts_of(body.prompt)
     prompts: list[Prompt] = []
     for one in given:
@@ -66,7 +66,7 @@ async def completion_prompts(serving: ServingContext, body: CompletionBody) -> l
 def _prompts_of(
     given: str | list[str] | list[int] | list[list[int]],
 ) -> Sequence[str | Sequence[int]]:
-    """One or many prompts as many."""
+    """The prompts as a list."""
     if not given:
         raise invalid_request("prompt is empty; give a text or token ids", "prompt")
     if isinstance(given, str):

@@ -1,8 +1,8 @@
-"""Log-probabilities in the shapes of the three endpoints that report them.
+"""Log-probabilities in the formats of the endpoints that report them.
 
-A token is shown as the text that it stands for. Bytes that are no whole character by themselves
-become the replacement sign in that text, and stand unharmed in `bytes`. Completions, where tokens
-are told apart by their texts alone, spell such bytes out (`bytes:\\xf0\\x9f`).
+A token is shown as its text. Bytes that are not a whole character become the replacement character
+in the text, and are exact in `bytes`. Completions identify a token by its text alone, so they write
+such bytes out (`bytes:\\xf0\\x9f`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,12 +13,12 @@ from nemotron3.text import IncrementalDetokenizer, Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """What a token stands for, by itself."""
+    """The text of a single token."""
     return tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
-    """`logprobs.content` of a chat, and `logprobs` of an output text."""
+    """`logprobs.content` of a chat, and `logprobs` of an output text of responses."""
     return [
         {
             **_entry(tokenizer, logprob.token, logprob.logprob),
@@ -29,28 +29,28 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> lis
 
 
 class CompletionLogprobs:
-    """`logprobs` of one completion, piece by piece: of its prompt, where it is echoed, and after.
+    """`logprobs` of one completion, delta by delta; those of the prompt first if it is echoed.
 
-    A token stands in the text where the first character that it is a part of does; a special one
-    of the answer, which is not shown, where the next one does.
+    The offset of a token is that of the first character that it is a part of. A special token of
+    the answer is not shown and has the offset of the next token.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._answer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
-        self._length = 0  # of the text so far
+        self._length = 0  # characters of the text so far
 
     def of_prompt(
         self, prompt: Sequence[int], logprobs: Sequence[TokenLogprob | None]
     ) -> dict[str, Any]:
-        """Those of the prompt; its first token has none."""
+        """Log-probabilities of the prompt; the first token has none."""
         text = IncrementalDetokenizer(self._tokenizer)
         shown = self._shown(text, prompt, logprobs)
         self._length += len(text.finish())
         return shown
 
     def of_answer(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Those of the next tokens of the answer."""
+        """Log-probabilities of the next tokens of the answer."""
         return self._shown(self._answer, [each.token for each in logprobs], logprobs)
 
     def _shown(
@@ -63,7 +63,7 @@ class CompletionLogprobs:
         for token in tokens:
             before = self._length
             self._length += len(text.push([token]))
-            # Bytes before it that never became a character have come with it.
+            # The text of this token may begin with earlier bytes that completed no character.
             own = _whole(self._tokenizer.token_bytes(token))
             offsets.append(max(before, self._length - len(own)) if own else before)
         return {
@@ -74,7 +74,7 @@ class CompletionLogprobs:
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        # The token itself is always there, whether it is among the most probable or not.
+        # The sampled token is always listed, also when it is not among the most probable.
         shown = (*logprob.top, (logprob.token, logprob.logprob))
         return {self._spelled(token): value for token, value in shown}
 
@@ -85,7 +85,7 @@ class CompletionLogprobs:
 
 
 def _whole(spelled: bytes) -> str | None:
-    """The text of bytes that are whole characters; None of others."""
+    """The text of bytes, or None if they are not whole characters."""
     try:
         return spelled.decode()
     except UnicodeDecodeError:
@@ -95,7 +95,7 @@ def _whole(spelled: bytes) -> str | None:
 def prompt_logprobs(
     tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob | None]
 ) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: for each token a map of ids; null for the first."""
+    """vLLM's `prompt_logprobs`: a map by token id for each token; null for the first."""
     return [None if each is None else _by_id(tokenizer, each) for each in logprobs]
 
 

@@ -1,4 +1,4 @@
-"""From a conversation or a text to token ids; what does not fit the context is refused here."""
+"""Prompts: a conversation or a text as token ids. One that does not fit the context is refused."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,9 +30,9 @@ class ChatPlan:
 
 
 async def prepare_chat(llm: AsyncLLM, plan: ChatPlan) -> Prompt:
-    """Render a conversation and cut it into tokens; raises where it does not fit.
+    """Render and tokenize a conversation; raises APIError if it does not fit the context.
 
-    A long one takes its time, so this happens in a thread and not on the event loop.
+    A long one takes long, so this runs in a thread and not on the event loop.
     """
     where = plan.names.get("messages", "messages")
     if not plan.messages:
@@ -53,20 +53,20 @@ async def render_chat(
     options: Mapping[str, Any],
     names: Mapping[str, str],
 ) -> Prompt:
-    """The prompt of a conversation, of whatever length that is not hopeless."""
+    """Render and tokenize a conversation; its tokens may be more than the context."""
     assert_not_hopeless(texts_in(messages), llm.max_model_len, names.get("messages", "messages"))
     with client_names(names):
         return await asyncio.to_thread(llm.prepare_chat, messages, tools=tools, **options)
 
 
 async def prepare_text(llm: AsyncLLM, text: str) -> Prompt:
-    """Cut a text into tokens, in a thread."""
+    """Tokenize a text in a thread."""
     assert_not_hopeless([text], llm.max_model_len, "prompt")
     return await asyncio.to_thread(llm.prepare_text, text)
 
 
 def assert_not_hopeless(texts: Iterable[str], max_model_len: int, where: str) -> None:
-    """Refuse texts that cannot fit whatever their tokens are, without cutting them into tokens."""
+    """Refuse texts that are too long however they are tokenized, without tokenizing them."""
     characters = sum(len(text) for text in texts)
     if characters > _MAX_BYTES_PER_TOKEN * max_model_len:
         raise _too_long(f"{where} has {characters:,} characters", max_model_len, where)
@@ -75,7 +75,7 @@ def assert_not_hopeless(texts: Iterable[str], max_model_len: int, where: str) ->
 def assert_fits(
     num_tokens: int, max_tokens: int | None, max_model_len: int, where: str, limit: str
 ) -> None:
-    """Refuse a prompt that leaves no room, and a limit of the answer beyond the context."""
+    """Refuse a prompt that fills the context, and a limit of the answer that exceeds it."""
     if num_tokens == 0:
         raise invalid_request(f"{where} has no tokens; give at least one", where)
     if num_tokens >= max_model_len:

@@ -1,4 +1,4 @@
-"""How an answer is sampled: the fields that all endpoints take, and `SamplingParams` from them.
+"""Sampling: the fields that all endpoints have in common, and `SamplingParams` made of them.
 
 The names are OpenAI's where it has one, and vLLM's where it has none.
 """
@@ -28,9 +28,9 @@ _SAME_NAME = (
 )
 
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
-"""Of a model whose directory has none."""
+"""Defaults of a model whose directory has none."""
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
-"""Of an endpoint that calls everything as `SamplingParams` does."""
+"""Names of an endpoint whose fields are called as in `SamplingParams`."""
 
 _NOT_HERE = {
     "use_beam_search": Unsupported("ask for several answers with `n`", (False,)),
@@ -59,10 +59,10 @@ _NOT_HERE = {
 
 
 class SamplingBody(Body):
-    """How an answer is sampled, and the metadata that every endpoint takes.
+    """Sampling parameters, and the metadata that every endpoint accepts.
 
-    `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are notes that a client makes to
-    itself; they change nothing.
+    `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are for the client's own use;
+    they have no effect.
     """
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = _NOT_HERE
@@ -94,7 +94,7 @@ class SamplingBody(Body):
 
 
 class StreamOptions(Body):
-    """What a stream tells beside the answer."""
+    """What a stream reports besides the answer."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -108,9 +108,10 @@ def sampling_params(
     names: Mapping[str, str] = NO_NAMES,
     **others: Any,
 ) -> SamplingParams:
-    """What the body says of sampling, and the model's defaults where it says nothing.
+    """The sampling parameters of a body; the model's `defaults` hold for fields that are not given.
 
-    Fields that endpoints spell differently come in `others`; `names` are those spellings.
+    `others` are the parameters whose fields differ between endpoints, and `names` maps them to the
+    fields of this endpoint, for errors.
     """
     given = {name: getattr(body, name) for name in _SAME_NAME}
     if body.stop is not None:

@@ -1,4 +1,4 @@
-"""What chats, completions and responses have in common: from a plan to the engine and back."""
+"""Requests to the engine: submission, their deltas, and how they end."""
 
 import json
 import time
@@ -20,17 +20,17 @@ Notes = MutableMapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ServingContext:
-    """The engine and what is counted beside it."""
+    """The engine, its metrics, and what requests of all endpoints need to know."""
 
     llm: AsyncLLM
     metrics: ServerMetrics
     model_name: str
     defaults: Mapping[str, Any]
-    """Of `SamplingParams`, for what a request leaves out."""
+    """Values of `SamplingParams` for fields that a request does not give."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def assert_serves(self, model: str | None) -> None:
-        """Refuse a model that is not here."""
+        """Refuse a model of another name."""
         if model is not None and model != self.model_name:
             raise APIError(
                 404,
@@ -40,10 +40,10 @@ class ServingContext:
             )
 
     async def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "RequestHandle":
-        """Hand a request to the engine; raises where it is full or the request is wrong.
+        """Submit a request to the engine; raises if its queue is full or the request is invalid.
 
-        A grammar is compiled beside the event loop, and an answer without a length has that of the
-        model's directory. `notes` become part of the log's record of the HTTP request.
+        A grammar is compiled in another thread. An answer without `max_tokens` has that of the
+        model's directory. `notes` become part of the log record of the HTTP request.
         """
         params = self.llm.with_default_length(prompt, params)
         wanted = params.structured
@@ -62,7 +62,7 @@ class ServingContext:
     async def submit_all(
         self, prompts: Sequence[Prompt], params: SamplingParams, notes: Notes
     ) -> "list[RequestHandle]":
-        """Hand several requests to the engine: all, or none where one is refused."""
+        """Submit several requests to the engine: all, or none if one is refused."""
         handles: list[RequestHandle] = []
         try:
             for prompt in prompts:
@@ -75,7 +75,7 @@ class ServingContext:
 
 
 class RequestHandle:
-    """One request in the engine: its answers piece by piece, then as a whole."""
+    """One request in the engine: its answers delta by delta, then as a whole."""
 
     def __init__(
         self,
@@ -93,10 +93,10 @@ class RequestHandle:
         self.num_prompt_tokens = num_prompt_tokens
         self._grammar_source = grammar_source
         self.num_tokens = 0
-        self._reasoning: dict[int, int] = {}  # tokens of it in each answer
+        self._reasoning: dict[int, int] = {}  # tokens of reasoning in each answer
 
     def usage_so_far(self) -> Usage:
-        """What the pieces that have been taken cost; drafts are counted at the end."""
+        """Usage of the deltas that have been read; drafts are counted at the end."""
         return Usage(
             prompt=self.num_prompt_tokens,
             completion=self.num_tokens,
@@ -105,7 +105,7 @@ class RequestHandle:
         )
 
     async def deltas(self) -> AsyncGenerator[AnswerDelta, None]:
-        """What comes; an answer that failed raises, and leaving early stops the engine's work."""
+        """The deltas; raises for an answer that fails. Leaving early aborts the request."""
         started = time.perf_counter()
         first: float | None = None
         async with aclosing(self._stream) as stream:
@@ -143,26 +143,26 @@ class RequestHandle:
         self._notes["completion_tokens"] = self._notes.get("completion_tokens", 0) + num_tokens
 
     async def whole(self) -> RequestOutput:
-        """Wait for the end."""
+        """Wait for the end and return the whole output."""
         async with aclosing(self.deltas()) as deltas:
             async for _ in deltas:
                 pass
         return self.output()
 
     def output(self) -> RequestOutput:
-        """The whole, once everything came."""
+        """The whole output, once all deltas have been read."""
         return self._stream.output()
 
     async def stop(self) -> None:
-        """Give the request up."""
+        """Abort the request."""
         await self._stream.aclose()
 
 
 def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
-    """`finish_reason` as OpenAI names it, from how it ended and the calls' arguments.
+    """OpenAI's `finish_reason` of an answer; `arguments` are those of its calls.
 
-    The arguments of a call that was cut off are no whole JSON: it is none to run, and the answer
-    does not end with `tool_calls`.
+    It is `tool_calls` only if all arguments are whole JSON: a call that was cut off cannot be
+    executed.
     """
     if reason is FinishReason.STOP and arguments and all(map(is_whole_json, arguments)):
         return "tool_calls"
@@ -170,7 +170,7 @@ def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
 
 
 def is_whole_json(text: str) -> bool:
-    """Whether a call's arguments are whole, as a client finds out too."""
+    """Whether the arguments of a call can be parsed."""
     try:
         json.loads(text)
     except json.JSONDecodeError:
@@ -179,5 +179,5 @@ def is_whole_json(text: str) -> bool:
 
 
 def new_id(kind: str) -> str:
-    """An id that no other thing has, with the prefix that clients know its kind by."""
+    """A unique id, with the prefix of its kind."""
     return f"{kind}_{uuid.uuid4().hex}"

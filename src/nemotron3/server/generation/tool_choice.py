@@ -1,12 +1,11 @@
-"""Which tools the model sees, and how a call is made certain where one is asked for.
+"""Tool choice: which tools are listed in the prompt, and whether a call is enforced.
 
 - `auto`: the tools are listed and the model decides.
-- `none`: they are not listed, so it cannot call them.
-- `required`, or one by name: what follows the reasoning is held to a grammar of calls, so that it
-  is a call, of a function that exists, with every required argument and values of the right types.
+- `none`: they are not listed, so the model cannot call them.
+- `required`, or one function by name: a grammar enforces that a call follows the reasoning, of a
+  function that exists, with every required argument and values of the right types.
 
-One call at a time (`parallel_tool_calls: false`) is the end of the first call taken for the end of
-the answer.
+With `parallel_tool_calls: false` the end of the first call is the end of the answer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,12 @@ from nemotron3.text.call_grammar import call_grammar
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
-    """What a request may call: the tools that are listed, and the grammar of a certain call."""
+    """Tools that are listed in the prompt, and the grammar of an enforced call."""
 
     listed: tuple[Tool, ...] = ()
     structured: StructuredOutput | None = None
     is_single: bool = False
-    """Whether the first call is the last, without a grammar that says so."""
+    """Whether the answer ends with its first call; an enforced call ends by its grammar."""
 
 
 def tool_use(
@@ -63,7 +62,7 @@ def tool_use(
 
 
 def ending_with_call(params: SamplingParams, tools: ToolUse, tool_call_end: int) -> SamplingParams:
-    """Take the end of a call for the end of the answer, where there may be one call."""
+    """Parameters with which an answer ends at the end of a call, if there may be only one."""
     if not tools.is_single:
         return params
     return replace(params, stop_token_ids=(*params.stop_token_ids, tool_call_end))

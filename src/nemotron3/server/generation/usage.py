@@ -1,8 +1,8 @@
-"""What a request cost, as OpenAI reports it.
+"""Usage: the tokens of a request, in OpenAI's fields.
 
-Drafts are reported where OpenAI reports predicted outputs: `accepted_prediction_tokens` are drafted
-tokens that stood, `rejected_prediction_tokens` those that did not. Only the former are part of
-`completion_tokens`.
+Drafts are reported in the fields of predicted outputs: `accepted_prediction_tokens` are drafted
+tokens that verification accepted, `rejected_prediction_tokens` the others. `completion_tokens`
+includes the accepted ones only.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from nemotron3.inference.output_processor import RequestOutput
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens of one request, over all its answers."""
+    """Tokens of one request, summed over its answers."""
 
     prompt: int
     completion: int = 0
@@ -58,7 +58,7 @@ class Usage:
 
 
 def usage_of(output: RequestOutput) -> Usage:
-    """What a finished request cost."""
+    """The usage of a finished request."""
     return Usage(
         prompt=len(output.prompt.ids),
         completion=sum(len(answer.token_ids) for answer in output.outputs),

@@ -16,14 +16,14 @@ from pydantic_core import PydanticCustomError
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A parameter that other servers have: what to do instead, and which values ask nothing."""
+    """A parameter of other servers: what to do instead, and values of it that change nothing."""
 
     remedy: str
     harmless: tuple[Any, ...] = ()
 
 
 class Body(BaseModel):
-    """A JSON object that holds what its class names, and nothing else."""
+    """A JSON object with the fields of its class and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}

@@ -1,8 +1,8 @@
-"""Pages of other origins that may use the server from a browser (CORS).
+"""CORS: web pages of other origins that may call the server from a browser.
 
-None by default: a browser then keeps every page but the server's own from it. The answer to a
-browser's question beforehand (`OPTIONS`) is given outside the middleware, because that question
-comes without the key; errors pass through here too, so that a page can read why it was refused.
+There are none by default, and browsers then block calls from all pages but the server's own.
+CORS is outside of the request middleware, because a preflight request (`OPTIONS`) has no API key,
+and because pages can read an error only if its response has the CORS headers.
 """
 
 import re
@@ -20,7 +20,7 @@ _NEEDLESS_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 
 
 def assert_origins(origins: Sequence[str]) -> None:
-    """Refuse what no browser calls an origin: it would allow nobody."""
+    """Refuse an origin that no browser sends; it would allow no page."""
     if ANYONE in origins and len(origins) > 1:
         raise ConfigError(
             f"is {', '.join(origins)}; * allows the others as well", field="allowed_origins"
@@ -37,7 +37,7 @@ def assert_origins(origins: Sequence[str]) -> None:
 
 
 def with_cors(app: App, origins: Sequence[str]) -> App:
-    """The application for pages of these origins, too."""
+    """Allow pages of these origins to call the application."""
     if not origins:
         return app
     middleware = CORSMiddleware(

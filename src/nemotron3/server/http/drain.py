@@ -1,7 +1,7 @@
-"""Requests in flight, and whether more are accepted: what a graceful shutdown needs to know.
+"""Requests in flight, and whether new ones are accepted, for a graceful shutdown.
 
 After `stop_accepting()` new requests are refused with 503 and `Retry-After`, so that a client or a
-balancer goes elsewhere; requests in flight are finished.
+load balancer tries another server; requests in flight are finished.
 """
 
 import asyncio
@@ -43,11 +43,11 @@ class InFlightRequests:
                 self._is_empty.set()
 
     def stop_accepting(self) -> None:
-        """Refuse requests from here on."""
+        """Refuse new requests."""
         self.is_accepting = False
 
     async def wait_empty(self, timeout_s: float) -> bool:
-        """Wait until none is in flight; False where that takes longer."""
+        """Wait until none is in flight; False if that takes longer than the timeout."""
         try:
             await asyncio.wait_for(self._is_empty.wait(), timeout_s)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""Errors of the application as answers: what the framework and the package raise, in one shape."""
+"""Exception handlers: errors of FastAPI, pydantic and the package, all in OpenAI's format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -14,7 +14,7 @@ from nemotron3.server.http.errors import APIError, internal_error, invalid_reque
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
-        400: "The request asks for what cannot be.",
+        400: "The request is invalid.",
         401: "The API key is missing or wrong.",
         404: "No such model or response.",
         413: "The body is too large.",
@@ -28,7 +28,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def add_error_handlers(api: FastAPI) -> None:
-    """Answer every error in OpenAI's shape."""
+    """Answer every error in OpenAI's format."""
 
     @api.exception_handler(RequestValidationError)
     async def invalid_body(_: Request, error: RequestValidationError) -> Response:
@@ -63,7 +63,7 @@ def _answer(api_error: APIError) -> Response:
 
 
 def _validation_error(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong with a body, in a sentence that names it."""
+    """The first problem of a body, in a sentence that names the field."""
     found = cast(Mapping[str, Any], error.errors()[0])
     kind: str = found["type"]
     param = _place(found["loc"][1:], error.body, is_missing=kind == "missing")
@@ -86,7 +86,7 @@ def _validation_error(error: RequestValidationError) -> APIError:
 
 
 def _place(parts: Sequence[str | int], body: Any, *, is_missing: bool) -> str | None:
-    """The dotted name of what pydantic found wrong; None for the whole body.
+    """The dotted name of the field that pydantic refused; None for the whole body.
 
     Where a field may be of several types, pydantic adds the type that it tried to the place. Such a
     part leads nowhere in the body and is left out.

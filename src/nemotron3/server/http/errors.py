@@ -1,4 +1,4 @@
-"""Answers that are errors, in OpenAI's shape: what was wrong, where, and what to do.
+"""Errors as answers, in OpenAI's format: the problem, the field, and the remedy.
 
     {"error": {"message": …, "type": "invalid_request_error", "param": "top_p", "code": null}}
 
@@ -15,7 +15,7 @@ from typing import Any
 from nemotron3.errors import DependencyMissingError, InvalidValueError, OverloadedError
 
 RETRY_AFTER_S = 1
-"""Seconds after which a request that found the queue full may try again."""
+"""Seconds after which a request that was refused by a full queue may be tried again."""
 
 _TYPES = {
     401: "authentication_error",
@@ -29,7 +29,7 @@ _TYPES = {
 
 @dataclass
 class APIError(Exception):
-    """A request that gets an error for an answer."""
+    """An error that is the answer to a request."""
 
     status: int
     message: str
@@ -62,12 +62,12 @@ def client_names(names: Mapping[str, str]) -> Generator[None, None, None]:
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
-    """A request that asks for what cannot be."""
+    """The error for an invalid request."""
     return APIError(400, message, param, code)
 
 
 def to_api_error(error: Exception) -> APIError | None:
-    """What a client is told of an error of this package; None where it is not for clients."""
+    """The answer for an error of this package; None for one that is the server's own fault."""
     match error:
         case APIError():
             return error

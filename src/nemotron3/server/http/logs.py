@@ -1,6 +1,6 @@
-"""Log records as one line each: JSON for machines, words for people.
+"""Log records as one line each, as JSON or as text.
 
-A record's own facts travel in `extra={"fields": {...}}` and are keys of the JSON.
+The fields of a record are in `extra={"fields": {...}}`; they become keys of the JSON.
 """
 
 import json
@@ -29,7 +29,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Time, level and words, with the facts behind them."""
+    """Time, level and message, followed by the fields."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -43,7 +43,7 @@ class TextLines(logging.Formatter):
 
 @contextmanager
 def written_logs(kind: Literal["json", "text"]) -> Generator[None, None, None]:
-    """Send this process's log to standard error, for as long as it serves."""
+    """Write the log of this process to standard error within the context."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if kind == "json" else TextLines())
     root = logging.getLogger()

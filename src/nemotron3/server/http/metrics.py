@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics: requests, latencies, and the engine's own counts.
+"""Metrics for Prometheus at /metrics: requests, latencies, and the counters of the engine.
 
 The registry belongs to one server, so two in one process keep their counts apart. The engine's
 counts are read when they are asked for. Names are `nemotron3_` and a quantity with its unit.
@@ -17,32 +17,35 @@ _LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 _GAUGES = {
-    "num_running": ("requests_running", "Answers that the engine writes at this moment."),
-    "num_waiting": ("requests_waiting", "Requests that wait for room."),
+    "num_running": ("requests_running", "Answers being generated."),
+    "num_waiting": ("requests_waiting", "Requests waiting in the queue."),
     "kv_usage": (
         "kv_cache_usage_ratio",
-        "Part of the pages of keys and values that running answers hold.",
+        "Fraction of the KV pages that running answers use.",
     ),
-    "prefix_bytes": ("prefix_cache_bytes", "Memory of states kept for prompts that begin alike."),
-    "draft_length": ("draft_length_tokens", "Tokens drafted ahead in a step, as it stands."),
+    "prefix_bytes": ("prefix_cache_bytes", "Memory of the prefix cache."),
+    "draft_length": ("draft_length_tokens", "Current number of draft tokens per step."),
 }
 _COUNTERS = {
     "prompt_tokens": (
         "prompt_tokens",
-        "Prompt tokens read; those from the cache left out.",
+        "Prompt tokens computed, without those found in the prefix cache.",
     ),
     "steps": ("engine_steps", "Steps of the engine."),
-    "generated_tokens": ("generated_tokens", "Tokens written."),
-    "prefix_queries": ("prefix_cache_queries_tokens", "Prompt tokens looked up in the cache."),
-    "prefix_hits": ("prefix_cache_hits_tokens", "Prompt tokens found in the cache."),
-    "preemptions": ("preemptions", "Answers put off for want of room, and begun again."),
-    "drafted_tokens": ("draft_tokens", "Tokens drafted by the model's own heads."),
-    "accepted_tokens": ("draft_tokens_accepted", "Drafted tokens that stood."),
+    "generated_tokens": ("generated_tokens", "Tokens generated."),
+    "prefix_queries": (
+        "prefix_cache_queries_tokens",
+        "Prompt tokens looked up in the prefix cache.",
+    ),
+    "prefix_hits": ("prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache."),
+    "preemptions": ("preemptions", "Answers preempted for lack of memory, and recomputed later."),
+    "drafted_tokens": ("draft_tokens", "Tokens drafted by multi-token prediction."),
+    "accepted_tokens": ("draft_tokens_accepted", "Drafted tokens that verification accepted."),
 }
 
 
 class ServerMetrics:
-    """Counts of one server."""
+    """Metrics of one server."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._registry = CollectorRegistry()
@@ -74,23 +77,23 @@ class ServerMetrics:
         )
 
     def count_request(self, path: str, status: int, duration_s: float) -> None:
-        """Count an answer; `path` is the route's, so that there are few of them."""
+        """Count an HTTP request; `path` is that of the route, which limits the number of labels."""
         self._requests.labels(path, str(status)).inc()
         self._durations.labels(path).observe(duration_s)
 
     def count_answer(self, first_token_s: float, total_s: float, num_tokens: int) -> None:
-        """Count what the engine took for one request."""
+        """Record the latencies of one request of the engine."""
         self._first_token.observe(first_token_s)
         if num_tokens > 1:
             self._per_token.observe((total_s - first_token_s) / (num_tokens - 1))
 
     def page(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """All metrics, in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's counts when Prometheus asks."""
+    """Reads the counters of the engine at each scrape."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats

@@ -1,12 +1,12 @@
-"""The middleware that every request passes before its handler, and every answer after it.
+"""The middleware around the application; every request passes it before its handler.
 
-One piece of plain ASGI, outermost of all: a request's id (`x-request-id`, taken or made, always
-returned), one log record and one count per request, the API key, the limit of the body, and JSON
-that is JSON. The body is read here whole, because its size and form decide whether anything else
-happens. An error that nobody foresaw ends here too, as a 500 that names the request's id.
+It is plain ASGI and does what concerns all requests: the request id (`x-request-id`, taken from the
+request or made, and always returned), one log record and one count, the API key, the limit of the
+body, and a check that the body is JSON. It reads the whole body, because the size and the syntax
+decide whether the handler runs. An unexpected exception becomes a 500 with the request id here.
 
-A body must say that it is JSON: a browser sends any other kind to any address without asking, and
-with it every page that one visits could put the machine to work.
+A request must declare its body as JSON in `Content-Type`. Browsers send bodies of other types to
+any address without a preflight request, so every page that a user visits could start generation.
 """
 
 import asyncio
@@ -34,17 +34,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 log = logging.getLogger("nemotron3.server")
 access_log = logging.getLogger("nemotron3.server.access")
 
-_OPEN_PATHS = frozenset({"/", "/health"})  # a page and a probe tell no secrets
+_OPEN_PATHS = frozenset({"/", "/health"})  # the page and the probe need no key
 _ALWAYS_PATHS = frozenset({"/", "/health", "/metrics"})  # answered while draining too
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _JSON = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 _CLIENT_GONE = 499
 _BODY_TIMEOUT_S = 60.0
-"""Seconds for a body to arrive; a client that stalls would keep the server from ending."""
+"""Seconds for a body to arrive; a client that stalls would block a graceful shutdown."""
 
 
 class RequestMiddleware:
-    """Wraps the application; see the module."""
+    """Wraps the application; see the module docstring."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class RequestMiddleware:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request in and its answer out."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -97,7 +97,7 @@ class RequestMiddleware:
         if self._api_key is None:
             return
         scheme, _, key = authorization.partition(b" ")
-        # Compared in constant time: how long it takes must not tell how much was right.
+        # Compared in constant time, so that timing reveals nothing about the key.
         is_right = hmac.compare_digest(key.strip(), self._api_key)
         if scheme.lower() != b"bearer" or not is_right:
             raise APIError(
@@ -172,14 +172,14 @@ class RequestMiddleware:
 
 
 class ClientGoneError(APIError):
-    """Nobody waits for the answer; the status is for the log alone."""
+    """The client has disconnected; the status is for the log only."""
 
     def __init__(self) -> None:
         super().__init__(_CLIENT_GONE, "the client went away", code="client_gone")
 
 
 class RequestContext:
-    """A request's id, and what has been answered so far."""
+    """The id of a request, and the state of its response."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -193,7 +193,7 @@ class RequestContext:
         scope.setdefault("state", {}).update(request_id=self.request_id, notes=self.notes)
 
     async def send(self, message: Message) -> None:
-        """Pass a part of the answer on."""
+        """Send a part of the response; its start gets the request id."""
         if message["type"] == "http.response.start":
             self._has_started = True
             self.status = message["status"]
@@ -202,7 +202,7 @@ class RequestContext:
         await self._send(message)
 
     async def send_error(self, api_error: APIError) -> None:
-        """Answer with an error, unless an answer is under way."""
+        """Answer with an error, unless the response has started."""
         if self._has_started:
             return
         body = json.dumps(api_error.body(), ensure_ascii=False).encode()
@@ -218,7 +218,7 @@ class RequestContext:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """What was read, once, and then what else the client does."""
+    """A `receive` that returns the body that was read, and then what the client sends next."""
     waiting = [body]
 
     async def replayed() -> Message:

@@ -1,8 +1,8 @@
-"""Answers that arrive in pieces (server-sent events), and clients that leave before the end.
+"""Server-sent events, and clients that disconnect before the end.
 
-A client is watched while it waits, not only while it is written to: a prompt that is being read
-for a minute writes nothing, and its client may be long gone. Whoever leaves, the job is cancelled,
-and with it the engine's request.
+A disconnect is noticed while a client waits, not only when something is sent to it: prefill of a
+long prompt may send nothing for a minute. The job of a client that disconnects is cancelled, and
+with it the request in the engine.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Any, name: str | None = None) -> bytes:
-    """One server-sent event whose data is JSON, which holds no line end."""
+    """One server-sent event; its data is JSON on one line."""
     head = f"event: {name}\n".encode() if name else b""
     return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
 class EventStream(Response):
-    """Sends events as they come; stops the generator where the client leaves."""
+    """Sends events as they are generated; closes the generator if the client disconnects."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], stop: Stop) -> None:
         super().__init__(
-            # Proxies would otherwise collect the pieces.
+            # Without these, proxies buffer the events.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
@@ -43,11 +43,11 @@ class EventStream(Response):
         self._stop = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write the answer."""
+        """Send the response."""
         try:
             await unless_gone(receive, self._write(send), self._stop)
         except ClientGoneError:
-            # An answer is under way, so there is nobody and nothing to tell.
+            # The response has started, so no error can be sent.
             scope["state"]["notes"]["client_left"] = True
 
     async def _write(self, send: Send) -> None:
@@ -60,7 +60,7 @@ class EventStream(Response):
 
 
 async def submitted(request: Request, job: Coroutine[Any, Any, T]) -> T:
-    """The job's result; a client that leaves while its grammar waits gives its turn up."""
+    """The result of a submission; cancelled if the client disconnects while its grammar waits."""
     return await unless_gone(request.receive, job, _nothing)
 
 
@@ -69,12 +69,12 @@ async def _nothing() -> None:
 
 
 async def answered(request: Request, job: Coroutine[Any, Any, T], stop: Stop) -> T:
-    """The job's result, unless the client leaves before."""
+    """The result of a job; cancelled, and `stop` called, if the client disconnects."""
     return await unless_gone(request.receive, job, stop)
 
 
 async def unless_gone(receive: Receive, job: Coroutine[Any, Any, T], stop: Stop) -> T:
-    """Run a job to its end, or cancel it and raise `ClientGoneError` where the client leaves.
+    """Run a job to its end, or cancel it and raise `ClientGoneError` if the client disconnects.
 
     `stop` is called in any case: a job that was cancelled before it began cleans up nothing.
     """

@@ -52,7 +52,7 @@ class ResponseAnswer:
         return self._finished(output, said)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer's events, from `response.created` to how it ended."""
+        """The events of the answer, from `response.created` to the final status."""
         number = 0
 
         def numbered(kind: str, fields: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""The body of /v1/responses: OpenAI's newer way to ask, whose conversation is a list of items."""
+"""The body of /v1/responses, OpenAI's newer API: a conversation is a list of items."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ LOGPROBS: Include = "message.output_text.logprobs"
 
 
 class ReasoningBody(Body):
-    """How much to think. The whole reasoning is in the answer, so nothing is summarised."""
+    """The reasoning effort. Answers contain the whole reasoning, so there are no summaries."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "summary": Unsupported("the reasoning itself is returned", ("auto",)),
@@ -23,7 +23,7 @@ class ReasoningBody(Body):
 
 
 class TextFormat(Body):
-    """The form of the answer."""
+    """The format of the answer: text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -35,7 +35,7 @@ class TextFormat(Body):
 
 
 class TextBody(Body):
-    """What the text of the answer looks like."""
+    """Settings of the answer's text."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "verbosity": Unsupported("say it in the instructions", ("medium",)),
@@ -54,8 +54,8 @@ class NamedFunctionTool(Body):
 class ResponsesBody(SamplingBody):
     """Items to answer, alone or after a stored response.
 
-    `include: ["reasoning.encrypted_content"]` asks for reasoning that can be sent back; it always
-    can, in the clear, so nothing has to be done for it.
+    `include: ["reasoning.encrypted_content"]` has no effect: it asks for reasoning that can be sent
+    back, and all reasoning is returned as plain text that can be.
     """
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {

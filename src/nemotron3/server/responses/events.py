@@ -1,7 +1,7 @@
-"""The events by which the items of a response come into being.
+"""The events that build up the items of a response.
 
-Each item is announced (`output_item.added`), grows by deltas, and is closed with its whole content
-(`output_item.done`). Items follow each other; one is closed when another kind of thing comes.
+An item begins with `output_item.added`, grows by deltas, and ends with `output_item.done`, which
+has its whole content. Items do not overlap: one ends when a delta of another kind arrives.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ from nemotron3.server.responses.items import (
 from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta, Tokenizer
 
 Event = tuple[str, dict[str, Any]]
-"""Its type, and its fields without the number."""
+"""The type of an event, and its fields other than the sequence number."""
 
 
 class ItemEvents:
-    """Turns one answer's deltas into events; `items` holds what was closed."""
+    """Converts the deltas of one answer to events; `items` contains the finished items."""
 
     def __init__(self, tokenizer: Tokenizer, *, is_single: bool, with_logprobs: bool) -> None:
         self.items: list[Item] = []
@@ -34,10 +34,10 @@ class ItemEvents:
         self._call_index: int | None = None
         self._text = ""
         self._logprobs: list[Any] = []
-        self._untold: list[Any] = []  # of tokens whose words have not come
+        self._untold: list[Any] = []  # of tokens whose text is not complete yet
 
     def push(self, delta: AnswerDelta) -> list[Event]:
-        """What one delta of the engine comes to."""
+        """The events for one delta of the engine."""
         events: list[Event] = []
         if self._with_logprobs:
             self._untold += chat_logprobs(self._tokenizer, delta.content_logprobs)
@@ -52,7 +52,7 @@ class ItemEvents:
         return events
 
     def finish(self, *, is_whole: bool) -> list[Event]:
-        """Close what is open; an answer without anything to show is an empty message."""
+        """End the current item; an answer without text and calls gets an empty message."""
         events = self._close(status="completed" if is_whole else "incomplete")
         if not any(item["type"] in ("message", "function_call") for item in self.items):
             events += self._begin(message_item(new_id("msg"), "", status="in_progress"))
@@ -136,7 +136,7 @@ class ItemEvents:
             events.append(
                 self._at("response.function_call_arguments.done", name=name, arguments=text)
             )
-            # A call that something else cut off is not whole, whatever comes behind it.
+            # A call may be cut off by the start of another one.
             is_whole = is_whole_json(text)
             item = {
                 **opened,

@@ -20,7 +20,7 @@ _PLAIN = ("user", "system", "developer")
 
 
 def items_of(given: str | Sequence[Item]) -> list[Item]:
-    """The input as items; a text is what the user says."""
+    """The input as items; a string is a message of the user."""
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     return [dict(item) for item in given]
@@ -115,7 +115,7 @@ class _Turns:
         self.say({"role": "tool", "tool_call_id": _call_id(item, where), "content": text})
 
     def end(self) -> list[dict[str, Any]]:
-        """End the assistant's turn; all messages."""
+        """End the turn of the assistant; returns all messages."""
         if self._turn:
             self._messages.append({"role": "assistant", **self._turn})
             self._turn = {}
@@ -125,7 +125,7 @@ class _Turns:
 def output_items(
     tokenizer: Tokenizer, answer: CompletionOutput, *, is_single: bool, with_logprobs: bool
 ) -> list[Item]:
-    """What the model said, as items: reasoning, words, calls."""
+    """The answer as items: reasoning, message, calls."""
     is_whole = answer.finish_reason is not None and answer.finish_reason.value == "stop"
     status = "completed" if is_whole else "incomplete"
     items: list[Item] = []
@@ -147,7 +147,7 @@ def output_items(
 
 
 def reasoning_item(item_id: str, text: str, *, status: str) -> Item:
-    """The reasoning, in the clear; it can be sent back as it is."""
+    """An item of reasoning, as plain text that clients can send back."""
     return {
         "id": item_id,
         "type": "reasoning",
@@ -159,7 +159,7 @@ def reasoning_item(item_id: str, text: str, *, status: str) -> Item:
 
 
 def message_item(item_id: str, text: str, *, status: str, logprobs: Sequence[Any] = ()) -> Item:
-    """The words of the answer."""
+    """An item of the answer's text."""
     has_part = bool(text) or status != "in_progress"
     return {
         "id": item_id,
@@ -171,7 +171,7 @@ def message_item(item_id: str, text: str, *, status: str, logprobs: Sequence[Any
 
 
 def text_part(text: str, logprobs: Sequence[Any] = ()) -> Item:
-    """A part of the words."""
+    """A part of a message."""
     return {
         "type": "output_text",
         "text": text,
@@ -181,7 +181,7 @@ def text_part(text: str, logprobs: Sequence[Any] = ()) -> Item:
 
 
 def call_item(item_id: str, call_id: str, name: str, *, arguments: str, status: str) -> Item:
-    """A call to be run by the client."""
+    """An item of a call, which the client executes."""
     return {
         "id": item_id,
         "type": "function_call",

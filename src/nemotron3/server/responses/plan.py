@@ -20,7 +20,7 @@ from nemotron3.server.responses.store import ResponseStore
 
 
 def conversation(body: ResponsesBody, store: ResponseStore) -> list[Item]:
-    """All items so far: those of the previous response, then the new ones."""
+    """All items of the conversation: those of the previous response, then those of `input`."""
     before: list[Item] = []
     if body.previous_response_id is not None:
         before = store.get(body.previous_response_id, "previous_response_id").items

@@ -1,7 +1,7 @@
-"""Responses that may be gone on from (`previous_response_id`), for as long as there is room.
+"""Stored responses, which requests continue by `previous_response_id`.
 
-In memory alone and bounded in number and size, the oldest forgotten first: a conversation that has
-to last is the client's to keep, who can always send its items instead.
+They are kept in memory, limited in number and size; the least recently used are dropped first. A
+client that needs a conversation for longer keeps its items and sends all of them.
 """
 
 import json
@@ -14,7 +14,7 @@ from nemotron3.server.http.errors import APIError
 
 @dataclass(frozen=True, kw_only=True)
 class StoredResponse:
-    """A response and the conversation that it ends."""
+    """A response, and all items of its conversation."""
 
     body: dict[str, Any]
     items: list[dict[str, Any]]
@@ -31,7 +31,7 @@ class ResponseStore:
         self._size_bytes = 0
 
     def put(self, body: dict[str, Any], items: list[dict[str, Any]]) -> None:
-        """Keep a response, and forget the oldest where that takes too much room."""
+        """Store a response, and drop the least recently used while there are too many."""
         size = len(json.dumps(items)) + len(json.dumps(body))
         if size > self._max_bytes:
             return
@@ -42,7 +42,7 @@ class ResponseStore:
             self._size_bytes -= oldest.size_bytes
 
     def get(self, response_id: str, param: str) -> StoredResponse:
-        """A response that is still there."""
+        """Return a stored response; raises APIError if there is none. `param` names the id."""
         if response_id not in self._stored:
             raise APIError(
                 404,
@@ -55,6 +55,6 @@ class ResponseStore:
         return self._stored[response_id]
 
     def delete(self, response_id: str) -> None:
-        """Forget a response."""
+        """Delete a response; raises APIError if there is none."""
         self._size_bytes -= self.get(response_id, "response_id").size_bytes
         del self._stored[response_id]
