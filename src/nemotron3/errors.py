@@ -2,22 +2,61 @@
 
 Each is also the standard error that a reader would expect, so `except ValueError` keeps working.
 They are raised at borders (command line, files, configuration) and their message has three parts:
-the thing, the value that was found, and the remedy. Which value it was is data as well (`field`),
-for callers that tell it on by another name. Inside the package `assert` states invariants.
+the thing, the value that was found, and the remedy. Inside the package `assert` states invariants.
 """
+
+from collections.abc import Mapping
+from typing import Self
 
 
 class Nemotron3Error(Exception):
     """The parent of every error raised on purpose, for callers who want to catch them all."""
 
 
-class ConfigError(Nemotron3Error, ValueError):
+class InvalidValueError(Nemotron3Error, ValueError):
+    """A value that cannot be used; the parent of the errors that carry the value's name as data.
+
+    The message is composed of `field` and `problem`: of "top_p" and "is 2; it must be at most 1".
+    A caller that knows the field by another name, as a client of the server does, raises the error
+    again under that name (`renamed`, `under`), and the message is composed anew.
+    """
+
+    def __init__(self, problem: str, *, field: str | None = None, other: str | None = None) -> None:
+        """`problem` continues the sentence that `field` begins, or is one of its own.
+
+        `field` is the dotted name of the value, such as `messages[0].role`; None where no single
+        value is wrong. A problem that begins with a colon follows the name without a space. `other`
+        is the name of a second field, which the problem mentions as `{other}`.
+        """
+        message = problem if other is None else problem.replace("{other}", other)
+        if field is not None:
+            message = f"{field}{'' if message.startswith(':') else ' '}{message}"
+        super().__init__(message)
+        self.problem = problem
+        self.field = field
+        self.other = other
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same error with other names for its fields; those not in `names` stay."""
+        field, other = (
+            None if name is None else names.get(name, name) for name in (self.field, self.other)
+        )
+        return type(self)(self.problem, field=field, other=other)
+
+    def under(self, path: str) -> Self:
+        """The same error of a value that lies at `path` in something larger."""
+        if self.field is None:
+            return type(self)(f": {self.problem}", field=path, other=self.other)
+        other = None if self.other is None else f"{path}.{self.other}"
+        return type(self)(self.problem, field=f"{path}.{self.field}", other=other)
+
+
+class ConfigError(InvalidValueError):
     """A configuration that cannot be built: unknown preset, impossible pattern, uneven sizes."""
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
-        """`field` is the dotted name of the value that is wrong, where it is a single one."""
-        super().__init__(message)
-        self.field = field
+
+class DataError(InvalidValueError):
+    """Text or tokens that cannot be used: not UTF-8, no documents, a wrong column, a bad index."""
 
 
 class CheckpointError(Nemotron3Error, RuntimeError):
@@ -26,15 +65,6 @@ class CheckpointError(Nemotron3Error, RuntimeError):
 
 class StorageError(Nemotron3Error, OSError):
     """Bytes that could not be written: a full disk, a folder that may not be written to."""
-
-
-class DataError(Nemotron3Error, ValueError):
-    """Text or tokens that cannot be used: not UTF-8, no documents, a wrong column, a bad index."""
-
-    def __init__(self, message: str, *, field: str | None = None) -> None:
-        """`field` is the name of the part of a request that is wrong, where it is a single one."""
-        super().__init__(message)
-        self.field = field
 
 
 class BackendUnavailableError(Nemotron3Error, RuntimeError):

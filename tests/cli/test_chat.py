@@ -57,6 +57,11 @@ def test_what_is_no_command_is_answered_with_the_commands(line):
     assert "/budget N" in before.command(line)
 
 
+def test_a_budget_that_cannot_be_is_refused_by_its_option(model_folder, capsys):
+    assert main(["chat", str(model_folder), "--device", "cpu", "--budget", "-1"]) == 2
+    assert "--budget is -1; it must be 0 or more" in capsys.readouterr().err
+
+
 def test_an_answer_comes_with_its_figures(talk):
     said = talk("Hello", options=["--budget", "5", "--max-tokens", "30"]).out
     assert "tokens, 6 of them thinking" in said or "tokens, 5 of them thinking" in said

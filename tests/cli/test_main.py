@@ -70,7 +70,7 @@ BAD_INPUT = {
     ),
     "no whole microbatches": (
         ["pretrain", "tiny", "--training.microbatch-size", "3"],
-        ["batch_size is 8 and microbatch_size 3"],
+        ["microbatch_size is 3 and batch_size is 8"],
     ),
     "a word for a number": (
         ["pretrain", "tiny", "--training.steps", "many"],
@@ -90,6 +90,12 @@ BAD_INPUT = {
         ["'cuda' was asked for", "use --device cpu"],
     ),
     "no such device": (["generate", "x", "Hi", "--device", "tpu"], ["'tpu'", "auto, cpu, cuda"]),
+    "no probability": (["generate", "x", "Hi", "--top-p", "3"], ["--top-p is 3.0; it must be"]),
+    "no tokens": (["generate", "x", "Hi", "--max-tokens", "0"], ["--max-tokens is 0; it must be"]),
+    "no such folder for weights": (
+        ["serve", "x", "--enable-weight-updates", "{bad}/none", "--api-key", "k"],
+        ["--enable-weight-updates is ", "no directory"],
+    ),
     "no such text": (["pretrain", "tiny", "--data", "{bad}/none"], ["no such file", "name a file"]),
     "an empty folder": (["pretrain", "tiny", "--data", "{bad}/empty"], ["no text files in it"]),
     "blank text": (["pretrain", "tiny", "--data", "{bad}/blank.txt"], ["1 of 1 rows", "empty"]),
@@ -117,11 +123,11 @@ BAD_INPUT = {
         ["serve", "x", "--enable-weight-updates", "."],
         ["--enable-weight-updates", "NEMOTRON3_API_KEY"],
     ),
-    "a negative grace": (["serve", "x", "--reasoning-grace", "-1"], ["reasoning_grace is -1"]),
+    "a negative grace": (["serve", "x", "--reasoning-grace", "-1"], ["--reasoning-grace is -1"]),
     "no body at all": (["serve", "x", "--max-body-mib", "0"], ["--max-body-mib is 0"]),
     "no sequences": (
         ["serve", "{bad}/none", "--port", "0", "--max-num-seqs", "0"],
-        ["max_num_seqs is 0"],
+        ["--max-num-seqs is 0; it must be 1"],
     ),
     "no run to merge": (["merge", "{bad}/none", "{bad}/out"], ["cannot be read", "run.json"]),
 }
@@ -357,10 +363,10 @@ def test_generate_keeps_control_characters_from_a_terminal_alone(capsys, model_f
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--max-tokens", "0"], "max_tokens is 0"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--top-p", "0"], "top_p is 0.0"),
-        (["--top-k", "-3"], "top_k is -3"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--top-p", "0"], "--top-p is 0.0"),
+        (["--top-k", "-3"], "--top-k is -3"),
     ],
 )
 def test_generate_refuses_values_that_mean_nothing(capsys, model_folder, option, said):
@@ -375,7 +381,7 @@ def test_a_refused_text_is_not_shown(capsys, model_folder):
     assert main(["generate", str(model_folder), "hello", "--max-tokens", "5000"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "max_tokens is 5000" in shown.err
+    assert "--max-tokens is 5000" in shown.err
 
 
 def test_paths_in_errors_are_the_users(capsys, tmp_path, monkeypatch):

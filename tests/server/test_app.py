@@ -8,7 +8,7 @@ import time
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
 
-from nemotron3.server.logs import JsonLines
+from nemotron3.server.http.logs import JsonLines
 from tests.server.serving import MODEL, running
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -123,7 +123,7 @@ def test_a_refused_stream_is_a_status_and_no_event(served):
 def test_a_stream_in_a_form_that_cannot_be_is_a_status_too(served, path, begins):
     answer = served.post(path, begins | {"stream": True, "structured_outputs": {"regex": "("}})
     assert answer.status_code == 400
-    assert "cannot follow this regex" in answer.json()["error"]["message"]
+    assert "structured_outputs.regex cannot be enforced" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

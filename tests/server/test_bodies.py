@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from nemotron3.errors import ConfigError
 from nemotron3.inference.requests import StructuredOutput
-from nemotron3.server.bodies import ChatTemplateKwargs, SamplingBody, Unsupported
-from nemotron3.server.chat import plan_chat
-from nemotron3.server.chat_bodies import ChatBody
-from nemotron3.server.completion_bodies import CompletionBody
-from nemotron3.server.completions import plan_completion
-from nemotron3.server.errors import APIError
-from nemotron3.server.response_items import items_of
-from nemotron3.server.responses import plan_response
-from nemotron3.server.responses_bodies import ResponsesBody
+from nemotron3.server.chat.body import ChatBody
+from nemotron3.server.chat.plan import plan_chat
+from nemotron3.server.completions.body import CompletionBody
+from nemotron3.server.completions.plan import plan_completion
+from nemotron3.server.generation.sampling import SamplingBody
+from nemotron3.server.generation.thinking import ChatTemplateKwargs
+from nemotron3.server.http.bodies import Unsupported
+from nemotron3.server.http.errors import APIError
+from nemotron3.server.responses.body import ResponsesBody
+from nemotron3.server.responses.items import items_of
+from nemotron3.server.responses.plan import plan_response
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOOL_CALL_END = 15
@@ -123,7 +126,7 @@ CONTRADICTIONS = {
     ),
     "two forms": (
         {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-        "structured_outputs.regex and response_format hold the answer to different forms",
+        "structured_outputs.regex and response_format ask for different outputs",
     ),
     "two forms in one": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "regex, choice"),
     "no form": ({"structured_outputs": {}}, "has nothing"),
@@ -232,7 +235,7 @@ def test_a_completion_without_tokens_is_for_echo_alone():
     assert plan_completion(CompletionBody(prompt="Hi")).max_tokens == 16
     with pytest.raises(APIError, match="max_tokens is 0"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=0))
-    with pytest.raises(APIError, match="max_tokens is -1"):
+    with pytest.raises(ConfigError, match="max_tokens is -1"):
         plan_completion(CompletionBody(prompt="Hi", max_tokens=-1))
     echoed = plan_completion(CompletionBody(prompt="Hi", echo=True, logprobs=2))
     assert (echoed.logprobs, echoed.prompt_logprobs) == (2, 2)

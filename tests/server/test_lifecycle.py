@@ -202,7 +202,7 @@ def serving_process(model_folder, *options):
         threading.Thread(target=lambda: [lines.put(x) for x in process.stderr]).start()
         try:
             logged = [json.loads(lines.get(timeout=60))]
-            while "requests are taken" not in logged[-1]["message"]:
+            while "requests are accepted" not in logged[-1]["message"]:
                 logged.append(json.loads(lines.get(timeout=60)))
             yield process, f"http://127.0.0.1:{port}", lines, logged
         finally:

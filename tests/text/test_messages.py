@@ -74,7 +74,7 @@ def _calls(*calls):
         ([{"role": "user", "content": 3}], r"messages\[0\]\.content is of type int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\]\.type is 'image"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\]\.text is missing"),
-        ([USER, {"role": "assistant", "reasoning": 1}], r"messages\[1\]\.reasoning_content is of"),
+        ([USER, {"role": "assistant", "reasoning": 1}], r"messages\[1\]\.reasoning is of"),
         ([USER, {"role": "assistant", "is_trained": 1}], r"is_trained is of type int"),
         ([USER, {"role": "assistant", "tool_calls": {"a": 1}}], r"tool_calls is of type dict"),
         (_calls({"name": ""}), r"messages\[1\]\.tool_calls\[0\]\.name is ''"),

@@ -287,10 +287,10 @@ def test_a_bad_rate_of_the_biases_is_refused():
     ],
 )
 def test_counts_below_one_are_refused(field, value):
-    with pytest.raises(ConfigError, match=rf"training\.{field} is {value}; it must be 1 or more"):
+    with pytest.raises(ConfigError, match=rf"^{field} is {value}; it must be 1 or more"):
         dataclasses.replace(CONFIG, **{field: value})
 
 
 def test_a_batch_is_a_whole_number_of_microbatches():
-    with pytest.raises(ConfigError, match="batch_size is 2 and microbatch_size 3"):
+    with pytest.raises(ConfigError, match="microbatch_size is 3 and batch_size is 2"):
         dataclasses.replace(CONFIG, microbatch_size=3)

@@ -97,6 +97,7 @@ def chat_command(known: argparse.Namespace) -> int:
 
 def _params(known: argparse.Namespace, llm: AsyncLLM) -> SamplingParams:
     options = {name: getattr(known, name) for name in ("temperature", "top_p", "max_tokens")}
+    options["reasoning_budget"] = known.budget  # so that a wrong one is refused before the talk
     given = {name: value for name, value in options.items() if value is not None}
     return SamplingParams(**{"top_p": _TOP_P, **llm.defaults.sampling, **given})
 

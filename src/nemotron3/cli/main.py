@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
-from nemotron3.errors import Nemotron3Error
+from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
 _EPILOG = """\
@@ -36,6 +36,10 @@ SIGTERM: no more requests are taken (503), the running ones are finished, then t
 Everything else is in the guide, docs/serving.md.
 """
 
+_POSITIONAL = {"verb", "model", "recipe", "path", "prompt", "run", "out"}
+_OTHER_OPTIONS = {"reasoning_budget": "--budget", "weights_folder": "--enable-weight-updates"}
+"""Options that are not called as the value is in the package."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(known, rest)
     except Nemotron3Error as error:
-        print(f"nemotron3: {error}", file=sys.stderr)
+        print(f"nemotron3: {_by_option(error, known)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # Whoever read the output, such as `head`, has seen enough.
@@ -74,6 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _by_option(error: Nemotron3Error, known: argparse.Namespace) -> Nemotron3Error:
+    """The error with the name of the option, `--top-p`, where a value came from one."""
+    if not isinstance(error, InvalidValueError):
+        return error
+    options = {name: f"--{name.replace('_', '-')}" for name in vars(known).keys() - _POSITIONAL}
+    return error.renamed(options | _OTHER_OPTIONS)
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:

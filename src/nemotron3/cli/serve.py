@@ -16,7 +16,7 @@ def serve_command(known: argparse.Namespace) -> int:
     """Load a model and serve it until SIGTERM or Ctrl-C."""
     try:
         from nemotron3.server.app import ServerSettings, create_app
-        from nemotron3.server.logs import written_logs
+        from nemotron3.server.http.logs import written_logs
         from nemotron3.server.running import bind, serve
     except ImportError as error:
         raise DependencyMissingError(

@@ -126,9 +126,7 @@ def _decode_literal(
             return build(choice) if build else choice
     listed = ", ".join(repr(choice) for choice in choices)
     close = _close_match(value, choices)
-    raise ConfigError(
-        f"{path or 'record'} is {value!r}; it must be one of {listed}{close}", field=path or None
-    )
+    raise ConfigError(f"is {value!r}; it must be one of {listed}{close}", field=path or "record")
 
 
 def _decode_tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
@@ -178,7 +176,7 @@ def _by_kind(configs: list[Any], value: dict[str, Any], path: str) -> type[Any]:
     kinds = {k: c for c in configs for k in get_args(get_type_hints(c).get("kind"))}
     if "kind" not in value:
         where = _join(path, "kind")
-        raise ConfigError(f"{where} is missing; it must be one of {sorted(kinds)}", field=where)
+        raise ConfigError(f"is missing; it must be one of {sorted(kinds)}", field=where)
     return kinds[_decode_literal(tuple(kinds), value["kind"], _join(path, "kind"))]
 
 
@@ -195,15 +193,13 @@ def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
         if key not in names:
             close = _close_match(key, names) or f"; it has {', '.join(names)}"
             raise ConfigError(
-                f"{_join(path, key)} is {record[key]!r}, but {cls.__name__} has no such "
-                f"field{close}",
+                f"is {record[key]!r}, but {cls.__name__} has no such field{close}",
                 field=_join(path, key),
             )
     for name in names:
         if name not in record:
             raise ConfigError(
-                f"{_join(path, name)} is missing; {cls.__name__} needs it in a record",
-                field=_join(path, name),
+                f"is missing; {cls.__name__} needs it in a record", field=_join(path, name)
             )
     fields = {name: _decode(hints[name], record[name], _join(path, name)) for name in names}
     return _build(cls, path, **fields)
@@ -214,14 +210,15 @@ def _build(make: Callable[..., Any], path: str, /, *args: Any, **fields: Any) ->
     try:
         return make(*args, **fields)
     except ConfigError as error:
-        field = _join(path, error.field) if error.field else path or None
-        raise ConfigError(f"{path}: {error}" if path else str(error), field=field) from error
+        if not path:
+            raise
+        raise error.under(path) from error
 
 
 def _mismatch(path: str, value: Any, wanted: str) -> ConfigError:
     return ConfigError(
-        f"{path or 'record'} is {value!r} of type {type(value).__name__}; it must be {wanted}",
-        field=path or None,
+        f"is {value!r} of type {type(value).__name__}; it must be {wanted}",
+        field=path or "record",
     )
 
 

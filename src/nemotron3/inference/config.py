@@ -64,4 +64,4 @@ class EngineConfig:
         for name, least in bounds.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be {least} or more")
+                raise ConfigError(f"is {value}; it must be {least} or more", field=name)

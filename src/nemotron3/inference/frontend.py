@@ -71,8 +71,9 @@ class Frontend:
         """Render a conversation; `options` are those of `ChatTemplate.render`."""
         if self.tokenizer.token_to_id(IM_START) is None:
             raise ConfigError(
-                f"the vocabulary of {self.model_name} has no {IM_START}, which opens a turn of a "
-                "chat; continue a text instead"
+                f": the vocabulary of {self.model_name} has no {IM_START}, which opens a turn of a "
+                "chat; continue a text instead",
+                field="messages",
             )
         if self._jinja is not None:
             settings = {name: value for name, value in options.items() if value is not None}
@@ -100,7 +101,7 @@ class Frontend:
         """A text to continue."""
         ids = self.tokenizer.encode(text)
         if not ids:
-            raise DataError("prompt is empty; give at least one character to continue")
+            raise DataError("is empty; give at least one character to continue", field="prompt")
         return self.ids_prompt(ids)
 
     def ids_prompt(self, ids: Sequence[int]) -> Prompt:

@@ -53,7 +53,7 @@ def generation_defaults(
 ) -> GenerationDefaults:
     """The defaults of a loaded model's directory; a ConfigError names a wrong value in its file."""
     if source not in ("auto", "none"):
-        raise ConfigError(f"generation_config is {source!r}; it must be 'auto' or 'none'")
+        raise ConfigError(f"is {source!r}; it must be 'auto' or 'none'", field="generation_config")
     if companions is None or companions.generation_config is None:
         return GenerationDefaults()
     path, values = companions.path / _FILE, companions.generation_config
@@ -78,7 +78,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
     try:
         SamplingParams(**named)
     except ConfigError as error:
-        bound = str(error).partition("; ")[2]
+        bound = error.problem.partition("; ")[2]
         raise ConfigError(f"{path}: {key} is {value!r}; {bound}; {_REMEDY}") from error
     return value
 

@@ -90,8 +90,8 @@ class SamplingParams:
             _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         if self.max_tokens is not None:
-            bound = f"at most max_tokens ({self.max_tokens})"
-            _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, bound)
+            _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens,
+                     f"at most {{other}} ({self.max_tokens})", other="max_tokens")  # fmt: skip
         _require(0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
@@ -116,9 +116,16 @@ class SamplingParams:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
 
 
-def _require(holds: bool, name: str, value: object, bound: str) -> None:  # noqa: FBT001
+def _require(
+    holds: bool,  # noqa: FBT001
+    name: str,
+    value: object,
+    bound: str,
+    other: str | None = None,
+) -> None:
+    """Raise where a bound does not hold; one that mentions a second field has `{other}` in it."""
     if not holds:
-        raise ConfigError(f"{name} is {value!r}; it must be {bound}", field=name)
+        raise ConfigError(f"is {value!r}; it must be {bound}", field=name, other=other)
 
 
 class FinishReason(Enum):

@@ -115,7 +115,7 @@ def use_weight_format(model: nn.Module, weights: str) -> None:
     """Replace the parameters that may have a number format by uninitialised weights of it."""
     if weights not in FORMATS:
         raise ConfigError(
-            f"weights is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
+            f"is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
         )
     for module in list(model.modules()):
         if isinstance(module, DeclaredModule):

@@ -65,9 +65,10 @@ class PretrainRun(RunConfig):
             tokenizer.vocab_size > self.model.vocab_size
         ):
             raise ConfigError(
-                f"corpus.tokenizer.vocab_size is {tokenizer.vocab_size}, more than "
-                f"model.vocab_size {self.model.vocab_size}; make them equal",
+                f"is {tokenizer.vocab_size}, more than {{other}} {self.model.vocab_size}; "
+                "make them equal",
                 field="corpus.tokenizer.vocab_size",
+                other="model.vocab_size",
             )
 
 

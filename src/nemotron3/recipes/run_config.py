@@ -29,6 +29,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
-                f"name is {self.name!r}; it names a folder, so no slash or leading dot",
+                f"is {self.name!r}; it names a folder, so no slash or leading dot",
                 field="name",
             )

@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     """The device of a `DeviceName`; `auto` is a GPU if there is one, else the CPU."""
     if name not in get_args(DeviceName):
         raise ConfigError(
-            f"device is {name!r}; it must be one of {', '.join(get_args(DeviceName))}"
+            f"is {name!r}; it must be one of {', '.join(get_args(DeviceName))}", field="device"
         )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

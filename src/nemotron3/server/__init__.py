@@ -1,1 +1,1 @@
-"""HTTP in front of the engine, in OpenAI's shapes and vLLM's words; a page to chat with."""
+"""The engine over HTTP, with the API of OpenAI and the parameters of vLLM, and a page to chat."""

@@ -1,62 +1,45 @@
-"""The application: which address does what.
+"""The application: routes, their handlers, and the settings of the server.
 
     app = create_app(AsyncLLM("runs/tiny/model"), ServerSettings(served_model_name="tiny"))
-    await run(app, host="127.0.0.1", port=8000)
+    serve(app, bind("127.0.0.1", 8000), drain_timeout_s=60)
 
-Handlers are short because each endpoint is three steps: a plan from the body, a prompt from the
-plan, an answer from the engine, whole or as a stream. Whatever can be wrong with a request is found
-in the first two or when the engine takes it, so it is an HTTP status and not an event in a stream.
+Each endpoint that generates has three steps: it makes a plan from the body, a prompt from the plan,
+and an answer from the engine's output, whole or as a stream. A bad request is refused in the first
+two steps or when it is submitted to the engine. The client therefore gets an HTTP status and not an
+error event in a stream.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.exceptions import HTTPException
 
-from nemotron3.errors import ConfigError, Nemotron3Error
+from nemotron3.errors import ConfigError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.requests import SamplingParams
-from nemotron3.server.chat import ChatAnswer, plan_chat
-from nemotron3.server.chat_bodies import ChatBody
-from nemotron3.server.completion_bodies import CompletionBody, DetokenizeBody, TokenizeBody
-from nemotron3.server.completions import CompletionAnswer, completion_prompts, plan_completion
-from nemotron3.server.cors import assert_origins, with_cors
-from nemotron3.server.drain import InFlightRequests
-from nemotron3.server.errors import APIError, internal_error, invalid_request, to_api_error
-from nemotron3.server.metrics import CONTENT_TYPE, ServerMetrics
-from nemotron3.server.middleware import App, RequestMiddleware
-from nemotron3.server.response_store import ResponseStore
-from nemotron3.server.responses import ResponseAnswer, conversation, plan_response
-from nemotron3.server.responses_bodies import ResponsesBody
-from nemotron3.server.serving import ServingContext
-from nemotron3.server.streaming import EventStream, answered, submitted
-from nemotron3.server.tokenizing import detokenize, tokenize
+from nemotron3.server.chat.answer import ChatAnswer
+from nemotron3.server.chat.body import ChatBody
+from nemotron3.server.chat.plan import plan_chat
+from nemotron3.server.completions.answer import CompletionAnswer
+from nemotron3.server.completions.body import CompletionBody
+from nemotron3.server.completions.plan import completion_prompts, plan_completion
+from nemotron3.server.generation.prompts import prepare_chat
+from nemotron3.server.generation.serving import ServingContext
+from nemotron3.server.http.cors import assert_origins, with_cors
+from nemotron3.server.http.drain import InFlightRequests
+from nemotron3.server.http.error_handlers import ERROR_RESPONSES, add_error_handlers
+from nemotron3.server.http.metrics import CONTENT_TYPE, ServerMetrics
+from nemotron3.server.http.middleware import App, RequestMiddleware
+from nemotron3.server.http.streaming import EventStream, answered, submitted
+from nemotron3.server.responses.answer import ResponseAnswer
+from nemotron3.server.responses.body import ResponsesBody
+from nemotron3.server.responses.plan import conversation, plan_response
+from nemotron3.server.responses.store import ResponseStore
+from nemotron3.server.tokenizing import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from nemotron3.server.weights import add_weights
-
-_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in {
-        400: "The request asks for what cannot be.",
-        401: "The API key is missing or wrong.",
-        404: "No such model or response.",
-        413: "The body is too large.",
-        415: "The body does not say that it is JSON.",
-        429: "The queue is full; see Retry-After.",
-        500: "The server failed at this request.",
-        501: "The server lacks a package for this.",
-        503: "The server is shutting down; see Retry-After.",
-    }.items()
-}
-
-_IS_BRANCH = re.compile(r"(str|int|float|bool|list|dict|literal)(\[.*\])?|[A-Z]\w*", re.DOTALL)
-"""What pydantic adds to the place of an error where a field may be of several types."""
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -66,35 +49,36 @@ _PAGE_POLICY = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What belongs to the server alone; the engine has its own configuration."""
+    """Settings of the server itself; those of the engine are in `EngineConfig`."""
 
     served_model_name: str | None = None
-    """Name in `model`; None for the model's own."""
+    """Name that clients send as `model`; None for the model's own name."""
     api_key: str | None = field(default=None, repr=False)
-    """Key that clients send; None to let everyone in."""
+    """Key that clients must send; None accepts every client."""
     max_body_bytes: int = 32 * 2**20
     """Largest body of a request."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins whose pages may use the server from a browser; ("*",) for all."""
+    """Web origins whose pages may call the server from a browser; ("*",) for all."""
     reasoning_grace: int = 0
-    """Tokens beyond a reasoning budget in which a line end is waited for, where a request does not
-    say; 0 leaves budgets exact, 500 is the model card's rule."""
+    """Default of `reasoning_grace`: tokens beyond a reasoning budget in which reasoning may end its
+    line. 0 makes budgets exact, 500 is the model card's rule."""
 
     weights_folder: Path | None = None
-    """Where the directories lie whose weights clients may put into the model; None lets nobody.
-    It takes an API key."""
+    """Folder of model directories that clients may load weights from; None allows no update.
+    Requires an API key."""
 
     def __post_init__(self) -> None:
         assert_origins(self.allowed_origins)
         if self.weights_folder is not None and not self.api_key:
             raise ConfigError(
-                f"weights_folder is {str(self.weights_folder)!r} and there is no API key: whoever "
-                "reaches the server could replace its model; set api_key",
-                field="api_key",
+                f"is {str(self.weights_folder)!r} and there is no API key: whoever reaches the "
+                "server could replace its model; set {other}",
+                field="weights_folder",
+                other="api_key",
             )
         if self.weights_folder is not None and not self.weights_folder.is_dir():
             raise ConfigError(
-                f"weights_folder is {str(self.weights_folder)!r}, which is no directory; make it",
+                f"is {str(self.weights_folder)!r}, which is no directory; make it",
                 field="weights_folder",
             )
         SamplingParams(reasoning_grace=self.reasoning_grace)
@@ -102,7 +86,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The application as an ASGI server runs it, and what an end of it needs."""
+    """The application for an ASGI server, with the parts that a graceful shutdown needs."""
 
     app: App
     in_flight: InFlightRequests
@@ -111,7 +95,7 @@ class Server:
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
-    """The whole server around an engine; a ConfigError where it has no tokenizer."""
+    """Build the server around an engine; raises ConfigError if the engine has no tokenizer."""
     _ = llm.tokenizer
     in_flight = InFlightRequests()
     metrics = ServerMetrics(llm.stats)
@@ -127,13 +111,13 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
         docs_url=None,  # its pages fetch from elsewhere
         redoc_url=None,
     )
-    _add_errors(api)
+    add_error_handlers(api)
     _add_pages(api, serving, in_flight)
     _add_models(api, serving)
     _add_generation(api, serving)
     _add_responses(api, serving)
     if settings.weights_folder is not None:
-        add_weights(api, llm, settings.weights_folder, _ERROR_RESPONSES)
+        add_weights(api, llm, settings.weights_folder)
     app = RequestMiddleware(
         cast(App, api),
         in_flight=in_flight,
@@ -156,7 +140,7 @@ def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequest
     @api.get("/health")
     @api.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
-        """200 while requests are taken, 503 while they are not."""
+        """200 while requests are accepted, 503 while draining or after a failure."""
         if not serving.llm.is_alive:
             return JSONResponse({"status": "failed"}, 503)
         if not in_flight.is_accepting:
@@ -165,7 +149,7 @@ def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequest
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        """Counts and latencies for Prometheus."""
+        """Metrics in the text format of Prometheus."""
         return Response(serving.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -183,23 +167,23 @@ def _add_models(api: FastAPI, serving: ServingContext) -> None:
 
     @api.get("/v1/models")
     async def models() -> JSONResponse:
-        """The one model of this server."""
+        """List the one model of this server."""
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @api.get("/v1/models/{model:path}", responses=_ERROR_RESPONSES)
+    @api.get("/v1/models/{model:path}", responses=ERROR_RESPONSES)
     async def model(model: str) -> JSONResponse:
-        """A model by its name."""
+        """Describe a model by its name."""
         serving.assert_serves(model)
         return JSONResponse(card())
 
 
 def _add_generation(api: FastAPI, serving: ServingContext) -> None:
-    @api.post("/v1/chat/completions", responses=_ERROR_RESPONSES)
+    @api.post("/v1/chat/completions", responses=ERROR_RESPONSES)
     async def chat(body: ChatBody, request: Request) -> Response:
-        """Go on with a conversation."""
+        """Answer a conversation."""
         serving.assert_serves(body.model)
         plan = plan_chat(body, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
-        prompt = await serving.prepare_chat(plan)
+        prompt = await prepare_chat(serving.llm, plan)
         job = serving.submit(prompt, plan.params, request.state.notes)
         handle = await submitted(request, job)
         answer = ChatAnswer(serving, body, plan, prompt, handle)
@@ -207,9 +191,9 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
             return EventStream(answer.events(), handle.stop)
         return JSONResponse(await answered(request, answer.whole(), handle.stop))
 
-    @api.post("/v1/completions", responses=_ERROR_RESPONSES)
+    @api.post("/v1/completions", responses=ERROR_RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """Go on with texts."""
+        """Continue texts."""
         serving.assert_serves(body.model)
         params = plan_completion(body, serving.defaults)
         prompts = await completion_prompts(serving, body)
@@ -220,15 +204,15 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
             return EventStream(answer.events(), answer.stop)
         return JSONResponse(await answered(request, answer.whole(), answer.stop))
 
-    @api.post("/tokenize", responses=_ERROR_RESPONSES)
+    @api.post("/tokenize", responses=ERROR_RESPONSES)
     async def to_tokens(body: TokenizeBody) -> JSONResponse:
-        """Cut a text or a conversation into tokens."""
+        """Tokenize a text or a conversation."""
         serving.assert_serves(body.model)
         return JSONResponse(await tokenize(serving, body))
 
-    @api.post("/detokenize", responses=_ERROR_RESPONSES)
+    @api.post("/detokenize", responses=ERROR_RESPONSES)
     async def to_text(body: DetokenizeBody) -> JSONResponse:
-        """Put tokens together again."""
+        """Decode token ids into text."""
         serving.assert_serves(body.model)
         return JSONResponse(detokenize(serving, body))
 
@@ -236,13 +220,13 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
 def _add_responses(api: FastAPI, serving: ServingContext) -> None:
     store = ResponseStore()
 
-    @api.post("/v1/responses", responses=_ERROR_RESPONSES)
+    @api.post("/v1/responses", responses=ERROR_RESPONSES)
     async def create(body: ResponsesBody, request: Request) -> Response:
-        """Answer items."""
+        """Answer a list of items."""
         serving.assert_serves(body.model)
         items = conversation(body, store)
         plan = plan_response(body, items, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
-        prompt = await serving.prepare_chat(plan)
+        prompt = await prepare_chat(serving.llm, plan)
         job = serving.submit(prompt, plan.params, request.state.notes)
         handle = await submitted(request, job)
         answer = ResponseAnswer(serving, body, plan, items, handle, store)
@@ -250,68 +234,13 @@ def _add_responses(api: FastAPI, serving: ServingContext) -> None:
             return EventStream(answer.events(), handle.stop)
         return JSONResponse(await answered(request, answer.whole(), handle.stop))
 
-    @api.get("/v1/responses/{response_id}", responses=_ERROR_RESPONSES)
+    @api.get("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
     async def retrieve(response_id: str) -> JSONResponse:
-        """A response that is stored."""
+        """Return a stored response."""
         return JSONResponse(store.get(response_id, "response_id").body)
 
-    @api.delete("/v1/responses/{response_id}", responses=_ERROR_RESPONSES)
+    @api.delete("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
     async def delete(response_id: str) -> JSONResponse:
-        """Forget a response."""
+        """Delete a stored response."""
         store.delete(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
-
-
-def _add_errors(api: FastAPI) -> None:
-    @api.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
-        return _answer(_validation_error(error))
-
-    @api.exception_handler(APIError)
-    @api.exception_handler(Nemotron3Error)
-    async def api_error(_: Request, error: Exception) -> Response:
-        found = to_api_error(error)
-        if found is None:
-            raise error
-        return _answer(found)
-
-    @api.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        # The middleware, outside of the framework, sees the error too and logs it.
-        del error
-        return _answer(internal_error(request.state.request_id))
-
-    @api.exception_handler(HTTPException)
-    async def no_such_thing(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path}"
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        headers = dict(error.headers or {})
-        return _answer(
-            APIError(error.status_code, f"{where}: {error.detail}", code=code, headers=headers)
-        )
-
-
-def _answer(api_error: APIError) -> Response:
-    return JSONResponse(api_error.body(), api_error.status, headers=dict(api_error.headers))
-
-
-def _validation_error(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong with a body, in a sentence that names it."""
-    found = cast(Mapping[str, Any], error.errors()[0])
-    place = [str(part) for part in found["loc"][1:] if not _IS_BRANCH.fullmatch(str(part))]
-    param = ".".join(place) or None
-    given = found.get("input")
-    match found["type"]:
-        case "extra_forbidden":
-            message = f"{param} is unknown here; check its spelling, or leave it out"
-        case "missing":
-            message = f"{param or 'the body'} is missing; it is required"
-        case "unsupported":
-            context: Mapping[str, Any] = found["ctx"]
-            param = ".".join([*place, context["param"]])
-            message = f"{param} is not supported; {context['remedy']}"
-        case _:
-            shown = repr(given) if len(repr(given)) < 100 else f"of type {type(given).__name__}"
-            said = str(found["msg"])
-            message = f"{param or 'the body'} is {shown}: {said[:1].lower()}{said[1:]}"
-    return invalid_request(message, param)

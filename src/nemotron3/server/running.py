@@ -1,9 +1,9 @@
-"""Run the application with uvicorn, and end it gracefully.
+"""Run the application with uvicorn, and shut it down gracefully.
 
-The first SIGTERM or SIGINT begins to drain: the port stays open and new requests get 503 with
-`Retry-After`, so that a balancer notices and sends them elsewhere, while those inside are finished.
-When the last is, or after `drain_timeout_s`, the server ends; whoever is not finished by then is
-told so, by a 503 or an error in the stream. A second signal ends it at once.
+The first SIGTERM or SIGINT starts draining: the port stays open and new requests get 503 with
+`Retry-After`, so that a load balancer sends them elsewhere; requests in flight are finished. The
+server stops when the last one is finished, or after `drain_timeout_s`; requests that are unfinished
+then get a 503 or an error in their stream. A second signal stops the server immediately.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from nemotron3.server.app import Server
 
 log = logging.getLogger("nemotron3.server")
 
-_LAST_WORDS_S = 2
-"""Seconds in which those that are given up are told."""
+_ABORT_TIMEOUT_S = 2
+"""Seconds to send errors to requests that are aborted."""
 
 
 class _Uvicorn(uvicorn.Server):
-    """Uvicorn, with two steps to its end."""
+    """Uvicorn with a shutdown in two steps: drain, then exit."""
 
     def __init__(self, config: uvicorn.Config, server: Server, drain_timeout_s: float) -> None:
         super().__init__(config)
@@ -35,13 +35,13 @@ class _Uvicorn(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        log.info("requests are taken")
+        log.info("requests are accepted")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal, end at the second."""
+        """Drain at the first signal, exit at the second."""
         del frame
         if self._loop is None or not self._server.in_flight.is_accepting:
             self.should_exit = self.force_exit = True
@@ -55,20 +55,20 @@ class _Uvicorn(uvicorn.Server):
 
     async def _drain(self, name: str) -> None:
         in_flight = self._server.in_flight
-        log.info("%s: no more requests are taken; %d are being finished", name, in_flight.count)
+        log.info("%s: new requests are refused; %d are being finished", name, in_flight.count)
         if not await in_flight.wait_empty(self._drain_timeout_s):
             log.warning(
-                "%d requests were not finished in %g s and are given up",
+                "%d requests were not finished in %g s and are aborted",
                 in_flight.count,
                 self._drain_timeout_s,
             )
             await asyncio.to_thread(self._server.llm.close)
-            await in_flight.wait_empty(_LAST_WORDS_S)
+            await in_flight.wait_empty(_ABORT_TIMEOUT_S)
         self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address, without listening yet: a model need not be loaded to find it taken."""
+    """Bind the address without listening: one in use is an error before a model is loaded."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"port {port} does not exist; choose one below 65,536 with --port")
     bound = None
@@ -89,17 +89,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve until a signal says that it is enough; then the engine ends too."""
+    """Serve until a signal ends it; then close the engine."""
     config = uvicorn.Config(
         server.app,  # pyright: ignore[reportArgumentType]
         log_config=None,
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=_LAST_WORDS_S,
+        timeout_graceful_shutdown=_ABORT_TIMEOUT_S,
     )
-    # Modules, the model and routes stay to the end: hundreds of thousands of objects. To look for
-    # garbage among them would stop everybody's answers for a twentieth of a second.
+    # Modules, the model and routes live as long as the process: hundreds of thousands of objects. A
+    # garbage collection that visits them stops all answers for 50 ms.
     gc.collect()
     gc.freeze()
     try:

@@ -1,15 +1,39 @@
-"""/tokenize and /detokenize, in vLLM's shapes."""
+"""/tokenize and /detokenize, with the fields of vLLM."""
 
-import asyncio
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from nemotron3.server.bodies import SamplingBody
-from nemotron3.server.completion_bodies import DetokenizeBody, TokenizeBody
-from nemotron3.server.errors import invalid_request
-from nemotron3.server.length import assert_not_hopeless, texts_in
-from nemotron3.server.logprobs import token_text
-from nemotron3.server.sampling import resolve_thinking
-from nemotron3.server.serving import ServingContext
+from nemotron3.server.generation.logprobs import token_text
+from nemotron3.server.generation.prompts import prepare_text, render_chat
+from nemotron3.server.generation.sampling import SamplingBody
+from nemotron3.server.generation.serving import ServingContext
+from nemotron3.server.generation.thinking import ChatTemplateKwargs, resolve_thinking
+from nemotron3.server.http.bodies import Body, Unsupported
+from nemotron3.server.http.errors import invalid_request
+
+
+class TokenizeBody(Body):
+    """A text to tokenize, or a conversation to render and tokenize."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "add_special_tokens": Unsupported("a text is taken as it stands", (False,)),
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """Token ids to decode."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 async def tokenize(serving: ServingContext, body: TokenizeBody) -> dict[str, Any]:
@@ -17,17 +41,15 @@ async def tokenize(serving: ServingContext, body: TokenizeBody) -> dict[str, Any
     limit = serving.llm.max_model_len
     if body.prompt is not None and body.messages is None:
         _assert_text_alone(body)
-        assert_not_hopeless([body.prompt], limit, "prompt")
-        prompt = await asyncio.to_thread(serving.llm.prepare_text, body.prompt)
+        prompt = await prepare_text(serving.llm, body.prompt)
     elif body.messages is not None and body.prompt is None:
-        thinking = resolve_thinking(SamplingBody(), body.chat_template_kwargs, None)
-        options = thinking.template_options()
+        thinking = resolve_thinking(SamplingBody(), body.chat_template_kwargs)
+        options = dict(thinking.template_options)
         for name in ("add_generation_prompt", "continue_final_message"):
             if (value := getattr(body, name)) is not None:
                 options[name] = value
-        assert_not_hopeless(texts_in(body.messages), limit, "messages")
-        prompt = await asyncio.to_thread(
-            serving.llm.prepare_chat, body.messages, tools=body.tools, **options
+        prompt = await render_chat(
+            serving.llm, body.messages, tools=body.tools, options=options, names=thinking.names
         )
     else:
         raise invalid_request("give either prompt or messages", "prompt")
@@ -48,7 +70,8 @@ def detokenize(serving: ServingContext, body: DetokenizeBody) -> dict[str, Any]:
     for i, token in enumerate(body.tokens):
         if not 0 <= token < size:
             raise invalid_request(
-                f"tokens[{i}] is {token}; this vocabulary has the ids 0 to {size - 1:,}", "tokens"
+                f"tokens[{i}] is {token}; this vocabulary has the ids 0 to {size - 1:,}",
+                f"tokens[{i}]",
             )
     return {"prompt": serving.llm.tokenizer.decode(body.tokens)}
 

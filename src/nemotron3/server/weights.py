@@ -1,80 +1,82 @@
-"""Other weights for a server that runs: where reinforcement learning meets it.
+"""Endpoints that replace the weights of a running server, for reinforcement learning.
 
-These addresses exist only on a server that was started for them (`ServerSettings.weights_folder`),
-which wants an API key, and read model directories below that folder alone.
+They exist only on a server with `ServerSettings.weights_folder`, which requires an API key, and
+they read model directories below that folder only.
 """
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from nemotron3.errors import CheckpointError
+from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.model_runner.weights import RunningRequests
-from nemotron3.server.bodies import Body
-from nemotron3.server.errors import APIError, invalid_request, rename_params
+from nemotron3.server.http.bodies import Body
+from nemotron3.server.http.error_handlers import ERROR_RESPONSES
+from nemotron3.server.http.errors import APIError, client_names, invalid_request
 
 log = logging.getLogger("nemotron3.server")
 
 
 class UpdateWeightsBody(Body):
-    """Which weights come next, and what becomes of the requests that run."""
+    """The new weights, and how requests that are running continue."""
 
     model_path: str
-    """A model directory, from the server's folder for weights on."""
+    """A model directory, relative to the server's folder for weights."""
     weight_version: int | None = None
     running: RunningRequests = "recompute"
 
 
-def add_weights(
-    api: FastAPI, llm: AsyncLLM, folder: Path, responses: dict[int | str, dict[str, Any]]
-) -> None:
-    """Add the addresses that replace weights, and hold generation meanwhile."""
+def add_weights(api: FastAPI, llm: AsyncLLM, folder: Path) -> None:
+    """Add the endpoints that replace weights and pause generation."""
 
-    @api.post("/update_weights", responses=responses)
+    @api.post("/update_weights", responses=ERROR_RESPONSES)
     async def update_weights(body: UpdateWeightsBody) -> JSONResponse:
-        """Put the weights of a model directory into the model that is served."""
+        """Load the weights of a model directory into the served model."""
         path = directory_below(folder, body.model_path)
         try:
-            with rename_params({"version": "weight_version"}):
+            with client_names({"version": "weight_version"}):
                 version = await llm.update_weights(
                     path, version=body.weight_version, running=body.running
                 )
-        except CheckpointError as error:
-            raise invalid_request(str(error), "model_path") from error
+        except (CheckpointError, ConfigError) as error:
+            if isinstance(error, ConfigError) and error.field is not None:
+                raise
+            raise invalid_request(
+                f"model_path is {body.model_path!r}: {error}", "model_path"
+            ) from error
         log.info("weights of version %d, from %s", version, path)
         return JSONResponse({"weight_version": version})
 
-    @api.get("/weight_version", responses=responses)
+    @api.get("/weight_version", responses=ERROR_RESPONSES)
     async def weight_version() -> JSONResponse:
         """Version of the weights that the next token is sampled with."""
         return JSONResponse({"weight_version": llm.weight_version})
 
-    @api.post("/pause", responses=responses)
+    @api.post("/pause", responses=ERROR_RESPONSES)
     async def pause() -> JSONResponse:
-        """Let all requests stand where they are."""
+        """Pause all requests after the current step."""
         await llm.pause_generation()
         return JSONResponse({"is_paused": llm.is_paused})
 
-    @api.post("/resume", responses=responses)
+    @api.post("/resume", responses=ERROR_RESPONSES)
     async def resume() -> JSONResponse:
-        """Let them go on."""
+        """Resume paused requests."""
         await llm.resume_generation()
         return JSONResponse({"is_paused": llm.is_paused})
 
-    @api.get("/is_paused", responses=responses)
+    @api.get("/is_paused", responses=ERROR_RESPONSES)
     async def is_paused() -> JSONResponse:
-        """Whether requests wait for /resume."""
+        """Whether generation is paused."""
         return JSONResponse({"is_paused": llm.is_paused})
 
 
 def directory_below(folder: Path, path: str) -> Path:
-    """A model directory of the folder, all links followed; nothing outside is looked at.
+    """Resolve a model directory in the folder; nothing outside of the folder is read.
 
-    What a directory holds counts as well: a link from there to elsewhere is refused.
+    Symbolic links are followed. A directory that contains a link out of the folder is refused.
     """
     try:
         base = folder.resolve()
@@ -84,7 +86,7 @@ def directory_below(folder: Path, path: str) -> Path:
         if not found.is_dir():
             raise _no_model(path, "a directory there, and is not")
         leaves = [file.name for file in found.iterdir() if not file.resolve().is_relative_to(base)]
-    # A null byte, a circle of links (for which Python before 3.13 has a RuntimeError), no rights.
+    # A null byte, a cycle of links (RuntimeError before Python 3.13), missing permissions.
     except (OSError, ValueError, RuntimeError) as error:
         raise _no_model(path, f"a directory that can be followed ({error})") from error
     if leaves:

@@ -22,7 +22,13 @@ from nemotron3.text.parameter_types import LOOKS, ParameterType, same
 from nemotron3.text.schemas import Conjunction, closed
 from nemotron3.text.string_regex import string_regexes, without
 from nemotron3.text.tool_listing import write_argument
-from nemotron3.text.tool_parameters import ArgumentSet, argument_sets, assert_held, held_types
+from nemotron3.text.tool_parameters import (
+    ArgumentSet,
+    argument_sets,
+    assert_held,
+    held_types,
+    place_of,
+)
 
 _CLOSE = "</parameter>"
 _END = f"\n{_CLOSE}\n"
@@ -59,7 +65,11 @@ def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
         try:
             rules += _call_rules(f"call_{i}", tool)
         except DataError as error:
-            raise DataError(f"tools: no call of {tool.name!r} can be required; {error}") from error
+            place = "parameters" if error.field is None else error.field
+            raise DataError(
+                f": no call of {tool.name!r} can be required; {error.problem.removeprefix(': ')}",
+                field=f"{tool.source}.{place}",
+            ) from error
     repeated = "call" if is_single else 'call ("\\n" call)*'
     lines = [
         f'start: {repeated} "\\n"?',
@@ -100,7 +110,9 @@ def _parts(rule: str, each: ArgumentSet, values: "_Values") -> tuple[list[str], 
         try:
             value = values.of(held)
         except DataError as error:
-            raise DataError(f"parameter {name!r}: {error}") from error
+            raise DataError(
+                f": parameter {name!r}: {error.problem}", field=place_of(name, values.root)
+            ) from error
         rules.append(f"{rule}_{i}: {json.dumps(_head(name))} {value}")
     return parts, rules
 

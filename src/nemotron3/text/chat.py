@@ -174,7 +174,10 @@ class ChatTemplate:
             (i for i, turn in enumerate(turns) if isinstance(turn, UserMessage)), default=-1
         )
         if hint and last_user < 0:
-            raise DataError("an effort or a budget is asked for, and no user message can carry it")
+            raise DataError(
+                "is asked for, and there is no user message that can carry it; add one",
+                field="budget_hint" if effort is None else "effort",
+            )
         if continue_final_message:
             _assert_can_continue(turns)
 
@@ -295,6 +298,7 @@ def _assert_can_continue(turns: Sequence[Message]) -> None:
     last = turns[-1] if turns else None
     if not isinstance(last, AssistantMessage) or last.tool_calls:
         raise ConfigError(
-            "continue_final_message: the last message must be the assistant's and call no tool; "
-            "leave the option out to start a turn"
+            ": the last message must be the assistant's and call no tool; "
+            "leave the option out to start a turn",
+            field="continue_final_message",
         )

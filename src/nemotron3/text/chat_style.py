@@ -42,15 +42,17 @@ class ChatStyle:
             if effort not in self.efforts:
                 known = ", ".join(self.efforts) or "none"
                 raise ConfigError(
-                    f"effort = {effort!r}: models of style {self.name!r} were trained with these "
-                    f"efforts: {known}; leave it out for full reasoning"
+                    f"= {effort!r}: models of style {self.name!r} were trained with these "
+                    f"efforts: {known}; leave it out for full reasoning",
+                    field="effort",
                 )
             hint += f"\n\n{self.efforts[effort]}"
         if budget is not None:
             if self.budget_hint is None:
                 raise ConfigError(
-                    f"budget_hint = {budget}: models of style {self.name!r} were not trained with "
-                    f"a budget in the prompt; enforce one while generating instead"
+                    f"= {budget}: models of style {self.name!r} were not trained with "
+                    f"a budget in the prompt; enforce one while generating instead",
+                    field="budget_hint",
                 )
             hint += "\n\n" + self.budget_hint.replace("{}", str(budget))
         return hint

@@ -40,10 +40,13 @@ def render_jinja(
             **settings,
         )
     except TemplateError as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from error
+        raise DataError(
+            f": the chat template refuses this conversation: {error}", field="messages"
+        ) from error
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(
-            f"the chat template fails on this conversation ({error!r}): it expects other fields"
+            f": the chat template fails on this conversation ({error!r}): it expects other fields",
+            field="messages",
         ) from error
 
 

@@ -87,6 +87,8 @@ class Tool:
     description: str | None = None
     parameters: Mapping[str, Json] | None = None
     extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    source: str = field(default="tools", compare=False)
+    """The place of the tool in the request, for errors: `tools[0].function`."""
 
 
 def parse_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
@@ -95,13 +97,14 @@ def parse_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
     Raises `DataError` with the place of what is wrong.
     """
     if not _is_list(messages):
-        raise DataError(f"messages is {_kind(messages)}, a list of messages was expected")
+        raise DataError(f"is {_kind(messages)}, a list of messages was expected", field="messages")
     parsed = tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
     start = 1 if parsed and isinstance(parsed[0], SystemMessage) else 0
     if len(parsed) > start and isinstance(parsed[start], ToolMessage):
         raise DataError(
-            f"messages[{start}] is a tool's answer and nothing was asked before it; "
-            f"a message of the user or of the assistant must come first"
+            "is a tool's answer and nothing was asked before it; "
+            "a message of the user or of the assistant must come first",
+            field=f"messages[{start}]",
         )
     return parsed
 
@@ -111,7 +114,7 @@ def parse_tools(tools: Sequence[Any] | None) -> tuple[Tool, ...]:
     if tools is None:
         return ()
     if not _is_list(tools):
-        raise DataError(f"tools is {_kind(tools)}, a list of tools was expected")
+        raise DataError(f"is {_kind(tools)}, a list of tools was expected", field="tools")
     return tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
 
 
@@ -132,28 +135,33 @@ def _message(value: Any, where: str) -> Message:
     if role == "assistant":
         return _assistant(message, where)
     raise DataError(
-        f"{where}.role is {role!r}; the roles are system, developer, user, assistant, tool"
+        f"is {role!r}; the roles are system, developer, user, assistant, tool",
+        field=f"{where}.role",
     )
 
 
 def _assistant(message: Mapping[str, Any], where: str) -> AssistantMessage:
     calls = message.get("tool_calls") or ()
     if not _is_list(calls):
-        raise DataError(f"{where}.tool_calls is {_kind(calls)}, a list was expected")
-    reasoning = message.get("reasoning_content")
-    if reasoning is None:
-        reasoning = message.get("reasoning")
+        raise DataError(f"is {_kind(calls)}, a list was expected", field=f"{where}.tool_calls")
+    key = "reasoning" if message.get("reasoning_content") is None else "reasoning_content"
     content = message.get("content")
     return AssistantMessage(
         content="" if content is None else _content(message, where),
-        reasoning=_optional_text(reasoning, f"{where}.reasoning_content"),
-        tool_calls=tuple(_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)),
+        reasoning=_optional_text(message.get(key), f"{where}.{key}"),
+        tool_calls=tuple(
+            parse_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+        ),
         is_trained=_flag(message, "is_trained", where, default=True),
         is_reasoning_cut=_flag(message, "is_reasoning_cut", where, default=False),
     )
 
 
-def _call(value: Any, where: str) -> ToolCall:
+def parse_call(value: Any, where: str) -> ToolCall:
+    """Read one call of a message, with or without the `"function"` around name and arguments.
+
+    Raises `DataError` with the place of what is wrong, which begins with `where`.
+    """
     if isinstance(value, ToolCall):
         return value
     outer = _object(value, where)
@@ -162,20 +170,34 @@ def _call(value: Any, where: str) -> ToolCall:
     at = f"{where}.function" if inner else where
     arguments: Any = call.get("arguments") or "{}"
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{at}.arguments is not JSON ({error.msg} at character {error.pos}); "
-                f"give an object, or the JSON text of one"
-            ) from error
-        except RecursionError as error:
-            raise DataError(f"{at}.arguments is nested too deep; write it flatter") from error
+        arguments = _from_json(arguments, f"{at}.arguments")
     return ToolCall(
         name=_name(call, at),
         arguments=_object(arguments, f"{at}.arguments"),
         id=_optional_text(outer.get("id"), f"{where}.id"),
     )
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"is not JSON ({error.msg} at character {error.pos}); "
+            f"give an object, or the JSON text of one",
+            field=where,
+        ) from error
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "is JSON with half of a surrogate pair, which is no Unicode; write both halves",
+            field=where,
+        ) from error
+    except RecursionError as error:
+        raise DataError("is nested too deep; write it flatter", field=where) from error
+    except ValueError as error:  # JSON all the same, with more digits than Python converts
+        raise DataError("holds a number of too many digits; write fewer", field=where) from error
+    return value
 
 
 def _tool(value: Any, where: str) -> Tool:
@@ -187,7 +209,7 @@ def _tool(value: Any, where: str) -> Tool:
     at = f"{where}.function" if inner else where
     kind = outer.get("type", "function")
     if kind != "function":
-        raise DataError(f"{where}.type is {kind!r}; only functions can be offered")
+        raise DataError(f"is {kind!r}; only functions can be offered", field=f"{where}.type")
     parameters = tool.get("parameters")
     if isinstance(parameters, Mapping):
         described = cast(Mapping[str, Any], parameters)
@@ -195,15 +217,18 @@ def _tool(value: Any, where: str) -> Tool:
         for name in cast(Mapping[str, Any], properties) if isinstance(properties, Mapping) else ():
             _assert_writable(name, f"{at}.parameters.properties")
         if required is not None and not _is_list(required):
-            raise DataError(f"{at}.parameters.required is {_kind(required)}; give a list of names")
-        for name in cast(Sequence[Any], required or ()):
-            _assert_writable(name, f"{at}.parameters.required")
+            raise DataError(
+                f"is {_kind(required)}; give a list of names", field=f"{at}.parameters.required"
+            )
+        for i, name in enumerate(cast(Sequence[Any], required or ())):
+            _assert_writable(name, f"{at}.parameters.required[{i}]")
     named = ("type", "name", "description", "parameters")
     return Tool(
         name=_name(tool, at),
         description=_optional_text(tool.get("description"), f"{at}.description"),
         parameters=None if parameters is None else _object(parameters, f"{at}.parameters"),
         extra={key: field for key, field in tool.items() if key not in named},
+        source=at,
     )
 
 
@@ -213,7 +238,8 @@ def _content(message: Mapping[str, Any], where: str) -> str:
         return content
     if not _is_list(content):
         raise DataError(
-            f"{where}.content is {_kind(content)}, a text or a list of text parts was expected"
+            f"is {_kind(content)}, a text or a list of text parts was expected",
+            field=f"{where}.content",
         )
     texts: list[str] = []
     for i, part in enumerate(cast(Sequence[Any], content)):
@@ -223,10 +249,12 @@ def _content(message: Mapping[str, Any], where: str) -> str:
             continue
         fields = _object(part, at)
         if fields.get("type") not in ("text", "input_text", "output_text"):
-            raise DataError(f"{at}.type is {fields.get('type')!r}; only text parts can be read")
+            raise DataError(
+                f"is {fields.get('type')!r}; only text parts can be read", field=f"{at}.type"
+            )
         text = fields.get("text")
         if not isinstance(text, str):
-            raise DataError(f"{at}.text is {_kind(text)}, a text was expected")
+            raise DataError(f"is {_kind(text)}, a text was expected", field=f"{at}.text")
         texts.append(text)
     return "".join(texts)
 
@@ -234,7 +262,7 @@ def _content(message: Mapping[str, Any], where: str) -> str:
 def _name(fields: Mapping[str, Any], where: str) -> str:
     name = fields.get("name")
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{where}.name is {name!r}, the name of a function was expected")
+        raise DataError(f"is {name!r}, the name of a function was expected", field=f"{where}.name")
     _assert_writable(name, f"{where}.name")
     return name
 
@@ -242,29 +270,29 @@ def _name(fields: Mapping[str, Any], where: str) -> str:
 def _assert_writable(name: Any, where: str) -> None:
     """Refuse a name that a call could not be read back with."""
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{where} is {name!r}; a name is a text that is not blank")
+        raise DataError(f"is {name!r}; a name is a text that is not blank", field=where)
     if any(character in name for character in "<>\n"):
-        raise DataError(f"{where} is {name!r}; a name holds no '<', '>' or line end")
+        raise DataError(f"is {name!r}; a name holds no '<', '>' or line end", field=where)
     if len(name) > MAX_NAME:
-        raise DataError(f"{where} has {len(name)} characters; a name has {MAX_NAME} at most")
+        raise DataError(f"has {len(name)} characters; a name has {MAX_NAME} at most", field=where)
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise DataError(f"{where} is {_kind(value)}, an object was expected")
+        raise DataError(f"is {_kind(value)}, an object was expected", field=where)
     return cast(Mapping[str, Any], value)
 
 
 def _optional_text(value: Any, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise DataError(f"{where} is {_kind(value)}, a text was expected")
+    raise DataError(f"is {_kind(value)}, a text was expected", field=where)
 
 
 def _flag(fields: Mapping[str, Any], key: str, where: str, *, default: bool) -> bool:
     value = fields.get(key, default)
     if not isinstance(value, bool):
-        raise DataError(f"{where}.{key} is {_kind(value)}, true or false was expected")
+        raise DataError(f"is {_kind(value)}, true or false was expected", field=f"{where}.{key}")
     return value
 
 

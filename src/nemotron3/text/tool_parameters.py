@@ -101,10 +101,19 @@ def held_types(
         held = parameter_type(each.schema(name), root)
         is_required = name in each.required
         if held.is_never and is_required:
-            raise DataError(f"parameter {name!r} is required and no value fits its schema")
+            raise DataError(
+                f": parameter {name!r} is required and no value fits its schema",
+                field=place_of(name, root),
+            )
         if not held.is_never:
             found.append((name, is_required, held))
     return found
+
+
+def place_of(name: str, parameters: Mapping[str, Json]) -> str:
+    """Where a tool describes a parameter, for errors: `parameters`, or below it where it can be."""
+    is_property = name in _named(parameters.get("properties"))
+    return f"parameters.properties.{name}" if is_property else "parameters"
 
 
 def assert_held(parameters: Mapping[str, Json]) -> None:

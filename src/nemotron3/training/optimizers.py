@@ -52,10 +52,10 @@ class AdamWConfig:
         _check(self.lr, self.weight_decay, self.clip_grad_norm)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(
-                f"betas are {self.betas}; both must be at least 0 and below 1", field="betas"
+                f"are {self.betas}; both must be at least 0 and below 1", field="betas"
             )
         if not self.eps > 0.0:
-            raise ConfigError(f"eps is {self.eps}; it must be positive", field="eps")
+            raise ConfigError(f"is {self.eps}; it must be positive", field="eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class SGDConfig:
         _check(self.lr, self.weight_decay, self.clip_grad_norm)
         if not 0.0 <= self.momentum < 1.0:
             raise ConfigError(
-                f"momentum is {self.momentum}; it must be at least 0 and below 1", field="momentum"
+                f"is {self.momentum}; it must be at least 0 and below 1", field="momentum"
             )
 
 
@@ -85,14 +85,12 @@ OptimizerConfig: TypeAlias = AdamWConfig | SGDConfig
 
 def _check(lr: float, weight_decay: float, clip_grad_norm: float | None) -> None:
     if not (lr > 0.0 and math.isfinite(lr)):
-        raise ConfigError(f"lr is {lr}; it must be positive, for example 1e-3", field="lr")
+        raise ConfigError(f"is {lr}; it must be positive, for example 1e-3", field="lr")
     if not weight_decay >= 0.0:
-        raise ConfigError(
-            f"weight_decay is {weight_decay}; it must be 0 or more", field="weight_decay"
-        )
+        raise ConfigError(f"is {weight_decay}; it must be 0 or more", field="weight_decay")
     if clip_grad_norm is not None and not clip_grad_norm > 0.0:
         raise ConfigError(
-            f"clip_grad_norm is {clip_grad_norm}; it must be positive, or null for none",
+            f"is {clip_grad_norm}; it must be positive, or null for none",
             field="clip_grad_norm",
         )
 

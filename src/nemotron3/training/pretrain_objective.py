@@ -33,9 +33,7 @@ class PretrainLossConfig:
     def __post_init__(self) -> None:
         check_scaling(self.mtp_loss_scaling)
         if not self.balance_loss >= 0:
-            raise ConfigError(
-                f"balance_loss is {self.balance_loss}; it must be 0 or more", field="balance_loss"
-            )
+            raise ConfigError(f"is {self.balance_loss}; it must be 0 or more", field="balance_loss")
 
 
 class PretrainObjective(TokenObjective[TrainBatch]):

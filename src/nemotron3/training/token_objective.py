@@ -51,10 +51,7 @@ class TokenLossConfig:
 def check_scaling(mtp_loss_scaling: float) -> None:
     """Raise ConfigError for a weight of the MTP depths that is none."""
     if not mtp_loss_scaling >= 0:
-        raise ConfigError(
-            f"mtp_loss_scaling is {mtp_loss_scaling}; it must be 0 or more",
-            field="mtp_loss_scaling",
-        )
+        raise ConfigError(f"is {mtp_loss_scaling}; it must be 0 or more", field="mtp_loss_scaling")
 
 
 class TokenObjective(Generic[BatchT]):

@@ -72,19 +72,17 @@ class TrainingConfig:
         positive = ("steps", "batch_size", "microbatch_size", "seq_len", "evaluate_every_steps")
         for name in (*positive, "checkpoint_every_steps", "measure_every_steps"):
             if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"training.{name} is {getattr(self, name)}; it must be 1 or more", field=name
-                )
+                raise ConfigError(f"is {getattr(self, name)}; it must be 1 or more", field=name)
         if self.batch_size % self.microbatch_size:
             raise ConfigError(
-                f"training.batch_size is {self.batch_size} and microbatch_size "
-                f"{self.microbatch_size}; a batch must be a whole number of microbatches",
+                f"is {self.microbatch_size} and {{other}} is {self.batch_size}; a batch must be a "
+                f"whole number of microbatches",
                 field="microbatch_size",
+                other="batch_size",
             )
         if not self.bias_update_rate >= 0:
             raise ConfigError(
-                f"training.bias_update_rate is {self.bias_update_rate}; it must be 0 or more",
-                field="bias_update_rate",
+                f"is {self.bias_update_rate}; it must be 0 or more", field="bias_update_rate"
             )
 
     @property

@@ -140,23 +140,25 @@ class Engine:
         """Raise ConfigError for a request that this engine can never answer."""
         length, params, vocab = len(request.prompt), request.params, self.model.config.vocab_size
         if length == 0:
-            raise ConfigError("the prompt has no tokens; an empty prompt cannot be continued")
+            raise ConfigError("has no tokens; an empty prompt cannot be continued", field="prompt")
         if length >= self.max_model_len:
             raise ConfigError(
-                f"the prompt has {length} tokens, and prompt and answer together may have "
-                f"{self.max_model_len}; shorten it"
+                f"has {length} tokens, and prompt and answer together may have "
+                f"{self.max_model_len}; shorten it",
+                field="prompt",
             )
         if params.max_tokens is not None and length + params.max_tokens > self.max_model_len:
             raise ConfigError(
-                f"max_tokens is {params.max_tokens} and the prompt has {length} tokens; together "
-                f"they may have {self.max_model_len}"
+                f"is {params.max_tokens} and the prompt has {length} tokens; together they may "
+                f"have {self.max_model_len}",
+                field="max_tokens",
             )
         named = {"prompt": request.prompt, "stop_token_ids": params.stop_token_ids,
                  "logit_bias": params.logit_bias}  # fmt: skip
         for name, tokens in named.items():
             wrong = [token for token in tokens if not 0 <= token < vocab]
             if wrong:
-                raise ConfigError(f"{name} has token {wrong[0]}; the vocabulary has {vocab}")
+                raise ConfigError(f"has token {wrong[0]}; the vocabulary has {vocab}", field=name)
 
     def has_room(self, request: EngineRequest) -> bool:
         """Whether the queue has room for a request; an empty queue always has."""

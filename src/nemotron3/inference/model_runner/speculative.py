@@ -46,8 +46,8 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
         return 0
     if model.mtp is None:
         raise ConfigError(
-            f"max_draft_tokens is {wanted}, but the model has no multi-token-prediction block; "
-            "set it to 0"
+            f"is {wanted}, but the model has no multi-token-prediction block; set it to 0",
+            field="max_draft_tokens",
         )
     for mixer in model.config.mtp_layers:
         if mixer.state_size.per_sequence:
@@ -57,7 +57,7 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
             )
     wanted = DEFAULT_DRAFTS if wanted is None else wanted
     if wanted >= MAX_STEPS:
-        raise ConfigError(f"max_draft_tokens is {wanted}; it must be below {MAX_STEPS}")
+        raise ConfigError(f"is {wanted}; it must be below {MAX_STEPS}", field="max_draft_tokens")
     return wanted
 
 

@@ -54,7 +54,7 @@ def assert_running(running: str) -> None:
     """Raise ConfigError unless `running` is one of `RunningRequests`."""
     if running not in _RUNNING:
         raise ConfigError(
-            f"running is {running!r}; it must be one of {', '.join(_RUNNING)}", field="running"
+            f"is {running!r}; it must be one of {', '.join(_RUNNING)}", field="running"
         )
 
 
@@ -64,7 +64,7 @@ def next_version(current: int, wanted: int | None) -> int:
         return current + 1
     if wanted <= current:
         raise ConfigError(
-            f"version is {wanted}, and the weights have version {current} already; a version must "
+            f"is {wanted}, and the weights have version {current} already; a version must "
             "grow, so that it tells which weights a token came from",
             field="version",
         )

@@ -31,7 +31,8 @@ class LogitRules:
             for token in tokens:
                 if not 0 <= token < vocab_size:
                     raise ConfigError(
-                        f"{name} has token {token}; the model's tokens are 0 to {vocab_size - 1}"
+                        f"has token {token}; the model's tokens are 0 to {vocab_size - 1}",
+                        field=name,
                     )
         self._bias = None
         if params.logit_bias:

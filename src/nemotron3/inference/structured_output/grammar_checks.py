@@ -117,11 +117,11 @@ class GrammarChecks:
                 return self._worker.ask((kind, text), MAX_COMPILE_S), float("inf")
             except TimeoutError:
                 why = f"its compilation takes more than {MAX_COMPILE_S:g} seconds"
-                return grammar_error(kind, why), time.monotonic() + _TIMEOUT_KEPT_S
+                return grammar_error(why), time.monotonic() + _TIMEOUT_KEPT_S
             except EOFError:
                 if self._is_closed:
                     break
-        return grammar_error(kind, "it is too deep or too large to be compiled"), float("inf")
+        return grammar_error("it is too deep or too large to be compiled"), float("inf")
 
 
 class _Worker:

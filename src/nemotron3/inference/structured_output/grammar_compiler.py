@@ -93,14 +93,18 @@ class GrammarCompiler:
         """The constraint of one answer; a ConfigError if the grammar cannot be enforced."""
         if not stop_ids:
             raise ConfigError(
-                "structured output needs a token that ends the answer, and with ignore_eos there "
-                "is none; leave out ignore_eos or give stop_token_ids"
+                "needs a token that ends the answer, and with ignore_eos there is none; leave out "
+                "ignore_eos or give stop_token_ids",
+                field=_name(structured),
             )
         key = (structured.kind, _text(structured))
         error = self.check(structured).result()
         if error is not None:
-            raise ConfigError(error)
-        matcher = self._compile(key)
+            raise ConfigError(error, field=_name(structured))
+        try:
+            matcher = self._compile(key)
+        except ConfigError as refused:
+            raise refused.renamed({structured.kind: _name(structured)}) from refused
 
         def renew() -> Any:
             return self._compile(key, worn=matcher).deep_copy()
@@ -237,41 +241,49 @@ def _line_ends(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(i for i in tokens if set(tokenizer.token_bytes(i)) == {ord("\n")})
 
 
+def _name(structured: StructuredOutput) -> str:
+    """What the request calls it, for errors."""
+    return structured.source or structured.kind
+
+
 def _text(structured: StructuredOutput) -> str:
     """The grammar as text; raises ConfigError for a value of the wrong type or size."""
-    kind, value = structured.kind, structured.value
+    kind, value, name = structured.kind, structured.value, _name(structured)
     match kind:
         case "json_object":
             if value is not None:
-                raise ConfigError(f"json_object takes no value, {value!r} was given; leave it out")
+                raise ConfigError(f"takes no value, {value!r} was given; leave it out", field=name)
             return '{"type": "object"}'
         case "json_schema":
-            text = _schema_text(value)
+            text = _schema_text(value, name)
         case "choice":
             if not isinstance(value, list | tuple) or not value:
-                raise ConfigError(f"choice is {value!r}; give a list of strings, not empty")
+                raise ConfigError(f"is {value!r}; give a list of one or more strings", field=name)
             choices = list(cast(Sequence[Any], value))
             if not all(isinstance(choice, str) and choice for choice in choices):
-                raise ConfigError(f"choice is {choices!r}; every choice must be a non-empty string")
+                raise ConfigError(
+                    f"is {choices!r}; every choice must be a non-empty string", field=name
+                )
             text = json.dumps(choices)
         case _:
             if not isinstance(value, str):
-                raise ConfigError(f"{kind} is {value!r}; give it as a string")
+                raise ConfigError(f"is {value!r}; give it as a string", field=name)
             text = value
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise ConfigError(
-            f"{kind} has {len(text.encode())} bytes; give one of at most {MAX_GRAMMAR_BYTES}"
+            f"has {len(text.encode())} bytes; give one of at most {MAX_GRAMMAR_BYTES}",
+            field=name,
         )
     return text
 
 
-def _schema_text(schema: Any) -> str:
+def _schema_text(schema: Any, name: str) -> str:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"json_schema is not JSON ({error}); give a JSON schema") from error
+        raise ConfigError(f"is not JSON ({error}); give a JSON schema", field=name) from error
     if not isinstance(schema, dict):
-        raise ConfigError(f"json_schema is {text}; give an object ({{}} for any JSON value)")
+        raise ConfigError(f"is {text}; give an object ({{}} for any JSON value)", field=name)
     return text

@@ -47,7 +47,7 @@ class GrammarLibrary:
         )
         matcher.compute_bitmask()  # the first step may already exceed a limit
         if matcher.is_error():
-            raise ConfigError(grammar_error(kind, message_of(matcher)))
+            raise ConfigError(grammar_error(message_of(matcher)), field=kind)
         return matcher
 
     def _grammar(self, kind: str, text: str) -> str:
@@ -64,7 +64,7 @@ class GrammarLibrary:
                 case _:
                     return matcher.grammar_from_lark(text)
         except ValueError as error:
-            raise ConfigError(grammar_error(kind, str(error))) from error
+            raise ConfigError(grammar_error(str(error)), field=kind) from error
 
 
 class _Trie:
@@ -94,9 +94,9 @@ def message_of(matcher: Any) -> str:
     return matcher.get_error().partition("\n<")[0]
 
 
-def grammar_error(kind: str, why: str) -> str:
-    """The message for a grammar that cannot be enforced."""
-    return f"an answer cannot follow this {kind}: {why.strip()}; change it or leave it out"
+def grammar_error(why: str) -> str:
+    """The problem of a grammar that cannot be enforced, for an error with its field."""
+    return f"cannot be enforced: {why.strip()}; change it or leave it out"
 
 
 def _llguidance() -> Any:

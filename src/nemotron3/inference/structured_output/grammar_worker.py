@@ -56,14 +56,14 @@ def main() -> None:
 def _verdict(library: GrammarLibrary, kind: str, text: str) -> str | None:
     """The error of a grammar, compiled in a thread with a small stack; None if there is none."""
     # A panic of the library ends the thread without an exception.
-    found: list[str | None] = [grammar_error(kind, "the compiler of grammars failed")]
+    found: list[str | None] = [grammar_error("the compiler of grammars failed")]
 
     def work() -> None:
         try:
             _try_out(library.compile(kind, text))
             found[0] = None
         except ConfigError as error:
-            found[0] = str(error)
+            found[0] = error.problem
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -1,0 +1,1 @@
+"""/v1/completions: texts or token ids in, their continuation out."""

@@ -1,0 +1,1 @@
+"""HTTP alone: middleware, CORS, errors, strict bodies, event streams, logs, metrics, draining."""
