@@ -8,8 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nemotron3.environments.calculator import Calculator
+from nemotron3.environments.calendar_scheduling import CalendarScheduling
 from nemotron3.environments.environment import Environment
+from nemotron3.environments.letter_counting import LetterCounting
+from nemotron3.environments.list_operations import ListOperations
+from nemotron3.environments.lookup import Lookup
 from nemotron3.environments.math_problems import MathProblems
+from nemotron3.environments.multiple_choice import MultipleChoice
+from nemotron3.environments.over_refusal import OverRefusal
 from nemotron3.errors import ConfigError
 
 BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
@@ -17,7 +23,13 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
         environment.name: environment
         for environment in (
             MathProblems,
+            MultipleChoice,
             Calculator,
+            CalendarScheduling,
+            Lookup,
+            ListOperations,
+            LetterCounting,
+            OverRefusal,
         )
     }
 )
