@@ -10,6 +10,7 @@ from types import MappingProxyType
 from nemotron3.environments.calculator import Calculator
 from nemotron3.environments.calendar_scheduling import CalendarScheduling
 from nemotron3.environments.environment import Environment
+from nemotron3.environments.instruction_following import InstructionFollowing
 from nemotron3.environments.letter_counting import LetterCounting
 from nemotron3.environments.list_operations import ListOperations
 from nemotron3.environments.lookup import Lookup
@@ -24,6 +25,7 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
         for environment in (
             MathProblems,
             MultipleChoice,
+            InstructionFollowing,
             Calculator,
             CalendarScheduling,
             Lookup,
