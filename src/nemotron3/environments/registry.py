@@ -17,6 +17,7 @@ from nemotron3.environments.lookup import Lookup
 from nemotron3.environments.math_problems import MathProblems
 from nemotron3.environments.multiple_choice import MultipleChoice
 from nemotron3.environments.over_refusal import OverRefusal
+from nemotron3.environments.structured_output import StructuredOutput
 from nemotron3.errors import ConfigError
 
 BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
@@ -26,6 +27,7 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
             MathProblems,
             MultipleChoice,
             InstructionFollowing,
+            StructuredOutput,
             Calculator,
             CalendarScheduling,
             Lookup,
