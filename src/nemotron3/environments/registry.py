@@ -10,6 +10,7 @@ from types import MappingProxyType
 from nemotron3.environments.calculator import Calculator
 from nemotron3.environments.calendar_scheduling import CalendarScheduling
 from nemotron3.environments.environment import Environment
+from nemotron3.environments.guess_number import GuessNumber
 from nemotron3.environments.instruction_following import InstructionFollowing
 from nemotron3.environments.letter_counting import LetterCounting
 from nemotron3.environments.list_operations import ListOperations
@@ -17,7 +18,9 @@ from nemotron3.environments.lookup import Lookup
 from nemotron3.environments.math_problems import MathProblems
 from nemotron3.environments.multiple_choice import MultipleChoice
 from nemotron3.environments.over_refusal import OverRefusal
+from nemotron3.environments.prompt_injection import PromptInjection
 from nemotron3.environments.structured_output import StructuredOutput
+from nemotron3.environments.workplace import Workplace
 from nemotron3.errors import ConfigError
 
 BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
@@ -29,11 +32,14 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
             InstructionFollowing,
             StructuredOutput,
             Calculator,
+            Workplace,
             CalendarScheduling,
             Lookup,
             ListOperations,
             LetterCounting,
             OverRefusal,
+            PromptInjection,
+            GuessNumber,
         )
     }
 )
