@@ -11,13 +11,13 @@ from nemotron3.environments import (
     BUILT_IN,
     Split,
     TaskResponse,
+    check_environment,
     environment_of,
     load_environment,
     prompt_text,
     split_of,
     tools_of,
 )
-from nemotron3.environments.checks import check_environment
 from nemotron3.text import AssistantMessage, ToolCall
 
 DIFFICULTIES = (0.0, 0.4, 0.7, 1.0)

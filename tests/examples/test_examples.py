@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron3.environments import load_environment
-from nemotron3.environments.checks import check_environment
+from nemotron3.environments import check_environment, load_environment
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.recipes.load import load_recipe

@@ -7,12 +7,13 @@ from itertools import islice
 from nemotron3.environments import (
     BUILT_IN,
     Environment,
+    EnvironmentReport,
     Row,
+    check_environment,
     load_environment,
     prompt_of,
     tools_of,
 )
-from nemotron3.environments.checks import EnvironmentReport, check_environment
 from nemotron3.errors import ConfigError
 from nemotron3.text import AssistantMessage, Message, SystemMessage, ToolMessage
 
@@ -81,6 +82,7 @@ def _page(environment: Environment, report: EnvironmentReport) -> str:
         f"  turns of a solution      {report.num_turns} at most, {environment.max_turns} allowed",
         f"  most common last turn    {report.top_answer_share:.1%}: {report.top_answer[:40]!r}",
         f"  reward of the solutions  {report.demonstration_reward:.3f}",
+        f"  failures                 {report.num_failures}",
         "  reward of",
     ]
     width = max(map(len, report.hack_rewards))

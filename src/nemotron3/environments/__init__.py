@@ -1,5 +1,6 @@
 """Tasks and rewards: environments for reinforcement learning, each with a verifier."""
 
+from nemotron3.environments.checks import EnvironmentReport, check_environment
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import BUILT_IN, environment_class, load_environment
 from nemotron3.environments.response import TaskResponse, from_items, to_dict, to_items
@@ -24,6 +25,7 @@ from nemotron3.environments.verification import (
 __all__ = [
     "BUILT_IN",
     "Environment",
+    "EnvironmentReport",
     "Failure",
     "FailureKind",
     "RolloutFailedError",
@@ -31,6 +33,7 @@ __all__ = [
     "Split",
     "TaskResponse",
     "Verification",
+    "check_environment",
     "environment_class",
     "environment_of",
     "field_of",

@@ -8,17 +8,20 @@ and how often the most common answer is right.
     report.demonstration_reward, report.hack_rewards, report.top_answer_share
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from nemotron3.environments.environment import Environment
-from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, Split, prompt_text, tools_of
+from nemotron3.environments.verification import RolloutFailedError
+from nemotron3.errors import DataError
 from nemotron3.text import AssistantMessage
 
 Turns = list[AssistantMessage]
+_SOLUTION = "solution"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class EnvironmentReport:
     """Characters."""
     num_turns: int
     """Turns of the longest demonstration."""
+    num_failures: int
+    """Verifications that failed; they are in no mean."""
     demonstration_reward: float
     top_answer: str
     top_answer_share: float
@@ -65,34 +70,50 @@ HACKS: Mapping[str, Callable[[Turns, Row], Turns]] = MappingProxyType(
 async def check_environment(
     environment: Environment, *, num_tasks: int = 300, seed: int = 0
 ) -> EnvironmentReport:
-    """Play demonstrations and hacks on held-out tasks."""
+    """Play demonstrations and hacks on held-out tasks.
+
+    Raises `DataError` for an environment without demonstrations.
+    """
     rows = [environment.task(index, split=Split.HELD_OUT, seed=seed) for index in range(num_tasks)]
     answers: Counter[str] = Counter()
-    rewards: defaultdict[str, float] = defaultdict(float)
-    total = num_turns = 0.0
+    rewards: defaultdict[str, list[float | None]] = defaultdict(list)
+    num_turns = 0
     for row in rows:
         turns = environment.solve(row)
+        if not turns:
+            raise DataError(f"{environment.name}: `solve` gives no turns; give the last at least")
         num_turns = max(num_turns, len(turns))
         answers[turns[-1].content] += 1
-        total += await _reward(environment, row, turns)
+        rewards[_SOLUTION].append(await _reward(environment, row, turns))
+        rewards["answer cut off"].append(await _reward(environment, row, turns, is_cut=True))
         for name, hack in HACKS.items():
-            rewards[name] += await _reward(environment, row, hack(turns, row))
-        response, session = await environment.play(row, turns)
-        cut = TaskResponse(messages=response.messages, is_complete=False)
-        rewards["answer cut off"] += (await environment.verify(row, cut, session)).reward or 0.0
+            rewards[name].append(await _reward(environment, row, hack(turns, row)))
     top, count = answers.most_common(1)[0]
     return EnvironmentReport(
         num_tasks=num_tasks,
         num_distinct_prompts=len({prompt_text(row) for row in rows}),
         longest_prompt=max(len(prompt_text(row)) for row in rows),
-        num_turns=int(num_turns),
-        demonstration_reward=total / num_tasks,
+        num_turns=num_turns,
+        num_failures=sum(given.count(None) for given in rewards.values()),
         top_answer=top,
         top_answer_share=count / num_tasks,
-        hack_rewards={name: reward / num_tasks for name, reward in rewards.items()},
+        demonstration_reward=_mean(rewards.pop(_SOLUTION)),
+        hack_rewards={name: _mean(given) for name, given in rewards.items()},
     )
 
 
-async def _reward(environment: Environment, row: Row, turns: Turns) -> float:
-    response, session = await environment.play(row, turns)
-    return (await environment.verify(row, response, session)).reward or 0.0
+async def _reward(
+    environment: Environment, row: Row, turns: Turns, *, is_cut: bool = False
+) -> float | None:
+    """The reward of given turns; None where something failed that is not their fault."""
+    try:
+        response, session = await environment.play(row, turns)
+        response = replace(response, is_complete=response.is_complete and not is_cut)
+        return (await environment.verify(row, response, session)).reward
+    except RolloutFailedError:
+        return None
+
+
+def _mean(rewards: Sequence[float | None]) -> float:
+    given = [reward for reward in rewards if reward is not None]
+    return sum(given) / len(given) if given else math.nan
