@@ -110,3 +110,12 @@ def test_rows_with_unknown_constraints_are_refused():
         judged(environment, {"instruction_id_list": ["length:haiku"], "kwargs": [{}]}, "x")
     with pytest.raises(DataError, match="1 constraints and 0 kwargs"):
         judged(environment, {"instruction_id_list": ["case:title"], "kwargs": []}, "x")
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
+def test_no_text_learned_by_heart_keeps_the_constraints_of_many_tasks(difficulty):
+    environment = load_environment("instruction_following", difficulty=difficulty)
+    rows = [environment.task(i) for i in range(100)]
+    for index in range(60):
+        text = environment.task(index, seed=9)["solution"]
+        assert sum(judged(environment, row, text).reward for row in rows) <= 20

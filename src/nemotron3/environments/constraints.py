@@ -375,6 +375,7 @@ _OTHERS: tuple[Constraint, ...] = (
         "commas",
         "Use no comma.",
         lambda t: bool(words(t)) and "," not in t,
+        relevant=".!?\n",
     ),
     _about(
         "punctuation:number_commas",
