@@ -20,7 +20,7 @@ from nemotron3.environments import (
 )
 from nemotron3.text import AssistantMessage, ToolCall
 
-DIFFICULTIES = (0.0, 0.4, 0.7, 1.0)
+DIFFICULTIES = (0.0, 0.3, 0.6, 1.0)
 TOP_SHARE = {"over_refusal": 0.42, "multiple_choice": 0.33, "letter_counting": 0.28}
 """The most that one answer may be the right one, where it is more than a fifth."""
 JUDGED_BY_STATE = {"workplace": {"prompt repeated", "answer twenty times"}}
@@ -28,6 +28,7 @@ JUDGED_BY_STATE = {"workplace": {"prompt repeated", "answer twenty times"}}
 
 each = pytest.mark.parametrize("name", BUILT_IN)
 everywhere = pytest.mark.parametrize("difficulty", DIFFICULTIES)
+at_three = pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
 
 
 def build(name, difficulty):
@@ -55,7 +56,7 @@ def test_demonstrations_are_right_and_hacks_are_not(name, difficulty):
 
 
 @each
-@everywhere
+@at_three
 def test_there_are_three_hundred_held_out_prompts(name, difficulty):
     rows = build(name, difficulty).distinct_tasks(300)
     assert len({prompt_text(row) for row in rows}) == 300
@@ -63,7 +64,7 @@ def test_there_are_three_hundred_held_out_prompts(name, difficulty):
 
 
 @each
-@everywhere
+@at_three
 def test_no_answer_is_the_right_one_too_often(name, difficulty):
     environment = build(name, difficulty)
     if name == "workplace":  # judged by its calls, of which the first is the one to guess

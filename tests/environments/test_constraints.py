@@ -115,7 +115,14 @@ def test_rows_with_unknown_constraints_are_refused():
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
 def test_no_text_learned_by_heart_keeps_the_constraints_of_many_tasks(difficulty):
     environment = load_environment("instruction_following", difficulty=difficulty)
-    rows = [environment.task(i) for i in range(100)]
-    for index in range(60):
+    rows = [environment.task(i) for i in range(80)]
+    for index in range(30):
         text = environment.task(index, seed=9)["solution"]
         assert sum(judged(environment, row, text).reward for row in rows) <= 20
+
+
+@pytest.mark.parametrize("piece", ["a", "a ", " ", "\n", "\n ", "[", "<<", "1. ", "* ", ".", "a,"])
+def test_long_texts_do_not_make_a_check_hang(piece):
+    text = piece * (20_000 // len(piece))
+    for name, (kwargs, *_) in KEPT_AND_BROKEN.items():
+        assert CONSTRAINTS[name].holds(text, kwargs) in (True, False)

@@ -124,3 +124,17 @@ def test_formats_are_known_ones():
         StructuredOutput(formats=("ini",))
     with pytest.raises(ConfigError, match="give some of json, yaml"):
         StructuredOutput(formats=())
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize(
+    "piece", ["a", "a ", "a: ", "- ", "? ", "[", "{", '"', "<a>", ",", "\n", "a\n"]
+)
+def test_long_texts_do_not_make_a_reader_hang(kind, piece):
+    text = piece * (20_000 // len(piece))
+    schema = TABLE if kind == "csv" else RECORD
+    try:
+        value = READERS[kind](text, schema)
+    except FormatError:
+        return
+    assert not value or schema_error(value, schema)

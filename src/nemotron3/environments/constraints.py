@@ -48,7 +48,8 @@ def lines(text: str) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """The pieces that end with a mark; the dot of a list's number is none."""
-    return re.findall(r"[^.!?]*\w[^.!?]*[.!?]+", _NUMBER.sub("", text))
+    ended = re.split(r"[.!?]+", _NUMBER.sub("", text))[:-1]
+    return [part for part in ended if words(part)]
 
 
 def paragraphs(text: str) -> list[str]:

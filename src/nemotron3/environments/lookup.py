@@ -46,9 +46,10 @@ class Lookup(Environment):
         random.shuffle(pairs)
         facts = [f"{key}={value}" for key, value in pairs]
         if self.difficulty > 0.5:
-            for _ in range(round(240 * (self.difficulty - 0.5))):
-                words = random.choices(WORDS, k=4)
-                facts.insert(random.randrange(len(facts)), f"The {' '.join(words)}.")
+            num_sentences = round(240 * (self.difficulty - 0.5))
+            words = random.choices(WORDS, k=4 * num_sentences)
+            facts += [f"The {' '.join(words[i : i + 4])}." for i in range(0, len(words), 4)]
+            random.shuffle(facts)
         ask = f"Find {chain[0]}." if num_hops == 1 else f"Follow {chain[0]} to a number."
         return self.row(
             with_format(f"{' '.join(facts)}\n{ask}", _FORM, self.difficulty),
