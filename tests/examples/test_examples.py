@@ -1,5 +1,6 @@
 """The examples do what they say."""
 
+import asyncio
 import random
 import re
 import runpy
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemotron3.environments import check_environment, load_environment
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.recipes.load import load_recipe
@@ -89,3 +91,14 @@ def test_reasoner_trains_and_is_asked_in_every_way(tmp_path, monkeypatch, capsys
     assert asked == ["thinking", "low effort", "at most 16 tokens of thinking", "no thinking"]
     assert shown.count("\nanswer") == len(asked)
     assert (tmp_path / "reasoner" / "model" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 1.0])
+def test_own_environment_is_sound(difficulty):
+    environment = load_environment(str(EXAMPLES / "own_environment.py"), difficulty=difficulty)
+    assert len(environment.distinct_tasks(300)) == 300
+    report = asyncio.run(check_environment(environment, num_tasks=100))
+    assert report.demonstration_reward == 1
+    assert report.num_turns <= environment.max_turns
+    assert not any(report.hack_rewards.values())
+    assert report.top_answer_share < 0.05

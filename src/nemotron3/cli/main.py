@@ -118,6 +118,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             from nemotron3.cli.merge import merge_command
 
             return merge_command(known)
+        case "env":
+            from nemotron3.cli.environments import env_command
+
+            return env_command(known)
     raise AssertionError(f"no verb {known.verb}")
 
 
@@ -146,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_chat(verbs)
     _add_merge(verbs)
+    _add_env(verbs)
     return parser
 
 
@@ -316,6 +321,33 @@ def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--window-steps", type=int, help="steps before the last checkpoint (default: all kept)"
     )
     merge.add_argument("--kind", choices=("minus_sqrt", "linear", "uniform"), default="minus_sqrt")
+
+
+def _add_env(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    env = verbs.add_parser(
+        "env",
+        help="environments for reinforcement learning: list, show, check",
+        description="Environments for reinforcement learning: tasks, tools and rewards. NAME is a "
+        "built-in one, or a Python file with your own.",
+    )
+    actions = env.add_subparsers(dest="action", metavar="action", required=True)
+    actions.add_parser("list", help="the built-in environments")
+    show = actions.add_parser("show", help="a few tasks, with a right solution of each")
+    check = actions.add_parser(
+        "check",
+        help="play solutions and hacks, and count prompts and answers",
+        description="Look an environment over before a model trains on it: are its own solutions "
+        "rewarded, and hacks not; are there prompts enough; can the answer be guessed? Ends with "
+        "status 1 where a solution is not rewarded.",
+    )
+    for action, num_tasks in ((show, 3), (check, 300)):
+        action.add_argument("name", metavar="NAME", help="such as math, or my_env.py")
+        action.add_argument("--difficulty", type=float, metavar="D", help="0 to 1 (default 0.5)")
+        action.add_argument("--seed", type=int, default=0, help="default 0")
+        action.add_argument(
+            "--num-tasks", type=int, default=num_tasks, metavar="N", help=f"default {num_tasks}"
+        )
+    show.add_argument("--split", default="train", help="train or held_out (default train)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""`nemotron3 env`: the environments there are, their tasks, and whether they are sound."""
+
+import argparse
+import asyncio
+from itertools import islice
+
+from nemotron3.environments import (
+    BUILT_IN,
+    Environment,
+    EnvironmentReport,
+    Row,
+    check_environment,
+    load_environment,
+    prompt_of,
+    tools_of,
+)
+from nemotron3.errors import ConfigError
+from nemotron3.text import AssistantMessage, Message, SystemMessage, ToolMessage
+
+_ROLES: dict[type[Message], str] = {SystemMessage: "system", ToolMessage: "tool"}
+
+
+def env_command(known: argparse.Namespace) -> int:
+    """List environments, show tasks of one, or check one."""
+    if known.action == "list":
+        _list()
+        return 0
+    if known.num_tasks < 1:
+        raise ConfigError(f"--num-tasks is {known.num_tasks}; it must be 1 or more")
+    environment = load_environment(known.name, difficulty=known.difficulty)
+    if known.action == "show":
+        for row in islice(environment.tasks(known.split, known.seed), known.num_tasks):
+            print(asyncio.run(_shown(environment, row)))
+        return 0
+    report = asyncio.run(check_environment(environment, num_tasks=known.num_tasks, seed=known.seed))
+    print(_page(environment, report))
+    return 0 if report.demonstration_reward == 1 else 1
+
+
+def _list() -> None:
+    width = max(map(len, BUILT_IN))
+    for name, kind in BUILT_IN.items():
+        print(f"{name:<{width}}  {(kind.__doc__ or '').splitlines()[0]}")
+
+
+async def _shown(environment: Environment, row: Row) -> str:
+    """A task, its solution and the reward."""
+    names = ", ".join(tool.name for tool in tools_of(row))
+    lines = ["─" * 72]
+    lines += [f"[tools] {names}"] if names else []
+    lines += map(_said, prompt_of(row))
+    if not environment.has_demonstrations:
+        return "\n".join([*lines, "[no demonstration]"])
+    response, session = await environment.play(row, environment.solve(row))
+    lines += map(_said, response.messages)
+    verification = await environment.verify(row, response, session)
+    parts = ", ".join(f"{name} {value:g}" for name, value in verification.components.items())
+    if verification.failure is not None:
+        return "\n".join([*lines, f"[{verification.failure.kind}] {verification.failure.message}"])
+    return "\n".join(
+        [*lines, f"[reward] {verification.reward:g}" + (f" ({parts})" if parts else "")]
+    )
+
+
+def _said(message: Message) -> str:
+    if not isinstance(message, AssistantMessage):
+        return f"[{_ROLES.get(type(message), 'user')}] {message.content}"
+    lines = [] if message.reasoning is None else [f"[reasoning] {message.reasoning}"]
+    for call in message.tool_calls:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+        lines.append(f"[call] {call.name}({arguments})")
+    lines += [f"[assistant] {message.content}"] if message.content else []
+    return "\n".join(lines)
+
+
+def _page(environment: Environment, report: EnvironmentReport) -> str:
+    lines = [
+        f"{environment.name} at difficulty {environment.difficulty:g}, "
+        f"{report.num_tasks} held-out tasks",
+        f"  different prompts        {report.num_distinct_prompts}",
+        f"  longest prompt           {report.longest_prompt} characters",
+        f"  turns of a solution      {report.num_turns} at most, {environment.max_turns} allowed",
+        f"  most common last turn    {report.top_answer_share:.1%}: {report.top_answer[:40]!r}",
+        f"  reward of the solutions  {report.demonstration_reward:.3f}",
+        f"  failures                 {report.num_failures}",
+        "  reward of",
+    ]
+    width = max(map(len, report.hack_rewards))
+    lines += [f"    {hack:<{width}}  {value:.3f}" for hack, value in report.hack_rewards.items()]
+    return "\n".join(lines)

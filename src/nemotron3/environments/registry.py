@@ -1,0 +1,100 @@
+"""Finding an environment: a built-in one by name, or a user's own in a Python file."""
+
+import inspect
+import runpy
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+
+from nemotron3.environments.calculator import Calculator
+from nemotron3.environments.calendar_scheduling import CalendarScheduling
+from nemotron3.environments.environment import Environment
+from nemotron3.environments.guess_number import GuessNumber
+from nemotron3.environments.instruction_following import InstructionFollowing
+from nemotron3.environments.letter_counting import LetterCounting
+from nemotron3.environments.list_operations import ListOperations
+from nemotron3.environments.lookup import Lookup
+from nemotron3.environments.math_problems import MathProblems
+from nemotron3.environments.multiple_choice import MultipleChoice
+from nemotron3.environments.over_refusal import OverRefusal
+from nemotron3.environments.prompt_injection import PromptInjection
+from nemotron3.environments.structured_output import StructuredOutput
+from nemotron3.environments.workplace import Workplace
+from nemotron3.errors import ConfigError
+
+BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
+    {
+        environment.name: environment
+        for environment in (
+            MathProblems,
+            MultipleChoice,
+            InstructionFollowing,
+            StructuredOutput,
+            Calculator,
+            Workplace,
+            CalendarScheduling,
+            Lookup,
+            ListOperations,
+            LetterCounting,
+            OverRefusal,
+            PromptInjection,
+            GuessNumber,
+        )
+    }
+)
+"""The built-in environments by name."""
+
+
+def load_environment(name: str, *, difficulty: float | None = None) -> Environment:
+    """The environment of a name; `my.py` stands for the one that is defined in that file.
+
+    Without a `difficulty` it has its own default. Raises `ConfigError` where there is none, or
+    where it cannot be built.
+    """
+    kind = environment_class(name)
+    given = {} if difficulty is None else {"difficulty": difficulty}
+    try:
+        inspect.signature(kind).bind(**given)
+    except TypeError as error:
+        raise ConfigError(
+            f"environment {name}: {kind.__name__} cannot be built from a difficulty alone "
+            f"({error}); give its other arguments defaults"
+        ) from error
+    return kind(**given)
+
+
+def environment_class(name: str) -> type[Environment]:
+    """The class of an environment, by name or in a Python file."""
+    return BUILT_IN[name] if name in BUILT_IN else _from_file(name)
+
+
+def _from_file(name: str) -> type[Environment]:
+    if not name.endswith(".py"):
+        close = get_close_matches(name, BUILT_IN, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(
+            f"no environment {name!r}{hint}; there are {', '.join(BUILT_IN)}, or name a Python "
+            "file with a class that extends Environment"
+        )
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"environment file {name} does not exist")
+    module = f"environment_{path.stem}"  # tells its own classes from those that it imports
+    found = [
+        value
+        for value in runpy.run_path(name, run_name=module).values()
+        if isinstance(value, type)
+        and issubclass(value, Environment)
+        and value.__module__ == module
+        and not inspect.isabstract(value)
+    ]
+    if len(found) != 1:
+        names = ", ".join(each.__name__ for each in found) or "none"
+        raise ConfigError(
+            f"{name} has {len(found)} classes that extend Environment and give `draw` and "
+            f"`verify` ({names}); one is wanted"
+        )
+    if not getattr(found[0], "name", None):
+        raise ConfigError(f"{name}: {found[0].__name__} has no name; give the class one: name = ''")
+    return found[0]
