@@ -1,0 +1,129 @@
+"""Batches of packed conversations as a pure function of the step.
+
+    loader = PackedLoader(sources, seq_len=2048, batch_size=8, seed=0)
+    batch = loader.batch(step, microbatch=0, num_microbatches=2)
+
+As with the loader of pre-training there is nothing to save: an epoch's order, its packing and its
+shuffle follow from the seed. A row holds whole conversations, at most `seq_len` tokens; each is a
+segment of its own, so a model carries nothing from one to the next. Rows go on from one epoch to
+the next, and no conversation is left out at an epoch's end.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nemotron3.data.chat_tokens import TokenizedConversation
+from nemotron3.data.loader import Batch
+from nemotron3.data.packing import pack_best_fit
+from nemotron3.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSource:
+    """Conversations of one source."""
+
+    conversations: Sequence[TokenizedConversation]
+    weight: float = 1.0
+    """How often an epoch has each of them."""
+
+
+class PackedLoader:
+    """Rows of packed conversations, batch by batch."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, PackedSource],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        """Raises DataError where no conversation is left that a row can hold."""
+        if seq_len < 1 or batch_size < 1:
+            raise ConfigError(
+                f"seq_len = {seq_len}, batch_size = {batch_size}: both must be 1 or more"
+            )
+        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
+        self._sources = {
+            name: [c for c in source.conversations if 0 < len(c) <= seq_len]
+            for name, source in sources.items()
+        }
+        self._weights = {name: source.weight for name, source in sources.items()}
+        self.num_too_long = {
+            name: len(source.conversations) - len(self._sources[name])
+            for name, source in sources.items()
+        }
+        """Conversations of each source that no row can hold; they are left out."""
+        for name, kept in self._sources.items():
+            if not kept:
+                raise DataError(
+                    f"source {name} has {len(sources[name].conversations)} conversations, and none "
+                    f"fits into {seq_len} tokens; raise training.seq_len"
+                )
+        self._epochs: list[_Epoch] = []
+
+    def rows_of_epoch(self, epoch: int = 0) -> int:
+        """Rows that all conversations fill."""
+        return len(self._epoch(epoch).rows)
+
+    def batch(self, step: int, *, microbatch: int = 0, num_microbatches: int = 1) -> Batch:
+        """A microbatch of the update that follows `step` updates."""
+        rows, rest = divmod(self._batch_size, num_microbatches)
+        assert rest == 0
+        assert 0 <= microbatch < num_microbatches
+        first = step * self._batch_size + microbatch * rows
+        picked = [item for row in range(first, first + rows) for item in self._row(row)]
+        return collate(picked)
+
+    def _row(self, row: int) -> Sequence[tuple[str, TokenizedConversation]]:
+        epoch = 0
+        while row >= (count := self.rows_of_epoch(epoch)):
+            row -= count
+            epoch += 1
+        found = self._epoch(epoch)
+        return [found.items[index] for index in found.rows[row]]
+
+    def _epoch(self, epoch: int) -> "_Epoch":
+        while len(self._epochs) <= epoch:
+            self._epochs.append(self._packed(len(self._epochs)))
+        return self._epochs[epoch]
+
+    def _packed(self, epoch: int) -> "_Epoch":
+        chance = random.Random(f"packing {self._seed} {epoch}")
+        items: list[tuple[str, TokenizedConversation]] = []
+        for name, kept in self._sources.items():
+            whole, part = divmod(self._weights[name], 1.0)
+            chosen = kept * int(whole) + chance.sample(kept, round(part * len(kept)))
+            items += [(name, conversation) for conversation in chosen]
+        if not items:
+            items = [(name, kept[0]) for name, kept in self._sources.items()]
+        chance.shuffle(items)
+        rows = pack_best_fit([len(conversation) for _, conversation in items], self._seq_len)
+        chance.shuffle(rows)
+        return _Epoch(items, rows)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    items: list[tuple[str, TokenizedConversation]]
+    rows: list[list[int]]
+
+
+def collate(items: Sequence[tuple[str, TokenizedConversation]]) -> Batch:
+    """Conversations, with the names of their sources, as one packed stream."""
+    ids = [conversation.ids for _, conversation in items]
+    samples: dict[str, int] = {}
+    for name, _ in items:
+        samples[name] = samples.get(name, 0) + 1
+    mask = np.concatenate([conversation.is_target[1:] for _, conversation in items])
+    return Batch(
+        tokens=torch.from_numpy(np.concatenate([i[:-1] for i in ids])).long(),
+        targets=torch.from_numpy(np.concatenate([i[1:] for i in ids])).long(),
+        loss_mask=torch.from_numpy(mask).float(),
+        lengths=tuple(len(conversation) for _, conversation in items),
+        samples=samples,
+    )
