@@ -15,8 +15,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.nemotron_h import ModelOutput
 from nemotron3.ops.segments import Segments
 from nemotron3.training.balancing import sequence_balance_loss
-from nemotron3.training.batch import TrainBatch
-from nemotron3.training.objective import LossTerms
+from nemotron3.training.objective import BatchT, LossTerms
 from nemotron3.training.token_objective import TokenLossConfig, TokenObjective, check_scaling
 
 
@@ -36,7 +35,7 @@ class PretrainLossConfig:
             raise ConfigError(f"is {self.balance_loss}; it must be 0 or more", field="balance_loss")
 
 
-class PretrainObjective(TokenObjective[TrainBatch]):
+class PretrainObjective(TokenObjective[BatchT]):
     """Next-token prediction with all that the reports add to it."""
 
     def __init__(self, config: PretrainLossConfig, *, num_mtp_depths: int) -> None:
@@ -45,13 +44,11 @@ class PretrainObjective(TokenObjective[TrainBatch]):
         super().__init__(TokenLossConfig(mtp_loss_scaling=scaling), num_mtp_depths=num_mtp_depths)
         self._balance_loss = config.balance_loss
 
-    def counts(self, batch: TrainBatch) -> dict[str, float]:
+    def counts(self, batch: BatchT) -> dict[str, float]:
         """Targets by depth, and tokens."""
         return super().counts(batch) | {"tokens": float(batch.segments.total)}
 
-    def loss(
-        self, output: ModelOutput, batch: TrainBatch, counts: Mapping[str, float]
-    ) -> LossTerms:
+    def loss(self, output: ModelOutput, batch: BatchT, counts: Mapping[str, float]) -> LossTerms:
         """The cross-entropies and the balance loss, which is `train/aux_loss` of the metrics."""
         total, metrics = super().loss(output, batch, counts)
         balance = _balance(output, batch.segments) / counts["tokens"]

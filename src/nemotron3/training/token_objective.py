@@ -72,10 +72,15 @@ class TokenObjective(Generic[BatchT]):
         """All depths of the model, or none where they have no weight."""
         return self._num_mtp_depths if self.config.mtp_loss_scaling else 0
 
+    def normalisation(self, batch: BatchT) -> Normalisation:
+        """Whether tokens or sequences of a batch count the same."""
+        del batch  # of an objective whose batches differ, it says so
+        return self.config.normalisation
+
     def counts(self, batch: BatchT) -> dict[str, float]:
         """Trained tokens, or sequences with any, by depth."""
         return {
-            _name("targets", depth): _count(batch, depth, self.config.normalisation)
+            _name("targets", depth): _count(batch, depth, self.normalisation(batch))
             for depth in range(self.mtp_depths + 1)
         }
 
@@ -85,7 +90,9 @@ class TokenObjective(Generic[BatchT]):
         metrics: dict[str, Tensor] = {}
         for depth, hidden in enumerate(output.hidden):
             targets, mask, weights = batch.at_depth(depth)
-            shares = self._shares(mask, batch.segments, counts[_name("targets", depth)])
+            shares = _shares(
+                mask, batch.segments, counts[_name("targets", depth)], self.normalisation(batch)
+            )
             scored = linear_cross_entropy(
                 hidden,
                 output.output_weight,
@@ -99,13 +106,14 @@ class TokenObjective(Generic[BatchT]):
             metrics[accuracy] = (scored.correct * shares).sum()
         return LossTerms(total, metrics)
 
-    def _shares(self, mask: Tensor, segments: Segments, count: float) -> Tensor:
-        """Each target's part of the mean over the global batch."""
-        count = max(count, 1.0)
-        if self.config.normalisation == "token":
-            return mask / count
-        lengths = _trained(mask, segments).clamp_min(1e-20)  # without targets the mask is 0
-        return mask / lengths[segments.ids(mask.device)] / count
+
+def _shares(mask: Tensor, segments: Segments, count: float, normalisation: Normalisation) -> Tensor:
+    """Each target's part of the mean over the global batch."""
+    count = max(count, 1.0)
+    if normalisation == "token":
+        return mask / count
+    lengths = _trained(mask, segments).clamp_min(1e-20)  # without targets the mask is 0
+    return mask / lengths[segments.ids(mask.device)] / count
 
 
 def _name(name: str, depth: int) -> str:
