@@ -1,0 +1,62 @@
+"""Fine-tuning runs: from a model and conversations to a model that answers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemotron3.data.chat_tokens import ReasoningControlConfig
+from nemotron3.data.conversations import ConversationsConfig
+from nemotron3.errors import ConfigError
+from nemotron3.recipes.run_config import RunConfig
+from nemotron3.recipes.samples import SampleConfig
+from nemotron3.training.sft_objective import SFTLossConfig
+from nemotron3.training.trainer import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRun(RunConfig):
+    """Everything that decides what a fine-tuning run does.
+
+    In `training` a batch is a number of rows, of `seq_len` tokens of conversations at most.
+    """
+
+    kind: Literal["sft"] = "sft"
+    model: str
+    """Directory of the model to start from: a run's, or a published one."""
+    data: tuple[ConversationsConfig, ...]
+    """The conversations, source by source."""
+    training: TrainingConfig
+    """Steps, batch, optimizer, schedule."""
+    held_out: tuple[ConversationsConfig, ...] = ()
+    """Conversations that are only looked at; empty takes a part of `data`."""
+    held_out_fraction: float = 0.05
+    """The part of each source of `data` that is held out where `held_out` is empty."""
+    max_held_out: int = 256
+    """Most conversations of a source that are held out of `data`."""
+    reasoning: ReasoningControlConfig = field(default_factory=ReasoningControlConfig)
+    """Samples that teach to answer without reasoning, with little, and with cut reasoning."""
+    loss: SFTLossConfig = field(default_factory=SFTLossConfig)
+    """Weights of the terms of the loss, and what counts the same."""
+    chat_style: str | None = None
+    """The release whose chat template is used; null for the one in the model's directory, or
+    nano's."""
+    num_samples: int = 4
+    """Held-out conversations that the finished model answers."""
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    """How it answers them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise ConfigError("is empty; name a file of conversations", field="data")
+        for sources in (self.data, self.held_out):
+            names = [source.title for source in sources]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ConfigError(
+                    f"has two sources named {min(twice)!r}; give them names of their own",
+                    field="data",
+                )
+        if not self.held_out and not 0 < self.held_out_fraction < 1:
+            raise ConfigError(
+                f"is {self.held_out_fraction}; it must be above 0 and below 1",
+                field="held_out_fraction",
+            )

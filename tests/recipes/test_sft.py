@@ -1,0 +1,273 @@
+"""Whole fine-tuning runs: what is learned, kept and refused."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotron3 import LLM, SamplingParams
+from nemotron3.checkpoint.store import CheckpointStore
+from nemotron3.config import read_run, write_run
+from nemotron3.data.conversations import ConversationsConfig
+from nemotron3.errors import ConfigError, DataError
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.observe.metrics import read_metrics
+from nemotron3.recipes import run_sft
+from nemotron3.recipes.own_conversations import own_conversations
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_sft import sft
+from nemotron3.recipes.samples import SampleConfig
+from nemotron3.recipes.sft import SFTRun
+from nemotron3.text import Tokenizer
+from nemotron3.training.sft_objective import NormalisationStage, SFTLossConfig
+from tests.tiny import tiny_config
+
+WORDS = ("harbour", "lantern", "clock", "road", "river", "engine", "sailor", "child")
+VOCABULARY = 320
+
+
+def rows(count, seed=0):
+    """The model is to say a word back."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        said = " ".join(draw.choice(WORDS) for _ in range(2))
+        yield {
+            "messages": [
+                {"role": "user", "content": said},
+                {"role": "assistant", "content": said, "reasoning_content": said[::-1]},
+            ]
+        }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    config = tiny_config("ME*-E/*E/*E", vocab_size=VOCABULARY, hidden_size=32)
+    LanguageModel.from_config(config, seed=0).save_pretrained(folder)
+    text = ["user\nassistant\n", *(json.dumps(row) for row in rows(50))]
+    Tokenizer.train(text, vocab_size=VOCABULARY).save(folder)
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(40)), encoding="utf-8")
+    return file
+
+
+def small(base, chats, **changes):
+    run = own_conversations(
+        base, [ConversationsConfig(path=str(chats))], name="small", epochs=2, batch_size=4
+    )
+    changes = {"device": "cpu", "sampling": SampleConfig(max_tokens=4), "num_samples": 2} | changes
+    training = replace(run.training, **changes.pop("training", {}))
+    return replace(run, training=training, **changes)
+
+
+def metrics_of(folder):
+    return dict(read_metrics(folder / "metrics.jsonl"))
+
+
+def test_a_run_fits_the_conversations_and_its_result_is_a_chat_model(base, chats, tmp_path):
+    run = small(base, chats)
+    assert run.training.seq_len % 64 == 0
+    stages = []
+
+    class Listener(RunCallback):
+        def stage(self, message):
+            stages.append(message)
+
+    summary = sft(run, runs=tmp_path / "runs", callback=Listener())
+    folder = tmp_path / "runs" / "small"
+    assert summary.loss["all"] < summary.loss_before["all"]
+    assert summary.loss["chats"] == summary.loss["all"]
+    assert summary.conversations == {"chats": 38}
+    assert len(summary.samples) == 2
+    assert (folder / "report.html").exists()
+    assert not (folder / "best").exists()
+    model = folder / "model"
+    generation = json.loads((model / "generation_config.json").read_text())
+    tokenizer = Tokenizer.from_directory(model)
+    assert set(generation["eos_token_id"]) == set(tokenizer.stop_ids)
+    assert "<|im_start|>" in (model / "chat_template.jinja").read_text()
+    llm = LLM(model)
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    assert llm.chat([{"role": "user", "content": "clock"}], params)[0].outputs[0].token_ids
+    again = sft(run, runs=tmp_path / "runs", callback=Listener())
+    assert again == summary
+    assert "is finished" in stages[-1]
+
+
+def test_the_result_is_the_best_model_and_its_loss_is_that_of_the_files(base, chats, tmp_path):
+    """A learning rate that destroys the model leaves the first one."""
+    run = small(base, chats, training={"evaluate_every_steps": 1})
+    optimizer = replace(run.training.optimizer, lr=3.0)
+    run = replace(run, training=replace(run.training, optimizer=optimizer))
+    summary = sft(run, runs=tmp_path / "runs")
+    losses = {step: m["eval/loss"] for step, m in metrics_of(tmp_path / "runs/small").items()}
+    best = min([(summary.loss_before["all"], 0), *((loss, step) for step, loss in losses.items())])
+    assert (summary.loss["all"], summary.best_step) == best
+    result = LanguageModel.from_pretrained(tmp_path / "runs/small/model")
+    if summary.best_step == 0:
+        for name, tensor in LanguageModel.from_pretrained(base).state_dict().items():
+            assert torch.equal(result.state_dict()[name], tensor), name
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(base, chats, tmp_path, monkeypatch):
+    run = small(base, chats, training={"checkpoint_every_steps": 1, "evaluate_every_steps": 1})
+    whole = sft(run, runs=tmp_path / "whole")
+    save, saved = CheckpointStore.save, []
+
+    def save_and_die(self, step, **content):
+        save(self, step, **content)
+        saved.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        sft(run, runs=tmp_path / "cut")
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    assert not (tmp_path / "cut/small/model").exists()
+    cut = sft(run, runs=tmp_path / "cut")
+    assert saved == [1, 2]
+    assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
+    ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
+    for step, metrics in theirs.items():
+        for name in ("train/loss", "eval/loss"):
+            assert ours[step][name] == metrics[name]
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_run_does_not_go_on_with_other_inputs(base, chats, tmp_path, monkeypatch, what):
+    own = tmp_path / "base" / "model"
+    own.parent.mkdir()
+    LanguageModel.from_pretrained(base).save_pretrained(own)
+    run = small(own, chats, training={"checkpoint_every_steps": 1})
+    save = CheckpointStore.save
+
+    def save_and_die(self, step, **content):
+        save(self, step, **content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        sft(run, runs=tmp_path / "runs")
+    if what == "data":
+        chats.write_text(chats.read_text().replace("harbour", "haven"))
+    else:
+        LanguageModel.from_config(
+            LanguageModel.from_pretrained(base).config, seed=1
+        ).save_pretrained(own)
+    named = {"data": "edited: .*chats.jsonl", "model": "edited: model.safetensors"}[what]
+    with pytest.raises(ConfigError, match=f"begun with other inputs.*{named}.*--name"):
+        sft(run, runs=tmp_path / "runs")
+
+
+def test_both_normalisations_one_after_another(base, chats, tmp_path):
+    stages = (
+        NormalisationStage(normalisation="token", until=0.5),
+        NormalisationStage(normalisation="sequence"),
+    )
+    run = small(base, chats, loss=SFTLossConfig(stages=stages))
+    seen = []
+    real = run_sft.SFTObjective.counts
+
+    def counts(self, batch):
+        found = real(self, batch)
+        seen.append((batch.normalisation, found["targets"], len(batch.segments)))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_sft.SFTObjective, "counts", counts)
+        sft(run, runs=tmp_path / "runs")
+    kinds = [kind for kind, *_ in seen]
+    assert kinds == sorted(kinds, reverse=True)
+    assert set(kinds) == {"token", "sequence"}
+    for kind, count, conversations in seen:
+        assert (count == conversations) == (kind == "sequence")
+
+
+def test_a_loss_needs_stages_that_end_at_one():
+    for ends in [(), (0.5,), (0.5, 0.5, 1.0), (1.0, 0.5), (0.0, 1.0)]:
+        with pytest.raises(ConfigError, match=r"loss.stages end at"):
+            SFTLossConfig(stages=tuple(NormalisationStage(until=end) for end in ends))
+
+
+def test_own_held_out_conversations_and_two_sources(base, chats, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows(9, seed=4)))
+    sources = (ConversationsConfig(path=str(chats)), ConversationsConfig(path=str(other)))
+    run = replace(small(base, chats), data=sources, held_out=(replace(sources[1], name="looked"),))
+    summary = sft(run, runs=tmp_path / "runs")
+    assert summary.conversations == {"chats": 40, "other": 9}
+    assert set(summary.loss) == {"all", "looked"}
+
+
+def test_a_conversation_is_never_in_both_parts(base, tmp_path):
+    file = tmp_path / "twice.jsonl"
+    few = [*rows(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in few * 20))
+    run = small(base, file)
+    data = run_sft.prepare_sft_data(run)
+    train = {c.ids.tobytes() for c in data.train["twice"].conversations}
+    held_out = {c.ids.tobytes() for c in data.held_out["twice"]}
+    assert held_out
+    assert train
+    assert not train & held_out
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("", DataError, "has no rows"),
+        ('{"prompt": "a", "completion": "b"}\n' * 3, DataError, "1 different conversations"),
+        ('{"prompt": "a"}\n', DataError, "chats.jsonl:1: the row has prompt"),
+    ],
+)
+def test_bad_data_is_an_error_before_anything_is_written(base, tmp_path, text, error, said):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(text)
+    with pytest.raises(error, match=said):
+        small(base, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
+
+
+def test_a_foreign_chat_template_is_refused_unless_a_style_is_named(base, chats, tmp_path):
+    folder = tmp_path / "foreign"
+    LanguageModel.from_pretrained(base).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    source = [ConversationsConfig(path=str(chats))]
+    with pytest.raises(ConfigError, match=r"of another family.*--chat-style to one of nano"):
+        own_conversations(folder, source)
+    run = replace(small(base, chats), model=str(folder), chat_style="super")
+    assert run_sft.prepare_sft_data(run).template.style.name == "super"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": ()}, "data is empty"),
+        ({"held_out_fraction": 0.0}, "held_out_fraction is 0.0"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction is 1.0"),
+    ],
+)
+def test_settings_are_checked(base, chats, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        small(base, chats, **changes)
+    source = ConversationsConfig(path=str(chats))
+    with pytest.raises(ConfigError, match="two sources named 'chats'"):
+        small(base, chats, data=(source, source))
+
+
+def test_a_recorded_run_can_be_read_again(base, chats, tmp_path):
+    run = small(base, chats)
+    write_run(tmp_path / "record", run)
+    assert read_run(tmp_path / "record", SFTRun) == run
+    assert Path(run.model) == base
