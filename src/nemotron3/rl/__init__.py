@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts in environments, advantages, and the policy's loss."""

@@ -1,0 +1,357 @@
+"""Rollouts: a policy plays tasks of environments, and every token that it samples is kept.
+
+Many turns are token-in, token-out. The prompt of a turn is the ids of everything before it, the
+policy's own as it sampled them, and then the new ids of what a tool or the user said. Nothing that
+was generated is tokenized again: its text may have other ids, whose log-probabilities nobody has.
+
+What fails without the policy's fault (a judge, a tool, the engine) is tried again, and after
+`max_attempts` it is a rollout without a reward, which is counted and never trained on.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from nemotron3.environments.environment import Environment
+from nemotron3.environments.response import TaskResponse
+from nemotron3.environments.rows import Row, environment_of, prompt_of, tools_of
+from nemotron3.environments.verification import (
+    Failure,
+    FailureKind,
+    RolloutFailedError,
+    Verification,
+)
+from nemotron3.errors import ConfigError
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.output_processor import CompletionOutput, Prompt
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.text import (
+    AssistantMessage,
+    ChatTemplate,
+    Message,
+    RenderedChat,
+    Tokenizer,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How tasks are played."""
+
+    max_tokens: int = 256
+    """Most tokens of one turn."""
+    max_context: int = 1024
+    """Most tokens of a whole rollout, prompt included."""
+    temperature: float = 1.0
+    """Of the sampling; training assumes 1."""
+    lists_tools: bool = True
+    """Whether prompts describe the tools; a small model that was trained without knows them."""
+    enable_thinking: bool = True
+    """Whether turns begin with open reasoning."""
+    reasoning_budget: int | None = None
+    """Most tokens of reasoning in a turn; null for no limit."""
+    max_attempts: int = 2
+    """How often a rollout is tried that fails without the policy's fault."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_context", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"is {getattr(self, name)}; it must be 1 or more", field=f"rollouts.{name}"
+                )
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"is {self.temperature}; it must be above 0",
+                field="rollouts.temperature",
+            )
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One play of a task."""
+
+    row: Row
+    group: int
+    """Rollouts of the same task have the same number."""
+    ids: list[int]
+    """Every token, prompt included."""
+    is_sampled: list[bool]
+    """Which of them the policy sampled."""
+    logprobs: list[float]
+    """Log-probability of each when it was sampled; 0 for the others."""
+    weight_versions: list[int]
+    """Of the weights that each was sampled with; 0 for the others."""
+    messages: list[Message] = field(default_factory=list[Message])
+    """What followed the prompt."""
+    num_turns: int = 0
+    is_cut: bool = False
+    """Whether a limit of tokens or turns ended it."""
+    verification: Verification | None = None
+    attempts: int = 1
+
+    @property
+    def environment(self) -> str:
+        """Its name."""
+        return environment_of(self.row)
+
+    @property
+    def reward(self) -> float | None:
+        """None where something failed."""
+        return None if self.verification is None else self.verification.reward
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the policy."""
+        return sum(self.is_sampled)
+
+    @property
+    def response(self) -> TaskResponse:
+        """What verifiers read."""
+        return TaskResponse(messages=tuple(self.messages), is_complete=not self.is_cut)
+
+
+@dataclass
+class _Playing:
+    """A rollout that goes on, with what it needs for that."""
+
+    rollout: Rollout
+    environment: Environment
+    session: Any
+    seed: int
+    next_prompt: Prompt | None
+
+
+class RolloutDriver:
+    """Plays tasks with one engine."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        environments: Mapping[str, Environment],
+        config: RolloutConfig,
+    ) -> None:
+        """`environments` are those that tasks are of, by name."""
+        self._llm, self._tokenizer, self._template = llm, tokenizer, template
+        self._environments, self._config = environments, config
+
+    def play(self, rows: Sequence[Row], *, group_size: int = 1, seed: int = 0) -> list[Rollout]:
+        """`group_size` rollouts of each task, in the order of the tasks.
+
+        All turns of all rollouts are sampled together, as many at once as the engine holds. The
+        same weights and `seed` give the same rollouts.
+        """
+        return asyncio.run(self._play(rows, group_size=group_size, seed=seed))
+
+    async def _play(self, rows: Sequence[Row], *, group_size: int, seed: int) -> list[Rollout]:
+        wanted = [(row, group) for group, row in enumerate(rows) for _ in range(group_size)]
+        finished: dict[int, Rollout] = {}
+        open_places = list(range(len(wanted)))
+        for attempt in range(1, self._config.max_attempts + 1):
+            playing = {
+                place: await self._begin(
+                    *wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt
+                )
+                for place in open_places
+            }
+            await self._until_ended(list(playing.values()))
+            await self._verify(list(playing.values()))
+            finished |= {place: each.rollout for place, each in playing.items()}
+            open_places = [place for place in open_places if _failed(finished[place])]
+            if not open_places:
+                break
+        return [finished[place] for place in range(len(wanted))]
+
+    async def _begin(self, row: Row, group: int, *, seed: int, attempt: int) -> _Playing:
+        environment = self._environments[environment_of(row)]
+        rendered = self._template.render(
+            prompt_of(row),
+            tools=tools_of(row) if self._config.lists_tools else None,
+            enable_thinking=self._config.enable_thinking,
+            truncate_history_thinking=False,
+        )
+        ids = rendered.tokens(self._tokenizer).ids
+        rollout = Rollout(
+            row=row,
+            group=group,
+            ids=ids,
+            is_sampled=[False] * len(ids),
+            logprobs=[0.0] * len(ids),
+            weight_versions=[0] * len(ids),
+            attempts=attempt,
+        )
+        playing = _Playing(rollout, environment, None, seed, None)
+        try:
+            playing.session = await environment.seed_session(row)
+        except RolloutFailedError as error:
+            rollout.verification = Verification(failure=error.failure)
+            return playing
+        playing.next_prompt = self._prompt(rollout, rendered)
+        return playing
+
+    def _prompt(self, rollout: Rollout, rendered: RenderedChat) -> Prompt | None:
+        """What the next turn continues; None where it would leave no room."""
+        if len(rollout.ids) >= self._config.max_context:
+            rollout.is_cut = True
+            return None
+        return Prompt(
+            ids=tuple(rollout.ids),
+            is_chat=True,
+            is_reasoning_open=rendered.is_reasoning_open,
+            tools=tools_of(rollout.row),
+        )
+
+    async def _until_ended(self, playing: Sequence[_Playing]) -> None:
+        """Turn by turn, all that go on together."""
+        while active := [each for each in playing if each.next_prompt is not None]:
+            prompts = [cast(Prompt, each.next_prompt) for each in active]
+            params = [self._params(each) for each in active]
+            outputs = self._llm.generate(prompts, params)
+            for each, output in zip(active, outputs, strict=True):
+                each.next_prompt = None
+                await self._after_turn(each, output.outputs[0])
+
+    def _params(self, playing: _Playing) -> SamplingParams:
+        config = self._config
+        room = config.max_context - len(playing.rollout.ids)
+        return SamplingParams(
+            max_tokens=min(config.max_tokens, room),
+            temperature=config.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=_mixed(playing.seed, playing.rollout.num_turns),
+            logprobs=0,
+            reasoning_budget=config.reasoning_budget,
+        )
+
+    async def _after_turn(self, playing: _Playing, output: CompletionOutput) -> None:
+        rollout = playing.rollout
+        if output.failure is not None or output.error is not None:
+            rollout.verification = Verification.failed(
+                FailureKind.GENERATION, output.error or str(output.failure)
+            )
+            return
+        _append_sampled(rollout, output)
+        turn = _turn_of(output)
+        rollout.messages.append(turn)
+        rollout.num_turns += 1
+        if output.finish_reason == "length":
+            rollout.is_cut = True
+            return
+        try:
+            said = await self._answers(playing, turn)
+        except RolloutFailedError as error:
+            rollout.verification = Verification(failure=error.failure)
+            return
+        if not said:
+            return
+        rollout.messages += said
+        if rollout.num_turns >= playing.environment.max_turns:
+            rollout.is_cut = True
+            return
+        rendered = self._continuation(rollout, said)
+        ids = rendered.tokens(self._tokenizer).ids
+        rollout.ids += ids
+        rollout.is_sampled += [False] * len(ids)
+        rollout.logprobs += [0.0] * len(ids)
+        rollout.weight_versions += [0] * len(ids)
+        playing.next_prompt = self._prompt(rollout, rendered)
+
+    async def _answers(self, playing: _Playing, turn: AssistantMessage) -> list[Message]:
+        """What tools or the user say to a turn; nothing where the rollout has ended."""
+        environment, session = playing.environment, playing.session
+        if turn.tool_calls:
+            return [
+                ToolMessage(
+                    content=await environment.call_tool(session, call.name, call.arguments),
+                    tool_call_id=call.id,
+                )
+                for call in turn.tool_calls
+            ]
+        said = await environment.step(session, turn)
+        return [] if said is None else [UserMessage(content=said)]
+
+    def _continuation(self, rollout: Rollout, said: Sequence[Message]) -> RenderedChat:
+        """The text from the end of the policy's turn to the beginning of its next one.
+
+        It is what the template writes behind the end token of an assistant's turn.
+        """
+        rendered = self._template.render(
+            [UserMessage(content=""), AssistantMessage(content="."), *said],
+            enable_thinking=self._config.enable_thinking,
+            truncate_history_thinking=False,
+        )
+        last = max(i for i, piece in enumerate(rendered.pieces) if piece.is_trained)
+        ended = rollout.ids[-1] == self._tokenizer.im_end_id
+        return RenderedChat(
+            rendered.pieces[last + 1 if ended else last :], rendered.is_reasoning_open
+        )
+
+    async def _verify(self, playing: Sequence[_Playing]) -> None:
+        """Judge those that nothing has failed for, group by group."""
+        groups: dict[int, list[_Playing]] = {}
+        for each in playing:
+            if each.rollout.verification is None:
+                groups.setdefault(each.rollout.group, []).append(each)
+        await asyncio.gather(*(self._verify_group(group) for group in groups.values()))
+
+    async def _verify_group(self, group: Sequence[_Playing]) -> None:
+        environment, row = group[0].environment, group[0].rollout.row
+        responses = [each.rollout.response for each in group]
+        sessions = [each.session for each in group]
+        try:
+            found = await environment.verify_group(row, responses, sessions)
+        except RolloutFailedError as error:
+            found = [Verification(failure=error.failure)] * len(group)
+        for each, verification in zip(group, found, strict=True):
+            each.rollout.verification = verification
+
+
+def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
+    rollout.ids += output.token_ids
+    rollout.is_sampled += [True] * len(output.token_ids)
+    rollout.logprobs += [entry.logprob for entry in output.logprobs]
+    rollout.weight_versions += output.weight_versions
+
+
+def _turn_of(output: CompletionOutput) -> AssistantMessage:
+    """The turn as verifiers and templates read it; a call that cannot be read has no arguments."""
+    return AssistantMessage(
+        content=output.content,
+        reasoning=output.reasoning or None,
+        tool_calls=tuple(
+            ToolCall(name=call.name, arguments=_arguments(call.arguments), id=f"call_{place}")
+            for place, call in enumerate(output.tool_calls)
+        ),
+    )
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
+
+
+def _failed(rollout: Rollout) -> bool:
+    return rollout.verification is not None and rollout.verification.failure is not None
+
+
+def failure_of(rollout: Rollout) -> Failure | None:
+    """Why a rollout has no reward."""
+    return None if rollout.verification is None else rollout.verification.failure
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) % 2**63
+    return mixed
