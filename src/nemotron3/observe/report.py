@@ -95,6 +95,7 @@ def _page(metrics: Metrics, summary: ReportSummary) -> str:
         [
             _tiles(metrics, summary),
             _section("Quality", _quality(metrics, summary)),
+            _section("Rewards", _rewards(metrics)),
             _section("Optimisation", _optimisation(metrics)),
             _section("Inside the model", _inside(metrics)),
             _section("Speed", _speed(metrics)),
@@ -113,13 +114,15 @@ def _page(metrics: Metrics, summary: ReportSummary) -> str:
 
 
 def _quality(metrics: Metrics, summary: ReportSummary) -> list[str]:
-    main = _named(metrics, {"train/loss": "next token"})
+    is_rl = "reward/mean" in metrics
+    main = [] if is_rl else _named(metrics, {"train/loss": "next token"})
     mtp = _numbered(metrics, r"train/loss_mtp_(\d+)", "{} further ahead")
     held_out = _named(metrics, {"eval/bits_per_byte": "held-out"})
     compared = dict(summary.baselines)
     if (final := _final_bits(metrics, summary)) is not None:
         compared[summary.model_name] = final
     best = min(summary.baselines.items(), key=lambda item: item[1], default=None)
+    losses = _below(metrics, "eval/loss/")
     accuracy = _numbered(metrics, r"train/mtp_accuracy_(\d+)", "{} further ahead")
     return [
         _figure(
@@ -140,11 +143,65 @@ def _quality(metrics: Metrics, summary: ReportSummary) -> list[str]:
             lines(held_out, y_label="bits per byte", reference=best, is_smoothed=False),
         ),
         _figure(
+            "Held-out loss while training, by source",
+            "Cross-entropy in nats per trained token of conversations that are only looked at.",
+            lines(losses, y_label="nats per token", is_smoothed=False),
+        ),
+        _figure(
             "Multi-token prediction accuracy",
             "How often the first choice of each depth is the token that came; this is what a "
             "draft for speculative decoding lives on.",
             lines(accuracy, y_label="first choice is right", is_percent=True),
         ),
+    ]
+
+
+def _rewards(metrics: Metrics) -> list[str]:
+    return [
+        _figure(
+            "Reward of rollouts, by environment",
+            "Mean reward of all rollouts of an update, those of refilled groups included.",
+            lines(_below(metrics, "reward/mean/"), y_label="reward"),
+        ),
+        _figure(
+            "Reward on held-out tasks, by environment",
+            "One sampled rollout of each of the same tasks, at temperature 1.",
+            lines(_below(metrics, "eval/reward/"), y_label="reward", is_smoothed=False),
+        ),
+        _figure(
+            "Tokens of a rollout, by environment",
+            "Sampled tokens; growth without reward is verbosity.",
+            lines(_below(metrics, "rollouts/tokens/"), y_label="tokens"),
+        ),
+        _figure(
+            "Rollouts that are trained on",
+            "Those of groups whose rewards differ; the rest teaches nothing.",
+            lines(_below(metrics, "rollouts/trained/"), y_label="rollouts"),
+        ),
+        _figure(
+            "Engine and training apart",
+            "Mean difference of log-probabilities between the engine that sampled and the forward "
+            "pass that trains.",
+            lines(
+                _named(metrics, {"policy/logprob_error": "mean |difference|"}),
+                y_label="nats",
+                scale="log",
+            ),
+        ),
+        _figure(
+            "Entropy",
+            "Estimated from the log-probabilities of sampled tokens.",
+            lines(_named(metrics, {"policy/entropy": "entropy"}), y_label="nats per token"),
+        ),
+    ]
+
+
+def _below(metrics: Metrics, prefix: str) -> list[Series]:
+    """The metrics of a prefix, labelled by what follows it."""
+    return [
+        Series(label=name.removeprefix(prefix), steps=one.steps, values=one.values)
+        for name, one in sorted(metrics.items())
+        if name.startswith(prefix)
     ]
 
 
@@ -231,7 +288,7 @@ def _speed(metrics: Metrics) -> list[str]:
 
 def _tiles(metrics: Metrics, summary: ReportSummary) -> str:
     tiles: dict[str, str] = {}
-    if len(loss := _values(metrics, "train/loss")):
+    if len(loss := _values(metrics, "train/loss")) and "reward/mean" not in metrics:
         tiles["training loss, last 20 steps"] = f"{loss[-20:].mean():.3f}"
     if (bits := _final_bits(metrics, summary)) is not None:
         tiles["held-out bits per byte"] = f"{bits:.3f}"

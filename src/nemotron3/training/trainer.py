@@ -119,8 +119,11 @@ class Trainer(Generic[BatchT]):
         evaluation: Evaluation,
         store: CheckpointStore,
         peak_flops: float,
+        data_metrics: Callable[[], dict[str, float]] = dict,
     ) -> None:
         """`batches` are the microbatches of the update that follows so many updates.
+
+        `data_metrics` are what there is to say of the last ones, such as the rewards of rollouts.
 
         `peak_flops` is the machine's product rate, which achieved FLOP/s are held against.
         """
@@ -129,6 +132,7 @@ class Trainer(Generic[BatchT]):
         self.step = 0
         self._batches = batches
         self._evaluation = evaluation
+        self._data_metrics = data_metrics
         self._store = store
         self._peak_flops = peak_flops
         self._objective = objective
@@ -163,7 +167,7 @@ class Trainer(Generic[BatchT]):
         """Train to the last step, logging, evaluating and saving on the way."""
         config = self.config
         while self.step < config.steps:
-            metrics = self._timed_step()
+            metrics = self._timed_step() | self._data_metrics()
             self.step += 1
             is_last = self.step == config.steps
             if is_last or self.step % config.evaluate_every_steps == 0:

@@ -1,0 +1,168 @@
+"""Whole reinforcement learning runs: rewards that grow, resuming, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nemotron3.checkpoint.store import CheckpointStore
+from nemotron3.errors import ConfigError
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.observe.metrics import read_metrics
+from nemotron3.recipes import run_rl
+from nemotron3.recipes.own_environments import own_environments
+from nemotron3.recipes.run_rl import rl
+from nemotron3.rl.advantages import AdvantageConfig
+from nemotron3.rl.policy_objective import PolicyLossConfig
+from nemotron3.rl.rollouts import RolloutConfig
+from nemotron3.rl.sampling_plan import EnvironmentConfig
+from tests.rl.playground import save_policy
+
+LETTER = '''
+from nemotron3.environments.environment import Environment
+from nemotron3.environments.verification import Verification
+
+
+class Letter(Environment):
+    """Rewards answers by their share of one letter."""
+
+    name = "letter"
+
+    def draw(self, random):
+        return self.row(f"say {random.randrange(10**6)}")
+
+    async def verify(self, row, response, session):
+        said = "".join(turn.content + (turn.reasoning or "") for turn in response.turns)
+        return Verification(reward=said.count("e") / max(len(said), 1), info={"answer": said})
+'''
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    monkeypatch.setattr(
+        run_rl, "write_report", lambda folder, **_: (folder / "report.html").touch()
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture
+def letter(tmp_path):
+    file = tmp_path / "letter.py"
+    file.write_text(LETTER, encoding="utf-8")
+    return str(file)
+
+
+def small(policy, *names, steps=2, group_size=4, prompts=2, lr=1e-2, **changes):
+    run = own_environments(
+        policy,
+        [EnvironmentConfig(name=name) for name in names],
+        name="small",
+        steps=steps,
+        group_size=group_size,
+        max_context=96,
+        learning_rate=lr,
+    )
+    training = {"batch_size": prompts * group_size} | changes.pop("training", {})
+    changes = {
+        "device": "cpu",
+        "rollouts": RolloutConfig(max_tokens=12, max_context=96, enable_thinking=False),
+        "held_out_tasks": 4,
+        "final_held_out_tasks": 6,
+        "max_num_seqs": 32,
+    } | changes
+    return replace(run, training=replace(run.training, **training), **changes)
+
+
+def metrics_of(folder):
+    return dict(read_metrics(folder / "metrics.jsonl"))
+
+
+def test_rewards_grow(policy, letter, tmp_path):
+    run = small(policy, letter, steps=30, prompts=6, group_size=8, final_held_out_tasks=40)
+    summary = rl(run, runs=tmp_path / "runs")
+    folder = tmp_path / "runs" / "small"
+    assert summary.reward["letter"] > summary.reward_before["letter"] + 0.2
+    logged = metrics_of(folder)
+    assert max(m["policy/logprob_error"] for m in logged.values()) < 1e-5
+    assert min(m["policy/kept"] for m in logged.values()) > 0.999
+    result = LanguageModel.from_pretrained(folder / "model")
+    routers = [name for name, _ in result.named_parameters() if name.endswith("gate.weight")]
+    before = LanguageModel.from_pretrained(policy).state_dict()
+    assert routers
+    assert all((result.state_dict()[name] == before[name]).all() for name in routers)
+    kept = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in kept} == {0, 10, 20}
+    assert rl(run, runs=tmp_path / "runs") == summary
+
+
+def test_many_environments_share_every_batch(policy, letter, tmp_path):
+    run = small(policy, letter, "math", "multiple_choice", prompts=6, training={"steps": 2})
+    summary = rl(run, runs=tmp_path / "runs")
+    assert set(summary.reward) == {"all", "letter", "math", "multiple_choice"}
+    for metrics in metrics_of(tmp_path / "runs/small").values():
+        for name in ("letter", "math", "multiple_choice"):
+            assert metrics[f"rollouts/played/{name}"] >= 2 * 4
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(policy, letter, tmp_path, monkeypatch):
+    run = small(policy, letter, steps=4, training={"checkpoint_every_steps": 1})
+    whole = rl(run, runs=tmp_path / "whole")
+    save = CheckpointStore.save
+
+    def save_and_die(self, step, **content):
+        save(self, step, **content)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        rl(run, runs=tmp_path / "cut")
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    cut = rl(run, runs=tmp_path / "cut")
+    assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
+    ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
+    names = ("train/loss", "reward/mean", "optim/grad_norm", "policy/entropy")
+    for step, metrics in theirs.items():
+        for name in names:
+            assert ours[step][name] == metrics[name], (step, name)
+
+
+def test_a_pull_to_the_reference_is_logged_and_holds_the_policy(policy, letter, tmp_path):
+    run = small(policy, letter, steps=3, loss=PolicyLossConfig(kl=0.5))
+    rl(run, runs=tmp_path / "runs")
+    logged = metrics_of(tmp_path / "runs/small")
+    assert logged[1]["policy/kl_reference"] == pytest.approx(0.0, abs=1e-6)
+    assert logged[3]["policy/kl_reference"] > 0
+
+
+def test_settings_that_cannot_be_are_refused(policy, letter):
+    run = small(policy, letter)
+    for changes, said in (
+        ({"environments": ()}, "environments is empty"),
+        ({"group_size": 1}, "group_size is 1"),
+        ({"group_size": 3}, "training.batch_size is 8; it must be a multiple of group_size 3"),
+        ({"max_rounds": 0}, "max_rounds is 0"),
+        ({"rollouts": RolloutConfig(max_context=100_000)}, "rollouts.max_context is 100000"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            replace(run, **changes)
+    with pytest.raises(ConfigError, match="weight of environment math is 0"):
+        EnvironmentConfig(name="math", weight=0)
+
+
+def test_environments_that_are_not_there_or_twice_are_refused(policy, letter, tmp_path):
+    with pytest.raises(ConfigError, match=r"no environment 'maths' .did you mean 'math'"):
+        rl(small(policy, "maths"), runs=tmp_path / "runs")
+    with pytest.raises(ConfigError, match="two named 'letter'"):
+        rl(small(policy, letter, letter), runs=tmp_path / "runs")
+    with pytest.raises(ConfigError, match="2 prompts and there are 3 environments"):
+        rl(small(policy, letter, "math", "calculator"), runs=tmp_path / "runs")
+
+
+def test_advantages_may_be_those_of_the_reports(policy, letter, tmp_path):
+    run = small(policy, letter, advantages=AdvantageConfig(deviation="leave_one_out"))
+    assert rl(run, runs=tmp_path / "runs").reward.keys() == {"all", "letter"}
