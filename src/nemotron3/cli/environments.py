@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import json
 from itertools import islice
+from typing import Any
 
 from nemotron3.environments import (
     BUILT_IN,
@@ -14,6 +16,7 @@ from nemotron3.environments import (
     prompt_of,
     tools_of,
 )
+from nemotron3.environments.response import to_dict
 from nemotron3.errors import ConfigError
 from nemotron3.text import AssistantMessage, Message, SystemMessage, ToolMessage
 
@@ -32,6 +35,14 @@ def env_command(known: argparse.Namespace) -> int:
         for row in islice(environment.tasks(known.split, known.seed), known.num_tasks):
             print(asyncio.run(_shown(environment, row)))
         return 0
+    if known.action == "demonstrations":
+        for row in islice(environment.tasks(known.split, known.seed), known.num_tasks):
+            print(
+                json.dumps(
+                    asyncio.run(_demonstration(environment, row, with_tools=known.with_tools))
+                )
+            )
+        return 0
     report = asyncio.run(check_environment(environment, num_tasks=known.num_tasks, seed=known.seed))
     print(_page(environment, report))
     return 0 if report.demonstration_reward == 1 else 1
@@ -41,6 +52,14 @@ def _list() -> None:
     width = max(map(len, BUILT_IN))
     for name, kind in BUILT_IN.items():
         print(f"{name:<{width}}  {(kind.__doc__ or '').splitlines()[0]}")
+
+
+async def _demonstration(environment: Environment, row: Row, *, with_tools: bool) -> dict[str, Any]:
+    """A solved task as a row of conversations, which `nemotron3 sft` reads."""
+    response = await environment.demonstration(row)
+    messages = [to_dict(message) for message in (*prompt_of(row), *response.messages)]
+    tools = row["responses_create_params"]["tools"] if with_tools else []
+    return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
 async def _shown(environment: Environment, row: Row) -> str:

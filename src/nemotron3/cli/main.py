@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb != "pretrain":
+    if rest and known.verb not in ("pretrain", "sft", "rl"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.verb is None:
         parser.print_help()
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint"
         print(
-            f"\nnemotron3: interrupted{goes_on if known.verb == 'pretrain' else ''}",
+            f"\nnemotron3: interrupted{goes_on if known.verb in ('pretrain', 'sft', 'rl') else ''}",
             file=sys.stderr,
         )
         return 130
@@ -98,6 +98,14 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             from nemotron3.cli.pretrain import pretrain_command
 
             return pretrain_command(known, rest)
+        case "sft":
+            from nemotron3.cli.sft import sft_command
+
+            return sft_command(known, rest)
+        case "rl":
+            from nemotron3.cli.rl import rl_command
+
+            return rl_command(known, rest)
         case "show":
             from nemotron3.cli.pretrain import show
 
@@ -145,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="verb")
     _add_info(verbs)
     _add_pretrain(verbs)
+    _add_sft(verbs)
+    _add_rl(verbs)
     _add_show(verbs)
     _add_generate(verbs)
     _add_serve(verbs)
@@ -196,6 +206,93 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
     )
     pretrain.add_argument("-h", "--help", action="store_true", help="show the options")
+
+
+def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sft = verbs.add_parser(
+        "sft",
+        add_help=False,
+        allow_abbrev=False,
+        usage="nemotron3 sft MODEL --data CHATS.JSONL [--epochs N] [--option value ...]\n"
+        "       nemotron3 sft RECIPE [--data PATH] [--option value ...]\n"
+        "       nemotron3 sft --from RUN.JSON [--runs PATH] [--option value ...]",
+        help="fine-tune a model on conversations",
+        description="Fine-tune a model on conversations: JSON lines with OpenAI's `messages` (and "
+        "`tools`), or with `prompt` and `completion`. MODEL is a model directory, such as "
+        "runs/tiny/model; RECIPE a Python file whose function `recipe` returns an SFTRun. An "
+        "interrupted run goes on when the command is repeated.",
+        epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-3; "
+        "`nemotron3 sft MODEL --data CHATS.JSONL --help` lists them.",
+    )
+    sft.set_defaults(page=sft.format_help)
+    sft.add_argument(
+        "--data",
+        action="append",
+        metavar="PATH[=WEIGHT]",
+        help="conversations; with a weight, how often an epoch has each (may be repeated)",
+    )
+    sft.add_argument(
+        "--epochs",
+        type=float,
+        default=3.0,
+        metavar="N",
+        help="passes over the conversations, where a MODEL is named (default 3)",
+    )
+    sft.add_argument(
+        "--preview",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="print N conversations of each source with what is trained in colour, and end",
+    )
+    sft.add_argument(
+        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
+    )
+    sft.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
+    )
+    sft.add_argument("-h", "--help", action="store_true", help="show the options")
+
+
+def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    rl = verbs.add_parser(
+        "rl",
+        add_help=False,
+        allow_abbrev=False,
+        usage="nemotron3 rl MODEL --environment NAME [--environment NAME] [--option value ...]\n"
+        "       nemotron3 rl RECIPE [--option value ...]\n"
+        "       nemotron3 rl --from RUN.JSON [--runs PATH] [--option value ...]",
+        help="train a model by the rewards of environments",
+        description="Reinforcement learning (GRPO) in one or many environments at once. MODEL is a "
+        "directory of a model that answers, such as the result of `sft`; NAME a built-in "
+        "environment or your own, a Python file with a class that extends Environment; RECIPE a "
+        "Python file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
+        "command is repeated.",
+        epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
+        "`nemotron3 rl MODEL --environment NAME --help` lists them.",
+    )
+    rl.set_defaults(page=rl.format_help)
+    rl.add_argument(
+        "--environment",
+        action="append",
+        metavar="NAME[=WEIGHT]",
+        help="an environment, and its share of every batch (may be repeated)",
+    )
+    rl.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        metavar="N",
+        help="updates, where a MODEL is named (default 100)",
+    )
+    rl.add_argument(
+        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
+    )
+    rl.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
+    )
+    rl.add_argument("-h", "--help", action="store_true", help="show the options")
 
 
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -340,14 +437,24 @@ def _add_env(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "rewarded, and hacks not; are there prompts enough; can the answer be guessed? Ends with "
         "status 1 where a solution is not rewarded.",
     )
-    for action, num_tasks in ((show, 3), (check, 300)):
+    solved = actions.add_parser(
+        "demonstrations",
+        help="solved tasks as conversations, for `nemotron3 sft --data`",
+        description="Print solved tasks as JSON lines of conversations, which "
+        "`nemotron3 sft MODEL --data FILE` trains on.",
+    )
+    for action, num_tasks in ((show, 3), (check, 300), (solved, 1000)):
         action.add_argument("name", metavar="NAME", help="such as math, or my_env.py")
         action.add_argument("--difficulty", type=float, metavar="D", help="0 to 1 (default 0.5)")
         action.add_argument("--seed", type=int, default=0, help="default 0")
         action.add_argument(
             "--num-tasks", type=int, default=num_tasks, metavar="N", help=f"default {num_tasks}"
         )
-    show.add_argument("--split", default="train", help="train or held_out (default train)")
+    solved.add_argument(
+        "--with-tools", action="store_true", help="describe the tools in every conversation"
+    )
+    for action in (show, solved):
+        action.add_argument("--split", default="train", help="train or held_out (default train)")
 
 
 if __name__ == "__main__":

@@ -97,9 +97,16 @@ class TerminalCallback(RunCallback):
 
 def status(averages: dict[str, float]) -> str:
     """The numbers worth watching, on one line."""
-    parts = [f"loss {averages['train/loss']:.3f}"]
+    if "reward/mean" in averages:
+        parts = [f"reward {averages['reward/mean']:.3f}"]
+    else:
+        parts = [f"loss {averages['train/loss']:.3f}"]
+    if "eval/reward" in averages:
+        parts.append(f"held-out {averages['eval/reward']:.3f}")
     if "eval/bits_per_byte" in averages:
         parts.append(f"held-out {averages['eval/bits_per_byte']:.3f} bits/byte")
+    elif "eval/loss" in averages:
+        parts.append(f"held-out {averages['eval/loss']:.3f}")
     if "moe/max_vio" in averages:
         parts.append(f"max-vio {averages['moe/max_vio']:.2f}")
     parts.append(f"{averages['perf/tokens_per_s']:,.0f} tokens/s")
