@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.verification import FailureKind, RolloutFailedError, Verification
-
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.text import AssistantMessage, Tokenizer
 from nemotron3.text.messages import Tool

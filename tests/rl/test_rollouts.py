@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 import torch
-from nemotron3.environments.calculator import Calculator
 
 from nemotron3 import LLM, EngineConfig
+from nemotron3.environments.calculator import Calculator
 from nemotron3.errors import ConfigError
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel

@@ -138,13 +138,20 @@ def test_an_engine_of_quantized_weights_is_one_forward_pass_and_takes_plain_ones
         assert_close([*scores[1:], *entries], expected)
 
 
-def test_what_a_format_cannot_express_is_refused_and_changes_nothing():
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ("directory", CheckpointError, "'lm_head.weight' holds values that are not finite"),
+        ("tensors", ConfigError, r"weights\['lm_head.weight'\] .* not finite, which int8"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused_and_changes_nothing(tmp_path, how, error, said):
     model = convert_weights(tiny_model("E"), "int8")
     before = copy.deepcopy(model.state_dict())
-    broken = dict(tiny_model("E", seed=5).state_dict())
-    broken["lm_head.weight"][0, 0] = torch.inf
-    with pytest.raises(ConfigError, match=r"weights\['lm_head.weight'\] .* not finite, which int8"):
-        engine_for(model).update_weights(broken)
+    broken = tiny_model("E", seed=5)
+    broken.state_dict()["lm_head.weight"][0, 0] = torch.inf
+    with pytest.raises(error, match=said):
+        engine_for(model).update_weights(given(broken, how, tmp_path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -136,6 +136,7 @@ def read_weights(
 def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> Callable[[], None]:
     """Compare a directory with a model that has its memory; returns what copies it in there."""
     files = _opened(model, config, path)
+    files.check_values(model, config)
     return lambda: files.copy_to(model, config)
 
 
@@ -154,6 +155,21 @@ class _Files(NamedTuple):
         """What the files' tensors are copied into: a plain one is quantized where a weight is."""
         views = self.dialect.published_views(model, config)
         return _in_parts(views) if self.is_quantized else dict(views)
+
+    def check_values(self, model: nn.Module, config: ModelConfig) -> None:
+        """Raise CheckpointError for values that a quantized weight of the model cannot express."""
+        destinations = self.destinations(model, config)
+        if all(isinstance(weight, Tensor) for weight in destinations.values()):
+            return
+        for spelling, name in self.stored.items():
+            parts = self.stacked.get(spelling, ((None, spelling),))
+            if all(isinstance(destinations[to], Tensor) for _, to in parts):
+                continue
+            if not self.reader.load(name).isfinite().all():
+                raise CheckpointError(
+                    f"{self.reader.directory}: {name!r} holds values that are not finite, which "
+                    "the model's weight format cannot express"
+                )
 
     def copy_to(self, model: nn.Module, config: ModelConfig) -> None:
         """Copy into a model's tensors, one at a time."""
