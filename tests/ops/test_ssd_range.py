@@ -1,5 +1,6 @@
 """The scan over all sizes that float32 holds: nothing overflows on the way to a finite result."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -55,7 +56,8 @@ class Scan:
         x, dt, _, B, C, *_ = inputs
         term = dt.max() * x.abs().max() * B.abs().max() * max(C.abs().max().item(), 1.0)
         results = [t.abs().max() for t in (dt, *self.expected)]
-        self.decays_may_overflow = (term * dt.max()).item() > MOST
+        self.decay_terms = (term * dt.max()).item()
+        self.decays_may_overflow = self.decay_terms > MOST
         self.largest = torch.stack([term, *results]).nan_to_num(torch.inf).max().item()
 
     def __repr__(self) -> str:
@@ -84,6 +86,8 @@ class Scan:
                 continue
             assert torch.isfinite(a).all(), name
             scale = max(e.abs().max().item(), floor)
+            if name in OF_DECAYS:  # rounded like their terms, whatever is left of those
+                scale = max(scale, self.decay_terms)
             worst = (a.double() - e).abs().max().item() / scale
             assert worst <= tolerance, f"{name} differs by {worst:.1e} of {scale:.1e}"
 
@@ -115,8 +119,13 @@ def test_native(scan):
 @settings(settings_of_scans, max_examples=20)
 @given(scans(longest=20, mixed=False))
 def test_triton(scan):
-    """Its running sums are float32: a small step is as exact as the large ones before it."""
-    scan.check("triton")
+    """Its running sums are float32: a small step is as exact as the large ones before it.
+
+    What a kernel leaves out it may have computed: a product there may overflow, and NumPy, which
+    the interpreter computes with, would warn.
+    """
+    with np.errstate(over="ignore"):
+        scan.check("triton")
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
