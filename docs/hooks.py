@@ -14,7 +14,17 @@ from mkdocs.structure.files import File, Files
 _ROOT = Path(__file__).parents[1]
 _PACKAGE = _ROOT / "src" / "nemotron3"
 _PACKAGES = (
-    *("models", "ops", "inference", "server", "training", "rl", "environments", "data", "checkpoint"),
+    *(
+        "models",
+        "ops",
+        "inference",
+        "server",
+        "training",
+        "rl",
+        "environments",
+        "data",
+        "checkpoint",
+    ),
     *("text", "config", "observe", "runtime", "recipes", "cli"),
 )
 _SOURCE_LINK = re.compile(r"\]\((?:\.\./)+src/nemotron3/([\w/]+?)(?:/__init__)?\.py\)")

@@ -97,6 +97,11 @@ def test_commands_can_be_typed(line):
         return
     known, rest = command_line._parser().parse_known_args(arguments)
     assert known.verb is not None
+    if known.verb in ("sft", "rl"):  # their values depend on a model's directory
+        assert rest
+        assert not rest[0].startswith("-"), "a model or a recipe comes first"
+        assert known.data if known.verb == "sft" else known.environment
+        return
     if known.verb != "pretrain":
         assert not rest, f"unknown: {rest}"
         return

@@ -280,6 +280,12 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         help="an environment, and its share of every batch (may be repeated)",
     )
     rl.add_argument(
+        "--difficulty",
+        type=float,
+        metavar="D",
+        help="of all environments, 0 to 1, where a MODEL is named (default: their own)",
+    )
+    rl.add_argument(
         "--steps",
         type=int,
         default=100,

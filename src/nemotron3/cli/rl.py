@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from nemotron3.cli.overrides import override
@@ -46,7 +47,9 @@ def _base_run(what: str | None, known: argparse.Namespace) -> RLRun:
     if (Path(what) / CONFIG_FILE).is_file():
         if not known.environment:
             raise ConfigError(f"{what} is a model; say what it learns, as in: --environment math")
-        environments = [_environment(text) for text in known.environment]
+        environments = [
+            replace(_environment(text), difficulty=known.difficulty) for text in known.environment
+        ]
         return own_environments(what, environments, steps=known.steps)
     if known.environment:
         raise ConfigError("--environment goes with a model directory; a recipe names its own")
