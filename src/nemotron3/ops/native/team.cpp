@@ -242,8 +242,9 @@ class Helpers {
 
   // What each of those does.
   void help(int64_t thread) {
+    const int64_t others = threads - 1;  // once all have ended, the next operation may have fewer
     work(thread, threads, [](Team&) {});
-    if (ended.fetch_add(1, std::memory_order_acq_rel) == threads - 2) raise(all_ended);
+    if (ended.fetch_add(1, std::memory_order_acq_rel) == others - 1) raise(all_ended);
   }
 
   // A thread's part of the operation, and what it does then, measured if this one is.
