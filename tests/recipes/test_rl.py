@@ -1,12 +1,14 @@
 """Whole reinforcement learning runs: rewards that grow, resuming, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from nemotron3.checkpoint.store import CheckpointStore
-from nemotron3.errors import ConfigError
+from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes import run_rl
@@ -166,3 +168,39 @@ def test_environments_that_are_not_there_or_twice_are_refused(policy, letter, tm
 def test_advantages_may_be_those_of_the_reports(policy, letter, tmp_path):
     run = small(policy, letter, advantages=AdvantageConfig(deviation="leave_one_out"))
     assert rl(run, runs=tmp_path / "runs").reward.keys() == {"all", "letter"}
+
+
+@pytest.mark.parametrize("what", ["environment", "model"])
+def test_a_run_does_not_go_on_with_other_inputs(policy, letter, tmp_path, monkeypatch, what):
+    """Even before its first checkpoint: what was measured before training is of the old ones."""
+    own = tmp_path / "base" / "model"
+    shutil.copytree(policy, own)
+    run = small(own, letter)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_rl._Training, "fit", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rl(run, runs=tmp_path / "runs")
+    file = Path(letter) if what == "environment" else own / "config.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ConfigError, match=rf"begun with other inputs \(edited: .*{file.name}"):
+        rl(run, runs=tmp_path / "runs")
+
+
+def test_an_update_without_a_reward_ends_the_run_and_says_why(policy, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text(
+        LETTER.replace(
+            "return Verification(reward=", "return Verification.failed('tool_failed', 'down') or ("
+        ).replace('max(len(said), 1), info={"answer": said})', "max(len(said), 1))")
+    )
+    with pytest.raises(
+        DataError, match=r"no rollout of update 1 can be trained on .* failures: down"
+    ):
+        rl(small(policy, str(file)), runs=tmp_path / "runs")
+
+
+def test_a_vocabulary_without_the_tokens_of_chats_is_refused(policy, letter, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemotron3.text.Tokenizer.token_to_id", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"vocabulary lacks <\|im_start\|>"):
+        rl(small(policy, letter), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -1,7 +1,7 @@
 """The record of a run: configuration to JSON and back, and units of duration."""
 
 from nemotron3.config.record import from_record, to_record
-from nemotron3.config.run import RUN_FILE, read_record, read_run, run_record, write_run
+from nemotron3.config.run import RUN_FILE, read_record, read_run, run_record, write_json, write_run
 from nemotron3.config.units import Duration, Steps, Tokens, parse_duration
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "read_run",
     "run_record",
     "to_record",
+    "write_json",
     "write_run",
 ]

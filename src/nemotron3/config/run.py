@@ -47,10 +47,16 @@ def run_record(config: Any, *, extra: Mapping[str, Any] | None = None) -> dict[s
 def write_run(directory: Path, config: Any, *, extra: Mapping[str, Any] | None = None) -> Path:
     """Write `run.json` into the run's directory, whole or not at all."""
     path = directory / RUN_FILE
-    text = json.dumps(run_record(config, extra=extra), indent=2, allow_nan=False) + "\n"
+    write_json(path, run_record(config, extra=extra))
+    return path
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record as JSON, whole or not at all; its folder is made."""
+    text = json.dumps(to_record(record), indent=2, allow_nan=False) + "\n"
     partial = path.with_suffix(".json.tmp")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
@@ -58,7 +64,6 @@ def write_run(directory: Path, config: Any, *, extra: Mapping[str, Any] | None =
             f"{path} could not be written ({error.strerror}); choose a run directory that is "
             "writable and has space"
         ) from error
-    return path
 
 
 def read_run(path: Path, cls: type[T]) -> T:

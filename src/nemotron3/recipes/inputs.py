@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nemotron3.checkpoint.store import saved_steps
-from nemotron3.config import from_record, read_record, to_record
+from nemotron3.config import from_record, read_record, to_record, write_json
 from nemotron3.data import (
     Corpus,
     CorpusConfig,
@@ -93,10 +93,7 @@ def open_inputs(
 
 def write_inputs(folder: Path, inputs: RunInputs) -> None:
     """Write the record into the run's folder, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{INPUTS_FILE}.tmp"
-    partial.write_text(json.dumps(to_record(inputs), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / INPUTS_FILE)
+    write_json(folder / INPUTS_FILE, inputs)
 
 
 def changes_since(folder: Path, config: CorpusConfig | TokenizedConfig) -> list[str]:

@@ -31,6 +31,9 @@ class RLRun(RunConfig):
     """Rollouts of each prompt, whose rewards are compared."""
     max_rounds: int = 2
     """Rounds of rollouts in which groups with equal rewards are replaced; 1 for no replacement."""
+    chat_style: str | None = None
+    """The release whose chat template is used; null for the one in the model's directory, or
+    nano's."""
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
     """How tasks are played."""
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nemotron3.checkpoint.store import CheckpointStore
-from nemotron3.config import RUN_FILE, from_record, read_run, to_record, write_run
+from nemotron3.config import RUN_FILE, from_record, read_run, to_record, write_json, write_run
 from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.observe.sinks import JsonlSink, TensorBoardSink
@@ -87,9 +87,7 @@ class RunFolder(Generic[RunT]):
 
     def finish(self, summary: Any) -> None:
         """Write the summary: the run is finished."""
-        partial = self.path / f"{SUMMARY_FILE}.tmp"
-        partial.write_text(json.dumps(to_record(summary), indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path / SUMMARY_FILE)
+        write_json(self.path / SUMMARY_FILE, summary)
 
     def _check_same_config(self) -> None:
         if not (self.path / RUN_FILE).exists():

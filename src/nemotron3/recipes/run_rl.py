@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
-from nemotron3.config import from_record, to_record
+from nemotron3.config import from_record, to_record, write_json
+from nemotron3.data.chat_tokens import check_chat_tokens
+from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
 from nemotron3.environments.response import to_dict
 from nemotron3.environments.rows import Row, prompt_text
-from nemotron3.errors import ConfigError
+from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.costs import model_costs
@@ -28,9 +30,10 @@ from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
+from nemotron3.recipes.chat_model import chat_template_for, save_chat_model
+from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
-from nemotron3.recipes.sft_data import chat_template_for
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
@@ -75,7 +78,9 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         callback.stage(f"{folder.path} is finished; this is what it showed")
         return finished
 
+    own = [Path(config.name) for config in run.environments if config.name.endswith(".py")]
     training = _Training(folder, run, callback)
+    record_input_files(folder.path, [*model_files(run.model), *own])
     folder.record({})
     with recorded_backends() as backends:
         before = training.before()
@@ -114,6 +119,7 @@ class _Training:
         self.folder, self.run, self.callback = folder, run, callback
         callback.stage(f"Reading {run.model}")
         self.tokenizer = Tokenizer.from_directory(run.model)
+        self.template = chat_template_for(run.chat_style, self.tokenizer, run.model)
         self.model = LanguageModel.from_pretrained(
             run.model, device=folder.device, dtype=torch.float32
         )
@@ -122,7 +128,7 @@ class _Training:
             if run.loss.kl
             else None
         )
-        self.environments = {}
+        self.environments: dict[str, Environment] = {}
         weights: dict[str, float] = {}
         for config in run.environments:
             environment = load_environment(config.name, difficulty=config.difficulty)
@@ -132,6 +138,8 @@ class _Training:
                 )
             self.environments[environment.name] = environment
             weights[environment.name] = config.weight
+        has_tools = any(environment.tools for environment in self.environments.values())
+        check_chat_tokens(self.tokenizer, with_tools=has_tools)
         self.plan = SamplingPlan(
             self.environments,
             weights,
@@ -151,7 +159,7 @@ class _Training:
         self._driver = RolloutDriver(
             self._llm,
             self.tokenizer,
-            chat_template_for(None, self.tokenizer, run.model),
+            self.template,
             self.environments,
             run.rollouts,
         )
@@ -164,9 +172,7 @@ class _Training:
             return [from_record(PlayedTask, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
         played = self.look(self.run.final_held_out_tasks)
-        partial = file.with_suffix(".json.tmp")
-        partial.write_text(json.dumps([to_record(task) for task in played]), "utf-8")
-        partial.replace(file)
+        write_json(file, played)
         return played
 
     def look(self, num_tasks: int) -> list[PlayedTask]:
@@ -184,7 +190,7 @@ class _Training:
             config,
             objective=PolicyObjective(self.run.loss),
             batches=self._batches,
-            evaluation=lambda _: self._held_out_metrics(),
+            evaluation=lambda _: self._held_out_metrics(trainer.step),
             store=self.folder.checkpoints(),
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
             data_metrics=lambda: self._update.metrics(),
@@ -195,7 +201,7 @@ class _Training:
 
     def save(self) -> None:
         """Write the result, with the tokenizer and template that it was trained with."""
-        self.model.save_pretrained(self.folder.model)
+        save_chat_model(self.model, self.tokenizer, self.template, self.folder.model)
 
     def _batches(self, step: int) -> Sequence[PolicyBatch]:
         self._renew_engine(step)
@@ -214,6 +220,18 @@ class _Training:
             max_tokens=run.training.seq_len * run.training.microbatch_size,
             device=self.model.device,
         )
+        if not batches:
+            failures = [failure for r in self._update.played if (failure := failure_of(r))]
+            why = (
+                f"the first of {len(failures)} failures: {failures[0].message}; "
+                if failures
+                else ""
+            )
+            raise DataError(
+                f"no rollout of update {step + 1} can be trained on ({why}a prompt that fills "
+                "rollouts.max_context has none either); the same command goes on from the last "
+                "checkpoint"
+            )
         return [self._with_reference(batch) for batch in batches]
 
     def _renew_engine(self, step: int) -> None:
@@ -232,9 +250,8 @@ class _Training:
         found = self._reference(batch.tokens, layout=SequenceLayout(batch.segments), head=head)
         return replace(batch, reference_logprobs=found)
 
-    def _held_out_metrics(self) -> dict[str, float]:
-        version = self._llm.weight_version + 1
-        self._llm.invalidate_caches(version=version)
+    def _held_out_metrics(self, step: int) -> dict[str, float]:
+        self._renew_engine(step)
         rewards = means_by_environment(self.look(self.run.held_out_tasks), lambda task: task.reward)
         return {f"eval/reward{'' if n == 'all' else '/' + n}": v for n, v in rewards.items()}
 

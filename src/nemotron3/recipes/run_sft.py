@@ -10,18 +10,15 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from nemotron3.checkpoint.store import saved_steps
-from nemotron3.config import from_record, to_record
+from nemotron3.config import from_record, to_record, write_json
 from nemotron3.data.conversations import Conversation, conversation_files
-from nemotron3.data.fingerprint import FileState, file_changes, file_states, in_words
 from nemotron3.data.loader import Batch
-from nemotron3.errors import ConfigError, DataError
+from nemotron3.errors import DataError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import Prompt
@@ -31,16 +28,19 @@ from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
+from nemotron3.recipes.chat_model import save_chat_model
+from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.sft import SFTRun
 from nemotron3.recipes.sft_data import SFTData, prepare_sft_data
 from nemotron3.runtime.devices import describe_device, measure_product_rate
-from nemotron3.text import AssistantMessage, Tokenizer
+from nemotron3.text import AssistantMessage
 from nemotron3.training.evaluation import evaluate
 from nemotron3.training.sft_objective import SFTBatch, SFTObjective
+from nemotron3.training.token_objective import Normalisation
 from nemotron3.training.trainer import Trainer
 
-_INPUTS_FILE, _BEST_FILE, _BEST_FOLDER = "inputs.json", "best.json", "best"
+_BEST_FILE, _BEST_FOLDER = "best.json", "best"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,10 @@ def sft(
 
     callback.stage("Reading conversations")
     data = prepare_sft_data(run)
-    _record_inputs(folder, run, data)
+    sources = (*run.data, *run.held_out)
+    conversations = [file for source in sources for file in conversation_files(source)]
+    record_input_files(folder.path, [*model_files(run.model), *conversations])
     model = LanguageModel.from_pretrained(run.model, device=folder.device, dtype=torch.float32)
-    _add_stop_tokens(model, data.tokenizer)
     folder.record({})
     training = _Training(folder, run, data, model, callback)
     with recorded_backends() as backends:
@@ -96,6 +97,16 @@ def sft(
     write_report(folder.path, summary=_report(run, data, summary, folder.device))
     folder.finish(summary)
     return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Best:
+    """The model with the lowest held-out loss so far."""
+
+    step: int
+    metrics: dict[str, float]
+    before: dict[str, float]
+    """Metrics before training."""
 
 
 class _Training:
@@ -144,10 +155,10 @@ class _Training:
         self._move_best()
 
     @property
-    def best(self) -> dict[str, Any] | None:
-        """Step and losses of the best model so far, and losses before training."""
+    def best(self) -> "_Best | None":
+        """The best model so far."""
         file = self.folder.path / _BEST_FILE
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
+        return from_record(_Best, json.loads(file.read_text("utf-8"))) if file.exists() else None
 
     def held_out_metrics(self, model: LanguageModel) -> dict[str, float]:
         """Loss and accuracy on held-out conversations, over all and by source."""
@@ -176,7 +187,7 @@ class _Training:
     def _look(self, step: int) -> dict[str, float]:
         metrics = self.held_out_metrics(self.model)
         assert self.best is not None
-        if metrics["eval/loss"] < self.best["metrics"]["eval/loss"]:
+        if metrics["eval/loss"] < self.best.metrics["eval/loss"]:
             self._keep(step, metrics)
         return metrics
 
@@ -184,12 +195,9 @@ class _Training:
         """Make this the best model; the one before goes when the new one is complete."""
         folder = self.folder.path / _BEST_FOLDER / f"step-{step}"
         shutil.rmtree(folder, ignore_errors=True)
-        self.model.save_pretrained(folder)
-        save_tokenizer(self.data, folder)
-        before = metrics if self.best is None else self.best["before"]
-        _write_json(
-            self.folder.path / _BEST_FILE, {"step": step, "metrics": metrics, "before": before}
-        )
+        save_chat_model(self.model, self.data.tokenizer, self.data.template, folder)
+        before = metrics if self.best is None else self.best.before
+        write_json(self.folder.path / _BEST_FILE, _Best(step=step, metrics=metrics, before=before))
         for other in folder.parent.iterdir():
             if other != folder:
                 shutil.rmtree(other)
@@ -197,7 +205,7 @@ class _Training:
     def _move_best(self) -> None:
         """Make the best model the result."""
         assert self.best is not None
-        source = self.folder.path / _BEST_FOLDER / f"step-{self.best['step']}"
+        source = self.folder.path / _BEST_FOLDER / f"step-{self.best.step}"
         if source.exists():  # else it was moved before an interruption
             source.rename(self.folder.model)
             source.parent.rmdir()
@@ -216,7 +224,7 @@ class _Training:
         ]
 
 
-def _train_batch(batch: Batch, normalisation: Any, device: torch.device) -> SFTBatch:
+def _train_batch(batch: Batch, normalisation: Normalisation, device: torch.device) -> SFTBatch:
     batch = batch.to(device)
     return SFTBatch(
         tokens=batch.tokens,
@@ -227,78 +235,15 @@ def _train_batch(batch: Batch, normalisation: Any, device: torch.device) -> SFTB
     )
 
 
-def save_tokenizer(data: SFTData, path: Path) -> None:
-    """Write the tokenizer with the chat template that the model was trained with."""
-    tokenizer = Tokenizer.from_directory(path)  # as it was saved with the model
-    tokenizer.chat_template = data.template.to_jinja()
-    tokenizer.save(path)
-
-
-def _add_stop_tokens(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Have generation_config.json end answers where a turn ends, beside where texts end."""
-    companions = model.companions
-    assert companions is not None
-    config = dict(companions.generation_config or {"_from_model_config": True})
-    listed = config.get("eos_token_id")
-    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    config["eos_token_id"] = [*dict.fromkeys([*known, *tokenizer.stop_ids])]
-    model.companions = replace(companions, generation_config=config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """What a run was begun with."""
-
-    chat_template: str
-    """Style of the template."""
-    model: dict[str, FileState]
-    data: dict[str, FileState]
-
-
-def _record_inputs(folder: RunFolder[SFTRun], run: SFTRun, data: SFTData) -> None:
-    """Note the model and the data; an error where a run that has begun finds others."""
-    model = Path(run.model)
-    model_files = sorted([*model.glob("*.safetensors"), *model.glob("*.json")])
-    data_files = [f for source in (*run.data, *run.held_out) for f in conversation_files(source)]
-    file = folder.path / _INPUTS_FILE
-    if file.exists() and saved_steps(folder.path / "checkpoints"):
-        before = from_record(_Inputs, json.loads(file.read_text("utf-8")))
-        changes = [
-            *file_changes(before.model, model_files, below=model),
-            *file_changes(before.data, data_files),
-        ]
-        if before.chat_template != data.template.style.name:
-            changes.append("another chat template")
-        if changes:
-            raise ConfigError(
-                f"{folder.path} was begun with other inputs ({in_words(changes)}); restore them, "
-                "give this run another --name, or delete the folder to begin anew"
-            )
-        return
-    found = _Inputs(
-        chat_template=data.template.style.name,
-        model=file_states(model_files, below=model),
-        data=file_states(data_files),
-    )
-    _write_json(file, to_record(found))
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
 def _summary(run: SFTRun, training: _Training, best: LanguageModel, started: float) -> SFTSummary:
     kept = training.best
     assert kept is not None
     costs = model_costs(best.config)
     return SFTSummary(
-        loss_before=_losses(kept["before"]),
-        loss=_losses(kept["metrics"]),
-        accuracy=kept["metrics"]["eval/accuracy"],
-        best_step=kept["step"],
+        loss_before=_losses(kept.before),
+        loss=_losses(kept.metrics),
+        accuracy=kept.metrics["eval/accuracy"],
+        best_step=kept.step,
         conversations={
             name: len(source.conversations) for name, source in training.data.train.items()
         },

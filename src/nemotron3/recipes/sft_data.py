@@ -18,9 +18,10 @@ from nemotron3.data.conversations import (
 from nemotron3.data.loader import Batch
 from nemotron3.data.packed_loader import PackedLoader, PackedSource, collate
 from nemotron3.data.packing import pack_best_fit
-from nemotron3.errors import ConfigError, DataError
+from nemotron3.errors import DataError
+from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.sft import SFTRun
-from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer, chat_style, style_of_template
+from nemotron3.text import ChatTemplate, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +83,6 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
         held_out_conversations=held_out,
         bad_rows=bad,
     )
-
-
-def chat_template_for(style: str | None, tokenizer: Tokenizer, model: str) -> ChatTemplate:
-    """The template that conversations are rendered with, and that the result is saved with."""
-    if style is not None:
-        return ChatTemplate(chat_style(style))
-    if tokenizer.chat_template is None:
-        return ChatTemplate(CHAT_STYLES["nano"])
-    found = style_of_template(tokenizer.chat_template)
-    if found is None:
-        raise ConfigError(
-            f"the chat template in {model} is of another family, and does not say which of its "
-            f"tokens the model writes; set --chat-style to one of {', '.join(CHAT_STYLES)}"
-        )
-    return ChatTemplate(found)
 
 
 def _split(
