@@ -81,7 +81,10 @@ def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys):
         (["sft", "--data", str(chats)], "no model; name it first"),
         (["sft", "tiny"], "a SFTRun is wanted here"),
         (["rl", str(policy)], "say what it learns, as in: --environment math"),
-        (["rl", str(policy), "--environment", "math=much"], "'much' is no weight"),
+        (["rl", str(policy), "--environment", "math=much"], "did you mean 'math'"),
+        (["rl", "tiny", "--steps", "3"], "--steps goes with a model directory"),
+        (["sft", "tiny", "--epochs", "3"], "--epochs goes with a model directory"),
+        (["sft", "--from", "run.json", "--data", str(chats)], "--data goes with a model"),
         (["rl", str(folder)], "give a model directory"),
         (["rl", "--environment", "math"], "no model; name it first"),
     ):

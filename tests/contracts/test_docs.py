@@ -111,7 +111,7 @@ def test_commands_can_be_typed(line):
     if known.data:
         run = _with_own_text(run, known.data)
     if "=" not in line and "--option" not in line:
-        assert isinstance(override(run, rest, prog=line), PretrainRun)
+        assert isinstance(override(run, rest, prog=line, other_options=[]), PretrainRun)
 
 
 def _recipe(name):

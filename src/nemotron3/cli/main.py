@@ -177,12 +177,41 @@ def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     info.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    # The recipe is no argument of this parser: it would take the value of an option for one.
-    pretrain = verbs.add_parser(
-        "pretrain",
+def _add_run(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    verb: str,
+    *,
+    usage: str,
+    help: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    """A verb that runs a recipe: every value of it is an option, which tyro reads."""
+    parser = verbs.add_parser(
+        verb,
         add_help=False,
         allow_abbrev=False,
+        usage=usage,
+        help=help,
+        description=description,
+        epilog=epilog,
+    )
+    parser.set_defaults(page=parser.format_help)
+    parser.add_argument(
+        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show the options")
+    return parser
+
+
+def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    # The recipe is no argument of this parser: it would take the value of an option for one.
+    pretrain = _add_run(
+        verbs,
+        "pretrain",
         usage="nemotron3 pretrain RECIPE [--data PATH] [--runs PATH] [--option value ...]\n"
         "       nemotron3 pretrain --from RUN.JSON [--runs PATH] [--option value ...]",
         help="train a model from text",
@@ -191,7 +220,6 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="Every value of the recipe is an option, such as --training.optimizer.lr 1e-3; "
         "`nemotron3 pretrain RECIPE --help` lists them.",
     )
-    pretrain.set_defaults(page=pretrain.format_help)
     pretrain.add_argument(
         "--data",
         action="append",
@@ -199,22 +227,14 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="train on your own text instead: a file, folder or glob of plain text, JSON lines or "
         "Parquet (may be repeated)",
     )
-    pretrain.add_argument(
-        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
-    )
-    pretrain.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
-    )
-    pretrain.add_argument("-h", "--help", action="store_true", help="show the options")
 
 
 def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    sft = verbs.add_parser(
+    sft = _add_run(
+        verbs,
         "sft",
-        add_help=False,
-        allow_abbrev=False,
         usage="nemotron3 sft MODEL --data CHATS.JSONL [--epochs N] [--option value ...]\n"
-        "       nemotron3 sft RECIPE [--data PATH] [--option value ...]\n"
+        "       nemotron3 sft RECIPE [--option value ...]\n"
         "       nemotron3 sft --from RUN.JSON [--runs PATH] [--option value ...]",
         help="fine-tune a model on conversations",
         description="Fine-tune a model on conversations: JSON lines with OpenAI's `messages` (and "
@@ -224,7 +244,6 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-3; "
         "`nemotron3 sft MODEL --data CHATS.JSONL --help` lists them.",
     )
-    sft.set_defaults(page=sft.format_help)
     sft.add_argument(
         "--data",
         action="append",
@@ -234,7 +253,6 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     sft.add_argument(
         "--epochs",
         type=float,
-        default=3.0,
         metavar="N",
         help="passes over the conversations, where a MODEL is named (default 3)",
     )
@@ -246,20 +264,12 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         metavar="N",
         help="print N conversations of each source with what is trained in colour, and end",
     )
-    sft.add_argument(
-        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
-    )
-    sft.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
-    )
-    sft.add_argument("-h", "--help", action="store_true", help="show the options")
 
 
 def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    rl = verbs.add_parser(
+    rl = _add_run(
+        verbs,
         "rl",
-        add_help=False,
-        allow_abbrev=False,
         usage="nemotron3 rl MODEL --environment NAME [--environment NAME] [--option value ...]\n"
         "       nemotron3 rl RECIPE [--option value ...]\n"
         "       nemotron3 rl --from RUN.JSON [--runs PATH] [--option value ...]",
@@ -272,7 +282,6 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
         "`nemotron3 rl MODEL --environment NAME --help` lists them.",
     )
-    rl.set_defaults(page=rl.format_help)
     rl.add_argument(
         "--environment",
         action="append",
@@ -288,17 +297,9 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
     rl.add_argument(
         "--steps",
         type=int,
-        default=100,
         metavar="N",
         help="updates, where a MODEL is named (default 100)",
     )
-    rl.add_argument(
-        "--from", dest="replay", type=Path, metavar="RUN.JSON", help="repeat a recorded run"
-    )
-    rl.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
-    )
-    rl.add_argument("-h", "--help", action="store_true", help="show the options")
 
 
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

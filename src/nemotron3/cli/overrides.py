@@ -5,7 +5,7 @@ set by the recipe, and a larger change is a recipe of its own.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from nemotron3.errors import DependencyMissingError
@@ -13,8 +13,11 @@ from nemotron3.errors import DependencyMissingError
 Run = TypeVar("Run")
 
 
-def override(run: Run, arguments: Sequence[str], *, prog: str) -> Run:
-    """`run` with the values that `arguments` give, such as `--training.optimizer.lr 1e-3`."""
+def override(run: Run, arguments: Sequence[str], *, prog: str, other_options: Iterable[str]) -> Run:
+    """`run` with the values that `arguments` give, such as `--training.optimizer.lr 1e-3`.
+
+    `other_options` of the verb are told of in the help.
+    """
     try:
         tyro: Any = importlib.import_module("tyro")
     except ImportError as error:
@@ -27,7 +30,7 @@ def override(run: Run, arguments: Sequence[str], *, prog: str) -> Run:
         default=run,
         args=list(arguments),
         prog=prog,
-        description="The values of the recipe. `nemotron3 pretrain --help` tells of --data, --from "
-        "and --runs.",
+        description=f"The values of the run. `{' '.join(prog.split()[:2])} --help` tells of "
+        f"{', '.join(other_options)}, --from and --runs.",
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -30,7 +30,8 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     if known.data:
         run = _with_own_text(run, known.data)
     options = [*rest, "--help"] if known.help else rest
-    run = override(run, options, prog=f"nemotron3 pretrain {recipe or '--from RUN.JSON'}")
+    prog = f"nemotron3 pretrain {recipe or '--from RUN.JSON'}"
+    run = override(run, options, prog=prog, other_options=["--data"])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with watch() as callback:
         summary = pretrain(run, runs=known.runs, callback=callback, replay=known.replay)

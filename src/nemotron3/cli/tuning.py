@@ -1,0 +1,98 @@
+"""What `nemotron3 sft` and `nemotron3 rl` have in common: the run that a line names.
+
+Both take a model directory with some options of their own, a recipe, or a recorded run. An option
+that does nothing for what was named is an error.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemotron3.cli.overrides import override
+from nemotron3.cli.progress import watch
+from nemotron3.config import read_run
+from nemotron3.errors import ConfigError
+from nemotron3.models.huggingface.companions import CONFIG_FILE
+from nemotron3.recipes.load import load_recipe
+from nemotron3.recipes.run_config import RunConfig
+from nemotron3.recipes.run_folder import RunCallback
+
+RunT = TypeVar("RunT", bound=RunConfig)
+SummaryT = TypeVar("SummaryT")
+
+
+def chosen_run(
+    known: argparse.Namespace,
+    rest: list[str],
+    kind: type[RunT],
+    *,
+    of_model: Callable[[str], RunT],
+    of_model_only: Mapping[str, Any],
+) -> RunT | None:
+    """The run that a line names, its first word taken out of `rest`, with changed values.
+
+    None where it names none, and help is wanted. `of_model_only` are options, by their names, that
+    say something of a model alone; None where one was not given.
+    """
+    replay: Path | None = known.replay
+    what = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    given = [name for name, value in of_model_only.items() if value is not None]
+    if what is None and replay is None:
+        if rest or given:
+            raise ConfigError(
+                f"no model; name it first, as in: nemotron3 {known.verb} runs/tiny/model ..."
+            )
+        return None
+    if what is not None and replay is not None:
+        raise ConfigError(f"give a recipe or model ({what!r}) or --from, not both")
+    if what is not None and (Path(what) / CONFIG_FILE).is_file():
+        run = of_model(what)
+    elif what is not None and Path(what).is_dir():
+        raise ConfigError(
+            f"{what} holds no {CONFIG_FILE}; give a model directory, such as {what}/model"
+        )
+    elif given:
+        named = what or f"--from {replay}"
+        raise ConfigError(
+            f"{given[0]} goes with a model directory, and {named} is a whole run; change its own "
+            "values instead, which --help lists"
+        )
+    elif replay is not None:
+        run = read_run(replay, kind)
+    else:
+        run = load_recipe(str(what), kind)
+    options = [*rest, "--help"] if known.help else rest
+    return override(
+        run,
+        options,
+        prog=f"nemotron3 {known.verb} {what or '--from RUN.JSON'}",
+        other_options=of_model_only,
+    )
+
+
+def watched(execute: Callable[[RunCallback], SummaryT]) -> SummaryT:
+    """Execute a run with its progress on the terminal."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with watch() as callback:
+        return execute(callback)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """NAME or NAME=WEIGHT; what follows an equals sign and is no number belongs to the name."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def ending(folder: Path) -> list[str]:
+    """Where a finished run has its parts."""
+    return [
+        f"  model    {folder / 'model'}",
+        f"  report   {folder / 'report.html'}",
+        "",
+        f"try: nemotron3 chat {folder / 'model'}",
+    ]
