@@ -103,16 +103,16 @@ def _cpu(path: Path) -> str:
 def _regression(path: Path) -> str:
     result = json.loads(path.read_text())
     rows = [
-        "| model | row | ratio | 95% interval |\n| --- | --- | ---: | ---: |\n",
+        "| model | row | ratio | 95% interval | commit |\n| --- | --- | ---: | ---: | --- |\n",
         *(
             f"| {f['model']} | {f['row']} | {f['ratio']:.3f} | "
-            f"{f['interval'][0]:.3f} to {f['interval'][1]:.3f} |\n"
+            f"{f['interval'][0]:.3f} to {f['interval'][1]:.3f} | {f['commit']} |\n"
             for f in result["figures"]
         ),
     ]
     machine = result["machine"]
     return (
-        f"`{result['command']}` at commit {machine['commit']}, {result['date']}: "
+        f"`python -m benchmarks.regression --against {result['against']}`, {result['date']}: "
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.\n\n"
         + "".join(rows)
     )

@@ -155,13 +155,15 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             for worker in workers.values():
                 worker.close()
+    about = machine.description()
+    for figure in figures:  # a file may come to hold rows of several
+        figure["commit"] = about["commit"]
     write(
         {
             "command": machine.command("benchmarks.regression"),
             "date": date.today().isoformat(),
             "against": options.against,
-            "machine": machine.description()
-            | {"load_before": load, "load_after": machine.load_average()},
+            "machine": about | {"load_before": load, "load_after": machine.load_average()},
             "figures": figures,
         },
         options.out,
