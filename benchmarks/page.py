@@ -21,6 +21,7 @@ from benchmarks.gpu.tuning import TUNING
 from benchmarks.machine import BUSY, limits_in_words
 from benchmarks.products import product_table
 from benchmarks.profile_layers import decoding_table, training_table
+from benchmarks.weights import weights_table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
@@ -38,6 +39,7 @@ def render(text: str, results: Path) -> str:
             for path in _newest(results, f"profile-{model}-*.json")
         ),
         "products": "\n".join(_products(path) for path in _newest_of_each(results, "products")),
+        "weights": "\n".join(_weights(path) for path in _newest_of_each(results, "weights")),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
         "regression": "\n".join(
             _regression(path) for path in _newest_of_each(results, "regression")
@@ -179,6 +181,11 @@ def _profile(path: Path) -> str:
 def _products(path: Path) -> str:
     result = json.loads(path.read_text())
     return f"{_origin(result)}\n{table(product_table(result))}"
+
+
+def _weights(path: Path) -> str:
+    result = json.loads(path.read_text())
+    return f"{_origin(result)}\n{table(weights_table(result))}"
 
 
 def _scaling(path: Path) -> str:
