@@ -84,7 +84,8 @@ def sft(
     data = prepare_sft_data(run)
     sources = (*run.data, *run.held_out)
     conversations = [file for source in sources for file in conversation_files(source)]
-    record_input_files(folder.path, [*model_files(run.model), *conversations])
+    own = [file for config in run.demonstrations for file in config.files]
+    record_input_files(folder.path, [*model_files(run.model), *conversations, *own])
     model = LanguageModel.from_pretrained(run.model, device=folder.device, dtype=torch.float32)
     folder.record({})
     training = _Training(folder, run, data, model, callback)

@@ -6,6 +6,7 @@ from typing import Literal
 from nemotron3.data.chat_tokens import ReasoningControlConfig
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.errors import ConfigError
+from nemotron3.recipes.demonstrations import DemonstrationsConfig
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.samples import SampleConfig
 from nemotron3.training.sft_objective import SFTLossConfig
@@ -22,16 +23,18 @@ class SFTRun(RunConfig):
     kind: Literal["sft"] = "sft"
     model: str
     """Directory of the model to start from: a run's, or a published one."""
-    data: tuple[ConversationsConfig, ...]
-    """The conversations, source by source."""
+    data: tuple[ConversationsConfig, ...] = ()
+    """Files of conversations, source by source."""
+    demonstrations: tuple[DemonstrationsConfig, ...] = ()
+    """Solved tasks of environments, each another source."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule."""
     held_out: tuple[ConversationsConfig, ...] = ()
-    """Conversations that are only looked at; empty takes a part of `data`."""
+    """Conversations that are only looked at; empty takes a part of each source."""
     held_out_fraction: float = 0.05
-    """The part of each source of `data` that is held out where `held_out` is empty."""
+    """The part of each source that is held out where `held_out` is empty."""
     max_held_out: int = 256
-    """Most conversations of a source that are held out of `data`."""
+    """Most conversations of a source that are held out."""
     reasoning: ReasoningControlConfig = field(default_factory=ReasoningControlConfig)
     """Samples that teach to answer without reasoning, with little, and with cut reasoning."""
     loss: SFTLossConfig = field(default_factory=SFTLossConfig)
@@ -46,9 +49,11 @@ class SFTRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.data:
-            raise ConfigError("is empty; name a file of conversations", field="data")
-        for sources in (self.data, self.held_out):
+        if not self.data and not self.demonstrations:
+            raise ConfigError(
+                "is empty, and so is demonstrations; name a file of conversations", field="data"
+            )
+        for sources in ((*self.data, *self.demonstrations), self.held_out):
             names = [source.title for source in sources]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ConfigError(

@@ -210,17 +210,20 @@ class RolloutDriver:
     async def _until_ended(self, playing: Sequence[_Playing]) -> None:
         """Turn by turn, all that go on together."""
         while active := [each for each in playing if each.next_prompt is not None]:
-            prompts = [cast(Prompt, each.next_prompt) for each in active]
-            params = [self._params(each) for each in active]
-            outputs = self._llm.generate(prompts, params)
-            for each, output in zip(active, outputs, strict=True):
-                each.next_prompt = None
-                await self._after_turn(each, output.outputs[0])
+            alike = _with_equal_prompts(active)
+            prompts = [cast(Prompt, each[0].next_prompt) for each in alike]
+            params = [self._params(each[0], n=len(each)) for each in alike]
+            found = self._llm.generate(prompts, params)
+            for some, output in zip(alike, found, strict=True):
+                for each, answer in zip(some, output.outputs, strict=True):
+                    each.next_prompt = None
+                    await self._after_turn(each, answer)
 
-    def _params(self, playing: _Playing) -> SamplingParams:
+    def _params(self, playing: _Playing, *, n: int) -> SamplingParams:
         config = self._config
         room = config.max_context - len(playing.rollout.ids)
         return SamplingParams(
+            n=n,
             max_tokens=min(config.max_tokens, room),
             temperature=config.temperature,
             top_p=1.0,
@@ -311,6 +314,15 @@ class RolloutDriver:
             found = [Verification(failure=error.failure)] * len(group)
         for each, verification in zip(group, found, strict=True):
             each.rollout.verification = verification
+
+
+def _with_equal_prompts(playing: Sequence[_Playing]) -> list[list[_Playing]]:
+    """Those of a group that have said nothing yet, together: the engine reads their prompt once."""
+    alike: dict[tuple[int, int], list[_Playing]] = {}
+    for each in playing:
+        alone = id(each) if each.rollout.num_turns else 0
+        alike.setdefault((each.rollout.group, alone), []).append(each)
+    return list(alike.values())
 
 
 def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
