@@ -192,6 +192,7 @@ class HiddenNorm:
     """The mean square of hidden states: an objective without targets, counts or the package."""
 
     mtp_depths = 0
+    detach_mtp = False
 
     def counts(self, batch):
         return {"sequences": float(len(batch.segments))}

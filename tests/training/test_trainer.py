@@ -189,6 +189,7 @@ class Warming:
     """An objective with a state: its loss grows with the batches it has seen."""
 
     mtp_depths = 0
+    detach_mtp = False
 
     def __init__(self, model):
         self.plain = pretraining(model, mtp_loss_scaling=0.0)

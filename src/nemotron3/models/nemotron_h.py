@@ -288,11 +288,12 @@ class LanguageModel(nn.Module):
         state: HybridCache | None = None,
         routes: RecordedRoutes | None = None,
         mtp_depths: int = 0,
+        detach_mtp: bool = False,
         recompute: bool = False,
         measure: bool = False,
     ) -> T: ...
 
-    def forward(
+    def forward(  # noqa: PLR0913 - what a pass computes, and how
         self,
         tokens: Int[Tensor, "*batch seq"],
         *,
@@ -301,6 +302,7 @@ class LanguageModel(nn.Module):
         routes: RecordedRoutes | None = None,
         head: Head[T] | None = None,
         mtp_depths: int = 0,
+        detach_mtp: bool = False,
         recompute: bool = False,
         measure: bool = False,
     ) -> Tensor | T:
@@ -310,7 +312,8 @@ class LanguageModel(nn.Module):
         `mtp_depths` depths), and no logits are computed. The head runs within the forward pass,
         where a module that is sharded over processes has its whole parameters. Tensors of its
         result that need gradients must be in tuples, lists or dicts, so that hooks find them.
-        `recompute` and `measure` are those of `Backbone.forward`.
+        `recompute` and `measure` are those of `Backbone.forward`. With `detach_mtp` the depths have
+        no gradients of backbone and embedding, so training them leaves the main head as it is.
 
         With `routes` the experts of the backbone, and of the depths if `routes` has theirs, are
         those that another pass chose; their weights are computed from the scores of this pass.
@@ -336,9 +339,10 @@ class LanguageModel(nn.Module):
                     f"mtp_depths is {mtp_depths}; a model without an MTP block has no depths, and "
                     "a call with a state computes only the main head: set it to 0"
                 )
+            inputs = [self.embed(_ahead(stream, layout, n)) for n in range(1, mtp_depths + 1)]
             further, mtp_routings = self.mtp.unroll(
-                [self.embed(_ahead(stream, layout, depth)) for depth in range(1, mtp_depths + 1)],
-                backbone.hidden,
+                [embedded.detach() for embedded in inputs] if detach_mtp else inputs,
+                backbone.hidden.detach() if detach_mtp else backbone.hidden,
                 layout,
                 routes=None if routes is None else routes.mtp,
                 recompute=recompute,

@@ -44,6 +44,11 @@ class Objective(Protocol[BatchT_contra]):
         """Depths of multi-token prediction that the loss reads; 0 leaves the MTP block out."""
         ...
 
+    @property
+    def detach_mtp(self) -> bool:
+        """Whether the losses of the depths train the MTP block alone."""
+        ...
+
     def counts(self, batch: BatchT_contra) -> dict[str, float]:
         """What a microbatch adds to the normalisers, the same names for every microbatch."""
         ...

@@ -114,6 +114,7 @@ class TrainingStep(Generic[BatchT]):
             routes=batch.routes,
             head=head,
             mtp_depths=self.objective.mtp_depths,
+            detach_mtp=self.objective.detach_mtp,
             recompute=self._recompute,
             measure=measure,
         )

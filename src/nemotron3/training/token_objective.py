@@ -57,6 +57,8 @@ def check_scaling(mtp_loss_scaling: float) -> None:
 class TokenObjective(Generic[BatchT]):
     """The weighted loss of masked tokens; `Objective` for `TrainBatch` and what extends it."""
 
+    detach_mtp = False
+
     def __init__(self, config: TokenLossConfig, *, num_mtp_depths: int) -> None:
         """`num_mtp_depths` are those of the model, `ModelConfig.pattern.num_mtp_depths`."""
         if config.mtp_loss_scaling and not num_mtp_depths:
