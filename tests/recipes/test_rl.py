@@ -97,7 +97,10 @@ def test_rewards_grow(policy, letter, tmp_path):
     assert routers
     assert all((result.state_dict()[name] == before[name]).all() for name in routers)
     kept = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    assert {record["step"] for record in kept} == {0, 10, 20}
+    ends = ["held-out tasks before training", "held-out tasks after training"]
+    moments = [ends[0], "step 0", "step 10", "step 20", ends[1]]
+    assert list(dict.fromkeys(record["when"] for record in kept)) == moments
+    assert all(moment in (folder / "rollouts.html").read_text() for moment in moments)
     assert rl(run, runs=tmp_path / "runs") == summary
 
 

@@ -72,7 +72,9 @@ def from_record(cls: type[T], record: Any, *, path: str = "") -> T:
 
 
 def _decode(hint: Any, value: Any, path: str) -> Any:
-    """One value, by the form of its annotation."""
+    """One value, by the form of its annotation; what may be anything is taken as it is."""
+    if hint is Any:
+        return value
     origin = get_origin(hint)
     if origin is Literal:
         return _decode_literal(get_args(hint), value, path)

@@ -8,7 +8,7 @@ from its step, the seed and the weights, so a run that was interrupted goes on t
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from nemotron3.config import from_record, to_record, write_json
 from nemotron3.data.chat_tokens import check_chat_tokens
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
-from nemotron3.environments.response import to_dict
-from nemotron3.environments.rows import Row, prompt_text
+from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
@@ -27,6 +26,7 @@ from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
+from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
@@ -37,14 +37,17 @@ from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
+from nemotron3.rl.records import RolloutRecord, means_by_environment, rollout_record
 from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
 from nemotron3.rl.sampling_plan import SamplingPlan
 from nemotron3.runtime.devices import describe_device, measure_product_rate
-from nemotron3.text import AssistantMessage, Tokenizer
+from nemotron3.text import Tokenizer
 from nemotron3.training.trainer import Trainer
 
 ROLLOUTS_FILE, _BEFORE_FILE = "rollouts.jsonl", "before.json"
 _HELD_OUT_SEED = 0x5EED
+_LOGGED_GROUPS = 2
+"""Groups of each environment that are kept of a logged update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,29 +90,13 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         training.fit()
         callback.stage("Writing the model")
         training.save()
-        callback.stage("Playing held-out tasks")
-        after = training.look(run.final_held_out_tasks)
+        after = training.after()
     summary = _summary(training, before, after, started)
     folder.record({"backends": backends})
+    write_rollouts_page(folder.path / ROLLOUTS_FILE, title=run.name)
     write_report(folder.path, summary=_report(run, summary, folder.device))
     folder.finish(summary)
     return summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlayedTask:
-    """A rollout as it is kept."""
-
-    environment: str
-    prompt: str
-    text: str
-    """What followed the prompt, for a person to read."""
-    reward: float | None
-    failure: str | None
-    """Why there is no reward."""
-    tokens: int
-    """Sampled ones."""
-    is_cut: bool
 
 
 class _Training:
@@ -154,6 +141,7 @@ class _Training:
                 max_num_seqs=run.max_num_seqs,
                 max_model_len=run.rollouts.max_context,
                 max_draft_tokens=0,
+                return_routed_experts=run.replays_routes,
             ),
         )
         self._driver = RolloutDriver(
@@ -165,22 +153,31 @@ class _Training:
         )
         self._update = UpdateRollouts()
 
-    def before(self) -> list[PlayedTask]:
+    def before(self) -> list[RolloutRecord]:
         """Held-out tasks played by the model that training starts from."""
         file = self.folder.path / _BEFORE_FILE
         if file.exists():
-            return [from_record(PlayedTask, r) for r in json.loads(file.read_text("utf-8"))]
+            return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
-        played = self.look(self.run.final_held_out_tasks)
+        played = self.look(self.run.final_held_out_tasks, when="held-out tasks before training")
+        self._keep(played)
         write_json(file, played)
         return played
 
-    def look(self, num_tasks: int) -> list[PlayedTask]:
+    def after(self) -> list[RolloutRecord]:
+        """The same tasks played by the result."""
+        self.callback.stage("Playing held-out tasks")
+        played = self.look(self.run.final_held_out_tasks, when="held-out tasks after training")
+        self._keep(played)
+        return played
+
+    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
         rows: list[Row] = []
         for environment in self.environments.values():
             rows += environment.distinct_tasks(num_tasks, split="held_out", seed=_HELD_OUT_SEED)
-        return [played_task(rollout) for rollout in self._driver.play(rows, seed=_HELD_OUT_SEED)]
+        rollouts = self._driver.play(rows, seed=_HELD_OUT_SEED)
+        return [rollout_record(rollout, when=when) for rollout in rollouts]
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -188,7 +185,9 @@ class _Training:
         trainer = Trainer(
             self.model,
             config,
-            objective=PolicyObjective(self.run.loss),
+            objective=PolicyObjective(
+                self.run.loss, num_mtp_depths=self.model.config.pattern.num_mtp_depths
+            ),
             batches=self._batches,
             evaluation=lambda _: self._held_out_metrics(trainer.step),
             store=self.folder.checkpoints(),
@@ -209,15 +208,23 @@ class _Training:
 
         def play(rows: Sequence[Row], round_: int) -> list[Rollout]:
             seed = run.seed * 2**32 + step * run.max_rounds + round_
-            return self._driver.play(rows, group_size=run.group_size, seed=seed)
+            return self._driver.play(
+                rows,
+                group_size=run.group_size,
+                seed=seed,
+                effort_fraction=run.rollouts.effort_fraction,
+            )
 
-        self._update = collect(self.plan, play, step, rounds=run.max_rounds, config=run.advantages)
+        self._update = collect(
+            self.plan, play, step, rounds=run.max_rounds, config=run.advantages, shaping=run.shaping
+        )
         if step % run.log_rollouts_every_steps == 0:
             self._log_rollouts(step)
         batches = policy_batches(
             self._update.trained,
             self._update.advantages,
             max_tokens=run.training.seq_len * run.training.microbatch_size,
+            shaping=run.shaping,
             device=self.model.device,
         )
         if not batches:
@@ -252,51 +259,42 @@ class _Training:
 
     def _held_out_metrics(self, step: int) -> dict[str, float]:
         self._renew_engine(step)
-        rewards = means_by_environment(self.look(self.run.held_out_tasks), lambda task: task.reward)
+        played = self.look(self.run.held_out_tasks, when=f"held-out tasks at step {step}")
+        rewards = means_by_environment(played, lambda record: record.reward)
         return {f"eval/reward{'' if n == 'all' else '/' + n}": v for n, v in rewards.items()}
 
     def _log_rollouts(self, step: int) -> None:
-        """Keep the first group of each environment for the viewer."""
-        kept: dict[str, int] = {}
-        with (self.folder.path / ROLLOUTS_FILE).open("a", encoding="utf-8") as file:
-            for rollout in self._update.played:
-                first = kept.setdefault(rollout.environment, rollout.group)
-                if rollout.group == first:
-                    messages = [to_dict(message) for message in rollout.messages]
-                    record = {"step": step, "messages": messages, "row": rollout.row}
-                    record |= to_record(played_task(rollout))
-                    file.write(json.dumps(record) + "\n")
+        """Keep the first groups of each environment."""
+        update = self._update
+        advantages = {
+            id(rollout): advantage
+            for rollout, advantage in zip(update.trained, update.advantages, strict=True)
+        }
+        groups: dict[str, list[int]] = {}
+        kept: list[RolloutRecord] = []
+        for rollout in update.played:
+            first = groups.setdefault(rollout.environment, [])
+            if rollout.group not in first and len(first) < _LOGGED_GROUPS:
+                first.append(rollout.group)
+            if rollout.group in first:
+                advantage = advantages.get(id(rollout))
+                kept.append(rollout_record(rollout, when=f"step {step}", advantage=advantage))
+        self._keep(kept)
 
-
-def played_task(rollout: Rollout) -> PlayedTask:
-    """What a rollout came to."""
-    return PlayedTask(
-        environment=rollout.environment,
-        prompt=prompt_text(rollout.row),
-        text=as_text(rollout),
-        reward=rollout.reward,
-        failure=None if (failure := failure_of(rollout)) is None else failure.message,
-        tokens=rollout.num_sampled,
-        is_cut=rollout.is_cut,
-    )
-
-
-def means_by_environment(
-    played: Sequence[PlayedTask], value: Callable[[PlayedTask], float | None]
-) -> dict[str, float]:
-    """By environment, and "all" for the mean of those; tasks whose value is None are left out."""
-    values: dict[str, list[float]] = {}
-    for task in played:
-        if (found := value(task)) is not None:
-            values.setdefault(task.environment, []).append(found)
-    means = {name: sum(found) / len(found) for name, found in values.items()}
-    return {"all": sum(means.values()) / max(len(means), 1)} | means
+    def _keep(self, records: Sequence[RolloutRecord]) -> None:
+        """Append records; a moment that is played again after an interruption is the same."""
+        file = self.folder.path / ROLLOUTS_FILE
+        kept = file.read_text("utf-8").splitlines() if file.exists() else []
+        if records and records[0].when in {json.loads(line)["when"] for line in kept}:
+            return
+        with file.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(to_record(record)) + "\n" for record in records)
 
 
 def _summary(
     training: _Training,
-    before: Sequence[PlayedTask],
-    after: Sequence[PlayedTask],
+    before: Sequence[RolloutRecord],
+    after: Sequence[RolloutRecord],
     started: float,
 ) -> RLSummary:
     costs = model_costs(training.model.config)
@@ -314,21 +312,6 @@ def _summary(
         ),
         parameters=costs.total + costs.mtp_parameters,
     )
-
-
-def as_text(rollout: Rollout) -> str:
-    """The messages of a rollout for a person to read."""
-    lines: list[str] = []
-    for message in rollout.messages:
-        if isinstance(message, AssistantMessage):
-            if message.reasoning:
-                lines.append(f"({message.reasoning.strip()})")
-            for call in message.tool_calls:
-                lines.append(f"[call] {call.name}({json.dumps(dict(call.arguments))})")
-        if message.content:
-            role = type(message).__name__.removesuffix("Message").lower()
-            lines.append(f"[{role}] {message.content}")
-    return "\n".join(lines)
 
 
 def _report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSummary:
