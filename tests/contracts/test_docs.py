@@ -17,8 +17,8 @@ import pytest
 from nemotron3.cli import main as command_line
 from nemotron3.cli.overrides import override
 from nemotron3.cli.pretrain import _with_own_text
-from nemotron3.recipes.load import load_recipe
-from nemotron3.recipes.pretrain import RECIPES, PretrainRun, tiny
+from nemotron3.recipes.load import RECIPES, load_recipe
+from nemotron3.recipes.pretrain import PretrainRun, tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

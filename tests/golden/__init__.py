@@ -15,7 +15,7 @@ import torch
 from nemotron3.config import to_record
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.recipes.pretrain import RECIPES
+from nemotron3.recipes.load import RECIPES
 
 FOLDER = Path(__file__).parent
 

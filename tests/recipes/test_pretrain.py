@@ -9,7 +9,8 @@ from nemotron3.config import from_record, to_record
 from nemotron3.data import FilesConfig, LoadTokenizerConfig, TokenizedConfig, TokenizedSource
 from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.recipes import run_folder, run_pretrain
-from nemotron3.recipes.pretrain import RECIPES, PretrainRun, tiny
+from nemotron3.recipes.load import RECIPES
+from nemotron3.recipes.pretrain import PretrainRun, tiny
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_pretrain import pretrain
 from tests.small_run import small_run, with_leaf, write_text

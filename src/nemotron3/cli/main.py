@@ -107,7 +107,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
 
             return rl_command(known, rest)
         case "show":
-            from nemotron3.cli.pretrain import show
+            from nemotron3.cli.recipes import show
 
             return show(known.recipe)
         case "generate":
@@ -304,7 +304,7 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
 
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     show = verbs.add_parser("show", help="a recipe, resolved, as JSON")
-    show.add_argument("recipe", help="tiny, tiny-books, small, or a Python file")
+    show.add_argument("recipe", help="such as tiny or tiny-sft, or a Python file")
 
 
 def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,18 +1,18 @@
-"""`nemotron3 pretrain` and `nemotron3 show`: recipes by name, from a file, or from a record."""
+"""`nemotron3 pretrain`: a recipe by name, from a file, or from a record."""
 
 import argparse
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 from nemotron3.cli.overrides import override
 from nemotron3.cli.progress import watch
-from nemotron3.config import read_run, to_record
+from nemotron3.cli.recipes import with_recipes
+from nemotron3.config import read_run
 from nemotron3.data import CorpusConfig, FilesConfig, PhaseConfig
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.load import load_recipe
-from nemotron3.recipes.pretrain import RECIPES, PretrainRun
+from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_pretrain import PretrainSummary, pretrain
 
 
@@ -24,7 +24,7 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
             raise ConfigError(
                 "no recipe; name it first, as in: nemotron3 pretrain tiny --name mine"
             )
-        print(_page(known.page()))
+        print(with_recipes(known.page(), PretrainRun))
         return 0
     run = _base_run(recipe, known.replay)
     if known.data:
@@ -39,12 +39,6 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def show(recipe: str) -> int:
-    """Print a recipe's whole configuration."""
-    print(json.dumps(to_record(load_recipe(recipe)), indent=2))
-    return 0
-
-
 def _base_run(recipe: str | None, replay: Path | None) -> PretrainRun:
     if replay is None:
         assert recipe is not None
@@ -52,13 +46,6 @@ def _base_run(recipe: str | None, replay: Path | None) -> PretrainRun:
     if recipe is not None:
         raise ConfigError(f"give a recipe ({recipe!r}) or --from {replay}, not both")
     return read_run(replay, PretrainRun)
-
-
-def _page(options: str) -> str:
-    recipes = [
-        f"  {name:<12}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    ]
-    return "\n".join([options, "recipes:", *recipes])
 
 
 def _with_own_text(run: PretrainRun, paths: list[str]) -> PretrainRun:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from nemotron3.cli.recipes import with_recipes
 from nemotron3.cli.tuning import chosen_run, ending, watched, weighted
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.own_environments import own_environments
@@ -31,7 +32,7 @@ def rl_command(known: argparse.Namespace, rest: list[str]) -> int:
     }
     run = chosen_run(known, rest, RLRun, of_model=of_model, of_model_only=own)
     if run is None:
-        print(known.page())
+        print(with_recipes(known.page(), RLRun))
     else:
         summary = watched(lambda callback: rl(run, runs=known.runs, callback=callback))
         print(result_text(summary, known.runs / run.name))

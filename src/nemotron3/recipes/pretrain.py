@@ -7,7 +7,6 @@ A recipe is a function that returns a whole `PretrainRun`; a variation of one is
     longer = replace(run, name="longer", training=replace(run.training, steps=4000))
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -136,11 +135,3 @@ def small() -> PretrainRun:
         ),
         prompts=tiny().prompts,
     )
-
-
-RECIPES: dict[str, Callable[[], PretrainRun]] = {
-    "tiny": tiny,
-    "tiny-books": tiny_books,
-    "small": small,
-}
-"""The recipes that the command line knows by name."""

@@ -9,7 +9,9 @@ from nemotron3.errors import ConfigError
 from nemotron3.recipes.demonstrations import DemonstrationsConfig
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.samples import SampleConfig
-from nemotron3.training.sft_objective import SFTLossConfig
+from nemotron3.training.optimizers import AdamWConfig
+from nemotron3.training.schedules import WSD
+from nemotron3.training.sft_objective import NormalisationStage, SFTLossConfig
 from nemotron3.training.trainer import TrainingConfig
 
 
@@ -65,3 +67,47 @@ class SFTRun(RunConfig):
                 f"is {self.held_out_fraction}; it must be above 0 and below 1",
                 field="held_out_fraction",
             )
+
+
+TINY_ENVIRONMENTS = (
+    "math",
+    "multiple_choice",
+    "instruction_following",
+    "structured_output",
+    "calculator",
+    "lookup",
+    "list_operations",
+    "letter_counting",
+    "over_refusal",
+)
+"""What the tiny model is taught: the environments whose tasks fit into a hundred tokens."""
+
+
+def tiny_sft() -> SFTRun:
+    """The tiny model on solved tasks of nine environments: minutes on two cores."""
+    steps = 800
+    return SFTRun(
+        name="tiny-sft",
+        model="runs/tiny/model",
+        demonstrations=tuple(
+            DemonstrationsConfig(environment=name, difficulty=0.0, num_tasks=2500)
+            for name in TINY_ENVIRONMENTS
+        ),
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=12,
+            microbatch_size=12,
+            seq_len=256,
+            optimizer=AdamWConfig(lr=4e-3, weight_decay=0.01),
+            schedule=WSD(total_steps=steps, warmup_steps=30, decay_steps=2 * steps // 5),
+            evaluate_every_steps=200,
+            checkpoint_every_steps=200,
+        ),
+        loss=SFTLossConfig(
+            mtp_loss_scaling=0.0,
+            stages=(NormalisationStage(normalisation="sequence"),),
+        ),
+        max_held_out=64,
+        num_samples=len(TINY_ENVIRONMENTS),
+        sampling=SampleConfig(max_tokens=64, temperature=0.0),
+    )
