@@ -54,6 +54,9 @@ class TrainTokenizerConfig:
     num_special_tokens: int = 32
     """Ids kept for special tokens: 32 for small vocabularies, 1000 as published."""
 
+    words: tuple[str, ...] = ()
+    """Words that become one entry each, whatever the text: `CHAT_WORDS` of the chat template."""
+
     sample_bytes: int = 16_000_000
     """How much of the text trained on is learned from, drawn evenly over all sources."""
 

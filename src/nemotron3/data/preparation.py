@@ -346,6 +346,7 @@ def _make_tokenizer(
                 ),
                 vocab_size=wanted.vocab_size,
                 num_special_tokens=wanted.num_special_tokens,
+                words=wanted.words,
             )
 
 

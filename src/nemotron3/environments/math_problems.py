@@ -10,7 +10,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any, ClassVar
 
-from nemotron3.environments.answers import answer_turn, boxed, number
+from nemotron3.environments.answers import answer_turn, boxed, number, with_format
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, field_of
@@ -32,7 +32,10 @@ class MathProblems(Environment):
         kind = random.choice(kinds[: 2 + round(3 * self.difficulty)])
         question, steps, answer = kind(random, self.difficulty)
         return self.row(
-            f"{question} {ASK}", question=question, expected_answer=str(answer), steps=steps
+            with_format(question, ASK, self.difficulty),
+            question=question,
+            expected_answer=str(answer),
+            steps=steps,
         )
 
     def solve(self, row: Row) -> list[AssistantMessage]:

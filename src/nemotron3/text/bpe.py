@@ -52,9 +52,17 @@ def assemble(
 
 
 def learn(
-    documents: Iterable[str], *, vocab_size: int, num_special_tokens: int, min_frequency: int
+    documents: Iterable[str],
+    *,
+    vocab_size: int,
+    num_special_tokens: int,
+    min_frequency: int,
+    words: Sequence[str] = (),
 ) -> Backend:
-    """Learn merges from documents until the vocabulary has `vocab_size` entries."""
+    """Learn merges from documents until the vocabulary has `vocab_size` entries.
+
+    Each of `words` becomes one entry, whatever the documents are; their merges come last.
+    """
     if num_special_tokens < MIN_SPECIAL_TOKENS:
         raise ConfigError(
             f"num_special_tokens = {num_special_tokens}: the family's special tokens need "
@@ -68,6 +76,12 @@ def learn(
         )
     learner = Backend(models.BPE())
     learner.pre_tokenizer = _pre_tokenizer(PRE_TOKENIZER_PATTERN)
+    most = sum(len(word.encode()) - 1 for word in words)
+    if vocab_size < num_fixed + most:
+        raise ConfigError(
+            f"vocab_size = {vocab_size} is below {num_fixed + most}, what special tokens, bytes "
+            f"and the words {', '.join(words)} may need; raise vocab_size or give fewer words"
+        )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - num_special_tokens,
         min_frequency=min_frequency,
@@ -85,9 +99,10 @@ def learn(
     learner.train_from_iterator(counted(), trainer)
     if num_documents == 0:
         raise DataError("no documents to learn a vocabulary from: check the data path")
-    learned = json.loads(learner.to_str())["model"]["merges"]
+    learned: list[Merge] = [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
     backend = assemble(
-        [(left, right) for left, right in learned], num_special_tokens=num_special_tokens
+        _with_words(learned, words, room=vocab_size - num_fixed),
+        num_special_tokens=num_special_tokens,
     )
     if backend.get_vocab_size() < vocab_size:
         logger.warning(
@@ -97,6 +112,42 @@ def learn(
             vocab_size,
         )
     return backend
+
+
+def _with_words(learned: Sequence[Merge], words: Sequence[str], *, room: int) -> list[Merge]:
+    """As many learned merges as fit into `room` with those that join each word at the end."""
+    for count in range(min(len(learned), room), -1, -1):
+        merges = list(learned[:count])
+        for word in words:
+            merges += _joining(word, merges)
+        if len(merges) <= room:
+            return merges
+    raise AssertionError("the words alone do not fit")
+
+
+def _joining(word: str, merges: Sequence[Merge]) -> list[Merge]:
+    """The merges that make one entry of what `merges` make of a word, from left to right.
+
+    Raises ConfigError for a word that the pre-tokenizer splits.
+    """
+    pieces = _pre_tokenizer(PRE_TOKENIZER_PATTERN).pre_tokenize_str(word)
+    if len(pieces) != 1:
+        raise ConfigError(
+            f"words has {word!r}, which is {len(pieces)} pieces before any merge; give a word "
+            "without spaces and signs, or with one space before it"
+        )
+    entries = {left + right for left, right in merges} | set(byte_characters())
+    tokens = [
+        token.value
+        for token in models.BPE(
+            vocab={entry: i for i, entry in enumerate(sorted(entries))}, merges=list(merges)
+        ).tokenize(pieces[0][0])
+    ]
+    joined, added = tokens[0], list[Merge]()
+    for token in tokens[1:]:
+        added.append((joined, token))
+        joined += token
+    return added
 
 
 def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:

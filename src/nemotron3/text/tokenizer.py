@@ -69,14 +69,19 @@ class Tokenizer:
         vocab_size: int,
         num_special_tokens: int = 32,
         min_frequency: int = 2,
+        words: Sequence[str] = (),
     ) -> "Tokenizer":
-        """Learn a vocabulary from documents; the same documents give the same tokenizer."""
+        """Learn a vocabulary from documents; the same documents give the same tokenizer.
+
+        Each of `words` becomes one entry, such as the roles of a chat (`CHAT_WORDS`).
+        """
         return cls(
             bpe.learn(
                 documents,
                 vocab_size=vocab_size,
                 num_special_tokens=num_special_tokens,
                 min_frequency=min_frequency,
+                words=words,
             )
         )
 

@@ -43,6 +43,20 @@ SPECIAL_TOKEN_IDS: dict[str, int] = {
 }
 """The ids that every vocabulary of the family shares."""
 
+CHAT_WORDS = (
+    "system",
+    "user",
+    "assistant",
+    "function",
+    "parameter",
+    "<function",
+    "<parameter",
+    ">\n",
+    "</",
+)
+"""What the chat template writes in every conversation, as the pre-tokenizer cuts it; in a small
+vocabulary each would be several tokens."""
+
 MIN_SPECIAL_TOKENS = max(SPECIAL_TOKEN_IDS.values()) + 1
 NUM_BYTES = 256
 
