@@ -165,6 +165,16 @@ def test_a_second_turn_reuses_the_first(llm):
     assert again.outputs[0].token_ids == output.outputs[0].token_ids
 
 
+def test_a_reset_prefix_cache_is_that_of_a_new_engine():
+    llm = LLM(text_model(), tokenizer=tokenizer(), config=SMALL)
+    first = llm.chat(TALK, GREEDY)[0]
+    assert llm.chat(TALK, GREEDY)[0].num_cached_tokens > 0
+    llm.reset_prefix_cache()
+    again = llm.chat(TALK, GREEDY)[0]
+    assert again.num_cached_tokens == 0
+    assert again.outputs[0].token_ids == first.outputs[0].token_ids
+
+
 def test_what_cannot_be_asked_is_refused_by_name(llm):
     with pytest.raises(DataError, match="prompt is empty"):
         llm.generate("", GREEDY)

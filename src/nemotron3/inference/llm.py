@@ -59,6 +59,14 @@ class LLM(BaseLLM):
         """Drop the states of earlier weights, after the caller has changed the model's."""
         return self._engine.invalidate_caches(version=version, running=running)
 
+    def reset_prefix_cache(self) -> None:
+        """Drop the states of prompts that have been read, as if none had been.
+
+        Reading a prompt from a cached state and reading it whole differ by rounding. A program
+        whose results must have the same bits again calls this before each part of its work.
+        """
+        self._engine.reset_prefix_cache()
+
     def generate(
         self,
         prompts: str | Prompt | Sequence[str | Prompt | Sequence[int]],

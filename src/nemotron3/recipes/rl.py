@@ -7,6 +7,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.sft import TINY_ENVIRONMENTS
 from nemotron3.rl.advantages import AdvantageConfig
+from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.reward_shaping import RewardShapingConfig
 from nemotron3.rl.rollouts import RolloutConfig
@@ -34,6 +35,8 @@ class RLRun(RunConfig):
     """Steps, batch, optimizer, schedule."""
     group_size: int = 8
     """Rollouts of each prompt, whose rewards are compared."""
+    curriculum: CurriculumConfig | None = None
+    """How difficulty grows; null takes tasks as they come."""
     max_rounds: int = 2
     """Rounds of rollouts in which groups with equal rewards are replaced; 1 for no replacement."""
     chat_style: str | None = None

@@ -35,16 +35,17 @@ from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
+from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
 from nemotron3.rl.records import RolloutRecord, means_by_environment, rollout_record
 from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
-from nemotron3.rl.sampling_plan import SamplingPlan
+from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.text import Tokenizer
 from nemotron3.training.trainer import Trainer
 
-ROLLOUTS_FILE, _BEFORE_FILE = "rollouts.jsonl", "before.json"
+ROLLOUTS_FILE, _BEFORE_FILE, _PASS_RATES_FILE = "rollouts.jsonl", "before.json", "pass_rates.json"
 _HELD_OUT_SEED = 0x5EED
 _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
@@ -127,13 +128,26 @@ class _Training:
             weights[environment.name] = config.weight
         has_tools = any(environment.tools for environment in self.environments.values())
         check_chat_tokens(self.tokenizer, with_tools=has_tools)
-        self.plan = SamplingPlan(
+        plan = SamplingPlan(
             self.environments,
             weights,
             prompts=run.training.batch_size // run.group_size,
             rounds=run.max_rounds,
             seed=run.seed,
         )
+        self._pools: dict[str, list[Row]] = {}
+        self._curriculum: Curriculum | None = None
+        if run.curriculum is not None:
+            size, seed = run.curriculum.pool, run.seed
+            self._pools = {
+                name: environment.distinct_tasks(size, split="train", seed=seed)
+                for name, environment in self.environments.items()
+            }
+            self._curriculum = Curriculum(
+                run.curriculum, plan.quotas, self._pools, steps=run.training.steps, seed=seed
+            )
+        self._plan: TaskPlan = self._curriculum or plan
+        self._profiled: int | None = None
         self._llm = LLM(
             self.model,
             tokenizer=self.tokenizer,
@@ -204,6 +218,8 @@ class _Training:
 
     def _batches(self, step: int) -> Sequence[PolicyBatch]:
         self._renew_engine(step)
+        self._renew_pass_rates(step)
+        self._llm.reset_prefix_cache()  # a run that goes on from here has none either
         run = self.run
 
         def play(rows: Sequence[Row], round_: int) -> list[Rollout]:
@@ -216,7 +232,12 @@ class _Training:
             )
 
         self._update = collect(
-            self.plan, play, step, rounds=run.max_rounds, config=run.advantages, shaping=run.shaping
+            self._plan,
+            play,
+            step,
+            rounds=run.max_rounds,
+            config=run.advantages,
+            shaping=run.shaping,
         )
         if step % run.log_rollouts_every_steps == 0:
             self._log_rollouts(step)
@@ -240,6 +261,34 @@ class _Training:
                 "checkpoint"
             )
         return [self._with_reference(batch) for batch in batches]
+
+    def _renew_pass_rates(self, step: int) -> None:
+        """Measure the pass rates of a curriculum, unless an earlier part of this run has."""
+        curriculum = self._curriculum
+        if curriculum is None or self._profiled == (due := curriculum.config.profile_step(step)):
+            return
+        file = self.folder.path / _PASS_RATES_FILE
+        kept: dict[str, dict[str, list[float]]] = (
+            json.loads(file.read_text("utf-8")) if file.exists() else {}
+        )
+        if str(due) not in kept:
+            self.callback.stage(f"Measuring pass rates before update {step + 1}")
+            rates = {name: self._pass_rates(rows, seed=due) for name, rows in self._pools.items()}
+            kept[str(due)] = rates
+            write_json(file, kept)
+        curriculum.use(kept[str(due)])
+        self._profiled = due
+
+    def _pass_rates(self, rows: Sequence[Row], *, seed: int) -> list[float]:
+        """Mean reward of each task; 0 where every rollout failed."""
+        assert self.run.curriculum is not None
+        samples = self.run.curriculum.samples
+        rewards: dict[int, list[float]] = {}
+        for rollout in self._driver.play(rows, group_size=samples, seed=seed):
+            if rollout.reward is not None:
+                rewards.setdefault(rollout.group, []).append(rollout.reward)
+        means = {group: sum(found) / len(found) for group, found in rewards.items()}
+        return [means.get(group, 0.0) for group in range(len(rows))]
 
     def _renew_engine(self, step: int) -> None:
         """Have the engine forget what other weights computed; its version is the updates made."""

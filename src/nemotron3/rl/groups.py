@@ -12,7 +12,7 @@ from nemotron3.environments.rows import Row
 from nemotron3.rl.advantages import AdvantageConfig, group_advantages, has_variance
 from nemotron3.rl.reward_shaping import RewardShapingConfig, shaped_reward
 from nemotron3.rl.rollouts import Rollout, failure_of
-from nemotron3.rl.sampling_plan import SamplingPlan
+from nemotron3.rl.sampling_plan import TaskPlan
 
 Play = Callable[[Sequence[Row], int], Sequence[Rollout]]
 """Plays tasks in groups; the number says which round of the update this is."""
@@ -39,7 +39,7 @@ class UpdateRollouts:
 
 
 def collect(
-    plan: SamplingPlan,
+    plan: TaskPlan,
     play: Play,
     step: int,
     *,

@@ -259,6 +259,10 @@ class Engine:
             self._runner.clear_graphs()
         return self.weight_version
 
+    def reset_prefix_cache(self) -> None:
+        """Drop the states of prompts that have been read, as if none had been."""
+        self.scheduler.reset_prefix_cache()
+
     def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
         params = request.params
         stop_ids = frozenset(params.stop_token_ids)

@@ -145,11 +145,15 @@ class Scheduler:
 
     def drop_cached_states(self) -> None:
         """Drop all shared states and mark running ones as stale, because the weights changed."""
+        self.reset_prefix_cache()
+        for sequence in self.running:
+            sequence.is_stale = True
+
+    def reset_prefix_cache(self) -> None:
+        """Drop all shared states."""
         self.prefixes.clear()
         while self._evict():
             pass
-        for sequence in self.running:
-            sequence.is_stale = True
 
     def preempt_all(self) -> None:
         """Preempt all running sequences: they recompute their states."""
