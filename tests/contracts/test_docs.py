@@ -124,7 +124,7 @@ def test_readme_python_runs():
     namespace = {}
     for block in blocks(ROOT / "README.md", "python"):
         exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["logits"].shape == (8, 4096)
+    assert namespace["logits"].shape == (8, 1024)
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=name_of)

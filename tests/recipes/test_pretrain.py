@@ -47,7 +47,7 @@ def test_a_name_must_be_a_folders(name):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_before_any_text_is_read():
-    with pytest.raises(ConfigError, match=r"vocab_size is 9000, more than model\.vocab_size 4096"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 9000, more than model\.vocab_size 1024"):
         with_leaf(tiny(), "corpus.tokenizer.vocab_size", 9000)
 
 

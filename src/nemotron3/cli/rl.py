@@ -8,7 +8,8 @@ from nemotron3.cli.tuning import chosen_run, ending, watched, weighted
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.rl import RLRun
-from nemotron3.recipes.run_rl import RLSummary, rl
+from nemotron3.recipes.rl_summary import RLSummary
+from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.sampling_plan import EnvironmentConfig
 
 

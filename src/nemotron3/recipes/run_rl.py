@@ -6,10 +6,9 @@ from its step, the seed and the weights, so a run that was interrupted goes on t
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from nemotron3.inference.llm import LLM
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
-from nemotron3.observe.report import ReportSummary, TextSample, write_report
+from nemotron3.observe.report import write_report
 from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
@@ -33,6 +32,7 @@ from nemotron3.ops.linear import linear
 from nemotron3.recipes.chat_model import chat_template_for, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.rl import RLRun
+from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.curriculum import Curriculum
@@ -49,28 +49,6 @@ ROLLOUTS_FILE, _BEFORE_FILE, _PASS_RATES_FILE = "rollouts.jsonl", "before.json",
 _HELD_OUT_SEED = 0x5EED
 _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLSummary:
-    """What a finished run has to show."""
-
-    reward_before: dict[str, float]
-    """Mean reward on held-out tasks before training, by environment; "all" for the mean of them."""
-    reward: dict[str, float]
-    """The same of the result, on the same tasks with the same seeds."""
-    tokens_before: dict[str, float]
-    """Sampled tokens of a rollout, by environment."""
-    tokens: dict[str, float]
-    """The same of the result."""
-    held_out_tasks: int
-    """Different held-out prompts of each environment."""
-    seconds: float
-    """Wall time of this call."""
-    samples: tuple[dict[str, str], ...]
-    """Held-out tasks and what the result did with them."""
-    parameters: int
-    """Parameters, with multi-token prediction."""
 
 
 def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = None) -> RLSummary:
@@ -92,10 +70,17 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         callback.stage("Writing the model")
         training.save()
         after = training.after()
-    summary = _summary(training, before, after, started)
+    costs = model_costs(training.model.config)
+    summary = rl_summary(
+        before,
+        after,
+        held_out_tasks=run.final_held_out_tasks,
+        parameters=costs.total + costs.mtp_parameters,
+        seconds=time.perf_counter() - started,
+    )
     folder.record({"backends": backends})
     write_rollouts_page(folder.path / ROLLOUTS_FILE, title=run.name)
-    write_report(folder.path, summary=_report(run, summary, folder.device))
+    write_report(folder.path, summary=rl_report(run, summary, folder.device))
     folder.finish(summary)
     return summary
 
@@ -338,62 +323,3 @@ class _Training:
             return
         with file.open("a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(to_record(record)) + "\n" for record in records)
-
-
-def _summary(
-    training: _Training,
-    before: Sequence[RolloutRecord],
-    after: Sequence[RolloutRecord],
-    started: float,
-) -> RLSummary:
-    costs = model_costs(training.model.config)
-    firsts = {task.environment: task for task in reversed(after)}
-    return RLSummary(
-        reward_before=means_by_environment(before, lambda task: task.reward),
-        reward=means_by_environment(after, lambda task: task.reward),
-        tokens_before=means_by_environment(before, lambda task: float(task.tokens)),
-        tokens=means_by_environment(after, lambda task: float(task.tokens)),
-        held_out_tasks=training.run.final_held_out_tasks,
-        seconds=time.perf_counter() - started,
-        samples=tuple(
-            {"prompt": task.prompt, "text": task.text, "environment": name}
-            for name, task in sorted(firsts.items())
-        ),
-        parameters=costs.total + costs.mtp_parameters,
-    )
-
-
-def _report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSummary:
-    return ReportSummary(
-        title=f"Reinforcement learning: {run.name}",
-        command=" ".join(["nemotron3", *sys.argv[1:]]),
-        lead=(
-            f"{run.model} trained in {len(run.environments)} environments at once, "
-            f"{run.training.steps} updates of {run.training.batch_size} rollouts. "
-            f"{describe_device(device)}."
-        ),
-        facts={
-            "parameters": f"{summary.parameters / 1e6:.1f} M",
-            "held-out reward before": f"{summary.reward_before['all']:.3f}",
-            "held-out reward": f"{summary.reward['all']:.3f}",
-            "minutes": f"{summary.seconds / 60:.1f}",
-        },
-        model_name=run.name,
-        samples=[
-            TextSample(prompt=f"{s['environment']}: {s['prompt']}\n", text=s["text"])
-            for s in summary.samples
-        ],
-        sources=[
-            {
-                "environment": name,
-                "held-out tasks": summary.held_out_tasks,
-                "reward before": round(summary.reward_before[name], 3),
-                "reward": round(summary.reward[name], 3),
-                "tokens before": round(summary.tokens_before[name], 1),
-                "tokens": round(summary.tokens[name], 1),
-            }
-            for name in summary.reward
-            if name != "all"
-        ],
-        config=to_record(run),
-    )
