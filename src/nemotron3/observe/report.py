@@ -56,6 +56,10 @@ class ReportSummary:
     """Text written by the model."""
     sources: Sequence[Mapping[str, str | int | float]] = ()
     """The corpus, a row per source; the keys of the first are the columns (source, licence, …)."""
+    tables: Mapping[str, Sequence[Mapping[str, str | int | float]]] = field(
+        default_factory=dict[str, Sequence[Mapping[str, str | int | float]]]
+    )
+    """Further tables by their heading, as `sources`; one without rows is left out."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The resolved configuration as a record."""
 
@@ -99,8 +103,9 @@ def _page(metrics: Metrics, summary: ReportSummary) -> str:
             _section("Optimisation", _optimisation(metrics)),
             _section("Inside the model", _inside(metrics)),
             _section("Speed", _speed(metrics)),
+            *(_rows(heading, rows) for heading, rows in summary.tables.items()),
             _samples(summary.samples),
-            _sources(summary.sources),
+            _rows("Corpus", summary.sources),
             _run(summary),
         ]
     )
@@ -335,11 +340,13 @@ def _samples(samples: Sequence[TextSample]) -> str:
     return f"<section><h2>What it writes</h2>{body}</section>\n"
 
 
-def _sources(sources: Sequence[Mapping[str, str | int | float]]) -> str:
-    if not sources:
+def _rows(heading: str, records: Sequence[Mapping[str, str | int | float]]) -> str:
+    """A section with a table; the keys of the first record are the columns."""
+    if not records:
         return ""
-    rows = [[source.get(column, "") for column in sources[0]] for source in sources]
-    return f"<section><h2>Corpus</h2>{_table(list(sources[0]), rows)}</section>\n"
+    rows = [[record.get(column, "") for column in records[0]] for record in records]
+    table = _table(list(records[0]), rows)
+    return f"<section><h2>{html.escape(heading)}</h2>{table}</section>\n"
 
 
 def _run(summary: ReportSummary) -> str:
