@@ -1,4 +1,4 @@
-"""The grammar of calls takes what the template writes, and nothing that is no call."""
+"""The grammar of calls accepts the calls that the template writes, and nothing else."""
 
 import json
 
@@ -69,7 +69,7 @@ def tokenizer():
 
 
 def accepts(tokenizer, use, text):
-    """Whether the form lets every token of the text through, and an end after it."""
+    """Whether the grammar accepts every token of the text, and an end token after it."""
     compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size)
     stop_ids = frozenset(tokenizer.stop_ids)
     constraint = compiler.constraint(use.structured, stop_ids=stop_ids, is_reasoning_open=False)
