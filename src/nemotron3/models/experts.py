@@ -3,7 +3,7 @@
 White paper, section 2.2. With x the normed input of width d and l the latent width:
 
     s   = sigmoid(W_r x)                    scores, in float32, from the full width
-    T   = the k experts with the largest s + b     the bias b balances load and only selects
+    T   = the k experts with the largest s + b     the bias b only affects this choice
     g_i = scale * s_i / sum over T of s
     y   = W_up sum over T of g_i E_i(W_down x) + shared(x)
 
@@ -50,9 +50,9 @@ class MoEConfig(MixerConfig):
     moe_intermediate_size: int
     """Hidden units of a routed expert."""
     moe_shared_expert_intermediate_size: int = 0
-    """Hidden units of the expert that every token passes; 0 for none."""
+    """Hidden units of the shared expert, which processes every token; 0 for none."""
     moe_latent_size: int | None = None
-    """Width in which the routed experts work; None for the model's full width."""
+    """Width of the routed experts' inputs and outputs; None for the model's width."""
     routed_scaling_factor: float = 1.0
     """Factor on the routed experts' weights."""
     norm_topk_prob: bool = True
@@ -84,7 +84,7 @@ class MoEConfig(MixerConfig):
 
 
 class Routing(NamedTuple):
-    """The decision of a router, with what balancing, metrics and replay need."""
+    """The decision of a router, as needed by load balancing, metrics and replay."""
 
     indices: Int[Tensor, "tokens choice"]
     """Chosen experts."""
@@ -105,7 +105,7 @@ class Router(DeclaredModule):
         self.config = config
         experts = config.n_routed_experts
         self.declare("weight", (experts, hidden_size), init=Normal(), decays=True)
-        # Rounding to a narrower dtype would change the choice and lose updates of 1e-3.
+        # In a narrower dtype, rounding would change the choice and lose updates of 1e-3.
         self.declare_buffer(
             "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
         )
@@ -145,7 +145,7 @@ class RoutedExperts(DeclaredModule):
         rows, experts = hidden * up_factor(config.activation), config.n_routed_experts
         shape = (experts, rows, width)
         self.declare("up_proj", shape, init=Normal(), decays=True, quantizes=True)
-        # Megatron scales both second matrices of a latent mixture: this one and fc2_latent_proj.
+        # Megatron scales both second matrices of a latent MoE layer: this one and fc2_latent_proj.
         second = Normal(writes_residual=True)
         shape = (experts, width, hidden)
         self.declare("down_proj", shape, init=second, decays=True, quantizes=True)
@@ -163,7 +163,7 @@ class RoutedExperts(DeclaredModule):
 
 
 class MixtureOfExperts(Mixer):
-    """Router, routed experts, and the shared expert that every token passes."""
+    """Router, routed experts, and the shared expert, which processes every token."""
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class MixtureOfExperts(Mixer):
         self.fc2_latent_proj = Linear(width, hidden_size, writes_residual=True) if latent else None
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """Router, experts, shared experts and latent projections; some experts are active."""
+        """Router, routed experts (of which a token uses some), shared expert and projections."""
         c = self.gate.config
         experts = ParameterCount.of(self.experts).total
         parts = {

@@ -37,9 +37,9 @@ class Mixer(DeclaredModule):
     """The module of one layer.
 
     `forward(x, layout, state=None)` takes the normed residual stream [tokens, d_model] and returns
-    the layer's contribution to it, of the same shape. A mixer that relates tokens does so within
-    each of `layout.segments` only; with a state it continues that of the layout's slots. A mixer
-    with a router returns a pair: the contribution and the router's decision.
+    the layer's contribution to it, of the same shape. A token may depend only on tokens of the same
+    segment of `layout.segments`; with a `state`, the sequences continue those in the layout's
+    slots. A mixer with a router returns a pair: the contribution and the router's decision.
     """
 
     def update_state(
@@ -62,7 +62,7 @@ class MixerConfig(ABC):
     label: ClassVar[str]
     """The layer's name in messages and tables."""
     has_router: ClassVar[bool] = False
-    """Whether the mixer chooses experts, and returns the decision beside its output."""
+    """Whether the mixer chooses experts, and returns the decision with its output."""
 
     @abstractmethod
     def build(self, hidden_size: int, eps: float) -> Mixer:
@@ -70,7 +70,7 @@ class MixerConfig(ABC):
 
     @property
     def state_size(self) -> StateSize:
-        """The size of a layer's state between calls; 0 for a mixer that relates no tokens."""
+        """The size of a layer's state between calls; 0 for a mixer without state."""
         return StateSize()
 
     def new_state(self, memory: StateMemory) -> LayerState | None:  # noqa: ARG002
@@ -90,6 +90,6 @@ class MixerConfig(ABC):
 def last_stateful_layer(mixers: Sequence[MixerConfig]) -> int:
     """Index of the last layer with a state; 0 if there is none.
 
-    After this layer no token affects another, so tokens whose outputs are not needed are left out.
+    After this layer no token affects another, so tokens whose outputs are not needed are skipped.
     """
     return max((i for i, mixer in enumerate(mixers) if mixer.is_stateful), default=0)

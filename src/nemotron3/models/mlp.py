@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, also the shared expert of a mixture."""
+"""The dense feed-forward layer, which is also the shared expert of an MoE layer."""
 
 from dataclasses import dataclass
 from typing import ClassVar, get_args
@@ -47,7 +47,7 @@ class MLP(Mixer):
         self.down_proj = Linear(intermediate_size, hidden_size, writes_residual=True)
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """One part."""
+        """All parameters, as one part."""
         return {"dense feed-forward": ParameterCount.of(self)}
 
     def forward(

@@ -64,7 +64,7 @@ def measure_product_rate(
     size: int = 1024,
     seconds: float = 0.3,
 ) -> float:
-    """FLOP/s of a square matrix product: the peak that the rate of a run is compared with.
+    """FLOP/s of a square matrix product: the peak with which the rate of a run is compared.
 
     `product` is the function that the run uses for products; if it is faster than PyTorch's, a
     comparison with PyTorch's rate could exceed 1.

@@ -65,7 +65,7 @@ def _folders(groups: str, mounts: str) -> Iterator[Path]:
             continue
         root, point = map(_unescaped, fields.split(" ")[3:5])
         group = PurePosixPath(paths[kind])
-        # A container sees a part of the tree; a group outside of it is reported as /../other.
+        # A container sees only a part of the tree; a group outside it is reported as /../other.
         inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
         folder = Path(point) / inside
         yield folder
@@ -73,7 +73,7 @@ def _folders(groups: str, mounts: str) -> Iterator[Path]:
 
 
 def _unescaped(field: str) -> str:
-    """A field of mountinfo, which writes blanks as \\040."""
+    """Decode a field of mountinfo, which writes blanks as \\040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 

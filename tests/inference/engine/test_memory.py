@@ -1,4 +1,4 @@
-"""What an engine takes where nobody says how much: much of a GPU, little of a machine."""
+"""The default memory of an engine: most of a GPU's, and a part of the host's."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ STEP = 384 * 1024
 
 @pytest.fixture(autouse=True)
 def free(monkeypatch):
-    """There is no GPU here, so how much is free on one is made up."""
+    """Set the free memory of a GPU, since there is none here."""
     monkeypatch.setattr(memory, "free_memory_bytes", lambda _: FREE)
 
 
