@@ -57,6 +57,11 @@ BAD_INPUT = {
     "unknown recipe to show": (["show", "tinyy"], ["no recipe 'tinyy'", "did you mean 'tiny'"]),
     "no recipe before options": (["pretrain", "--name", "x"], ["no recipe; name it first"]),
     "no recipe with data": (["pretrain", "--data", "x"], ["no recipe; name it first"]),
+    "no recipe with a model": (["pretrain", "--init-from", "x"], ["no recipe; name it first"]),
+    "no such model to continue": (
+        ["pretrain", "tiny", "--init-from", "{bad}/none"],
+        ["init_from is", "is no directory; give a model directory"],
+    ),
     "recipe and record": (["pretrain", "tiny", "--from", "r.json"], ["'tiny'", "not both"]),
     "no such record": (["pretrain", "--from", "none.json"], ["none.json cannot be read"]),
     "a record cut short": (["pretrain", "--from", "{bad}/cut.json"], ["is not JSON", "cut short"]),

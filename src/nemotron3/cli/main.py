@@ -212,7 +212,7 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     pretrain = _add_run(
         verbs,
         "pretrain",
-        usage="nemotron3 pretrain RECIPE [--data PATH] [--runs PATH] [--option value ...]\n"
+        usage="nemotron3 pretrain RECIPE [--data PATH] [--init-from MODEL] [--option value ...]\n"
         "       nemotron3 pretrain --from RUN.JSON [--runs PATH] [--option value ...]",
         help="train a model from text",
         description="Train a model by a named recipe, or by your own: a Python file whose function "
@@ -226,6 +226,12 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PATH",
         help="train on your own text instead: a file, folder or glob of plain text, JSON lines or "
         "Parquet (may be repeated)",
+    )
+    pretrain.add_argument(
+        "--init-from",
+        metavar="MODEL",
+        help="continue a model directory, such as runs/tiny/model, with its own architecture and "
+        "tokenizer",
     )
 
 
