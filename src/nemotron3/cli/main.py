@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
+from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -93,7 +94,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         case "info":
             from nemotron3.cli.info import info
 
-            return info(known.model, context=known.context, as_json=known.json)
+            return info(known)
         case "pretrain":
             from nemotron3.cli.pretrain import pretrain_command
 
@@ -175,6 +176,7 @@ def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--context", type=int, default=8192, help="sequence length to count for (default 8192)"
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    add_memory_options(info)
 
 
 def _add_run(

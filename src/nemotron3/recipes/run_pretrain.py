@@ -32,6 +32,7 @@ from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.recipes.initial_model import check_initial_model, initial_model
 from nemotron3.recipes.inputs import changes_since, open_inputs, replay_differences, write_inputs
+from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.samples import write_samples
@@ -108,6 +109,7 @@ def pretrain(
         return finished
 
     initial_tokenizer = check_initial_model(run)
+    announce_memory(run, folder.device, callback)
     callback.stage("Preparing the corpus")
     corpus, inputs = open_inputs(
         folder.path,
