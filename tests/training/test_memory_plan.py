@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks import memory
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
@@ -174,6 +175,19 @@ def test_copies_in_bfloat16_are_those_of_products():
     alone = 2 * kept_bytes(config, few, mtp_depths=0) - kept_bytes(config, more, mtp_depths=0)
     d_output = 4 * config.vocab_size * config.hidden_size
     assert alone - d_output == pytest.approx(planned(config, few)[COPIES], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not memory.can_measure() or not native.available(), reason="needs Linux, C++")
+@pytest.mark.parametrize(("batch", "length"), [(8, 256), (2, 1024)])
+def test_a_process_needs_what_is_planned(tmp_path, batch, length):
+    """Resident memory has some more than tensors: buffers of libraries, gaps between tensors."""
+    config = MODELS["tiny"]
+    LanguageModel.from_config(config).save_pretrained(tmp_path)
+    found = memory.measure("ours", tmp_path, batch=batch, length=length, threads=1)["total"]
+    training = training_config(batch_size=batch, microbatch_size=batch, seq_len=length)
+    total = sum(planned(config, training).values())
+    assert total / TOLERANCE < found < 1.1 * total
 
 
 def test_recomputing_keeps_one_block_at_a_time():

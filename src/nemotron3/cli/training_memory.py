@@ -12,6 +12,7 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import model_costs
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.memory import memory_plan, needed_bytes
+from nemotron3.runtime.devices import GPU
 from nemotron3.runtime.memory import MemoryPlan, in_units
 from nemotron3.training.memory_plan import ADAPTER, LowRankPlan, adapted_products
 from nemotron3.training.optimizers import AdamWConfig
@@ -72,7 +73,7 @@ def _verdict(record: dict[str, Any]) -> str:
 
 
 def _record(plan: MemoryPlan, device_memory: int) -> dict[str, Any]:
-    least = needed_bytes(plan, torch.device("cuda"))
+    least = needed_bytes(plan, GPU)
     return {
         "parts": [
             {"name": part.name, "bytes": part.num_bytes, "is_estimate": part.is_estimate}
@@ -101,7 +102,7 @@ def _plan(
     return memory_plan(
         config,
         training,
-        torch.device("cuda"),
+        GPU,
         mtp_depths=config.pattern.num_mtp_depths if known.training != "rl" else 0,
         low_rank=low_rank,
         engine=engine if known.training == "rl" else None,
