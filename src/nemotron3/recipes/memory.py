@@ -1,7 +1,7 @@
 """The memory of a run: planned before it begins, said in a line, refused where it cannot fit.
 
-A GPU's memory is the run's alone, so what forward and backward pass keep counts, by the smallest
-part of its upper bound that was ever measured. The host can swap, and frees what others hold, so
+A GPU's memory is the run's alone, so what forward and backward pass keep counts, by half of its
+upper bound. The host can swap, and frees what others hold, so
 there only what is certain counts: weights, gradients and optimizer moments.
 """
 
@@ -26,11 +26,14 @@ from nemotron3.runtime.memory import (
     plan_of,
     usable_memory_bytes,
 )
-from nemotron3.training.memory_plan import LowRankPlan, merged_copy_bytes, training_parts
+from nemotron3.training.memory_plan import (
+    LowRankPlan,
+    least_bytes,
+    merged_copy_bytes,
+    training_parts,
+)
 from nemotron3.training.trainer import TrainingConfig
 
-_LEAST_OF_ESTIMATE = 0.6
-"""Of an upper bound, what is needed at least."""
 _NAMED = 3
 
 
@@ -104,7 +107,7 @@ def needed_bytes(plan: MemoryPlan, device: torch.device) -> int:
     """What a device must have at least: nothing that fits is refused."""
     if not has_memory_of_its_own(device):
         return plan.certain
-    return int(plan.certain + _LEAST_OF_ESTIMATE * (plan.total - plan.certain))
+    return least_bytes(plan)
 
 
 def check_memory(plan: MemoryPlan, device: torch.device, usable: int | None) -> None:
