@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -131,6 +134,35 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(home, toy, tmp_path, st
     pretrain(run, runs=tmp_path / "whole")
     with pytest.raises(StoppedError):
         pretrain(run, runs=tmp_path / "runs", callback=StopAt(stop))
+    pretrain(run, runs=tmp_path / "runs")
+    folders = (tmp_path / name / run.name for name in ("runs", "whole"))
+    assert outcome(next(folders)) == outcome(next(folders))
+
+
+def train_until_killed(run, runs, cache):
+    """What a process does: train until a step at which nothing of it is left."""
+    torch.set_num_threads(1)
+    os.environ["NEMOTRON3_CACHE"] = cache
+
+    class Kill(RunCallback):
+        def trained(self, report):
+            if report.step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    pretrain(run, runs=runs, callback=Kill())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(home, toy, tmp_path):
+    run = run_on(toy, home)
+    pretrain(run, runs=tmp_path / "whole")
+    arguments = (run, tmp_path / "runs", str(home / "cache"))
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_until_killed, args=arguments
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     pretrain(run, runs=tmp_path / "runs")
     folders = (tmp_path / name / run.name for name in ("runs", "whole"))
     assert outcome(next(folders)) == outcome(next(folders))

@@ -169,7 +169,6 @@ def _train(
         return [_train_batch(part, device) for part in parts]
 
     model = initial_model(run, device)
-    callback.stage(f"Training on {describe_device(device)}")
     horizon = getattr(config.schedule, "total_steps", config.steps)
     if horizon != config.steps:
         callback.stage(
@@ -186,6 +185,7 @@ def _train(
         peak_flops=measure_product_rate(device, run.training.precision.dtype, product=linear),
     )
     before = _before(folder, corpus, model, callback) if run.init_from is not None else None
+    callback.stage(f"Training on {describe_device(device)}")
     folder.fit(trainer, callback)
     return model, before
 
