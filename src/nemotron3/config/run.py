@@ -24,7 +24,7 @@ from nemotron3.config.record import from_record, to_record
 from nemotron3.errors import ConfigError, StorageError
 
 RUN_FILE = "run.json"
-FORMAT = 2
+FORMAT = 3
 T = TypeVar("T")
 
 

@@ -17,7 +17,7 @@ from nemotron3.models.cache.state import StateMemory, StateSize
 from nemotron3.models.checks import require_divides, require_positive
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
 from nemotron3.models.norm import RMSNorm
 from nemotron3.ops.attention import attention
 from nemotron3.ops.rotary import rotate
@@ -70,6 +70,18 @@ class AttentionConfig(MixerConfig):
     def mixing_flops(self, context: int) -> float:
         """FLOPs per token of scores and sums; on average a token attends to half of `context`."""
         return 2 * 2 * self.num_attention_heads * self.head_dim * (context + 1) / 2
+
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """Operands and result of attention, a number for each row of scores; inputs of norms."""
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        narrow, wide = hidden_size + 2 * queries + 2 * keys, self.num_attention_heads
+        if self.qk_norm:
+            narrow += queries + keys
+            wide += self.num_attention_heads + self.num_key_value_heads
+        if self.rope_theta is not None:
+            wide += 2 * self.head_dim  # the angles' cosines and sines, for queries and for keys
+        return KeptActivations(narrow * dtype.itemsize + 4 * wide)
 
 
 class Attention(Mixer):

@@ -25,8 +25,8 @@ from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
-from nemotron3.models.mlp import MLP
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mlp import MLP, kept_hidden_units
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.experts import Activation
 from nemotron3.ops.experts.activations import up_factor
@@ -81,6 +81,19 @@ class MoEConfig(MixerConfig):
     def build(self, hidden_size: int, eps: float) -> "MixtureOfExperts":  # noqa: ARG002 - no norm
         """The module."""
         return MixtureOfExperts(self, hidden_size)
+
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """Of router, experts, shared expert and latent projections."""
+        choices, shared = self.num_experts_per_tok, self.moe_shared_expert_intermediate_size
+        narrow = hidden_size + choices
+        narrow += choices * self.moe_intermediate_size * up_factor(self.activation)
+        narrow += 2 * (self.moe_latent_size or 0)
+        narrow += kept_hidden_units(shared, self.activation) if shared else 0
+        wide = self.n_routed_experts + 4 * choices  # scores, and steps to the weights
+        if dtype.itemsize < 4:
+            wide += hidden_size  # the router's input
+        indices = 8 * 4 * choices  # chosen experts, and the order of rows by expert
+        return KeptActivations(narrow * dtype.itemsize + 4 * wide + indices)
 
 
 class Routing(NamedTuple):

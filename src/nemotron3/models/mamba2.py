@@ -20,7 +20,7 @@ from nemotron3.models.checks import require_divides, require_positive
 from nemotron3.models.initial_values import Constant, Elements, InitialScale, Uniform
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
@@ -105,6 +105,17 @@ class MambaConfig(MixerConfig):
         within = 2 * self.inner_size * chunk
         ssm_states = 2 * 2 * self.inner_size * self.ssm_state_size
         return scores + within + ssm_states
+
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """Operands of projections, convolution, scan and norm; the states that scans begin with."""
+        projected = self.inner_size + self.conv_channels + self.mamba_num_heads
+        narrow = hidden_size + projected + self.conv_channels + 2 * self.inner_size
+        wide = 2 * self.mamba_num_heads + self.n_groups  # steps before and after softplus; scales
+        initial_states = 4 * self.inner_size * self.ssm_state_size
+        return KeptActivations(
+            per_token=narrow * dtype.itemsize + 4 * wide,
+            per_sequence=initial_states + math.prod(self._conv_shape) * dtype.itemsize,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,6 +32,17 @@ class ParameterCount(NamedTuple):
         """The count of a module whose parameters are all used for every token."""
         total = sum(parameter.numel() for parameter in module.parameters())
         return cls(total, total)
+
+
+class KeptActivations(NamedTuple):
+    """Bytes that a layer keeps of its forward pass for the backward pass, weights left out.
+
+    Upper bounds over the backends that keep inputs alone and make the rest again (`native` for
+    float32 on a CPU, `triton` on a GPU).
+    """
+
+    per_token: int
+    per_sequence: int = 0
 
 
 class Mixer(DeclaredModule):
@@ -80,6 +92,13 @@ class MixerConfig(ABC):
     def mixing_flops(self, context: int) -> float:  # noqa: ARG002
         """FLOPs per token in addition to products with parameters, at a length of `context`."""
         return 0.0
+
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """What is kept in training beside the layer's input, in activations of `dtype`.
+
+        By default that is the normed input, which the first product keeps.
+        """
+        return KeptActivations(hidden_size * dtype.itemsize)
 
     @property
     def is_stateful(self) -> bool:

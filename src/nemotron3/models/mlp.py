@@ -10,7 +10,7 @@ from torch import Tensor
 from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
 from nemotron3.ops.experts import Activation, activate
 
 
@@ -33,6 +33,20 @@ class MLPConfig(MixerConfig):
     def build(self, hidden_size: int, eps: float) -> "MLP":  # noqa: ARG002 - no norm
         """The module."""
         return MLP(hidden_size, self.intermediate_size, self.activation)
+
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """The normed input and the hidden units."""
+        units = kept_hidden_units(self.intermediate_size, self.activation)
+        return KeptActivations((hidden_size + units) * dtype.itemsize)
+
+
+def kept_hidden_units(width: int, activation: Activation) -> int:
+    """Elements per token that a dense layer keeps between its products.
+
+    Squared ReLU keeps the root and the square; SwiGLU both halves, the gate after SiLU, and their
+    product.
+    """
+    return {"relu2": 2, "swiglu": 4}[activation] * width
 
 
 class MLP(Mixer):

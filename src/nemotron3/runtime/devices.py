@@ -14,6 +14,8 @@ from nemotron3.errors import BackendUnavailableError, ConfigError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
+GPU = torch.device("cuda")
+"""A GPU to compute plans for; the machine need not have one."""
 FUSED_OPTIMIZER_DEVICES = frozenset({"cpu", "cuda"})
 """Devices on which PyTorch's fused optimizers run."""
 

@@ -16,6 +16,7 @@ from nemotron3.models.costs import kv_bytes_per_token
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
+from nemotron3.runtime.memory import MemoryPart
 
 _SHARE, _GPU_SHARE = 0.25, 0.9
 """Largest share of the free memory that is used if `kv_cache_bytes` is not given."""
@@ -86,6 +87,28 @@ def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) ->
             f"kv_cache_bytes to {2 * size} or more, or page_size to fewer than {config.page_size}"
         )
     return pages
+
+
+def engine_parts(
+    model: LanguageModel, config: EngineConfig, device: torch.device, max_model_len: int
+) -> list[MemoryPart]:
+    """Upper bounds of what an engine on `device` keeps beside the weights; `model` needs no memory.
+
+    A prompt's step counts where the device's memory is its own, as for `cache_bytes`.
+    """
+    longest = -(-(max_model_len + MAX_STEPS) // config.page_size) + 1
+    pages = config.max_num_seqs * longest * page_bytes(model, config)
+    if config.kv_cache_bytes is not None:
+        pages = min(pages, config.kv_cache_bytes)
+    prompts = min(batched_tokens(config, device), config.max_num_seqs * max_model_len)
+    step = prompts * _STEP_BYTES_PER_TOKEN if has_memory_of_its_own(device) else 0
+    sizes = {
+        "engine states": _state_bytes(model, config),
+        "engine keys and values": pages,
+        "engine prefix cache": config.prefix_cache_bytes if config.keeps_states else 0,
+        "engine prompt step": step,
+    }
+    return [MemoryPart(name=name, num_bytes=size, is_estimate=True) for name, size in sizes.items()]
 
 
 def longest_sequence(config: EngineConfig, wanted: int, pages: int) -> int:

@@ -115,6 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row_weights, up, down, h, *rest = ctx.saved_tensors
         plan, grad = _Plan(*rest), contiguous_rows(grad)
+        _, _, needs_up, needs_down, *_ = ctx.needs_input_grad
         dh = torch.empty_like(h)
         if ctx.activation == "relu2":
             a = torch.empty_like(h)
@@ -134,10 +135,13 @@ class _RoutedExperts(torch.autograd.Function):
             a = a * column
             dh = activation_backward(h, da * column, ctx.activation)
         d_weights = d_row_weights.sum(1)[plan.slot].to(x.dtype).view(ctx.choices)
-        d_down = torch.empty_like(down, memory_format=torch.contiguous_format)
-        _weight_gradient(grad, a, d_down, plan, gather_left=True)
-        d_up = torch.empty_like(up, memory_format=torch.contiguous_format)
-        _weight_gradient(dh, x, d_up, plan, gather_right=True)
+        d_down = d_up = None
+        if needs_down:
+            d_down = torch.empty_like(down, memory_format=torch.contiguous_format)
+            _weight_gradient(grad, a, d_down, plan, gather_left=True)
+        if needs_up:
+            d_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+            _weight_gradient(dh, x, d_up, plan, gather_right=True)
         d_rows = x.new_empty(len(h), x.shape[1])
         _product(dh, up, d_rows, plan)
         return _combine(d_rows, plan.slot, len(x)), d_weights, d_up, d_down, None, None
