@@ -10,7 +10,7 @@ import torch
 from nemotron3.checkpoint import ShardedReader
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.engine.memory import engine_parts
+from nemotron3.inference.engine.memory import KEYS_AND_VALUES, engine_parts
 from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
@@ -34,6 +34,8 @@ from nemotron3.training.memory_plan import (
 )
 from nemotron3.training.trainer import TrainingConfig
 
+_GPU_SHARE, _LEAST_GPU_SHARE = 0.9, 0.05
+"""Of a GPU's memory, what a plan may fill, and what keys and values have at least."""
 _NAMED = 3
 
 
@@ -68,6 +70,22 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=engine,
         reference_bytes=reference,
     )
+
+
+def bytes_for_keys(run: RLRun, device: torch.device) -> int | None:
+    """What an engine may take for keys and values; None where it may decide by what is free.
+
+    It is made before the trainer has gradients and moments, so on a GPU the plan leaves them room.
+    """
+    if not has_memory_of_its_own(device):
+        return None
+    plan, usable = run_plan(run, device), usable_memory_bytes(device)
+    assert usable is not None
+    wanted = sum(part.num_bytes for part in plan.parts if part.name == KEYS_AND_VALUES)
+    if not wanted:
+        return None
+    left = int(_GPU_SHARE * usable) - (plan.total - wanted)
+    return min(wanted, max(left, int(_LEAST_GPU_SHARE * usable)))
 
 
 def memory_plan(
