@@ -13,6 +13,7 @@ from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.pretrain import small, tiny
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_pretrain import pretrain
+from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.sampling_plan import EnvironmentConfig
 from nemotron3.runtime.memory import plan_of
@@ -50,8 +51,9 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(run, tmp_path, monkey
     monkeypatch.setattr(memory, "usable_memory_bytes", lambda _: certain - 1)
     with pytest.raises(ConfigError) as raised:
         pretrain(run, runs=tmp_path / "runs")
-    for part in ("of memory at least", "optimizer moments", "smaller model", "LoRA"):
+    for part in ("of memory at least", "optimizer moments", "smaller model"):
         assert part in str(raised.value)
+    assert "LoRA" not in str(raised.value)
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(memory, "usable_memory_bytes", lambda _: certain)
     pretrain(run, runs=tmp_path / "runs")
@@ -60,8 +62,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(run, tmp_path, monkey
 def test_on_the_host_upper_bounds_refuse_nothing():
     plan = run_plan(tiny(), CPU)
     assert plan.total > plan.certain == needed_bytes(plan, CPU)
-    check_memory(plan, CPU, plan.certain)
-    check_memory(plan, CPU, None)
+    check_memory(plan, CPU, plan.certain, may_adapt=False)
+    check_memory(plan, CPU, None, may_adapt=False)
 
 
 def test_on_a_gpu_activations_count_and_the_remedy_is_a_smaller_microbatch(monkeypatch):
@@ -69,11 +71,11 @@ def test_on_a_gpu_activations_count_and_the_remedy_is_a_smaller_microbatch(monke
     plan = run_plan(small(), GPU)
     needed = needed_bytes(plan, GPU)
     assert plan.certain < needed < plan.total
-    check_memory(plan, GPU, needed)
+    check_memory(plan, GPU, needed, may_adapt=False)
     with pytest.raises(ConfigError, match=r"cuda has .*activations.*training\.microbatch_size"):
-        check_memory(plan, GPU, needed - 1)
+        check_memory(plan, GPU, needed - 1, may_adapt=False)
     smaller = run_plan(with_leaf(small(), "training.microbatch_size", 2), GPU)
-    check_memory(smaller, GPU, needed - 1)
+    check_memory(smaller, GPU, needed - 1, may_adapt=False)
 
 
 @pytest.fixture
@@ -81,6 +83,13 @@ def rewarded(tmp_path):
     """A run of reinforcement learning."""
     policy = save_policy(tmp_path / "policy")
     return own_environments(policy, [EnvironmentConfig(name="math")], max_context=96)
+
+
+def test_an_adapter_is_a_remedy_where_one_can_be_trained(rewarded, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "usable_memory_bytes", lambda _: 10**5)
+    with pytest.raises(ConfigError, match=r"train an adapter \(LoRA\) instead of all parameters"):
+        rl(replace(rewarded, device="cpu"), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rewards_need_an_engine_and_a_kl_a_second_model(rewarded):

@@ -1,8 +1,8 @@
 """The memory of a run: planned before it begins, said in a line, refused where it cannot fit.
 
 A GPU's memory is the run's alone, so what forward and backward pass keep counts, by half of its
-upper bound. The host can swap, and frees what others hold, so
-there only what is certain counts: weights, gradients and optimizer moments.
+upper bound. The host can swap, and frees what others hold, so there only what is certain counts:
+weights, gradients and optimizer moments.
 """
 
 import torch
@@ -27,6 +27,7 @@ from nemotron3.runtime.memory import (
     usable_memory_bytes,
 )
 from nemotron3.training.memory_plan import (
+    ADAPTER,
     LowRankPlan,
     least_bytes,
     merged_copy_bytes,
@@ -44,7 +45,7 @@ def announce_memory(
 ) -> None:
     """Say what a run will keep in memory; ConfigError where the device cannot hold it."""
     plan, usable = run_plan(run, device), usable_memory_bytes(device)
-    check_memory(plan, device, usable)
+    check_memory(plan, device, usable, may_adapt=not isinstance(run, PretrainRun))
     of = "" if usable is None else f" of {in_units(usable)}"
     callback.stage(f"Memory, at most about {in_units(plan.total)}{of}: {plan.line()}")
 
@@ -128,8 +129,13 @@ def needed_bytes(plan: MemoryPlan, device: torch.device) -> int:
     return least_bytes(plan)
 
 
-def check_memory(plan: MemoryPlan, device: torch.device, usable: int | None) -> None:
-    """Raise ConfigError where a device cannot hold a plan; it names the largest parts."""
+def check_memory(
+    plan: MemoryPlan, device: torch.device, usable: int | None, *, may_adapt: bool
+) -> None:
+    """Raise ConfigError where a device cannot hold a plan; it names the largest parts.
+
+    `may_adapt` is whether an adapter could be trained instead.
+    """
     needed = needed_bytes(plan, device)
     if usable is None or needed <= usable:
         return
@@ -141,7 +147,7 @@ def check_memory(plan: MemoryPlan, device: torch.device, usable: int | None) -> 
             "training.recompute to true",
             "or training.precision.activations to bfloat16",
         ]
-    elif not any(part.name == "adapter" for part in plan.parts):
+    elif may_adapt and not any(part.name == ADAPTER for part in plan.parts):
         remedies.insert(0, "train an adapter (LoRA) instead of all parameters")
     raise ConfigError(
         f"the run needs {in_units(needed)} of memory at least and {device.type} has "
