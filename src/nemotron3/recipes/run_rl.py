@@ -31,7 +31,7 @@ from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
 from nemotron3.recipes.chat_model import chat_template_for, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
-from nemotron3.recipes.memory import announce_memory
+from nemotron3.recipes.memory import announce_memory, bytes_for_keys
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
@@ -143,6 +143,7 @@ class _Training:
                 max_model_len=run.rollouts.max_context,
                 max_draft_tokens=0,
                 return_routed_experts=run.replays_routes,
+                kv_cache_bytes=bytes_for_keys(run, folder.device),
             ),
         )
         self._driver = RolloutDriver(
