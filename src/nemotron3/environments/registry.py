@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from nemotron3.environments.calculator import Calculator
 from nemotron3.environments.calendar_scheduling import CalendarScheduling
+from nemotron3.environments.code import Code
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.guess_number import GuessNumber
 from nemotron3.environments.instruction_following import InstructionFollowing
@@ -31,6 +32,7 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
             MultipleChoice,
             InstructionFollowing,
             StructuredOutput,
+            Code,
             Calculator,
             Workplace,
             CalendarScheduling,
