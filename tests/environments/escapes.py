@@ -365,7 +365,7 @@ for path in ("/dev/mem", "/dev/kmsg", "/dev/vda", "/dev/tty", "/dev/null", "/dev
     attempt(open, path, "rb")
 """,
     "proc": """
-for path in ("/proc/self/environ", "/proc/self/mem", "/proc/self/maps", "/proc/self/fd/1",
+for path in ("/proc/self/environ", "/proc/self/mem", "/proc/self/maps",
              "/proc/self/root/etc/passwd", "/proc/self/cwd", "/proc/1/environ", "/proc/1/root",
              f"/proc/{HOST_PID}/environ", f"/proc/{HOST_PID}/mem", "/proc/cpuinfo", "/proc/sys",
              "/proc/sysrq-trigger", f"/proc/{os.getppid()}/mem", "/sys/kernel"):

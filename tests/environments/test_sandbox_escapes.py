@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,28 +17,12 @@ from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.sandbox import Backend, Ending, Limits, Sandbox
 from nemotron3.text import AssistantMessage
 from tests.environments.escapes import ESCAPES, PRELUDE, RESOURCES, SLEEPERS, WORKS_OUTSIDE
+from tests.environments.processes import descendants
 
 SECRET = "SECRET-" + "0123456789abcdef"
 LIMITS = Limits(cpu_s=1, wall_s=4, memory_bytes=128 << 20, output_bytes=1 << 18)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-
-
-def descendants(pid):
-    """The processes that descend from one, by number, with the children of the dead."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it ended meanwhile
-                continue
-            if stat[0] != "Z":
-                parents[int(entry.name)] = int(stat[1])
-    found = {pid}
-    while grown := {child for child, parent in parents.items() if parent in found} - found:
-        found |= grown
-    return found - {pid}
 
 
 class Host:

@@ -218,8 +218,11 @@ def program_in(answer: str, form: str) -> str | None:
     if not answer or len(answer) > MAX_ANSWER:
         return None
     if form == _EXPRESSION:
-        # The line breaks keep a comment from swallowing the parenthesis.
-        return None if "\n" in answer else f"{_NAME} = lambda x: (\n{answer}\n)"
+        if "\n" in answer:
+            return None
+        # Compiled by itself: nothing that is no expression becomes one by what is put around it.
+        compiled = f"compile({answer!r}, 'answer', 'eval')"
+        return f"_answer = {compiled}\n{_NAME} = lambda x: eval(_answer, {{'x': x}})"
     blocks = _BLOCK.findall(answer)
     return blocks[0] if len(blocks) == 1 and answer.count(_FENCE) == 2 else None
 

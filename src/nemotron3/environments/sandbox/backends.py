@@ -143,7 +143,7 @@ def open_jail(backend: Backend | None, probe: Callable[[Jail], None]) -> Jail:
         if found is None:
             try:
                 return _probed(_start(each), probe)
-            except JailError as error:
+            except (JailError, OSError) as error:
                 found = str(error)
         lacking.append(f"{each}: {found}")
     raise SandboxUnavailableError(

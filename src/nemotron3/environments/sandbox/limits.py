@@ -19,9 +19,9 @@ class Limits:
 
     cpu_s: float = 2.0
     """Processor time, in whole seconds, rounded, at least one."""
-    wall_s: float = 6.0
-    """Time on the clock: what ends a program that sleeps. On a busy machine it passes faster than
-    processor time, so it is the larger one."""
+    wall_s: float = 10.0
+    """Time on the clock: what ends a program that sleeps. On a busy machine it passes several times
+    as fast as processor time, and is not to end a program that only waits for its turn."""
     memory_bytes: int = 256 << 20
     """Address space, the interpreter's 30 MiB included."""
     output_bytes: int = 1 << 20

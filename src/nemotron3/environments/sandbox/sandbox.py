@@ -29,6 +29,7 @@ from nemotron3.environments.sandbox.backends import (
     Backend,
     Jail,
     JailError,
+    SandboxUnavailableError,
     close_jail,
     open_jail,
 )
@@ -66,7 +67,7 @@ def can_import():
 print("\\n".join(name for name, holds in {
     "the standard library cannot be read by the programs' user": can_import(),
     "files can be read": is_refused(open, "/etc/passwd") and is_refused(open, "/proc/self/environ"),
-    "files can be written": is_refused(open, "/tmp/nemotron3-probe", "w"),
+    "files can be written": is_refused(os.open, "/tmp", os.O_TMPFILE | os.O_WRONLY),
     "sockets can be made": is_refused(socket.socket),
     "processes can be made": is_refused(os.fork),
     "other processes get signals": is_refused(os.kill, os.getppid() or 2, 0),
@@ -96,12 +97,12 @@ class Sandbox:
         if max_programs is not None and max_programs < 1:
             raise ConfigError(f"is {max_programs}; it must be 1 or more", field="max_programs")
         self.limits = limits or Limits()
-        self._max_programs = max_programs or len(os.sched_getaffinity(0))
+        self._max_programs = max_programs or os.cpu_count() or 1
         self._backend = backend
         self._jail: Jail | None = None
         self._closer: weakref.finalize[Any, Any] | None = None
         self._lock = threading.Lock()
-        self._slots = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
+        self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -158,22 +159,37 @@ class Sandbox:
     def _open(self) -> Jail:
         with self._lock:
             if self._jail is None:
-                jail = open_jail(self._backend, _probe)
+                try:
+                    jail = open_jail(self._backend, _probe)
+                except SandboxUnavailableError as error:
+                    if self._closer is None:
+                        raise
+                    # One stood here before: this machine can have one, but not just now.
+                    raise _failed(str(error)) from error
                 self._closer = weakref.finalize(self, close_jail, jail.process, jail.control)
                 _logger.info("programs run in %s", jail)
                 self._jail = jail
             return self._jail
 
     async def _run(self, job: dict[str, Any], stdin: str, limits: Limits) -> ProgramResult:
-        loop = asyncio.get_running_loop()
-        slots = self._slots.setdefault(loop, asyncio.Semaphore(self._max_programs))
-        async with slots:
+        async with self._slots_here():
             jail = await self.start()
             try:
                 return await _Execution(jail, job, stdin, limits).result()
-            except OSError as error:
+            except _JailEndedError as error:
                 self._give_up(jail)
-                raise _failed(f"the jail has ended ({error or type(error).__name__})") from error
+                raise _failed(f"the jail has ended ({error})") from error
+            except OSError as error:
+                raise _failed(f"the program could not be started ({error})") from error
+
+    def _slots_here(self) -> asyncio.Semaphore:
+        """What bounds the programs of the running event loop; semaphores cannot change loops."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._slots:
+            for ended in [each for each in self._slots if each.is_closed()]:
+                del self._slots[ended]
+            self._slots[loop] = asyncio.Semaphore(self._max_programs)
+        return self._slots[loop]
 
     def _give_up(self, jail: Jail) -> None:
         with self._lock:
@@ -181,6 +197,10 @@ class Sandbox:
                 self._jail = None
                 if self._closer is not None:
                     self._closer()
+
+
+class _JailEndedError(OSError):
+    """Nothing more is to be heard of a jail."""
 
 
 class _Execution:
@@ -200,7 +220,7 @@ class _Execution:
             try:
                 message = await asyncio.wait_for(self._told(), patience_s)
             except TimeoutError as error:
-                raise OSError(f"no answer in {patience_s:g} s") from error
+                raise _JailEndedError(f"no answer in {patience_s:g} s") from error
             return self.read(message)
         finally:
             self.close()
@@ -219,7 +239,10 @@ class _Execution:
             _write(self._files[-1], content)
         os.lseek(self._files[0], 0, os.SEEK_SET)
         message = json.dumps(asdict(self._limits)).encode()
-        socket.send_fds(self._jail.control, [message], [*self._files, self._other.fileno()])
+        try:
+            socket.send_fds(self._jail.control, [message], [*self._files, self._other.fileno()])
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise _JailEndedError("it does not listen") from error
         self._other.close()  # so that the jail's end is the only one
 
     async def _told(self) -> bytes:
@@ -238,9 +261,9 @@ class _Execution:
         return self._reply.recv(4096)
 
     def read(self, message: bytes) -> ProgramResult:
-        """The result that a report and the files make; `OSError` where the jail has ended."""
+        """The result that a report and the files make."""
         if not message:
-            raise OSError("it closed the connection")
+            raise _JailEndedError("it closed the connection")
         report = json.loads(message)
         if report["failure"] is not None:
             raise _failed(f"the program could not be started ({report['failure']})")

@@ -4,6 +4,8 @@ The first save time, as every program begins with a fork of what is here. The se
 loaded later: the jail has the standard library, and none of the system's libraries behind it.
 """
 
+import builtins
+from _sitebuiltins import Quitter
 from contextlib import suppress
 from importlib import import_module
 
@@ -19,7 +21,12 @@ pyexpat sqlite3 xml.etree.ElementTree zlib encodings.idna encodings.latin_1
 
 
 def load() -> None:
-    """Import them; a module that this Python was built without is missing for programs too."""
+    """Import them; a module that this Python was built without is missing for programs too.
+
+    `exit` and `quit` are made by the module `site`, which the jail does without.
+    """
     for name in (_USUAL + _WITH_LIBRARIES).split():
         with suppress(ImportError):
             import_module(name)
+    for name in ("exit", "quit"):
+        setattr(builtins, name, Quitter(name, "end-of-file"))

@@ -6,6 +6,7 @@ Each raises `OSError` with the name of the call where the kernel refuses.
 import ctypes
 import os
 import platform
+import sys
 from typing import Any
 
 CLONE_NEWNS = 0x00020000
@@ -29,8 +30,8 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 4
 
 _CAPABILITY_VERSION = 0x20080522
 
-# The loader's own names: no file is looked for, and PyDLL keeps the one thread's interpreter lock.
-_libc = ctypes.PyDLL(None, use_errno=True)
+# The names of the process itself: no file is looked for. Elsewhere than on Linux none is called.
+_libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def _checked(name: str, result: int) -> int:
