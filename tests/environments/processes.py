@@ -1,6 +1,9 @@
 """Looking at the processes of the machine."""
 
+import time
 from pathlib import Path
+
+_PATIENCE_S = 60
 
 
 def descendants(pid):
@@ -18,3 +21,16 @@ def descendants(pid):
     while grown := {child for child, parent in parents.items() if parent in found} - found:
         found |= grown
     return found - {pid}
+
+
+def exist(pids):
+    """Whether one of these processes is there still, ended or not."""
+    return any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def until(holds):
+    """Wait for what the kernel does in its own time; it fails where that never comes."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

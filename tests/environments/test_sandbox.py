@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
 import pytest
 
@@ -21,15 +21,14 @@ from nemotron3.environments.sandbox import (
 )
 from nemotron3.environments.sandbox.backends import bubblewrap_command
 from nemotron3.errors import ConfigError
-from tests.environments.processes import descendants
+from tests.environments.processes import descendants, exist, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
 
 @pytest.fixture(scope="module")
 def sandbox():
-    made = Sandbox(limits=Limits(cpu_s=1, wall_s=10))
-    asyncio.run(made.start())
+    made = started(limits=Limits(cpu_s=1, wall_s=10))
     yield made
     made.close()
 
@@ -42,17 +41,19 @@ def call(sandbox, source, function, *calls):
     return asyncio.run(sandbox.call(source, function, calls))
 
 
+def started(**options):
+    """A sandbox with its jail, and which processes that jail consists of."""
+    sandbox = Sandbox(**options)
+    jail = asyncio.run(sandbox.start())
+    # The jail of a failed attempt, or its probe, may be on their way out.
+    run(sandbox, "")
+    sandbox.idle = descendants(jail.process.pid)
+    return sandbox
+
+
 def programs(sandbox):
-    """The processes of programs that run in a jail: the server's children."""
-    inside = descendants(sandbox._jail.process.pid)
-    return {pid for pid in inside if not descendants(pid)} if len(inside) > 1 else set()
-
-
-def until(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    """The processes of programs that run in a jail."""
+    return descendants(sandbox._jail.process.pid) - sandbox.idle
 
 
 def test_standard_streams_and_status(sandbox):
@@ -161,8 +162,7 @@ def test_many_at_once_and_no_more_than_allowed():
         await watching
         return most, [int(result.stdout) for result in found]
 
-    sandbox = Sandbox(max_programs=3)
-    asyncio.run(sandbox.start())
+    sandbox = started(max_programs=3)
     most, found = asyncio.run(all_of_them())
     assert found == [i**2 for i in range(60)]
     assert most <= 3
@@ -210,15 +210,16 @@ def test_a_program_that_something_else_killed_is_a_failure(sandbox):
 
 
 def test_a_jail_that_dies_is_a_failure_and_is_replaced():
-    sandbox = Sandbox()
     before = descendants(os.getpid())
+    sandbox = started()
 
     async def kill_jail():
         task = asyncio.create_task(sandbox.run("while True: pass"))
-        while sandbox._jail is None or not programs(sandbox):
+        while not programs(sandbox):
             await asyncio.sleep(0.01)
-        for pid in descendants(sandbox._jail.process.pid) - programs(sandbox):
-            os.kill(pid, signal.SIGKILL)
+        for pid in sandbox.idle:
+            with suppress(ProcessLookupError):  # one takes the others with it
+                os.kill(pid, signal.SIGKILL)
         await task
 
     with pytest.raises(RolloutFailedError, match="the jail has ended"):
@@ -280,7 +281,7 @@ def test_a_jail_ends_when_its_host_is_killed():
     inside = descendants(host.pid)
     host.kill()
     host.wait()
-    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in inside))
+    until(lambda: not exist(inside))
 
 
 def test_a_key_press_for_the_host_does_not_reach_the_jail(sandbox):
