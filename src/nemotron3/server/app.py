@@ -93,6 +93,10 @@ class Server:
     llm: AsyncLLM
     api: FastAPI
 
+    def close(self) -> None:
+        """Abort what is unfinished, and end the engine."""
+        self.llm.close()
+
 
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
     """Build the server around an engine; raises ConfigError if the engine has no tokenizer."""
