@@ -339,6 +339,12 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="tokens beyond a request's reasoning budget in which a line end is waited for, where "
         "the request does not say; 500 is the model card's rule (default 0: budgets are exact)",
     )
+    serve.add_argument(
+        "--enable-return-routed-experts",
+        action="store_true",
+        help="record the experts of every token, for requests with return_routed_experts; prompts "
+        "then do not use the prefix cache",
+    )
     http = serve.add_argument_group("http")
     http.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for everyone (default 127.0.0.1)"

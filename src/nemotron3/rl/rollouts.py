@@ -154,12 +154,13 @@ class RolloutDriver:
         finished: dict[int, Rollout] = {}
         open_places = list(range(len(wanted)))
         for attempt in range(1, self._config.max_attempts + 1):
-            playing = {
-                place: await self._begin(
-                    *wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt
+            begun = await asyncio.gather(
+                *(
+                    self._begin(*wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt)
+                    for place in open_places
                 )
-                for place in open_places
-            }
+            )
+            playing = dict(zip(open_places, begun, strict=True))
             await self._until_ended(list(playing.values()))
             await self._verify(list(playing.values()))
             finished |= {place: each.rollout for place, each in playing.items()}
@@ -213,9 +214,9 @@ class RolloutDriver:
             prompts = [cast(Prompt, each.next_prompt) for each in active]
             params = [self._params(each) for each in active]
             outputs = self._llm.generate(prompts, params)
-            for each, output in zip(active, outputs, strict=True):
-                each.next_prompt = None
-                await self._after_turn(each, output.outputs[0])
+            # Environments elsewhere answer at the same time.
+            answers = zip(active, outputs, strict=True)
+            await asyncio.gather(*(self._after_turn(each, out.outputs[0]) for each, out in answers))
 
     def _params(self, playing: _Playing) -> SamplingParams:
         config = self._config
@@ -232,6 +233,7 @@ class RolloutDriver:
 
     async def _after_turn(self, playing: _Playing, output: CompletionOutput) -> None:
         rollout = playing.rollout
+        playing.next_prompt = None
         if output.failure is not None or output.error is not None:
             rollout.verification = Verification.failed(
                 FailureKind.GENERATION, output.error or str(output.failure)
@@ -255,7 +257,13 @@ class RolloutDriver:
         if rollout.num_turns >= playing.environment.max_turns:
             rollout.is_cut = True
             return
-        rendered = self._continuation(rollout, said)
+        # From the end of the policy's turn to the beginning of its next one.
+        rendered = self._template.continuation(
+            said,
+            self._tokenizer,
+            after_token=rollout.ids[-1],
+            enable_thinking=self._config.enable_thinking,
+        )
         ids = rendered.tokens(self._tokenizer).ids
         rollout.ids += ids
         rollout.is_sampled += [False] * len(ids)
@@ -276,22 +284,6 @@ class RolloutDriver:
             ]
         said = await environment.step(session, turn)
         return [] if said is None else [UserMessage(content=said)]
-
-    def _continuation(self, rollout: Rollout, said: Sequence[Message]) -> RenderedChat:
-        """The text from the end of the policy's turn to the beginning of its next one.
-
-        It is what the template writes behind the end token of an assistant's turn.
-        """
-        rendered = self._template.render(
-            [UserMessage(content=""), AssistantMessage(content="."), *said],
-            enable_thinking=self._config.enable_thinking,
-            truncate_history_thinking=False,
-        )
-        last = max(i for i, piece in enumerate(rendered.pieces) if piece.is_trained)
-        ended = rollout.ids[-1] == self._tokenizer.im_end_id
-        return RenderedChat(
-            rendered.pieces[last + 1 if ended else last :], rendered.is_reasoning_open
-        )
 
     async def _verify(self, playing: Sequence[_Playing]) -> None:
         """Judge those that nothing has failed for, group by group."""
