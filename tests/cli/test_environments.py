@@ -119,11 +119,22 @@ def test_tasks_are_rows_of_nemo_gym(capsys, tmp_path):
 def test_tasks_of_a_server_are_shown(capsys, tmp_path):
     file = tmp_path / "rows.jsonl"
     run(capsys, "tasks", "math", "--num-tasks", "5", "--output", str(file))
-    with fake_server(lambda _: Answer({})) as url:
+    with fake_server(lambda _: Answer({"reward": 0.25})) as url:
         status, printed = run(capsys, "show", f"{file}@{url}", "--num-tasks", "1")
+        assert status == 0
+        assert "[user] " in printed.out
+        assert "[no demonstration]" in printed.out
+        run(capsys, "tasks", "math", "--num-tasks", "60", "--output", str(file))
+        held_out = f"{file}@{url}?held_out={file}.held_out"
+        options = ("--num-tasks", "9", "--split", "held_out", "--output", f"{file}.held_out")
+        run(capsys, "tasks", "math", *options)
+        status, printed = run(capsys, "check", held_out, "--num-tasks", "9")
     assert status == 0
-    assert "[user] " in printed.out
-    assert "[no demonstration]" in printed.out
+    assert "  no demonstrations\n" in printed.out
+    assert "    empty answer     0.250\n" in printed.out
+    with fake_server(lambda _: Answer({})) as url:  # a verification without a reward
+        held_out = f"{file}@{url}?held_out={file}.held_out"
+        assert run(capsys, "check", held_out, "--num-tasks", "2")[0] == 1
 
 
 def test_serve_waits_with_the_environment_and_its_limits(capsys, monkeypatch):

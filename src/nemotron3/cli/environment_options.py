@@ -23,7 +23,7 @@ def add_environment_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentPar
         help="play solutions and hacks, and count prompts and answers",
         description="Look an environment over before a model trains on it: are its own solutions "
         "rewarded, and hacks not; are there prompts enough; can the answer be guessed? Ends with "
-        "status 1 where a solution is not rewarded.",
+        "status 1 where a solution is not rewarded, and without solutions where something fails.",
     )
     solved = actions.add_parser(
         "demonstrations",

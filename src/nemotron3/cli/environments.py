@@ -51,6 +51,8 @@ def env_command(known: argparse.Namespace) -> int:
         return 0
     report = asyncio.run(check_environment(environment, num_tasks=known.num_tasks, seed=known.seed))
     print(_page(environment, report))
+    if not environment.has_demonstrations:
+        return 1 if report.num_failures else 0
     return 0 if report.demonstration_reward == 1 else 1
 
 
@@ -81,6 +83,7 @@ def _write_tasks(environment: Environment, known: argparse.Namespace) -> int:
 def _serve(environment: Environment, known: argparse.Namespace) -> int:
     """Serve an environment until SIGTERM or Ctrl-C."""
     try:
+        from nemotron3.cli.serve import is_loopback
         from nemotron3.server.gym.app import GymSettings, create_gym_app
         from nemotron3.server.http.logs import written_logs
         from nemotron3.server.running import bind, serve
@@ -93,6 +96,8 @@ def _serve(environment: Environment, known: argparse.Namespace) -> int:
     with written_logs(known.log_format), bind(known.host, known.port) as bound:
         address = f"http://{known.host}:{bound.getsockname()[1]}"
         log = logging.getLogger("nemotron3.server")
+        if not is_loopback(known.host):
+            log.warning("anyone who reaches %s can use this server: it asks for no key", known.host)
         log.info("%s at difficulty %g: %s", environment.name, environment.difficulty, address)
         serve(server, bound, drain_timeout_s=known.drain_timeout)
     return 0
@@ -141,14 +146,17 @@ def _said(message: Message) -> str:
 
 
 def _page(environment: Environment, report: EnvironmentReport) -> str:
+    solved = [
+        f"  turns of a solution      {report.num_turns} at most, {environment.max_turns} allowed",
+        f"  most common last turn    {report.top_answer_share:.1%}: {report.top_answer[:40]!r}",
+        f"  reward of the solutions  {report.demonstration_reward:.3f}",
+    ]
     lines = [
         f"{environment.name} at difficulty {environment.difficulty:g}, "
         f"{report.num_tasks} held-out tasks",
         f"  different prompts        {report.num_distinct_prompts}",
         f"  longest prompt           {report.longest_prompt} characters",
-        f"  turns of a solution      {report.num_turns} at most, {environment.max_turns} allowed",
-        f"  most common last turn    {report.top_answer_share:.1%}: {report.top_answer[:40]!r}",
-        f"  reward of the solutions  {report.demonstration_reward:.3f}",
+        *(solved if environment.has_demonstrations else ["  no demonstrations"]),
         f"  failures                 {report.num_failures}",
         "  reward of",
     ]

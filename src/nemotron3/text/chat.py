@@ -226,10 +226,9 @@ class ChatTemplate:
         tokens, or behind a call) is ended as the template would. `options` are those of `render`;
         what precedes stays as it is, reasoning included.
         """
-        rendered = self.render(
-            [UserMessage(content=""), AssistantMessage(content="."), *messages],
-            **{**options, "truncate_history_thinking": False},
-        )
+        given: dict[str, Any] = {**options, "truncate_history_thinking": False}
+        head = (UserMessage(content=""), AssistantMessage(content="."))
+        rendered = self.render([*head, *messages], **given)
         end = next(
             i
             for i, piece in enumerate(rendered.pieces)

@@ -64,7 +64,8 @@ def routed_experts(answer: CompletionOutput) -> list[list[list[int]]]:
     found = answer.routed_experts
     assert found is not None
     last = torch.arange(found.shape[2], dtype=found.dtype).expand(1, *found.shape[1:])
-    return torch.cat([found, last]).tolist()
+    whole: Any = torch.cat([found, last])
+    return whole.tolist()
 
 
 def token_prefix(
