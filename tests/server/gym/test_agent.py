@@ -81,7 +81,7 @@ def run(policy, url, row, **options):
             break
         for call in calls:
             said = post(url, f"/{call['name']}", json.loads(call["arguments"]), cookies=cookies)
-            cookies |= dict(said.cookies)
+            cookies = dict(said.cookies)  # those of the last answer, and no others
             outputs.append(
                 {"type": "function_call_output", "call_id": call["call_id"], "output": said.text}
             )

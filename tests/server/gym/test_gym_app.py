@@ -19,7 +19,8 @@ from nemotron3.environments.calculator import Calculator
 from nemotron3.environments.gym_protocol import gym_row, verify_body
 from nemotron3.environments.gym_server import GymServerEnvironment
 from nemotron3.errors import ConfigError
-from nemotron3.server.gym.app import COOKIE, GymSettings, create_gym_app
+from nemotron3.server.gym.app import GymSettings, create_gym_app
+from nemotron3.server.gym.cookies import COOKIE
 from nemotron3.text import Tool
 from tests.environments.gym_scenarios import FIXTURES, LIMITS, SCENARIOS, environment_of_rows
 from tests.server.gym.serving import Counter, get, post, serving
@@ -44,7 +45,8 @@ def test_requests_to_a_real_server_are_answered_alike(counter, recorded):
         request, wanted, session = exchange["request"], exchange["answer"], exchange["session"]
         sent = cookies.get(session, {}) if request["has_cookie"] else {}
         answer = post(counter, request["path"], request["body"], cookies=sent)
-        cookies.setdefault(session, {}).update(answer.cookies)
+        cookies[session] = dict(answer.cookies)  # agents keep those of the last answer alone
+        assert len(answer.cookies) == len(wanted["cookies"])
         if wanted["status"] == 422:  # ours says what is wrong in words that a policy reads
             assert answer.text == "error: the call has no count"
             continue
@@ -146,6 +148,22 @@ def test_sessions_are_apart_and_named_by_random_cookies(counter):
     post(counter, "/increment_counter", {"count": 1}, cookies=cookies[1])
     values = [post(counter, "/get_counter_value", cookies=each).text for each in cookies]
     assert values == ['{"count":5}', '{"count":51}']
+
+
+def test_every_answer_to_a_session_has_its_cookie(counter):
+    row = Counter().row("x", initial_count=0, expected_count=0)
+    cookies = dict(post(counter, "/seed_session", row).cookies)
+    body = {**row, "response": {"output": []}}
+    for path, content in (
+        ("/nothing", {}), ("/increment_counter", {"count": "1"}), ("/increment_counter", []),
+        ("/verify", {}), ("/verify", b"{"), ("/a/b", {}), ("/verify", body),
+    ):  # fmt: skip
+        headers = {"Content-Type": "application/json"} if content == b"{" else {}
+        answer = post(counter, path, content, cookies=cookies, headers=headers)
+        assert dict(answer.cookies) == cookies, path
+    assert not post(counter, "/nothing", {}).cookies
+    forged = {"Cookie": f"{COOKIE}=no session; {COOKIE}x=1"}
+    assert not post(counter, "/nothing", {}, headers=forged).cookies
 
 
 def verifiable(**changes):

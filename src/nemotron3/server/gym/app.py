@@ -34,12 +34,12 @@ from nemotron3.environments.rows import prompt_of
 from nemotron3.environments.verification import RolloutFailedError, Verification
 from nemotron3.errors import ConfigError, DataError, InvalidValueError, OverloadedError
 from nemotron3.server.gym.aggregation import aggregate_metrics
+from nemotron3.server.gym.cookies import COOKIE, session_cookie, with_cookies_again
 from nemotron3.server.gym.sessions import ServedSession, SessionStore
 from nemotron3.server.http.drain import InFlightRequests
 from nemotron3.server.http.metrics import CONTENT_TYPE, RequestMetrics
 from nemotron3.server.http.middleware import App, RequestMiddleware
 
-COOKIE = "nemotron3_session"
 _RETRY_AFTER_S = 5
 _JSON = "application/json"
 
@@ -89,7 +89,7 @@ def create_gym_app(environment: Environment, settings: GymSettings) -> GymServer
         api_key=None,
         max_body_bytes=settings.max_body_bytes,
     )
-    return GymServer(app=app, in_flight=in_flight, sessions=sessions)
+    return GymServer(app=with_cookies_again(app), in_flight=in_flight, sessions=sessions)
 
 
 def _add_information(
@@ -144,7 +144,7 @@ def _add_rollouts(api: FastAPI, environment: Environment, sessions: SessionStore
         except RolloutFailedError as error:
             raise _unavailable(str(error)) from error
         answer = JSONResponse({})
-        answer.set_cookie(COOKIE, sessions.add(state), httponly=True, samesite="lax")
+        answer.headers["Set-Cookie"] = session_cookie(sessions.add(state))
         return answer
 
     @api.post(f"/{VERIFY}")
