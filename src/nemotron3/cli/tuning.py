@@ -6,6 +6,7 @@ that does nothing for what was named is an error.
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +83,8 @@ def watched(execute: Callable[[RunCallback], SummaryT]) -> SummaryT:
 def weighted(text: str) -> tuple[str, float]:
     """NAME or NAME=WEIGHT; what follows an equals sign and is no number belongs to the name."""
     name, equals, weight = text.rpartition("=")
+    if "?" in name and "=" not in re.split("[?&]", name)[-1]:
+        return text, 1.0  # the value of an option of a server's address
     try:
         return (name, float(weight)) if equals else (text, 1.0)
     except ValueError:

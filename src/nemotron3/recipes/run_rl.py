@@ -16,7 +16,7 @@ import torch
 from nemotron3.config import from_record, to_record, write_json
 from nemotron3.data.chat_tokens import check_chat_tokens
 from nemotron3.environments.environment import Environment
-from nemotron3.environments.registry import load_environment
+from nemotron3.environments.registry import environment_files, load_environment
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.inference.config import EngineConfig
@@ -61,7 +61,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         callback.stage(f"{folder.path} is finished; this is what it showed")
         return finished
 
-    own = [Path(config.name) for config in run.environments if config.name.endswith(".py")]
+    own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
     training = _Training(folder, run, callback)
     record_input_files(folder.path, [*model_files(run.model), *own])
