@@ -8,19 +8,28 @@ from its step, the seed and the weights, so a run that was interrupted goes on t
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nemotron3.config import from_record, to_record, write_json
+from nemotron3.config import to_record, write_json
 from nemotron3.data.chat_tokens import check_chat_tokens
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
 from nemotron3.environments.response import to_dict
-from nemotron3.environments.rows import Row, prompt_text
+from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
+from nemotron3.evaluation.environments import held_out_tasks, play_tasks
+from nemotron3.evaluation.played_tasks import (
+    AFTER_FILE,
+    BEFORE_FILE,
+    PlayedTask,
+    means_by_environment,
+    played_task,
+    read_played,
+)
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.costs import model_costs
@@ -40,11 +49,10 @@ from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
 from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
 from nemotron3.rl.sampling_plan import SamplingPlan
 from nemotron3.runtime.devices import describe_device, measure_product_rate
-from nemotron3.text import AssistantMessage, Tokenizer
+from nemotron3.text import Tokenizer
 from nemotron3.training.trainer import Trainer
 
-ROLLOUTS_FILE, _BEFORE_FILE = "rollouts.jsonl", "before.json"
-_HELD_OUT_SEED = 0x5EED
+ROLLOUTS_FILE = "rollouts.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +97,12 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         training.save()
         callback.stage("Playing held-out tasks")
         after = training.look(run.final_held_out_tasks)
+        write_json(folder.path / AFTER_FILE, after)
     summary = _summary(training, before, after, started)
     folder.record({"backends": backends})
     write_report(folder.path, summary=_report(run, summary, folder.device))
     folder.finish(summary)
     return summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlayedTask:
-    """A rollout as it is kept."""
-
-    environment: str
-    prompt: str
-    text: str
-    """What followed the prompt, for a person to read."""
-    reward: float | None
-    failure: str | None
-    """Why there is no reward."""
-    tokens: int
-    """Sampled ones."""
-    is_cut: bool
 
 
 class _Training:
@@ -167,9 +160,9 @@ class _Training:
 
     def before(self) -> list[PlayedTask]:
         """Held-out tasks played by the model that training starts from."""
-        file = self.folder.path / _BEFORE_FILE
+        file = self.folder.path / BEFORE_FILE
         if file.exists():
-            return [from_record(PlayedTask, r) for r in json.loads(file.read_text("utf-8"))]
+            return read_played(file)
         self.callback.stage("Playing held-out tasks before training")
         played = self.look(self.run.final_held_out_tasks)
         write_json(file, played)
@@ -177,10 +170,8 @@ class _Training:
 
     def look(self, num_tasks: int) -> list[PlayedTask]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        rows: list[Row] = []
-        for environment in self.environments.values():
-            rows += environment.distinct_tasks(num_tasks, split="held_out", seed=_HELD_OUT_SEED)
-        return [played_task(rollout) for rollout in self._driver.play(rows, seed=_HELD_OUT_SEED)]
+        every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
+        return play_tasks(self._driver, [row for rows in every for row in rows])
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -268,31 +259,6 @@ class _Training:
                     file.write(json.dumps(record) + "\n")
 
 
-def played_task(rollout: Rollout) -> PlayedTask:
-    """What a rollout came to."""
-    return PlayedTask(
-        environment=rollout.environment,
-        prompt=prompt_text(rollout.row),
-        text=as_text(rollout),
-        reward=rollout.reward,
-        failure=None if (failure := failure_of(rollout)) is None else failure.message,
-        tokens=rollout.num_sampled,
-        is_cut=rollout.is_cut,
-    )
-
-
-def means_by_environment(
-    played: Sequence[PlayedTask], value: Callable[[PlayedTask], float | None]
-) -> dict[str, float]:
-    """By environment, and "all" for the mean of those; tasks whose value is None are left out."""
-    values: dict[str, list[float]] = {}
-    for task in played:
-        if (found := value(task)) is not None:
-            values.setdefault(task.environment, []).append(found)
-    means = {name: sum(found) / len(found) for name, found in values.items()}
-    return {"all": sum(means.values()) / max(len(means), 1)} | means
-
-
 def _summary(
     training: _Training,
     before: Sequence[PlayedTask],
@@ -314,21 +280,6 @@ def _summary(
         ),
         parameters=costs.total + costs.mtp_parameters,
     )
-
-
-def as_text(rollout: Rollout) -> str:
-    """The messages of a rollout for a person to read."""
-    lines: list[str] = []
-    for message in rollout.messages:
-        if isinstance(message, AssistantMessage):
-            if message.reasoning:
-                lines.append(f"({message.reasoning.strip()})")
-            for call in message.tool_calls:
-                lines.append(f"[call] {call.name}({json.dumps(dict(call.arguments))})")
-        if message.content:
-            role = type(message).__name__.removesuffix("Message").lower()
-            lines.append(f"[{role}] {message.content}")
-    return "\n".join(lines)
 
 
 def _report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSummary:
