@@ -1,5 +1,6 @@
 """Bits per byte of files."""
 
+import hashlib
 import math
 
 import pytest
@@ -44,6 +45,26 @@ def test_bits_are_those_of_the_models_own_probabilities(parts, tmp_path):
     assert found.num_documents == 3
     assert found.num_bytes == sum(len(text.encode()) for text in TEXTS)
     assert found.bad_rows == ""
+    model, tokenizer = parts
+    for text in TEXTS:
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        _, loss = by_hand(model, tokenizer, [text]) if len(text) > 1 else (0, None)
+        count = len(tokenizer.encode(text))
+        if loss is not None:
+            bits = loss * count / math.log(2)
+            assert found.by_document[key] == pytest.approx(bits / len(text.encode()), rel=1e-5)
+
+
+def test_windows_cut_documents_and_lose_no_token(parts, tmp_path):
+    (tmp_path / "a.txt").write_text("say 3 up and down " * 9)
+    (tmp_path / "b.txt").write_text("up")
+    files = FilesConfig(path=str(tmp_path))
+    whole, cut = (evaluate_text(*parts, files, seq_len=length) for length in (512, 7))
+    assert cut.num_tokens == whole.num_tokens
+    assert cut.by_document.keys() == whole.by_document.keys()
+    assert cut.bits_per_byte != whole.bits_per_byte
+    for found in (whole, cut):
+        assert all(0 < bits < 20 for bits in found.by_document.values())
 
 
 def test_rows_that_are_none_are_counted(parts, tmp_path):

@@ -16,7 +16,7 @@ def compare_command(known: argparse.Namespace) -> int:
     """Read, print, and write the page."""
     out: Path = known.out
     if out.suffix != ".html" or out.is_dir():
-        raise ConfigError(f"is {out}; give the name of an .html file", field="out")
+        raise ConfigError(f"is {out}; give the name of an .html file", field="--out")
     found = compare(known.runs, smallest_effect=known.smallest_effect, alpha=known.alpha)
     print(comparison_text(found))
     _write(out, found, alpha=known.alpha)

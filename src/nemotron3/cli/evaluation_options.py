@@ -147,8 +147,8 @@ def add_compare_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]
         type=float,
         default=0.05,
         metavar="D",
-        help="the smallest gain of mean reward that would matter; a claim of which the interval "
-        "excludes it does not hold (default 0.05)",
+        help="the smallest gain of mean reward, or of bits per byte, that would matter; a claim "
+        "does not hold where the interval excludes it (default 0.05)",
     )
     verb.add_argument(
         "--alpha",

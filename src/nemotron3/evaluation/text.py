@@ -5,8 +5,11 @@ token, and windows of `seq_len` tokens go through the model without what was bef
 does not depend on the tokenizer's vocabulary, and little on the windows.
 """
 
+import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,6 +49,9 @@ class TextResult:
     """End tokens included."""
     bad_rows: str
     """Rows that are no documents, in words; empty for none."""
+    by_document: dict[str, float]
+    """Bits per byte of each document, by the hash of its text; a long one and a short one weigh the
+    same in their mean, and not above."""
 
 
 def evaluate_text(
@@ -56,12 +62,16 @@ def evaluate_text(
     Raises `DataError` where there are none, or none has a second token.
     """
     report = ReadReport()
-    num_bytes = 0
+    num_bytes: dict[str, int] = {}
+    order: list[str] = []
+    losses: list[torch.Tensor] = []
     with TemporaryDirectory() as folder:
         prefix = Path(folder) / "text"
         with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
             for document in read_documents(files, report):
-                num_bytes += len(document.text.encode())
+                text = document.text.encode()
+                order.append(hashlib.sha256(text).hexdigest()[:16])
+                num_bytes[order[-1]] = len(text)
                 ids = tokenizer.encode(document.text, parse_special=False)
                 writer.add([*ids, tokenizer.eos_id])
         tokens = TokenFile(prefix)
@@ -69,16 +79,25 @@ def evaluate_text(
             tokens, name=files.name, seq_len=seq_len, batch_size=max(1, _BATCH_TOKENS // seq_len)
         )
         token_bytes = torch.tensor(tokenizer.byte_lengths(), device=model.device)
-        metrics = evaluate(model, _train_batches(batches, model.device), token_bytes)
-        num_tokens = tokens.num_tokens
+        metrics = evaluate(
+            model,
+            _train_batches(batches, model.device),
+            token_bytes,
+            on_losses=lambda found: losses.append(found.cpu()),
+        )
+        num_tokens, bounds = tokens.num_tokens, tokens.document_bounds.tolist()
+    # The loss at a place is that of the token after it; the last of a document predicts another.
+    nats = torch.cat(losses).double()
+    bits = [nats[a : b - 1].sum().item() / math.log(2) for a, b in pairwise(bounds)]
     return TextResult(
         bits_per_byte=metrics["eval/bits_per_byte"],
         loss=metrics["eval/loss"],
         accuracy=metrics["eval/accuracy"],
         num_documents=report.documents,
-        num_bytes=num_bytes,
+        num_bytes=sum(num_bytes[each] for each in order),
         num_tokens=num_tokens,
         bad_rows=report.summary(),
+        by_document={each: own / num_bytes[each] for each, own in zip(order, bits, strict=True)},
     )
 
 

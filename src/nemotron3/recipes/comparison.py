@@ -143,9 +143,12 @@ def _evaluation(path: Path, found: Evaluation) -> Compared:
             results[f"reward, {name}"] = result.reward.mean
             results[f"tokens, {name}"] = result.tokens
             results[f"most common answer, {name}"] = result.top_answer_share
+    rewards = dict(_rewards(found.tasks))
     for text, result in found.texts.items():
         results[f"bits per byte, {text}"] = result.bits_per_byte
-    rewards = dict(_rewards(found.tasks))
+        # More must be better, as for rewards.
+        saved = {document: -bits for document, bits in result.by_document.items()}
+        rewards[f"bits per byte saved, {text}"] = saved
     for task, result in found.harness.items():
         results |= {f"{task} {metric}": value for metric, value in result.metrics.items()}
         rewards |= {f"{task} {metric}": values for metric, values in result.samples.items()}
