@@ -6,12 +6,13 @@ import pytest
 
 from nemotron3.cli.main import main
 from nemotron3.config import write_json, write_run
-from nemotron3.evaluation.played_tasks import AFTER_FILE, PlayedTask
+from nemotron3.evaluation.played_tasks import PlayedTask
 from nemotron3.evaluation.results import read_evaluation
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.observe.sinks import JsonlSink
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.pretrain import tiny
+from nemotron3.recipes.run_folder import AFTER_FILE
 from nemotron3.rl.sampling_plan import EnvironmentConfig
 from tests.observe.test_report import checked
 from tests.rl.playground import save_policy

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from nemotron3.cli.progress import watch
 from nemotron3.config import write_json
 from nemotron3.data import FilesConfig
 from nemotron3.environments.registry import BUILT_IN, load_environment
@@ -28,17 +29,15 @@ def eval_command(known: argparse.Namespace) -> int:
     out: Path | None = known.json
     if out is not None and out.is_dir():
         raise ConfigError(f"{out} is a folder; give the name of a file", field="--json")
-    found = evaluate_directory(known.path, _plan(known), say=_say)
+    plan = _plan(known)
+    with watch() as callback:
+        found = evaluate_directory(known.path, plan, callback=callback)
     if out is not None:
         write_json(out, found)
     print(evaluation_text(found))
     if out is not None:
         print(f"\nwritten to {out}; nemotron3 compare {out} OTHER.json puts two side by side")
     return 0
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 def _plan(known: argparse.Namespace) -> EvaluationPlan:

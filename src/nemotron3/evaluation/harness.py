@@ -153,7 +153,8 @@ def evaluate_tasks(
     `ConfigError` for an unknown task.
     """
     manager = check_tasks(tasks, include_path)
-    found = lm_eval.simple_evaluate(
+    # Its decorator hides its signature.
+    found: dict[str, Any] = cast(Any, lm_eval.simple_evaluate)(
         model=HarnessModel(llm),
         tasks=list(tasks),
         task_manager=manager,
@@ -162,7 +163,6 @@ def evaluate_tasks(
         log_samples=True,
         bootstrap_iters=0,
     )
-    assert found is not None
     return {name: _result(found, name) for name in found["results"]}
 
 

@@ -12,9 +12,6 @@ from nemotron3.errors import DataError
 from nemotron3.rl.rollouts import Rollout, failure_of
 from nemotron3.text import AssistantMessage
 
-BEFORE_FILE, AFTER_FILE = "before.json", "after.json"
-"""Of a run's folder: held-out tasks before training and after it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlayedTask:

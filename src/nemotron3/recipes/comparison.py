@@ -10,13 +10,13 @@ from typing import Any
 
 from nemotron3.config import RUN_FILE, read_record, to_record
 from nemotron3.errors import ConfigError, DataError
-from nemotron3.evaluation.played_tasks import AFTER_FILE, PlayedTask, read_played
+from nemotron3.evaluation.played_tasks import PlayedTask, read_played
 from nemotron3.evaluation.results import Evaluation, read_evaluation
 from nemotron3.evaluation.statistics import Finding, judge
 from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.observe.plots import Series
 from nemotron3.observe.report import load_series
-from nemotron3.recipes.run_folder import METRICS_FILE, SUMMARY_FILE
+from nemotron3.recipes.run_folder import AFTER_FILE, METRICS_FILE, SUMMARY_FILE
 
 Rewards = Mapping[str, Mapping[str, float]]
 """By what was asked (an environment, a task of the harness), the reward of each question."""

@@ -27,11 +27,10 @@ from nemotron3.inference.llm import LLM
 from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.chat_model import chat_template_for
+from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.rl.rollouts import RolloutDriver
 from nemotron3.runtime.devices import describe_device, resolve_device
 from nemotron3.text import Tokenizer
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +64,14 @@ class EvaluationPlan:
 
 
 def evaluate_directory(
-    path: Path, plan: EvaluationPlan, *, say: Say = lambda _: None
+    path: Path, plan: EvaluationPlan, *, callback: RunCallback | None = None
 ) -> Evaluation:
-    """Measure the model of a directory by a plan; `say` hears what begins.
+    """Measure the model of a directory by a plan.
 
     What cannot be measured is an error before the model is read: a path without text, an
     environment without tasks enough, a vocabulary without the tokens of chats, a missing package.
     """
+    callback = callback or RunCallback()
     if not (path / CONFIG_FILE).is_file():
         nearby = path / "model" if (path / "model" / CONFIG_FILE).is_file() else "runs/tiny/model"
         raise ConfigError(
@@ -97,23 +97,25 @@ def evaluate_directory(
         check_chat_tokens(tokenizer, with_tools=any(e.tools for e in plan.environments.values()))
         template = chat_template_for(plan.chat_style, tokenizer, str(path))
 
-    say(f"Reading {path}")
+    callback.stage(f"Reading {path}")
     model = LanguageModel.from_pretrained(path, device=device, dtype=plan.dtype).eval()
     texts: dict[str, TextResult] = {}
     for files in plan.texts:
-        say(f"Reading {files.path} with the model")
+        callback.stage(f"Reading {files.path} with the model")
         texts[files.path] = evaluate_text(model, tokenizer, files, seq_len=settings.seq_len)
     played: list[PlayedTask] = []
     if template is not None:
         bounded = replace(config, max_model_len=settings.rollouts.max_context)
         llm = LLM(model, tokenizer=tokenizer, config=bounded)
         driver = RolloutDriver(llm, tokenizer, template, plan.environments, settings.rollouts)
-        for name, own in rows.items():
-            say(f"Playing {len(own)} held-out tasks of {name}")
+        for place, (name, own) in enumerate(rows.items()):
+            callback.progress("environments", place, len(rows))
+            callback.stage(f"Playing {len(own)} held-out tasks of {name}")
             played += play_tasks(driver, own, seed=settings.seed)
+        callback.progress("environments", len(rows), len(rows))
     found: dict[str, HarnessResult] = {}
     if plan.harness is not None:
-        say(f"Scoring {', '.join(plan.harness.names)}")
+        callback.stage(f"Scoring {', '.join(plan.harness.names)}")
         found = score_tasks(LLM(model, tokenizer=tokenizer, config=config))
     return Evaluation(
         name=name_of(path),

@@ -23,8 +23,6 @@ from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.evaluation.environments import held_out_tasks, play_tasks
 from nemotron3.evaluation.played_tasks import (
-    AFTER_FILE,
-    BEFORE_FILE,
     PlayedTask,
     means_by_environment,
     played_task,
@@ -42,7 +40,7 @@ from nemotron3.ops.linear import linear
 from nemotron3.recipes.chat_model import chat_template_for, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.rl import RLRun
-from nemotron3.recipes.run_folder import RunCallback, RunFolder
+from nemotron3.recipes.run_folder import AFTER_FILE, BEFORE_FILE, RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
