@@ -1,4 +1,4 @@
-# Two commands matter: `make run` (train the tiny model, see what it does) and `make test`.
+# Two commands matter: `make run` (train the tiny model, see what it answers) and `make test`.
 # Each sets up .venv by itself; the set-up is repeated only when a dependency file changes.
 PYTHON ?= python3
 VENV := .venv
@@ -31,8 +31,13 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
 	@$(INSTALL) -e '.[train,serve,docs]'
 	@touch $@
 
-run: $(VENV)/.train  ## train the tiny model on real text (about 3 minutes on 2 cores) and show what it does
+# Each stage continues what an interruption left, and shows what it made where it is finished.
+STAGE ?= rl
+run: $(VENV)/.train  ## pretrain, fine-tune and reward the tiny model (about 15 minutes on 2 cores); STAGE=pretrain or sft stops there
+	@case '$(STAGE)' in pretrain|sft|rl) ;; *) echo 'STAGE is "$(STAGE)"; it must be pretrain, sft or rl'; exit 2;; esac
 	@$(BIN)/nemotron3 pretrain tiny
+	@[ '$(STAGE)' = pretrain ] || $(BIN)/nemotron3 sft tiny-sft
+	@[ '$(STAGE)' != rl ] || $(BIN)/nemotron3 rl tiny-rl
 
 test: $(VENV)/.dev  ## every test but the long contracts
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long'

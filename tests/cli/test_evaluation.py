@@ -1,18 +1,19 @@
 """`nemotron3 eval` and `nemotron3 compare`, as they are typed."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from nemotron3.cli.main import main
-from nemotron3.config import write_json, write_run
-from nemotron3.evaluation.played_tasks import PlayedTask
+from nemotron3.config import to_record, write_json, write_run
 from nemotron3.evaluation.results import read_evaluation
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.observe.sinks import JsonlSink
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.pretrain import tiny
-from nemotron3.recipes.run_folder import AFTER_FILE
+from nemotron3.recipes.run_folder import ROLLOUTS_FILE
+from nemotron3.rl.records import AFTER_TRAINING, RolloutRecord
 from nemotron3.rl.sampling_plan import EnvironmentConfig
 from tests.observe.test_report import checked
 from tests.rl.playground import save_policy
@@ -113,12 +114,16 @@ def reinforced(folder, policy, rewards, *, name="rl"):
     write_run(path, run)
     mean = sum(rewards) / len(rewards)
     summary = {"reward": {"all": mean, "math": mean}, "tokens": {"all": 3.0, "math": 3.0}}
+    summary["most_common"] = {"math": 0.5}
     write_json(path / "summary.json", summary | {"seconds": 60.0, "parameters": 12})
     tasks = [
-        PlayedTask(
+        RolloutRecord(
+            when=AFTER_TRAINING,
             environment="math",
+            group=n,
             prompt=f"<b>{n}</b>",
-            text="",
+            messages=(),
+            components={},
             reward=reward,
             failure=None,
             tokens=3,
@@ -128,7 +133,8 @@ def reinforced(folder, policy, rewards, *, name="rl"):
         )
         for n, reward in enumerate(rewards)
     ]
-    write_json(path / AFTER_FILE, tasks)
+    lines = [json.dumps(to_record(task)) + "\n" for task in tasks]
+    (path / ROLLOUTS_FILE).write_text("".join(lines))
     return path
 
 

@@ -1,10 +1,11 @@
 """Held-out tasks played by a model, and what is counted of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from nemotron3.config import write_json
+from nemotron3.config import to_record
 from nemotron3.environments.registry import load_environment
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.evaluation.environments import (
@@ -13,10 +14,10 @@ from nemotron3.evaluation.environments import (
     play_tasks,
     results_by_environment,
 )
-from nemotron3.evaluation.played_tasks import PlayedTask, means_by_environment, read_played
 from nemotron3.evaluation.statistics import wilson_interval
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
+from nemotron3.rl.records import RolloutRecord, means_by_environment, read_records
 from nemotron3.rl.rollouts import RolloutConfig, RolloutDriver
 from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer
 from tests.rl.playground import Failing, Parity, save_policy
@@ -36,10 +37,13 @@ def driver_of(policy, environment, **changes):
 
 
 def task(n, reward, answer="a", environment="made", **labels):
-    return PlayedTask(
+    return RolloutRecord(
+        when="now",
         environment=environment,
+        group=n,
         prompt=f"task {n}",
-        text="",
+        messages=({"role": "user", "content": f"task {n}"},),
+        components={},
         reward=reward,
         failure=None if reward is not None else "judge_failed: away",
         tokens=10 + n,
@@ -52,9 +56,9 @@ def task(n, reward, answer="a", environment="made", **labels):
 def test_the_same_seed_gives_the_same_tasks_and_rewards(policy):
     environment = Parity()
     tasks = held_out_tasks(environment, 12, seed=3)
-    played = play_tasks(driver_of(policy, environment), tasks, seed=3)
+    played = play_tasks(driver_of(policy, environment), tasks, when="now", seed=3)
     again = play_tasks(
-        driver_of(policy, environment), held_out_tasks(environment, 12, seed=3), seed=3
+        driver_of(policy, environment), held_out_tasks(environment, 12, seed=3), when="now", seed=3
     )
     assert played == again
     assert len({each.prompt for each in played}) == 12
@@ -69,18 +73,20 @@ def test_greedy_answers_do_not_follow_the_seed(policy):
     environment = Parity()
     tasks = held_out_tasks(environment, 6)
     greedy = [
-        play_tasks(driver_of(policy, environment, temperature=0.0), tasks, seed=seed)
+        play_tasks(driver_of(policy, environment, temperature=0.0), tasks, when="now", seed=seed)
         for seed in (1, 2)
     ]
     assert greedy[0] == greedy[1]
-    sampled = [play_tasks(driver_of(policy, environment), tasks, seed=seed) for seed in (1, 2)]
+    sampled = [
+        play_tasks(driver_of(policy, environment), tasks, when="now", seed=seed) for seed in (1, 2)
+    ]
     assert sampled[0] != sampled[1]
 
 
 def test_labels_are_those_of_row_and_verifier(policy):
     environment = load_environment("lookup", difficulty=0.0)
     tasks = held_out_tasks(environment, 20)
-    played = play_tasks(driver_of(policy, environment), tasks)
+    played = play_tasks(driver_of(policy, environment), tasks, when="now")
     assert [each.labels["is_answerable"] for each in played] == [
         "yes" if row["is_answerable"] else "no" for row in tasks
     ]
@@ -91,7 +97,7 @@ def test_labels_are_those_of_row_and_verifier(policy):
 
 def test_what_failed_is_counted_and_in_no_mean(policy):
     environment = Failing(where="verify", times=10**6)
-    played = play_tasks(driver_of(policy, environment), held_out_tasks(environment, 5))
+    played = play_tasks(driver_of(policy, environment), held_out_tasks(environment, 5), when="now")
     found = results_by_environment(played)["failing"]
     assert (found.num_tasks, found.num_failures, found.reward) == (5, 5, None)
     assert found.share_perfect == 0
@@ -146,16 +152,16 @@ def test_means_are_of_environments():
     }
 
 
-def test_played_tasks_survive_their_file(tmp_path):
-    played = [task(0, 1.0, is_harmful="no"), task(1, None)]
-    file = tmp_path / "before.json"
-    write_json(file, played)
-    assert read_played(file) == played
-    record = json.loads(file.read_text())
-    del record[0]["answer"]
-    file.write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"no played tasks of this version .answer is missing"):
-        read_played(file)
+def test_records_of_a_moment_are_read_from_a_file(tmp_path):
+    records = [task(0, 1.0, is_harmful="no"), replace(task(1, None), when="later")]
+    file = tmp_path / "rollouts.jsonl"
+    lines = [json.dumps(to_record(record)) + "\n" for record in records]
+    file.write_text("".join([*lines, lines[1][:40]]))
+    assert read_records(file, when="now") == records[:1]
+    assert read_records(file, when="later") == records[1:]
+    file.write_text(lines[0] + '{"when": "now"}\n')
+    with pytest.raises(DataError, match="line 2 is no rollout of this version"):
+        read_records(file, when="now")
 
 
 def test_two_of_a_name_and_too_few_tasks_are_refused():

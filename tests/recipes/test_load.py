@@ -3,8 +3,10 @@
 import pytest
 
 from nemotron3.errors import ConfigError
-from nemotron3.recipes.load import load_recipe
-from nemotron3.recipes.pretrain import RECIPES, PretrainRun
+from nemotron3.recipes.load import RECIPES, load_recipe, recipes_of
+from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.rl import RLRun
+from nemotron3.recipes.sft import SFTRun
 
 OWN = """
 from dataclasses import replace
@@ -17,9 +19,15 @@ def recipe():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_by_its_name(name):
-    run = load_recipe(name)
-    assert isinstance(run, PretrainRun)
-    assert run.name == name
+    assert load_recipe(name).name == name
+
+
+def test_every_recipe_is_of_one_kind_and_says_what_it_is_in_a_line():
+    found = {kind: recipes_of(kind) for kind in (PretrainRun, SFTRun, RLRun)}
+    assert sum(map(len, found.values())) == len(RECIPES)
+    assert all(len(line) > 20 for recipes in found.values() for line in recipes.values())
+    with pytest.raises(ConfigError, match="tiny-sft is a run of kind 'sft', and a RLRun"):
+        load_recipe("tiny-sft", RLRun)
 
 
 def test_a_recipe_from_a_file(tmp_path):

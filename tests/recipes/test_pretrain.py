@@ -9,7 +9,8 @@ from nemotron3.config import from_record, to_record
 from nemotron3.data import FilesConfig, LoadTokenizerConfig, TokenizedConfig, TokenizedSource
 from nemotron3.errors import ConfigError, DependencyMissingError
 from nemotron3.recipes import run_folder, run_pretrain
-from nemotron3.recipes.pretrain import RECIPES, PretrainRun, tiny
+from nemotron3.recipes.load import RECIPES
+from nemotron3.recipes.pretrain import PretrainRun, tiny
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_pretrain import pretrain
 from tests.small_run import small_run, with_leaf, write_text
@@ -46,7 +47,7 @@ def test_a_name_must_be_a_folders(name):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_before_any_text_is_read():
-    with pytest.raises(ConfigError, match=r"vocab_size is 9000, more than model\.vocab_size 4096"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 9000, more than model\.vocab_size 1024"):
         with_leaf(tiny(), "corpus.tokenizer.vocab_size", 9000)
 
 
@@ -61,7 +62,8 @@ def test_a_callback_hears_of_every_stage_and_step(text, tmp_path):
     listener = Listener()
     pretrain(small_run(text, training={"steps": 2}), runs=tmp_path / "runs", callback=listener)
     assert listener.steps == [1, 2]
-    assert listener.stages[0] == "Preparing the corpus"
+    assert listener.stages[0].startswith("Memory, at most about ")
+    assert listener.stages[1] == "Preparing the corpus"
     assert {"survey", "learn", "encode"} <= listener.parts
     assert not any("scheduled" in message for message in listener.stages)
 

@@ -15,6 +15,7 @@ from nemotron3.recipes import run_rl
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.advantages import AdvantageConfig
+from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.rollouts import RolloutConfig
 from nemotron3.rl.sampling_plan import EnvironmentConfig
@@ -79,6 +80,20 @@ def small(policy, *names, steps=2, group_size=4, prompts=2, lr=1e-2, **changes):
     return replace(run, training=replace(run.training, **training), **changes)
 
 
+def die_after(monkeypatch, last):
+    """Runs are interrupted when the checkpoint of step `last` stands; None for never."""
+
+    def save_and_die(self, step, **content):
+        _SAVE(self, step, **content)
+        if step == last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
+
+
+_SAVE = CheckpointStore.save
+
+
 def metrics_of(folder):
     return dict(read_metrics(folder / "metrics.jsonl"))
 
@@ -97,7 +112,10 @@ def test_rewards_grow(policy, letter, tmp_path):
     assert routers
     assert all((result.state_dict()[name] == before[name]).all() for name in routers)
     kept = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    assert {record["step"] for record in kept} == {0, 10, 20}
+    ends = ["held-out tasks before training", "held-out tasks after training"]
+    moments = [ends[0], "step 0", "step 10", "step 20", ends[1]]
+    assert list(dict.fromkeys(record["when"] for record in kept)) == moments
+    assert all(moment in (folder / "rollouts.html").read_text() for moment in moments)
     assert rl(run, runs=tmp_path / "runs") == summary
 
 
@@ -113,17 +131,10 @@ def test_many_environments_share_every_batch(policy, letter, tmp_path):
 def test_a_run_that_was_killed_goes_on_to_the_same_losses(policy, letter, tmp_path, monkeypatch):
     run = small(policy, letter, steps=4, training={"checkpoint_every_steps": 1})
     whole = rl(run, runs=tmp_path / "whole")
-    save = CheckpointStore.save
-
-    def save_and_die(self, step, **content):
-        save(self, step, **content)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
+    die_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         rl(run, runs=tmp_path / "cut")
-    monkeypatch.setattr(CheckpointStore, "save", save)
+    die_after(monkeypatch, None)
     cut = rl(run, runs=tmp_path / "cut")
     assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
     ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
@@ -205,3 +216,24 @@ def test_a_vocabulary_without_the_tokens_of_chats_is_refused(policy, letter, tmp
     with pytest.raises(ConfigError, match=r"vocabulary lacks <\|im_start\|>"):
         rl(small(policy, letter), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_curriculum_measures_pass_rates_and_goes_on_with_them(
+    policy, letter, tmp_path, monkeypatch
+):
+    curriculum = CurriculumConfig(pool=12, samples=3, profile_every_steps=2)
+    run = small(
+        policy, letter, steps=4, curriculum=curriculum, training={"checkpoint_every_steps": 1}
+    )
+    whole = rl(run, runs=tmp_path / "whole")
+    rates = json.loads((tmp_path / "whole/small/pass_rates.json").read_text())
+    assert rates.keys() == {"0", "2"}
+    assert all(len(found["letter"]) == 12 for found in rates.values())
+    assert rates["0"] != rates["2"]
+    die_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        rl(run, runs=tmp_path / "parts")
+    die_after(monkeypatch, None)
+    parts = rl(run, runs=tmp_path / "parts")
+    assert parts.reward == whole.reward
+    assert json.loads((tmp_path / "parts/small/pass_rates.json").read_text()) == rates

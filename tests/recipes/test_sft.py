@@ -16,11 +16,13 @@ from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes import run_sft
+from nemotron3.recipes.demonstrations import DemonstrationsConfig
 from nemotron3.recipes.own_conversations import own_conversations
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_sft import sft
 from nemotron3.recipes.samples import SampleConfig
 from nemotron3.recipes.sft import SFTRun
+from nemotron3.recipes.sft_data import prepare_sft_data
 from nemotron3.text import Tokenizer
 from nemotron3.training.sft_objective import NormalisationStage, SFTLossConfig
 from tests.tiny import tiny_config
@@ -271,3 +273,44 @@ def test_a_recorded_run_can_be_read_again(base, chats, tmp_path):
     write_run(tmp_path / "record", run)
     assert read_run(tmp_path / "record", SFTRun) == run
     assert Path(run.model) == base
+
+
+def test_demonstrations_of_environments_are_a_source(base, tmp_path):
+    solved = DemonstrationsConfig(environment="list_operations", num_tasks=30, difficulty=0.0)
+    run = SFTRun(
+        name="solved",
+        model=str(base),
+        demonstrations=(solved,),
+        training=replace(small(base, *_none(tmp_path)).training, seq_len=192),
+        device="cpu",
+        num_samples=1,
+        sampling=SampleConfig(max_tokens=4),
+    )
+    data = prepare_sft_data(run)
+    again = prepare_sft_data(run)
+    ids = [c.ids.tolist() for c in data.train["list_operations"].conversations]
+    assert ids == [c.ids.tolist() for c in again.train["list_operations"].conversations]
+    held_out = {repr(c.messages) for c in data.held_out_conversations["list_operations"]}
+    assert held_out
+    assert len(ids) + len(data.held_out_conversations["list_operations"]) == 30
+    summary = sft(run, runs=tmp_path / "runs")
+    assert summary.loss["list_operations"] < summary.loss_before["list_operations"]
+
+
+def _none(folder):
+    file = folder / "few.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(8)), encoding="utf-8")
+    return [file]
+
+
+def test_demonstrations_that_cannot_be_had_are_an_error_before_training(base, tmp_path):
+    with pytest.raises(ConfigError, match="num_tasks is 1"):
+        DemonstrationsConfig(environment="math", num_tasks=1)
+    with pytest.raises(ConfigError, match="weight is 0"):
+        DemonstrationsConfig(environment="math", num_tasks=9, weight=0.0)
+    run = small(base, *_none(tmp_path), name="bad")
+    with pytest.raises(ConfigError, match="did you mean 'math'"):
+        sft(
+            replace(run, demonstrations=(DemonstrationsConfig(environment="maths", num_tasks=9),)),
+            runs=tmp_path / "runs",
+        )

@@ -156,14 +156,18 @@ def packed(parts):
     )
 
 
-@pytest.mark.parametrize("config", [EXACT, PolicyLossConfig(lowest=0.1, highest=9.0)])
+@pytest.mark.parametrize(
+    "config",
+    [EXACT, PolicyLossConfig(lowest=0.1, highest=9.0), PolicyLossConfig(mtp_loss_scaling=0.3)],
+)
 def test_any_split_into_microbatches_gives_the_same_loss_and_gradients(config, assert_close):
-    model = tiny_model("ME*-", dtype=torch.float64)
-    objective, parts = PolicyObjective(config), list(rollouts())
+    model = tiny_model("ME*-/*E/*E", dtype=torch.float64)
+    objective, parts = PolicyObjective(config, num_mtp_depths=2), list(rollouts())
     results = []
     for cut in ([parts], [parts[:1], parts[1:]], [[part] for part in reversed(parts)]):
         batches = [packed(piece) for piece in cut]
-        counts = {"tokens": sum(objective.counts(batch)["tokens"] for batch in batches)}
+        each = [objective.counts(batch) for batch in batches]
+        counts = {name: sum(found[name] for found in each) for name in each[0]}
         model.zero_grad()
         total, metrics = 0.0, {}
         for batch in batches:
@@ -171,6 +175,8 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradients(config, a
                 batch.tokens,
                 layout=SequenceLayout(batch.segments),
                 head=partial(objective.loss, batch=batch, counts=counts),
+                mtp_depths=objective.mtp_depths,
+                detach_mtp=objective.detach_mtp,
             )
             terms.total.backward()
             total += terms.total.item()
@@ -182,6 +188,45 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradients(config, a
         assert metrics == pytest.approx(results[0][1], abs=1e-6)
         for name, gradient in gradients.items():
             assert_close(gradient, results[0][2][name], FLOAT64)
+
+
+def test_the_depths_train_the_mtp_block_and_nothing_else(assert_close):
+    """Towards what was sampled, by the plain cross-entropy, whatever the advantages."""
+    model = tiny_model("ME*-/*E/*E", dtype=torch.float64)
+    batch, found = packed(list(rollouts())), []
+    for scaling in (0.0, 0.3, 0.6):
+        objective = PolicyObjective(PolicyLossConfig(mtp_loss_scaling=scaling), num_mtp_depths=2)
+        model.zero_grad()
+        terms = model(
+            batch.tokens,
+            layout=SequenceLayout(batch.segments),
+            head=partial(objective.loss, batch=batch, counts=objective.counts(batch)),
+            mtp_depths=objective.mtp_depths,
+            detach_mtp=True,
+        )
+        terms.total.backward()
+        found.append((terms.metrics, named_gradients(model)))
+    (_, without), (metrics, once), (_, twice) = found
+    assert {name for name in once if name.startswith("mtp.")}
+    for name, gradient in once.items():
+        if name.startswith("mtp."):
+            assert_close(2 * gradient, twice[name], FLOAT64)
+        else:
+            assert_close(gradient, without[name], FLOAT64)
+    # The metric is the mean over the sampled tokens that a depth can predict.
+    targets, mask, _ = batch.at_depth(1)
+    hidden = model(
+        batch.tokens,
+        layout=SequenceLayout(batch.segments),
+        head=lambda output: output.hidden[1],
+        mtp_depths=1,
+    )
+    scores = (hidden @ model.output_weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert metrics["train/loss_mtp_1"].item() == pytest.approx(
+        (-(scores * mask).sum() / mask.sum()).item(), abs=1e-6
+    )
+    with pytest.raises(ConfigError, match="has no MTP block"):
+        PolicyObjective(PolicyLossConfig(mtp_loss_scaling=0.3))
 
 
 def test_without_sampled_tokens_there_is_no_gradient():

@@ -1,6 +1,7 @@
 """Rollouts: token-in, token-out, the same log-probabilities in training, failures."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from nemotron3.environments.calculator import Calculator
 from nemotron3.errors import ConfigError
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.segments import Segments
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import collect
+from nemotron3.rl.policy_objective import PolicyLossConfig, PolicyObjective
 from nemotron3.rl.rollouts import RolloutConfig, RolloutDriver, failure_of
 from nemotron3.rl.sampling_plan import SamplingPlan, quotas
 from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer
+from nemotron3.training.optimizers import AdamWConfig, build_optimizer
+from nemotron3.training.step import TrainingStep
 from tests.rl.playground import Chatter, Failing, OtherParity, Parity, save_policy
 from tests.tiny import randomized
 
@@ -233,3 +238,47 @@ def test_fewer_prompts_than_environments_is_an_error():
 def test_settings_are_checked(name, value):
     with pytest.raises(ConfigError, match=f"rollouts.{name} is {value}"):
         RolloutConfig(**{name: value})
+
+
+@pytest.mark.parametrize("engine", [{}, {"max_draft_tokens": 0}, {"max_num_batched_tokens": 7}])
+def test_training_chooses_the_experts_that_the_engine_chose(policy, engine):
+    """Over turns and groups, every token but the last has the experts of every mixture."""
+    driver = driver_for(policy, Chatter(), engine=engine | {"return_routed_experts": True})
+    rollouts = driver.play(tasks(Chatter(), 2), group_size=2, seed=3)
+    assert any(rollout.num_turns > 1 for rollout in rollouts)
+    (batch,) = policy_batches(rollouts, [1.0] * len(rollouts), max_tokens=10**4)
+    layout = SequenceLayout(batch.segments)
+    with torch.no_grad():
+        own = policy[0](batch.tokens, layout=layout, head=lambda output: output.routes)
+    assert len(own.backbone) == len(batch.routes.backbone) == 2
+    for mine, engines in zip(own.backbone, batch.routes.backbone, strict=True):
+        assert (mine.sort().values == engines.sort().values).all()
+
+
+def test_replayed_experts_are_those_that_training_uses(policy):
+    """Experts that no router would choose: the loss of a batch with them is another."""
+    rollouts = driver_for(policy, Parity(), engine={"return_routed_experts": True}).play(
+        tasks(Parity(), 2), group_size=2
+    )
+    experts = policy[0].config.moe.n_routed_experts
+    (batch,) = policy_batches(rollouts, [1.0] * 4, max_tokens=10**4)
+    moved = replace(
+        batch, routes=RecordedRoutes(backbone=[(r + 1) % experts for r in batch.routes.backbone])
+    )
+    found = []
+    for each in (batch, moved):
+        step = TrainingStep(
+            policy[0],
+            build_optimizer(policy[0], AdamWConfig(lr=0.1, weight_decay=0.0)),
+            PolicyObjective(PolicyLossConfig()),
+            clip_grad_norm=None,
+        )
+        found.append(step([each], learning_rate=0.0)["policy/logprob_error"])
+    assert found[0] < 1e-5
+    assert found[1] > 1e-3
+
+
+def test_an_engine_that_records_no_experts_leaves_the_choice_to_training(policy):
+    rollouts = driver_for(policy, Parity()).play(tasks(Parity(), 1))
+    (batch,) = policy_batches(rollouts, [1.0], max_tokens=10**4)
+    assert batch.routes is None

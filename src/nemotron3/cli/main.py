@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
 from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
+from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -47,7 +48,7 @@ _FUNCTIONS = {
     "pretrain": "pretrain.pretrain_command",
     "sft": "sft.sft_command",
     "rl": "rl.rl_command",
-    "show": "pretrain.show",
+    "show": "recipes.show",
     "generate": "generate.generate_command",
     "serve": "serve.serve_command",
     "chat": "chat.chat_command",
@@ -110,8 +111,6 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     module, _, name = _FUNCTIONS[known.verb].partition(".")
     function = getattr(import_module(f"nemotron3.cli.{module}"), name)
     match known.verb:
-        case "info":
-            return function(known.model, context=known.context, as_json=known.json)
         case "show":
             return function(known.recipe)
         case "pretrain" | "sft" | "rl":
@@ -163,6 +162,7 @@ def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--context", type=int, default=8192, help="sequence length to count for (default 8192)"
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    add_memory_options(info)
 
 
 def _add_run(
@@ -200,7 +200,7 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     pretrain = _add_run(
         verbs,
         "pretrain",
-        usage="nemotron3 pretrain RECIPE [--data PATH] [--runs PATH] [--option value ...]\n"
+        usage="nemotron3 pretrain RECIPE [--data PATH] [--init-from MODEL] [--option value ...]\n"
         "       nemotron3 pretrain --from RUN.JSON [--runs PATH] [--option value ...]",
         help="train a model from text",
         description="Train a model by a named recipe, or by your own: a Python file whose function "
@@ -214,6 +214,12 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PATH",
         help="train on your own text instead: a file, folder or glob of plain text, JSON lines or "
         "Parquet (may be repeated)",
+    )
+    pretrain.add_argument(
+        "--init-from",
+        metavar="MODEL",
+        help="continue a model directory, such as runs/tiny/model, with its own architecture and "
+        "tokenizer",
     )
 
 
@@ -292,7 +298,7 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
 
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     show = verbs.add_parser("show", help="a recipe, resolved, as JSON")
-    show.add_argument("recipe", help="tiny, tiny-books, small, or a Python file")
+    show.add_argument("recipe", help="such as tiny or tiny-sft, or a Python file")
 
 
 def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

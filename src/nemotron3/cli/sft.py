@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nemotron3.cli.recipes import with_recipes
 from nemotron3.cli.tuning import chosen_run, ending, watched, weighted
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.errors import ConfigError
@@ -35,7 +36,7 @@ def sft_command(known: argparse.Namespace, rest: list[str]) -> int:
     own = {"--data": known.data, "--epochs": known.epochs}
     run = chosen_run(known, rest, SFTRun, of_model=of_model, of_model_only=own)
     if run is None:
-        print(known.page())
+        print(with_recipes(known.page(), SFTRun))
     elif known.preview:
         print(preview(prepare_sft_data(run), rows=known.preview))
     else:

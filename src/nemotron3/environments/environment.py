@@ -99,11 +99,15 @@ class Environment(ABC):
 
         Raises `RolloutFailedError` where the tool itself is out of order.
         """
+        wrong = self.call_problem(name, arguments)
+        return f"{ERROR}{wrong}" if wrong else await self.run_tool(session, name, arguments)
+
+    def call_problem(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        """Why no tool takes a call; None where one does."""
         tool = next((tool for tool in self.tools if tool.name == name), None)
         if tool is None:
-            return f"{ERROR}there is no tool {name[:40]}"
-        wrong = schema_error(dict(arguments), tool.parameters or {"type": "object"}, "the call")
-        return f"{ERROR}{wrong}" if wrong else await self.run_tool(session, name, arguments)
+            return f"there is no tool {name[:40]}"
+        return schema_error(dict(arguments), tool.parameters or {"type": "object"}, "the call")
 
     async def step(self, session: Any, turn: AssistantMessage) -> str | None:
         """What the user says after a turn that calls no tool; None where the rollout ends."""

@@ -25,7 +25,7 @@ from nemotron3.environments.environment import Environment
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, field_of
 from nemotron3.environments.verification import Verification
-from nemotron3.environments.words import LETTERS, WORDS
+from nemotron3.environments.words import EASY_WORDS, LETTERS, WORDS
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.text import AssistantMessage
 
@@ -134,17 +134,18 @@ def draw_text(random: Random, difficulty: float) -> str:
 
 
 def _words(random: Random, num_words: int, difficulty: float) -> list[str]:
-    pool: tuple[str, ...] = WORDS
+    every = EASY_WORDS if difficulty < 0.2 else WORDS
+    pool = every
     match random.randrange(4):
         case 0:
             letter = random.choice(LETTERS)
-            pool = tuple(word for word in WORDS if word[0] == letter)
+            pool = tuple(word for word in every if word[0] == letter)
         case 1:
             length = random.choice([3, 4, 5])
-            pool = tuple(word for word in WORDS if len(word) == length)
+            pool = tuple(word for word in every if len(word) == length)
         case _:
             pass
-    pool = pool if len(pool) >= num_words else WORDS
+    pool = pool if len(pool) >= num_words else every
     found = random.sample(pool, num_words)
     if random.random() < 0.2:
         return sorted(found)

@@ -1,6 +1,6 @@
 r"""Arithmetic and small algebra, answered by a number in `\boxed{}`.
 
-At difficulty 0 a sum of three small numbers; then more and longer terms, products and parentheses,
+At difficulty 0 a sum of three or four digits; then more and longer terms, products and parentheses,
 remainders and equations. Any spelling of the right number will do (`0.5`, `1/2`), one box alone.
 
 Rows have NeMo Gym's fields of its environment `math_with_judge`: `question`, `expected_answer`.
@@ -10,7 +10,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any, ClassVar
 
-from nemotron3.environments.answers import answer_turn, boxed, number
+from nemotron3.environments.answers import answer_turn, boxed, number, with_format
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, field_of
@@ -32,7 +32,10 @@ class MathProblems(Environment):
         kind = random.choice(kinds[: 2 + round(3 * self.difficulty)])
         question, steps, answer = kind(random, self.difficulty)
         return self.row(
-            f"{question} {ASK}", question=question, expected_answer=str(answer), steps=steps
+            with_format(question, ASK, self.difficulty),
+            question=question,
+            expected_answer=str(answer),
+            steps=steps,
         )
 
     def solve(self, row: Row) -> list[AssistantMessage]:
@@ -59,10 +62,10 @@ def _size(difficulty: float, low: float, high: float) -> int:
 
 
 def _sum(random: Random, difficulty: float) -> tuple[str, list[str], Fraction]:
-    largest = round(20 * 50**difficulty)
+    largest = round(9 * 111**difficulty)
     total = random.randint(1, largest)
     text, steps = str(total), []
-    for _ in range(_size(difficulty, 2, 5)):
+    for _ in range(random.randint(2, _size(difficulty, 3, 6))):
         term = random.randint(1, largest)
         sign = random.choice("+-") if total > term else "+"
         result = total + term if sign == "+" else total - term

@@ -18,6 +18,8 @@ from nemotron3.environments.verification import Verification
 from nemotron3.environments.words import WORDS
 from nemotron3.text import AssistantMessage
 
+LETTERS = "ABCDEFGH"
+
 
 class MultipleChoice(Environment):
     """Questions with lettered options, each letter right equally often."""
@@ -30,7 +32,7 @@ class MultipleChoice(Environment):
         kind = random.choice(kinds[: 2 + round(2 * self.difficulty)])
         num_options = random.randint(4, 4 + round(4 * self.difficulty))
         question, options, right, reasoning = kind(random, num_options, self.difficulty)
-        letters = "ABCDEFGH"[:num_options]
+        letters = LETTERS[:num_options]
         listed = "\n".join(f"{a}) {x}" for a, x in zip(letters, options, strict=True))
         return self.row(
             with_format(f"{question}\n{listed}", "Answer with the letter alone.", self.difficulty),
@@ -64,7 +66,8 @@ def _number(random: Random, num_options: int, difficulty: float) -> Question:
     largest = round(99 * 10 ** (2 * difficulty))
     options = random.sample(range(largest + 1), num_options)
     word, best = random.choice([("largest", max(options)), ("smallest", min(options))])
-    return f"Which is {word}?", list(map(str, options)), options.index(best), f"{word}: {best}"
+    place = options.index(best)
+    return f"Which is {word}?", list(map(str, options)), place, f"{word}: {_option(place, best)}"
 
 
 def _word(random: Random, num_options: int, difficulty: float) -> Question:
@@ -72,7 +75,8 @@ def _word(random: Random, num_options: int, difficulty: float) -> Question:
     options = random.sample(WORDS, num_options)
     word, best = random.choice([("first", min(options)), ("last", max(options))])
     question = f"Which comes {word} in the alphabet?"
-    return question, options, options.index(best), f"{word}: {best}"
+    place = options.index(best)
+    return question, options, place, f"{word}: {_option(place, best)}"
 
 
 def _expression(random: Random, num_options: int, difficulty: float) -> Question:
@@ -84,5 +88,10 @@ def _expression(random: Random, num_options: int, difficulty: float) -> Question
     step = random.choice([1, 2, 10])
     options = [value + step * (i - shift) for i in range(num_options)]
     random.shuffle(options)
-    steps = f"{a}*{b}={a * b}\n{a * b}+{c}={value}"
-    return f"What is {a}*{b}+{c}?", list(map(str, options)), options.index(value), steps
+    place = options.index(value)
+    steps = f"{a}*{b}={a * b}\n{a * b}+{c}={_option(place, value)}"
+    return f"What is {a}*{b}+{c}?", list(map(str, options)), place, steps
+
+
+def _option(place: int, value: str | int) -> str:
+    return f"{value}, {LETTERS[place]}"

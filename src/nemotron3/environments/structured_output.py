@@ -1,14 +1,15 @@
 """Records in JSON, YAML, XML, TOML or CSV that parse and fit a schema.
 
-At difficulty 0 two fields in JSON; then more fields, lists, nested objects, tables, and the other
-formats. Half of the fields ask for a type alone, the others for a range, a choice or one value, so
-that a record learned by heart fits few of the tasks. A key that stands twice is refused.
+At difficulty 0 two fields in JSON, named by letters; then more fields, lists, nested objects,
+tables, and the other formats. Half of the fields ask for a type alone, the others for a range, a
+choice or one value, so that a record learned by heart fits few of the tasks. A key that stands
+twice is refused.
 
 Rows have NeMo Gym's fields of its environment `structured_outputs`: `schema_str`, `schema_type`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, ClassVar, cast
 
@@ -19,7 +20,7 @@ from nemotron3.environments.json_schema import schema_error
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, field_of
 from nemotron3.environments.verification import Verification
-from nemotron3.environments.words import WORDS
+from nemotron3.environments.words import EASY_WORDS, LETTERS, WORDS
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.text import AssistantMessage
 
@@ -98,9 +99,10 @@ class StructuredOutput(Environment):
 
 def _schema(random: Random, difficulty: float, kind: str) -> Schema:
     num_fields = random.randint(2, 2 + round(5 * difficulty))
-    names = random.sample(WORDS, num_fields)
+    pool = _names(difficulty)
+    names = random.sample(pool, num_fields)
     if kind == "csv":
-        fields = {name: _scalar(random) for name in names}
+        fields = {name: _scalar(random, pool) for name in names}
         count = random.randint(1, 1 + round(4 * difficulty))
         return {"type": "array", "items": _object(fields), "minItems": count, "maxItems": count}
     return _object({name: _field(random, difficulty) for name in names})
@@ -117,24 +119,29 @@ def _object(fields: dict[str, Schema]) -> Schema:
 
 def _field(random: Random, difficulty: float) -> Schema:
     if random.random() < 0.4 * difficulty:
-        inside = random.sample(WORDS, 2)
-        return _object({name: _scalar(random) for name in inside})
+        inside = random.sample(_names(difficulty), 2)
+        return _object({name: _scalar(random, _names(difficulty)) for name in inside})
     if random.random() < 0.1 + 0.2 * difficulty:
         count = random.randint(1, 3)
         kind = random.choice(["integer", "string", "boolean"])
         return {"type": "array", "items": {"type": kind}, "minItems": count, "maxItems": count}
-    return _scalar(random)
+    return _scalar(random, _names(difficulty))
 
 
-def _scalar(random: Random) -> Schema:
+def _names(difficulty: float) -> Sequence[str]:
+    """What fields and their values are named after: letters are easier to copy than words."""
+    return LETTERS if difficulty < 0.2 else WORDS
+
+
+def _scalar(random: Random, pool: Sequence[str]) -> Schema:
     low = random.randint(0, 90)
     return random.choice(
         [
             {"type": "integer"},
             {"type": "integer", "minimum": low, "maximum": low + random.randint(1, 9)},
             {"type": "string"},
-            {"type": "string", "enum": random.sample(WORDS, 2)},
-            {"type": "string", "const": random.choice(WORDS)},
+            {"type": "string", "enum": random.sample(pool, 2)},
+            {"type": "string", "const": random.choice(pool)},
             {"type": "boolean"},
         ]
     )
@@ -181,7 +188,7 @@ def _value(random: Random, schema: Schema) -> Any:
         case {"type": "integer"}:
             return random.randint(schema.get("minimum", 0), schema.get("maximum", 99))
         case {"type": "string"}:
-            return random.choice(WORDS)
+            return random.choice(EASY_WORDS)
         case {"type": "boolean"}:
             return random.random() < 0.5
         case {"type": "array", "items": items, "minItems": count}:

@@ -33,6 +33,9 @@ toxin venom virus weapon
 
 WORDS: tuple[str, ...] = tuple(_WORDS.split())
 
+EASY_WORDS: tuple[str, ...] = tuple(word for word in WORDS[::4] if len(word) <= 5)
+"""Few enough that a model of a million parameters learns them all by heart."""
+
 NAMES: tuple[str, ...] = tuple(_NAMES.split())
 
 RISKY_WORDS: tuple[str, ...] = tuple(_RISKY.split())

@@ -1,7 +1,7 @@
 """Rewards on held-out tasks of environments, with what tells a gain from a trick.
 
     driver = RolloutDriver(llm, tokenizer, template, environments, RolloutConfig())
-    played = play_tasks(driver, held_out_tasks(environments["math"], 300))
+    played = play_tasks(driver, held_out_tasks(environments["math"], 300), when="now")
     results = results_by_environment(played)
 
 The tasks of a seed are the same for every model, so two evaluations can be compared task by task.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.rows import Row, Split
 from nemotron3.errors import ConfigError
-from nemotron3.evaluation.played_tasks import PlayedTask, played_task
 from nemotron3.evaluation.statistics import Interval, mean_interval
+from nemotron3.rl.records import RolloutRecord, rollout_record
 from nemotron3.rl.rollouts import RolloutDriver
 
 HELD_OUT_SEED = 0x5EED
@@ -75,10 +75,10 @@ def held_out_tasks(
 
 
 def play_tasks(
-    driver: RolloutDriver, tasks: Sequence[Row], *, seed: int = HELD_OUT_SEED
-) -> list[PlayedTask]:
-    """A rollout of each task; `seed` is that of the sampling."""
-    return [played_task(rollout) for rollout in driver.play(tasks, seed=seed)]
+    driver: RolloutDriver, tasks: Sequence[Row], *, when: str, seed: int = HELD_OUT_SEED
+) -> list[RolloutRecord]:
+    """A rollout of each task; `seed` is that of the sampling, `when` goes into the records."""
+    return [rollout_record(rollout, when=when) for rollout in driver.play(tasks, seed=seed)]
 
 
 def environments_by_name(environments: Iterable[Environment]) -> dict[str, Environment]:
@@ -94,16 +94,16 @@ def environments_by_name(environments: Iterable[Environment]) -> dict[str, Envir
 
 
 def results_by_environment(
-    played: Sequence[PlayedTask], *, level: float = 0.95
+    played: Sequence[RolloutRecord], *, level: float = 0.95
 ) -> dict[str, EnvironmentResult]:
     """The result in each environment, in the order of the tasks."""
-    tasks: dict[str, list[PlayedTask]] = {}
+    tasks: dict[str, list[RolloutRecord]] = {}
     for task in played:
         tasks.setdefault(task.environment, []).append(task)
     return {name: _result(name, own, level) for name, own in tasks.items()}
 
 
-def _result(name: str, tasks: Sequence[PlayedTask], level: float) -> EnvironmentResult:
+def _result(name: str, tasks: Sequence[RolloutRecord], level: float) -> EnvironmentResult:
     scored = [task for task in tasks if task.reward is not None]
     rewards = [task.reward for task in tasks if task.reward is not None]
     answers = Counter(task.answer for task in scored)
@@ -126,8 +126,8 @@ def _result(name: str, tasks: Sequence[PlayedTask], level: float) -> Environment
     )
 
 
-def _by_label(tasks: Sequence[PlayedTask], level: float) -> dict[str, dict[str, MeanReward]]:
-    found: dict[str, dict[str, list[PlayedTask]]] = {}
+def _by_label(tasks: Sequence[RolloutRecord], level: float) -> dict[str, dict[str, MeanReward]]:
+    found: dict[str, dict[str, list[RolloutRecord]]] = {}
     for task in tasks:
         for label, value in task.labels.items():
             found.setdefault(label, {}).setdefault(value, []).append(task)
@@ -142,7 +142,7 @@ def _by_label(tasks: Sequence[PlayedTask], level: float) -> dict[str, dict[str, 
     }
 
 
-def _mean_reward(tasks: Sequence[PlayedTask], level: float) -> MeanReward | None:
+def _mean_reward(tasks: Sequence[RolloutRecord], level: float) -> MeanReward | None:
     rewards = [task.reward for task in tasks if task.reward is not None]
     if not rewards:
         return None

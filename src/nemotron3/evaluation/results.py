@@ -15,8 +15,8 @@ from typing import Any, Literal, cast
 from nemotron3.config import from_record
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.evaluation.environments import EnvironmentResult
-from nemotron3.evaluation.played_tasks import PlayedTask
 from nemotron3.evaluation.text import TextResult
+from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import RolloutConfig
 
 
@@ -65,7 +65,7 @@ class Evaluation:
     """By path."""
     harness: dict[str, HarnessResult] = field(default_factory=dict[str, HarnessResult])
     """By task."""
-    tasks: tuple[PlayedTask, ...] = ()
+    tasks: tuple[RolloutRecord, ...] = ()
     """Every rollout in the environments."""
 
 

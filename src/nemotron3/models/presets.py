@@ -14,7 +14,7 @@ _MTP = "/*E/*E"
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hybrid_override_pattern": "MEM*EME" + _MTP,
-        "vocab_size": 4096,
+        "vocab_size": 1024,
         "hidden_size": 128,
         "mamba": {
             "mamba_num_heads": 8,

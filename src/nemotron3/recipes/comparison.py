@@ -10,13 +10,13 @@ from typing import Any
 
 from nemotron3.config import RUN_FILE, read_record, to_record
 from nemotron3.errors import ConfigError, DataError
-from nemotron3.evaluation.played_tasks import PlayedTask, read_played
 from nemotron3.evaluation.results import Evaluation, read_evaluation
 from nemotron3.evaluation.statistics import Finding, judge
 from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.observe.plots import Series
 from nemotron3.observe.report import load_series
-from nemotron3.recipes.run_folder import AFTER_FILE, METRICS_FILE, SUMMARY_FILE
+from nemotron3.recipes.run_folder import METRICS_FILE, ROLLOUTS_FILE, SUMMARY_FILE
+from nemotron3.rl.records import AFTER_TRAINING, RolloutRecord, read_records
 
 Rewards = Mapping[str, Mapping[str, float]]
 """By what was asked (an environment, a task of the harness), the reward of each question."""
@@ -183,13 +183,13 @@ def _run(path: Path) -> Compared:
         ) from error
     if not (results or metrics):
         raise DataError(f"{path} has no results yet: neither a finished step nor a summary")
-    after = path / AFTER_FILE
+    rollouts = path / ROLLOUTS_FILE
     return Compared(
         name=path.resolve().name,
         path=path,
         kind=kind,
         results=results,
-        rewards=_rewards(read_played(after)) if after.is_file() else {},
+        rewards=_rewards(read_records(rollouts, when=AFTER_TRAINING)) if rollouts.is_file() else {},
         metrics=metrics,
     )
 
@@ -209,6 +209,8 @@ def _reinforced(summary: Mapping[str, Any]) -> dict[str, float]:
     for name, reward in summary["reward"].items():
         found[f"reward, {name}"] = reward
         found[f"tokens, {name}"] = summary["tokens"][name]
+        if name in summary["most_common"]:
+            found[f"most common answer, {name}"] = summary["most_common"][name]
     return found | _costs(summary)
 
 
@@ -223,7 +225,7 @@ _RESULTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
 }
 
 
-def _rewards(tasks: Sequence[PlayedTask]) -> dict[str, dict[str, float]]:
+def _rewards(tasks: Sequence[RolloutRecord]) -> dict[str, dict[str, float]]:
     """By environment and prompt; a prompt that was played more than once has its mean."""
     played: dict[str, dict[str, list[float]]] = {}
     for task in tasks:

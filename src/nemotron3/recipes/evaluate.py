@@ -18,7 +18,6 @@ from nemotron3.evaluation.environments import (
     play_tasks,
     results_by_environment,
 )
-from nemotron3.evaluation.played_tasks import PlayedTask
 from nemotron3.evaluation.results import Evaluation, EvaluationSettings, HarnessResult
 from nemotron3.evaluation.text import TextResult, evaluate_text
 from nemotron3.inference.base_llm import name_of
@@ -28,9 +27,12 @@ from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import RolloutDriver
 from nemotron3.runtime.devices import describe_device, resolve_device
 from nemotron3.text import Tokenizer
+
+_WHEN = "held-out tasks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def evaluate_directory(
     for files in plan.texts:
         callback.stage(f"Reading {files.path} with the model")
         texts[files.path] = evaluate_text(model, tokenizer, files, seq_len=settings.seq_len)
-    played: list[PlayedTask] = []
+    played: list[RolloutRecord] = []
     if template is not None:
         bounded = replace(config, max_model_len=settings.rollouts.max_context)
         llm = LLM(model, tokenizer=tokenizer, config=bounded)
@@ -111,7 +113,7 @@ def evaluate_directory(
         for place, (name, own) in enumerate(rows.items()):
             callback.progress("environments", place, len(rows))
             callback.stage(f"Playing {len(own)} held-out tasks of {name}")
-            played += play_tasks(driver, own, seed=settings.seed)
+            played += play_tasks(driver, own, when=_WHEN, seed=settings.seed)
         callback.progress("environments", len(rows), len(rows))
     found: dict[str, HarnessResult] = {}
     if plan.harness is not None:

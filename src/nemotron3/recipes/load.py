@@ -1,15 +1,39 @@
 """Finding a recipe: by name, or in a Python file of the user's own."""
 
 import runpy
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from nemotron3.errors import ConfigError
-from nemotron3.recipes.pretrain import RECIPES
+from nemotron3.recipes.pretrain import small, tiny, tiny_books
+from nemotron3.recipes.rl import tiny_rl
 from nemotron3.recipes.run_config import RunConfig
+from nemotron3.recipes.sft import tiny_sft
+
+RECIPES: Mapping[str, Callable[[], RunConfig]] = MappingProxyType(
+    {
+        "tiny": tiny,
+        "tiny-books": tiny_books,
+        "small": small,
+        "tiny-sft": tiny_sft,
+        "tiny-rl": tiny_rl,
+    }
+)
+"""The recipes that the command line knows by name."""
 
 RunT = TypeVar("RunT", bound=RunConfig)
+
+
+def recipes_of(kind: type[RunConfig]) -> dict[str, str]:
+    """The named recipes of one kind of run, each with a line that says what it is."""
+    return {
+        name: (recipe.__doc__ or "").splitlines()[0]
+        for name, recipe in RECIPES.items()
+        if isinstance(recipe(), kind)
+    }
 
 
 def load_recipe(name: str, kind: type[RunT] = RunConfig) -> RunT:

@@ -7,8 +7,7 @@ A recipe is a function that returns a whole `PretrainRun`; a variation of one is
     longer = replace(run, name="longer", training=replace(run.training, steps=4000))
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nemotron3.checkpoint.retention import RetentionConfig
@@ -26,6 +25,7 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.samples import SampleConfig
+from nemotron3.text.vocabulary import CHAT_WORDS
 from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.pretrain_objective import PretrainLossConfig
 from nemotron3.training.schedules import WSD
@@ -39,6 +39,9 @@ class PretrainRun(RunConfig):
     kind: Literal["pretrain"] = "pretrain"
     model: ModelConfig
     """The model."""
+    init_from: str | None = None
+    """Directory of the model to continue, a run's or a published one; null begins with initial
+    weights. `model` and the tokenizer are then those of the directory."""
     corpus: CorpusConfig | TokenizedConfig
     """The text, its split, and the tokenizer; or token files that stand already."""
     training: TrainingConfig
@@ -61,6 +64,13 @@ class PretrainRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         tokenizer = self.corpus.tokenizer
+        if isinstance(tokenizer, TrainTokenizerConfig) and self.init_from is not None:
+            raise ConfigError(
+                f"learns a new vocabulary, and {{other}} is {self.init_from}, whose model knows "
+                "another one; let it be LoadTokenizerConfig with the path of that directory",
+                field="corpus.tokenizer",
+                other="init_from",
+            )
         if isinstance(tokenizer, TrainTokenizerConfig) and (
             tokenizer.vocab_size > self.model.vocab_size
         ):
@@ -73,12 +83,14 @@ class PretrainRun(RunConfig):
 
 
 def tiny() -> PretrainRun:
-    """2.9M parameters with all parts of Super, on Shakespeare and Python: minutes on two cores."""
-    steps = 1000
+    """2.1M parameters with all parts of Super, on Shakespeare and Python: minutes on two cores."""
+    steps = 1200
     return PretrainRun(
         name="tiny",
         model=ModelConfig.preset("tiny"),
-        corpus=shakespeare_and_python(),
+        corpus=shakespeare_and_python(
+            tokenizer=TrainTokenizerConfig(vocab_size=1024, words=CHAT_WORDS)
+        ),
         phases=(
             PhaseConfig(weights={"shakespeare": 0.5, "sympy": 0.25, "networkx": 0.25}, until=0.8),
             PhaseConfig(weights={"shakespeare": 0.6, "sympy": 0.1, "networkx": 0.3}),
@@ -89,7 +101,7 @@ def tiny() -> PretrainRun:
             microbatch_size=8,
             seq_len=256,
             optimizer=AdamWConfig(lr=5e-3),
-            schedule=WSD(total_steps=steps, warmup_steps=30, decay_steps=350),
+            schedule=WSD(total_steps=steps, warmup_steps=30, decay_steps=420),
         ),
         retention=RetentionConfig(keep_last=4),
         prompts=("ROMEO", "To be, or not to", "def ", "class Graph"),
@@ -102,7 +114,7 @@ def tiny_books() -> PretrainRun:
     steps = 6000
     return PretrainRun(
         name="tiny-books",
-        model=run.model,
+        model=replace(run.model, vocab_size=4096),
         corpus=english_and_code(tokenizer=TrainTokenizerConfig(vocab_size=4096)),
         training=TrainingConfig(
             steps=steps,
@@ -136,11 +148,3 @@ def small() -> PretrainRun:
         ),
         prompts=tiny().prompts,
     )
-
-
-RECIPES: dict[str, Callable[[], PretrainRun]] = {
-    "tiny": tiny,
-    "tiny-books": tiny_books,
-    "small": small,
-}
-"""The recipes that the command line knows by name."""

@@ -5,10 +5,16 @@ from typing import Literal
 
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.run_config import RunConfig
+from nemotron3.recipes.sft import TINY_ENVIRONMENTS
 from nemotron3.rl.advantages import AdvantageConfig
+from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
+from nemotron3.rl.reward_shaping import RewardShapingConfig
 from nemotron3.rl.rollouts import RolloutConfig
 from nemotron3.rl.sampling_plan import EnvironmentConfig
+from nemotron3.training.optimizers import AdamWConfig
+from nemotron3.training.parameter_groups import ParameterGroupConfig
+from nemotron3.training.schedules import WSD
 from nemotron3.training.trainer import TrainingConfig
 
 
@@ -29,6 +35,8 @@ class RLRun(RunConfig):
     """Steps, batch, optimizer, schedule."""
     group_size: int = 8
     """Rollouts of each prompt, whose rewards are compared."""
+    curriculum: CurriculumConfig | None = None
+    """How difficulty grows; null takes tasks as they come."""
     max_rounds: int = 2
     """Rounds of rollouts in which groups with equal rewards are replaced; 1 for no replacement."""
     chat_style: str | None = None
@@ -38,12 +46,17 @@ class RLRun(RunConfig):
     """How tasks are played."""
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     """How rewards become advantages."""
+    shaping: RewardShapingConfig = field(default_factory=RewardShapingConfig)
+    """What is changed of rewards and advantages: length, form, what was cut off."""
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     """The policy's loss."""
     held_out_tasks: int = 100
     """Held-out tasks of each environment that are looked at during training."""
     final_held_out_tasks: int = 300
     """Those that are looked at before and after training."""
+    replays_routes: bool = False
+    """Whether training chooses the experts that the engine chose (routing replay). Here both run
+    the same code and differ by rounding; it is for numbers of few bits."""
     max_num_seqs: int = 256
     """Rollouts that are sampled at once."""
     log_rollouts_every_steps: int = 10
@@ -77,6 +90,41 @@ class RLRun(RunConfig):
                 "training.seq_len",
                 field="rollouts.max_context",
             )
+        if (self.shaping.effort is not None) != (self.rollouts.effort_fraction > 0):
+            raise ConfigError(
+                "shaping.effort and rollouts.effort_fraction go together: the first shapes the "
+                "rewards of prompts that the second makes; set both, or neither"
+            )
         for name in ("max_rounds", "held_out_tasks", "final_held_out_tasks", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"is {getattr(self, name)}; it must be 1 or more", field=name)
+
+
+def tiny_rl() -> RLRun:
+    """The result of tiny-sft, rewarded in nine environments at once: minutes on two cores."""
+    steps = 150
+    routers = ParameterGroupConfig(
+        name="routers", parameters=("backbone.*.gate.weight",), is_frozen=True
+    )
+    mtp = ParameterGroupConfig(name="mtp", parameters=("mtp.*",), is_frozen=True)
+    return RLRun(
+        name="tiny-rl",
+        model="runs/tiny-sft/model",
+        environments=tuple(
+            EnvironmentConfig(name=name, difficulty=0.0) for name in TINY_ENVIRONMENTS
+        ),
+        group_size=8,
+        rollouts=RolloutConfig(max_tokens=48, max_context=256, lists_tools=False),
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=36 * 8,
+            microbatch_size=16,
+            seq_len=256,
+            optimizer=AdamWConfig(lr=4e-4, betas=(0.9, 0.99), weight_decay=0.0),
+            schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5),
+            parameter_groups=(routers, mtp),
+            evaluate_every_steps=50,
+            checkpoint_every_steps=50,
+        ),
+        final_held_out_tasks=500,
+    )

@@ -5,7 +5,7 @@
     metrics.jsonl       the metrics of every step; tensorboard/ has them too
     model/              the result, as a model directory
     before.json         of rl: held-out tasks played before training
-    after.json          and after it
+    rollouts.jsonl      of rl: those tasks before and after, and some rollouts between
     summary.json        the result; it is written last, so a run with one is finished
 
 A folder belongs to one configuration. Another one is refused there: its checkpoints would be
@@ -28,7 +28,7 @@ from nemotron3.training.trainer import StepReport, Trainer
 
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
-BEFORE_FILE, AFTER_FILE = "before.json", "after.json"
+BEFORE_FILE, ROLLOUTS_FILE = "before.json", "rollouts.jsonl"
 MODEL_FOLDER = "model"
 TOKENIZER_FOLDER = "tokenizer"
 """What any model of the run needs beside its weights."""
@@ -96,7 +96,7 @@ class RunFolder(Generic[RunT]):
         if not (self.path / RUN_FILE).exists():
             return
         before, now = to_record(read_run(self.path, type(self.run))), to_record(self.run)
-        changed = sorted(_differences(before, now))
+        changed = sorted(differences(before, now))
         if changed:
             path, old, new = changed[0]
             raise ConfigError(
@@ -118,14 +118,15 @@ def read_summary(folder: Path, cls: type[S]) -> S:
     return from_record(cls, json.loads((folder / SUMMARY_FILE).read_text("utf-8")))
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Where two records differ: the dotted path, the value before, and the value now."""
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(one, other, f"{path}[{index}]")
+            yield from differences(one, other, f"{path}[{index}]")
         return
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
-            yield from _differences(
+            yield from differences(
                 before.get(key), now.get(key), f"{path}.{key}" if path else str(key)
             )
     elif before != now:

@@ -6,73 +6,56 @@ from its step, the seed and the weights, so a run that was interrupted goes on t
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nemotron3.config import to_record, write_json
+from nemotron3.config import from_record, to_record, write_json
 from nemotron3.data.chat_tokens import check_chat_tokens
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
-from nemotron3.environments.response import to_dict
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.evaluation.environments import held_out_tasks, play_tasks
-from nemotron3.evaluation.played_tasks import (
-    PlayedTask,
-    means_by_environment,
-    played_task,
-    read_played,
-)
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
-from nemotron3.observe.report import ReportSummary, TextSample, write_report
+from nemotron3.observe.report import write_report
+from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
 from nemotron3.recipes.chat_model import chat_template_for, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
+from nemotron3.recipes.memory import announce_memory, bytes_for_keys
 from nemotron3.recipes.rl import RLRun
-from nemotron3.recipes.run_folder import AFTER_FILE, BEFORE_FILE, RunCallback, RunFolder
+from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
+from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
+from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
+from nemotron3.rl.records import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    RolloutRecord,
+    means_by_environment,
+    rollout_record,
+)
 from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
-from nemotron3.rl.sampling_plan import SamplingPlan
+from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.text import Tokenizer
 from nemotron3.training.trainer import Trainer
 
-ROLLOUTS_FILE = "rollouts.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLSummary:
-    """What a finished run has to show."""
-
-    reward_before: dict[str, float]
-    """Mean reward on held-out tasks before training, by environment; "all" for the mean of them."""
-    reward: dict[str, float]
-    """The same of the result, on the same tasks with the same seeds."""
-    tokens_before: dict[str, float]
-    """Sampled tokens of a rollout, by environment."""
-    tokens: dict[str, float]
-    """The same of the result."""
-    held_out_tasks: int
-    """Different held-out prompts of each environment."""
-    seconds: float
-    """Wall time of this call."""
-    samples: tuple[dict[str, str], ...]
-    """Held-out tasks and what the result did with them."""
-    parameters: int
-    """Parameters, with multi-token prediction."""
+_PASS_RATES_FILE = "pass_rates.json"
+_LOGGED_GROUPS = 2
+"""Groups of each environment that are kept of a logged update."""
 
 
 def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = None) -> RLSummary:
@@ -85,6 +68,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         return finished
 
     own = [Path(config.name) for config in run.environments if config.name.endswith(".py")]
+    announce_memory(run, folder.device, callback)
     training = _Training(folder, run, callback)
     record_input_files(folder.path, [*model_files(run.model), *own])
     folder.record({})
@@ -93,12 +77,18 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         training.fit()
         callback.stage("Writing the model")
         training.save()
-        callback.stage("Playing held-out tasks")
-        after = training.look(run.final_held_out_tasks)
-        write_json(folder.path / AFTER_FILE, after)
-    summary = _summary(training, before, after, started)
+        after = training.after()
+    costs = model_costs(training.model.config)
+    summary = rl_summary(
+        before,
+        after,
+        held_out_tasks=run.final_held_out_tasks,
+        parameters=costs.total + costs.mtp_parameters,
+        seconds=time.perf_counter() - started,
+    )
     folder.record({"backends": backends})
-    write_report(folder.path, summary=_report(run, summary, folder.device))
+    write_rollouts_page(folder.path / ROLLOUTS_FILE, title=run.name)
+    write_report(folder.path, summary=rl_report(run, summary, folder.device))
     folder.finish(summary)
     return summary
 
@@ -131,13 +121,26 @@ class _Training:
             weights[environment.name] = config.weight
         has_tools = any(environment.tools for environment in self.environments.values())
         check_chat_tokens(self.tokenizer, with_tools=has_tools)
-        self.plan = SamplingPlan(
+        plan = SamplingPlan(
             self.environments,
             weights,
             prompts=run.training.batch_size // run.group_size,
             rounds=run.max_rounds,
             seed=run.seed,
         )
+        self._pools: dict[str, list[Row]] = {}
+        self._curriculum: Curriculum | None = None
+        if run.curriculum is not None:
+            size, seed = run.curriculum.pool, run.seed
+            self._pools = {
+                name: environment.distinct_tasks(size, split="train", seed=seed)
+                for name, environment in self.environments.items()
+            }
+            self._curriculum = Curriculum(
+                run.curriculum, plan.quotas, self._pools, steps=run.training.steps, seed=seed
+            )
+        self._plan: TaskPlan = self._curriculum or plan
+        self._profiled: int | None = None
         self._llm = LLM(
             self.model,
             tokenizer=self.tokenizer,
@@ -145,6 +148,8 @@ class _Training:
                 max_num_seqs=run.max_num_seqs,
                 max_model_len=run.rollouts.max_context,
                 max_draft_tokens=0,
+                return_routed_experts=run.replays_routes,
+                kv_cache_bytes=bytes_for_keys(run, folder.device),
             ),
         )
         self._driver = RolloutDriver(
@@ -156,20 +161,28 @@ class _Training:
         )
         self._update = UpdateRollouts()
 
-    def before(self) -> list[PlayedTask]:
+    def before(self) -> list[RolloutRecord]:
         """Held-out tasks played by the model that training starts from."""
         file = self.folder.path / BEFORE_FILE
         if file.exists():
-            return read_played(file)
+            return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
-        played = self.look(self.run.final_held_out_tasks)
+        played = self.look(self.run.final_held_out_tasks, when=BEFORE_TRAINING)
+        self._keep(played)
         write_json(file, played)
         return played
 
-    def look(self, num_tasks: int) -> list[PlayedTask]:
+    def after(self) -> list[RolloutRecord]:
+        """The same tasks played by the result."""
+        self.callback.stage("Playing held-out tasks")
+        played = self.look(self.run.final_held_out_tasks, when=AFTER_TRAINING)
+        self._keep(played)
+        return played
+
+    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
         every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
-        return play_tasks(self._driver, [row for rows in every for row in rows])
+        return play_tasks(self._driver, [row for rows in every for row in rows], when=when)
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -177,7 +190,9 @@ class _Training:
         trainer = Trainer(
             self.model,
             config,
-            objective=PolicyObjective(self.run.loss),
+            objective=PolicyObjective(
+                self.run.loss, num_mtp_depths=self.model.config.pattern.num_mtp_depths
+            ),
             batches=self._batches,
             evaluation=lambda _: self._held_out_metrics(trainer.step),
             store=self.folder.checkpoints(),
@@ -194,19 +209,34 @@ class _Training:
 
     def _batches(self, step: int) -> Sequence[PolicyBatch]:
         self._renew_engine(step)
+        self._renew_pass_rates(step)
+        self._llm.reset_prefix_cache()  # a run that goes on from here has none either
         run = self.run
 
         def play(rows: Sequence[Row], round_: int) -> list[Rollout]:
             seed = run.seed * 2**32 + step * run.max_rounds + round_
-            return self._driver.play(rows, group_size=run.group_size, seed=seed)
+            return self._driver.play(
+                rows,
+                group_size=run.group_size,
+                seed=seed,
+                effort_fraction=run.rollouts.effort_fraction,
+            )
 
-        self._update = collect(self.plan, play, step, rounds=run.max_rounds, config=run.advantages)
+        self._update = collect(
+            self._plan,
+            play,
+            step,
+            rounds=run.max_rounds,
+            config=run.advantages,
+            shaping=run.shaping,
+        )
         if step % run.log_rollouts_every_steps == 0:
             self._log_rollouts(step)
         batches = policy_batches(
             self._update.trained,
             self._update.advantages,
             max_tokens=run.training.seq_len * run.training.microbatch_size,
+            shaping=run.shaping,
             device=self.model.device,
         )
         if not batches:
@@ -222,6 +252,34 @@ class _Training:
                 "checkpoint"
             )
         return [self._with_reference(batch) for batch in batches]
+
+    def _renew_pass_rates(self, step: int) -> None:
+        """Measure the pass rates of a curriculum, unless an earlier part of this run has."""
+        curriculum = self._curriculum
+        if curriculum is None or self._profiled == (due := curriculum.config.profile_step(step)):
+            return
+        file = self.folder.path / _PASS_RATES_FILE
+        kept: dict[str, dict[str, list[float]]] = (
+            json.loads(file.read_text("utf-8")) if file.exists() else {}
+        )
+        if str(due) not in kept:
+            self.callback.stage(f"Measuring pass rates before update {step + 1}")
+            rates = {name: self._pass_rates(rows, seed=due) for name, rows in self._pools.items()}
+            kept[str(due)] = rates
+            write_json(file, kept)
+        curriculum.use(kept[str(due)])
+        self._profiled = due
+
+    def _pass_rates(self, rows: Sequence[Row], *, seed: int) -> list[float]:
+        """Mean reward of each task; 0 where every rollout failed."""
+        assert self.run.curriculum is not None
+        samples = self.run.curriculum.samples
+        rewards: dict[int, list[float]] = {}
+        for rollout in self._driver.play(rows, group_size=samples, seed=seed):
+            if rollout.reward is not None:
+                rewards.setdefault(rollout.group, []).append(rollout.reward)
+        means = {group: sum(found) / len(found) for group, found in rewards.items()}
+        return [means.get(group, 0.0) for group in range(len(rows))]
 
     def _renew_engine(self, step: int) -> None:
         """Have the engine forget what other weights computed; its version is the updates made."""
@@ -241,76 +299,33 @@ class _Training:
 
     def _held_out_metrics(self, step: int) -> dict[str, float]:
         self._renew_engine(step)
-        rewards = means_by_environment(self.look(self.run.held_out_tasks), lambda task: task.reward)
+        played = self.look(self.run.held_out_tasks, when=f"held-out tasks at step {step}")
+        rewards = means_by_environment(played, lambda record: record.reward)
         return {f"eval/reward{'' if n == 'all' else '/' + n}": v for n, v in rewards.items()}
 
     def _log_rollouts(self, step: int) -> None:
-        """Keep the first group of each environment for the viewer."""
-        kept: dict[str, int] = {}
-        with (self.folder.path / ROLLOUTS_FILE).open("a", encoding="utf-8") as file:
-            for rollout in self._update.played:
-                first = kept.setdefault(rollout.environment, rollout.group)
-                if rollout.group == first:
-                    messages = [to_dict(message) for message in rollout.messages]
-                    record = {"step": step, "messages": messages, "row": rollout.row}
-                    record |= to_record(played_task(rollout))
-                    file.write(json.dumps(record) + "\n")
+        """Keep the first groups of each environment."""
+        update = self._update
+        advantages = {
+            id(rollout): advantage
+            for rollout, advantage in zip(update.trained, update.advantages, strict=True)
+        }
+        groups: dict[str, list[int]] = {}
+        kept: list[RolloutRecord] = []
+        for rollout in update.played:
+            first = groups.setdefault(rollout.environment, [])
+            if rollout.group not in first and len(first) < _LOGGED_GROUPS:
+                first.append(rollout.group)
+            if rollout.group in first:
+                advantage = advantages.get(id(rollout))
+                kept.append(rollout_record(rollout, when=f"step {step}", advantage=advantage))
+        self._keep(kept)
 
-
-def _summary(
-    training: _Training,
-    before: Sequence[PlayedTask],
-    after: Sequence[PlayedTask],
-    started: float,
-) -> RLSummary:
-    costs = model_costs(training.model.config)
-    firsts = {task.environment: task for task in reversed(after)}
-    return RLSummary(
-        reward_before=means_by_environment(before, lambda task: task.reward),
-        reward=means_by_environment(after, lambda task: task.reward),
-        tokens_before=means_by_environment(before, lambda task: float(task.tokens)),
-        tokens=means_by_environment(after, lambda task: float(task.tokens)),
-        held_out_tasks=training.run.final_held_out_tasks,
-        seconds=time.perf_counter() - started,
-        samples=tuple(
-            {"prompt": task.prompt, "text": task.text, "environment": name}
-            for name, task in sorted(firsts.items())
-        ),
-        parameters=costs.total + costs.mtp_parameters,
-    )
-
-
-def _report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSummary:
-    return ReportSummary(
-        title=f"Reinforcement learning: {run.name}",
-        command=" ".join(["nemotron3", *sys.argv[1:]]),
-        lead=(
-            f"{run.model} trained in {len(run.environments)} environments at once, "
-            f"{run.training.steps} updates of {run.training.batch_size} rollouts. "
-            f"{describe_device(device)}."
-        ),
-        facts={
-            "parameters": f"{summary.parameters / 1e6:.1f} M",
-            "held-out reward before": f"{summary.reward_before['all']:.3f}",
-            "held-out reward": f"{summary.reward['all']:.3f}",
-            "minutes": f"{summary.seconds / 60:.1f}",
-        },
-        model_name=run.name,
-        samples=[
-            TextSample(prompt=f"{s['environment']}: {s['prompt']}\n", text=s["text"])
-            for s in summary.samples
-        ],
-        sources=[
-            {
-                "environment": name,
-                "held-out tasks": summary.held_out_tasks,
-                "reward before": round(summary.reward_before[name], 3),
-                "reward": round(summary.reward[name], 3),
-                "tokens before": round(summary.tokens_before[name], 1),
-                "tokens": round(summary.tokens[name], 1),
-            }
-            for name in summary.reward
-            if name != "all"
-        ],
-        config=to_record(run),
-    )
+    def _keep(self, records: Sequence[RolloutRecord]) -> None:
+        """Append records; a moment that is played again after an interruption is the same."""
+        file = self.folder.path / ROLLOUTS_FILE
+        kept = file.read_text("utf-8").splitlines() if file.exists() else []
+        if records and records[0].when in {json.loads(line)["when"] for line in kept}:
+            return
+        with file.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(to_record(record)) + "\n" for record in records)

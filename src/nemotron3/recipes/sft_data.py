@@ -11,7 +11,6 @@ from nemotron3.data.chat_tokens import (
 )
 from nemotron3.data.conversations import (
     Conversation,
-    ConversationsConfig,
     ConversationsReport,
     read_conversations,
 )
@@ -20,6 +19,7 @@ from nemotron3.data.packed_loader import PackedLoader, PackedSource, collate
 from nemotron3.data.packing import pack_best_fit
 from nemotron3.errors import DataError
 from nemotron3.recipes.chat_model import chat_template_for
+from nemotron3.recipes.demonstrations import demonstrations
 from nemotron3.recipes.sft import SFTRun
 from nemotron3.text import ChatTemplate, Tokenizer
 
@@ -59,16 +59,19 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
         report = ConversationsReport()
         read[config.title] = list(read_conversations(config, report))
         bad[config.title] = report.bad.total()
+    for config in run.demonstrations:
+        read[config.title] = demonstrations(config)
+        bad[config.title] = 0
     given = {config.title: list(read_conversations(config)) for config in run.held_out}
     with_tools = any(c.tools for rows in (*read.values(), *given.values()) for c in rows)
     check_chat_tokens(tokenizer, with_tools=with_tools)
 
     train: dict[str, PackedSource] = {}
     held_out: dict[str, list[Conversation]] = given
-    for config in run.data:
+    for config in (*run.data, *run.demonstrations):
         kept, rest = read[config.title], list[Conversation]()
         if not run.held_out:
-            kept, rest = _split(kept, config, run)
+            kept, rest = _split(kept, config.title, run)
             held_out[config.title] = rest
         tokens = tokenize_conversations(kept, template, tokenizer, run.reasoning, seed=run.seed)
         train[config.title] = PackedSource(conversations=list(tokens), weight=config.weight)
@@ -86,16 +89,16 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
 
 
 def _split(
-    rows: list[Conversation], config: ConversationsConfig, run: SFTRun
+    rows: list[Conversation], title: str, run: SFTRun
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Training and held-out conversations; the same conversation is never in both."""
     distinct = sorted({repr((row.messages, row.tools)) for row in rows})
     if len(distinct) < 2:
         raise DataError(
-            f"{config.path} has {len(distinct)} different conversations; training needs two or "
+            f"{title} has {len(distinct)} different conversations; training needs two or "
             "more, since one is held out"
         )
-    random.Random(f"held out {run.seed} {config.title}").shuffle(distinct)
+    random.Random(f"held out {run.seed} {title}").shuffle(distinct)
     count = min(run.max_held_out, max(1, round(run.held_out_fraction * len(distinct))))
     chosen = set(distinct[:count])
     is_held = [repr((row.messages, row.tools)) in chosen for row in rows]

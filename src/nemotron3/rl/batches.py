@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from nemotron3.data.packing import pack_best_fit
+from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.segments import Segments
 from nemotron3.rl.policy_objective import PolicyBatch
+from nemotron3.rl.reward_shaping import RewardShapingConfig, token_advantages
 from nemotron3.rl.rollouts import Rollout
 
 
@@ -16,14 +18,16 @@ def policy_batches(
     advantages: Sequence[float],
     *,
     max_tokens: int,
+    shaping: RewardShapingConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> list[PolicyBatch]:
     """Rollouts in packed streams of at most `max_tokens` tokens, each a segment of its own.
 
-    Every sampled token of a rollout has its advantage.
+    Every sampled token of a rollout has its advantage, but for the turns that `shaping` penalizes.
     """
+    shaping = shaping or RewardShapingConfig()
     trained = [
-        (rollout, advantage)
+        (rollout, token_advantages(rollout, advantage, shaping))
         for rollout, advantage in zip(rollouts, advantages, strict=True)
         if rollout.num_sampled
     ]
@@ -31,13 +35,15 @@ def policy_batches(
     return [_batch([trained[index] for index in row], device) for row in rows]
 
 
-def _batch(rollouts: Sequence[tuple[Rollout, float]], device: torch.device | str) -> PolicyBatch:
+def _batch(
+    rollouts: Sequence[tuple[Rollout, Sequence[float]]], device: torch.device | str
+) -> PolicyBatch:
     def joined(parts: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         return torch.tensor([x for part in parts for x in part], dtype=dtype, device=device)
 
     each = [rollout for rollout, _ in rollouts]
     mask = joined([rollout.is_sampled[1:] for rollout in each], torch.float32)
-    spread = [[advantage] * (len(rollout.ids) - 1) for rollout, advantage in rollouts]
+    spread = [advantages[1:] for _, advantages in rollouts]
     return PolicyBatch(
         tokens=joined([rollout.ids[:-1] for rollout in each], torch.int64),
         targets=joined([rollout.ids[1:] for rollout in each], torch.int64),
@@ -45,4 +51,18 @@ def _batch(rollouts: Sequence[tuple[Rollout, float]], device: torch.device | str
         weights=joined(spread, torch.float32),
         sampled_logprobs=joined([rollout.logprobs[1:] for rollout in each], torch.float32),
         segments=Segments([len(rollout.ids) - 1 for rollout in each]),
+        routes=_routes(each, device),
     )
+
+
+def _routes(rollouts: Sequence[Rollout], device: torch.device | str) -> RecordedRoutes | None:
+    """The experts that the engine chose, for the training pass to choose again.
+
+    None where the engine did not record them. The MTP block's own are never replayed: drafts were
+    made from other hidden states.
+    """
+    recorded = [rollout.routes for rollout in rollouts if rollout.routes is not None]
+    if len(recorded) != len(rollouts):
+        return None
+    chosen = torch.cat(recorded).to(device, torch.int64)  # [tokens, layers, choices]
+    return RecordedRoutes(backbone=chosen.unbind(1))

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from nemotron3.environments.rows import Row
 from nemotron3.rl.advantages import AdvantageConfig, group_advantages, has_variance
+from nemotron3.rl.reward_shaping import RewardShapingConfig, shaped_reward
 from nemotron3.rl.rollouts import Rollout, failure_of
-from nemotron3.rl.sampling_plan import SamplingPlan
+from nemotron3.rl.sampling_plan import TaskPlan
 
 Play = Callable[[Sequence[Row], int], Sequence[Rollout]]
 """Plays tasks in groups; the number says which round of the update this is."""
@@ -38,21 +39,32 @@ class UpdateRollouts:
 
 
 def collect(
-    plan: SamplingPlan, play: Play, step: int, *, rounds: int, config: AdvantageConfig
+    plan: TaskPlan,
+    play: Play,
+    step: int,
+    *,
+    rounds: int,
+    config: AdvantageConfig,
+    shaping: RewardShapingConfig | None = None,
 ) -> UpdateRollouts:
     """Play an update's tasks, and refill the groups that teach nothing."""
+    shaping = shaping or RewardShapingConfig()
     found, missing = UpdateRollouts(), dict(plan.quotas)
     for round_ in range(rounds):
         rollouts = play(plan.tasks(step, round_=round_, missing=missing), round_)
         found.played += rollouts
         for group in _groups(rollouts):
-            scored = [rollout for rollout in group if rollout.reward is not None]
-            rewards = [reward for rollout in scored if (reward := rollout.reward) is not None]
+            shaped = [(rollout, shaped_reward(rollout, shaping)) for rollout in group]
+            scored = [(rollout, reward) for rollout, reward in shaped if reward is not None]
+            rewards = [reward for _, reward in scored]
             if not has_variance(rewards):
                 continue
-            found.trained += scored
-            found.advantages += group_advantages(rewards, config).tolist()
-            missing[scored[0].environment] -= 1
+            advantages = group_advantages(rewards, config).tolist()
+            for (rollout, _), advantage in zip(scored, advantages, strict=True):
+                if not (shaping.filter_overlong and rollout.is_cut):
+                    found.trained.append(rollout)
+                    found.advantages.append(advantage)
+            missing[group[0].environment] -= 1
         missing = {name: count for name, count in missing.items() if count}
         if not missing:
             break

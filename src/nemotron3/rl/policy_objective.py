@@ -25,9 +25,10 @@ from torch import Tensor
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.nemotron_h import ModelOutput
-from nemotron3.ops.cross_entropy import token_logprobs
+from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
 from nemotron3.training.batch import TrainBatch
 from nemotron3.training.objective import LossTerms
+from nemotron3.training.token_objective import check_scaling
 
 Correction = Literal["clip", "mask", "none"]
 
@@ -46,6 +47,9 @@ class PolicyLossConfig:
     """Largest mean of exp |difference of log-probabilities| of a sequence; null for any."""
     kl: float = 0.0
     """Weight of the KL to the reference; 0 needs none."""
+    mtp_loss_scaling: float = 0.0
+    """Weight of all MTP depths together, 0.3 for Super. They learn to predict what was sampled, and
+    backbone, embedding and output layer learn nothing from it; 0 leaves the MTP block as it is."""
 
     def __post_init__(self) -> None:
         if self.correction not in ("clip", "mask", "none"):
@@ -66,6 +70,7 @@ class PolicyLossConfig:
             )
         if not self.kl >= 0:
             raise ConfigError(f"is {self.kl}; it must be 0 or more", field="kl")
+        check_scaling(self.mtp_loss_scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +87,24 @@ class PolicyBatch(TrainBatch):
 class PolicyObjective:
     """`Objective` of rollouts."""
 
-    mtp_depths = 0
+    detach_mtp = True
 
-    def __init__(self, config: PolicyLossConfig) -> None:
+    def __init__(self, config: PolicyLossConfig, *, num_mtp_depths: int = 0) -> None:
+        """`num_mtp_depths` are those of the model, `ModelConfig.pattern.num_mtp_depths`."""
+        if config.mtp_loss_scaling and not num_mtp_depths:
+            raise ConfigError(
+                f"is {config.mtp_loss_scaling} and the model has no MTP block; set it to 0",
+                field="mtp_loss_scaling",
+            )
         self.config = config
+        self.mtp_depths = num_mtp_depths if config.mtp_loss_scaling else 0
 
     def counts(self, batch: PolicyBatch) -> dict[str, float]:
-        """Sampled tokens."""
-        return {"tokens": float(batch.mask.sum())}
+        """Sampled tokens, and those that each depth can predict."""
+        return {"tokens": float(batch.mask.sum())} | {
+            f"targets_mtp_{depth}": float(batch.at_depth(depth).mask.sum())
+            for depth in range(1, self.mtp_depths + 1)
+        }
 
     def loss(
         self, output: ModelOutput, batch: PolicyBatch, counts: Mapping[str, float]
@@ -120,7 +135,20 @@ class PolicyObjective:
             kl = (x.expm1() - x).sum() / count
             total = total + self.config.kl * kl
             metrics["policy/kl_reference"] = kl.detach()
-        return LossTerms(total, {"train/loss": total.detach()} | metrics)
+        metrics["train/loss"] = total.detach()
+        for depth in range(1, self.mtp_depths + 1):
+            loss = self._mtp_loss(output, batch, depth) / max(counts[f"targets_mtp_{depth}"], 1.0)
+            total = total + self.config.mtp_loss_scaling / self.mtp_depths * loss
+            metrics[f"train/loss_mtp_{depth}"] = loss.detach()
+        return LossTerms(total, metrics)
+
+    def _mtp_loss(self, output: ModelOutput, batch: PolicyBatch, depth: int) -> Tensor:
+        """Sum of the cross-entropies of the sampled tokens, whatever their advantages."""
+        targets, mask, _ = batch.at_depth(depth)
+        at = mask.nonzero().squeeze(1)
+        weight = output.output_weight
+        weight = weight.detach() if isinstance(weight, Tensor) else weight
+        return linear_cross_entropy(output.hidden[depth][at], weight, targets[at], mask[at]).total
 
     def _importance(self, difference: Tensor) -> Tensor:
         weights = difference.exp()

@@ -10,9 +10,12 @@ What fails without the policy's fault (a judge, a tool, the engine) is tried aga
 
 import asyncio
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
+
+from torch import Tensor
 
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.response import TaskResponse
@@ -55,6 +58,11 @@ class RolloutConfig:
     """Whether turns begin with open reasoning."""
     reasoning_budget: int | None = None
     """Most tokens of reasoning in a turn; null for no limit."""
+    effort_fraction: float = 0.0
+    """Share of the training prompts that ask for little effort, 0.02 for Super; their rewards are
+    shaped by `shaping.effort`."""
+    effort: str = "low"
+    """An effort of the model's chat template."""
     max_attempts: int = 2
     """How often a rollout is tried that fails without the policy's fault."""
 
@@ -64,11 +72,28 @@ class RolloutConfig:
                 raise ConfigError(
                     f"is {getattr(self, name)}; it must be 1 or more", field=f"rollouts.{name}"
                 )
+        if not 0 <= self.effort_fraction <= 1:
+            raise ConfigError(
+                f"is {self.effort_fraction}; it must be from 0 to 1",
+                field="rollouts.effort_fraction",
+            )
         if not self.temperature >= 0:
             raise ConfigError(
                 f"is {self.temperature}; it must be 0 or more",
                 field="rollouts.temperature",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTurn:
+    """What the policy wrote in one turn, as a range of the rollout's tokens."""
+
+    start: int
+    end: int
+    has_invalid_call: bool
+    """Whether it has a call that is broken off, or that no tool takes."""
+    is_malformed: bool
+    """Whether its reasoning tags do not match: it must close what the prompt has opened, once."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +113,12 @@ class Rollout:
     """Of the weights that each was sampled with; 0 for the others."""
     messages: list[Message] = field(default_factory=list[Message])
     """What followed the prompt."""
-    num_turns: int = 0
+    routes: Tensor | None = None
+    """Experts of every token but the last in every mixture of the backbone, int16 [tokens, layers,
+    choices], from an engine with `return_routed_experts`."""
+    turns: list[SampledTurn] = field(default_factory=list[SampledTurn])
+    effort: str | None = None
+    """The effort that the prompt asks for."""
     is_cut: bool = False
     """Whether a limit of tokens or turns ended it."""
     verification: Verification | None = None
@@ -103,6 +133,11 @@ class Rollout:
     def reward(self) -> float | None:
         """None where something failed."""
         return None if self.verification is None else self.verification.reward
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy."""
+        return len(self.turns)
 
     @property
     def num_sampled(self) -> int:
@@ -141,16 +176,29 @@ class RolloutDriver:
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
         self._environments, self._config = environments, config
 
-    def play(self, rows: Sequence[Row], *, group_size: int = 1, seed: int = 0) -> list[Rollout]:
+    def play(
+        self,
+        rows: Sequence[Row],
+        *,
+        group_size: int = 1,
+        seed: int = 0,
+        effort_fraction: float = 0.0,
+    ) -> list[Rollout]:
         """`group_size` rollouts of each task, in the order of the tasks.
 
         All turns of all rollouts are sampled together, as many at once as the engine holds. The
-        same weights and `seed` give the same rollouts.
+        same weights and `seed` give the same rollouts. A random share of the tasks,
+        `effort_fraction`, asks for little effort.
         """
-        return asyncio.run(self._play(rows, group_size=group_size, seed=seed))
+        chance = random.Random(f"effort {seed}")
+        efforts = [self._config.effort if chance.random() < effort_fraction else None for _ in rows]
+        tasks = list(zip(rows, range(len(rows)), efforts, strict=True))
+        wanted = [task for task in tasks for _ in range(group_size)]
+        return asyncio.run(self._play(wanted, seed=seed))
 
-    async def _play(self, rows: Sequence[Row], *, group_size: int, seed: int) -> list[Rollout]:
-        wanted = [(row, group) for group, row in enumerate(rows) for _ in range(group_size)]
+    async def _play(
+        self, wanted: Sequence[tuple[Row, int, str | None]], *, seed: int
+    ) -> list[Rollout]:
         finished: dict[int, Rollout] = {}
         open_places = list(range(len(wanted)))
         for attempt in range(1, self._config.max_attempts + 1):
@@ -168,13 +216,16 @@ class RolloutDriver:
                 break
         return [finished[place] for place in range(len(wanted))]
 
-    async def _begin(self, row: Row, group: int, *, seed: int, attempt: int) -> _Playing:
+    async def _begin(
+        self, row: Row, group: int, effort: str | None, *, seed: int, attempt: int
+    ) -> _Playing:
         environment = self._environments[environment_of(row)]
         rendered = self._template.render(
             prompt_of(row),
             tools=tools_of(row) if self._config.lists_tools else None,
             enable_thinking=self._config.enable_thinking,
             truncate_history_thinking=False,
+            effort=effort,
         )
         ids = rendered.tokens(self._tokenizer).ids
         rollout = Rollout(
@@ -185,6 +236,7 @@ class RolloutDriver:
             logprobs=[0.0] * len(ids),
             weight_versions=[0] * len(ids),
             attempts=attempt,
+            effort=effort,
         )
         playing = _Playing(rollout, environment, None, seed, None)
         try:
@@ -210,17 +262,20 @@ class RolloutDriver:
     async def _until_ended(self, playing: Sequence[_Playing]) -> None:
         """Turn by turn, all that go on together."""
         while active := [each for each in playing if each.next_prompt is not None]:
-            prompts = [cast(Prompt, each.next_prompt) for each in active]
-            params = [self._params(each) for each in active]
-            outputs = self._llm.generate(prompts, params)
-            for each, output in zip(active, outputs, strict=True):
-                each.next_prompt = None
-                await self._after_turn(each, output.outputs[0])
+            alike = _with_equal_prompts(active)
+            prompts = [cast(Prompt, each[0].next_prompt) for each in alike]
+            params = [self._params(each[0], n=len(each)) for each in alike]
+            found = self._llm.generate(prompts, params)
+            for some, output in zip(alike, found, strict=True):
+                for each, answer in zip(some, output.outputs, strict=True):
+                    each.next_prompt = None
+                    await self._after_turn(each, answer)
 
-    def _params(self, playing: _Playing) -> SamplingParams:
+    def _params(self, playing: _Playing, *, n: int) -> SamplingParams:
         config = self._config
         room = config.max_context - len(playing.rollout.ids)
         return SamplingParams(
+            n=n,
             max_tokens=min(config.max_tokens, room),
             temperature=config.temperature,
             top_p=1.0,
@@ -237,10 +292,10 @@ class RolloutDriver:
                 FailureKind.GENERATION, output.error or str(output.failure)
             )
             return
-        _append_sampled(rollout, output)
         turn = _turn_of(output)
+        rollout.turns.append(self._sampled_turn(playing, turn, output))
+        _append_sampled(rollout, output)
         rollout.messages.append(turn)
-        rollout.num_turns += 1
         if output.finish_reason == "length":
             rollout.is_cut = True
             return
@@ -262,6 +317,21 @@ class RolloutDriver:
         rollout.logprobs += [0.0] * len(ids)
         rollout.weight_versions += [0] * len(ids)
         playing.next_prompt = self._prompt(rollout, rendered)
+
+    def _sampled_turn(
+        self, playing: _Playing, turn: AssistantMessage, output: CompletionOutput
+    ) -> SampledTurn:
+        start, ids = len(playing.rollout.ids), output.token_ids
+        opened = ids.count(self._tokenizer.think_start_id)
+        closed = ids.count(self._tokenizer.think_end_id)
+        problem = playing.environment.call_problem
+        return SampledTurn(
+            start=start,
+            end=start + len(ids),
+            has_invalid_call=any(not call.is_complete for call in output.tool_calls)
+            or any(problem(call.name, call.arguments) for call in turn.tool_calls),
+            is_malformed=(opened, closed) != (0, int(self._config.enable_thinking)),
+        )
 
     async def _answers(self, playing: _Playing, turn: AssistantMessage) -> list[Message]:
         """What tools or the user say to a turn; nothing where the rollout has ended."""
@@ -313,11 +383,21 @@ class RolloutDriver:
             each.rollout.verification = verification
 
 
+def _with_equal_prompts(playing: Sequence[_Playing]) -> list[list[_Playing]]:
+    """Those of a group that have said nothing yet, together: the engine reads their prompt once."""
+    alike: dict[tuple[int, int], list[_Playing]] = {}
+    for each in playing:
+        alone = id(each) if each.rollout.num_turns else 0
+        alike.setdefault((each.rollout.group, alone), []).append(each)
+    return list(alike.values())
+
+
 def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
     rollout.ids += output.token_ids
     rollout.is_sampled += [True] * len(output.token_ids)
     rollout.logprobs += [entry.logprob for entry in output.logprobs]
     rollout.weight_versions += output.weight_versions
+    rollout.routes = output.routed_experts  # of the whole sequence, earlier turns too
 
 
 def _turn_of(output: CompletionOutput) -> AssistantMessage:

@@ -6,6 +6,7 @@ numbers are counted up, so a step's tasks follow from the step alone and a run r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.rows import Row
@@ -50,8 +51,21 @@ def quotas(weights: Mapping[str, float], total: int) -> dict[str, int]:
     return found
 
 
+class TaskPlan(Protocol):
+    """Which tasks an update trains on."""
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        """Prompts of every update, by environment."""
+        ...
+
+    def tasks(self, step: int, *, round_: int = 0, missing: Mapping[str, int]) -> Sequence[Row]:
+        """Tasks of an update's round: so many of each environment as are `missing`."""
+        ...
+
+
 class SamplingPlan:
-    """The tasks of every update."""
+    """Tasks as they come, each once."""
 
     def __init__(
         self,
@@ -64,7 +78,7 @@ class SamplingPlan:
     ) -> None:
         """`prompts` tasks an update, and as many again in each further one of its `rounds`."""
         self._environments, self._seed, self._rounds = environments, seed, rounds
-        self.quotas = quotas(weights, prompts)
+        self.quotas: Mapping[str, int] = quotas(weights, prompts)
 
     def tasks(self, step: int, *, round_: int = 0, missing: Mapping[str, int]) -> Sequence[Row]:
         """Tasks of an update's round: so many of each environment as are `missing`."""

@@ -1,0 +1,72 @@
+"""Solved tasks of environments as conversations for supervised fine-tuning."""
+
+import asyncio
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from nemotron3.data.conversations import Conversation
+from nemotron3.environments.environment import Environment
+from nemotron3.environments.registry import load_environment
+from nemotron3.environments.rows import Row, prompt_of, tools_of
+from nemotron3.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationsConfig:
+    """A fixed set of solved training tasks of one environment."""
+
+    environment: str
+    """A built-in one, or a Python file with one."""
+    num_tasks: int
+    """How many; tasks 0, 1, 2, ... of the seed."""
+    difficulty: float | None = None
+    """From 0 to 1; null for the environment's own."""
+    seed: int = 0
+    """Of the tasks; reinforcement learning with another seed has others."""
+    weight: float = 1.0
+    """How often an epoch has each of them."""
+    lists_tools: bool = False
+    """Whether the prompt describes the tools."""
+
+    def __post_init__(self) -> None:
+        if self.num_tasks < 2:
+            raise ConfigError(
+                f"is {self.num_tasks}; it must be 2 or more, since one task is held out",
+                field="demonstrations.num_tasks",
+            )
+        if not self.weight > 0:
+            raise ConfigError(
+                f"is {self.weight}; it must be above 0", field="demonstrations.weight"
+            )
+
+    @property
+    def title(self) -> str:
+        """The source's name."""
+        return Path(self.environment).stem
+
+    @property
+    def files(self) -> list[Path]:
+        """What the demonstrations depend on besides the package: a user's own file."""
+        return [Path(self.environment)] if self.environment.endswith(".py") else []
+
+
+def demonstrations(config: DemonstrationsConfig) -> list[Conversation]:
+    """Solve the tasks. Raises DataError for an environment without demonstrations."""
+    environment = load_environment(config.environment, difficulty=config.difficulty)
+    rows = islice(environment.tasks("train", config.seed), config.num_tasks)
+    return asyncio.run(_solved(environment, list(rows), lists_tools=config.lists_tools))
+
+
+async def _solved(
+    environment: Environment, rows: list[Row], *, lists_tools: bool
+) -> list[Conversation]:
+    responses = [await environment.demonstration(row) for row in rows]
+    return [
+        Conversation(
+            messages=(*prompt_of(row), *response.messages),
+            tools=tools_of(row) if lists_tools else (),
+            place=f"demonstration {index} of {environment.name}",
+        )
+        for index, (row, response) in enumerate(zip(rows, responses, strict=True))
+    ]
