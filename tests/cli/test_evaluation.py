@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from nemotron3.cli.evaluate import _all_named
 from nemotron3.cli.main import main
 from nemotron3.config import to_record, write_json, write_run
+from nemotron3.environments import BUILT_IN
 from nemotron3.evaluation.results import read_evaluation
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.observe.sinks import JsonlSink
@@ -60,6 +62,11 @@ def test_an_environment_of_ones_own_is_one_file(policy, tmp_path, capsys):
     found = evaluate(policy, tmp_path / "own.json", "--environment", str(file))
     assert found.environments["letter"].reward.n == 12
     assert "letter" in capsys.readouterr().out
+
+
+def test_all_stands_for_every_built_in_environment():
+    assert _all_named(["all"]) == list(BUILT_IN)
+    assert _all_named(["math=0.2", "all=0.1"]) == ["math=0.2", *(f"{n}=0.1" for n in BUILT_IN)]
 
 
 @pytest.mark.parametrize(
