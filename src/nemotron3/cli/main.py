@@ -9,11 +9,13 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
 from nemotron3.cli.environment_options import add_environment_verb
+from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
 from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.cli.option_types import seconds
 from nemotron3.errors import InvalidValueError, Nemotron3Error
@@ -41,6 +43,22 @@ Everything else is in the guide, docs/serving.md.
 _POSITIONAL = {"verb", "model", "recipe", "path", "prompt", "run", "out"}
 _OTHER_OPTIONS = {"reasoning_budget": "--budget", "weights_folder": "--enable-weight-updates"}
 """Options that are not called as the value is in the package."""
+
+_FUNCTIONS = {
+    "info": "info.info",
+    "pretrain": "pretrain.pretrain_command",
+    "sft": "sft.sft_command",
+    "rl": "rl.rl_command",
+    "show": "recipes.show",
+    "generate": "generate.generate_command",
+    "serve": "serve.serve_command",
+    "chat": "chat.chat_command",
+    "merge": "merge.merge_command",
+    "env": "environments.env_command",
+    "eval": "evaluate.eval_command",
+    "compare": "compare.compare_command",
+}
+"""What runs a verb, by module and name; the module is imported when its verb runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,48 +109,14 @@ def _by_option(error: Nemotron3Error, known: argparse.Namespace) -> Nemotron3Err
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    module, _, name = _FUNCTIONS[known.verb].partition(".")
+    function = getattr(import_module(f"nemotron3.cli.{module}"), name)
     match known.verb:
-        case "info":
-            from nemotron3.cli.info import info
-
-            return info(known)
-        case "pretrain":
-            from nemotron3.cli.pretrain import pretrain_command
-
-            return pretrain_command(known, rest)
-        case "sft":
-            from nemotron3.cli.sft import sft_command
-
-            return sft_command(known, rest)
-        case "rl":
-            from nemotron3.cli.rl import rl_command
-
-            return rl_command(known, rest)
         case "show":
-            from nemotron3.cli.recipes import show
-
-            return show(known.recipe)
-        case "generate":
-            from nemotron3.cli.generate import generate_command
-
-            return generate_command(known)
-        case "serve":
-            from nemotron3.cli.serve import serve_command
-
-            return serve_command(known)
-        case "chat":
-            from nemotron3.cli.chat import chat_command
-
-            return chat_command(known)
-        case "merge":
-            from nemotron3.cli.merge import merge_command
-
-            return merge_command(known)
-        case "env":
-            from nemotron3.cli.environments import env_command
-
-            return env_command(known)
-    raise AssertionError(f"no verb {known.verb}")
+            return function(known.recipe)
+        case "pretrain" | "sft" | "rl":
+            return function(known, rest)
+    return function(known)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(verbs)
     _add_merge(verbs)
     add_environment_verb(verbs)
+    add_eval_verb(verbs)
+    add_compare_verb(verbs)
     return parser
 
 

@@ -19,6 +19,7 @@ from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import environment_files, load_environment
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
+from nemotron3.evaluation.environments import held_out_tasks, play_tasks
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.costs import model_costs
@@ -34,20 +35,25 @@ from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory, bytes_for_keys
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
-from nemotron3.recipes.run_folder import RunCallback, RunFolder
+from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
-from nemotron3.rl.records import RolloutRecord, means_by_environment, rollout_record
+from nemotron3.rl.records import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    RolloutRecord,
+    means_by_environment,
+    rollout_record,
+)
 from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
 from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.text import Tokenizer
 from nemotron3.training.trainer import Trainer
 
-ROLLOUTS_FILE, _BEFORE_FILE, _PASS_RATES_FILE = "rollouts.jsonl", "before.json", "pass_rates.json"
-_HELD_OUT_SEED = 0x5EED
+_PASS_RATES_FILE = "pass_rates.json"
 _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
 
@@ -157,11 +163,11 @@ class _Training:
 
     def before(self) -> list[RolloutRecord]:
         """Held-out tasks played by the model that training starts from."""
-        file = self.folder.path / _BEFORE_FILE
+        file = self.folder.path / BEFORE_FILE
         if file.exists():
             return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
-        played = self.look(self.run.final_held_out_tasks, when="held-out tasks before training")
+        played = self.look(self.run.final_held_out_tasks, when=BEFORE_TRAINING)
         self._keep(played)
         write_json(file, played)
         return played
@@ -169,17 +175,14 @@ class _Training:
     def after(self) -> list[RolloutRecord]:
         """The same tasks played by the result."""
         self.callback.stage("Playing held-out tasks")
-        played = self.look(self.run.final_held_out_tasks, when="held-out tasks after training")
+        played = self.look(self.run.final_held_out_tasks, when=AFTER_TRAINING)
         self._keep(played)
         return played
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        rows: list[Row] = []
-        for environment in self.environments.values():
-            rows += environment.distinct_tasks(num_tasks, split="held_out", seed=_HELD_OUT_SEED)
-        rollouts = self._driver.play(rows, seed=_HELD_OUT_SEED)
-        return [rollout_record(rollout, when=when) for rollout in rollouts]
+        every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
+        return play_tasks(self._driver, [row for rows in every for row in rows], when=when)
 
     def fit(self) -> None:
         """Train to the last step."""

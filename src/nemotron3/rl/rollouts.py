@@ -51,7 +51,7 @@ class RolloutConfig:
     max_context: int = 1024
     """Most tokens of a whole rollout, prompt included."""
     temperature: float = 1.0
-    """Of the sampling; training assumes 1."""
+    """Of the sampling; training assumes 1, and 0 takes the most probable tokens."""
     lists_tools: bool = True
     """Whether prompts describe the tools; a small model that was trained without knows them."""
     enable_thinking: bool = True
@@ -77,9 +77,9 @@ class RolloutConfig:
                 f"is {self.effort_fraction}; it must be from 0 to 1",
                 field="rollouts.effort_fraction",
             )
-        if not self.temperature > 0:
+        if not self.temperature >= 0:
             raise ConfigError(
-                f"is {self.temperature}; it must be above 0",
+                f"is {self.temperature}; it must be 0 or more",
                 field="rollouts.temperature",
             )
 
