@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.adapted_weight import AdaptedWeight, product_weight
 from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
@@ -135,8 +136,8 @@ class Router(DeclaredModule):
 class RoutedExperts(DeclaredModule):
     """The experts' matrices, stacked."""
 
-    up_proj: nn.Parameter | QuantizedWeight
-    down_proj: nn.Parameter | QuantizedWeight
+    up_proj: nn.Parameter | QuantizedWeight | AdaptedWeight
+    down_proj: nn.Parameter | QuantizedWeight | AdaptedWeight
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
@@ -156,8 +157,8 @@ class RoutedExperts(DeclaredModule):
             x,
             routing.indices,
             routing.weights,
-            self.up_proj,
-            self.down_proj,
+            product_weight(self.up_proj),
+            product_weight(self.down_proj),
             activation=self.config.activation,
         )
 
