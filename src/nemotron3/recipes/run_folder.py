@@ -4,6 +4,7 @@
     checkpoints/        weights, optimizer and step; an interrupted run resumes from the newest
     metrics.jsonl       the metrics of every step; tensorboard/ has them too
     model/              the result, as a model directory
+    adapter/            the result of training an adapter; model/ has it merged
     summary.json        the result; it is written last, so a run with one is finished
 
 A folder belongs to one configuration. Another one is refused there: its checkpoints would be
@@ -27,6 +28,7 @@ from nemotron3.training.trainer import StepReport, Trainer
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
 TOKENIZER_FOLDER = "tokenizer"
 """What any model of the run needs beside its weights."""
 
@@ -61,6 +63,11 @@ class RunFolder(Generic[RunT]):
     def model(self) -> Path:
         """Where the result is written."""
         return self.path / MODEL_FOLDER
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter is written, if one is trained."""
+        return self.path / ADAPTER_FOLDER
 
     @property
     def tokenizer(self) -> Path:

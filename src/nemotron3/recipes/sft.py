@@ -6,6 +6,8 @@ from typing import Literal
 from nemotron3.data.chat_tokens import ReasoningControlConfig
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.errors import ConfigError
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.adapters import check_adapter_training
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.samples import SampleConfig
 from nemotron3.training.sft_objective import SFTLossConfig
@@ -26,6 +28,8 @@ class SFTRun(RunConfig):
     """The conversations, source by source."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule."""
+    lora: LoRAConfig | None = None
+    """The adapter that is trained; null trains the model's own parameters."""
     held_out: tuple[ConversationsConfig, ...] = ()
     """Conversations that are only looked at; empty takes a part of `data`."""
     held_out_fraction: float = 0.05
@@ -46,6 +50,7 @@ class SFTRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_adapter_training(self.lora, self.training)
         if not self.data:
             raise ConfigError("is empty; name a file of conversations", field="data")
         for sources in (self.data, self.held_out):

@@ -16,6 +16,7 @@ from torch import Tensor
 from nemotron3.checkpoint.store import Checkpoint, CheckpointStore
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.costs import forward_flops_per_token
+from nemotron3.models.lora import trained_tensors
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
 from nemotron3.observe.metrics import MetricLog
@@ -178,8 +179,11 @@ class Trainer(Generic[BatchT]):
             on_step(StepReport(step=self.step, steps=config.steps, metrics=metrics))
 
     def save(self) -> None:
-        """Write a checkpoint of the current step: weights, optimizer, and the objective's state."""
-        tensors = {_MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
+        """Write a checkpoint of the current step: weights, optimizer, and the objective's state.
+
+        Of a model with an adapter, the weights are those of the adapter: no others change.
+        """
+        tensors = {_MODEL + name: t for name, t in trained_tensors(self.model).items()}
         moments = optimizer_tensors(self._optimizer, self.model)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in moments.items()}
         if isinstance(self._objective, Stateful):
@@ -199,7 +203,7 @@ class Trainer(Generic[BatchT]):
             self._objective.load_state_dict(saved)
 
     def _load_weights(self, saved: dict[str, Tensor]) -> None:
-        ours = self.model.state_dict()
+        ours = trained_tensors(self.model)
         differing = sorted(
             name
             for name in saved.keys() | ours.keys()
@@ -211,7 +215,7 @@ class Trainer(Generic[BatchT]):
                 f"tensors differ, first {differing[0]!r}); name another run, or train with the "
                 "configuration that made it"
             )
-        self.model.load_state_dict(saved)
+        self.model.load_state_dict(saved, strict=False)  # the names were compared
 
     def _timed_step(self) -> dict[str, float]:
         config = self.config
