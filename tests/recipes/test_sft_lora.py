@@ -17,12 +17,25 @@ from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_sft import sft
 from nemotron3.recipes.sft import SFTRun
-from tests.recipes.test_sft import base, chats, metrics_of, small  # noqa: F401 - fixtures
+from tests.recipes.test_sft import metrics_of, rows, small
+from tests.rl.playground import save_policy
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 
 
-def tuned(base, chats, runs, *, lora=LORA, callback=None, **training):  # noqa: F811
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(40)), encoding="utf-8")
+    return file
+
+
+def tuned(base, chats, runs, *, lora=LORA, callback=None, **training):
     run = small(base, chats, lora=lora, training={"bias_update_rate": 0.0, **training})
     return sft(run, runs=runs, callback=callback)
 
@@ -41,7 +54,7 @@ def answers(llm):
     return output.token_ids, [entry.logprob for entry in output.logprobs]
 
 
-def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):  # noqa: F811
+def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):
     listener = Listener()
     summary = tuned(base, chats, tmp_path / "runs", callback=listener)
     folder = tmp_path / "runs" / "small"
@@ -80,7 +93,10 @@ def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):  # no
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_adapter(
-    base, chats, tmp_path, monkeypatch  # noqa: F811
+    base,
+    chats,
+    tmp_path,
+    monkeypatch,
 ):
     every_step = {"checkpoint_every_steps": 1, "evaluate_every_steps": 1}
     whole = tuned(base, chats, tmp_path / "whole", **every_step)
@@ -106,7 +122,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_adapter(
 
 
 def test_a_run_that_was_killed_while_it_merged_merges_again(
-    base, chats, tmp_path, monkeypatch  # noqa: F811
+    base,
+    chats,
+    tmp_path,
+    monkeypatch,
 ):
     def die(self, folder, **_):
         raise KeyboardInterrupt
@@ -122,14 +141,14 @@ def test_a_run_that_was_killed_while_it_merged_merges_again(
     assert answers(LLM(base, lora=folder / "adapter")) == answers(LLM(folder / "model"))
 
 
-def test_a_checkpoint_of_another_rank_is_refused(base, chats, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_another_rank_is_refused(base, chats, tmp_path):
     tuned(base, chats, tmp_path / "runs")
     other = LoRAConfig(rank=2, alpha=8.0)
     with pytest.raises(ConfigError, match=r"first lora.rank: 4 there, 2 now"):
         tuned(base, chats, tmp_path / "runs", lora=other)
 
 
-def test_wrong_runs_are_refused_before_work(base, chats, tmp_path):  # noqa: F811
+def test_wrong_runs_are_refused_before_work(base, chats, tmp_path):
     with pytest.raises(ConfigError, match="selection biases belong to the frozen model"):
         small(base, chats, lora=LORA)
     wrong = LoRAConfig(targets=("in_proj", "upproj"))
@@ -138,12 +157,12 @@ def test_wrong_runs_are_refused_before_work(base, chats, tmp_path):  # noqa: F81
     assert not (tmp_path / "runs/small/checkpoints").exists()
 
 
-def test_the_record_of_a_run_has_its_adapter(base, chats):  # noqa: F811
+def test_the_record_of_a_run_has_its_adapter(base, chats):
     run = small(base, chats, lora=LORA, training={"bias_update_rate": 0.0})
     assert from_record(SFTRun, json.loads(json.dumps(to_record(run)))) == run
 
 
-def test_a_merge_keeps_what_the_adapter_has_not(base, chats, tmp_path):  # noqa: F811
+def test_a_merge_keeps_what_the_adapter_has_not(base, chats, tmp_path):
     """An adapter from elsewhere is two files; all others, and the dtype, are the model's."""
     model = tmp_path / "model"
     tuned(base, chats, tmp_path / "runs")

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from nemotron3.errors import ConfigError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.base_llm import load_model, tokenizer_directory, with_adapter
 from nemotron3.inference.config import EngineConfig
@@ -24,14 +23,21 @@ from nemotron3.ops.weights import WeightFormat
 from nemotron3.text import Tokenizer
 
 
+class ServedAdapter(NamedTuple):
+    """An adapter of a base model, with an engine of its own."""
+
+    llm: AsyncLLM
+    directory: Path
+    merged_bytes: int
+    """Memory of its weights beside those of the base model."""
+
+
 class ServedModels(NamedTuple):
     """A base model and its adapters."""
 
     base: AsyncLLM
-    adapters: dict[str, AsyncLLM]
+    adapters: dict[str, ServedAdapter]
     """By the names that clients send."""
-    merged_bytes: dict[str, int]
-    """Memory of each adapter's weights beside those of the base model."""
 
 
 def load_served(
@@ -46,21 +52,18 @@ def load_served(
 ) -> ServedModels:
     """Load a model directory and adapters for it; all are read before an engine starts.
 
-    With `weights`, or a directory of quantized weights, nothing is shared: an adapter is merged
-    before its weights are rounded, so each one's model is a whole one.
+    With `weights` nothing is shared: an adapter is merged before the weights are rounded, so each
+    one's model is a whole one.
     """
     config = config or EngineConfig()
     model = load_model(path, device=device, dtype=dtype, weights=weights)
     models: dict[str, LanguageModel] = {}
     for name, directory in adapters.items():
-        try:
-            models[name] = (
-                with_adapter(model, directory)
-                if weights is None
-                else load_model(path, device=device, dtype=dtype, weights=weights, lora=directory)
-            )
-        except ConfigError as error:
-            raise error.under(f"lora[{name}]") from error
+        models[name] = (
+            with_adapter(model, directory)
+            if weights is None
+            else load_model(path, device=device, dtype=dtype, weights=weights, lora=directory)
+        )
     if config.kv_cache_bytes is None:
         share = cache_bytes(model, config, model.device, engines=1 + len(models))
         config = replace(config, kv_cache_bytes=share)
@@ -78,8 +81,11 @@ def load_served(
             engine.close()
         raise
     base, *others = engines
-    merged = {name: _own_bytes(each, model) for name, each in models.items()}
-    return ServedModels(base, dict(zip(models, others, strict=True)), merged)
+    served = {
+        name: ServedAdapter(engine, adapters[name], _own_bytes(models[name], model))
+        for name, engine in zip(models, others, strict=True)
+    }
+    return ServedModels(base, served)
 
 
 def _own_bytes(adapted: LanguageModel, base: LanguageModel) -> int:

@@ -62,7 +62,7 @@ class _Uvicorn(uvicorn.Server):
                 in_flight.count,
                 self._drain_timeout_s,
             )
-            await asyncio.to_thread(self._server.llm.close)
+            await asyncio.to_thread(self._server.close)
             await in_flight.wait_empty(_ABORT_TIMEOUT_S)
         self.should_exit = True
 
@@ -89,7 +89,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve until a signal ends it; then close the engine."""
+    """Serve until a signal ends it; then close the engines."""
     config = uvicorn.Config(
         server.app,  # pyright: ignore[reportArgumentType]
         log_config=None,
@@ -105,4 +105,4 @@ def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> No
     try:
         _Uvicorn(config, server, drain_timeout_s).run([bound])
     finally:
-        server.llm.close()
+        server.close()
