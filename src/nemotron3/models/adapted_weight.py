@@ -1,6 +1,6 @@
 """A weight with a low-rank change, W + scale B A (Hu et al., *LoRA*, arXiv 2106.09685).
 
-Products multiply with the sum, which is computed where a layer asks for its weight. The other form,
+Products multiply with the sum, which they ask for (ops/products.py). The other form,
 x W^T + scale (x A^T) B^T, saves the gradient of the whole matrix, but it adds up in another order
 than a model that the change was merged into, and every fused operation of stacked experts would
 need a second one. So training computes with the very matrices that a served model has
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nemotron3.models.initial_values import Constant, Uniform
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.ops.weights import Weight
+from nemotron3.ops.weights import ComputedWeight
 
 
 class LowRank(NamedTuple):
@@ -39,7 +39,7 @@ class LowRank(NamedTuple):
         return add(weight.to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scale)
 
 
-class AdaptedWeight(DeclaredModule):
+class AdaptedWeight(DeclaredModule, ComputedWeight):
     """A frozen weight and its low-rank change, which is trained; it stands in for the parameter.
 
     A is random and B is 0, so the change is nothing at first.
@@ -52,7 +52,8 @@ class AdaptedWeight(DeclaredModule):
     def __init__(self, base: nn.Parameter, *, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.base = base.requires_grad_(False)
+        base.requires_grad_(False)
+        self.base = base
         *experts, d_out, d_in = base.shape
         init = Uniform(-(d_in**-0.5), d_in**-0.5)
         with base.device:
@@ -82,8 +83,3 @@ class AdaptedWeight(DeclaredModule):
     def extra_repr(self) -> str:
         """Its shape and rank."""
         return f"{' x '.join(map(str, self.shape))}, rank {self.A.shape[-2]}"
-
-
-def product_weight(weight: Weight | AdaptedWeight) -> Weight:
-    """What a product multiplies with: an adapted weight's value, any other weight itself."""
-    return weight.value() if isinstance(weight, AdaptedWeight) else weight

@@ -21,7 +21,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron3.errors import ConfigError
-from nemotron3.models.adapted_weight import AdaptedWeight, product_weight
 from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
@@ -33,7 +32,7 @@ from nemotron3.ops.experts import Activation
 from nemotron3.ops.experts.activations import up_factor
 from nemotron3.ops.products import dense, grouped
 from nemotron3.ops.routing import route
-from nemotron3.ops.weights import QuantizedWeight
+from nemotron3.ops.weights import ComputedWeight, QuantizedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +135,8 @@ class Router(DeclaredModule):
 class RoutedExperts(DeclaredModule):
     """The experts' matrices, stacked."""
 
-    up_proj: nn.Parameter | QuantizedWeight | AdaptedWeight
-    down_proj: nn.Parameter | QuantizedWeight | AdaptedWeight
+    up_proj: nn.Parameter | QuantizedWeight | ComputedWeight
+    down_proj: nn.Parameter | QuantizedWeight | ComputedWeight
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
@@ -157,8 +156,8 @@ class RoutedExperts(DeclaredModule):
             x,
             routing.indices,
             routing.weights,
-            product_weight(self.up_proj),
-            product_weight(self.down_proj),
+            self.up_proj,
+            self.down_proj,
             activation=self.config.activation,
         )
 

@@ -11,17 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemotron3.models.adapted_weight import AdaptedWeight, product_weight
 from nemotron3.models.initial_values import Normal
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.products import dense
-from nemotron3.ops.weights import QuantizedWeight
+from nemotron3.ops.weights import ComputedWeight, QuantizedWeight
 
 
 class Linear(DeclaredModule):
     """A product with a weight matrix, without bias: no layer of the family has one."""
 
-    weight: nn.Parameter | QuantizedWeight | AdaptedWeight
+    weight: nn.Parameter | QuantizedWeight | ComputedWeight
 
     def __init__(
         self, in_features: int, out_features: int, *, writes_residual: bool = False
@@ -40,8 +39,7 @@ class Linear(DeclaredModule):
         self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
     ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
         """x W^T in the dtype of `x`; with `sizes`, split into parts of these widths."""
-        weight = product_weight(self.weight)
-        return dense(x, weight) if sizes is None else dense(x, weight, sizes)
+        return dense(x, self.weight) if sizes is None else dense(x, self.weight, sizes)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

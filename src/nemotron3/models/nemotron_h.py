@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
-from nemotron3.models.adapted_weight import AdaptedWeight, product_weight
 from nemotron3.models.allocation import allocate
 from nemotron3.models.block import Block
 from nemotron3.models.cache.hybrid_cache import HybridCache
@@ -37,7 +36,7 @@ from nemotron3.models.norm import RMSNorm
 from nemotron3.models.parameter import use_weight_format
 from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.products import dense
-from nemotron3.ops.weights import Weight, WeightFormat
+from nemotron3.ops.weights import ComputedWeight, Weight, WeightFormat
 
 T = TypeVar("T")
 
@@ -218,7 +217,7 @@ class LanguageModel(nn.Module):
         layout; for a published layout convert the model first (`models.precision.convert_weights`).
         A model with an adapter is merged first (`models.lora.shared_model`).
         """
-        if any(isinstance(module, AdaptedWeight) for module in self.modules()):
+        if any(isinstance(module, ComputedWeight) for module in self.modules()):
             raise ConfigError(
                 "the model has an adapter beside its weights, which a model directory cannot hold; "
                 "save shared_model(model), or the adapter by write_adapter"
@@ -236,7 +235,8 @@ class LanguageModel(nn.Module):
         """The output layer's matrix [vocab, d_model]."""
         if self.lm_head is None:
             return self.backbone.embeddings.weight
-        return product_weight(self.lm_head.weight)
+        weight = self.lm_head.weight
+        return weight.value() if isinstance(weight, ComputedWeight) else weight
 
     @property
     def routers(self) -> list[Router]:

@@ -119,19 +119,22 @@ def create_app(
     in_flight = InFlightRequests()
     metrics = ServerMetrics(*(engine.stats for engine in engines))
 
-    def context(engine: AsyncLLM, name: str, **card: str) -> ServingContext:
+    def context(
+        engine: AsyncLLM, name: str, root: str, parent: str | None = None
+    ) -> ServingContext:
         return ServingContext(
             llm=engine,
             metrics=metrics,
             model_name=name,
             defaults={"reasoning_grace": settings.reasoning_grace, **engine.defaults.sampling},
-            **card,
+            root=root,
+            parent=parent,
         )
 
     serving = ServedContexts(
-        context(llm, name, root=name),
+        context(llm, name, name),
         [
-            context(adapter.llm, each, root=str(adapter.directory), parent=name)
+            context(adapter.llm, each, str(adapter.directory), name)
             for each, adapter in adapters.items()
         ],
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from nemotron3.checkpoint.store import Checkpoint, CheckpointStore
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.costs import forward_flops_per_token
-from nemotron3.models.lora import trained_tensors
+from nemotron3.models.lora import is_adapted, trained_tensors
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
 from nemotron3.observe.metrics import MetricLog
@@ -137,6 +137,12 @@ class Trainer(Generic[BatchT]):
         self._store = store
         self._peak_flops = peak_flops
         self._objective = objective
+        if config.bias_update_rate and is_adapted(model):
+            raise ConfigError(
+                f"is {config.bias_update_rate}, and the model has an adapter, which holds no "
+                "selection biases; set it to 0",
+                field="bias_update_rate",
+            )
         apply_precision(model, config.precision)
         freeze_parameters(model, config.parameter_groups)
         self._optimizer = build_optimizer(model, config.optimizer, config.parameter_groups)

@@ -82,11 +82,6 @@ def read_adapter(directory: Path | str, model: LanguageModel) -> dict[str, LowRa
     return adapter
 
 
-def is_adapter(directory: Path | str) -> bool:
-    """Whether a directory holds an adapter."""
-    return (Path(directory) / CONFIG_FILE).is_file()
-
-
 def companions_with_adapter(companions: Companions, directory: Path | str) -> Companions:
     """A model's files, with the tokenizer, template and defaults of sampling of an adapter.
 
@@ -135,7 +130,7 @@ def _config_fields(
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
