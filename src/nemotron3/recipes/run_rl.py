@@ -197,6 +197,7 @@ class _Training:
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
             data_metrics=lambda: self._update.metrics(),
         )
+        self._played.activation_dtype = self.model.activation_dtype  # the trainer has set it
         self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
         self.folder.fit(trainer, self.callback)
