@@ -56,6 +56,10 @@ def load_served(
     one's model is a whole one.
     """
     config = config or EngineConfig()
+    tokenizers = [
+        Tokenizer.from_directory(tokenizer_directory(path, directory))
+        for directory in (None, *adapters.values())
+    ]
     model = load_model(path, device=device, dtype=dtype, weights=weights)
     models: dict[str, LanguageModel] = {}
     for name, directory in adapters.items():
@@ -64,13 +68,12 @@ def load_served(
             if weights is None
             else load_model(path, device=device, dtype=dtype, weights=weights, lora=directory)
         )
-    if config.kv_cache_bytes is None:
+    if models and config.kv_cache_bytes is None:
         share = cache_bytes(model, config, model.device, engines=1 + len(models))
         config = replace(config, kv_cache_bytes=share)
     engines: list[AsyncLLM] = []
     try:
-        for directory, each in ((None, model), *((adapters[n], m) for n, m in models.items())):
-            tokenizer = Tokenizer.from_directory(tokenizer_directory(path, directory))
+        for each, tokenizer in zip((model, *models.values()), tokenizers, strict=True):
             engines.append(
                 AsyncLLM(
                     each, tokenizer=tokenizer, config=config, generation_config=generation_config
