@@ -13,7 +13,11 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from nemotron3.cli.engine_options import add_engine_options
+from nemotron3.cli.engine_options import (
+    add_adapter_option,
+    add_adapters_option,
+    add_engine_options,
+)
 from nemotron3.cli.environment_options import add_environment_verb
 from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
 from nemotron3.cli.memory_options import add_memory_options
@@ -40,7 +44,7 @@ SIGTERM: no more requests are taken (503), the running ones are finished, then t
 Everything else is in the guide, docs/serving.md.
 """
 
-_POSITIONAL = {"verb", "model", "recipe", "path", "prompt", "run", "out"}
+_POSITIONAL = {"verb", "model", "adapter", "recipe", "path", "prompt", "run", "out"}
 _OTHER_OPTIONS = {"reasoning_budget": "--budget", "weights_folder": "--enable-weight-updates"}
 """Options that are not called as the value is in the package."""
 
@@ -54,6 +58,7 @@ _FUNCTIONS = {
     "serve": "serve.serve_command",
     "chat": "chat.chat_command",
     "merge": "merge.merge_command",
+    "merge-adapter": "merge.merge_adapter_command",
     "env": "environments.env_command",
     "eval": "evaluate.eval_command",
     "compare": "compare.compare_command",
@@ -138,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_chat(verbs)
     _add_merge(verbs)
+    _add_merge_adapter(verbs)
     add_environment_verb(verbs)
     add_eval_verb(verbs)
     add_compare_verb(verbs)
@@ -229,6 +235,7 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "runs/tiny/model; RECIPE a Python file whose function `recipe` returns an SFTRun. An "
         "interrupted run goes on when the command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-3; "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
         "`nemotron3 sft MODEL --data CHATS.JSONL --help` lists them.",
     )
     sft.add_argument(
@@ -268,6 +275,7 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         "file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
         "command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
         "`nemotron3 rl MODEL --environment NAME --help` lists them.",
     )
     rl.add_argument(
@@ -307,6 +315,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     generate.add_argument("--top-k", type=int, default=0, help="default 0: all tokens")
     generate.add_argument("--seed", type=int, default=0, help="default 0")
     generate.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_adapter_option(generate)
 
 
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -319,6 +328,7 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_engine_options(serve)
+    add_adapters_option(serve)
     serve.add_argument(
         "--max-num-waiting",
         type=int,
@@ -390,6 +400,7 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "change it while you talk, /help lists the commands.",
     )
     add_engine_options(chat)
+    add_adapter_option(chat)
     chat.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
     chat.add_argument(
         "--budget", type=int, metavar="N", help="most tokens of thinking (default: no limit)"
@@ -419,6 +430,19 @@ def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--window-steps", type=int, help="steps before the last checkpoint (default: all kept)"
     )
     merge.add_argument("--kind", choices=("minus_sqrt", "linear", "uniform"), default="minus_sqrt")
+
+
+def _add_merge_adapter(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    merge = verbs.add_parser(
+        "merge-adapter",
+        help="write a model with a LoRA adapter merged into its weights",
+        description="Merge a LoRA adapter, by `nemotron3 sft` or in PEFT's layout from elsewhere, "
+        "into the model that it was trained on. Template, generation defaults and all other files "
+        "of the model are kept, or are the adapter's where it has its own.",
+    )
+    merge.add_argument("model", type=Path, help="the model directory that the adapter is for")
+    merge.add_argument("adapter", type=Path, help="its directory, such as runs/tiny-sft/adapter")
+    merge.add_argument("out", type=Path, help="model directory to write; it must not exist")
 
 
 if __name__ == "__main__":

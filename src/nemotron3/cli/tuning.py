@@ -7,7 +7,7 @@ that does nothing for what was named is an error.
 import argparse
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,10 @@ from nemotron3.cli.progress import watch
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
 from nemotron3.models.huggingface.companions import CONFIG_FILE
+from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.run_config import RunConfig
-from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_folder import ADAPTER_FOLDER, RunCallback
 
 RunT = TypeVar("RunT", bound=RunConfig)
 SummaryT = TypeVar("SummaryT")
@@ -65,12 +66,23 @@ def chosen_run(
     else:
         run = load_recipe(str(what), kind)
     options = [*rest, "--help"] if known.help else rest
+    if getattr(run, "lora", None) is None and lora_of(rest) is not None:
+        raise ConfigError(
+            f"--lora goes with a model directory, and {what or replay} is a run that trains all "
+            "parameters; set `lora` in its recipe"
+        )
     return override(
         run,
         options,
         prog=f"nemotron3 {known.verb} {what or '--from RUN.JSON'}",
         other_options=of_model_only,
     )
+
+
+def lora_of(rest: Sequence[str]) -> LoRAConfig | None:
+    """The adapter whose values a line gives, such as `--lora.rank 16`, before they are applied."""
+    is_given = any(option.startswith("--lora.") for option in rest)
+    return LoRAConfig() if is_given else None
 
 
 def watched(execute: Callable[[RunCallback], SummaryT]) -> SummaryT:
@@ -99,8 +111,10 @@ def with_number(text: str) -> tuple[str, float | None]:
 
 def ending(folder: Path) -> list[str]:
     """Where a finished run has its parts."""
+    adapter = folder / ADAPTER_FOLDER
     return [
         f"  model    {folder / 'model'}",
+        *([f"  adapter  {adapter}"] if adapter.exists() else []),
         f"  report   {folder / 'report.html'}",
         "",
         f"try: nemotron3 chat {folder / 'model'}",

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.adapters import check_adapter_training
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.sft import TINY_ENVIRONMENTS
 from nemotron3.rl.advantages import AdvantageConfig
@@ -33,6 +35,8 @@ class RLRun(RunConfig):
     """What it learns, all at once."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule."""
+    lora: LoRAConfig | None = None
+    """The adapter that is trained; null trains the model's own parameters."""
     group_size: int = 8
     """Rollouts of each prompt, whose rewards are compared."""
     curriculum: CurriculumConfig | None = None
@@ -64,6 +68,7 @@ class RLRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_adapter_training(self.lora, self.training)
         if not self.environments:
             raise ConfigError("is empty; name one", field="environments")
         if self.group_size < 2:

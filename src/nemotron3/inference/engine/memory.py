@@ -33,9 +33,11 @@ def batched_tokens(config: EngineConfig, device: torch.device) -> int:
     return _GPU_BATCHED_TOKENS if has_memory_of_its_own(device) else _BATCHED_TOKENS
 
 
-def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device) -> int:
-    """Bytes for keys and values if `kv_cache_bytes` is not given."""
-    free = free_memory_bytes(device)
+def cache_bytes(
+    model: LanguageModel, config: EngineConfig, device: torch.device, *, engines: int = 1
+) -> int:
+    """Bytes for keys and values where `kv_cache_bytes` is not given, of each of some `engines`."""
+    free = free_memory_bytes(device) // engines
     least = int(free * _SHARE)
     if not has_memory_of_its_own(device):
         return least
