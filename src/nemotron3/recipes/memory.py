@@ -13,6 +13,8 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine.memory import KEYS_AND_VALUES, engine_parts
 from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.models.lora.adapter import chosen_products
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.rl import RLRun
@@ -54,23 +56,35 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
     """What a run keeps in the memory of its device at its highest point."""
     config = run.model if isinstance(run, PretrainRun) else huggingface.read_config(run.model)
     depths = config.pattern.num_mtp_depths if run.loss.mtp_loss_scaling else 0
+    low_rank = None if isinstance(run, PretrainRun) else _low_rank(config, run.lora)
     if not isinstance(run, RLRun):
-        return memory_plan(config, run.training, device, mtp_depths=depths)
+        return memory_plan(config, run.training, device, mtp_depths=depths, low_rank=low_rank)
     engine = EngineConfig(
         max_num_seqs=run.max_num_seqs,
         max_model_len=run.rollouts.max_context,
         max_draft_tokens=0,
         return_routed_experts=run.replays_routes,
     )
-    reference = ShardedReader(run.model).total_bytes if run.loss.kl else 0
+    # Beside an adapter, the reference is the frozen model itself.
+    has_own = run.loss.kl and low_rank is None
+    reference = ShardedReader(run.model).total_bytes if has_own else 0
     return memory_plan(
         config,
         run.training,
         device,
         mtp_depths=depths,
+        low_rank=low_rank,
         engine=engine,
         reference_bytes=reference,
     )
+
+
+def _low_rank(config: ModelConfig, lora: LoRAConfig | None) -> LowRankPlan | None:
+    if lora is None:
+        return None
+    with torch.device("meta"):
+        adapted = chosen_products(LanguageModel(config), lora.targets)
+    return LowRankPlan(rank=lora.rank, is_adapted=adapted.__contains__)
 
 
 def bytes_for_keys(run: RLRun, device: torch.device) -> int | None:
