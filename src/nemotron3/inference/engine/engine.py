@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -30,6 +30,7 @@ from nemotron3.inference.engine.auxiliary_outputs import record_prompt_logprobs,
 from nemotron3.inference.engine.memory import batched_tokens, longest_sequence, num_pages
 from nemotron3.inference.engine.prefix_cache import PrefixCache
 from nemotron3.inference.engine.scheduler import Scheduler
+from nemotron3.inference.engine.stats import EngineStats
 from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.model_runner.draft_length import DraftLength
 from nemotron3.inference.model_runner.speculative import Drafter, most_drafts
@@ -47,29 +48,6 @@ from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.malloc import retain_freed_memory
-
-
-@dataclass
-class EngineStats:
-    """Counts of an engine's work so far, and of what it contains."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_usage: float = 0.0
-    """Share of the pages that running sequences use; pages of the prefix cache count as free."""
-    prefix_bytes: int = 0
-    prefix_queries: int = 0
-    """Prompt tokens looked up in the prefix cache."""
-    prefix_hits: int = 0
-    """Prompt tokens found in the prefix cache."""
-    prompt_tokens: int = 0
-    """Prompt tokens prefilled, without those found in the prefix cache."""
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    draft_length: int = 0
 
 
 class Engine:
@@ -472,6 +450,7 @@ class Engine:
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
             weight_version=self.weight_version,
+            continues_old_states=sequence.is_stale,
             routed_experts=None if reason is None else sequence.routed_experts(),
         )
 
