@@ -7,7 +7,7 @@ for bit the same as an uninterrupted one. Data and evaluation come from callback
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -119,11 +119,12 @@ class Trainer(Generic[BatchT]):
         evaluation: Evaluation,
         store: CheckpointStore,
         peak_flops: float,
-        data_metrics: Callable[[], dict[str, float]] = dict,
+        data_metrics: Callable[[Mapping[str, float]], dict[str, float]] = dict,
     ) -> None:
         """`batches` are the microbatches of the update that follows so many updates.
 
-        `data_metrics` are what there is to say of the last ones, such as the rewards of rollouts.
+        `data_metrics` are what there is to say of the last ones, such as the rewards of rollouts;
+        it is given the update's own metrics.
 
         `peak_flops` is the machine's product rate, which achieved FLOP/s are held against.
         """
@@ -167,7 +168,8 @@ class Trainer(Generic[BatchT]):
         """Train to the last step, logging, evaluating and saving on the way."""
         config = self.config
         while self.step < config.steps:
-            metrics = self._timed_step() | self._data_metrics()
+            metrics = self._timed_step()
+            metrics |= self._data_metrics(metrics)
             self.step += 1
             is_last = self.step == config.steps
             if is_last or self.step % config.evaluate_every_steps == 0:
