@@ -1,17 +1,17 @@
-"""What bfloat16 costs: our model and transformers' against the same weights in float32.
+"""The error of bfloat16: our model and transformers', compared with the same weights in float32.
 
     python -m benchmarks.bf16_parity [MODEL] [--tokens N]
 
-MODEL is a directory in the published layout; without one, a random model in which every path
-matters, the hardest case. Weights are rounded to bfloat16 first, so that every run below has the
+MODEL is a directory in the published layout; without one, a random model is used in which every
+path matters, the hardest case. Weights are rounded to bfloat16 first, so that all runs have the
 same ones and only the arithmetic differs:
 
 * ours, float32 activations: the reference;
-* ours, bfloat16 activations, whole and token by token through the state;
-* ours, bfloat16, with the experts that float32 chose: what is left without changed choices;
-* transformers in bfloat16, likewise, with the floor under dt removed (see tests/oracles).
+* ours, bfloat16 activations, as a full pass and token by token through the state;
+* ours, bfloat16, with the experts that float32 chose: the error without changed choices;
+* transformers in bfloat16, likewise, without its lower bound on dt (see tests/oracles).
 
-Printed are the mean KL divergence from the reference in nats, how often the most probable token is
+It prints the mean KL divergence from the reference in nats, how often the most probable token is
 the same, and how often a router chooses exactly the same experts.
 """
 
@@ -35,7 +35,7 @@ from nemotron3.models.nemotron_h import LanguageModel
 
 
 def round_weights(model: LanguageModel, folder: Path) -> LanguageModel:
-    """Store the model as published checkpoints are, and read it back."""
+    """Save the model in bfloat16, like published checkpoints, and load it again."""
     model.mtp = None
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.bfloat16())
@@ -78,7 +78,7 @@ def ours_stepwise(model: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> T
 
 
 def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' model in `dtype`, repaired."""
+    """transformers' model in `dtype`, without its lower bound on dt."""
     with contextlib.redirect_stderr(io.StringIO()):
         model = NemotronHForCausalLM.from_pretrained(folder, dtype=dtype)
     return repaired(model).eval()
@@ -136,7 +136,7 @@ def main() -> None:
         wide, narrow = (
             transformers_model(Path(folder), dtype) for dtype in (torch.float32, torch.bfloat16)
         )
-    # The model's own text, so that a trained model is measured on what it finds likely.
+    # The model's own text, so that a trained model is measured on likely text.
     tokens = sampled_text(model, arguments.tokens, generator)
     expected, choices = ours(model, tokens, torch.float32)
     rows: list[tuple[str, Callable[[], Tensor | tuple[Tensor, list[Tensor]]]]] = [
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def sampled_text(model: LanguageModel, length: int, generator: torch.Generator) -> Tensor:
-    """Four sequences that the model itself draws, in float32."""
+    """Four sequences that are sampled from the model in float32."""
     model.activation_dtype = torch.float32
     state = model.new_state(4)
     vocab = model.config.vocab_size

@@ -1,11 +1,11 @@
-"""What thinking brings: accuracy and tokens of a trained reasoner by its reasoning budget.
+"""Accuracy and tokens of a trained reasoner as functions of its reasoning budget.
 
     python examples/reasoner.py
     python -m benchmarks.budget runs/reasoner/model
 
-asks the same sums, none of them trained on, under every budget, with and without the grace that
-lets a line end; at low effort; and without thinking. Answers are greedy, so the figures are the
-same on every machine, up to rounding. Writes a record, a drawing, and the table of
+asks the same sums, none of which was in the training data, with every budget, with and without the
+grace that lets a line end; at low effort; and without reasoning. Answers are greedy, so the figures
+are the same on every machine, up to rounding. It writes a record, a plot, and the table of
 docs/reasoning.md.
 """
 
@@ -30,25 +30,25 @@ PAGE = ROOT / "docs" / "reasoning.md"
 DRAWING = ROOT / "docs" / "assets" / "reasoning-budget.svg"
 BUDGETS = (0, 4, 8, 16, 24, 32, 40, 48, None)
 LINE = 8
-"""Grace that is enough for a line of the reasoning to end."""
+"""Grace in tokens that is enough to end a line of the reasoning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One way of asking, over all problems."""
+    """The result of one setting over all problems."""
 
     name: str
     budget: int | None = None
     grace: int = 0
     accuracy: float
     reasoning_tokens: float
-    """Mean, and what is spent in all."""
+    """Mean over the problems."""
     answer_tokens: float
     most_reasoning_tokens: int
 
 
 def ask(llm: LLM, problems: list[list[int]], params: SamplingParams, **options: Any) -> list[Any]:
-    """The answers to sums."""
+    """The answers to the problems."""
     chats = [[question(numbers)] for numbers in problems]
     return [request.outputs[0] for request in llm.chat(chats, params, **options)]
 
@@ -76,7 +76,7 @@ def point(
 
 
 def measure(llm: LLM, problems: list[list[int]], *, max_tokens: int = 160) -> list[Point]:
-    """All ways of asking."""
+    """The results of all settings."""
     points = []
     for grace in (0, LINE):
         for budget in BUDGETS:
@@ -98,7 +98,7 @@ def measure(llm: LLM, problems: list[list[int]], *, max_tokens: int = 160) -> li
 
 
 def draw(points: list[Point], out: Path) -> None:
-    """Accuracy over what was spent on reasoning."""
+    """Plot accuracy over reasoning tokens."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     free = next(p for p in points if p.name == "no limit")
@@ -148,7 +148,7 @@ def _name(axes: Any, point: Point, text: str, offset: tuple[int, int]) -> None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """The record as a table."""
+    """The record as a Markdown table."""
     points = [Point(**p) for p in result["points"]]
     by_budget: dict[str, list[Point]] = {}
     for p in points:
@@ -166,7 +166,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, write the record and the table, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", default=Path("runs/reasoner/model"))
     parser.add_argument("--problems", type=int, default=500)

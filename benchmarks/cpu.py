@@ -1,16 +1,16 @@
-"""Speed on this CPU beside transformers, and llama.cpp where it is given, in one run.
+"""Speed on this CPU compared with transformers, and optionally llama.cpp, in one run.
 
     python -m benchmarks.cpu                                  # about 30M parameters, both forms
     python -m benchmarks.cpu --large                          # and about 150M
     python -m benchmarks.cpu --llama-cpp build/bin/llama-bench
-    python -m benchmarks.cpu --only decode                    # those figures again
+    python -m benchmarks.cpu --only decode                    # measure these figures again
 
-Float32, the same weights and tokens, on the threads that PyTorch takes (OMP_NUM_THREADS). First the
-programs must agree (benchmarks/models.py); where they do not, nothing is timed. Peers then take
-turns, and what is printed are medians with lowest and highest, ratios of medians, and the share of
-what the machine gives at most (benchmarks/limits.py), measured in turn with them. Results go to
-benchmarks/results/, into the newest file of this machine: a figure measured again takes the place
-of the one that was there, and each says which run it comes from.
+All programs use float32, the same weights and tokens, and PyTorch's number of threads
+(OMP_NUM_THREADS). First their results must agree (benchmarks/models.py), or nothing is timed. Then
+they take turns. The output has medians with lowest and highest, ratios of medians, and the share of
+the machine's limit (benchmarks/limits.py), which is measured in turn with them. Results go to
+benchmarks/results/, into the newest file of this machine: a new figure replaces the old one, and
+each figure names its run.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from nemotron3.runtime.malloc import retain_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = "limit"
-"""Who stands for the machine between the peers."""
+"""Name of the contestant that measures the machine's limit."""
 KINDS = ("train", "prefill", "decode")
-"""What can be measured by itself, with `--only`."""
+"""Kinds of workloads, which `--only` selects."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much of each workload."""
+    """The sizes of the workloads."""
 
     train_batch: int = 4
     train_length: int = 512
@@ -51,21 +51,21 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One figure: who competes, for how many tokens, against which limit."""
+    """One figure: the contestants, the number of tokens, and the limit."""
 
     name: str
     tokens: int
     limit: str
-    """Which of the machine's limits binds."""
+    """The machine's limit that applies: FLOP/s or bandwidth."""
     demand: float
-    """What one token asks of it: FLOPs or bytes."""
+    """FLOPs or bytes of one token."""
     peers: dict[str, Contestant] = field(default_factory=dict)
 
 
 def workload_list(
     pair: Pair, sizes: Sizes, kinds: Sequence[str], llama: Path | None
 ) -> Iterator[Workload]:
-    """Everything that is timed for a model; made one by one, so that memory is not held."""
+    """All workloads of a model, created one by one to limit memory."""
     if "train" in kinds:
         yield train_workload(pair, sizes)
         for model in (pair.ours, pair.theirs):
@@ -80,7 +80,7 @@ def workload_list(
 
 
 def train_workload(pair: Pair, sizes: Sizes) -> Workload:
-    """Forward, backward and update."""
+    """A training step: forward pass, backward pass and update."""
     tokens = tokens_of(pair.ours.config, sizes.train_batch, sizes.train_length)
     return Workload(
         name="train",
@@ -95,7 +95,7 @@ def train_workload(pair: Pair, sizes: Sizes) -> Workload:
 
 
 def prefill_workload(pair: Pair, length: int, llama: Path | None, gguf: Path | None) -> Workload:
-    """One prompt."""
+    """The prefill of one prompt."""
     tokens = tokens_of(pair.ours.config, 1, length)
     peers = {
         "ours": workloads.our_prefill(pair.ours, tokens),
@@ -115,7 +115,7 @@ def prefill_workload(pair: Pair, length: int, llama: Path | None, gguf: Path | N
 def decode_workload(
     pair: Pair, batch: int, steps: int, llama: Path | None, gguf: Path | None
 ) -> Workload:
-    """A token at a time, of one sequence or several."""
+    """Decoding of one or several sequences, a token at a time."""
     config = pair.ours.config
     prompts = tokens_of(config, batch, workloads.PROMPT)
     peers = {
@@ -138,7 +138,7 @@ def decode_workload(
 def measure_model(
     name: str, sizes: Sizes, *, repeats: int, kinds: Sequence[str] = KINDS, llama: Path | None
 ) -> dict[str, Any]:
-    """All figures of one model; only the parity where it fails."""
+    """All figures of one model; only the parity if that fails."""
     config = configs()[name]
     costs = model_costs(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def measure_model(
 
 
 def measure_memory(folder: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Peak memory of a training step of either program."""
+    """Peak memory of a training step of both programs."""
     if not memory.can_measure():
         print("  memory is left out: only Linux says how much a process had at most\n")
         return {}
@@ -189,9 +189,9 @@ def measure_memory(folder: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
 
 
 def as_figure(workload: Workload, samples: dict[str, Sample]) -> dict[str, Any]:
-    """One figure as it is stored; a ratio above 1 says how many times faster ours is.
+    """One figure as it is stored; a ratio is our speed divided by the other program's.
 
-    The limit is the median of what the machine gave between the peers' turns.
+    The limit is the median of the measurements between the contestants' turns.
     """
     ours = samples["ours"].median
     least = samples[LIMIT].median * workload.demand * workload.tokens
@@ -208,7 +208,7 @@ def as_figure(workload: Workload, samples: dict[str, Sample]) -> dict[str, Any]:
 
 
 def figure_line(figure: dict[str, Any]) -> str:
-    """One figure in words."""
+    """One figure as a line of text."""
     cells = [
         f"{name} {rate['median']:.0f} ({rate['min']:.0f}-{rate['max']:.0f})"
         for name, rate in figure["tokens_per_s"].items()
@@ -225,7 +225,7 @@ def measure(
     kinds: Sequence[str] = KINDS,
     llama: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything, as it is stored: models, and in each figure the run that it comes from."""
+    """All results as they are stored: models, and for each figure the run that measured it."""
     load = machine.load_average()
     machine.warn_if_busy(load)
     before = machine.limits()
@@ -249,7 +249,7 @@ def measure(
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`old` with what `new` has measured in its place; a model that now disagrees loses its own."""
+    """`old` updated with the figures of `new`; a model whose parity fails has no figures."""
     models = dict(old["models"])
     for name, model in new["models"].items():
         before = models.get(name)
@@ -262,7 +262,7 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """Merge a result into this processor's newest file in a folder, under today's name."""
+    """Merge a result into this processor's newest file in a folder; the name has today's date."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"cpu-{machine.processor_name()}"
     for newest in sorted(folder.glob(f"{name}-????-??-??.json"))[-1:]:

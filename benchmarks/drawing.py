@@ -1,4 +1,4 @@
-"""The look of all drawings in the documentation."""
+"""The style of all plots in the documentation."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ BLUE, ORANGE, GREEN, GREY, INK = "#2e70de", "#d9642c", "#2b9a66", "#c9ccd1", "#3
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot in that look; the same numbers give the same bytes."""
+    """matplotlib's pyplot in this style; the same numbers give the same bytes."""
     plt: Any = importlib.import_module("matplotlib.pyplot")
     plt.rcParams |= {
         "font.family": "DejaVu Sans",

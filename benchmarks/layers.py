@@ -1,9 +1,9 @@
-"""Where a pass spends its time, by part of the model, without touching the model.
+"""The time of a pass by part of the model, measured by hooks.
 
-Every module of interest is given a part by `parts_of`; hooks open and close a named range around
-its forward pass, and the innermost open range owns the time. Outside all of them lies the output
-layer with the loss. The backward pass has no ranges of its own: its nodes carry the sequence number
-of the forward operation that made them, which leads back to the part.
+`parts_of` assigns a part to each module of interest; hooks open and close a named range around its
+forward pass, and time counts for the innermost open range. Time outside all ranges is that of the
+output layer with the loss. The backward pass has no ranges of its own: its nodes have the sequence
+number of the forward operation that created them, which identifies the part.
 """
 
 import math
@@ -50,7 +50,7 @@ _PREFIX = "part: "
 
 
 def parts_of(model: LanguageModel) -> dict[nn.Module, str]:
-    """The part that each module belongs to; a module not named belongs to the one around it."""
+    """The part of each module; a module without one belongs to the part of its parent."""
     parts: dict[nn.Module, str] = {}
     for module in model.modules():
         if type(module) in _KINDS:
@@ -96,7 +96,7 @@ def watched(
 
 
 def clocked(model: LanguageModel, action: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each part in a forward pass, by the clock: for passes of many tiny operations."""
+    """Wall-clock seconds of each part in a forward pass, for passes of many tiny operations."""
     seconds: defaultdict[str, float] = defaultdict(float)
     stack, last = [OUTPUT], time.perf_counter()
 
@@ -164,7 +164,7 @@ def _attribute(events: Any) -> dict[str, dict[str, float]]:
 
 
 def _part_of(event: Any) -> tuple[str, bool]:
-    """The innermost range around an event, and whether it lies in the backward pass."""
+    """The innermost range around an event, and whether the event is in the backward pass."""
     part = None
     while event is not None:
         if event.name.startswith("autograd::engine::evaluate_function"):

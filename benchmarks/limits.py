@@ -1,10 +1,10 @@
-"""The least that each workload must do: FLOPs where products bind, bytes where memory does.
+"""Lower bounds on the work of each workload: FLOPs if products limit it, bytes if memory does.
 
-Products are counted by `nemotron3.models.costs`. A training step does three times those of a
-forward pass; of a prompt the last token alone has to pass the layers behind the last one that
-remembers, and the output layer. A decoding step must at least read the weights that its tokens
-pass, and read and write their states. Of the routed experts, a batch of b tokens that choose evenly
-touches 1 - (1 - k/E)^b.
+`nemotron3.models.costs` counts the products. A training step has three times those of a forward
+pass. Of a prompt, only the last token needs the layers after the last stateful one, and the output
+layer. A decoding step must at least read the weights that its tokens use, and read and write their
+states. A batch of b tokens that choose k of E experts evenly uses a share of 1 - (1 - k/E)^b of
+them.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def mixing_flops(config: ModelConfig, kind: type[MixerConfig], *, context: int) 
 
 
 def _with_layers(config: ModelConfig, symbols: Sequence[str]) -> ModelConfig:
-    """The same widths in other layers, without MTP."""
+    """The same widths with other layers, without MTP."""
     parts = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
     unused = {part: None for symbol, part in parts.items() if symbol not in symbols}
     return replace(config, hybrid_override_pattern="".join(symbols), **unused)

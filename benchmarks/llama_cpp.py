@@ -1,9 +1,9 @@
-"""llama.cpp as an optional peer for inference, by its own benchmark programs.
+"""llama.cpp as an optional contestant for inference, measured by its own benchmark programs.
 
-Given a built `llama-bench`; `llama-batched-bench` is taken from beside it where it is. The weights
-are the same, converted by llama.cpp's converter (docs/guides/llama-cpp-oracle.md); the oracle there
-is what shows that it computes the same model. Starting the program and loading do not count: it
-reports the time of its own work.
+It needs a compiled `llama-bench`, and uses `llama-batched-bench` in the same folder if there is
+one. The weights are the same, converted by llama.cpp's converter; the oracle in
+docs/guides/llama-cpp-oracle.md shows that it computes the same model. The time of starting the
+program and loading does not count, since the program reports the time of its own work.
 """
 
 import json
@@ -18,7 +18,7 @@ from benchmarks.workloads import PROMPT
 from tests.oracles import llama_cpp as oracle
 
 _TRIES = 5
-"""Now and then llama-batched-bench ends well and prints no result."""
+"""Attempts: sometimes llama-batched-bench succeeds without printing a result."""
 
 
 def write_gguf(binary: Path, pair: Pair) -> Path:
@@ -27,9 +27,9 @@ def write_gguf(binary: Path, pair: Pair) -> Path:
 
 
 def write_gguf_of(binary: Path, folder: Path, vocab_size: int) -> Path:
-    """Convert a model directory, in a process of its own: the converter is talkative.
+    """Convert a model directory in a separate process, because the converter prints much.
 
-    The tokenizer in the folder is replaced by one that the converter takes.
+    The tokenizer in the folder is replaced by one that the converter accepts.
     """
     path = folder / "model.gguf"
     words = [sources_of(binary), folder, path, vocab_size]
@@ -42,7 +42,7 @@ def write_gguf_of(binary: Path, folder: Path, vocab_size: int) -> Path:
 
 
 def sources_of(binary: Path) -> Path:
-    """The source folder that a binary was built from, as its build folder remembers it."""
+    """The source folder of a binary, from the cache of its build folder."""
     for folder in binary.resolve().parents:
         cache = folder / "CMakeCache.txt"
         if cache.exists():
@@ -53,15 +53,15 @@ def sources_of(binary: Path) -> Path:
 
 
 def prefill(binary: Path, gguf: Path, length: int) -> Contestant:
-    """Seconds to read a prompt."""
-    times = max(1, 2048 // length)  # a turn that lasts as long as those of the others
+    """Seconds of the prefill of a prompt."""
+    times = max(1, 2048 // length)  # a turn as long as those of the others
     command = [binary, "-m", gguf, "-p", length, "-n", 0, "-r", times, "-o", "json", *_threads()]
     command += ["-b", length, "-ub", min(length, 512)]
     return lambda: json.loads(_output(command))[0]["avg_ns"] / 1e9
 
 
 def decode(binary: Path, gguf: Path, batch: int, steps: int) -> Contestant | None:
-    """Seconds to write `steps` tokens of each sequence; None where the program is missing."""
+    """Seconds to decode `steps` tokens of each sequence; None if the program is missing."""
     if batch > 1:
         return _decode_batch(binary.with_name("llama-batched-bench"), gguf, batch, steps)
     command = [binary, "-m", gguf, "-p", 0, "-n", steps, "-d", PROMPT, "-r", 1, "-o", "json"]

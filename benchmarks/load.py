@@ -3,13 +3,13 @@
     python -m benchmarks.load runs/tiny/model                 # 64 clients for two minutes
     python -m benchmarks.load runs/tiny/model --seconds 600
 
-First each of a pool of requests (prompts and lengths mixed, chats with reasoning budgets among
-them) is answered alone. Then clients that each ask, read and ask again take requests from the pool
-at random; some leave in the middle, without a word. Whatever is answered whole must be what it was
-alone, token by token. The server's memory is watched all the while, and after the storm it must be
-idle. At 1, 8, 32 and 64 clients the time to the first token and the throughput are recorded.
-Results go to benchmarks/results/; the exit status is 1 where an answer differed, was lost, or the
-server did not come to rest.
+First each request of a pool (of different prompts and lengths, including chats with reasoning
+budgets) is answered alone. Then clients repeatedly send random requests of the pool and read the
+answers; some disconnect in the middle. Every complete answer must have the same tokens as alone.
+The server's memory is sampled during the load, and after it the server must be idle. For 1, 8, 32
+and 64 clients the time to the first token and the throughput are recorded. Results go to
+benchmarks/results/; the exit status is 1 if an answer differed or was lost, or if the server did
+not become idle.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "nobler", "i
 
 @dataclass(frozen=True)
 class Request:
-    """One of the pool: where it goes and what it asks."""
+    """A request of the pool: its path and its body."""
 
     path: str
     body: dict[str, Any]
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass
 class Storm:
-    """What happened."""
+    """The results of all clients."""
 
     whole: int = 0
     left: int = 0
@@ -57,7 +57,7 @@ class Storm:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """In numbers."""
+        """Counts, latencies and throughput."""
         firsts = sorted(self.firsts_s) or [0.0]
         return {
             "whole": self.whole,
@@ -73,7 +73,7 @@ class Storm:
 
 
 def pool(size: int, chance: random.Random) -> list[Request]:
-    """Requests of every sort, each greedy, so that there is one right answer."""
+    """Requests of all kinds, each greedy, so that there is one right answer."""
     requests = []
     for i in range(size):
         text = " ".join(chance.choices(_WORDS, k=chance.randint(1, 120)))
@@ -94,7 +94,7 @@ def pool(size: int, chance: random.Random) -> list[Request]:
 
 
 def ask(port: int, request: Request, *, most: int | None = None) -> tuple[list[int], float]:
-    """The tokens of an answer, or the first ones before leaving; seconds to the first."""
+    """The tokens of an answer (at most `most`, then disconnect), and seconds to the first one."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     start, first, tokens = time.perf_counter(), 0.0, []
     try:
@@ -129,7 +129,7 @@ def client(
     port: int, requests: list[Request], alone: list[list[int]], storm: Storm, *, seed: int,
     until: float, leaves: float,
 ) -> None:  # fmt: skip
-    """Ask and ask again."""
+    """Send requests, one after another, until the time is over."""
     chance = random.Random(seed)
     while time.monotonic() < until:
         place = chance.randrange(len(requests))
@@ -154,7 +154,7 @@ def run(
     port: int, requests: list[Request], alone: list[list[int]], *, clients: int, seconds: float,
     leaves: float,
 ) -> tuple[Storm, float]:  # fmt: skip
-    """So many clients for so long."""
+    """Run a number of clients for some seconds; returns the results and the actual time."""
     storm, start = Storm(), time.monotonic()
     with ThreadPoolExecutor(clients) as threads:
         for seed in range(clients):
@@ -166,7 +166,7 @@ def run(
 
 
 def watch(pid: int, samples: list[int], stop: threading.Event) -> None:
-    """Note a process's resident bytes every half second."""
+    """Sample a process's resident bytes every half second."""
     status = Path(f"/proc/{pid}/status")
     while not stop.wait(0.5):
         lines = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
@@ -174,7 +174,7 @@ def watch(pid: int, samples: list[int], stop: threading.Event) -> None:
 
 
 def at_rest(port: int, seconds: float = 10) -> bool:
-    """Whether nothing runs or waits a while after everybody has gone."""
+    """Whether no request runs or waits, within some seconds after all clients have ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -195,7 +195,7 @@ def at_rest(port: int, seconds: float = 10) -> bool:
 def measure(
     path: Path, *, seconds: float, clients: tuple[int, ...], threads: int
 ) -> dict[str, Any]:
-    """Everything, as it is stored."""
+    """All results as they are stored."""
     requests = pool(24, random.Random(0))
     with servers.ours(path, threads=threads) as server:
         alone = [ask(server.port, request)[0] for request in requests]

@@ -1,16 +1,17 @@
-"""Which keys later drafts should look back at: four ways, on held-out text.
+"""The keys to which later drafts should attend: four alternatives, on held-out text.
 
     python -m benchmarks.lookback runs/tiny/model
 
-Training gives each depth of multi-token prediction keys of its own depth. While drafting, these
-would have to be kept and corrected for every depth; the first depth's are there anyway. For every
-place of the text and each way, the drafts of four depths are compared with what the model itself
-would choose. A draft counts where those before it stood and the text went on as the model would.
+In training each depth of multi-token prediction attends to keys of its own depth. While drafting,
+these would have to be stored and corrected for every depth; the first depth's exist anyway. At
+every position of the text and for each alternative, the drafts of four depths are compared with the
+model's own choices. A draft counts if those before it were accepted and the text continues with the
+model's choices.
 
     own        keys of its own depth everywhere, as in training
-    append     the first depth's, then those of the drafts before it, behind each other
-    overwrite  the first depth's but for the last, in whose place its own stands
-    behind     the first depth's, and its own behind them
+    append     the first depth's, followed by those of the drafts before it
+    overwrite  the first depth's, with the last one replaced by its own
+    behind     the first depth's, followed by its own
 """
 
 import argparse
@@ -31,11 +32,11 @@ from nemotron3.ops.segments import Segments
 
 DEPTHS = 4
 FIRST = 16
-"""Places at the beginning of a row that do not count: there is little to look back at."""
+"""Positions at the start of a row that do not count, since they have few keys."""
 
 
 def as_trained(model: LanguageModel, ids: Tensor, hidden: Tensor) -> list[Tensor]:
-    """Best guesses of all depths at every place, [rows, length] each, with keys of their own."""
+    """Drafts of all depths at every position, [rows, length] each, with keys of their own depth."""
     assert model.mtp is not None
     guesses: list[Tensor] = []
     state, layout = hidden.flatten(0, 1), SequenceLayout.of(ids)
@@ -46,7 +47,7 @@ def as_trained(model: LanguageModel, ids: Tensor, hidden: Tensor) -> list[Tensor
 
 
 def as_drafted(model: LanguageModel, ids: Tensor, hidden: Tensor, way: str) -> list[Tensor]:
-    """The same with the first depth's keys to look back at, place by place."""
+    """The same with the first depth's keys, position by position."""
     rows, length = ids.shape
     cache = HybridCache(
         model.config,
@@ -81,7 +82,7 @@ def as_drafted(model: LanguageModel, ids: Tensor, hidden: Tensor, way: str) -> l
 
 
 def count(guesses: list[Tensor], best: Tensor, ids: Tensor) -> list[tuple[int, int]]:
-    """For each depth, how many drafts were tried and how many stood."""
+    """For each depth, how many drafts were tried and how many were accepted."""
     last = ids.shape[1] - 1 - DEPTHS
     stands = torch.ones_like(ids[:, FIRST:last], dtype=torch.bool)
     counts: list[tuple[int, int]] = []
@@ -95,7 +96,7 @@ def count(guesses: list[Tensor], best: Tensor, ids: Tensor) -> list[tuple[int, i
 
 @torch.inference_mode()
 def measure(folder: Path, *, rows: int, length: int = 256) -> dict[str, list[float]]:
-    """Acceptance of each depth, over all sources, by way."""
+    """Acceptance of each depth over all sources, by alternative."""
     model = LanguageModel.from_pretrained(folder).eval()
     totals: dict[str, list[list[int]]] = {}
     for file in held_out_of(folder)[1].values():
@@ -115,7 +116,7 @@ def measure(folder: Path, *, rows: int, length: int = 256) -> dict[str, list[flo
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, write the results, and print them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder of a run, as in runs/tiny/model")
     parser.add_argument("--rows", type=int, default=16, help="stretches of each source")

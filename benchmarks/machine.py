@@ -1,10 +1,9 @@
-"""What the machine can do at most, and what else it was doing.
+"""The limits of the machine, and its load.
 
-Every speed is held against a limit that is measured in the same run: the rate of a large matrix
-product where arithmetic binds, the bandwidth of reading memory where it does. Both change with the
-neighbours of a virtual machine, so they are taken before and after, and the best counts. The
-product is the faster one of PyTorch's library and our own; what the library alone reaches is kept
-beside it.
+Every speed is compared with a limit that is measured in the same run: the rate of a large matrix
+product if arithmetic limits it, the bandwidth of reading memory if memory does. Both depend on the
+other virtual machines of the host, so they are measured before and after, and the best counts. The
+product is the faster one of PyTorch's library and our own; the library's rate is recorded, too.
 """
 
 import hashlib
@@ -29,18 +28,18 @@ from nemotron3.ops.linear import linear
 from nemotron3.runtime.devices import measure_product_rate, processor_model
 
 BUSY = 1.5
-"""Load average from which measurements are called noisy."""
+"""Load average from which measurements are reported as noisy."""
 
 
 READ_MEGABYTES = 256
-"""What is read to see how fast memory is read: more than caches hold."""
+"""Memory that is read to measure the bandwidth: more than the caches hold."""
 
 MOMENT = 0.1
-"""Seconds in which a limit is looked at between others' turns."""
+"""Seconds of a limit's measurement between other contestants' turns."""
 
 
 def limits(*, megabytes: int = READ_MEGABYTES, seconds: float = 1.0) -> dict[str, float]:
-    """FLOP/s of a product, bytes/s of reading and of copying (a copy counts both ways)."""
+    """FLOP/s of a product, bytes/s of reading and of copying (which counts reads and writes)."""
     values = _values(megabytes)
     target = torch.empty_like(values)
     size = values.numel() * values.element_size()
@@ -54,10 +53,10 @@ def limits(*, megabytes: int = READ_MEGABYTES, seconds: float = 1.0) -> dict[str
 
 
 def limit_now(name: str) -> Contestant:
-    """Seconds that one unit of a limit takes at this moment, a FLOP or a byte.
+    """Seconds of one unit of a limit, a FLOP or a byte.
 
-    It takes turns with whom it limits: on a machine with neighbours memory may give half of what it
-    gave a minute ago.
+    It takes turns with the contestants, because on a shared host the bandwidth may halve within a
+    minute.
     """
     values = _values(READ_MEGABYTES)
 
@@ -70,7 +69,7 @@ def limit_now(name: str) -> Contestant:
 
 
 def _values(megabytes: int) -> Tensor:
-    """Numbers in memory of the kind that weights are in, which is read faster than other."""
+    """Numbers in large pages, like weights, because these are read faster than small pages."""
     return torch.frombuffer(large_pages(megabytes << 20), dtype=torch.float32).fill_(1.0)
 
 
@@ -89,7 +88,7 @@ def best_of(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 
 def description() -> dict[str, Any]:
-    """The machine and the programs, in words."""
+    """The machine and the versions of the programs."""
     return {
         "cpu": processor_model(),
         "cores": os.cpu_count(),
@@ -103,16 +102,16 @@ def description() -> dict[str, Any]:
 
 
 def processor_name(described: str | None = None) -> str:
-    """The processor as part of a file's name: its maker and kind."""
+    """The processor's vendor and model, as a part of file names."""
     words = re.sub(r"\(.*?\)", "", described or processor_model()).lower().split()
     return "-".join(words[:2])
 
 
 def command(module: str, arguments: Sequence[str] | None = None) -> str:
-    """How a result was made, for whoever wants to make it again.
+    """The command that produced a result, for repeating it.
 
-    Where things lie on this machine says nothing to them: of paths elsewhere the last two parts are
-    named, and the folder for the result is left out.
+    Of paths outside this folder it has only the last two parts, and it omits the folder of the
+    results, because both are specific to this machine.
     """
     said = list(sys.argv[1:] if arguments is None else arguments)
     if "--out" in said:
@@ -126,7 +125,7 @@ def command(module: str, arguments: Sequence[str] | None = None) -> str:
 
 
 def installed(package: str) -> str:
-    """Its version, or that it is absent."""
+    """The version of a package, or a note that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -134,12 +133,12 @@ def installed(package: str) -> str:
 
 
 def load_average() -> float:
-    """Processes that wanted to run, averaged over the last minute."""
+    """The load average of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
 def warn_if_busy(load: float) -> None:
-    """Say so when others use the machine."""
+    """Print a warning if other programs use the machine."""
     if load > BUSY:
         print(f"WARNING: the load average is {load}; figures of a busy machine are noise\n")
 
@@ -154,9 +153,9 @@ def _best_s(action: Callable[[], object], seconds: float) -> float:
 
 
 def _commit() -> str:
-    """The revision, with a plus where the package's files differ from it.
+    """The commit, with a plus if the package's files differ from it.
 
-    A copy without a history has a digest of the files instead, by which a revision can be found.
+    Without a repository it is a digest of the files, by which a commit can be identified.
     """
     here = Path(__file__).parent
 
@@ -172,7 +171,7 @@ def _commit() -> str:
 
 
 def _digest(folder: Path) -> str:
-    """Of all Python files under a folder, in order of their names."""
+    """Digest of all Python files in a folder, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
@@ -180,7 +179,7 @@ def _digest(folder: Path) -> str:
 
 
 def limits_in_words(limits: dict[str, float]) -> str:
-    """What was measured, for tables and the page."""
+    """The limits as text, for tables and the page."""
     return (
         f"product {limits['product_flops_per_s'] / 1e9:.0f} GFLOP/s "
         f"({limits['library_product_flops_per_s'] / 1e9:.0f} in PyTorch's library), "

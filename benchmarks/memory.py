@@ -1,11 +1,11 @@
-"""Peak memory of a training step, in a process of its own.
+"""Peak memory of a training step, in a separate process.
 
     python -m benchmarks.memory ours|transformers MODEL --batch 4 --length 512
 
-prints JSON: bytes of the highest point of the second step (the first makes the optimizer's moments)
-above the process before it held a model, and above what the model and its optimizer keep between
-steps. The kernel's high-water mark of resident memory is reset before the step, since loading has
-peaks of its own.
+prints JSON: the peak bytes of the second step (the first creates the optimizer's moments), minus
+the bytes of the process before it had a model, and minus those that model and optimizer keep
+between steps. The kernel's high-water mark of resident memory is reset before the step, since
+loading has peaks of its own.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from nemotron3.models.nemotron_h import LanguageModel
 
 
 def can_measure() -> bool:
-    """Whether this system tells a process its peak memory, and lets it start anew."""
+    """Whether this system reports a process's peak memory, and lets it reset the value."""
     return Path("/proc/self/clear_refs").exists()
 
 
 def measure(program: str, folder: Path, *, batch: int, length: int, threads: int) -> dict:
-    """Run this file as a command."""
+    """Run this module as a command, and parse its output."""
     words = [program, folder, "--batch", batch, "--length", length, "--threads", threads]
     command = [sys.executable, "-m", "benchmarks.memory", *map(str, words)]
     root = Path(__file__).parent.parent
@@ -40,13 +40,13 @@ def measure(program: str, folder: Path, *, batch: int, length: int, threads: int
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process: VmRSS at present, VmHWM at the highest."""
+    """Resident bytes of this process: VmRSS is the current value, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def _settle() -> int:
-    """Give freed memory back, restart the high-water mark, and return what is held."""
+    """Release freed memory, reset the high-water mark, and return the resident bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -63,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokens = tokens_of(read_config(arguments.model), arguments.batch, arguments.length)
-    # Libraries take their buffers; the first step of any optimizer loads a part of PyTorch.
+    # Libraries allocate their buffers, and the first step of an optimizer loads a part of PyTorch.
     torch.ones(512, 512).mm(torch.ones(512, 512))
     one = nn.Linear(1, 1)
     optimizer = optimizer_of(one)

@@ -1,8 +1,8 @@
-"""The models that speed is measured on, and the proof that two programs run the same one.
+"""The models of the speed benchmarks, and the check that two programs compute the same one.
 
-Sizes are those at which two CPU cores take seconds: about 30M and 150M parameters, of which a token
-passes a third. Every width is a multiple of what llama.cpp's converter asks for. A ratio of speeds
-means something only between equals, so `parity` compares logits, loss and gradient first.
+The sizes are chosen so that two CPU cores take seconds: about 30M and 150M parameters, of which a
+token uses a third. Every width is a multiple that llama.cpp's converter requires. A ratio of speeds
+is meaningful only for the same computation, so `parity` compares logits, loss and gradient first.
 """
 
 import logging
@@ -26,7 +26,7 @@ from nemotron3.training.batch import TrainBatch
 from nemotron3.training.pretrain_objective import PretrainLossConfig, PretrainObjective
 
 TOLERANCE = 1e-4
-"""Largest difference between the two programs, relative to the scale of what is compared."""
+"""Largest difference between the two programs, relative to the largest compared value."""
 
 
 def _config(
@@ -60,9 +60,9 @@ def _moe(width: int, *, experts: int, active: int, shared: int, latent: int | No
 
 
 def configs() -> dict[str, ModelConfig]:
-    """The measured models by name; the latent form has twice the experts at half their width.
+    """The measured models by name; the latent ones have twice as many experts of half the width.
 
-    The dense one is for programs that run no experts of this kind.
+    The dense one is for programs that do not support these experts.
     """
     toy = MambaConfig(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, n_groups=2)
     mamba = MambaConfig(mamba_num_heads=16, mamba_head_dim=32, ssm_state_size=64, n_groups=4)
@@ -102,23 +102,23 @@ def tokens_of(config: ModelConfig, *shape: int, seed: int = 1) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One set of weights in both programs."""
+    """The same weights in both programs."""
 
     ours: LanguageModel
     theirs: nn.Module
     folder: Path
-    """Where the weights lie in the published layout, for programs that read it."""
+    """Folder of the weights in the published layout, for other programs."""
 
 
 def build_pair(config: ModelConfig, folder: Path) -> Pair:
-    """A new model, written, and read by transformers with the floor under dt removed."""
+    """Create a model, save it, and load it in transformers, without its lower bound on dt."""
     ours = LanguageModel.from_config(config, seed=0)
     ours.save_pretrained(folder)
     return Pair(ours=ours, theirs=load_theirs(folder), folder=folder)
 
 
 def load_theirs(folder: Path) -> nn.Module:
-    """transformers' model; it runs in plain PyTorch, and need not say so in every process."""
+    """transformers' model, which runs in plain PyTorch; its warnings about that are turned off."""
     from tests.oracles import huggingface  # noqa: PLC0415 - takes seconds, and is not everywhere
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -126,12 +126,12 @@ def load_theirs(folder: Path) -> nn.Module:
 
 
 def our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """Mean next-token loss of [batch, seq] tokens, with the statistics that training takes."""
+    """Mean next-token loss of [batch, seq] tokens, with the statistics that training computes."""
     return training_loss(model, targets(tokens), mtp_loss_scaling=0.0)
 
 
 def training_loss(model: LanguageModel, batch: TrainBatch, **loss: float) -> Tensor:
-    """The pre-training loss of one microbatch by itself."""
+    """The pre-training loss of a batch of one microbatch."""
     objective = objective_of(model, **loss)
     counts = objective.counts(batch)
     return model(
@@ -149,12 +149,12 @@ def objective_of(model: LanguageModel, **loss: float) -> PretrainObjective:
 
 
 def their_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The same by transformers."""
+    """The same loss in transformers."""
     return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def targets(tokens: Tensor) -> TrainBatch:
-    """Each token predicts the next of its row; the last predicts nothing."""
+    """A batch in which each token predicts the next of its row, and the last has no target."""
     mask = torch.ones(tokens.shape, device=tokens.device)
     mask[:, -1] = 0
     return TrainBatch(
@@ -166,7 +166,7 @@ def targets(tokens: Tensor) -> TrainBatch:
 
 
 def parity(pair: Pair, *, length: int = 300, steps: int = 8) -> dict[str, float]:
-    """Largest differences of logits (whole, and decoded) and of a gradient, by their scale."""
+    """Largest relative differences of logits (full pass and decoding) and of a gradient."""
     tokens = tokens_of(pair.ours.config, 2, length, seed=2).to(pair.ours.device)
     with torch.no_grad():
         ours = pair.ours(tokens, layout=SequenceLayout.of(tokens))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.page
 
-writes the text between the marks of that page, and its drawing. No figure stands there that this
-did not put there; where there is no result it says that nothing has been measured.
+writes the text between the marks of that page, and its plots. All figures of the page come from
+this program; without a result the text says that nothing has been measured.
 """
 
 import json
@@ -30,7 +30,7 @@ NOTHING = "Not measured yet.\n"
 
 
 def render(text: str, results: Path) -> str:
-    """The page with every marked block filled from a folder of results."""
+    """The text of the page with every marked block filled from a folder of results."""
     blocks = {
         "cpu": "\n".join(_cpu(path) for path in _newest_of_each(results, "cpu")),
         "profile": "\n".join(
@@ -59,7 +59,7 @@ def render(text: str, results: Path) -> str:
 
 
 def fill(text: str, name: str, block: str) -> str:
-    """A page's text with what stands between the marks of that name replaced."""
+    """A page's text with the block between the marks of this name replaced."""
     marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     assert marks.search(text), f"the page has no marks for {name}"
     return marks.sub(lambda m: m[1] + block + m[2], text)
@@ -70,7 +70,7 @@ def _newest(results: Path, pattern: str) -> list[Path]:
 
 
 def _newest_of_each(results: Path, kind: str) -> list[Path]:
-    """The newest of every processor, card or set of models: names are kind, that and date."""
+    """The newest file of each processor, GPU or set of models; names are KIND-SUBJECT-DATE."""
     by_name = {path.stem[:-10]: path for path in sorted(results.glob(f"{kind}-*.json"))}
     return list(by_name.values())
 
@@ -121,7 +121,7 @@ def _regression(path: Path) -> str:
 
 
 def _parts(model: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything of a model that has been measured."""
+    """All measured figures of a model."""
     return [*model["figures"], *([model["train_memory"]] if "train_memory" in model else [])]
 
 
@@ -242,7 +242,7 @@ def _sharing(path: Path) -> str:
 
 
 def _origin(result: dict[str, Any]) -> str:
-    """Command, commit and machine."""
+    """The command, commit and machine of a result."""
     machine = result["machine"]
     words = (
         f"`{result['command']}` at commit {machine['commit']}, {result['date']}: {machine['cpu']}, "
@@ -258,7 +258,7 @@ def _origin(result: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a table, the first one as its head."""
+    """Rows as a Markdown table; the first one is the header."""
     head, *rest = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rest))

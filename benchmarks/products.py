@@ -1,10 +1,11 @@
-"""Dense products of the model's shapes, beside those of PyTorch's library.
+"""Dense products of the model's shapes, compared with those of PyTorch's library.
 
     python -m benchmarks.products
 
-Both do the same product in turns, forward and both gradients for many rows as in training, and
-forward alone for the few rows of a decoding step. There every call has another weight matrix, more
-of them than caches hold, since a layer's weights were last used a step ago. Medians.
+Both compute the same product in turns: forward and both gradients for many rows, as in training,
+and only forward for the few rows of a decoding step. In the latter every call uses another weight
+matrix, of more than the caches hold, since a layer's weights were last used a step ago. The results
+are medians.
 """
 
 import argparse
@@ -33,10 +34,10 @@ SHAPES = {
     "150M, shared expert": (1024, 512),
     "150M, output layer": (16384, 512),
 }
-"""Outputs and inputs of weight matrices of the models that are compared elsewhere."""
+"""Outputs and inputs of weight matrices, from the models of the other benchmarks."""
 FEW, MANY = (1, 8, 32, 128), 2048
 COLD_BYTES = 2**27
-"""Weights that a turn goes through."""
+"""Bytes of the weights in a turn."""
 
 Product = Callable[[Tensor, Tensor], Tensor]
 PEERS: dict[str, Product] = {
@@ -59,7 +60,7 @@ def timed(product: Product, x: Tensor, weights: list[Tensor]) -> Callable[[], fl
 
 
 def timed_gradients(product: Product, x: Tensor, weights: list[Tensor]) -> Callable[[], float]:
-    """Seconds of the two products that go back through one, the mean over all weights."""
+    """Seconds of the two gradients of a product, the mean over all weights."""
     dy = torch.randn(len(x), len(weights[0]))
 
     def run() -> float:
@@ -75,7 +76,7 @@ def timed_gradients(product: Product, x: Tensor, weights: list[Tensor]) -> Calla
 
 
 def cases(outputs: int, inputs: int) -> Iterator[tuple[str, float, dict[str, Callable[[], float]]]]:
-    """Name, FLOPs and contestants of everything that is done with such a matrix."""
+    """Name, FLOPs and contestants of each measurement of such a matrix."""
     count = max(2, COLD_BYTES // (4 * outputs * inputs))
     weights = [torch.randn(outputs, inputs) for _ in range(count)]
     for rows in (*FEW, MANY):
@@ -89,7 +90,7 @@ def cases(outputs: int, inputs: int) -> Iterator[tuple[str, float, dict[str, Cal
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Everything, as it is stored."""
+    """All results as they are stored."""
     load = machine.load_average()
     machine.warn_if_busy(load)
     at_most = machine.limits()
@@ -113,7 +114,7 @@ def measure(repeats: int) -> dict[str, Any]:
 
 
 def product_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of a matrix, and for each case our rate and how often the library's it is."""
+    """Table rows: the matrix, and for each case our rate and its ratio to the library's."""
     shapes = result["shapes"]
     names = list(next(iter(shapes.values()))["cases"])
     rows = [("GFLOP/s of ours (times the library's)", *names)]

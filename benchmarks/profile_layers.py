@@ -1,10 +1,10 @@
-"""Where a training step and a decoding step spend their time, part by part.
+"""The time of a training step and of a decoding step, by part of the model.
 
     python -m benchmarks.profile_layers [--model 30m-latent]
 
-For each part: its share of the step, and the share of the machine's product rate that it reaches
-(training) or the time it takes (decoding, where memory and the number of operations bind). Parts
-are found by hooks and the profiler (benchmarks/layers.py); medians over the repeats.
+For each part it prints the share of the step, and for training the share of the machine's product
+rate, for decoding (which memory and the number of operations limit) the time. Hooks and the
+profiler identify the parts (benchmarks/layers.py). The results are medians over the repeats.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from nemotron3.training.optimizers import build_optimizer
 
 Parts = dict[str, float]
 _WARMUPS = 4
-"""Steps until the heap has what a step needs: a tensor's first pages cost more than its numbers."""
+"""Steps until the heap has the memory of a step: new pages take longer than the arithmetic."""
 
 
 def training_parts(
@@ -70,7 +70,7 @@ def _medians(runs: list[Parts]) -> Parts:
 
 
 def measure(name: str, *, batch: int, length: int, repeats: int) -> dict[str, Any]:
-    """Everything, as it is stored."""
+    """All results as they are stored."""
     load = machine.load_average()
     machine.warn_if_busy(load)
     at_most = machine.limits()
@@ -105,7 +105,7 @@ def _both(train: dict[str, Parts], part: str) -> float:
 
 
 def training_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of part, milliseconds forward and backward, share of the step, share of the rate."""
+    """Table rows: part, milliseconds forward and backward, share of the step, share of the rate."""
     parts = result["train"]["parts"]
     total = sum(row["forward_s"] + row["backward_s"] for row in parts.values())
     rows = [("part", "forward, ms", "backward, ms", "of the step", "of the product rate")]
@@ -125,7 +125,7 @@ def training_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def decoding_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of part, and milliseconds and share of a step for each batch."""
+    """Table rows: part, and milliseconds and share of a step for each batch size."""
     decode = result["decode"]
     first = next(iter(decode.values()))
     heads = [f"batch {batch}, {what}" for batch in decode for what in ("ms", "share")]

@@ -1,4 +1,4 @@
-"""Train the example's reasoner at a benchmark's size, to measure drafts where a step costs more.
+"""Train the example's reasoner at a benchmark's size, to measure drafts with expensive steps.
 
     python -m benchmarks.reasoner 30m-latent          # some minutes, into runs/reasoner-30m-latent
     python -m benchmarks.speculation runs/reasoner-30m-latent/model
@@ -25,7 +25,7 @@ example: Any = import_module("reasoner")
 
 
 def run_of(size: str, base: PretrainRun) -> PretrainRun:
-    """The example's run with a larger model, and the smaller steps that it wants."""
+    """The example's run with a larger model and a smaller learning rate."""
     config = configs()[size]
     model = replace(
         config,

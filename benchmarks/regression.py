@@ -1,14 +1,14 @@
-"""Whether this checkout is as fast as another commit: both in turn, row by row.
+"""Compare the speed of this checkout with that of another commit, row by row.
 
     python -m benchmarks.regression --against COMMIT
     python -m benchmarks.regression --against COMMIT --models 30m-latent --rows "train 512"
 
-The other commit is checked out beside this one, and each is timed by a process of its own that
-lives through all turns. In a pair both have their turn right after each other, in an order that
-changes, so a slow minute of the machine hits both; of a turn's repetitions the fastest counts. A
-row's figure is the median of the pairs' ratios, the time of the other commit over the time of this
-one (above 1: this one is faster), with the interval that holds it in 95% of resampled sets of
-pairs. A row passes where that interval reaches 0.97. Results go to benchmarks/results/.
+The other commit is checked out beside this one, and each is timed by its own process, which runs
+until the end. In a pair both have their turn one after the other, in alternating order, so a slow
+minute of the machine affects both; of a turn's repetitions the fastest counts. A row's figure is
+the median of the pairs' ratios, the time of the other commit divided by the time of this one (above
+1: this one is faster), with its 95% bootstrap interval. A row passes if that interval reaches 0.97.
+Results go to benchmarks/results/.
 """
 
 import argparse
@@ -39,16 +39,16 @@ ROWS = {
     "30m-standard": ("train 512", "prefill 512", "decode 1"),
     "150m-latent": ("train 512", "prefill 512", "decode 1"),
 }
-"""What is timed of each model: a kind, and its length or batch."""
+"""The timed rows of each model: a kind of workload, and its length or batch size."""
 PAIRS = 11
 LOWEST = 0.97
-"""A row passes where the interval of its ratio reaches this."""
+"""A row passes if the interval of its ratio reaches this value."""
 HEAP = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
 }
-"""The C library keeps freed memory, as it does for the commands, in both checkouts alike."""
+"""In both checkouts the C library retains freed memory, as for the package's commands."""
 
 
 class Worker:
@@ -83,7 +83,7 @@ class Worker:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """A folder with the files of a commit."""
+    """A temporary folder with the files of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(
             ["git", "archive", commit, "src", "benchmarks"], cwd=ROOT, capture_output=True
@@ -95,14 +95,14 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 
 def median_interval(ratios: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
-    """Where the median lies in 95% of resampled sets."""
+    """The 95% bootstrap interval of the median."""
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(draws))
     return medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
 
 
 def measure_row(workers: dict[str, Worker], model: str, row: str, *, pairs: int) -> dict[str, Any]:
-    """One row: the seconds of both in every pair, and their ratio."""
+    """One row: the seconds of both checkouts in every pair, and their ratio."""
     for worker in workers.values():
         worker.turn(model, row)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
@@ -123,7 +123,7 @@ def measure_row(workers: dict[str, Worker], model: str, row: str, *, pairs: int)
 
 
 def row_line(figure: dict[str, Any]) -> str:
-    """A row in words."""
+    """A row as a line of text."""
     low, high = figure["interval"]
     verdict = "" if figure["passes"] else "   SLOWER"
     span = f"{figure['ratio']:.3f} ({low:.3f} to {high:.3f})"
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """Keep a result under the processor's name and the day; rows of that day are replaced."""
+    """Save a result under the processor's name and the date; rows of the same day are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"regression-{machine.processor_name()}-{result['date']}.json"
     if path.exists():

@@ -1,8 +1,8 @@
-"""Times the rows of `benchmarks.regression` in one checkout, one at a time, when it is told to.
+"""The worker process of `benchmarks.regression`, which times rows in one checkout.
 
-It is started by path with another checkout on PYTHONPATH, so it imports only what every checkout
-has. A line on standard input names a model and a row; the answer is the seconds of one turn: those
-of its fastest repetition, since what else happens on a machine only adds to them.
+It is started by path with another checkout on PYTHONPATH, so it imports only modules that every
+checkout has. A line on standard input names a model and a row; the answer is the seconds of one
+turn: those of its fastest repetition, since other programs can only make a repetition slower.
 """
 
 import sys
@@ -23,15 +23,15 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 
 STREAMS, WRITTEN = 8, 64
-"""Requests at once in the engine's row, and the tokens that each is answered with."""
+"""Concurrent requests in the engine's row, and the tokens of each answer."""
 TURN_S = 1.0
-"""A row is repeated for so long in each turn."""
+"""Seconds for which a row is repeated in each turn."""
 STEPS = 16
-"""Of decoding, in one repetition."""
+"""Decoding steps in one repetition."""
 
 
 def main() -> None:
-    """Answer lines until there are no more."""
+    """Answer the lines of standard input until it ends."""
     timing.TURN_S = 0.0  # the workloads then do one repetition, and this program counts them
     torch.set_num_threads(int(sys.argv[1]))
     made: dict[tuple[str, str], Contestant] = {}
@@ -53,7 +53,7 @@ def fastest(run: Contestant) -> float:
 
 
 def contestant(name: str, row: str) -> Contestant:
-    """What a row times."""
+    """The contestant of a row."""
     config = without_mtp(ModelConfig.preset("tiny")) if name == "tiny" else configs()[name]
     model = LanguageModel.from_config(config, seed=0)
     kind, _, number = row.partition(" ")
@@ -70,12 +70,12 @@ def contestant(name: str, row: str) -> Contestant:
 
 
 def without_mtp(config: ModelConfig) -> ModelConfig:
-    """The model that the workloads' losses and steps are for."""
+    """The configuration without multi-token prediction, which the workloads do not use."""
     return replace(config, hybrid_override_pattern=config.hybrid_override_pattern.split("/")[0])
 
 
 def engine(model: LanguageModel, prompts: list[list[int]]) -> Contestant:
-    """All prompts answered together by the engine, prompts and sampling included."""
+    """The engine answers all prompts together; the time includes prefill and sampling."""
     runner = Engine(model, EngineConfig(max_num_seqs=STREAMS, max_model_len=2048))
     params = SamplingParams(max_tokens=WRITTEN, temperature=1.0, seed=0, ignore_eos=True)
 

@@ -1,11 +1,11 @@
-"""How training speed changes with sequence length, number of experts and experts per token.
+"""Training speed as a function of sequence length, number of experts, and experts per token.
 
     python -m benchmarks.scaling [--model 30m-latent]
 
-One thing changes at a time, and every step has the same number of tokens. Beside what is measured
-stands what FLOPs alone would give (from the first point on): with length only attention may fall
-off, with the number of experts nothing but the optimizer and the memory that weights take, with
-experts per token only the routed products. Writes JSON and a drawing to benchmarks/results/.
+One quantity changes at a time, and every step has the same number of tokens. The measured speed is
+plotted with the speed that the FLOPs predict from the first point. Longer sequences should slow
+down only attention, more experts only the optimizer and the reading of weights, more experts per
+token only the routed products. It writes JSON and a plot to benchmarks/results/.
 """
 
 import argparse
@@ -33,7 +33,7 @@ AXES = {
     "experts per token": (1, 2, 4, 8, 16),
 }
 LENGTH = 512
-"""Tokens per sequence where something else changes."""
+"""Tokens per sequence when another quantity changes."""
 
 
 def varied(config: ModelConfig, axis: str, value: int) -> tuple[ModelConfig, int]:
@@ -48,7 +48,7 @@ def varied(config: ModelConfig, axis: str, value: int) -> tuple[ModelConfig, int
 def measure_axis(
     config: ModelConfig, axis: str, values: tuple[int, ...], *, tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Tokens per second at each value, measured in turn."""
+    """Tokens per second at each value, measured in turns."""
     contestants, flops = {}, {}
     for value in values:
         point, length = varied(config, axis, value)
@@ -70,7 +70,7 @@ def measure_axis(
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
-    """One panel for each axis."""
+    """Plot one panel for each axis."""
     plt = pyplot()
     figure, panels = plt.subplots(
         1, len(result["axes"]), figsize=(9.2, 3.0), sharey=True, layout="constrained"

@@ -1,11 +1,11 @@
-"""What programs that share a machine get of it.
+"""The speed of programs that share a machine, relative to running alone.
 
     python -m benchmarks.sharing
 
 Prompts, decoding and training run beside programs that keep a processor busy, beside each other,
-and with a quota of one processor (in a control group of its own, where one can be made). Every line
-is the speed as a share of that alone, which is measured again before each; of several programs the
-shares add up. The model is the preset `tiny` with its initial weights.
+and with a quota of one processor (in a new control group, if one can be created). Every line is the
+speed as a share of the speed alone, which is measured again before each; for several programs it is
+the sum of the shares. The model is the preset `tiny` with its initial weights.
 """
 
 import argparse
@@ -46,13 +46,13 @@ GROUPS = {
     "two trainings, two engines": ("training",) * 2 + ("decoding",) * 2,
 }
 BUSY = (1, 2)
-"""Programs that each keep a processor busy."""
+"""Numbers of programs that each keep a processor busy."""
 QUOTA = "a quota of one processor"
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def work(kind: str) -> Callable[[], int]:
-    """A function that does some of it and returns how many tokens that were."""
+    """A function that does some work of this kind and returns the number of tokens."""
     model = LanguageModel.from_config(ModelConfig.preset("tiny"), seed=0)
     if kind == "training":
         return _training(model)
@@ -93,7 +93,8 @@ def _training(model: LanguageModel) -> Callable[[], int]:
 
 
 def work_when_told(kind: str) -> None:
-    """What a process does: for each line of input, that many seconds of work, and its rate."""
+    """The main function of a worker: each input line is a number of seconds; it works and answers
+    with its rate."""
     some = work(kind)
     for _ in range(3):
         some()
@@ -106,10 +107,10 @@ def work_when_told(kind: str) -> None:
 
 
 class Worker:
-    """A process with one kind of work."""
+    """A process that does one kind of work."""
 
     def __init__(self, kind: str, *, group: Path | None = None, threads: int | None = None) -> None:
-        """`group` is the folder of the control group that it starts in."""
+        """`group` is the folder of the process's control group."""
         environment = dict(os.environ)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
@@ -124,17 +125,17 @@ class Worker:
         self._answer()
 
     def start(self, seconds: float) -> None:
-        """Begin to work."""
+        """Let the process work for some seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
 
     def rate(self) -> float:
-        """Tokens per second, when it is done."""
+        """Wait for the end of the work; returns tokens per second."""
         return float(self._answer())
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self.process.kill()
         self.process.communicate()
 
@@ -147,7 +148,7 @@ class Worker:
 
 
 def rates(workers: Sequence[Worker], seconds: float) -> list[float]:
-    """Of workers that work at the same time."""
+    """Tokens per second of each of several workers that work at the same time."""
     for worker in workers:
         worker.start(seconds)
     return [worker.rate() for worker in workers]
@@ -155,7 +156,7 @@ def rates(workers: Sequence[Worker], seconds: float) -> list[float]:
 
 @contextlib.contextmanager
 def busy_programs(count: int) -> Iterator[None]:
-    """Programs that each want a whole processor."""
+    """Run programs that each keep a processor busy."""
     command = [sys.executable, "-c", "while True: pass"]
     programs = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -168,7 +169,7 @@ def busy_programs(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def control_group() -> Iterator[Path | None]:
-    """A group that may use one processor's time; None where this process may not make one."""
+    """A control group with a quota of one processor; None if this process may not create one."""
     old = (CONTROL_GROUPS / "cpu" / "cpu.cfs_quota_us").exists()
     folder = CONTROL_GROUPS / ("cpu" if old else "") / f"nemotron3-{os.getpid()}"
     try:
@@ -183,10 +184,10 @@ def control_group() -> Iterator[Path | None]:
         else:
             (folder / "cpu.max").write_text("100000 100000")
         yield folder
-    except OSError:  # version 2 without the controller of processors
+    except OSError:  # version 2 without the cpu controller
         yield None
     finally:
-        for _ in range(50):  # a process that has ended leaves its group a moment later
+        for _ in range(50):  # a process leaves its group shortly after its end
             with contextlib.suppress(OSError):
                 folder.rmdir()
                 break
@@ -194,14 +195,14 @@ def control_group() -> Iterator[Path | None]:
 
 
 class Rows:
-    """Lines of the table: each measures its share once."""
+    """The lines of the table; each method measures one share once."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._workers: dict[str, list[Worker]] = {}
 
     def workers(self, kinds: Sequence[str]) -> list[Worker]:
-        """A process for each; those of earlier lines are used again."""
+        """A process for each kind; those of earlier lines are reused."""
         chosen = []
         for place, kind in enumerate(kinds):
             nth = list(kinds[:place]).count(kind)
@@ -218,7 +219,7 @@ class Rows:
                 worker.close()
 
     def beside_busy(self, kind: str, count: int) -> dict[str, float]:
-        """Share of a program beside `count` that keep a processor busy each."""
+        """The share of a program beside `count` programs that each keep a processor busy."""
         workers = self.workers([kind])
         (alone,) = rates(workers, self.seconds)
         with busy_programs(count):
@@ -226,7 +227,7 @@ class Rows:
         return {"share": beside / alone, f"{kind} alone": alone}
 
     def together(self, kinds: Sequence[str]) -> dict[str, float]:
-        """Sum of the shares of programs that run at once."""
+        """The sum of the shares of programs that run at the same time."""
         workers = self.workers(kinds)
         alone = {kind: rates(self.workers([kind]), self.seconds)[0] for kind in set(kinds)}
         shares = [
@@ -238,7 +239,7 @@ class Rows:
         }
 
     def with_quota(self, kind: str, group: Path) -> dict[str, float]:
-        """Share of one thread's speed in a group that may use one processor."""
+        """The share of one thread's speed in a group with a quota of one processor."""
         one, held = Worker(kind, threads=1), Worker(kind, group=group)
         try:
             (alone,) = rates([one], self.seconds)
@@ -252,7 +253,7 @@ class Rows:
 def measure(
     only: Sequence[str], *, seconds: float, repeats: int, group: Path | None
 ) -> dict[str, list[dict[str, float]]]:
-    """Every line, `repeats` times in turns."""
+    """Measure every line `repeats` times, in turns."""
     rows, lines = Rows(seconds), dict[str, Callable[[], dict[str, float]]]()
     if "busy" in only:
         for kind, count in itertools.product(KINDS, BUSY):
@@ -276,7 +277,7 @@ def measure(
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Median of each figure, and the range of shares."""
+    """The median of each figure, and the range of the shares."""
     lines = {}
     for name, taken in found.items():
         line = {key: statistics.median(each[key] for each in taken) for key in taken[0]}

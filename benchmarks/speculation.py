@@ -1,17 +1,18 @@
-"""What drafts bring: how many stand, and what they do for the speed of one stream.
+"""Speculative decoding: the acceptance of drafts, and the speed of one stream.
 
     python -m benchmarks.speculation runs/tiny/model
     python -m benchmarks.speculation runs/reasoner/model --llama-server build/bin/llama-server
 
-One request at a time is answered from the held-out text of the run that made the model (of a
-conversation the prompt, of a text a stretch to go on from), with 0 to 4 drafts a step, and with as
-many as the engine finds best where nobody says how many ("up to 3"). Drafts change no token; where
-rounding breaks a tie another way, the answers that differ from those without drafts are counted.
-Speeds are of decoding, the prompt left out. llama.cpp, where it is given, writes from the same
-weights and prompts with its own drafting (`--spec-type draft-mtp`), both to the token that ends a
-text; with a temperature it draws other random numbers than ours, so that answers differ and only
-rates compare. All take turns, answer by answer. The published models are sampled at a temperature
-of 1.
+Requests are answered one at a time. Their prompts come from the held-out text of the run that
+trained the model: the prompt of a conversation, or a part of a text. There are 0 to 4 drafts per
+step, and an adaptive number that the engine chooses ("up to 3"). Drafts change no token, except
+where rounding breaks a tie differently; answers that differ from those without drafts are counted.
+Speeds are those of decoding, without the prompt.
+
+llama.cpp, if given, has the same weights and prompts and its own drafting
+(`--spec-type draft-mtp`); both programs stop at the token that ends a text. At a temperature above
+0 it draws other random numbers, so answers differ and only rates can be compared. All contestants
+take turns, answer by answer. The published models are sampled at a temperature of 1.
 """
 
 import argparse
@@ -49,30 +50,31 @@ from nemotron3.text import Tokenizer
 PAGE = ROOT / "docs" / "reasoning.md"
 MOST = 4
 STRETCH = 64
-"""Tokens of a text to go on from."""
+"""Tokens of a prompt that is a part of a text."""
 PAUSE_S = 0.05
-"""Before an answer: llama.cpp's threads spin for a while after their own."""
+"""Pause before an answer: llama.cpp's threads spin for a while after their work."""
 
 Prompts = list[tuple[int, ...]]
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What one number of drafts did over all prompts."""
+    """The result of one number of drafts over all prompts."""
 
     name: str
     tokens: int = 0
-    """Written by decoding steps: all but the first of each answer."""
+    """Tokens from decoding steps: all but the first of each answer."""
     steps: int = 0
     drafted: int = 0
     seconds: float = 0.0
     tried: list[int] = field(default_factory=list[int])
-    """How often a draft in each place was tried, those before it having stood."""
+    """For each position in a window: how often its draft was tried, those before it being
+    accepted."""
     stood: list[int] = field(default_factory=list[int])
     answers: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
 
     def count(self, gain: int, drafts: int) -> None:
-        """A step with so many drafts that brought `gain` tokens."""
+        """Count a step with `drafts` drafts that gave `gain` tokens."""
         self.tokens += gain
         self.steps += 1
         self.tried = self.tried or [0] * drafts
@@ -82,7 +84,7 @@ class Outcome:
             self.stood[place] += gain > place + 1
 
     def record(self, plain: "Outcome") -> dict[str, Any]:
-        """For the file of results, beside the outcome without drafts."""
+        """The result as it is stored, compared with the outcome without drafts."""
         pairs = zip(self.answers, plain.answers, strict=True)
         return {
             "tokens": self.tokens,
@@ -97,7 +99,7 @@ class Outcome:
 
 
 def held_out_of(model: Path) -> tuple[Tokenizer, dict[str, TokenFile]]:
-    """Tokenizer and held-out text, by source, of the run that made a model."""
+    """Tokenizer and held-out text, by source, of the run that trained a model."""
     run = read_run(model.parent, PretrainRun)
     corpus, _ = open_inputs(model.parent, run.corpus, say=print, progress=lambda *_: None)
     return corpus.tokenizer, dict(corpus.held_out)
@@ -115,7 +117,7 @@ def prompts_of(model: Path, count: int) -> Prompts:
             start, end = file.document_bounds[document : document + 2].tolist()
             ids = file.tokens[start:end].tolist()
             if begins in ids:
-                prompts.append(tuple(ids[: ids.index(begins) + 2]))  # and what follows the tag
+                prompts.append(tuple(ids[: ids.index(begins) + 2]))  # and the token after the tag
             else:
                 prompts.append(tuple(file.tokens[at : at + STRETCH].tolist()))
     return prompts
@@ -131,7 +133,7 @@ class Ours:
         self.outcome = Outcome(name=f"up to {most}" if config.adapts_drafts else str(most))
 
     def answer(self, prompt: tuple[int, ...], seed: int) -> None:
-        """Write one answer, and add what it took to the outcome."""
+        """Generate one answer, and add it to the outcome."""
         gains: list[int] = []
         drafted = self._llm.stats().drafted_tokens
         request = self._llm.generate(
@@ -154,21 +156,21 @@ class Theirs:
         self.outcome = Outcome(name=str(drafts))
 
     def answer(self, prompt: tuple[int, ...], seed: int) -> None:
-        """Write one answer twice, timed and then with its steps told, and add both to the outcome.
+        """Generate one answer twice, timed and then streamed, and add both to the outcome.
 
-        Told step by step it would be slower, and untold its count of accepted drafts would take in
-        those beyond the end of the answer.
+        Streaming would make it slower; without streaming its count of accepted drafts would include
+        those after the end of the answer.
         """
         timed, outcome = self._events(prompt, seed, told=False)[-1], self.outcome
         outcome.seconds += timed["timings"]["predicted_ms"] / 1e3
         events = self._events(prompt, seed, told=True)
         outcome.drafted += events[-1]["timings"].get("draft_n", 0)
         outcome.answers.append(tuple(token for event in events for token in event["tokens"]))
-        for gain in gains_of(events)[1:]:  # the prompt brings the first
+        for gain in gains_of(events)[1:]:  # the first token comes from the prefill
             outcome.count(gain, self._drafts)
 
     def _events(self, prompt: Sequence[int], seed: int, *, told: bool) -> list[dict[str, Any]]:
-        """An answer as llama.cpp sends it, in one event or a token at a time."""
+        """An answer of llama.cpp, in one event or, if `told`, one event per token."""
         params = self._params
         body = {"prompt": list(prompt), "n_predict": params.max_tokens, "seed": seed}
         body |= {"temperature": params.temperature, "samplers": ["temperature"]}
@@ -187,7 +189,7 @@ class Theirs:
 
 
 def gains_of(events: Sequence[dict[str, Any]]) -> list[int]:
-    """Tokens of each step of a told answer; those of one step have the same count of drafts."""
+    """Tokens of each step of a streamed answer; those of one step have the same draft counts."""
     gains: list[int] = []
     before = None
     for event in events:
@@ -203,10 +205,10 @@ def gains_of(events: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def params_for(model: Path, *, temperature: float, max_tokens: int) -> SamplingParams:
-    """Parameters of an answer that ends where llama.cpp ends it: not with a turn, with the text.
+    """Parameters with which an answer ends as in llama.cpp: at the end of the text, not of a turn.
 
-    What stands between the two is the easiest to draft, so whoever writes it would seem to draft
-    better.
+    The tokens between the two are the easiest to draft, so a program that generates them would seem
+    to draft better.
     """
     end: int = json.loads((model / "config.json").read_text())["eos_token_id"]
     return SamplingParams(
@@ -215,7 +217,7 @@ def params_for(model: Path, *, temperature: float, max_tokens: int) -> SamplingP
 
 
 def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
-    """One for each number of drafts; the adaptive one last."""
+    """One engine for each number of drafts; the adaptive one is last."""
     alone = EngineConfig(max_num_seqs=1, adapts_drafts=False)
     configs = [replace(alone, max_draft_tokens=drafts) for drafts in range(MOST + 1)]
     configs.append(replace(alone, max_draft_tokens=DEFAULT_DRAFTS, adapts_drafts=True))
@@ -227,7 +229,7 @@ def our_engines(model: Path, params: SamplingParams) -> list[Ours]:
 
 @contextlib.contextmanager
 def their_servers(server: Path, model: Path, params: SamplingParams) -> Iterator[list[Theirs]]:
-    """llama.cpp's, likewise; it has no adaptive form."""
+    """One llama.cpp server for each number of drafts; it has no adaptive number."""
     with contextlib.ExitStack() as stack:
         copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
         shutil.copytree(model, copy)  # in which the tokenizer is replaced
@@ -247,9 +249,9 @@ def their_servers(server: Path, model: Path, params: SamplingParams) -> Iterator
 
 
 def measure(writers: Sequence[Ours | Theirs], prompts: Prompts, *, rounds: int) -> None:
-    """Have all write all answers, in turn, so that a slow minute of the machine hits all."""
+    """Let all generate all answers in turns, so that a slow minute of the machine affects all."""
     for writer in writers:
-        writer.answer(prompts[0], 0)  # compiles, and learns what steps cost
+        writer.answer(prompts[0], 0)  # compiles, and measures the cost of steps
         writer.outcome = Outcome(name=writer.outcome.name)
     orders = turns(writers, rounds=rounds * len(prompts))
     for seed in range(rounds):
@@ -260,21 +262,21 @@ def measure(writers: Sequence[Ours | Theirs], prompts: Prompts, *, rounds: int) 
 
 
 def records(writers: Sequence[Ours | Theirs]) -> dict[str, dict[str, Any]]:
-    """What they did, beside the first, which has no drafts."""
+    """The results, compared with the first, which has no drafts."""
     return {w.outcome.name: w.outcome.record(writers[0].outcome) for w in writers}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """The record as a table, one row for each number of drafts; without speeds that are noise."""
+    """The record as a table, one row per number of drafts; without speeds if they are noisy."""
     machine, theirs = result["machine"], result["llama_cpp"]
-    is_noise = machine["load_before"] > BUSY  # what comes after is our own
+    is_noise = machine["load_before"] > BUSY  # the load afterwards is our own
     columns = ["acceptance by place", "tokens a step"]
     columns += [] if is_noise else ["tokens/s", "speed-up"]
     head = ["drafts", *columns]
     rows = [head + ([f"{column}, llama.cpp" for column in columns] if theirs else [])]
     for name, each in result["ours"].items():
         if is_noise and not each["acceptance"]:
-            continue  # none, or as many as the clock says
+            continue  # no drafts, or the adaptive number
         row = [name]
         for program in (each, theirs.get(name)) if theirs else (each,):
             row += _speeds(program)[: len(columns)] if program else [""] * len(columns)
@@ -299,7 +301,7 @@ def _speeds(each: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, write the results, and print them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder of a run, as in runs/tiny/model")
     parser.add_argument("--prompts", type=int, default=12)

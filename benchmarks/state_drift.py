@@ -1,17 +1,17 @@
-"""What narrow states cost: the drift that each precision causes over thousands of decoding steps.
+"""The drift of narrow states: the error of each precision over thousands of decoding steps.
 
     python -m benchmarks.state_drift [MODEL] [--steps 4096] [--streams 4]
 
-Three measurements, from the smallest part to the whole; results go to benchmarks/results/ as JSON,
-the picture to docs/assets/state-drift.svg.
+There are three measurements, from the smallest part to the whole model. Results go to
+benchmarks/results/ as JSON, the plot to docs/assets/state-drift.svg.
 
 * bits: the correlation of the random bits between one position and the next, by rounds of Philox,
-  with the position where it is in the counter (third word) and in the second word;
-* scan: h <- a h + x with random x, kept in each precision: error relative to the exact state, for
-  decays a from 0.99 to 0.99999. The memory of the last is a hundred thousand tokens;
-* model: a trained MODEL writes text in float32, and reads the same text token by token with its
-  state in each precision: KL divergence of its next-token distributions from float32's, how often
-  the most probable token is the same, and the error of the states.
+  with the position in the third word of the counter (as in the package) and in the second;
+* scan: h <- a h + x with random x, stored in each precision: the error relative to the exact state,
+  for decays a from 0.99 to 0.99999. The time constant of the last is a hundred thousand tokens;
+* model: a trained MODEL generates text in float32, and processes the same text token by token with
+  its state in each precision: the KL divergence of its next-token distributions from float32's, how
+  often the most probable token is the same, and the error of the states.
 """
 
 import argparse
@@ -47,11 +47,11 @@ KEYS = {
 COLOURS = ("#d9642c", "#8c9096", "#2e70de", "#8fb4f0", "#b3261e", "#2b9a66", "#8a63d2", "#3b4048")
 DECAYS = (0.99, 0.999, 0.9999, 0.99999)
 PARTS = 8
-"""Of the stream, for which the model's figures are averaged apart."""
+"""Parts of the stream; the model's figures are averaged over each."""
 
 
 def bits() -> list[dict]:
-    """Correlation of one element's bits from one position to the next."""
+    """Correlation of an element's bits between consecutive positions."""
     rows = []
     for rounds in (3, 4, 5, 6, 10):
         third = sixteen_bits(4096, _at(128), RandomBits(0, 3, rounds))
@@ -79,7 +79,7 @@ def _neighbours(drawn: Tensor) -> float:
 
 
 def scan(steps: int) -> list[dict]:
-    """Relative errors of a bare recurrence, as it goes on."""
+    """Relative errors of the recurrence alone, over the steps."""
     rows = []
     decays = torch.tensor(DECAYS, dtype=torch.float32).view(1, -1, 1, 1)
     shape = (1, len(DECAYS), 16, 128)  # a head for each decay
@@ -90,7 +90,7 @@ def scan(steps: int) -> list[dict]:
         kept = form.zeros(*shape, device=torch.device("cpu"))
         marks, errors = [], []
         for t in range(steps):
-            # As with small steps dt: what comes in is small where little is forgotten.
+            # As with small steps dt: the input is small if the decay is slow.
             x = (1 - decays) * (1 + torch.randn(shape, generator=generator))
             exact = decays.double() * exact + x.double()
             kept = form.quantize(decays * form.dequantize(kept) + x, torch.tensor([t + 1]))
@@ -104,7 +104,7 @@ def scan(steps: int) -> list[dict]:
 
 @torch.inference_mode()
 def model_drift(path: Path, steps: int, streams: int) -> list[dict]:
-    """Figures of the model's own text, read again in each precision."""
+    """Figures of the model's own text, processed again in each precision."""
     model = LanguageModel.from_pretrained(path, dtype=torch.float32).eval()
     tokens = write(model, steps, streams)
     every = STATES | KEYS
@@ -132,7 +132,7 @@ def model_drift(path: Path, steps: int, streams: int) -> list[dict]:
 
 
 def write(model: LanguageModel, steps: int, streams: int) -> Tensor:
-    """Text of the model's own, drawn at temperature 1; [steps, streams]."""
+    """Text sampled from the model at temperature 1, [steps, streams]."""
     generator = torch.Generator().manual_seed(1)
     cache, tokens = model.new_state(streams), [torch.ones(streams, dtype=torch.int64)]
     while len(tokens) < steps:
@@ -147,7 +147,7 @@ def _step(model: LanguageModel, cache: Any, tokens: Tensor) -> Tensor:
 
 
 def _distance(cache: Any, wide: Any) -> float:
-    """Of the scan's states, relative to those in float32, over all Mamba layers."""
+    """Relative distance of the SSM states from those in float32, over all Mamba layers."""
     off = size = 0.0
     for mine, exact in zip(cache.layers, wide.layers, strict=True):
         if hasattr(exact, "format"):
@@ -162,7 +162,7 @@ def _distance(cache: Any, wide: Any) -> float:
 
 
 def draw(results: dict) -> None:
-    """Error of the bare recurrence, and divergence of the model, as they go on."""
+    """Plot the error of the recurrence and the divergence of the model over the steps."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
     colours = dict(zip([*STATES, *KEYS], COLOURS, strict=True))

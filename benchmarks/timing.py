@@ -1,7 +1,8 @@
-"""Timing side by side: peers take turns, so that a slow minute of the machine hits all of them.
+"""Timing side by side: contestants take turns, so that a slow minute of the machine affects all.
 
-A contestant is a callable that does its work once and returns the seconds it took. It times itself,
-since what must not count (a prompt before decoding, the start of another program) differs.
+A contestant is a callable that does its work once and returns the seconds that count. It times
+itself, since the work that does not count (a prompt before decoding, the start of another program)
+differs.
 """
 
 import random
@@ -14,15 +15,15 @@ from typing import TypeVar
 T = TypeVar("T")
 Contestant = Callable[[], float]
 PAUSE_S = 0.3
-"""Before a turn: the threads of some programs spin for a fifth of a second after their work."""
+"""Pause before a turn: threads of some programs spin for a fifth of a second after their work."""
 TURN_S = 0.5
-"""Of work that counts, at least: a processor that has slept through a pause is slow for tens of
-milliseconds, and a single short prompt would be over by then."""
+"""Shortest time of work that counts: after a pause a processor is slow for tens of milliseconds,
+longer than a single short prompt takes."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Repeated measurements of one thing, in seconds."""
+    """Repeated measurements of one contestant, in seconds."""
 
     seconds: tuple[float, ...]
 
@@ -33,14 +34,14 @@ class Sample:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median in seconds."""
         return statistics.median(self.seconds)
 
 
 def interleave(
     contestants: Mapping[str, Contestant], *, repeats: int, warmups: int = 1
 ) -> dict[str, Sample]:
-    """Run all in turn, `repeats` times after warming up."""
+    """Run all contestants in turns, `repeats` times after warming up."""
     for _ in range(warmups):
         for run in contestants.values():
             run()
@@ -54,10 +55,10 @@ def interleave(
 
 
 def turns(peers: Sequence[T], *, rounds: int) -> Iterator[list[T]]:
-    """All peers in another order each round.
+    """All contestants, in another order in each round.
 
-    What one leaves behind, such as threads that still spin or a full cache, is borne by whoever
-    comes next, and that must not always be the same one.
+    A contestant may slow down the next one, by threads that still spin or by a full cache, and that
+    must not always be the same one.
     """
     chance = random.Random(0)
     for _ in range(rounds):
@@ -65,7 +66,7 @@ def turns(peers: Sequence[T], *, rounds: int) -> Iterator[list[T]]:
 
 
 def timed(action: Callable[[], object]) -> Contestant:
-    """A contestant all of whose work counts."""
+    """A contestant whose work counts completely."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -76,10 +77,10 @@ def timed(action: Callable[[], object]) -> Contestant:
 
 
 def warmed(action: Callable[[], object]) -> Contestant:
-    """A contestant that does its work once before it counts, and then for `TURN_S` at least.
+    """A contestant that does its work once without counting, and then repeats it for `TURN_S`.
 
-    What it finds in the caches is then its own, whoever came before; llama.cpp's programs warm up
-    in the same way. The seconds are those of one time.
+    The caches then hold its own data, whichever contestant was before; llama.cpp's programs warm up
+    in the same way. The seconds are those of one repetition.
     """
 
     def run_warm() -> float:

@@ -1,13 +1,13 @@
-"""What narrow weights do for speed: one model with its matrices in float32, bfloat16 and int8.
+"""The speed of narrow weights: one model with its matrices in float32, bfloat16 and int8.
 
     python -m benchmarks.weights
     python -m benchmarks.weights --models 150m-latent
 
-Weights are random and the same, rounded to each format. The formats take turns, as the peers of
-`benchmarks.cpu` do: a decoding step must read the weights that its tokens use, so it gains where
-memory limits it; a prompt is limited by arithmetic, which stays in float32. bfloat16 rounds the
-whole model and its activations too. Results go to benchmarks/results/ and, with
-`python -m benchmarks.page`, into docs/speed.md.
+The weights are random and the same, rounded to each format, and the formats take turns. A decoding
+step must read the weights that its tokens use, so it becomes faster if memory limits it; a prefill
+is limited by arithmetic, which stays in float32. With bfloat16 the whole model and its activations
+are rounded. Results go to benchmarks/results/ and, with `python -m benchmarks.page`, to
+docs/speed.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from nemotron3.models.precision import convert_weights
 Workload = Callable[[LanguageModel], Contestant]
 MODELS = ("30m-latent", "150m-latent", "150m-standard")
 STEPS = 16
-"""Of decoding, in one repetition."""
+"""Decoding steps in one repetition."""
 
 
 def formats(config: ModelConfig) -> dict[str, LanguageModel]:
@@ -46,7 +46,7 @@ def formats(config: ModelConfig) -> dict[str, LanguageModel]:
 
 
 def num_bytes(model: LanguageModel) -> int:
-    """Bytes of all weights as they lie in memory."""
+    """Bytes of all weights in memory."""
     return sum(value.nbytes for _, value in state_tensors(model))
 
 
@@ -76,7 +76,7 @@ def measure(config: ModelConfig, *, repeats: int) -> dict[str, Any]:
 
 
 def weights_table(result: dict[str, Any]) -> list[list[str]]:
-    """Rows of a result: tokens per second by format, beside float32, and bytes."""
+    """Table rows: tokens per second by format, ratios to float32, and bytes."""
     forms = list(next(iter(result["models"].values()))["bytes"])
     others = [form for form in forms if form != "float32"]
     rows = [["model", "tokens/s", *forms, *(f"{form} against float32" for form in others)]]
@@ -84,9 +84,7 @@ def weights_table(result: dict[str, Any]) -> list[list[str]]:
         for figure in model["figures"]:
             rates = {form: rate["median"] for form, rate in figure["tokens_per_s"].items()}
             ratios = [f"{rates[form] / rates['float32']:.2f}x" for form in others]
-            rows.append(
-                [name, figure["name"], *(f"{rates[form]:,.0f}" for form in forms), *ratios]
-            )
+            rows.append([name, figure["name"], *(f"{rates[form]:,.0f}" for form in forms), *ratios])
         size = model["bytes"]
         ratios = [f"{size[form] / size['float32']:.2f}x" for form in others]
         rows.append([name, "memory", *(f"{size[form] / 1e6:,.0f} MB" for form in forms), *ratios])

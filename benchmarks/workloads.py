@@ -1,7 +1,7 @@
-"""What is timed, the same for both programs: a training step, a prefill, decoding.
+"""The timed workloads, the same for both programs: a training step, a prefill, decoding.
 
-* Training: forward, loss, backward and AdamW. The optimizer is the same object for both, and its
-  rate so small that weights stay equal. Ours takes its statistics of loss and balance along.
+* Training: forward, loss, backward and AdamW, with a learning rate so small that weights stay
+  equal. Ours includes its statistics of loss and balance.
 * Prefill: from a prompt to the carried state and the logits after its last token.
 * Decoding: tokens chosen greedily, one at a time, after a short prompt that does not count.
 """
@@ -20,11 +20,11 @@ from nemotron3.training.optimizers import AdamWConfig, build_optimizer
 
 OPTIMIZER = AdamWConfig(lr=1e-12, weight_decay=0.0)
 PROMPT = 64
-"""Tokens before the decoded ones."""
+"""Tokens of the prompt before the decoded ones."""
 
 
 def training(model: nn.Module, tokens: Tensor) -> Contestant:
-    """A step on [batch, seq] tokens, by either program."""
+    """A training step on [batch, seq] tokens, of either program."""
     optimizer = optimizer_of(model)
 
     def step() -> None:
@@ -39,7 +39,7 @@ def training(model: nn.Module, tokens: Tensor) -> Contestant:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW of either program's model; who does not declare its parameters has all decay alike."""
+    """AdamW of either program's model; without declarations, all parameters have weight decay."""
     if isinstance(model, LanguageModel):
         return build_optimizer(model, OPTIMIZER)
     config = OPTIMIZER
@@ -54,7 +54,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:
-    """Read [batch, seq] prompts into a new state."""
+    """Prefill [batch, seq] prompts into a new state."""
 
     @torch.inference_mode()
     def read() -> None:
@@ -64,7 +64,7 @@ def our_prefill(model: LanguageModel, tokens: Tensor) -> Contestant:
 
 
 def their_prefill(model: nn.Module, tokens: Tensor) -> Contestant:
-    """The same by transformers."""
+    """The same in transformers."""
 
     @torch.inference_mode()
     def read() -> None:
@@ -95,7 +95,7 @@ def our_decode(model: LanguageModel, prompts: Tensor, steps: int) -> Contestant:
 
 
 def their_decode(model: nn.Module, prompts: Tensor, steps: int) -> Contestant:
-    """The same by transformers."""
+    """The same in transformers."""
 
     @torch.inference_mode()
     def run() -> float:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-# Without a GPU the kernels run in Triton's interpreter, which has to be said before anything that
-# the tests import brings Triton in.
+# Without a GPU the kernels run in Triton's interpreter, which must be selected before any import of
+# Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -31,7 +31,7 @@ def _settled_machine() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill `torch.empty` with NaN, so that reading what was never written shows."""
+    """Fill `torch.empty` with NaN, so that reads of uninitialised memory are detected."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

@@ -1,4 +1,4 @@
-"""Check and time everything on a GPU in one call, or walk the same path at toy size without one.
+"""Check and time everything on a GPU in one call, or run the same code at toy size without one.
 
     python -m benchmarks.gpu [--only parity kernels] [--seconds 540] [--out FOLDER]
     python -m benchmarks.gpu --inference [--only million] [--toy]
@@ -6,8 +6,8 @@
     python -m benchmarks.gpu --tune
     python -m benchmarks.gpu --compile
 
-The exit status is 0 where every kernel agrees with its reference, 1 where one does not, and 2 where
-there is no GPU. docs/guides/gpu.md says what the figures mean.
+The exit status is 0 if every kernel agrees with its reference, 1 if one does not, and 2 without a
+GPU. docs/guides/gpu.md explains the figures.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks import machine
 from nemotron3.models.config import ModelConfig
 
 _MOST_OF_COMPILING = 0.25
-"""Share of the time that compiling ahead may take; what is left is compiled when it is wanted."""
+"""Largest share of the time for compiling ahead; other kernels are compiled at their first use."""
 RESULTS = Path(__file__).parents[1] / "results"
 _NO_GPU = """no GPU was found: {reason}.
 Run this on a machine with an NVIDIA GPU, its driver and a CUDA build of PyTorch. Without one,
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = Record(_path(options), _header(options))
     record.path.parent.mkdir(parents=True, exist_ok=True)
     record.write()
-    # The kernels of decoding are few, and compiled when they are wanted.
+    # Decoding has few kernels, which are compiled at their first use.
     took = 0.0 if options.toy or options.inference else _compile_ahead(options, record)
     run_sections(
         chosen, record, seconds=options.seconds - took,
@@ -123,7 +123,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _path(options: argparse.Namespace) -> Path:
-    """One file for each kind of card and day; a toy's never lies among results."""
+    """One file for each GPU model and day; toy results are in another folder."""
     if options.toy:
         return (options.out or Path(tempfile.mkdtemp())).resolve() / "toy.json"
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

@@ -1,10 +1,10 @@
-"""Compiling on all processor cores before the device is asked for anything.
+"""Compile kernels on all processor cores before the GPU is used.
 
-Triton compiles a kernel when it is first launched, one after another, while the device waits; for
-everything that a run launches that is a minute or more of the ten. But it can compile for a device
-without using it (benchmarks/gpu/compiling.py), and keeps what it compiled on disk. So as many
-processes as there are cores go through the cases of a run once, and the run finds them compiled.
-What is missed here is compiled there: nothing depends on this but time.
+Triton compiles a kernel at its first launch, one after another, while the GPU waits; for all
+kernels of a run that is a minute or more of the ten. But it can compile for a GPU without using it
+(benchmarks/gpu/compiling.py), and caches the result on disk. So one process per core goes through
+the cases of a run, and the run finds the kernels compiled. A kernel that is missed here is compiled
+in the run, which only takes longer.
 """
 
 import os
@@ -28,7 +28,7 @@ Job = Callable[[], None]
 
 
 def compile_ahead(*, capability: int, is_tuning: bool, seconds: float) -> float:
-    """Run all shares side by side; returns the seconds it took."""
+    """Run all shares in parallel; returns the seconds that it took."""
     begin, count = time.monotonic(), max(1, (os.cpu_count() or 2) - 1)
     words = ["--capability", str(capability), *["--tune"] * is_tuning]
     processes = [
@@ -48,7 +48,7 @@ def compile_ahead(*, capability: int, is_tuning: bool, seconds: float) -> float:
 
 
 def compile_share(index: int, count: int, *, capability: int, is_tuning: bool) -> None:
-    """Every `count`th job; what fails here fails, and is named, where it is measured."""
+    """Run every `count`th job; a failure is ignored here, because the measurement reports it."""
     setting = Setting(device=torch.device("meta"), clock=ToyClock(), is_toy=False)
     jobs = tuning_jobs(setting) if is_tuning else jobs_of_a_run(setting)
     with compiling(capability):
@@ -60,7 +60,7 @@ def compile_share(index: int, count: int, *, capability: int, is_tuning: bool) -
 
 
 def jobs_of_a_run(setting: Setting) -> list[Job]:
-    """The cases of parity, of the layers, and of decoding."""
+    """The cases of the sections on parity, layers and decoding."""
     models = [*setting.models().values(), ModelConfig.preset("small")]
     found = [c for some in parity.operations(models[0], setting).values() for c in some]
     for config in models:
@@ -70,7 +70,7 @@ def jobs_of_a_run(setting: Setting) -> list[Job]:
 
 
 def tuning_jobs(setting: Setting) -> list[Job]:
-    """Every candidate of every knob, the others as they are."""
+    """Every candidate of every knob, with the current values of the others."""
 
     def job(search: tuning.Search, knob: tuning.Knob, value: object) -> None:
         with tuning.set_to(knob, value):

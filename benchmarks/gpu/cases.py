@@ -1,8 +1,8 @@
 """The operations that have kernels: operands, calls and arithmetic, at any size.
 
-A case draws its operands and says how to call the operation on each backend. The bytes that it must
-move follow from its tensors: a pass reads its operands and writes its results; training also reads
-operands and the results' gradients once more, and writes the operands' gradients.
+A case draws its operands and calls the operation on each backend. The bytes that it must move
+follow from its tensors: a forward pass reads the operands and writes the results; training also
+reads the operands again and the gradients of the results, and writes the gradients of the operands.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,22 +42,22 @@ class Case:
 
     operation: str
     size: str
-    """In words."""
+    """The size as text."""
     flops: float
-    """Of the products of a forward pass; training takes three times as many."""
+    """FLOPs of the products in a forward pass; training has three times as many."""
     draw: Callable[[Draw], Problem]
     has_gradient: bool = True
     read_share: float = 1.0
-    """How much of its operands a pass reads: of few tokens' experts, those that were chosen."""
+    """Share of the operands that a pass reads: with few tokens, only the chosen experts."""
 
 
 def forward_bytes(case: Case, problem: Problem, outputs: Sequence[Tensor]) -> float:
-    """Operands read once, results written once."""
+    """Bytes of reading the operands once and writing the results once."""
     return case.read_share * _bytes(problem.operands) + _bytes(outputs)
 
 
 def training_bytes(problem: Problem, outputs: Sequence[Tensor]) -> int:
-    """A forward pass, and a backward pass that reads all of it and writes the gradients."""
+    """Bytes of a forward pass, and of a backward pass that reads all of it and writes gradients."""
     return 3 * _bytes(problem.operands) + 2 * _bytes(outputs)
 
 
@@ -87,7 +87,7 @@ def _scan_flops(config: ModelConfig, context: int) -> float:
 def scan(
     mamba: MambaConfig, lengths: Sequence[int], dtype: torch.dtype, *, flops: float = 0.0
 ) -> Case:
-    """The selective scan of packed sequences, each with a state before it."""
+    """The selective scan of packed sequences, each with an initial state."""
     segments = Segments(lengths)
 
     def draw(d: Draw) -> Problem:
@@ -132,7 +132,7 @@ def _scan_size(mamba: MambaConfig, lengths: Sequence[int]) -> str:
 def convolution(
     channels: int, lengths: Sequence[int], dtype: torch.dtype, *, taps: int = 4
 ) -> Case:
-    """The causal convolution with its SiLU, over packed sequences with states before them."""
+    """The causal convolution with its SiLU, over packed sequences with initial states."""
     segments = Segments(lengths)
 
     def draw(d: Draw) -> Problem:
@@ -200,7 +200,7 @@ def experts(
     activation: Activation = "relu2",
     used: int | None = None,
 ) -> Case:
-    """Routed experts, of which only the first `used` are chosen by anyone."""
+    """Routed experts; tokens choose only among the first `used`."""
     rows = hidden * (2 if activation == "swiglu" else 1)
 
     def draw(d: Draw) -> Problem:
@@ -272,12 +272,12 @@ def cross_entropy(tokens: int, width: int, vocab: int, dtype: torch.dtype) -> Ca
 
 
 def odd_mamba(mamba: MambaConfig) -> MambaConfig:
-    """Sizes that fill no tile."""
+    """The configuration with sizes that are not multiples of a tile."""
     return replace(mamba, mamba_num_heads=6, mamba_head_dim=20, ssm_state_size=40, n_groups=3)
 
 
 def few_heads(mamba: MambaConfig) -> MambaConfig:
-    """The same heads, few enough for the written-out recurrence."""
+    """The configuration with fewer heads, because the reference recurrence is slow."""
     groups = min(2, mamba.n_groups)
     return replace(mamba, mamba_num_heads=4 * groups, n_groups=groups)
 

@@ -1,9 +1,9 @@
-"""Seconds of work on a GPU, by its own events.
+"""Seconds of work on a GPU, measured by CUDA events.
 
-A kernel is timed alone: the cache is swept between runs, and enough sweeps are queued that the
-device is still busy when the kernel has been launched, so that the host's time to launch does not
-count. How long the host took is kept beside it; where it exceeds the kernel's, the launch binds. A
-step is timed whole, launches included, since whoever waits for it waits for both.
+A kernel is timed alone: the cache is flushed between runs, and so many flushes are queued that the
+device is still busy when the kernel has been launched, so that the host's launch time does not
+count. The host's time is recorded as well; if it exceeds the kernel's, the launch is the limit. A
+step is timed with its launches, because a user waits for both.
 
     sample = clock.kernel(lambda: rms_norm(x, w, 1e-5))
     sample["median_s"], sample["host_s"]
@@ -21,7 +21,7 @@ Action = Callable[[], object]
 Timing = dict[str, Any]
 
 _SWEPT_BYTES = 256 << 20
-"""Several times the second-level cache of any GPU (50 MB on an H100)."""
+"""Bytes that flush the cache: several times the L2 cache of any GPU (50 MB on an H100)."""
 
 
 class Clock:
@@ -32,7 +32,7 @@ class Clock:
         self._swept: Tensor | None = None
 
     def kernel(self, action: Action, *, seconds: float = 0.25) -> Timing:
-        """Time launches of one operation, about `seconds` long in all."""
+        """Time launches of one operation, for about `seconds` in total."""
         for _ in range(3):
             action()
         torch.cuda.synchronize(self.device)
@@ -50,7 +50,7 @@ class Clock:
         return as_timing(Sample(tuple(times))) | {"host_s": host}
 
     def steps(self, actions: dict[str, Action], *, repeats: int = 5) -> dict[str, Timing]:
-        """Time whole steps by the host's clock, contestants in turn, after one of warming up."""
+        """Time whole steps by the host's clock, contestants in turns, after one warm-up step."""
         contestants = {name: timed(self._finished(action)) for name, action in actions.items()}
         samples = interleave(contestants, repeats=repeats, warmups=2)
         return {name: as_timing(sample) for name, sample in samples.items()}
@@ -60,7 +60,7 @@ class Clock:
         return self.steps({"": action}, repeats=repeats)[""]
 
     def agreement(self, action: Action) -> float:
-        """Time by events over time by the host's clock, of something long."""
+        """Ratio of the time by events to the time by the host's clock, for a long action."""
         action()
         torch.cuda.synchronize(self.device)
         begin = time.perf_counter()
@@ -69,7 +69,7 @@ class Clock:
         return start.elapsed_time(end) / 1e3 / (time.perf_counter() - begin)
 
     def peak_bytes(self, action: Action) -> int | None:
-        """Device memory at the highest point of a step, all that was held before included."""
+        """Peak device memory of a step, including the memory allocated before it."""
         torch.cuda.reset_peak_memory_stats(self.device)
         action()
         torch.cuda.synchronize(self.device)
@@ -95,7 +95,7 @@ class Clock:
         return max(start.elapsed_time(end) / 1e3, 1e-6)
 
     def _host_s(self, action: Action) -> float:
-        """Seconds that the host needs to launch, the shortest of a few."""
+        """Seconds that the host takes for a launch, the shortest of a few."""
         shortest = float("inf")
         for _ in range(3):
             torch.cuda.synchronize(self.device)
@@ -112,7 +112,7 @@ class Clock:
 
 
 class ToyClock:
-    """Runs everything once and times nothing: an interpreter's time would mean nothing."""
+    """Runs everything once without timing: the time of the interpreter is meaningless."""
 
     def kernel(self, action: Action, *, seconds: float = 0.0) -> Timing:  # noqa: ARG002
         """Run once."""

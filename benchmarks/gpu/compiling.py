@@ -1,10 +1,10 @@
-"""What the compiler makes of every kernel at full size, without a GPU.
+"""Compile every kernel at full size without a GPU, and report its resources.
 
     python -m benchmarks.gpu --compile
 
-Triton compiles for a device that is not there as well as for one that is, so a kernel that wants
-more shared memory than the device has, or that spills, shows before a GPU is spent on it. The real
-operations run on tensors without numbers; every launch is turned into a compilation.
+Triton can compile for a device that is absent, so a kernel that needs more shared memory than the
+device has, or that spills registers, is found before a GPU is used. The real operations run on meta
+tensors; every launch is replaced by a compilation.
 """
 
 import re
@@ -26,7 +26,7 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.ops import backends
 
 SHARED_BYTES = 232_448
-"""What one program may take of a multiprocessor of compute capability 9.0."""
+"""Most shared memory of one program on a multiprocessor of compute capability 9.0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,16 @@ class Compiled:
     kernel: str
     registers: int
     stack_bytes: int
-    """Per thread: registers that did not fit."""
+    """Spilled bytes per thread."""
     shared_bytes: int
     num_warps: int
     num_stages: int
     uses_warpgroups: bool
-    """Whether its products are those of whole warp groups, the fast ones of compute 9.0."""
+    """Whether its products use warp-group instructions, the fast ones of compute capability 9.0."""
 
 
 class _Absent:
-    """What Triton asks of a driver before it launches."""
+    """A driver for an absent device, with the methods that Triton calls before a launch."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -64,7 +64,7 @@ class _Absent:
 
 @contextmanager
 def compiling(capability: int = 90) -> Iterator[list[tuple[str, Any]]]:
-    """Within, launches compile and do not run; names and what was made of them are in the list."""
+    """In the `with` block launches only compile; the list gets each kernel's name and result."""
     from triton.runtime.driver import driver  # noqa: PLC0415 - with Triton
     from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
@@ -90,7 +90,7 @@ def compiling(capability: int = 90) -> Iterator[list[tuple[str, Any]]]:
 
 
 def describe(name: str, kernel: Any) -> Compiled:
-    """Read off the compiled code."""
+    """Read the resources from the compiled code."""
     import triton  # noqa: PLC0415 - with Triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -125,7 +125,7 @@ def compile_layers(config: ModelConfig, tokens: int = 8192) -> list[tuple[str, C
 
 
 def compile_case(case: Case) -> None:
-    """Launch a case both ways on operands without numbers."""
+    """Launch the forward and backward pass of a case on meta tensors."""
     problem = case.draw(Draw(torch.device("meta"), 0))
     ways: list[Callable[..., Callable[[], object]]] = [forward]
     ways += [training] * case.has_gradient
@@ -134,7 +134,7 @@ def compile_case(case: Case) -> None:
 
 
 def table(rows: list[tuple[str, Compiled]]) -> list[list[str]]:
-    """For a terminal."""
+    """Table rows for a terminal."""
     head = ["kernel", "registers", "stack, bytes", "shared, KB", "warps", "stages", "warp groups"]
     return [head] + [
         [

@@ -1,4 +1,4 @@
-"""How measured seconds become words: shares of limits, rates, ratios, or a dash where none is."""
+"""Format measured seconds as text: shares of limits, rates, ratios, or a dash if missing."""
 
 from benchmarks.gpu.clock import Timing
 from benchmarks.gpu.record import Results
@@ -7,7 +7,7 @@ NONE = "-"
 
 
 def milliseconds(timing: Timing | None) -> str:
-    """The median."""
+    """The median in milliseconds."""
     seconds = _median(timing)
     return NONE if seconds is None else f"{seconds * 1e3:.3f}"
 
@@ -26,7 +26,7 @@ def share(part: float | None, whole: float | None) -> str:
 
 
 def ratio(results: Results, theirs: Timing | None, ours: Timing | None) -> str:
-    """How many times faster ours is; nothing while anything disagrees."""
+    """Our speed divided by theirs; a dash if any kernel disagrees with its reference."""
     if not results.may_compare:
         return NONE
     peer, own = _median(theirs), _median(ours)

@@ -1,7 +1,7 @@
-"""What the compiler made of the kernels that ran: registers, spills, shared memory.
+"""The resources of the kernels that ran: registers, spills, shared memory.
 
-Triton keeps every compiled variant in its kernel. Spills are registers that did not fit and went
-through memory; at 255 registers a thread, more warps or smaller tiles are worth a try.
+Triton keeps every compiled variant in its kernel object. A kernel with spills, or with 255
+registers per thread, may be faster with more warps or smaller tiles.
 """
 
 import sys
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def kernel_modules() -> list[Any]:
-    """The kernel files that something has imported."""
+    """The imported modules with kernels."""
     names = [n for n in sys.modules if n.startswith("nemotron3.ops.") and n.endswith("triton")]
     return [sys.modules[name] for name in sorted(names)]
 
 
 def compiled_kernels() -> Iterator[tuple[str, Any]]:
-    """Every compiled variant that is loaded, with its kernel's name; the interpreter has none."""
+    """Every loaded compiled variant with its kernel's name; the interpreter has none."""
     for module in kernel_modules():
         for value in vars(module).values():
             if getattr(value, "__module__", None) != module.__name__:
@@ -27,13 +27,13 @@ def compiled_kernels() -> Iterator[tuple[str, Any]]:
 
 
 class Launches:
-    """Tells what was compiled since it was made."""
+    """Reports the variants that were compiled since its creation."""
 
     def __init__(self) -> None:
         self._known = {id(compiled) for _, compiled in compiled_kernels()}
 
     def fresh(self) -> list[dict[str, Any]]:
-        """Each variant that has run since, with what it takes."""
+        """Each new variant, with its resources."""
         return [
             {
                 "kernel": name,

@@ -1,9 +1,9 @@
-"""What was measured, on disk after every part, so that a crash or a time limit loses nothing.
+"""The results, which are saved after every part, so that a crash or a time limit loses nothing.
 
     {"command": ..., "date": ..., "machine": {...}, "sections": {"parity": {"scan": {...}}}}
 
-A part that failed holds `error`, one that was not measured `left_out` with the reason. Before a
-part runs, its place holds an error already: that is what stays if the process dies in it.
+A part that failed has `error`, one that was not measured has `left_out` with the reason. Before a
+part runs, an error is saved in its place, which remains if the process dies.
 """
 
 import json
@@ -17,14 +17,14 @@ DIED = "the process ended while this was measured: a crash, or the time limit"
 
 
 class Results:
-    """Figures by section and part, as they were read or as they grow."""
+    """Figures by section and part."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """From a file."""
+        """Read the results from a file."""
         return cls(json.loads(path.read_text()))
 
     def figures(self, section: str) -> dict[str, Figure]:
@@ -49,7 +49,7 @@ class Results:
         ]
 
     def disagreements(self) -> list[str]:
-        """Why no kernel may be compared: parts of parity that are red, failed or never ran."""
+        """Reasons against a comparison: parts of parity that disagree, failed or did not run."""
         parts = self.figures("parity")
         if not parts:
             return ["parity was not measured"]
@@ -62,7 +62,7 @@ class Results:
 
     @property
     def may_compare(self) -> bool:
-        """Whether speeds may be set against each other: only what computes the same has a ratio."""
+        """Whether speeds may be compared: only if all kernels agree with their references."""
         return not self.disagreements()
 
     def limit(self, name: str) -> float | None:
@@ -74,7 +74,7 @@ class Results:
 
 
 class Record(Results):
-    """Results that are written as they come."""
+    """Results that are saved after each change."""
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         super().__init__(content)
@@ -82,16 +82,16 @@ class Record(Results):
 
     @classmethod
     def open(cls, path: Path) -> "Record":
-        """Go on with a file."""
+        """Continue the results in a file."""
         return cls(path, json.loads(path.read_text()))
 
     def put(self, section: str, part: str, figure: Figure) -> None:
-        """Take a figure in, and write all."""
+        """Add a figure, and save all results."""
         self.content["sections"].setdefault(section, {})[part] = figure
         self.write()
 
     def write(self) -> None:
-        """Write all, whole or not at all."""
+        """Save all results atomically."""
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(draft, self.path)

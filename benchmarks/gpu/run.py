@@ -1,9 +1,9 @@
-"""Running sections within a time limit, each in a process of its own.
+"""Run sections within a time limit, each in its own process.
 
-A fault of a kernel (an address outside memory, say) leaves its process unable to use the device
-again. So a section runs in a child; when the child ends early, another one goes on with the parts
-that are not written down. A section that is over its time says so of the parts that are left, and
-what it did not need goes to those behind it.
+After a fault of a kernel, such as an invalid address, its process cannot use the device again. So a
+section runs in a child process; if that ends early, another one continues with the parts that are
+not saved. If a section exceeds its time, its remaining parts are marked as left out. Time that a
+section does not need goes to the later ones.
 """
 
 import gc
@@ -21,7 +21,7 @@ from benchmarks.gpu.section import Section
 from benchmarks.gpu.setting import Setting
 
 _GRACE_S = 15.0
-"""How long a part may go on when its section's time is over."""
+"""Seconds for which a part may continue after its section's time is over."""
 _FAULT = 3
 """Exit status of a child whose device no longer answers."""
 _ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def run_sections(
     is_toy: bool,
     is_inference: bool = False,
 ) -> None:
-    """All sections, the first ones first."""
+    """Run all sections in order."""
     options = ["--toy"] * is_toy + ["--inference"] * is_inference
     end = time.monotonic() + seconds
     for index, section in enumerate(sections):
@@ -67,24 +67,24 @@ def _run_in_children(
         except subprocess.TimeoutExpired:
             status = None
         record.content = Record.open(record.path).content
-        if status is None:  # killed within a part; nobody named those behind it
+        if status is None:  # killed within a part; the later parts are not in the record
             record.put(section.name, "parts behind it", {"left_out": OUT_OF_TIME})
         if not status:
             return
-        if len(record.figures(section.name)) == known:  # nothing new, so another try is in vain
+        if len(record.figures(section.name)) == known:  # no new part: another try would fail again
             record.put(section.name, "process", {"error": f"it ended with status {status}"})
             return
 
 
 def environment(*, is_toy: bool) -> dict[str, str]:
-    """A child's: the interpreter is chosen before Triton is imported."""
+    """Environment of a child process: Triton's interpreter is selected before its import."""
     variables = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
     variables["PYTHONUNBUFFERED"] = "1"
     return variables | ({"TRITON_INTERPRET": "1"} if is_toy else {})
 
 
 def run_section(section: Section, setting: Setting, record: Record, *, seconds: float) -> int:
-    """The parts of a section that are not written down yet; returns an exit status."""
+    """Run the parts of a section that are not saved yet; returns an exit status."""
     end = time.monotonic() + seconds
     for name, part in section.parts(setting).items():
         if name in record.figures(section.name):
@@ -103,7 +103,7 @@ def run_section(section: Section, setting: Setting, record: Record, *, seconds: 
         print(f"  {name}: {_outcome(figure)} ({seconds_taken:.1f} s)", flush=True)
         if "error" in figure and not _answers(setting.device):
             return _FAULT
-        gc.collect()  # a model's parameters, before the next is made
+        gc.collect()  # free a model before the next is created
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
     return 0

@@ -1,11 +1,11 @@
-"""What a section of figures is: parts that are measured, and a table that shows them.
+"""The interface of a section: parts that are measured, and a table that shows them.
 
 To add one, add a file to `sections/` that ends in `SECTION = Section(...)`; the program, the
 summary and the page of the documentation find it there.
 
 A part is a function without arguments that returns a figure, a JSON object. It may raise: the error
-then stands in the figure's place, and the next part goes on. Ratios between programs are no part of
-a figure. They are made when figures are shown, and only by `Results.may_compare`.
+is then saved in place of the figure, and the next part runs. Figures contain no ratios between
+programs; these are computed for display, and only if `Results.may_compare` allows it.
 """
 
 import pkgutil
@@ -28,17 +28,17 @@ class Section:
     """Figures that are measured one after another in one process."""
 
     name: str
-    """As in the record and on the command line."""
+    """Name in the record and on the command line."""
     title: str
-    """As above its table."""
+    """Title of its table."""
     order: int
-    """Lower ones come first, and lose nothing when time runs out."""
+    """Sections run in this order; the first ones are measured even if time runs out."""
     budget_s: float
-    """Seconds that are kept for it; it may take what earlier ones left."""
+    """Seconds that are reserved for it; it may also use time that earlier ones left."""
     parts: Callable[[Setting], Mapping[str, Part]]
     """Names of parts, and how to measure each."""
     table: Callable[[Results], Rows]
-    """A head and rows of words, from all results; no rows where there is nothing to show."""
+    """A header and rows of text, from all results; empty if there are no figures."""
 
 
 def all_sections() -> list[Section]:
@@ -47,7 +47,7 @@ def all_sections() -> list[Section]:
 
 
 def inference_sections() -> list[Section]:
-    """Every section of `make gpu-check-inference`, likewise."""
+    """Every section of `make gpu-check-inference`, the most important first."""
     return _of(inference)
 
 

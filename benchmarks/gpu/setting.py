@@ -1,4 +1,4 @@
-"""Where a run happens and at which sizes, and the random numbers that its operands are made of."""
+"""The device and the sizes of a run, and the random numbers of its operands."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from nemotron3.models.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A device with its clock, and the sizes that suit it."""
+    """A device with its clock, and the sizes for it."""
 
     device: torch.device
     clock: Clock | ToyClock
@@ -37,14 +37,14 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a layer gets."""
+        """Tokens in a layer's input."""
         return 24 if self.is_toy else 8192
 
 
 class Draw:
     """Random operands on a device, the same for the same seed.
 
-    On the device `meta` they have shapes and no numbers: enough to compile kernels for.
+    On the meta device they have shapes but no numbers, which is enough for compiling kernels.
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
@@ -53,18 +53,18 @@ class Draw:
         self._generator = None if is_meta else torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-        """Normally distributed; matrices of a product want `scale` near the root of their width."""
+        """Normally distributed numbers, multiplied by `scale`."""
         drawn = torch.randn(*shape, device=self.device, dtype=dtype, generator=self._generator)
         return drawn if scale == 1.0 else drawn.mul_(scale)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Evenly distributed, in float32."""
+        """Uniformly distributed numbers in float32."""
         return (
             torch.rand(*shape, device=self.device, generator=self._generator).mul_(high - low) + low
         )
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """Below `high`."""
+        """Uniformly distributed integers from 0 to `high` - 1."""
         return torch.randint(high, shape, device=self.device, generator=self._generator)
 
     def choices(self, tokens: int, experts: int, k: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The operations of decoding steps: a few tokens of each sequence, on states written in place.
+"""The operations of decoding steps: a few tokens of each sequence, with states updated in place.
 
-They have no gradients. Their references are those of whole sequences, token by token.
+They have no gradients. Their references process whole sequences, token by token.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def layer_steps(
 ) -> list[Case]:
     """All operations of a model's layers for `length` tokens of each of `rows` sequences.
 
-    More than one token is a check of drafted ones, which keeps the states.
+    More than one token is the verification of drafts, which keeps the states.
     """
     mamba, attention_config = config.mamba, config.attention
     assert mamba is not None
@@ -40,11 +40,11 @@ def layer_steps(
 def scan_steps(
     mamba: MambaConfig, rows: int, length: int, dtype: torch.dtype, *, kept: bool = False
 ) -> Case:
-    """`length` tokens for each of `rows` states, which are written in place.
+    """`length` tokens for each of `rows` states, which are updated in place.
 
-    Where states are `kept`, they stay, and the one after each token goes to intermediate states, as
-    when drafted tokens are checked. Slots are not in the order of the sequences, as they seldom
-    are.
+    With `kept` the states stay, and the state after each token is written to the intermediate
+    states, as in a verification of drafts. Slots are not in the order of the sequences, as usual in
+    an engine.
     """
     segments = Segments.uniform(rows, length)
 
@@ -98,7 +98,7 @@ def convolution_steps(
         slots = torch.arange(rows - 1, -1, -1, device=d.device)
 
         def call(backend: Backend) -> Call:
-            # The steps have no form of their own that is written out token by token.
+            # This operation has no reference of its own; PyTorch's is compared instead.
             chosen: Backend = "torch" if backend == "reference" else backend
 
             def run(x: Tensor, w: Tensor, b: Tensor, conv_states: Tensor) -> Sequence[Tensor]:
@@ -132,7 +132,7 @@ def attention_steps_after(
     *,
     page_size: int = 64,
 ) -> Case:
-    """`length` new tokens of each sequence, behind `contexts` remembered ones in their pages."""
+    """`length` new tokens of each sequence, after `contexts` cached ones in their pages."""
     rows, (kv_heads, head_dim) = len(contexts), (config.num_key_value_heads, config.head_dim)
     width = -(-(max(contexts) + length) // page_size)
 

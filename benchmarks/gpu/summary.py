@@ -8,7 +8,7 @@ from benchmarks.gpu.sections.limits import warnings
 
 
 def as_text(sections: Sequence[Section], results: Results) -> str:
-    """For a terminal, the verdict last."""
+    """The tables as text for a terminal; the verdict comes last."""
     blocks = [
         f"\n{section.title}\n" + "\n".join(as_lines(rows))
         for section in sections
@@ -18,7 +18,7 @@ def as_text(sections: Sequence[Section], results: Results) -> str:
 
 
 def as_markdown(sections: Sequence[Section], results: Results) -> str:
-    """For the page."""
+    """The tables as Markdown for the page."""
     text = ""
     for section in sections:
         if rows := section.table(results):
@@ -30,7 +30,7 @@ def as_markdown(sections: Sequence[Section], results: Results) -> str:
 
 
 def notes(results: Results) -> Iterator[str]:
-    """What a reader must know before the figures."""
+    """Notes that precede the figures."""
     for line in warnings(results):
         yield f"WARNING: {line}"
     if missing := results.missing():

@@ -2,10 +2,10 @@
 
     make gpu-tune
 
-A kernel file holds its settings as constants. The search sets each to its candidates in turn, keeps
-the fastest and goes on to the next, so that it is short where a full grid would be long. Only a
-candidate whose results are those of the present settings counts. What it finds is written down and
-changes nothing by itself: put the best into the file, and run `make gpu-check`.
+A kernel's module has its settings as constants. The search sets each to its candidates in turn,
+keeps the fastest and continues with the next, which is much shorter than a full grid. A candidate
+counts only if its results equal those of the current settings. The search only reports: put the
+best settings into the module, and run `make gpu-check`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ _ATTENTION = "nemotron3.ops.attention.decode_triton"
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """One constant of a kernel file and what it may be."""
+    """One constant of a kernel's module, and its candidates."""
 
     module: str
     name: str
@@ -47,13 +47,13 @@ class Knob:
 
     @property
     def value(self) -> Any:
-        """What it is at present."""
+        """Its current value."""
         return getattr(import_module(self.module), self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """One operation, one way, and the knobs that matter to it."""
+    """One operation, forward or training, and the knobs that affect it."""
 
     case: Case
     is_training: bool
@@ -125,7 +125,7 @@ def _blocks(*sizes: int) -> Any:
 
 @contextmanager
 def set_to(knob: Knob, value: Any) -> Iterator[None]:
-    """Within, a kernel file's constant has another value."""
+    """Set a constant to another value inside the `with` block."""
     module, before = import_module(knob.module), knob.value
     setattr(module, knob.name, value)
     try:
@@ -145,7 +145,7 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def tune(search: Search, setting: Setting) -> Figure:
-    """Each knob in turn, the best of one kept for the next."""
+    """Search each knob in turn, keeping the best value of one for the next."""
     problem = search.case.draw(Draw(setting.device, 1))
     expected = _results(search, problem)
     make = training if search.is_training else forward
@@ -215,7 +215,7 @@ def _is_faster(a: Timing, b: Timing) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """A value in the types of JSON."""
     return value._asdict() if hasattr(value, "_asdict") else value
 
 

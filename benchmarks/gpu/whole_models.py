@@ -1,7 +1,7 @@
-"""Whole models with random weights on one device: prompts read, and decoding steps.
+"""Whole models with random weights on one device: prefill and decoding steps.
 
-The context of a decoding step is not read but drawn: pages are taken, keys, values and states are
-random numbers, and the lengths say that they are there. A step reads the same bytes either way.
+The context of a decoding step is random: pages are allocated, keys, values and states are filled
+with random numbers, and the lengths are set. A step reads the same bytes as after a real prefill.
 """
 
 import functools
@@ -23,15 +23,15 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.devices import free_memory_bytes, synchronize
 
 ROOM = 64
-"""Tokens that a measured sequence may grow by."""
+"""Tokens by which a measured sequence may grow."""
 CHUNK = 8192
-"""Tokens of a prompt that are read at a time."""
+"""Tokens of a prompt in one prefill call."""
 _SPARE_BYTES = 3 << 30
-"""Left free for what a step makes and gives back."""
+"""Memory left free for the temporary tensors of a step."""
 
 
 def config_of(name: str, setting: Setting) -> ModelConfig:
-    """A preset, or something like it at toy size."""
+    """A preset, or a similar configuration at toy size."""
     config = ModelConfig.preset(name)
     if not setting.is_toy:
         return config
@@ -54,14 +54,14 @@ def config_of(name: str, setting: Setting) -> ModelConfig:
 
 @functools.cache
 def model_of(name: str, setting: Setting) -> LanguageModel:
-    """The model, made once a process on the device itself, in bfloat16."""
+    """The model in bfloat16, created on the device once per process."""
     dtype = torch.float32 if setting.is_toy else torch.bfloat16
     config = config_of(name, setting)
     return LanguageModel.from_config(config, device=setting.device, dtype=dtype).eval()
 
 
 def size(name: str, setting: Setting) -> Figure:
-    """What the weights take of the device's memory, and what they leave."""
+    """The device memory of the weights, and the rest."""
     model = model_of(name, setting)
     synchronize(setting.device)
     return {
@@ -116,7 +116,7 @@ def decoding(name: str, batch: int, context: int, setting: Setting) -> Figure:
 
 @torch.inference_mode()
 def prefill(name: str, length: int, setting: Setting) -> Figure:
-    """One prompt, read in chunks, with logits for its last token."""
+    """The prefill of one prompt in chunks, with logits for its last token."""
     model = model_of(name, setting)
     tokens = torch.randint(model.config.vocab_size, (length,), device=setting.device)
 
@@ -130,13 +130,13 @@ def prefill(name: str, length: int, setting: Setting) -> Figure:
 
 
 def read_on(model: LanguageModel, cache: HybridCache, tokens: torch.Tensor) -> None:
-    """Read tokens behind what the first slot holds."""
+    """Prefill tokens after those in the first slot."""
     for part in tokens.split(CHUNK):
         model.next_logits(part, layout=cache.layout([len(part)], [0]), state=cache)
 
 
 class LongPrompt:
-    """One prompt that is read further and further, each stretch timed."""
+    """One prompt that is prefilled in consecutive parts, each of which is timed."""
 
     def __init__(self, name: str, most: int, setting: Setting) -> None:
         self.name, self.most, self.setting = name, most, setting
@@ -144,7 +144,7 @@ class LongPrompt:
 
     @torch.inference_mode()
     def read_to(self, end: int) -> Figure:
-        """From where the last stretch ended; these cannot be repeated, so each is timed once."""
+        """Prefill from the end of the last part; a part cannot be repeated, so it is timed once."""
         model, device = model_of(self.name, self.setting), self.setting.device
         if self._cache is None:
             self._cache = cache_of(model, batch=1, length=self.most + ROOM)
@@ -169,7 +169,7 @@ class LongPrompt:
 
     @torch.inference_mode()
     def decode(self) -> Figure:
-        """Steps behind all of it."""
+        """Decoding steps after the whole prompt."""
         model = model_of(self.name, self.setting)
         assert self._cache is not None, "no prompt has been read in this process"
         context, cache = self._cache.lengths[0], self._cache
@@ -183,10 +183,10 @@ class LongPrompt:
 def throughput(
     figures: dict[str, dict[str, Any]], *, prompt: int, answer: int
 ) -> tuple[float, int] | None:
-    """Output tokens per second of whole requests, and the batch at which they are most.
+    """The highest output tokens per second of whole requests, and its batch size.
 
-    Put together from measured pieces: a batch reads its prompts one after another, then answers in
-    steps whose time grows with the context from the shortest to the longest measured one.
+    It is computed from measured parts: a batch prefills its prompts one after another, and then
+    decodes in steps whose time grows with the context, interpolated between measured ones.
     """
     read = next((f for f in figures.values() if f.get("length") == prompt), None)
     read_s = read["step"]["median_s"] if read else None

@@ -1,1 +1,1 @@
-"""Inference side by side: our server, llama.cpp's, and transformers, on the same weights."""
+"""Inference benchmarks: our server, llama.cpp's, and transformers, with the same weights."""

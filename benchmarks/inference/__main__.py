@@ -1,14 +1,14 @@
-"""Inference beside llama.cpp's server and transformers, in one run, on the same weights.
+"""Inference compared with llama.cpp's server and transformers, in one run, with the same weights.
 
     python -m benchmarks.inference --llama-cpp build/bin/llama-server          # random weights
     python -m benchmarks.inference --model runs/tiny/model --llama-cpp ...     # trained ones
-    python -m benchmarks.inference --random 40m-dense --vllm PATH/bin/python   # beside vLLM's too
+    python -m benchmarks.inference --random 40m-dense --vllm PATH/bin/python   # and with vLLM's
 
-Float32, the same threads for all (OMP_NUM_THREADS). Our server runs twice, with drafts by
-multi-token prediction and without; so does llama.cpp's where the model has such a block. Before
-anything is timed, ours and llama.cpp's have to write the same greedy tokens, with drafts and
-without. Peers take turns; what is printed are medians and ratios. Results go to
-benchmarks/results/.
+All programs use float32 and the same number of threads (OMP_NUM_THREADS). Our server runs twice,
+with drafts by multi-token prediction and without; so does llama.cpp's if the model has an MTP
+block. Before anything is timed, our server and llama.cpp's must generate the same greedy tokens,
+with drafts and without. The contestants take turns; the output has medians and ratios. Results go
+to benchmarks/results/.
 """
 
 import argparse
@@ -39,11 +39,11 @@ _TEXT = ["to be or not to be that is the question " * 8]
 
 
 ANEW = "llama.cpp, anew"
-"""Its server without kept states, as it was for hybrids until it had them."""
+"""llama.cpp's server without cached states of hybrid models."""
 
 
 def chosen(names: list[str] | None) -> list[Workload]:
-    """The workloads by name, all where none is named."""
+    """The workloads by name; without names, all."""
     every = [
         workloads.stream(),
         workloads.prefill(512),
@@ -56,7 +56,7 @@ def chosen(names: list[str] | None) -> list[Workload]:
 
 
 def random_model(name: str, folder: Path) -> Path:
-    """A new model of a benchmark's size with a tokenizer that goes with it."""
+    """A new model of a benchmark's size, with a tokenizer for its vocabulary."""
     model = LanguageModel.from_config(configs()[name], seed=0)
     model.save_pretrained(folder)
     Tokenizer.train(_TEXT, vocab_size=400).save(folder)
@@ -64,7 +64,7 @@ def random_model(name: str, folder: Path) -> Path:
 
 
 def agree(clients: dict[str, Client], vocab: int, *, end: int) -> dict[str, int]:
-    """For how many greedy tokens each peer writes what ours writes without drafts."""
+    """The number of greedy tokens for which each program agrees with ours without drafts."""
     prompt = torch.randint(20, vocab, (100,), generator=torch.Generator().manual_seed(5)).tolist()
     ours = clients["ours"].ask(prompt, 48, end=end).tokens
     same = {}
@@ -76,7 +76,7 @@ def agree(clients: dict[str, Client], vocab: int, *, end: int) -> dict[str, int]
 
 
 def takes_part(peer: str, workload: Workload) -> bool:
-    """Whether a peer has something to show at a workload."""
+    """Whether a program runs a workload."""
     if peer == ANEW:
         return workload.name.startswith("second turn")
     return not (workload.name.endswith("clients") and peer == "llama.cpp, drafts")
@@ -135,7 +135,7 @@ def measure(
 
 
 def _alone(name: str, run: Contestant, clients: Mapping[str, Client]) -> Contestant:
-    """A peer's turn, in which the servers of all others are stopped."""
+    """A program's turn, in which the servers of all others are stopped."""
     servers_ = [client.pid for client in clients.values()]
     own = clients[name].pid if name in clients else None
 
@@ -147,7 +147,7 @@ def _alone(name: str, run: Contestant, clients: Mapping[str, Client]) -> Contest
 
 
 def line(figure: dict[str, Any]) -> str:
-    """One figure in words, each peer beside the best of the others' median."""
+    """One figure as a line of text, with the ratio of each program to the best of the others."""
     rates = {name: rate["median"] for name, rate in figure["tokens_per_s"].items()}
     peers = [rate for name, rate in rates.items() if not name.startswith("ours")]
     best = max(peers, default=None)

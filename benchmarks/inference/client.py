@@ -1,7 +1,7 @@
-"""One client for both servers: token ids in, the times of the answer's tokens out.
+"""One client for all servers, from token ids to the times of the answer's tokens.
 
-Both are asked for greedy tokens and told to ignore the end, so that all write as many. What HTTP
-and JSON cost is part of what is measured, for both alike.
+Requests ask for greedy tokens and ignore end tokens, so that all answers have the same length. The
+time of HTTP and JSON is included for all servers.
 """
 
 import http.client
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timed:
-    """One answer: its tokens, and seconds from the request to its first and its last."""
+    """One answer: its tokens, and seconds from the request to its first and last token."""
 
     tokens: tuple[int, ...]
     first_s: float
@@ -24,20 +24,20 @@ class Timed:
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """Talks to one server on this machine."""
+    """A client of one server on this machine."""
 
     port: int
     path: str
     pid: int
     """The server's process."""
     model: str | None = None
-    """Named in the request where the server wants it."""
+    """The `model` field of requests, if the server requires it."""
 
     def ask(self, prompt: Sequence[int], count: int, *, end: int | None = None) -> Timed:
-        """Have `count` tokens written.
+        """Request an answer of `count` tokens.
 
-        Told to ignore the end, llama.cpp never writes it and ours goes on behind it; to compare
-        what they write, name it as `end`, and ours keeps from it too.
+        With end tokens ignored, llama.cpp never generates them, while our server continues after
+        them. To compare tokens, pass the end token as `end`; our server then excludes it, too.
         """
         body = self._body(list(prompt), count)
         if end is not None and self.model is not None:
@@ -68,7 +68,7 @@ class Client:
         return Timed(tuple(tokens), first, last)
 
     def ask_all(self, prompts: Sequence[Sequence[int]], count: int, *, clients: int) -> float:
-        """Seconds until so many clients, each with one request at a time, have all answers."""
+        """Seconds until `clients` clients, each with one request at a time, have all answers."""
         start = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(lambda prompt: self.ask(prompt, count), prompts))

@@ -1,4 +1,4 @@
-"""Starting the servers that are compared, each in a process of its own, and stopping them."""
+"""Start the servers that are compared, each in its own process, and stop them."""
 
 import contextlib
 import os
@@ -39,9 +39,10 @@ def llama_cpp(
     drafts: int = 0,
     keeps_states: bool = True,
 ) -> Iterator[Client]:
-    """llama.cpp's server, with as many slots as ours; `drafts` by its MTP.
+    """llama.cpp's server, with as many slots as ours, and `drafts` by its MTP.
 
-    Unless it `keeps_states` of hybrids at some places, it reads a chat anew whose end has changed.
+    Without `keeps_states` it caches no states of hybrid models, and recomputes a chat whose end has
+    changed.
     """
     port = _free_port()
     command = [binary, "-m", gguf, "--port", port, "-t", threads, "-tb", threads]
@@ -54,9 +55,10 @@ def llama_cpp(
 
 @contextlib.contextmanager
 def vllm(python: Path, model: Path, *, threads: int) -> Iterator[Client]:
-    """vLLM's server on this CPU, by the Python of its own environment; it takes no experts.
+    """vLLM's server on this CPU, with the Python of its own environment; it supports no experts.
 
-    Without its prefix cache, with which it ends at a hybrid's first prompt of 2,048 tokens.
+    Its prefix cache is off, because with it the server ends at a hybrid model's first prompt of
+    2,048 tokens.
     """
     port = _free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
@@ -70,9 +72,9 @@ def vllm(python: Path, model: Path, *, threads: int) -> Iterator[Client]:
 
 @contextlib.contextmanager
 def alone(group: int | None, everyone: Collection[int]) -> Iterator[None]:
-    """Stop all servers but one, or all: some go on computing for a second after their last answer.
+    """Stop all servers except one, or all: some continue computing after their last answer.
 
-    They are named by their processes, which lead groups.
+    The arguments are process ids, which are also those of their process groups.
     """
     others = [each for each in everyone if each != group]
     for each in others:
@@ -93,7 +95,7 @@ def _running(
     if not (Path(words[0]).exists() or shutil.which(words[0])):
         raise SystemExit(f"{words[0]} does not exist")
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(  # with its own processes a group of its own, for `alone`
+    process = subprocess.Popen(  # in a new process group, for `alone`
         words, stdout=quiet, stderr=quiet, env=environment, start_new_session=True
     )
     try:

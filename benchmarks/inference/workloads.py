@@ -1,8 +1,8 @@
-"""What is measured: one stream, many clients, a long prompt, the second turn of a chat.
+"""The workloads: one stream, many clients, a long prompt, the second turn of a chat.
 
-A workload draws new random prompts each time it runs, so that no peer finds one it has seen; the
-draws are the same for all peers. Times are those of the workload's own subject: of a stream the
-time between its tokens, of a prompt the time to the first one.
+A workload draws new random prompts each time it runs, so that no program has cached them; the
+prompts are the same for all programs. For a stream the time between its tokens is measured, for a
+prompt the time to the first token.
 """
 
 import random
@@ -16,14 +16,14 @@ from benchmarks.inference.client import Client
 from benchmarks.timing import Contestant
 
 _OPENS_TURN = 10
-"""`<|im_start|>` in the family's vocabularies; to the other programs a token like any other."""
+"""`<|im_start|>` in the family's vocabularies; for the other programs an ordinary token."""
 
 Draw = Callable[[int], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A name, the tokens that its seconds are for, and how a peer is asked."""
+    """A name, the number of tokens that are timed, and a function that runs and times it."""
 
     name: str
     tokens: int
@@ -31,7 +31,7 @@ class Workload:
 
 
 def stream(count: int = 128, prompt: int = 128) -> Workload:
-    """Tokens of one answer after its first."""
+    """The tokens of one answer after the first one."""
 
     def seconds(client: Client, _: random.Random, draw: Draw) -> float:
         answer = client.ask(draw(prompt), count)
@@ -41,7 +41,7 @@ def stream(count: int = 128, prompt: int = 128) -> Workload:
 
 
 def prefill(prompt: int) -> Workload:
-    """A prompt, to its first token."""
+    """A prompt, up to the first token of its answer."""
 
     def seconds(client: Client, _: random.Random, draw: Draw) -> float:
         return client.ask(draw(prompt), 1).first_s
@@ -50,7 +50,7 @@ def prefill(prompt: int) -> Workload:
 
 
 def clients(number: int, count: int = 48) -> Workload:
-    """Answers for clients that come together, prompts of mixed lengths."""
+    """Answers for concurrent clients, with prompts of different lengths."""
 
     def seconds(client: Client, chance: random.Random, draw: Draw) -> float:
         prompts = [draw(chance.randint(16, 256)) for _ in range(number)]
@@ -60,10 +60,10 @@ def clients(number: int, count: int = 48) -> Workload:
 
 
 def second_turn(prompt: int = 2048, answer: int = 32, more: int = 40) -> Workload:
-    """The second turn of a chat with a model that thinks, to its first token.
+    """The second turn of a chat with a reasoning model, up to the first token of the answer.
 
-    The template leaves the first turn's reasoning out of the history, so the second prompt parts
-    from what was read and written right behind the mark that opened the answer.
+    The template removes the first turn's reasoning from the history, so the second prompt diverges
+    from the cached tokens right after the token that began the answer.
     """
 
     def seconds(client: Client, _: random.Random, draw: Draw) -> float:
@@ -75,7 +75,7 @@ def second_turn(prompt: int = 2048, answer: int = 32, more: int = 40) -> Workloa
 
 
 def contestant(workload: Workload, client: Client, vocab: int) -> Contestant:
-    """One peer at one workload; its n-th run has the same prompts as every other peer's n-th."""
+    """One program with one workload; the n-th runs of all programs have the same prompts."""
     runs = iter(range(10**9))
 
     def run() -> float:
@@ -86,7 +86,7 @@ def contestant(workload: Workload, client: Client, vocab: int) -> Contestant:
 
 
 def by_transformers(workload: Workload, model: Any, vocab: int) -> Contestant | None:
-    """`generate` at the same work, prompts of a batch of one length; None where it has no form."""
+    """The workload with transformers' `generate`, prompts of one length; None if unsupported."""
     runs = iter(range(10**9))
 
     def generate(batch: int, length: int, count: int) -> float:

@@ -1,8 +1,8 @@
 """The named errors of the package.
 
-Each is also the standard error that a reader would expect, so `except ValueError` keeps working.
-They are raised at borders (command line, files, configuration) and their message has three parts:
-the thing, the value that was found, and the remedy. Inside the package `assert` states invariants.
+Each is also the standard error that a caller would expect, so `except ValueError` works. They are
+raised at entry points (command line, files, configuration, HTTP), and a message has three parts:
+the thing, the value found, and the remedy. Inside the package `assert` states invariants.
 """
 
 from collections.abc import Mapping
@@ -10,23 +10,23 @@ from typing import Self
 
 
 class Nemotron3Error(Exception):
-    """The parent of every error raised on purpose, for callers who want to catch them all."""
+    """The base class of all errors that the package raises on purpose."""
 
 
 class InvalidValueError(Nemotron3Error, ValueError):
-    """A value that cannot be used; the parent of the errors that carry the value's name as data.
+    """A value that cannot be used; the base class of errors that carry the value's name as data.
 
     The message is composed of `field` and `problem`: of "top_p" and "is 2; it must be at most 1".
-    A caller that knows the field by another name, as a client of the server does, raises the error
-    again under that name (`renamed`, `under`), and the message is composed anew.
+    A caller for which the field has another name, such as the server for its clients, re-raises the
+    error under that name (`renamed`, `under`) with a new message.
     """
 
     def __init__(self, problem: str, *, field: str | None = None, other: str | None = None) -> None:
-        """`problem` continues the sentence that `field` begins, or is one of its own.
+        """`problem` continues the sentence that `field` begins; without a field it is a sentence.
 
-        `field` is the dotted name of the value, such as `messages[0].role`; None where no single
+        `field` is the dotted name of the value, such as `messages[0].role`, or None if no single
         value is wrong. A problem that begins with a colon follows the name without a space. `other`
-        is the name of a second field, which the problem mentions as `{other}`.
+        is the name of a second field, for which `{other}` stands in `problem`.
         """
         message = problem if other is None else problem.replace("{other}", other)
         if field is not None:
@@ -44,7 +44,7 @@ class InvalidValueError(Nemotron3Error, ValueError):
         return type(self)(self.problem, field=field, other=other)
 
     def under(self, path: str) -> Self:
-        """The same error of a value that lies at `path` in something larger."""
+        """The same error for a value at `path` in a larger structure."""
         if self.field is None:
             return type(self)(f": {self.problem}", field=path, other=self.other)
         other = None if self.other is None else f"{path}.{self.other}"
@@ -68,24 +68,24 @@ class StorageError(Nemotron3Error, OSError):
 
 
 class BackendUnavailableError(Nemotron3Error, RuntimeError):
-    """A device or kernel that was asked for by name and is not there."""
+    """A device or kernel that was requested by name and is not available."""
 
 
 class OperandError(Nemotron3Error, RuntimeError):
-    """An operand of the wrong dtype, shape, device or layout: where PyTorch has a RuntimeError."""
+    """An operand of the wrong dtype, shape, device or layout; PyTorch raises RuntimeError here."""
 
 
 class OperandIndexError(Nemotron3Error, IndexError):
-    """An operand that names something that is not there: an expert, a token, a slot, a page."""
+    """An index out of range: of an expert, a token, a slot, a page."""
 
 
 class DependencyMissingError(Nemotron3Error, ImportError):
-    """An optional package that the requested feature needs; the message holds the install line."""
+    """An optional package that a feature needs is missing; the message has the install command."""
 
 
 class DivergenceError(Nemotron3Error, ArithmeticError):
-    """A training run whose loss or gradient is no longer a number."""
+    """A training run whose loss or gradient is not finite."""
 
 
 class OverloadedError(Nemotron3Error, RuntimeError):
-    """More requests than may wait; the same request can be tried again later."""
+    """Too many requests are waiting; the same request can be sent again later."""

@@ -195,7 +195,7 @@ def test_what_is_over_time_is_left_out_by_name(record):
 
 
 def test_after_a_fault_another_process_goes_on(record, monkeypatch):
-    """A child writes its place before it runs a part; what it dies in is not tried again."""
+    """A child records each part before it runs it; the part in which it dies is not tried again."""
     section, lives = of_parts(a=fails, b=fails, c=fails), []
 
     def child(command, *, timeout, env, **_):
@@ -295,7 +295,7 @@ def stand_in(monkeypatch):
 
 
 def test_the_clock_times_kernels_and_steps(stand_in, monkeypatch):
-    # The host's clock goes on where work is done and nowhere else, so the figures are exact.
+    # The host's clock advances only while work is done, so the figures are exact.
     passed = 0.0
 
     def work(seconds):

@@ -1,4 +1,4 @@
-"""The comparison of servers: asked for the same, both write tokens that can all be seen."""
+"""The comparison of servers: for the same request, both return token ids."""
 
 import json
 import subprocess

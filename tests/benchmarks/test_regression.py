@@ -1,4 +1,4 @@
-"""Two checkouts are compared in turn; what is slower is told and fails the command."""
+"""Two checkouts are compared in turns; a slower row is reported and fails the command."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks import regression, regression_worker, timing
 
 
 class Steady:
-    """Stands for a checkout whose rows take the same time always."""
+    """A double for a checkout whose rows always take the same time."""
 
     def __init__(self, checkout, _):
         self.seconds = 1.0 if checkout == regression.ROOT else 0.5

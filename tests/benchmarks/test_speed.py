@@ -1,4 +1,4 @@
-"""The measuring programs run, at toy size, and measure what they say; no figure is judged here."""
+"""The benchmarks run at toy size and measure what they claim; no figure is judged here."""
 
 import json
 import sys
@@ -181,7 +181,7 @@ def test_flops_of_the_parts_are_those_of_the_model(model):
 
 
 def _products(config, context):
-    """The accounting, without what it counts as two FLOPs though no product has it."""
+    """FLOPs of the costs, without elementwise work that they also count as two FLOPs."""
     count = 0
     for name, parameter in LanguageModel.from_config(config).named_parameters():
         if (

@@ -400,7 +400,7 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
-    # Killed at every file operation: at first the old checkpoint stands, in the end the new one.
+    # Killed at every file operation: at first the old checkpoint remains, in the end the new one.
     assert len(outcomes["operation"]) > 10
     assert outcomes["operation"] == sorted(outcomes["operation"])
     assert set(outcomes["operation"]) == {3, 4}

@@ -48,6 +48,30 @@ BAD_INPUT = {
     "unknown preset": (["info", "nan"], ["no preset 'nan'", "did you mean 'nano'"]),
     "unknown option of info": (["info", "nano", "--jso", "--bogus"], ["--bogus"]),
     "context of nothing": (["info", "nano", "--context", "0"], ["--context is 0", "1 or more"]),
+    "rank without training": (
+        ["info", "nano", "--lora-rank", "8"],
+        ["--lora-rank goes with --training"],
+    ),
+    "targets without a rank": (
+        ["info", "nano", "--training", "sft", "--lora-targets", "in_proj"],
+        ["--lora-targets goes with --lora-rank"],
+    ),
+    "an adapter in pre-training": (
+        ["info", "nano", "--training", "pretrain", "--lora-rank", "8"],
+        ["--lora-rank goes with --training sft or rl"],
+    ),
+    "targets that name nothing": (
+        ["info", "nano", "--training", "rl", "--lora-rank", "8", "--lora-targets", "q_prj"],
+        ["--lora-targets is q_prj, which names no product"],
+    ),
+    "a size that is none": (
+        ["info", "nano", "--training", "sft", "--device-memory", "much"],
+        ["--device-memory", "'much' is no size", "80GB"],
+    ),
+    "no sequences at a time": (
+        ["info", "nano", "--training", "sft", "--batch", "0"],
+        ["--batch", "0 is too small"],
+    ),
     "no such model folder": (["info", "runs/none/model"], ["runs/none/model is no directory"]),
     "a folder without a model": (
         ["info", "{bad}/no-config"],
@@ -57,6 +81,11 @@ BAD_INPUT = {
     "unknown recipe to show": (["show", "tinyy"], ["no recipe 'tinyy'", "did you mean 'tiny'"]),
     "no recipe before options": (["pretrain", "--name", "x"], ["no recipe; name it first"]),
     "no recipe with data": (["pretrain", "--data", "x"], ["no recipe; name it first"]),
+    "no recipe with a model": (["pretrain", "--init-from", "x"], ["no recipe; name it first"]),
+    "no such model to continue": (
+        ["pretrain", "tiny", "--init-from", "{bad}/none"],
+        ["init_from is", "is no directory; give a model directory"],
+    ),
     "recipe and record": (["pretrain", "tiny", "--from", "r.json"], ["'tiny'", "not both"]),
     "no such record": (["pretrain", "--from", "none.json"], ["none.json cannot be read"]),
     "a record cut short": (["pretrain", "--from", "{bad}/cut.json"], ["is not JSON", "cut short"]),
@@ -298,6 +327,32 @@ def test_info_page_shows_the_json_numbers(capsys):
     page = capsys.readouterr().out
     for part in ("120,668,687,360", "88 layers", "40 mamba", "shared by 2 depths", "4,096 tokens"):
         assert part in page
+
+
+@pytest.mark.parametrize("what", ["pretrain", "sft", "rl"])
+def test_info_of_training_shows_the_json_numbers(capsys, what):
+    options = ["info", "tiny", "--training", what, "--batch", "2", "--seq-len", "128"]
+    assert main([*options, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["total"] == sum(part["bytes"] for part in record["parts"])
+    assert record["least"] < record["total"]
+    main(options)
+    page = capsys.readouterr().out
+    assert "2 x 128 tokens" in page
+    assert all(part["name"] in page for part in record["parts"])
+    assert ("engine states" in page) == (what == "rl")
+    assert "fits into 80.0 GB" in page
+
+
+def test_info_of_training_says_what_does_not_fit(capsys):
+    main(["info", "nano", "--training", "sft"])
+    assert "does not fit into 80.0 GB: 505.2 GB are needed at least" in capsys.readouterr().out
+    options = ["--lora-rank", "8", "--recompute", "--device-memory", "79.6GiB"]
+    main(["info", "nano", "--training", "sft", *options])
+    page = capsys.readouterr().out
+    assert "does not fit into 85.5 GB" in page
+    assert "keeps frozen weights in float32. Kept in bfloat16" in page
+    assert page.rstrip().endswith("fits into 85.5 GB")
 
 
 def test_info_of_a_directory(capsys, model_folder):

@@ -18,7 +18,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def serve(monkeypatch, model_folder):
-    """Runs the verb; returns the server that it would wait in."""
+    """Run the verb; returns the server that it would run."""
     servers = []
     monkeypatch.setattr(running, "serve", lambda server, *_, **__: servers.append(server))
 

@@ -61,8 +61,8 @@ def test_a_package_outside_version_control_has_no_revision(monkeypatch, tmp_path
     [
         ('{"config": {', "is not JSON"),
         ("[]", "holds no 'config'"),
-        ('{"config": {}, "format": 99}', "has format 99, this version reads 2"),
-        ('{"config": {"name": "a", "lrr": 1}, "format": 2}', r"config\.lrr is 1.*'lr'"),
+        ('{"config": {}, "format": 99}', "has format 99, this version reads 3"),
+        ('{"config": {"name": "a", "lrr": 1}, "format": 3}', r"config\.lrr is 1.*'lr'"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, text, message):

@@ -1,8 +1,8 @@
 """Engines, trainers and forward passes of one process do not notice each other.
 
-Each workload computes in a thread of its own and reports every bit of its results; beside others
-they are what they are alone. A neighbour that records a step, or is recorded, would show in tokens
-and losses, or end the process.
+Each workload computes in its own thread and reports every bit of its results, which must be the
+same as alone. If one recorded operations of another, tokens and losses would change, or the process
+would crash.
 """
 
 import asyncio

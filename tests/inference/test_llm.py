@@ -187,7 +187,7 @@ def test_what_cannot_be_asked_is_refused_by_name(llm):
 
 
 def test_a_step_that_fails_ends_every_answer_that_was_open():
-    """Also one that ended in that very step, of which the engine knows nothing any more."""
+    """Including an answer that ended in the failed step, of which the engine has no record."""
     server = async_llm(max_num_seqs=1)
     step = server._engine.step
 
@@ -361,7 +361,7 @@ def test_token_ids_need_no_tokenizer(llm):
 
 
 def test_a_model_is_sampled_from_while_it_is_trained():
-    """The same losses and weights as without, and answers of the weights as they are."""
+    """Training has the same losses and weights, and answers come from the current weights."""
 
     def train(*, samples):
         model = tiny_model("MEM*E/*E").train()
@@ -387,7 +387,7 @@ def test_a_model_is_sampled_from_while_it_is_trained():
             losses.append(loss.item())
         assert model.training
         assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
-        noise = torch.rand(1).item()  # nobody has drawn from PyTorch's own generator
+        noise = torch.rand(1).item()  # PyTorch's global generator was not used
         return losses, noise, [p.detach().clone() for p in model.parameters()]
 
     torch.manual_seed(3)

@@ -14,7 +14,7 @@ from nemotron3.models.costs import (
 from nemotron3.models.nemotron_h import LanguageModel
 from tests.tiny import qwen_config, tiny_config
 
-# Totals without multi-token prediction, keys and values per token, states and tails per sequence:
+# Totals without MTP, keys and values per token, SSM and convolution states per sequence:
 # the reports and the published configurations.
 PUBLISHED = {
     "nano": (31_577_937_344, 6_144, 48.2, 0.85),

@@ -186,7 +186,7 @@ def test_shards_stay_below_their_limit_and_are_indexed(tmp_path):
 
 
 def stacked(tensors):
-    """As transformers keeps the experts in memory."""
+    """The experts in one tensor, as in transformers' memory."""
     for projection in ("up_proj", "down_proj"):
         names = [n for n in tensors if ".experts." in n and n.endswith(f"{projection}.weight")]
         for stem in {name.partition(".experts.")[0] for name in names}:

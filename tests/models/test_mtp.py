@@ -1,4 +1,4 @@
-"""The draft block where less than all is asked of it."""
+"""The draft block with a part of its outputs."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def model_and_cache(block):
 
 
 def inputs(lengths, cached_lengths=(0, 0)):
-    """Embeddings and hidden states of some tokens of two sequences, and where they lie."""
+    """Embeddings and hidden states of some tokens of two sequences, and their layout."""
     width, whole = tiny_config().hidden_size, 32
     chance = torch.Generator().manual_seed(0)
     both = torch.randn(2, 2, whole, width, generator=chance)

@@ -1,6 +1,6 @@
-"""The mixer of docs/guides/add-a-mixer.md, which the package does not know, in everything.
+"""The mixer of docs/guides/add-a-mixer.md, which is outside the package, in all features.
 
-The code is the page's own, so that whoever follows the page has what is tested here.
+The code is the page's own, so that a reader of the page gets the tested code.
 """
 
 import importlib.util
@@ -131,7 +131,7 @@ def test_snapshots_forks_and_refused_drafts(assert_close, config):
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_an_engine_serves_it_as_the_full_pass_says(config, drafts):
-    """With prefixes that are found again, drafts, and more requests than slots."""
+    """With cached prefixes, drafts, and more requests than slots."""
     model = tiny_model(config, dtype=torch.float64)
     engine = Engine(
         model,

@@ -1,8 +1,8 @@
-"""Gives every operation operands of every wrong kind; run as a program, for it may end badly.
+"""Give every operation all kinds of wrong operands; it runs as a program, because it may crash.
 
-A mistake has to be the same named error on each backend. What is no mistake (a narrow weight that
-is converted, int32 indices, memory that is not contiguous) has to give the same values. Prints the
-name of each operation that stood the test behind "passed", and the rest as it happens.
+A mistake must raise the same named error on each backend. Valid unusual operands (a narrow weight
+that is converted, int32 indices, memory that is not contiguous) must give the same values. It
+prints "passed" and the name of each operation that passed, and failures as they happen.
 """
 
 import faulthandler
@@ -115,7 +115,7 @@ def try_operation(name: str) -> None:
 
 
 def say(line: str) -> None:
-    """At once, since the process may be about to end."""
+    """Print without buffering, since the process may crash."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Attention against the written-out one, with and without remembered keys."""
+"""Attention against the reference, with and without cached keys."""
 
 import pytest
 import torch

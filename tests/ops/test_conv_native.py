@@ -85,7 +85,7 @@ def test_only_what_is_wanted(output, wanted, assert_close):
 
 
 def test_a_whole_stream_equals_its_halves():
-    """Bit for bit: the tails carry everything."""
+    """Bit for bit: the convolution states carry everything."""
     x, w, b, t = (v.float() for v in operands((40,), channels=17))
     whole, whole_tail = convolution((40,), "native")(x, w, b, t)
     first, tail = convolution((13,), "native")(x[:13], w, b, t)

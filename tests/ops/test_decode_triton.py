@@ -119,7 +119,7 @@ def test_attention_of_large_groups(lengths, steps, heads, dtype, tolerance, asse
     ("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)]
 )
 def test_attention_widens_keys_kept_in_fewer_bits(kept, dtype, tolerance, assert_close):
-    """Queries and weights are not rounded to the keys' bits."""
+    """Queries and weights are not rounded to the dtype of the keys."""
     pools = [randn(12, 4, 2, 16).to(kept) for _ in range(2)]
     q, k, v = (randn(4, heads, 16).to(kept).to(dtype) for heads in (4, 2, 2))
     q = randn(4, 4, 16).to(dtype)

@@ -95,6 +95,29 @@ def test_evaluation_is_the_same():
     assert torch.equal(trained.detach(), evaluated)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("activation", "up_rows"), [("relu2", 1), ("swiglu", 2)])
+@pytest.mark.parametrize("frozen", [(), (2,), (3,), (2, 3)])
+def test_frozen_matrices_cost_no_gradient(frozen, activation, up_rows, monkeypatch):
+    """One of all experts' matrices takes gigabytes in a large model."""
+    from nemotron3.ops.experts import triton as kernels  # noqa: PLC0415 - after the interpreter
+
+    made, real = [], kernels._weight_gradient
+    monkeypatch.setattr(
+        kernels, "_weight_gradient", lambda *args, **kw: (made.append(1), real(*args, **kw))
+    )
+    indices, inputs = operands(9, 4, 2, up_rows=up_rows)
+    found = []
+    for still in ((), frozen):
+        leaves = [t.float().requires_grad_(i not in still) for i, t in enumerate(inputs)]
+        made.clear()
+        mixture(indices, activation, "triton")(*leaves)[0].sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+        assert len(made) == 2 - len(still)
+    for i, (expected, actual) in enumerate(zip(*found, strict=True)):
+        assert actual is None if i in frozen else torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("others", [0, 1, 11, 15, 16, 20])
 def test_company_changes_no_bit(others):
     """A token's result does not depend on how many others chose the same expert."""

@@ -21,7 +21,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture(autouse=True, params=["a thread", "a team"])
 def _team(request, monkeypatch):
-    """Nothing here is worth more than one thread; it has to be right with more."""
+    """The work is too small for more than one thread, but must be right with more."""
     if request.param == "a team":
         monkeypatch.setattr(calls, "WORK_PER_THREAD", 1)
 
@@ -53,7 +53,7 @@ WEIGHTS[3] = WEIGHTS[3].view(8, 24, 24)[:, :, :16].contiguous()
 
 @pytest.mark.parametrize("rows", [1, 5, 30])
 def test_a_replay_is_the_function_of_what_its_inputs_hold(rows):
-    """Few rows and many; whatever happens to be chosen; on one thread and on three."""
+    """With few rows and many, any choice of experts, on one thread and on three."""
     x, graph = drawn(rows, 5), Graph()
     with graph.record():
         results = mixture(x, *WEIGHTS)
@@ -97,7 +97,7 @@ def test_deciding_by_a_value_is_refused(read):
 
 
 def test_what_no_team_can_do_is_refused():
-    """A whole convolution starts threads of its own, and would be missing from the recording."""
+    """A convolution over whole sequences starts its own threads and cannot be recorded."""
     x, weight = torch.randn(40, 6), torch.randn(6, 4)
     with pytest.raises(RuntimeError, match="cannot be recorded"), Graph().record():
         causal_conv(x, weight, None, segments=Segments([40]))

@@ -34,7 +34,7 @@ def test_native_equals_reference(rows, outputs, inputs, assert_close):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("shape", [(1000, 70, 1100), (130, 1100, 70), (521, 600, 530)])
 def test_native_goes_over_blocks_whole(shape, assert_close):
-    """More rows, inputs and outputs than are taken at a time, and multiples of nothing."""
+    """More rows, inputs and outputs than one block has, and no multiples of a tile."""
     rows, outputs, inputs = shape
     operands = [randn(rows, inputs).float(), randn(outputs, inputs).float()]
     expected = outputs_and_gradients(product("torch"), [t.double() for t in operands])
@@ -61,7 +61,7 @@ def test_parts_are_columns_of_the_whole(sizes, assert_close):
 @pytest.mark.parametrize("rows", [1, 9, 241])
 @pytest.mark.parametrize("sizes", [[700], [1, 699], [130, 300, 270], [257, 1, 1, 441]])
 def test_native_parts_equal_reference(rows, sizes, assert_close):
-    """Parts whose bounds are those of no block."""
+    """Parts whose bounds are not those of a block."""
     operands = [randn(rows, 140), randn(700, 140)]
     assert_native_equals_reference(in_parts(sizes), operands, assert_close)
 
@@ -103,7 +103,7 @@ def test_native_takes_columns_of_a_wider_tensor():
 @needs_compiler
 @pytest.mark.parametrize("rows", [2, 8, 12, 500])
 def test_company_changes_no_bit(rows):
-    """A row's result is that which it has among others, few or many."""
+    """A row's result does not depend on the number of other rows."""
     x, weight = torch.randn(rows, 96), torch.randn(80, 96)
     others = torch.cat([x[:1], torch.randn(rows - 1, 96)])
     assert torch.equal(linear(x, weight)[0], linear(others, weight)[0])

@@ -1,4 +1,4 @@
-"""Compiling operations on the machine: once, safely, and with words when it cannot be done."""
+"""Compiling operations on the machine: once, safely, and with an error if it fails."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ extern "C" void twice(const float* x, float* y, int64_t n, float factor, int64_t
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A source, a cache of its own, and nothing remembered of others."""
+    """A source and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memories = (build.library, build.available, build._cache, build._compiler)
     for memory in memories:
@@ -89,7 +89,7 @@ def test_refuses_what_it_would_round():
 
 @needs_compiler
 def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path):
-    """In a process of its own, as what is compiled is remembered."""
+    """In a separate process, since a process caches its libraries."""
     (tmp_path / "file").write_text("")
     code = (
         "import torch; from nemotron3.ops.linear import linear;"

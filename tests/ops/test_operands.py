@@ -119,7 +119,7 @@ def test_no_sequence_one_sequence_and_a_few(name, backend, assert_close):
 
 
 def test_an_operation_without_tokens_still_has_gradients():
-    """Of a rank without tokens the parameters take part in the sum over ranks, with zeros."""
+    """The parameters of a rank without tokens take part in the sum over ranks, with zeros."""
     for name in DIFFERENTIABLE:
         operands = OPERATIONS[name].operands(0)
         for backend in ("torch", "auto"):
@@ -201,7 +201,7 @@ def test_steps_refuse_to_lose_gradients():
 
 @needs_compiler
 class TestReplay:
-    """A recording is played on other indices, which nobody has looked at."""
+    """A recording is replayed with other indices, which must be checked again."""
 
     @pytest.fixture(autouse=True)
     def _no_gradients(self):

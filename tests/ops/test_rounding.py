@@ -57,7 +57,7 @@ def test_each_element_and_each_position_has_bits_of_its_own():
 
 @pytest.mark.parametrize("rounds", [5, 7, 10])
 def test_neighbours_in_the_sequence_and_in_the_state_are_strangers(rounds):
-    """What is added up over a sequence must not be correlated along it."""
+    """Errors that add up over a sequence must not be correlated along it."""
     bits = sixteen_bits(4096, at(128, 1000), RandomBits(0, 3, rounds)).double()
     noise = (bits - bits.mean()) / bits.std()
     for lag in (1, 2, 3):

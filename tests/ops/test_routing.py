@@ -113,7 +113,7 @@ def test_what_was_chosen_is_chosen_again_bit_for_bit(backend, with_gradient):
     indices = chosen[0].clone()
     again = route(logits, torch.zeros(20), indices=indices, backend=backend, **CASES)
     assert all(torch.equal(one, two) for one, two in zip(chosen, again, strict=True))
-    assert torch.equal(indices, chosen[0])  # what was given is read only
+    assert torch.equal(indices, chosen[0])  # given indices are not changed
 
 
 @needs_compiler

@@ -28,7 +28,7 @@ def operands(lengths, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.floa
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("lengths", [(16,), (7, 20)])
 def test_steep_and_gentle_decay_side_by_side(lengths, assert_close):
-    """Some heads forget within a token, some not within a chunk; each chunk is computed its way."""
+    """Some heads decay within a token, some not within a chunk; each is computed in its own way."""
     inputs = operands(lengths)
     inputs[1] *= torch.tensor([0.01, 1.0, 30.0, 1000.0])
     inputs[1][3:9] *= 0.1

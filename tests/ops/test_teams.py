@@ -1,4 +1,4 @@
-"""Teams of threads: whose they are, how they wait and how many they have; bits do not tell."""
+"""Teams of threads: their owners, how they wait and their size, which never affects results."""
 
 import subprocess
 import sys

@@ -22,7 +22,7 @@ def test_sequence_balance_loss_and_its_gradient(assert_close, experts, choices):
     theirs = megatron.sequence_balance(logits, choices=choices, factor=1e-4)
     (their_gradient,) = torch.autograd.grad(theirs, logits)
 
-    # Theirs lies [seq, batch], ours one sequence after another.
+    # Megatron's layout is [seq, batch], ours is one sequence after another.
     scores = logits.transpose(0, 1).reshape(-1, experts).sigmoid()
     biased = (scores + torch.randn(experts)).topk(choices).indices  # the bias must not matter
     routing = Routing(biased, scores.gather(1, biased), scores)

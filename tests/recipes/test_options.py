@@ -63,6 +63,8 @@ CHANGES = {
 # By design these change nothing in the result. Memory and place are looked at elsewhere:
 # tests/training/test_pretrain_objective.py and tests/runtime/test_devices.py.
 WITHOUT_TRACE = {"training.recompute", "device"}
+# It changes the model and the tokenizer with it: tests/recipes/test_initial_model.py.
+NOT_ALONE = {"init_from"}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_every_option_is_in_the_table(base):
         for path in leaves(base)
         if not path.startswith("model.") and path.rpartition(".")[2] != "kind"
     }
-    assert options == CHANGES.keys() | WITHOUT_TRACE
+    assert options == CHANGES.keys() | WITHOUT_TRACE | NOT_ALONE
 
 
 @pytest.mark.slow

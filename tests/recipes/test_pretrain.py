@@ -62,7 +62,8 @@ def test_a_callback_hears_of_every_stage_and_step(text, tmp_path):
     listener = Listener()
     pretrain(small_run(text, training={"steps": 2}), runs=tmp_path / "runs", callback=listener)
     assert listener.steps == [1, 2]
-    assert listener.stages[0] == "Preparing the corpus"
+    assert listener.stages[0].startswith("Memory, at most about ")
+    assert listener.stages[1] == "Preparing the corpus"
     assert {"survey", "learn", "encode"} <= listener.parts
     assert not any("scheduled" in message for message in listener.stages)
 

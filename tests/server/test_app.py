@@ -1,4 +1,4 @@
-"""What the server says of itself, and what it says to those who ask for what cannot be."""
+"""The server's descriptions of itself, and its answers to impossible requests."""
 
 import json
 import logging

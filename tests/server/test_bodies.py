@@ -254,7 +254,7 @@ DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 
 
 def test_the_models_defaults_hold_where_a_request_says_nothing():
-    """Whichever endpoint it comes by."""
+    """At every endpoint."""
     said = {"temperature": 0.0, "top_k": 0}
     for given, expected in (({}, DEFAULTS), (said, DEFAULTS | said)):
         chat = plan_chat(ChatBody(messages=MESSAGES, **given), TOOL_CALL_END, DEFAULTS)

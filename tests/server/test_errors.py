@@ -1,4 +1,4 @@
-"""A bad value is refused by the client's name for it, in `param` and in the message."""
+"""An error of a bad value has the client's name of the field, in `param` and in the message."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A grammar that would end a process is a 400 by every way in, and the server goes on."""
+"""A grammar that would crash a process gives a 400 at every endpoint, and the server continues."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Clients that leave, readers that are slow, too many at once, and the end of a server."""
+"""Clients that disconnect, slow readers, overload, and the shutdown of a server."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def small(model_folder):
-    """A server for one answer at a time, with room for one more to wait."""
+    """A server for one answer at a time, with a queue of one."""
     with running(model_folder, max_num_seqs=1, max_num_waiting=1) as server:
         yield server
 
@@ -211,7 +211,7 @@ def serving_process(model_folder, *options):
 
 @pytest.mark.slow
 def test_what_is_not_finished_in_time_is_told_so(model_folder):
-    """A whole answer gets a 503, streams an error event: nobody is left with half of an answer."""
+    """An unfinished answer gets a 503, a stream an error event, so that neither looks complete."""
     headers = {"authorization": "Bearer sesame"}
     stream = LONG | {"stream": True, "n": 8}
     asked = {

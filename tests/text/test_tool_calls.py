@@ -150,7 +150,7 @@ def test_call_is_complete_when_its_function_is(tail):
 
 OPEN = "<function=f>\n"
 LOST = [
-    # what stands between `<tool_call>` and `</tool_call>`, both of them special tokens
+    # the text between `<tool_call>` and `</tool_call>`, both of which are special tokens
     (OPEN + "<parameter=text>\na\n<parameter=count>\n3\n</parameter>\n</function>\n",
      '{"text": "a", "count": 3}', True),
     (OPEN + "<parameter=text>\n<parameter=count>\n3\n</parameter>\n</function>\n",

@@ -1,4 +1,4 @@
-"""Groups of parameters by name: who is in which, and what is refused."""
+"""Groups of parameters by name: their members, and invalid groups."""
 
 import pytest
 

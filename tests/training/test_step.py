@@ -1,4 +1,4 @@
-"""One update: what changes, once, and what stays when the gradient is no number."""
+"""One update: the changes, and that nothing changes if the gradient is not finite."""
 
 import copy
 from dataclasses import dataclass, fields
@@ -183,7 +183,7 @@ def test_a_block_that_the_objective_leaves_out_keeps_its_weights_and_biases():
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch(TrainBatch):
-    """A batch with something more: the other objective's business."""
+    """A batch with another field, for the other objective."""
 
     bonus: float
 

@@ -1,4 +1,4 @@
-"""The loop: what happens when, and that stopping and going on changes nothing."""
+"""The loop: the order of its actions, and that stopping and resuming changes nothing."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def trainer_in(folder, config=CONFIG, model_config=MODEL, **parts):
 
 
 class StoppedError(Exception):
-    """A test's own interruption."""
+    """An interruption by a test."""
 
 
 def fit(trainer, folder, *, stop_after=None):

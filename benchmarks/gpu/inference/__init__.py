@@ -1,1 +1,1 @@
-"""The sections of `make gpu-check-inference`; every file here holds one."""
+"""The sections of `make gpu-check-inference`, one in each file."""

@@ -1,12 +1,12 @@
 """Nano and the transformer it is compared with: whole models with random weights on one device.
 
-A decoding step must read the weights that its tokens pass (of the experts, those that anyone in the
-batch chose), all remembered keys and values, and read and write the states; the share is of the
-copy bandwidth. A prompt is bound by its products; the share is of the product rate.
+A decoding step must read the weights that its tokens use (of the experts, those that any token of
+the batch chose), all cached keys and values, and read and write the states; the share is that of
+the copy bandwidth. Products limit the prefill; its share is that of the product rate.
 
-The last rows put measured pieces together into the white paper's comparison: prompts of 8,192
-tokens and answers of 16,384, each model at its best batch. It is a computation from steps, not a
-run of a server, and says so. Whole requests on an H200 gave the authors 3.3 times as much for Nano.
+The last rows combine the measured parts to the white paper's comparison: prompts of 8,192 tokens
+and answers of 16,384, each model at its best batch size. They are computed from steps and not
+measured on a server. The authors report a factor of 3.3 for Nano, for whole requests on an H200.
 """
 
 from functools import partial
@@ -46,7 +46,7 @@ def _prompt(length: int) -> str:
 
 
 def _batches(name: str) -> tuple[int, ...]:
-    """Up to what fits beside the weights; what does not is left out by name."""
+    """Batch sizes; one that does not fit in memory with the weights is reported as left out."""
     return (1, 8, 32, 128, 320) if name == "nano" else (1, 4, 8, 16, 32)
 
 
@@ -76,14 +76,14 @@ def table(results: Results, name: str) -> Rows:
 
 
 def _floor(figure: dict, rate: float | None, bandwidth: float | None) -> tuple[float | None, int]:
-    """The least time that the limit allows, and tokens made or read."""
+    """The lower bound of the time, and the number of tokens."""
     if "batch" in figure:
         return bandwidth and figure["bytes"] / bandwidth, figure["batch"]
     return rate and figure["flops"] / rate, figure["length"] - figure.get("start", 0)
 
 
 def _requests(results: Results, name: str) -> list[str]:
-    """Whole requests computed from the pieces, and Nano's ratio to the other."""
+    """Whole requests computed from the parts, and Nano's ratio to the other model."""
     pieces = {model: _throughput(results, model) for model in NAMES}
     words = f"requests of {PROMPT:,} + {ANSWER:,}, computed"
     own = pieces[name]

@@ -1,4 +1,4 @@
-"""The limits that shares are of, measured in the same call."""
+"""The limits to which shares refer, measured in the same call."""
 
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
-"""A million tokens of context on one device: a prompt read in stretches, then steps behind it.
+"""A million tokens of context on one device: a prompt prefilled in parts, then decoding steps.
 
-Each stretch goes on where the last one ended and is timed once, so what was read stands in the
-record when time runs out. An H100 has room for it beside Nano's weights, though not much.
+Each part continues the last one and is timed once, so its result is saved even if time runs out
+later. An H100 has just enough memory for it together with Nano's weights.
 """
 
 from functools import partial

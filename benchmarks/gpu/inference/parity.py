@@ -1,7 +1,7 @@
-"""Whether decoding is right on this device, before anything about it is compared.
+"""Parity of decoding on this device, checked before any comparison of speed.
 
-The kernels of decoding steps against float64, and captured steps against the model's own: a graph
-reads and writes fixed memory, which only a device can get wrong.
+The kernels of decoding steps are compared with float64, and captured steps with the model's forward
+pass: the fixed memory of a graph can only be tested on a device.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 @torch.inference_mode()
 def steps_of_a_model(setting: Setting) -> Figure:
-    """Batches of changing size, drafts that are refused in part, against whole passes."""
+    """Batches of changing size, with partly rejected drafts, compared with full passes."""
     config = configs()["toy"] if setting.is_toy else ModelConfig.preset("tiny")
     model = LanguageModel.from_config(config, device=setting.device)
     cache, tokens = model.new_state(3), torch.randint(config.vocab_size, (3, 40))

@@ -1,4 +1,4 @@
-"""The comparison transformer, measured as Nano is."""
+"""The comparison transformer, measured like Nano."""
 
 from benchmarks.gpu.inference.answers import section
 

@@ -1,8 +1,8 @@
-"""Operations of decoding steps, one layer each: states and keys in place, few tokens, many weights.
+"""Operations of decoding steps, one layer each.
 
-A step of one token per sequence, and of four as when drafted tokens are checked and the state after
-each is kept, for batches of growing size behind 8,192 remembered tokens. What binds is moving
-states, keys and the chosen experts' weights, so the share is of the copy bandwidth.
+A step has one token per sequence, or four as in the verification of drafts, where the state after
+each token is kept. Batches of growing size have 8,192 cached tokens. The time goes into moving
+states, keys and the chosen experts' weights, so the share is that of the copy bandwidth.
 """
 
 import torch
@@ -16,7 +16,7 @@ from benchmarks.gpu.sections.kernels import forward
 from benchmarks.gpu.setting import Draw, Setting
 
 _BATCHES = ((1, 1), (8, 1), (64, 1), (256, 1), (8, 4), (64, 4))
-"""Sequences, and tokens of each."""
+"""Numbers of sequences, and of tokens in each."""
 
 
 def parts(setting: Setting) -> dict[str, Part]:
@@ -26,7 +26,7 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def all_cases(setting: Setting) -> dict[str, Case]:
-    """By operation, model, batch and tokens."""
+    """All cases by a name of operation, model, batch and tokens."""
     batches = ((1, 1), (2, 4)) if setting.is_toy else _BATCHES
     return {
         f"{case.operation}, {name}, batch {rows}, {length} token{'s' * (length > 1)}": case

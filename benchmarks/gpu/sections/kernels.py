@@ -1,8 +1,9 @@
-"""Each kernel's time against the least that the device allows, and against plain PyTorch.
+"""Each kernel's time, compared with the device's lower bound and with plain PyTorch.
 
-The least time is the larger of bytes over bandwidth and FLOPs over the product rate, both measured
-in the same run. `forward` is a pass without gradients, `training` one with its backward pass.
-PyTorch's time is that of our own `torch` backend: what a machine without the kernels would do.
+The lower bound is the larger of bytes divided by bandwidth and FLOPs divided by the product rate,
+both measured in the same run. `forward` is a pass without gradients, `training` one with its
+backward pass. PyTorch's time is that of the `torch` backend, which machines without the kernels
+use.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def measure(case: Case, setting: Setting) -> Figure:
-    """Both ways of both backends."""
+    """Time forward and training with both backends."""
     problem, launches = case.draw(Draw(setting.device, 1)), Launches()
     figure: Figure = {"size": case.size}
     with torch.no_grad():

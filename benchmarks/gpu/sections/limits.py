@@ -1,10 +1,10 @@
-"""What the device can do at most, and whether its clocks can be trusted.
+"""The limits of the device, and whether its clocks can be trusted.
 
-The rate of a large bfloat16 product and the bandwidth of a large copy, which counts bytes read and
-bytes written. Clocks are read while products run, since an idle device slows down; nothing about
-them is set, and the power limit alone keeps a device under load well below its highest clock. So a
-run is doubted where the clock is far below, or where the limits at its end are not those of its
-beginning. The event timer is held against the host's over the same work.
+The limits are the rate of a large bfloat16 product and the bandwidth of a large copy, which counts
+bytes read and bytes written. Clocks are read while products run, since an idle device slows down.
+They are not set, and the power limit keeps a device under load well below its highest clock. So a
+run gets a warning if the clock is far below, or if the limits at its end differ from those at its
+start. The event timer is compared with the host's over the same work.
 """
 
 import shutil
@@ -19,8 +19,8 @@ from nemotron3.runtime.devices import measure_product_rate
 
 _QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
 _SLOW, _MOVED = 0.5, 0.1
-"""Share of the highest clock below which a device is called slowed down, and the change of a limit
-within one run from which its figures are doubted."""
+"""Share of the highest clock below which a run gets a warning, and the change of a limit within one
+run from which it gets one."""
 
 
 def parts(setting: Setting) -> dict[str, Part]:
@@ -32,7 +32,7 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def product(setting: Setting) -> Figure:
-    """Multiply-adds of a bfloat16 product count as two FLOPs."""
+    """The rate of a bfloat16 product; a multiply-add counts as two FLOPs."""
     if setting.is_toy:
         return {"product_flops_per_s": None}
     rate = measure_product_rate(setting.device, torch.bfloat16, seconds=1.0)
@@ -40,7 +40,7 @@ def product(setting: Setting) -> Figure:
 
 
 def copy(setting: Setting) -> Figure:
-    """From device memory to device memory."""
+    """The bandwidth of a copy from device memory to device memory."""
     megabytes = 1 if setting.is_toy else 2048
     source = Draw(setting.device, 0).normal(megabytes << 18)
     target = torch.empty_like(source)
@@ -50,7 +50,7 @@ def copy(setting: Setting) -> Figure:
 
 
 def clocks(setting: Setting) -> Figure:
-    """The processor's clock under load, and events against the host's timer."""
+    """The GPU's clock under load, and the ratio of events to the host's timer."""
     size = 32 if setting.is_toy else 8192
     a = Draw(setting.device, 0).normal(size, size, dtype=torch.bfloat16)
 
@@ -61,7 +61,7 @@ def clocks(setting: Setting) -> Figure:
     agreement = setting.clock.agreement(busy)
     if setting.is_toy or not shutil.which("nvidia-smi"):
         return {"events_over_host": agreement}
-    for _ in range(10):  # longer than the question takes
+    for _ in range(10):  # longer than nvidia-smi takes
         busy()
     words = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
@@ -71,7 +71,7 @@ def clocks(setting: Setting) -> Figure:
 
 
 def warnings(results: Results) -> list[str]:
-    """Why the figures of a run should not be trusted."""
+    """Reasons to distrust the figures of a run."""
     lines = []
     for section in ("limits", "limits-again"):
         seen = results.measured(section).get("clocks", {})

@@ -1,4 +1,4 @@
-"""The limits once more at the end: a device that grew slow under load says so here."""
+"""The limits measured again at the end, to detect a device that became slower under load."""
 
 from benchmarks.gpu.section import Section
 from benchmarks.gpu.sections import limits

@@ -1,11 +1,11 @@
-"""Whether each kernel computes what its reference does: outputs and gradients, against float64.
+"""Parity of each kernel with its reference: outputs and gradients, compared in float64.
 
-References run on the same device, from the very operands, widened. The recurrence of the scan and
-the experts' loop over tokens are too slow for whole sequences, so sizes here are awkward rather
-than large: packed boundaries, odd lengths, one token, an expert that nobody chose, rows that fill
-no tile. At full length a kernel meets the chunked float64 form, which the tests hold to the
-reference. Uninitialised memory is filled with NaN, and each kernel runs twice: results that differ
-between runs in a single bit are a race.
+References run on the same device with the same operands, cast to float64. The recurrence of the
+scan and the experts' loop over tokens are too slow for long sequences, so sizes are awkward rather
+than large: packed boundaries, odd lengths, one token, an expert without tokens, rows that do not
+fill a tile. At full length a kernel is compared with the chunked float64 form, which the tests
+compare with the reference. Uninitialised memory is filled with NaN, and each kernel runs twice:
+results that differ in a single bit show a race.
 """
 
 import warnings
@@ -28,9 +28,9 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.backends import Backend
 
 FLOAT32, BFLOAT16 = 1e-4, 2e-2
-"""Largest difference of a result or gradient, by norm and by its largest entry. Float32 leaves room
-for the approximate exponentials of a GPU and for sums over thousands of tokens; in bfloat16
-operands are rounded to 8 bits two or three times on the way to a gradient."""
+"""Largest difference of a result or gradient, by norm and by its largest entry. The float32 bound
+allows for the approximate exponentials of a GPU and for sums over thousands of tokens; in bfloat16
+operands are rounded to 8 bits two or three times before a gradient."""
 _DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
@@ -125,7 +125,7 @@ def whole_model(setting: Setting) -> Figure:
     red = []
     differences = [difference(a.cpu(), e) for a, e in zip(single, exact, strict=True)]
     differences.append(difference(half[0].cpu(), exact[0]))
-    # Layers add up what their operations lose.
+    # The errors of operations accumulate over the layers.
     if not max(differences[:-1]) <= 10 * FLOAT32:
         red.append(f"float32 differs by {max(differences[:-1]):.1e}, allowed {10 * FLOAT32:.0e}")
     if not differences[-1] <= BFLOAT16:
@@ -143,9 +143,10 @@ def _loss_and_gradients(model: LanguageModel, tokens: Tensor) -> list[Tensor]:
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """By norm and by the largest entry, whichever is worse; infinite where anything is not finite.
+    """The larger of the relative differences by norm and by largest entry.
 
-    By norm alone one wrong entry of a million would not show.
+    The norm alone would not show one wrong entry of a million. Another shape, or a value that is
+    not finite, gives infinity.
     """
     if actual.shape != expected.shape or not bool(torch.isfinite(actual).all()):
         return float("inf")
@@ -158,13 +159,13 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype, setting: Setting) -> float:
-    """What a kernel may differ by; Triton's interpreter cuts bfloat16 off where a GPU rounds."""
+    """Largest difference of a kernel; Triton's interpreter truncates bfloat16, GPUs round it."""
     allowed = _DTYPES[dtype]
     return 2 * allowed if setting.is_toy and dtype == torch.bfloat16 else allowed
 
 
 def _exact_results(case: Case, problem: Problem, backend: Backend) -> list[Tensor]:
-    """In float64; the widened operands are large, and gone when this returns."""
+    """Results in float64; the cast operands are large, and freed when this returns."""
     exact = [t.double() if t.is_floating_point() else t for t in problem.operands]
     return _results(case, exact, problem.call(backend))
 
@@ -179,10 +180,10 @@ def _results(case: Case, operands: list[Tensor], call: cases.Call) -> list[Tenso
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill uninitialised memory with NaN, so that reading what was never written shows."""
+    """Fill uninitialised memory with NaN, so that reads of it are detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that some of PyTorch's own operations are not
+        warnings.simplefilter("ignore")  # warnings about nondeterministic operations
         yield
     torch.use_deterministic_algorithms(False)
 

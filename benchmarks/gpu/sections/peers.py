@@ -1,9 +1,9 @@
-"""The same work by others: mamba-ssm's scan, PyTorch's grouped products, transformers' layers.
+"""Other implementations: mamba-ssm's scan, PyTorch's grouped products, transformers' layers.
 
-A peer that is not installed is left out by name. mamba-ssm needs no CUDA build for its Triton scan:
-its pure-Python wheel is enough, and only the scan's file is imported, since the package's face
-wants compiled kernels. transformers runs what it runs on this machine: without its optional kernels
-that is plain PyTorch. Each peer must agree with ours before either is timed.
+One that is not installed is reported as left out. mamba-ssm needs no CUDA build for its Triton
+scan: its pure-Python wheel is enough, and only the scan's module is imported, since the package's
+`__init__` needs compiled kernels. transformers without its optional kernels runs plain PyTorch.
+Each implementation must agree with ours before either is timed.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def mamba_ssm_scan(mamba: MambaConfig, setting: Setting) -> Figure:
-    """Their scan on our operands."""
+    """mamba-ssm's scan, on our operands."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return {"left_out": "mamba_ssm is not installed (docs/guides/gpu.md says how to bring it)"}
     if setting.is_toy:
@@ -79,7 +79,7 @@ def mamba_ssm_scan(mamba: MambaConfig, setting: Setting) -> Figure:
 
 
 def _mamba_ssm_module() -> ModuleType:
-    """Its file of the scan, under a bare package that skips the face."""
+    """mamba-ssm's module of the scan, under a dummy package that skips its `__init__`."""
     if "mamba_ssm" not in sys.modules:
         spec = importlib.util.find_spec("mamba_ssm")
         assert spec is not None
@@ -90,7 +90,7 @@ def _mamba_ssm_module() -> ModuleType:
 
 
 def grouped(moe: MoEConfig, width: int, setting: Setting) -> Figure:
-    """Both products of the routed experts, rows sorted beforehand; ours also sorts and combines."""
+    """Both products of the routed experts, with sorted rows; ours also sorts and combines."""
     if not hasattr(F, "grouped_mm"):
         return {"left_out": f"PyTorch {torch.__version__} has no grouped_mm"}
     k, hidden = moe.num_experts_per_tok, moe.moe_intermediate_size
@@ -122,7 +122,7 @@ def grouped(moe: MoEConfig, width: int, setting: Setting) -> Figure:
 
 
 def _side_by_side(ours: Problem, theirs: Problem, setting: Setting) -> dict[str, Any]:
-    """Both ways of both programs."""
+    """Time forward and training of both programs."""
     kernel, problems = setting.clock.kernel, {"ours": ours, "theirs": theirs}
     return {
         "forward": {n: kernel(forward(p, p.call("triton"))) for n, p in problems.items()},
@@ -131,10 +131,10 @@ def _side_by_side(ours: Problem, theirs: Problem, setting: Setting) -> dict[str,
 
 
 def transformers_layers(config: ModelConfig, setting: Setting) -> Figure:
-    """Three Mamba layers, two mixtures and one attention, with an eighth of the experts.
+    """Three Mamba layers, two MoE layers and one attention layer, with an eighth of the experts.
 
-    All experts would take longer to write and read than to measure. Agreement is in float32, where
-    no router decides otherwise for a rounding; times are in bfloat16.
+    Saving and loading all experts would take longer than the measurement. Parity is checked in
+    float32, where rounding changes no router's choice; times are those of bfloat16.
     """
     if importlib.util.find_spec("transformers") is None:
         return {"left_out": "transformers is not installed"}

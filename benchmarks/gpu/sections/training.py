@@ -1,10 +1,10 @@
-"""Training steps at 8,192 tokens: tokens per second, and the share of the product rate they reach.
+"""Training steps with 8,192 tokens: tokens per second, and the share of the product rate.
 
-`small` makes whole steps: float32 master weights, bfloat16 products, multi-token prediction, the
+`small` runs whole steps: float32 master weights, bfloat16 products, multi-token prediction, the
 loss, clipping and AdamW. Of `nano` and `super` one group of layers, up to the first attention, runs
-forward and backward on random hidden states; their optimizer, embedding and output layer are left
-out, since a group of `super` with them does not fit one GPU. FLOPs are those that the model needs
-(nemotron3.models.costs), not those that were spent.
+forward and backward on random hidden states; their optimizer, embedding and output layer are
+omitted, since a group of `super` with them does not fit on one GPU. FLOPs are those that the model
+needs (nemotron3.models.costs), not those that were executed.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ from nemotron3.training.step import TrainingStep
 
 _GOAL = 0.4
 _SEQUENCES = 4
-"""Of `small`, per step."""
+"""Sequences per step of `small`."""
 
 
 def parts(setting: Setting) -> dict[str, Part]:
@@ -46,14 +46,14 @@ def parts(setting: Setting) -> dict[str, Part]:
 
 
 def layer_group(config: ModelConfig) -> ModelConfig:
-    """Up to the first attention and the mixture behind it, with hardly a vocabulary."""
+    """The layers up to the first attention and the MoE layer after it, with a tiny vocabulary."""
     pattern = config.hybrid_override_pattern
     group = pattern[: pattern.index("*") + 2]
     return replace(config, hybrid_override_pattern=group, vocab_size=16)
 
 
 def whole_step(config: ModelConfig, setting: Setting) -> Figure:
-    """Everything that training does between two batches."""
+    """A complete training step."""
     model = LanguageModel.from_config(config, device=setting.device)
     apply_precision(model, PrecisionConfig(activations="bfloat16"))
     optimizer = build_optimizer(model, OPTIMIZER)

@@ -1,4 +1,4 @@
-"""Bytes on disk: sharded safetensors, atomic checkpoints, retention and merging."""
+"""Checkpoints on disk: sharded safetensors, atomic saves, retention and merging."""
 
 from nemotron3.checkpoint.merging import merge_checkpoints, merge_weights
 from nemotron3.checkpoint.retention import RetentionConfig

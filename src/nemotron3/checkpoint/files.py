@@ -1,12 +1,12 @@
 """Files that are complete or absent, whatever happens while they are written.
 
-Every byte of a checkpoint goes through `write_file`: it hashes while it writes, so that the digest
-describes the intended bytes, not those that the disk returned, and it syncs before it returns.
-The safetensors header is written here, not by the safetensors library, because the library hands
-the file over only when it is complete: its hash would cost a second read, and a full disk would
-surface as its own error type. The format is 8 bytes of header length, a JSON header, and the
-tensors' little-endian bytes (https://huggingface.co/docs/safetensors); reading stays with the
-library, which so checks every file that we write.
+`write_file` writes all bytes of a checkpoint. It hashes them while it writes, so that the digest is
+that of the intended bytes, not of those that the disk returns, and it syncs before it returns.
+This module writes the safetensors format itself, because the library gives access to the file only
+when it is complete: hashing would need a second read, and a full disk would raise the library's own
+error type. The format is 8 bytes of header length, a JSON header, and the tensors' little-endian
+bytes (https://huggingface.co/docs/safetensors). The library reads the files, and so checks each one
+that is written here.
 """
 
 import errno
@@ -51,14 +51,14 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """What a file must be: its size and the hash of its bytes."""
+    """The size of a file and the SHA-256 of its bytes."""
 
     num_bytes: int
     sha256: str
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
-    """Write, hash and sync one file; raises plain `OSError`, for `full_disk_named` to translate."""
+    """Write, hash and sync one file. Raises `OSError`, which `full_disk_named` translates."""
     digest = hashlib.sha256()
     num_bytes = 0
     with path.open("wb") as file:
@@ -72,7 +72,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Size and hash of a file as it lies on the disk."""
+    """Size and hash of a file on the disk."""
     digest = hashlib.sha256()
     num_bytes = 0
     with path.open("rb") as file:
@@ -83,7 +83,7 @@ def digest_file(path: Path) -> FileDigest:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable; without this a rename may vanish in a power cut."""
+    """Make the names in a directory durable; otherwise a power failure may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,7 +94,7 @@ def sync_directory(path: Path) -> None:
 def tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time.
 
-    Tensors may be of any layout, on any device, and may share storage: each is written whole.
+    Tensors may have any layout, be on any device, and share storage: each is written completely.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -123,7 +123,7 @@ def tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    """Refuse a save that cannot fit before it writes anything."""
+    """Raise StorageError before a save that does not fit on the disk."""
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise _no_space(directory, num_bytes, free)
@@ -131,7 +131,7 @@ def require_space(directory: Path, num_bytes: int) -> None:
 
 @contextmanager
 def full_disk_named(directory: Path, num_bytes: int) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what is needed and what is free."""
+    """Turn `OSError`s of writing into errors that name the needed and the free space."""
     try:
         yield
     except StorageError:

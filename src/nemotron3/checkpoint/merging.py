@@ -7,13 +7,13 @@ factor w_i, so the decayed model is about (Tian et al. 2025, arXiv 2507.17634)
     theta = theta_0 + sum_i w_i (theta_i - theta_{i-1}) = sum_j c_j theta_j
     c_k = w_k,   c_j = w_j - w_{j+1},   c_0 = 1 - w_1.
 
-The sources leave open where in its interval w_i is taken. We take the mean of the decay over the
-interval: the value at its end would give the newest checkpoint no weight at all (every decay ends
-at zero), the value at its start the oldest one none. For an increment that grows evenly within its
-interval the mean is exact.
+The sources do not say at which point of its interval w_i is the decay. Here it is the mean over the
+interval: the value at its end would give the newest checkpoint no weight (every decay ends at
+zero), the value at its start would give the oldest none. For an increment that grows evenly within
+its interval the mean is exact.
 
-Merging streams tensor by tensor in float64: beside the shard that is being written, one tensor of a
-checkpoint is in memory at a time, and its running sum.
+Tensors are merged one by one in float64: besides the shard that is being written, only one tensor
+of a checkpoint and its running sum are in memory.
 """
 
 import math
@@ -49,7 +49,7 @@ def merge_weights(kind: MergeKind, count: int) -> list[float]:
         )
     area = _AREAS[kind]
     k = count - 1
-    w = [k * (area((i + 1) / k) - area(i / k)) for i in range(k)]  # w[i] is the text's w_{i+1}
+    w = [k * (area((i + 1) / k) - area(i / k)) for i in range(k)]  # w[i] is the docstring's w_{i+1}
     return [before - after for before, after in zip([1.0, *w], [*w, 0.0], strict=True)]
 
 
@@ -77,7 +77,7 @@ def merge_checkpoints(
 
 
 def _merge_tensor(name: str, readers: Sequence[ShardedReader], weights: Sequence[float]) -> Tensor:
-    """One tensor of the merge, in the dtype it is stored in."""
+    """One tensor of the merge, in its stored dtype."""
     newest = readers[-1].load(name)
     if not newest.is_floating_point():
         for reader in readers[:-1]:
@@ -94,7 +94,7 @@ def _merge_tensor(name: str, readers: Sequence[ShardedReader], weights: Sequence
 
 
 def _require_same_tensors(reader: ShardedReader, newest: ShardedReader) -> None:
-    """Both directories must hold the same names, shapes and dtypes."""
+    """Raise CheckpointError unless both directories have the same names, shapes and dtypes."""
     difference = sorted(set(reader.names) ^ set(newest.names))
     if difference:
         raise CheckpointError(

@@ -29,7 +29,7 @@ class RetentionConfig:
 
 
 def steps_to_delete(steps: Iterable[int], config: RetentionConfig) -> list[int]:
-    """The steps that `config` lets go, oldest first."""
+    """The steps whose checkpoints `config` does not keep, oldest first."""
     ordered = sorted(steps)
     every = config.keep_every_steps
     return [step for step in ordered[: -config.keep_last] if every is None or step % every != 0]

@@ -1,16 +1,16 @@
 """Directories of safetensors in the published layout, read and written shard by shard.
 
 A model is `model.safetensors`, or `model-00001-of-000NN.safetensors` with an index that names the
-shard of each tensor. Neither side ever holds more than one shard beside the model: the reader maps
-one file at a time, the writer closes a shard when it is full.
+shard of each tensor. Neither reading nor writing needs more than one shard of memory besides the
+model: the reader maps one file at a time, and the writer closes a shard when it is full.
 
-Reading opens every header and loads nothing. What disagrees there (a truncated file, a missing
-shard, a tensor that the index and the shard do not both know) is an error that names the file and
-the tensor, before any weight has moved.
+Opening a reader reads every header and loads no tensor. A disagreement (a truncated file, a missing
+shard, a tensor that only the index or only the shard has) is an error that names the file and the
+tensor, before any weight is copied.
 
-Writing goes to temporary names; `finish` renames them, the index last. Since the index of a model
-that is being replaced is removed first, an interruption leaves a directory that the reader refuses,
-never a mixture of two models.
+Files are written under temporary names; `finish` renames them, the index last. The index of a model
+that is being replaced is removed first, so an interruption leaves a directory that the reader
+refuses, never a mixture of two models.
 
     with ShardedWriter(directory) as writer:
         for name, tensor in model.state_dict().items():
@@ -51,7 +51,7 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """A tensor's entry in a header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -64,7 +64,10 @@ class TensorInfo:
 
 
 class ShardedReader:
-    """The tensors of a model directory, known by name, shape and dtype before any is loaded."""
+    """The tensors of a model directory; names, shapes and dtypes are known before any is loaded.
+
+    Raises CheckpointError if files are missing, damaged or inconsistent.
+    """
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -114,7 +117,7 @@ class ShardedReader:
                     yield name, _get(shard, name, file)
 
     def _read_index(self) -> dict[str, str]:
-        """The weight map, or nothing where the model is a single file."""
+        """The weight map; empty if the model is a single file."""
         path = self.directory / INDEX_FILE
         if not path.exists():
             if not (self.directory / SINGLE_FILE).exists():
@@ -134,7 +137,7 @@ class ShardedReader:
         return weight_map
 
     def _read_header(self, file: Path, index: dict[str, str]) -> None:
-        """Take in what one file says of itself, and hold it against the index."""
+        """Read the header of one file, and compare it with the index."""
         with _open(file) as shard:
             for name in shard.keys():  # noqa: SIM118 - a handle of the library, not a dict
                 if index and index.get(name) != file.name:
@@ -156,10 +159,10 @@ class ShardedReader:
 
 
 class ShardedWriter:
-    """Writes a model directory tensor by tensor, and shows it under its final names at `finish`.
+    """Writes a model directory tensor by tensor; `finish` gives the files their final names.
 
-    A tensor that was added must not change until its shard is full: the writer makes no copy.
-    Used in a `with` block, it finishes at the end and cleans up after an error.
+    A tensor must not change after `add` until its shard is written: the writer makes no copy.
+    A `with` block calls `finish` at its end, and removes the files after an error.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class ShardedWriter:
         max_shard_bytes: int = 5_000_000_000,
         total_bytes: int | None = None,
     ) -> None:
-        """With `total_bytes`, a disk that is too small is refused before anything is written."""
+        """With `total_bytes`, raises StorageError at once if the disk is too small."""
         self.directory = Path(directory)
         self.max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
@@ -184,7 +187,7 @@ class ShardedWriter:
             require_space(self.directory, total_bytes + _HEADER_BYTES)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor; the order of calls decides which tensors share a shard."""
+        """Add the next tensor; the order of calls decides which tensors share a shard."""
         if name in self._names:
             raise CheckpointError(f"tensor {name!r} was added twice to {self.directory}")
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
@@ -195,7 +198,7 @@ class ShardedWriter:
         self._total_bytes += tensor.nbytes
 
     def finish(self) -> None:
-        """Write the last shard and give everything its final name."""
+        """Write the last shard and give all files their final names."""
         if self._pending or not self._shards:
             self._write_shard()
         with full_disk_named(self.directory, self._needed_bytes):
@@ -203,7 +206,7 @@ class ShardedWriter:
             if len(files) > 1:
                 self._write_index(files)
             stale = [p for p in self.directory.iterdir() if _is_weights(p) and p.name not in files]
-            # From here to the last rename the directory has no index, so no reader takes it.
+            # From here to the last rename the directory has no index, so readers refuse it.
             (self.directory / INDEX_FILE).unlink(missing_ok=True)
             for path in stale:
                 path.unlink(missing_ok=True)
@@ -215,13 +218,13 @@ class ShardedWriter:
         self._shards = []
 
     def discard(self) -> None:
-        """Remove what was written so far; the final names were never touched."""
+        """Remove the temporary files; files under final names are unchanged."""
         for number in range(len(self._shards) + 1):
             self._temporary(number).unlink(missing_ok=True)
         self._temporary_index.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
-        """Begin a save that ends with the block."""
+        """Return the writer; the end of the `with` block finishes the save."""
         return self
 
     def __exit__(
@@ -273,7 +276,7 @@ class ShardedWriter:
 
 
 def _open(file: Path) -> Any:
-    """A shard as the library opens it, with its complaints turned into ours."""
+    """Open a shard with the library, and convert its errors to CheckpointError."""
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError as error:
@@ -299,7 +302,7 @@ def _is_weights(path: Path) -> bool:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refusing a key that stands twice (json keeps the last without a word)."""
+    """A JSON object; raises for a repeated key, of which `json` would silently keep the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -1,17 +1,17 @@
 """The checkpoints of a run: each complete or absent, each verified before it is used.
 
-A save writes into `step-00000100.tmp-PID`: tensors, state, and last a manifest with the size and
-SHA-256 of both. Everything is synced, then the directory is renamed to `step-00000100`. A process
-killed at any moment leaves either the new checkpoint or only the old ones, and a leftover that the
-next start removes. `load` compares the hashes, so that a bit that flipped on the disk costs one
-checkpoint and not a silently different run.
+A save writes tensors, state, and last a manifest with the size and SHA-256 of both, into
+`step-00000100.tmp-PID`. All files are synced, then the directory is renamed to `step-00000100`. If
+the process is killed at any moment, either the new checkpoint exists or only the old ones do; the
+next start removes temporary directories. `load` compares the hashes, so a flipped bit on the disk
+costs one checkpoint instead of silently changing the run.
 
-One process writes to a store at a time. Sharded saves of many ranks belong to
+One process writes to a store at a time. For sharded saves of many ranks use
 `torch.distributed.checkpoint`, which this does not replace.
 
     store = CheckpointStore(run_dir / "checkpoints")
     store.save(100, tensors={"weight": weight}, state={"tokens_seen": 819200})
-    checkpoint = store.load()                    # the newest that is sound
+    checkpoint = store.load()                    # the newest intact one
 """
 
 import errno
@@ -51,7 +51,7 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was saved at one step."""
+    """The saved tensors and state of one step."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -70,7 +70,7 @@ class CheckpointStore:
     """A directory of checkpoints by step."""
 
     def __init__(self, directory: Path | str, *, retention: RetentionConfig | None = None) -> None:
-        """Open the store, and remove what an interrupted save or deletion left behind."""
+        """Open the store, and remove remains of interrupted saves and deletions."""
         self.directory = Path(directory)
         self.retention = retention or RetentionConfig()
         self._damaged: set[int] = set()
@@ -87,14 +87,15 @@ class CheckpointStore:
         return saved_steps(self.directory)
 
     def latest(self) -> int | None:
-        """The newest step that was saved, or None; `load` says whether it is sound."""
+        """The newest saved step, or None; its contents are not checked."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, *, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write a checkpoint, and then delete those that the retention lets go.
+        """Write a checkpoint, and then delete those that the retention does not keep.
 
-        `state` is JSON: tuples come back as lists. A sound checkpoint of the same step is never
-        replaced; a damaged one is set aside as `step-….damaged`.
+        `state` must be JSON: tuples are loaded as lists. An intact checkpoint of the same step is
+        never replaced (CheckpointError); a damaged one is renamed to `step-….damaged`. Raises
+        StorageError if the disk is full.
         """
         final = self._path(step)
         self._make_way(step)
@@ -123,16 +124,17 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        # A damaged checkpoint is no spare: it must not push a sound one out.
+        # A damaged checkpoint does not count, or an intact one could be deleted for it.
         sound = [saved for saved in self.steps() if saved not in self._damaged]
         for old in steps_to_delete(sound, self.retention):
             self._delete(old)
         return final
 
     def load(self, step: int | None = None) -> Checkpoint:
-        """The checkpoint of a step, or the newest that is sound.
+        """Load the checkpoint of a step, or the newest intact one.
 
-        Without `step`, a damaged checkpoint is reported and the one before it is used.
+        Without `step`, a damaged checkpoint is logged and the one before it is used. Raises
+        CheckpointError if there is none, or if the one of `step` is damaged.
         """
         if step is not None:
             return self._read(step)
@@ -155,7 +157,7 @@ class CheckpointStore:
         return self.directory / f"step-{step:08d}"
 
     def _make_way(self, step: int) -> None:
-        """Set a damaged checkpoint of this step aside; a sound one is an error."""
+        """Rename a damaged checkpoint of this step; raises if there is an intact one."""
         final = self._path(step)
         if not final.exists():
             return
@@ -171,7 +173,7 @@ class CheckpointStore:
             raise _same_step(final)
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        """The one moment at which the checkpoint comes to be."""
+        """Rename the complete temporary directory, which makes the checkpoint visible."""
         try:
             os.rename(temporary, final)
         except OSError as error:
@@ -181,14 +183,14 @@ class CheckpointStore:
         sync_directory(self.directory)
 
     def _delete(self, step: int) -> None:
-        """Rename first, so that a half-deleted checkpoint never looks like a whole one."""
+        """Rename, then delete, so that a partly deleted checkpoint never looks complete."""
         path = self._path(step)
         trash = path.with_name(f"{path.name}.trash-{os.getpid()}")
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
     def _verify(self, step: int) -> None:
-        """Hold the files against the manifest; the first that differs is an error."""
+        """Compare the files with the manifest; raises CheckpointError for a difference."""
         path = self._path(step)
         try:
             manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -237,7 +239,7 @@ def _same_step(path: Path) -> CheckpointError:
 
 
 def _belongs_to_another(pid: int) -> bool:
-    """Whether a process that still lives, other than this one, made a file marked with `pid`."""
+    """Whether `pid` is a running process other than this one."""
     if pid == os.getpid():
         return False
     try:

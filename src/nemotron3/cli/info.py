@@ -1,10 +1,13 @@
 """`nemotron3 info`: the structure and costs of a model, without its weights."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from nemotron3.checkpoint import ShardedReader
+from nemotron3.cli.memory_options import with_defaults
+from nemotron3.cli.training_memory import training_memory, training_page
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import (
@@ -17,14 +20,20 @@ from nemotron3.models.costs import (
 from nemotron3.models.huggingface import read_config, stored_weight_format
 
 
-def info(model: str, *, context: int, as_json: bool) -> int:
-    """Print a preset's or a directory's parameters, state and FLOPs, and what weights take."""
+def info(known: argparse.Namespace) -> int:
+    """Print a preset's or a directory's parameters, state and FLOPs, or the memory of training."""
+    known = with_defaults(known)
+    model, context, as_json = known.model, known.context, known.json
     if context < 1:
         raise ConfigError(f"--context is {context}; it must be 1 or more")
     path = Path(model)
     if not path.is_dir() and (path.exists() or "/" in model):
         raise CheckpointError(f"{model} is no directory; name a model's directory, or a preset")
     config = read_config(path) if path.is_dir() else ModelConfig.preset(model)
+    if known.training is not None:
+        record = training_memory(config, known)
+        print(json.dumps(record, indent=2) if as_json else training_page(record, config, known))
+        return 0
     facts = model_facts(model, config, context)
     if any(path.glob("*.safetensors")):
         facts["weights"] = {

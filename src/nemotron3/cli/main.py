@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
+from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -93,7 +94,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         case "info":
             from nemotron3.cli.info import info
 
-            return info(known.model, context=known.context, as_json=known.json)
+            return info(known)
         case "pretrain":
             from nemotron3.cli.pretrain import pretrain_command
 
@@ -175,6 +176,7 @@ def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--context", type=int, default=8192, help="sequence length to count for (default 8192)"
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    add_memory_options(info)
 
 
 def _add_run(
@@ -212,7 +214,7 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     pretrain = _add_run(
         verbs,
         "pretrain",
-        usage="nemotron3 pretrain RECIPE [--data PATH] [--runs PATH] [--option value ...]\n"
+        usage="nemotron3 pretrain RECIPE [--data PATH] [--init-from MODEL] [--option value ...]\n"
         "       nemotron3 pretrain --from RUN.JSON [--runs PATH] [--option value ...]",
         help="train a model from text",
         description="Train a model by a named recipe, or by your own: a Python file whose function "
@@ -226,6 +228,12 @@ def _add_pretrain(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PATH",
         help="train on your own text instead: a file, folder or glob of plain text, JSON lines or "
         "Parquet (may be repeated)",
+    )
+    pretrain.add_argument(
+        "--init-from",
+        metavar="MODEL",
+        help="continue a model directory, such as runs/tiny/model, with its own architecture and "
+        "tokenizer",
     )
 
 

@@ -11,6 +11,7 @@ from nemotron3.cli.recipes import with_recipes
 from nemotron3.config import read_run
 from nemotron3.data import CorpusConfig, FilesConfig, PhaseConfig
 from nemotron3.errors import ConfigError
+from nemotron3.recipes.initial_model import continued
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_pretrain import PretrainSummary, pretrain
@@ -20,18 +21,20 @@ def pretrain_command(known: argparse.Namespace, rest: list[str]) -> int:
     """Train by a recipe, with the values that the command line changes."""
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if recipe is None and known.replay is None:
-        if rest or known.data:
+        if rest or known.data or known.init_from:
             raise ConfigError(
                 "no recipe; name it first, as in: nemotron3 pretrain tiny --name mine"
             )
         print(with_recipes(known.page(), PretrainRun))
         return 0
     run = _base_run(recipe, known.replay)
+    if known.init_from is not None:
+        run = continued(run, known.init_from)
     if known.data:
         run = _with_own_text(run, known.data)
     options = [*rest, "--help"] if known.help else rest
     prog = f"nemotron3 pretrain {recipe or '--from RUN.JSON'}"
-    run = override(run, options, prog=prog, other_options=["--data"])
+    run = override(run, options, prog=prog, other_options=["--data", "--init-from"])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with watch() as callback:
         summary = pretrain(run, runs=known.runs, callback=callback, replay=known.replay)
@@ -95,7 +98,7 @@ def sample_lines(sample: dict[str, str]) -> list[str]:
 
 def comparison_lines(summary: PretrainSummary, name: str) -> list[str]:
     """Bits per byte of the model and of the baselines, as a table with bars."""
-    compared = summary.baselines | {f"{name} (this model)": summary.bits_per_byte}
+    compared = summary.compared | {f"{name} (this model)": summary.bits_per_byte}
     lines = ["bits per byte of held-out text (less is better)"]
     widest = max(compared.values())
     for label, bits in sorted(compared.items(), key=lambda item: -item[1]):

@@ -42,12 +42,25 @@ def rl_command(known: argparse.Namespace, rest: list[str]) -> int:
 
 def result_text(summary: RLSummary, folder: Path) -> str:
     """What a finished run has to show, for a terminal."""
-    lines = ["", f"reward on {summary.held_out_tasks} held-out tasks of each environment"]
-    lines.append(f"  {'environment':<24}{'before':>8}{'after':>8}{'tokens':>10}")
-    for name, after in summary.reward.items():
-        before = summary.reward_before[name]
+    lines = [""]
+    for sample in summary.samples:
+        lines += [f"  {sample['environment']}: {line}" for line in sample["prompt"].splitlines()]
+        lines += [*(f"  \u2502 {line}" for line in sample["text"].splitlines()), ""]
+    lines.append(f"reward on {summary.held_out_tasks} held-out tasks of each environment")
+    lines.append(
+        f"  {'environment':<24}{'before':>8}{'after':>8}  {'p (Holm)':<10}{'better':<16}"
+        f"{'most common':>13}{'tokens':>10}"
+    )
+    for name, gain in summary.gains.items():
+        before, after = summary.reward_before[name], summary.reward[name]
+        common = f"{summary.most_common_before[name]:.0%} > {summary.most_common[name]:.0%}"
         tokens = f"{summary.tokens_before[name]:.0f} > {summary.tokens[name]:.0f}"
-        lines.append(f"  {name:<24}{before:8.3f}{after:8.3f}{tokens:>10}")
+        lines.append(
+            f"  {name:<24}{before:8.3f}{after:8.3f}  {gain.p_value:<10.2g}{gain.verdict:<16}"
+            f"{common:>13}{tokens:>10}"
+        )
+    before, after = summary.reward_before["all"], summary.reward["all"]
+    lines.append(f"  {'mean':<24}{before:8.3f}{after:8.3f}")
     lines += [
         "",
         f"{summary.parameters / 1e6:.1f}M parameters, {summary.seconds / 60:.1f} minutes",

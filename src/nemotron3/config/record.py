@@ -1,14 +1,14 @@
 """Nested configuration to JSON and back, with strict checks.
 
 A run is replayed from its `run.json`, so a key that is misspelt, missing or of the wrong type must
-stop it: a silent default would give another run under the same name. The annotations of
-the dataclasses are the schema, and an error names the dotted path, the value and the nearest name.
-It is written by hand because the libraries that do this accept unknown keys or coerce ("3" to 3)
-unless told otherwise class by class.
+be an error: a silent default would give another run under the same name. The annotations of the
+dataclasses are the schema, and an error names the dotted path, the value and the nearest name.
+Libraries for this accept unknown keys or coerce values ("3" to 3) unless each class is configured
+not to, so this module is written by hand.
 
-What a field may be: bool, int, float, str, None, Path, an enum, a literal, `Steps` or `Tokens`, a
-dataclass, and tuples, `dict[str, X]` and unions of these. In a union, dataclasses are told apart by
-their `kind: Literal[...]`. JSON has no infinity: such floats are the strings "inf", "-inf", "nan".
+Types of fields: bool, int, float, str, None, Path, an enum, a literal, `Steps` or `Tokens`, a
+dataclass, and tuples, `dict[str, X]` and unions of these. In a union, `kind: Literal[...]`
+distinguishes dataclasses. JSON has no infinity: such floats are the strings "inf", "-inf", "nan".
 
     record = to_record(config)                    # dicts, lists, strings and numbers
     assert from_record(PretrainConfig, record) == config
@@ -41,7 +41,7 @@ _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def to_record(config: Any) -> Any:
-    """The JSON form of a configuration, down to dicts, lists, strings and numbers."""
+    """A configuration as JSON values: dicts, lists, strings, numbers, booleans and None."""
     match config:
         case enum.Enum():
             return config.value
@@ -67,12 +67,15 @@ def to_record(config: Any) -> Any:
 
 
 def from_record(cls: type[T], record: Any, *, path: str = "") -> T:
-    """Build `cls` from `to_record`'s output; `path` is the prefix that errors name."""
+    """Build `cls` from the output of `to_record`.
+
+    Raises ConfigError for an unknown, missing or invalid field, with its dotted path below `path`.
+    """
     return cast("T", _decode(cls, record, path))
 
 
 def _decode(hint: Any, value: Any, path: str) -> Any:
-    """One value, by the form of its annotation; what may be anything is taken as it is."""
+    """Decode one value by its annotation; a value annotated `Any` is returned unchanged."""
     if hint is Any:
         return value
     origin = get_origin(hint)
@@ -93,7 +96,7 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
 
 
 def _decode_scalar(hint: Any, value: Any, path: str) -> Any:
-    """One leaf; bool is not an int here, and nothing is coerced but int to float."""
+    """Decode a scalar. A bool is not an int here, and only int to float is coerced."""
     if hint in (bool, str, types.NoneType):
         if not isinstance(value, hint):
             raise _mismatch(path, value, "null" if hint is types.NoneType else hint.__name__)
@@ -122,7 +125,7 @@ def _decode_scalar(hint: Any, value: Any, path: str) -> Any:
 def _decode_literal(
     choices: tuple[Any, ...], value: Any, path: str, *, build: Callable[[Any], Any] | None = None
 ) -> Any:
-    """One of a few values, by equality and type (True is not 1)."""
+    """Decode one of `choices`, by equality and type (True is not 1)."""
     for choice in choices:
         if choice == value and type(choice) is type(value):
             return build(choice) if build else choice
@@ -132,7 +135,7 @@ def _decode_literal(
 
 
 def _decode_tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
-    """`tuple[X, ...]` of any length, or one annotation per item."""
+    """Decode `tuple[X, ...]` of any length, or a tuple with one annotation per item."""
     if not isinstance(value, list | tuple):
         raise _mismatch(path, value, "a JSON array")
     items = list(cast("Iterable[Any]", value))
@@ -148,7 +151,7 @@ def _decode_tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
 
 
 def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
-    """A JSON object is one of the dataclasses, by `kind`; anything else the first that fits."""
+    """Decode a JSON object as the dataclass of its `kind`, another value as the first that fits."""
     configs = [m for m in members if dataclasses.is_dataclass(m) and m not in (Steps, Tokens)]
     others = [m for m in members if m not in configs]
     if isinstance(value, dict) and configs:
@@ -172,7 +175,7 @@ def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
 
 
 def _by_kind(configs: list[Any], value: dict[str, Any], path: str) -> type[Any]:
-    """The member of a union that the record's `kind` names."""
+    """The member of a union with the record's `kind`."""
     if len(configs) == 1:
         return configs[0]
     kinds = {k: c for c in configs for k in get_args(get_type_hints(c).get("kind"))}
@@ -183,13 +186,13 @@ def _by_kind(configs: list[Any], value: dict[str, Any], path: str) -> type[Any]:
 
 
 def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
-    """A dataclass from an object with exactly its fields."""
+    """Decode a dataclass from an object with exactly its fields."""
     if not isinstance(value, dict):
         raise _mismatch(path, value, f"a JSON object for {cls.__name__}")
     record = cast("dict[str, Any]", value)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     hints = get_type_hints(cls)
-    if "kind" in names and "kind" in record:  # of another kind, other fields are no misspellings
+    if "kind" in names and "kind" in record:  # first: another kind has other fields
         _decode(hints["kind"], record["kind"], _join(path, "kind"))
     for key in record:
         if key not in names:
@@ -208,7 +211,7 @@ def _decode_dataclass(cls: type[Any], value: Any, path: str) -> Any:
 
 
 def _build(make: Callable[..., Any], path: str, /, *args: Any, **fields: Any) -> Any:
-    """Call a constructor, and put the path in front of what it has to say."""
+    """Call a constructor, and add the path to its errors."""
     try:
         return make(*args, **fields)
     except ConfigError as error:

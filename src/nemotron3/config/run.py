@@ -1,8 +1,8 @@
 """`run.json`: the record of a run, from which it can be run again.
 
-It holds the resolved configuration, the git revision of this package, the versions of the installed
-packages it depends on, and the machine. Weights and data are not in it; they have manifests of
-their own. The file is written before the first step, so that a run that fails has one too.
+It contains the resolved configuration, the git revision of this package, the versions of its
+installed dependencies, and the machine. It does not contain weights and data, which have manifests
+of their own. The file is written before the first step, so a run that fails has one, too.
 
     write_run(run_dir, config, extra={"backends": {"ssd": "torch"}})
     config = read_run(run_dir, PretrainConfig)
@@ -24,12 +24,12 @@ from nemotron3.config.record import from_record, to_record
 from nemotron3.errors import ConfigError, StorageError
 
 RUN_FILE = "run.json"
-FORMAT = 2
+FORMAT = 3
 T = TypeVar("T")
 
 
 def run_record(config: Any, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The record as JSON; `extra` holds what was found at run time (backends, device, corpus)."""
+    """The record as JSON; `extra` holds facts known only at run time (backends, device, corpus)."""
     return {
         "format": FORMAT,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -45,14 +45,14 @@ def run_record(config: Any, *, extra: Mapping[str, Any] | None = None) -> dict[s
 
 
 def write_run(directory: Path, config: Any, *, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write `run.json` into the run's directory, whole or not at all."""
+    """Write `run.json` into the run's directory, atomically."""
     path = directory / RUN_FILE
     write_json(path, run_record(config, extra=extra))
     return path
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a record as JSON, whole or not at all; its folder is made."""
+    """Write a record as JSON, atomically; creates the folder."""
     text = json.dumps(to_record(record), indent=2, allow_nan=False) + "\n"
     partial = path.with_suffix(".json.tmp")
     try:
@@ -72,7 +72,7 @@ def read_run(path: Path, cls: type[T]) -> T:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The whole record of a run, with what was found at run time under `extra`."""
+    """The whole record of a run, with the facts known at run time under `extra`."""
     file = path / RUN_FILE if path.is_dir() else path
     try:
         record: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Commit and cleanness of the checkout this package runs from; None for an installed wheel.
+    """Commit of the checkout of this package, and whether it is clean; None for a wheel.
 
     The package's own file must be tracked: a wheel inside a user's repository is not that
     repository's code.
@@ -121,7 +121,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """The output of git, or None where git or the repository is missing."""
+    """The output of git, or None if git or the repository is missing."""
     try:
         done = subprocess.run(
             ["git", "-C", str(directory), *arguments],

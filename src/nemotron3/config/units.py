@@ -1,8 +1,8 @@
 """Durations with their unit: `Steps(200)` and `Tokens(1_500_000)`.
 
-A bare `save_interval=200` is read as steps by one reader and as tokens by another, and both runs
-start. A duration that carries its unit cannot be misread, and its text form (`"200 steps"`,
-`"1.5M tokens"`) is what the command line takes and what `run.json` holds.
+A bare `save_interval=200` could mean steps or tokens, and either run would start. A duration with
+its unit cannot be misread. Its text form (`"200 steps"`, `"1.5M tokens"`) is used on the command
+line and in `run.json`.
 
     Tokens.parse("1.5M")                                        # Tokens(count=1500000)
     parse_duration("10k steps")                                 # Steps(count=10000)
@@ -21,7 +21,7 @@ _PATTERN = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([kMBT]?)\s*(steps?|tokens?)?
 
 
 def _split(text: str) -> tuple[int, str | None]:
-    """`"1.5M tokens"` as (1500000, "tokens"); the unit is None where the text leaves it out."""
+    """`"1.5M tokens"` as (1500000, "tokens"); the unit is None if the text has none."""
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise ConfigError(
@@ -38,7 +38,7 @@ def _split(text: str) -> tuple[int, str | None]:
 @dataclass(frozen=True, order=True)
 class _Count:
     count: int
-    """How many; zero or more."""
+    """The number; zero or more."""
 
     unit: ClassVar[str]
 
@@ -51,7 +51,7 @@ class _Count:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the text form; the unit may be left out, since the class names it."""
+        """Parse the text form; the unit is optional. Raises ConfigError if it is invalid."""
         count, unit = _split(text)
         if unit not in (None, cls.unit):
             raise ConfigError(f"duration {text!r} is in {unit}; this setting counts {cls.unit}")
@@ -64,7 +64,7 @@ class Steps(_Count):
     unit = "steps"
 
     def in_steps(self, *, tokens_per_step: int) -> int:
-        """The same duration in updates; the batch size makes no difference."""
+        """The number of updates, which does not depend on `tokens_per_step`."""
         del tokens_per_step
         return self.count
 
@@ -75,7 +75,7 @@ class Tokens(_Count):
     unit = "tokens"
 
     def in_steps(self, *, tokens_per_step: int) -> int:
-        """The fewest updates that cover this many tokens."""
+        """The smallest number of updates with at least this many tokens."""
         return -(-self.count // tokens_per_step)
 
 
@@ -83,6 +83,6 @@ Duration: TypeAlias = Steps | Tokens
 
 
 def parse_duration(text: str) -> Duration:
-    """Read `"200"`, `"10k steps"` or `"1.5M tokens"`; a bare number counts steps."""
+    """Parse `"200"`, `"10k steps"` or `"1.5M tokens"`; a bare number counts steps."""
     _, unit = _split(text)
     return Tokens.parse(text) if unit == "tokens" else Steps.parse(text)

@@ -1,4 +1,4 @@
-"""Text to batches: documents, token files, blends, and a loader that is a seed and counters."""
+"""From text to batches: documents, token files, blends, and loaders without state."""
 
 from nemotron3.data.baselines import BaselinesConfig, baseline_bits_per_byte
 from nemotron3.data.corpus import (

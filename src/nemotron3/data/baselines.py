@@ -6,8 +6,8 @@ baselines are easy to understand:
     unigram        each byte by its frequency in the training text
     n-gram         each byte from the n - 1 before it, Witten-Bell smoothing (below)
     gzip, xz       the held-out text compressed alone, at the strongest setting
-    xz after train what the held-out text adds to the compressed end of the training text: xz has
-                   then seen as much of that text as its window holds, as the other models have
+    xz after train the held-out text compressed after the end of the training text, minus the size
+                   of the latter alone: like the other models, xz has then seen training text
 
 The n-gram model interpolates all its orders: with c(h, b) how often byte b followed context h,
 c(h) the sum over b, and t(h) the number of different bytes that did,
@@ -40,16 +40,16 @@ _GZIP_LEVEL = 9
 
 @dataclass(frozen=True, kw_only=True)
 class BaselinesConfig:
-    """How much work the baselines may make."""
+    """Limits on the work of the baselines."""
 
     order: int = 6
     """Length n of the n-gram model: each byte from the n - 1 before it, at most 7."""
 
     train_bytes: int = 8_000_000
-    """Training text that the n-gram model counts."""
+    """Most bytes of training text that the n-gram model counts."""
 
     xz_train_bytes: int = 2_000_000
-    """End of the training text that xz sees before the held-out text."""
+    """Bytes of the end of the training text that xz compresses before the held-out text."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.order <= _MAX_ORDER:
@@ -93,11 +93,11 @@ def _ngram_bits(train: Sequence[bytes], test: Sequence[bytes], order: int) -> li
     test_contexts = np.zeros(len(test_bytes), dtype=np.uint64)
     for length in range(order):  # of the context
         if length:
-            # Each byte's context grows by the one that stands `length` places before it.
+            # Each byte's context grows by the byte that is `length` places before it.
             train_contexts |= _shifted(train_bytes, length)
             test_contexts |= _shifted(test_bytes, length)
-        # A byte so near to the start of its document that the context would reach out of it is
-        # neither counted nor changed: it keeps what the longest possible context gave.
+        # A byte so near to the start of its document that the context would reach beyond it is not
+        # counted, and keeps the probability from the longest possible context.
         counted, asked = train_depth >= length, test_depth >= length
         if not counted.any():  # all documents are shorter than the context
             bits.append(bits[-1])
@@ -121,7 +121,7 @@ def _ngram_bits(train: Sequence[bytes], test: Sequence[bytes], order: int) -> li
 
 
 def _stream(documents: Sequence[bytes], order: int) -> tuple[NDArray[np.uint64], NDArray]:
-    """The documents' bytes end to end, and how far each byte is into its document, up to order."""
+    """The concatenated bytes, and each byte's position in its document, at most `order`."""
     data = np.frombuffer(b"".join(documents), dtype=np.uint8).astype(np.uint64)
     depth = np.full(len(data), order, dtype=np.int8)
     starts = np.cumsum([0, *map(len, documents)])[:-1]
@@ -139,7 +139,7 @@ def _shifted(data: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
 
 
 def _lookup(table: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The place of each key in a sorted table, -1 where it is not there."""
+    """The index of each key in a sorted table, or -1 if absent."""
     places = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     return np.where(table[places] == keys, places, -1)
 

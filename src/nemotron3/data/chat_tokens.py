@@ -1,16 +1,16 @@
 """Conversations as token ids with a loss mask, and the samples that teach control of reasoning.
 
-The reports make three kinds of samples from conversations that reason (facts in their sections on
-supervised fine-tuning):
+The reports turn some conversations with reasoning into three other kinds of samples (reports,
+sections on supervised fine-tuning):
 
 * without reasoning, for thinking turned off: 10% for Nano, 3% for Super;
 * with a hint that asks for little effort, where the reasoning is short: 2% for Super;
-* with reasoning that is cut at a random budget and an answer that stays, so that the model can
-  answer when the engine ends its reasoning: 3% for Nano, 12% in a stage of its own for Super. The
-  `</think>` there is no target (Ultra), or the model would learn to stop early.
+* with the reasoning cut at a random budget and the answer kept, so that the model can answer after
+  the engine ends its reasoning: 3% for Nano, and 12% in a separate stage for Super. The `</think>`
+  there is not a target (Ultra), or the model would learn to stop early.
 
-Which conversation becomes what follows from the seed and its place in its source, so it is the same
-in every run and every epoch.
+The kind of a conversation follows from the seed and its index in its source, so it is the same in
+every run and every epoch.
 """
 
 import random
@@ -41,14 +41,14 @@ _TOOL_TOKENS = (TOOL_CALL_START, TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPON
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningControlConfig:
-    """Shares of the conversations with reasoning that become samples of another kind."""
+    """Shares of the conversations with reasoning that are turned into samples of another kind."""
 
     strip_fraction: float = 0.0
-    """Those that lose their reasoning."""
+    """Share whose reasoning is removed."""
     truncate_fraction: float = 0.0
-    """Those whose reasoning is cut at a random number of tokens."""
+    """Share whose reasoning is cut at a random number of tokens."""
     effort_fraction: float = 0.0
-    """Of those with short reasoning, the share that asks for `effort`."""
+    """Share of the conversations with short reasoning that get the hint for `effort`."""
     effort: str = "low"
     """An effort of the model's chat template."""
     effort_tokens: int = 64
@@ -71,13 +71,13 @@ class ReasoningControlConfig:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedConversation:
-    """Ids of a conversation and which of them are targets; it ends with its last target."""
+    """Token ids of a conversation and a mask of the targets; it ends with the last target."""
 
     ids: NDArray[np.int32]
     is_target: NDArray[np.bool_]
 
     def __len__(self) -> int:
-        """Tokens that a model reads: all but the last, which is only predicted."""
+        """Number of input tokens: all but the last, which is only a target."""
         return len(self.ids) - 1
 
 
@@ -100,7 +100,7 @@ def tokenize_conversations(
     *,
     seed: int = 0,
 ) -> Iterator[TokenizedConversation]:
-    """Render each conversation; DataError names one that the template refuses."""
+    """Render and tokenize each conversation. Raises DataError for one that the template refuses."""
     control = control or ReasoningControlConfig()
     for index, conversation in enumerate(conversations):
         messages, effort = _controlled(
@@ -114,7 +114,7 @@ def tokenize_conversations(
             raise DataError(f"{conversation.place}: {error}") from error
         tokens = rendered.tokens(tokenizer)
         is_target = np.array(tokens.loss_mask, dtype=np.bool_)
-        end = int(np.flatnonzero(is_target)[-1]) + 1  # an answer is at least its end token
+        end = int(np.flatnonzero(is_target)[-1]) + 1  # every answer has an end token
         yield TokenizedConversation(np.array(tokens.ids[:end], np.int32), is_target[:end])
 
 
@@ -125,7 +125,7 @@ def _controlled(
     *,
     chance: random.Random,
 ) -> tuple[list[Message], str | None]:
-    """The messages of the kind of sample that this conversation becomes, and its effort."""
+    """The messages and the effort of the sample that is made from this conversation."""
     messages = [_with_reasoning_apart(message) for message in conversation.messages]
     effort, draw = conversation.effort, chance.random()
     places = [i for i, message in enumerate(messages) if _reasoning(message)]
@@ -154,7 +154,7 @@ def _controlled(
 
 
 def _with_reasoning_apart(message: Message) -> Message:
-    """Reasoning that stands in the content, between tags at its beginning, in its own field."""
+    """Move reasoning from tags at the start of the content to the message's own field."""
     if not isinstance(message, AssistantMessage) or message.reasoning is not None:
         return message
     inside, end, answer = message.content.lstrip().partition(THINK_END)

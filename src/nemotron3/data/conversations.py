@@ -1,15 +1,15 @@
-"""Conversations to train on, a row of JSON each: chats, or a prompt and its completion.
+"""Conversations to train on, one JSON object per line: messages, or a prompt and its completion.
 
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     {"messages": [...], "tools": [...], "effort": "low"}
     {"prompt": "2+2?", "completion": "4"}
 
-`messages` and `tools` are OpenAI's, with the reasoning of an answer in `reasoning_content`; a
-message of the assistant with `"train": false` is context alone. `prompt` and `completion` are
-texts, or lists of messages. Other columns are ignored.
+`messages` and `tools` have OpenAI's format, with the reasoning of an answer in `reasoning_content`;
+an assistant message with `"train": false` is context only. `prompt` and `completion` are strings or
+lists of messages. Other columns are ignored.
 
-A row that cannot be used is an error that names its file, line and reason. Where a file is known to
-have some, `max_bad_fraction` lets that share of its rows be left out and counted.
+A row that cannot be used is an error that names its file, line and reason. `max_bad_fraction`
+allows a share of such rows; they are skipped and counted.
 """
 
 import gzip
@@ -40,11 +40,11 @@ class ConversationsConfig:
     path: str
     """A file of JSON lines, or a folder of such files."""
     name: str = ""
-    """What it is called in logs; the path's last part where empty."""
+    """Name of the source in logs; if empty, the last part of the path."""
     weight: float = 1.0
-    """How often an epoch has each of its conversations: 2 for twice, 0.5 for half of them."""
+    """How often an epoch contains each of its conversations: 2 for twice, 0.5 for half of them."""
     max_bad_fraction: float = 0.0
-    """Share of the rows that may be unusable; they are left out and counted."""
+    """Largest share of rows that may be unusable; they are skipped and counted."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -70,14 +70,14 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     effort: str | None = None
-    """The effort that the user asks for, of those that the model's template knows."""
+    """Reasoning effort that the user asks for, one that the chat template supports."""
     place: str = ""
     """File and line, for messages."""
 
 
 @dataclass(kw_only=True)
 class ConversationsReport:
-    """What reading found, filled while conversations are drawn."""
+    """Counts of unusable rows, updated while conversations are read."""
 
     rows: int = 0
     bad: Counter[str] = field(default_factory=Counter[str])
@@ -125,7 +125,7 @@ def conversation_files(config: ConversationsConfig) -> list[Path]:
 
 
 def parse_conversation(line: str | bytes, *, place: str) -> Conversation:
-    """One row; DataError says where it is and what is wrong with it."""
+    """Parse one row. Raises DataError, with `place` and the reason, if it is invalid."""
     try:
         row: Any = json.loads(line)
     except ValueError as error:

@@ -1,18 +1,17 @@
 """A corpus: its sources, its tokenizer, its split, and the folder of its prepared form.
 
-A `CorpusConfig` is turned into a folder by `preparation.prepare_corpus`, and read through
-`PreparedCorpus`:
+`preparation.prepare_corpus` turns a `CorpusConfig` into a folder, which `PreparedCorpus` reads:
 
-    manifest.json              what it is, and how much
+    manifest.json              sources, licences and sizes
     made_of.json               the files and packages that it was made of
     tokenizer/                 tokenizer.json and its companions
-    train/NAME.bin, .idx       a pair for each source
+    train/NAME.bin, .idx       a token file for each source
     held_out/NAME.bin, .idx
     held_out/NAME.jsonl        the held-out text itself, for baselines and for reading
 
-A document is its ids and `</s>`; special tokens that a document spells out are text.
+A document is its token ids followed by `</s>`; special tokens written in a document are text.
 
-For text that is tokenized already, `tokenized.py` has the same interface.
+`tokenized.py` provides the same interface for text that is already tokenized.
 
     corpus = prepare_corpus(shakespeare_and_python())
     corpus.train["shakespeare"].num_tokens
@@ -55,10 +54,10 @@ class TrainTokenizerConfig:
     """Ids kept for special tokens: 32 for small vocabularies, 1000 as published."""
 
     words: tuple[str, ...] = ()
-    """Words that become one entry each, whatever the text: `CHAT_WORDS` of the chat template."""
+    """Words that become one entry each for any text, such as the chat template's `CHAT_WORDS`."""
 
     sample_bytes: int = 16_000_000
-    """How much of the text trained on is learned from, drawn evenly over all sources."""
+    """Bytes of training text to learn from, drawn evenly from all sources."""
 
     def __post_init__(self) -> None:
         if self.vocab_size <= 0 or self.sample_bytes <= 0:
@@ -80,7 +79,7 @@ class LoadTokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TekkenTokenizerConfig:
-    """Use the family's 131,072 entries, built from mistral-common."""
+    """Use the family's vocabulary of 131,072 entries, built from mistral-common."""
 
     kind: Literal["tekken"] = "tekken"
 
@@ -90,12 +89,12 @@ TokenizerConfig = TrainTokenizerConfig | LoadTokenizerConfig | TekkenTokenizerCo
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Which text, cut how, in which vocabulary."""
+    """Sources, split and vocabulary of a corpus."""
 
     kind: Literal["text"] = "text"
 
     sources: tuple[SourceConfig, ...]
-    """The text, each source under its own name."""
+    """The sources of text, each with a different name."""
 
     tokenizer: TokenizerConfig = field(default_factory=TrainTokenizerConfig)
     """The vocabulary."""
@@ -114,7 +113,7 @@ class CorpusConfig:
 
 
 def shakespeare_and_python(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfig:
-    """The default corpus, about 12 MB: English and Python, with pip alone."""
+    """The default corpus, about 12 MB of English and Python, which needs only pip."""
     return CorpusConfig(
         sources=(
             PinnedConfig(name="shakespeare"),
@@ -126,7 +125,7 @@ def shakespeare_and_python(*, tokenizer: TokenizerConfig | None = None) -> Corpu
 
 
 def english_and_code(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfig:
-    """The larger corpus, about 78 MB: for machines with Debian's and npm's package tools."""
+    """The larger corpus, about 78 MB, which needs Debian's and npm's package tools."""
     return CorpusConfig(
         sources=tuple(
             PinnedConfig(name=name)
@@ -147,7 +146,7 @@ def english_and_code(*, tokenizer: TokenizerConfig | None = None) -> CorpusConfi
 
 @dataclass(frozen=True, kw_only=True)
 class MadeOf:
-    """What a prepared corpus was made of."""
+    """The files and packages that a prepared corpus was made of."""
 
     text: dict[str, FileState]
     """The files of `FilesConfig` sources, by their paths."""
@@ -156,7 +155,7 @@ class MadeOf:
 
 
 class Corpus:
-    """Text as tokens, ready to train on and to judge by."""
+    """Tokenized text, split into training and held-out text."""
 
     def __init__(
         self,
@@ -186,7 +185,7 @@ class Corpus:
             yield Document(text=text, source=f"{file.prefix}, document {index}")
 
     def train_text(self, name: str, *, max_bytes: int) -> list[str]:
-        """About `max_bytes` of a source's text to train on: documents drawn evenly, decoded."""
+        """About `max_bytes` of a source's training text: evenly drawn documents, decoded."""
         self.manifest.source(name)
         file = self.train[name]
         texts: list[str] = []
@@ -194,14 +193,14 @@ class Corpus:
         for index in np.random.default_rng(0).permutation(len(file)):
             if left <= 0:
                 break
-            # A token of text has at least one byte, so no more tokens than bytes are wanted.
+            # A token has at least one byte, so at most as many tokens as bytes are needed.
             ids = file.document(int(index))[: left + 1].tolist()
             texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
             left -= len(texts[-1].encode())
         return texts
 
     def train_sample(self, *, max_bytes: int) -> list[str]:
-        """About `max_bytes` of all sources by their size, documents shuffled: for baselines."""
+        """About `max_bytes` of all sources in proportion to their sizes, shuffled."""
         total = sum(source.train.bytes for source in self.manifest.sources)
         share = min(1.0, max_bytes / total)
         texts = [
@@ -213,7 +212,7 @@ class Corpus:
 
 
 class PreparedCorpus(Corpus):
-    """A corpus that was prepared from text: a folder, opened."""
+    """A corpus that was prepared from text, opened from its folder."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)

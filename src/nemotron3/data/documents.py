@@ -1,13 +1,13 @@
 """A user's own text, one document at a time: plain files, JSON lines, Parquet.
 
-Some files are not in the format that they claim. An unusable row is counted by its reason, with the
-place of the first one, and reading continues; when more than `max_bad_fraction` of the rows are bad
-the file is probably not what the user thinks it is (a wrong column, a wrong encoding), and reading
-ends in an error that names the reasons. A path that names one plain file has no other rows to
-continue with, so there the first bad byte is the error.
+Real files contain unusable rows. They are counted by reason, with the place of the first one, and
+reading continues. If more than `max_bad_fraction` of the rows are bad, the file is probably not
+what the user thinks it is (a wrong column, a wrong encoding), and reading ends in an error that
+names the reasons. A single plain file is one row, so there the first bad byte is an error.
 
-Text is not changed: no stripping, no normalisation, line ends as they are; only a byte order
-mark goes. Order is the sorted order of paths, then rows, so a corpus reads the same every time.
+Text is not changed: it is neither stripped nor normalised, and line ends are kept; only a byte
+order mark is removed. The order is that of sorted paths, then rows, so a corpus is always read in
+the same order.
 
     report = ReadReport()
     for document in read_documents(FilesConfig(path="notes/"), report):
@@ -40,7 +40,7 @@ TEXT_SUFFIXES = (
     ".yaml", ".yml", ".ini", ".cfg", ".json", ".css",
 )
 # fmt: on
-"""Files that a directory is searched for, beside JSON lines and Parquet."""
+"""Suffixes of the files that are read from a directory, besides JSON lines and Parquet."""
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _PARQUET_SUFFIXES = (".parquet",)
@@ -48,7 +48,7 @@ _PARQUET_SUFFIXES = (".parquet",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One text, and where it came from: a path, with a row number in files of many rows."""
+    """One text and its source: a path, with a row number in files of many rows."""
 
     text: str
     source: str
@@ -66,19 +66,19 @@ class BadRow(StrEnum):
 
 @dataclass(kw_only=True)
 class ReadReport:
-    """What reading found, filled while the documents are drawn."""
+    """Counts of documents and of unusable rows, updated while documents are read."""
 
     documents: int = 0
     """Rows that became documents."""
 
     bad: Counter[BadRow] = field(default_factory=Counter)
-    """Rows that did not, by reason."""
+    """Unusable rows, by reason."""
 
     first_bad: dict[BadRow, str] = field(default_factory=dict)
-    """Where each reason was met first."""
+    """Place of the first row with each reason."""
 
     skipped_files: Counter[str] = field(default_factory=Counter)
-    """Files of a directory that are not text by their suffix, by suffix."""
+    """Number of files in a directory that were skipped because of their suffix, by suffix."""
 
     def add_bad(self, reason: BadRow, where: str) -> None:
         """Count a bad row."""
@@ -103,7 +103,7 @@ class FilesConfig:
     """A file, a directory (searched with its sub-directories) or a glob pattern."""
 
     name: str = "own-text"
-    """What the source is called in the blend, the manifest and the metrics."""
+    """Name of the source in the blend, the manifest and the metrics."""
 
     licence: str = "unstated"
     """Licence of the text, for the manifest."""
@@ -115,7 +115,7 @@ class FilesConfig:
     """Take at most this much text (UTF-8 bytes), drawn evenly over the documents."""
 
     max_bad_fraction: float = 0.05
-    """More bad rows than this share are an error."""
+    """Largest share of unusable rows; more are an error."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -131,7 +131,10 @@ class FilesConfig:
 
 
 def read_documents(config: FilesConfig, report: ReadReport) -> Iterator[Document]:
-    """Yield the documents of `config.path`, filling `report`; a corpus without any is an error."""
+    """Yield the documents of `config.path` and update `report`.
+
+    Raises DataError if there are none, or too many unusable rows.
+    """
     files = find_files(config.path, report)
     is_single_text = len(files) == 1 and _is_plain_text(files[0])
     for file in files:
@@ -154,7 +157,7 @@ def read_documents(config: FilesConfig, report: ReadReport) -> Iterator[Document
 
 
 def find_files(path: str, report: ReadReport | None = None) -> list[Path]:
-    """The files behind a path, sorted; hidden ones and, in directories, non-text ones are left."""
+    """The files of a path, sorted; hidden files and, in directories, non-text ones are left out."""
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
@@ -256,7 +259,7 @@ def _accept(text: object, where: str, report: ReadReport) -> Iterator[Document]:
 
 
 def _is_encodable(text: str) -> bool:
-    # JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes.
+    # JSON can contain half of a surrogate pair, which UTF-8 cannot encode and no tokenizer accepts.
     try:
         text.encode()
     except UnicodeEncodeError:

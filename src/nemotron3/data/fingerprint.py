@@ -1,8 +1,8 @@
-"""Fingerprints of a run's data, file by file, so that a change is found and named.
+"""Fingerprints of a run's data, file by file, so that a change is detected and named.
 
-A file counts as unchanged when size and times are those that were recorded, and otherwise when its
-SHA-256 is. So checking a large corpus costs little, and a file that was only touched, copied or
-moved back counts as unchanged.
+A file is unchanged if its size and times are the recorded ones, or else if its SHA-256 is. So
+checking a large corpus is cheap, and a file that was only touched, copied or moved back counts as
+unchanged.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ _NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class FileState:
-    """A file as it was found."""
+    """The recorded state of a file."""
 
     num_bytes: int
     mtime_ns: int
-    """When the content changed last."""
+    """Time of the last change of the content."""
     ctime_ns: int
-    """When content, name or rights changed last; nobody can set it back."""
+    """Time of the last change of content, name or permissions; it cannot be set by a program."""
     sha256: str
 
 
 def file_state(file: Path) -> FileState:
-    """The state of a file, read as a whole."""
+    """The state of a file; reads the whole file."""
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
@@ -47,7 +47,7 @@ def file_state(file: Path) -> FileState:
 
 
 def file_states(files: Iterable[Path], *, below: Path | None = None) -> dict[str, FileState]:
-    """The states of files by their paths, or by their paths below a folder."""
+    """The states of files by path, relative to `below` if given."""
     return {
         str(file if below is None else file.relative_to(below)): file_state(file) for file in files
     }
@@ -56,7 +56,7 @@ def file_states(files: Iterable[Path], *, below: Path | None = None) -> dict[str
 def file_changes(
     before: Mapping[str, FileState], files: Iterable[Path], *, below: Path | None = None
 ) -> list[str]:
-    """What differs from the recorded files, each in a few words: `edited: notes/a.txt`."""
+    """The differences from the recorded files, each in a few words: `edited: notes/a.txt`."""
     now = {str(file if below is None else file.relative_to(below)): file for file in files}
     edited = [name for name, state in before.items() if name in now and _differs(state, now[name])]
     removed = [name for name in before if name not in now]
@@ -74,7 +74,7 @@ def file_changes(
 
 
 def in_words(changes: list[str]) -> str:
-    """The first few changes, and how many more there are."""
+    """The first few changes, and the number of the others."""
     rest = len(changes) - _NAMED
     return "; ".join(changes[:_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 

@@ -3,22 +3,21 @@
     loader = Loader(corpus.train, schedule, seq_len=512, batch_size=32, seed=0)
     batch = loader.batch(step, rank=rank, world_size=world_size)
 
-There is no iterator and no state to save: step -> sample numbers -> source and place in it (the
+There is no iterator and no state to save: step -> sample numbers -> source and index in it (the
 blend, `mixture.py`) -> window (a computed shuffle, `permutation.py`) -> tokens. So a run resumes
 exactly, on any number of ranks, and any batch can be computed again.
 
-*Windows.* A source is its documents end to end, each closed by `</s>`, in the order of the token
-file; window w of an epoch holds tokens [start + w L, start + w L + L], L inputs and the target of
-the last one. Windows share nothing but that one token. The start is drawn anew for every epoch
-from the tokens that do not fill a window, and the windows are shuffled anew. Documents are not
-shuffled: which ones are neighbours does not matter, because no sequence crosses from one to the
-next.
+*Windows.* A source is the concatenation of its documents, each followed by `</s>`, in the order of
+the token file. Window w of an epoch holds tokens [start + w L, start + w L + L]: L inputs, and the
+target of the last one. Adjacent windows share only that token. Every epoch draws a new start, at
+most as large as the number of tokens that do not fill a window, and a new order of the windows.
+Documents are not shuffled, because no sequence continues from one document to the next.
 
-*Boundaries.* A batch is one packed stream. A row or a document that begins, begins a segment
-(`lengths`), and a model carries nothing from one segment to the next. The token before a new
-document (its predecessor's `</s>`) has that document's first token as target, which nothing before
-it could tell: `loss_mask` is 0 there. The mask is made from the document bounds of the token file,
-not from ids, so it holds for files of any origin.
+*Boundaries.* A batch is one packed stream. Each row and each document begins a segment (`lengths`),
+and a model carries no state from one segment to the next. The target of a document's last token
+(`</s>`) is the first token of the next document, which cannot be predicted from it: `loss_mask` is
+0 there. The mask follows from the document bounds of the token file, not from ids, so it is right
+for files from other tools too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,12 +34,12 @@ from nemotron3.data.token_files import TokenFile
 from nemotron3.errors import ConfigError, DataError
 
 ORDER_FORMAT = 1
-"""Raised whenever a step has other rows for the same files, blend and seed."""
+"""Version of the order; increased when the same files, blend and seed give a step other rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A packed stream of sequences and what is to be predicted in it."""
+    """A packed stream of sequences, with targets and loss mask."""
 
     tokens: Tensor
     """Input ids, int64 [N]."""
@@ -49,13 +48,13 @@ class Batch:
     """The id after each input in its document, int64 [N]."""
 
     loss_mask: Tensor
-    """1 where the target counts, 0 where it lies in another document, float32 [N]."""
+    """1 where the target counts, 0 where it belongs to another document, float32 [N]."""
 
     lengths: tuple[int, ...]
-    """Lengths of the segments, N in all: what `ops.segments.Segments` takes."""
+    """Lengths of the segments, which sum to N; the argument of `ops.segments.Segments`."""
 
     samples: Mapping[str, int]
-    """Rows of each source in this batch."""
+    """Number of rows from each source in this batch."""
 
     @property
     def num_targets(self) -> int:
@@ -63,7 +62,7 @@ class Batch:
         return int(self.loss_mask.sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device."""
+        """A copy of the batch on another device."""
         return replace(
             self,
             tokens=self.tokens.to(device),
@@ -88,7 +87,7 @@ class Windows:
             )
 
     def starts(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the windows of the source's samples start, in tokens."""
+        """The first token of each sample's window."""
         epochs, places = np.divmod(samples, self.per_epoch)
         starts = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
@@ -130,7 +129,7 @@ class Loader:
 
     @property
     def num_steps(self) -> int:
-        """Whole batches in the schedule."""
+        """Number of whole batches in the schedule."""
         return self.schedule.total_samples // self.batch_size
 
     def batch(
@@ -144,9 +143,9 @@ class Loader:
     ) -> Batch:
         """The rows of a step that belong to one rank and one of its microbatches.
 
-        The step's rows are cut into world_size * num_microbatches equal runs: a rank's rows lie
-        together, and its microbatches follow each other. So the parts of a step, however it is cut,
-        put together in that order are the same rows in the same order.
+        The step's rows are cut into world_size * num_microbatches equal runs. A rank's rows are
+        contiguous, and its microbatches follow one another. So for any number of ranks and
+        microbatches, the parts in this order give the same rows in the same order.
         """
         parts = world_size * num_microbatches
         if self.batch_size % parts:
@@ -161,7 +160,7 @@ class Loader:
         return self.samples(first, rows)
 
     def samples(self, first: int, count: int) -> Batch:
-        """The `count` samples from number `first` on, whatever the batch size."""
+        """The `count` samples from number `first` on, independent of the batch size."""
         source, index = self.schedule.source_and_index(np.arange(first, first + count))
         starts = np.empty_like(index)
         for number in np.unique(source).tolist():
@@ -180,9 +179,9 @@ class Loader:
 def held_out_batches(
     file: TokenFile, *, name: str, seq_len: int, batch_size: int, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """Every window of a source once and in order, the last one short: what evaluation reads.
+    """Batches for evaluation: every window of a source once, in order, the last one shorter.
 
-    With `max_rows`, so many of them at equal distances over the whole file.
+    With `max_rows`, only so many windows, at equal distances over the whole file.
     """
     starts = np.arange(0, file.num_tokens - 1, seq_len)
     if max_rows is not None and len(starts) > max_rows:
@@ -194,7 +193,7 @@ def held_out_batches(
 
 
 def _pack(rows: list[tuple[TokenFile, int, int]], samples: Mapping[str, int]) -> Batch:
-    """Rows [start, end) of token files, end to end, with targets, mask and segment lengths."""
+    """Concatenate rows [start, end) of token files, with targets, mask and segment lengths."""
     total = sum(end - start for _, start, end in rows)
     tokens = np.empty(total, dtype=np.int64)
     targets = np.empty(total, dtype=np.int64)

@@ -1,7 +1,7 @@
 """The record of a prepared corpus: sources, licences, sizes, and unusable rows.
 
-It is written last, so a folder with a manifest is whole. It travels with the model: `run.json` can
-quote it, and a reader can find the text again from names, versions and digests.
+It is written last, so a folder with a manifest is complete. A reader can find the text again from
+the names, versions and digests in it.
 """
 
 import json
@@ -13,38 +13,38 @@ from nemotron3.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
-"""Raised whenever preparation writes something else for the same config."""
+"""Version of the format; increased when preparation writes another result for the same config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSize:
-    """How much text a split of a source has."""
+    """Size of one split of a source."""
 
     documents: int
     bytes: int
     """UTF-8 bytes of the documents."""
     tokens: int
-    """Tokens, the one that ends each document included."""
+    """Tokens, including the one that ends each document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceManifest:
-    """One source as it was used."""
+    """The record of one source."""
 
     name: str
     licence: str
     origin: str
     version: str
     sha256: str
-    """Digest of the text: of a pinned source as `sources.py` states it, else of all documents."""
+    """Digest of the text: for a pinned source the one in `sources.py`, else of all documents."""
     train: SplitSize
     held_out: SplitSize
     bad_rows: dict[str, int]
     """Rows that could not be used, by reason."""
     first_bad_rows: dict[str, str]
-    """Where each reason was met first."""
+    """Place of the first row with each reason."""
     skipped_files: dict[str, int]
-    """Files of a directory that were not read, by suffix."""
+    """Number of files in a directory that were skipped, by suffix."""
 
     @property
     def held_out_share(self) -> float:
@@ -54,16 +54,16 @@ class SourceManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A prepared corpus."""
+    """The record of a prepared corpus."""
 
     format: int
     key: str
-    """Digest of the config and of what it points at; the name of the folder in the cache."""
+    """Digest of the config and of the files it refers to; the name of the folder in the cache."""
     vocab_size: int
     tokenizer: str
     """Fingerprint of the tokenizer."""
     held_out_fraction: float
-    """The share that was wanted; `held_out_share` is the one that was met."""
+    """The requested share; `held_out_share` is the actual one."""
     sources: tuple[SourceManifest, ...]
 
     def source(self, name: str) -> SourceManifest:
@@ -76,7 +76,7 @@ class Manifest:
 
     @property
     def held_out_bytes(self) -> int:
-        """Bytes of text that is held out, over all sources."""
+        """Bytes of held-out text over all sources."""
         return sum(source.held_out.bytes for source in self.sources)
 
     @property

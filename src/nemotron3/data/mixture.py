@@ -1,21 +1,20 @@
 """Blends and phases: the source of a training sample, as a function of the sample's number.
 
-A blend gives every source a weight; sample i is drawn from one of them. Drawing at random would
-get the proportions right in the long run only and would make the position in every source part of
-the state to be saved. Here the order is computed: at every step the share of each source is within
-one sample of its target, and the number of samples taken from a source before sample i has a
-closed form.
+A blend gives every source a weight, and sample i comes from one of the sources. A random choice
+would have the right proportions only in the long run, and the position in every source would be
+state to save. Here the order is computed: at every step the count of each source is within one
+sample of its target, and the number of samples from a source before sample i has a closed form.
 
 The rule is Tijdeman's for the chairman assignment problem (Discrete Mathematics 32, 1980). With k
 sources of weights w, step i and counts c so far, the sources with
 
     w_s (i + 1) - c_s >= 1 / (2k - 2)
 
-may be chosen, and of these the one whose deadline ((1 - 1 / (2k - 2)) + c_s) / w_s is the earliest
-is. It keeps |c_s - w_s i| below 1 - 1 / (2k - 2) for all s and i; the plain rule of the largest
-deficit has no such bound from three sources on. Weights are held as whole shares of 100,000 at
-most, so the order repeats exactly after as many samples as there are shares: one period is the
-only table, and decimal weights give short ones (0.7 and 0.3: ten entries).
+may be chosen, and the one with the earliest deadline ((1 - 1 / (2k - 2)) + c_s) / w_s is chosen.
+This keeps |c_s - w_s i| below 1 - 1 / (2k - 2) for all s and i; the simple rule of the largest
+deficit has no such bound for three sources or more. Weights are converted to integer shares that
+sum to at most 100,000, so the order repeats exactly after that sum. A table of one period is
+enough, and decimal weights give short ones (0.7 and 0.3: ten entries).
 """
 
 import math
@@ -37,7 +36,7 @@ class PhaseConfig:
     """A stretch of training with one blend."""
 
     weights: dict[str, float] = field(default_factory=dict)
-    """Weight of each source, any scale; empty takes every source by its number of tokens."""
+    """Weight of each source, on any scale; if empty, the weights are the numbers of tokens."""
 
     until: float = 1.0
     """Where the phase ends, as a share of all training samples."""
@@ -50,10 +49,10 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class Blend:
-    """The order in which sources take turns, by their weights.
+    """The order in which samples come from the sources, by their weights.
 
         blend = Blend({"english": 0.7, "code": 0.3})
-        blend.source_and_index(np.arange(10))  # which source, and its how-manieth sample
+        blend.source_and_index(np.arange(10))  # source, and index among its samples
 
     Sources are numbered in the order of `names`.
     """
@@ -72,14 +71,14 @@ class Blend:
 
     @cached_property
     def shares(self) -> NDArray[np.int64]:
-        """The weights as whole numbers without common divisor; at least 1 for each source."""
+        """The weights as integers without a common divisor; at least 1 for each source."""
         exact_shares = _whole_shares(list(self.weights.values()))
         if exact_shares is not None:
             return exact_shares
         total = sum(self.weights.values())
         exact = [weight / total * _SHARES for weight in self.weights.values()]
         shares = np.array([max(1, math.floor(share + 1e-6)) for share in exact], dtype=np.int64)
-        # The shares that rounding down left over go to those that lost most.
+        # The shares left over by rounding down go to the sources that lost most.
         order = np.argsort(shares - np.array(exact), kind="stable")
         missing = _SHARES - int(shares.sum())
         if missing > 0:
@@ -89,7 +88,7 @@ class Blend:
     def source_and_index(
         self, samples: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each sample number: the number of its source, and its place among that source's."""
+        """For each sample number: the number of its source, and its index among that source's."""
         order, before = self._period
         cycle, step = np.divmod(samples, len(order))
         source = order[step].astype(np.int64)
@@ -108,7 +107,7 @@ class Blend:
         length, num = sum(shares), len(shares)
         order = np.zeros(length, dtype=np.int32)
         if num > 1:
-            # Whole numbers throughout: everything is multiplied by (2k - 2) and by the period.
+            # All integers: everything is multiplied by (2k - 2) and by the period.
             scale = 2 * num - 2
             counts = [0] * num
             for step in range(length):
@@ -133,16 +132,16 @@ class _Phase:
     start: int
     blend: Blend
     sources: NDArray[np.int64]
-    """Number, among the sources of the schedule, of each source of the blend."""
+    """For each source of the blend, its number among the sources of the schedule."""
     consumed: NDArray[np.int64]
-    """Samples of each source of the schedule that the phases before took."""
+    """For each source of the schedule, the number of samples in the phases before."""
 
 
 class PhaseSchedule:
-    """Blends one after another over `total_samples`; every source goes on where it was.
+    """A sequence of blends over `total_samples`; every source continues where it stopped.
 
-    `names` are all sources in use, in order. A source that a phase leaves out keeps its place and
-    is taken up from there. Samples past the end belong to the last phase.
+    `names` are all sources in use, in order. A source that a phase leaves out keeps its position
+    and continues from there in a later phase. Samples past the end belong to the last phase.
     """
 
     def __init__(
@@ -190,7 +189,7 @@ class PhaseSchedule:
     def source_and_index(
         self, samples: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each sample number: the number of its source, and its place among that source's."""
+        """For each sample number: the number of its source, and its index among that source's."""
         starts = np.array([phase.start for phase in self._phases])
         which = np.searchsorted(starts, samples, side="right") - 1
         source, index = np.empty_like(samples), np.empty_like(samples)
@@ -210,7 +209,7 @@ class PhaseSchedule:
 
 
 def _whole_shares(weights: Sequence[float]) -> NDArray[np.int64] | None:
-    """The weights as small whole numbers in exactly their ratio, where there are such."""
+    """The weights as small integers in exactly their ratio, or None if there are none."""
     fractions = [Fraction(weight).limit_denominator(_SHARES) for weight in weights]
     if not all(math.isclose(f, w, rel_tol=1e-14) for f, w in zip(fractions, weights, strict=True)):
         return None

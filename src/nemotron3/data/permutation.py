@@ -1,16 +1,15 @@
 """A shuffled order that is computed instead of stored: a bijection of 0 .. size - 1.
 
-A stored shuffle of a corpus's windows is an array as long as the corpus and a thing to save. A
-Feistel network is a permutation by construction, whatever its round function: write the number as
-(left, right) with left < a, right < b and a b >= size, and add to each half in turn a hash of the
-other,
+A stored shuffle of a corpus's windows is an array as long as the corpus, and state to save. A
+Feistel network is a permutation for any round function: write the number as (left, right) with
+left < a, right < b and a b >= size, and add to each half in turn a hash of the other,
 
     left  <- (left  + F(right)) mod a
     right <- (right + F(left))  mod b.
 
-Each line can be undone, so together they permute the a b numbers. Those of size and above, fewer
-than a of them for a = ceil(sqrt(size)), are sent through again until they fall below it ("cycle
-walking"), which keeps it a bijection of the smaller set.
+Each line is invertible, so together they permute the a b numbers. Results of `size` and above
+(fewer than a of them for a = ceil(sqrt(size))) go through the network again until they are below
+`size` ("cycle walking"), which gives a bijection of the smaller set.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ _ROUNDS = 6
 def permute(
     numbers: NDArray[np.int64], *, size: int, seed: tuple[int | str, ...]
 ) -> NDArray[np.int64]:
-    """Where a shuffle of 0 .. size - 1 by that seed puts the numbers."""
+    """The images of `numbers` under the permutation of 0 .. size - 1 with this seed."""
     assert size > 0
     assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < size)
     a = math.isqrt(size - 1) + 1

@@ -1,13 +1,13 @@
-"""Text to token files, once.
+"""Prepare a corpus: convert text to token files, once.
 
-Three passes over the text, so that no corpus has to fit in memory: *survey* takes the hash and the
-size of every document and decides the split; *learn* gives the tokenizer a sample of the documents
-trained on, never of those held out; *encode* writes the ids.
+There are three passes over the text, so that no corpus has to fit in memory. *Survey* computes the
+hash and size of every document and decides the split. *Learn* trains the tokenizer on a sample of
+the training documents, never of held-out ones. *Encode* writes the token ids.
 
-The folder is made under a temporary name and renamed when it is whole, so preparation that was
-killed is never taken for finished. In the cache it is called by a digest of the config and of the
-files behind it, so the same request is answered at once. Several processes may prepare the same
-corpus at the same time: one result stands, the others' work is lost.
+The folder is created under a temporary name and renamed when it is complete, so a preparation that
+was killed never looks finished. In the cache its name is a digest of the config and of the source
+files, so the same request is answered at once. Several processes may prepare the same corpus at the
+same time: one result is kept, and the others are discarded.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ from nemotron3.text.tekken import tekken_tokenizer
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the bytes of text done, and the bytes in all (0 while unknown)."""
+"""Called with the stage, the bytes of text done, and the total bytes (0 while unknown)."""
 
 _BATCH_BYTES = 1 << 21
 _STALE_S = 24 * 3600
@@ -75,10 +75,9 @@ def prepare_corpus(
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """The prepared corpus of a config: opened where it stands, made where it does not.
+    """Open the prepared corpus of a config, or prepare it if it does not exist.
 
-    `directory` is where it goes, by default a folder of the cache
-    (`package_archives.cache_directory`).
+    `directory` is its folder, by default one in the cache (`package_archives.cache_directory`).
     """
     cache_folder = Path(cache) if cache is not None else cache_directory()
     key = corpus_key(config)
@@ -113,20 +112,20 @@ def prepare_corpus(
 
 
 def cached_corpus(key: str, *, cache: Path | None = None) -> Path:
-    """The folder of the cache that holds the corpus of a key, whether it stands or not."""
+    """The folder of the corpus with this key in the cache; it may not exist."""
     return (cache or cache_directory()) / "corpora" / key[:16]
 
 
 def text_changes(
     config: CorpusConfig, *, text: Mapping[str, FileState], packages: Mapping[str, str]
 ) -> list[str]:
-    """What differs from the files and packages that a corpus was made of, each in a few words."""
+    """The differences from the files and packages of a corpus, each in a few words."""
     changes: list[str] = []
     files: dict[Path, None] = {}
     for source in config.sources:
         match source:
             case FilesConfig():
-                # A folder that is gone has no files; all of them are named as removed.
+                # If the folder was deleted, all its files are reported as removed.
                 with suppress(DataError):
                     files.update(dict.fromkeys(find_files(source.path)))
             case PinnedConfig():
@@ -140,7 +139,7 @@ def text_changes(
 
 
 def corpus_key(config: CorpusConfig) -> str:
-    """Digest of a config and of what it points at."""
+    """Digest of a config and of the files and packages that it refers to."""
     identity = {
         "format": FORMAT,
         "config": to_record(config),
@@ -153,7 +152,7 @@ def corpus_key(config: CorpusConfig) -> str:
 def _tokenizer_identity(config: CorpusConfig) -> str:
     match config.tokenizer:
         case TrainTokenizerConfig() | TekkenTokenizerConfig():
-            return version("tokenizers")  # what learns and what cuts
+            return version("tokenizers")  # the library that trains and applies it
         case LoadTokenizerConfig(path=path):
             return Tokenizer.from_directory(path).fingerprint
 
@@ -165,7 +164,7 @@ class _TextDigest:
         self._hash = hashlib.sha256()
 
     def add(self, document: Document) -> int:
-        """Take a document in; returns its size in bytes."""
+        """Add a document; returns its size in bytes."""
         raw = document.text.encode()
         self._hash.update(len(raw).to_bytes(8, "little"))
         self._hash.update(raw)
@@ -177,7 +176,7 @@ class _TextDigest:
 
 @dataclass(kw_only=True)
 class _Surveyed:
-    """A source with the decision about its documents."""
+    """A source with its split."""
 
     source: TextSource
     report: ReadReport
@@ -185,10 +184,10 @@ class _Surveyed:
     total_bytes: int
     selection: Selection
     is_single: bool
-    """Whether the source is one document; copies of it are left out, and a cap cuts it."""
+    """Whether the source is a single document, which `max_bytes` may cut; copies are skipped."""
 
     def documents(self) -> Iterator[tuple[str, Document, bool]]:
-        """Split, document, and whether the tokenizer learns from it."""
+        """Each document with its split and whether the tokenizer learns from it."""
         digest = _TextDigest()
         for number, document in enumerate(self.source.documents(ReadReport())):
             digest.add(document)
@@ -238,7 +237,7 @@ def _prepare(
     surveyed = _survey(config, sources, progress)
     tokenizer = _make_tokenizer(config, surveyed, progress)
     tokenizer.save(folder / TOKENIZER)
-    # What was saved is what will be loaded, so its fingerprint is the one that counts.
+    # The fingerprint must be that of the tokenizer as it will be loaded.
     tokenizer = Tokenizer.from_directory(folder / TOKENIZER)
     total = sum(one.total_bytes for one in surveyed)
     done = 0
@@ -289,7 +288,7 @@ def _survey(
             done += size
         progress("survey", done, 0)
         if report.bad:
-            # Of pinned text the bad rows are known (empty __init__.py); of the user's own, news.
+            # Bad rows of pinned text are known (empty __init__.py); those of user text are not.
             level = logging.WARNING if source.sha256 is None else logging.INFO
             logger.log(level, "%s: left out %s", source.name, report.summary())
         is_single = survey.num_distinct == 1
@@ -359,7 +358,7 @@ class _Count:
 
 @dataclass
 class _SplitWriters:
-    """The files of one source, both splits, filled in batches that the tokenizer spreads."""
+    """Writes both splits of one source, in batches that the tokenizer encodes in parallel."""
 
     folder: Path
     name: str
@@ -443,13 +442,13 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError:
-        # Another process was faster, and its corpus is the same one.
+        # Another process was faster, and its corpus is the same.
         if not (folder / MANIFEST_FILE).is_file():
             raise
 
 
 def _remove_stale(temporary: Path) -> None:
-    """Remove what killed preparations of the same corpus left a day or more ago."""
+    """Remove temporary folders of killed preparations of this corpus, a day old or more."""
     stem = temporary.name.rsplit(".", 2)[0]
     for folder in temporary.parent.glob(f"{stem}.*.tmp"):
         if folder != temporary and time.time() - folder.stat().st_mtime > _STALE_S:

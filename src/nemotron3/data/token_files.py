@@ -1,8 +1,8 @@
 """Token files: a corpus on disk, in Megatron's .bin / .idx format.
 
-`NAME.bin` is the tokens of all documents end to end, and nothing else, so it can be mapped into
-memory and sliced; `NAME.idx` says where the documents lie. The format is Megatron-LM's (its
-IndexedDataset), so corpora prepared there are read here and the other way round. Little-endian:
+`NAME.bin` contains only the concatenated tokens of all documents, so it can be mapped into memory
+and sliced; `NAME.idx` contains the document boundaries. The format is Megatron-LM's IndexedDataset,
+so each can read the other's files. Little-endian:
 
     9 bytes    "MMIDIDX" and two zero bytes
     uint64     version, 1
@@ -13,9 +13,9 @@ IndexedDataset), so corpora prepared there are read here and the other way round
     int64 [n]      byte offset of each sequence in the .bin
     int64 [d + 1]  first sequence of each document, and n at the end
 
-A document is one sequence here; files with several sequences per document are read, the sequences
-of a document joined. A file exists whole or not at all: both parts are written under temporary
-names and the .idx is put in place last.
+A document is written as one sequence; files with several sequences per document can be read, and
+the sequences of a document are joined. A file is complete or absent: both parts are written under
+temporary names, and the .idx is renamed last.
 """
 
 import os
@@ -39,17 +39,17 @@ _UINT16_VOCAB = 65_536
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that a vocabulary's ids are stored in: two bytes where they fit."""
+    """The dtype in which a vocabulary's ids are stored: two bytes if they fit."""
     return np.dtype("<u2" if vocab_size < _UINT16_VOCAB else "<i4")
 
 
 class TokenFileWriter:
-    """Writes documents one after another; the file appears when the `with` block ends well.
+    """Writes documents one after another; the file appears when the `with` block ends normally.
 
         with TokenFileWriter("corpus/train", vocab_size=4096) as writer:
             writer.add(tokens)
 
-    `prefix` is the path without suffix. After an exception nothing is left behind.
+    `prefix` is the path without suffix. After an exception no file remains.
     """
 
     def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
@@ -121,7 +121,7 @@ class TokenFileWriter:
             self._temporary[suffix].replace(final)
 
     def _discard(self) -> None:
-        # A full disk may refuse to flush what is thrown away anyway.
+        # On a full disk the flush may fail; the file is discarded anyway.
         try:
             self._stream.close()
         except OSError:
@@ -132,9 +132,10 @@ class TokenFileWriter:
 
 
 class TokenFile:
-    """Read access to a token file; nothing is loaded until it is touched.
+    """Read access to a token file, which is memory-mapped.
 
-    `prefix` is the path without suffix. Opening checks that header, sizes and offsets agree.
+    `prefix` is the path without suffix. Opening checks that header, sizes and offsets agree, and
+    raises DataError if not.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -147,7 +148,7 @@ class TokenFile:
         self.dtype, lengths, documents = _read_index(self.idx_path)
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         self.document_bounds: NDArray[np.int64] = bounds[documents]
-        """Offset in tokens where each document starts, and the end of the last."""
+        """First token of each document, and the end of the last."""
         expected = int(bounds[-1]) * self.dtype.itemsize
         found = self.bin_path.stat().st_size
         if found != expected:
@@ -161,7 +162,7 @@ class TokenFile:
             if expected
             else np.zeros(0, self.dtype)
         )
-        """All tokens end to end, mapped read-only."""
+        """All tokens, mapped read-only."""
 
     @property
     def num_documents(self) -> int:
@@ -190,7 +191,7 @@ class TokenFile:
 
 
 def _read_index(file: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64]]:
-    """Type, sequence lengths and document indices of an .idx file, checked."""
+    """The checked dtype, sequence lengths and document indices of an .idx file."""
     raw = file.read_bytes()
     if len(raw) < _HEADER.size:
         raise DataError(f"{file} has {len(raw)} bytes, less than a header; prepare it again")

@@ -1,9 +1,8 @@
 """A corpus that is tokenized already: Megatron's .bin / .idx files, used in place.
 
-Tokenizing terabytes again would be too expensive. The files are mapped, not copied. Held-out text
-is a separate file, since nothing here can tell whether a document is in both files. The tokenizer
-is still needed: for the width of the vocabulary, for bits
-per byte, and to show text.
+Tokenizing terabytes again would be too expensive. The files are memory-mapped, not copied. The user
+provides held-out text as a separate file and must make sure that no document is in both. The
+tokenizer is still needed: for the size of the vocabulary, for bits per byte, and to show text.
 
     config = TokenizedConfig(
         sources=(TokenizedSource(name="web", train="web_train", held_out="web_valid"),),
@@ -34,13 +33,13 @@ class TokenizedSource:
     """A pair of token files of one kind of text."""
 
     name: str
-    """What the source is called in the blend, the manifest and the metrics."""
+    """Name of the source in the blend, the manifest and the metrics."""
 
     train: str
     """Path of the token file to train on, without .bin or .idx."""
 
     held_out: str
-    """Path of the token file that is never trained on, likewise."""
+    """Path of the held-out token file, without .bin or .idx."""
 
     licence: str = "unstated"
     """Licence of the text, for the manifest."""
@@ -53,7 +52,7 @@ class TokenizedConfig:
     kind: Literal["tokens"] = "tokens"
 
     sources: tuple[TokenizedSource, ...]
-    """The token files, each pair under its own name."""
+    """The token files, each source with a different name."""
 
     tokenizer: LoadTokenizerConfig | TekkenTokenizerConfig
     """The vocabulary that the files were made with."""
@@ -65,7 +64,7 @@ class TokenizedConfig:
 
 
 def open_tokenized(config: TokenizedConfig) -> Corpus:
-    """Open the token files of a config; every id is read once, to be counted and checked."""
+    """Open the token files of a config. Every id is read once, to count and check it."""
     match config.tokenizer:
         case LoadTokenizerConfig(path=path):
             tokenizer = Tokenizer.from_directory(path)

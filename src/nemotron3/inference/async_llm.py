@@ -175,7 +175,7 @@ class AsyncLLM(BaseLLM):
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights that the next token is sampled with."""
+        """Version of the weights with which the next token is sampled."""
         return self._engine.weight_version
 
     @property
@@ -218,19 +218,19 @@ class AsyncLLM(BaseLLM):
         )
 
     def prepare_chat(self, messages: Sequence[Any], **options: Any) -> Prompt:
-        """A conversation as a prompt; options as those of `LLM.chat`."""
+        """A conversation as a prompt; `options` are those of `LLM.chat`."""
         return self._frontend.chat_prompt(messages, **options)
 
     def prepare_text(self, text: str) -> Prompt:
-        """A text to continue as a prompt."""
+        """A prompt from a text to continue."""
         return self._frontend.text_prompt(text)
 
     def prepare_ids(self, ids: Sequence[int]) -> Prompt:
-        """Token ids to continue as a prompt."""
+        """A prompt from token ids to continue."""
         return self._frontend.ids_prompt(ids)
 
     def prepare_grammars(self) -> None:
-        """Start the process that compiles grammars, so that the first request need not wait."""
+        """Start the process that compiles grammars, so that no request waits for its start."""
         self._frontend.check(StructuredOutput(kind="json_object")).result()
 
     async def compile_grammar(
@@ -371,7 +371,7 @@ class AsyncLLM(BaseLLM):
         over: list[TokenDelta] = []
         for request_id, stream in list(self._streams.items()):
             self._engine.abort(request_id)
-            # By the streams, since the engine has no record of answers that ended in a failed step.
+            # From the streams: the engine has no record of answers that ended in a failed step.
             over += [
                 TokenDelta(request_id, index, (), finish_reason=reason, error=why, failure=failure)
                 for index in sorted(stream.open)

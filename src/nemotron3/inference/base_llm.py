@@ -47,8 +47,8 @@ class BaseLLM:
         without one, prompts and answers are token ids. `device`, `dtype` and `weights` apply to a
         directory; `weights` is the number format of the matrices (`LanguageModel.from_pretrained`).
 
-        `generation_config` says whether the sampling defaults of the model's directory are used
-        ("auto") or not ("none").
+        With `generation_config` "auto" the sampling defaults of the model's directory are used,
+        with "none" they are not.
         """
         name = "model"
         if not isinstance(model, LanguageModel):
@@ -92,7 +92,7 @@ class BaseLLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; a ConfigError if none was given."""
+        """The model's tokenizer; raises ConfigError if none was given."""
         return self._frontend.tokenizer
 
     @property

@@ -15,32 +15,33 @@ class EngineConfig:
     max_num_waiting: int = 256
     """Answers that may wait to be scheduled; further requests are refused."""
     max_num_batched_tokens: int | None = None
-    """Prompt tokens of one step; longer prompts are prefilled in chunks, between the decoding steps
-    of other sequences. None for 8192 on a GPU, which needs that many to be busy, 2048 elsewhere."""
+    """Most prompt tokens of one step; longer prompts are prefilled in chunks, between the decoding
+    steps of other sequences. None for 8192 on a GPU, which fewer would not fill, 2048 elsewhere."""
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; None for the model's own limit."""
     kv_cache_bytes: int | None = None
     """Memory for keys and values. None for as much as `max_num_seqs` sequences of the greatest
-    length need, within a bound: nine tenths of the GPU memory that the weights leave free, less the
-    states, the prefix cache and the activations of a step; elsewhere a quarter of the free memory,
-    which is also the lowest bound on a GPU."""
+    length need, up to a bound. On a GPU the bound is nine tenths of the memory that the weights
+    leave free, minus the states, the prefix cache and the activations of a step, but at least a
+    quarter of the free memory; elsewhere it is a quarter of the free memory."""
     page_size: int = 64
-    """Tokens of a page of keys and values."""
+    """Tokens per page of keys and values."""
     prefix_cache_bytes: int = 1 << 30
     """Memory for the states of the prefix cache; 0 turns it off."""
     prefix_interval: int = 512
-    """Tokens between the lengths of a prompt at which its state is cached, beside the ends of its
+    """Tokens between the lengths of a prompt at which its state is cached, besides the ends of its
     messages; a length shortly after another one is left out."""
     max_draft_tokens: int | None = None
-    """Most tokens drafted in a step by multi-token prediction, 0 for none; None for 3 where the
-    model has the block for it. The number in use depends on acceptance and on the batch size."""
+    """Most tokens drafted in a step by multi-token prediction, 0 for none; None for 3 if the model
+    has an MTP block. The actual number adapts to acceptance and batch size."""
     adapts_drafts: bool = True
-    """Whether the number of drafts adapts to measured acceptance and cost; else it is the most."""
+    """Whether the number of drafts adapts to measured acceptance and cost; if not, it is always
+    `max_draft_tokens`."""
     return_routed_experts: bool = False
-    """Whether answers have the experts that each mixture chose for each token, so that a training
+    """Whether answers have the experts that each MoE layer chose for each token, so that a training
     pass can replay them. Prompts then do not use the prefix cache, whose states have no experts."""
     seed: int = 0
-    """Seed of the generator that gives seeds to requests without one."""
+    """Seed of the generator of seeds for requests without one."""
     state: StatePrecision = field(default_factory=StatePrecision)
     """Number formats of keys, values and SSM states."""
 

@@ -49,7 +49,7 @@ class Frontend:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; a ConfigError if none was given."""
+        """The model's tokenizer; raises ConfigError if none was given."""
         return self._tokenizer_for("text")
 
     def _tokenizer_for(self, what: str) -> Tokenizer:
@@ -133,7 +133,7 @@ class Frontend:
         return self.compiler().check(structured)
 
     def compiler(self) -> GrammarCompiler:
-        """The compiler of grammars, made at the first call: a large vocabulary takes seconds."""
+        """The compiler of grammars, created by the first call, which takes seconds."""
         with self._building:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(
@@ -192,7 +192,7 @@ class Frontend:
         return RequestOutputProcessor(request_id, prompt, each)
 
     def _budget(self, prompt: Prompt, params: SamplingParams) -> ThinkingBudget | None:
-        """A reasoning budget for one answer: the engine and the output processor have one each."""
+        """A new reasoning budget: the engine and the output processor have one for each answer."""
         if params.reasoning_budget is None:
             return None
         return ThinkingBudget(

@@ -1,9 +1,9 @@
 """Sampling defaults from the `generation_config.json` of a model directory.
 
-A publisher writes there how the model should be sampled. As in vLLM, these values are defaults for
-parameters that a request leaves out; `max_new_tokens` is the default of `max_tokens`. `do_sample`
-and the parameters of beam search are ignored. The end tokens are used even if the defaults are
-turned off, because they are a property of the model.
+The publisher's recommended sampling parameters are in this file. As in vLLM, they are defaults for
+parameters that a request omits; `max_new_tokens` is the default of `max_tokens`. `do_sample` and
+the parameters of beam search are ignored. The end tokens are used even if the defaults are turned
+off, because they are a property of the model.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class GenerationDefaults:
     """Fields of `SamplingParams`, without `max_tokens`."""
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
-    """Tokens that end an answer, beside those of tokenizer and configuration."""
+    """Tokens that end an answer, besides those of tokenizer and configuration."""
 
     def described(self) -> str:
         """The defaults in a line of text; empty if there are none."""
@@ -51,7 +51,7 @@ class GenerationDefaults:
 def generation_defaults(
     companions: Companions | None, *, source: Source = "auto", vocab_size: int
 ) -> GenerationDefaults:
-    """The defaults of a loaded model's directory; a ConfigError names a wrong value in its file."""
+    """The defaults of a loaded model's directory; raises ConfigError for a wrong value."""
     if source not in ("auto", "none"):
         raise ConfigError(f"is {source!r}; it must be 'auto' or 'none'", field="generation_config")
     if companions is None or companions.generation_config is None:

@@ -1,4 +1,4 @@
-"""Inference in three lines, for scripts and notebooks, in vLLM's words.
+"""Inference in three lines, for scripts and notebooks, with vLLM's names.
 
     from nemotron3 import LLM, SamplingParams
     llm = LLM("runs/tiny/model")
@@ -37,7 +37,7 @@ class LLM(BaseLLM):
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights that the next token is sampled with."""
+        """Version of the weights with which the next token is sampled."""
         return self._engine.weight_version
 
     def update_weights(
@@ -49,7 +49,8 @@ class LLM(BaseLLM):
     ) -> int:
         """Replace the model's weights (`Engine.update_weights`); returns their version.
 
-        An `on_delta` callback may call it during answers; `running` says how these continue.
+        An `on_delta` callback may call it while answers are generated; `running` determines how
+        these continue.
         """
         return self._engine.update_weights(weights, version=version, running=running)
 
@@ -60,10 +61,10 @@ class LLM(BaseLLM):
         return self._engine.invalidate_caches(version=version, running=running)
 
     def reset_prefix_cache(self) -> None:
-        """Drop the states of prompts that have been read, as if none had been.
+        """Drop the cached states of all prompts.
 
-        Reading a prompt from a cached state and reading it whole differ by rounding. A program
-        whose results must have the same bits again calls this before each part of its work.
+        A prefill from a cached state and one of the whole prompt differ by rounding. A program
+        whose results must be reproducible bit for bit calls this before each part of its work.
         """
         self._engine.reset_prefix_cache()
 

@@ -65,7 +65,8 @@ class AnswerDelta:
     """The version of the weights that sampled each token."""
     logprobs: tuple[TokenLogprob, ...] = ()
     content_logprobs: tuple[TokenLogprob, ...] = ()
-    """Those of the tokens of a chat's content; the text of a token may come in a later delta."""
+    """Log-probabilities of the tokens of a chat's content; a token's text may come in a later
+    delta."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or token that ended the answer; None for the model's own end."""
@@ -81,13 +82,13 @@ class CompletionOutput:
 
     index: int
     text: str
-    """All text, reasoning and calls included, without special tokens."""
+    """All text, including reasoning and calls, without special tokens."""
     token_ids: tuple[int, ...]
     weight_versions: tuple[int, ...]
     """The version of the weights that sampled each token."""
     logprobs: tuple[TokenLogprob, ...]
     content_logprobs: tuple[TokenLogprob, ...]
-    """Those of the tokens of a chat's content."""
+    """Log-probabilities of the tokens of a chat's content."""
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     reasoning: str
@@ -101,8 +102,8 @@ class CompletionOutput:
     continues_old_states: bool = False
     """Whether an update with `running="keep"` left tokens of it with states of earlier weights."""
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
-    """The experts of every token of prompt and answer except the last, which no layer has read;
-    only with `EngineConfig(return_routed_experts=True)`."""
+    """The experts of every token of prompt and answer except the last, which was never an input of
+    the model; only with `EngineConfig(return_routed_experts=True)`."""
     error: str | None = None
     failure: FailureKind | None = None
 
@@ -118,9 +119,9 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     first_token_s: float | None = None
-    """From the request to its first token, seconds."""
+    """Seconds from the request to its first token."""
     total_s: float = 0.0
-    """From the request to its last token, seconds."""
+    """Seconds from the request to its last token."""
 
 
 @dataclass(eq=False)

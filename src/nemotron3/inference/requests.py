@@ -29,7 +29,7 @@ class StructuredOutput:
     value: Any = None
     """The schema, regular expression, list of choices or Lark grammar; None for any JSON object."""
     source: str | None = field(default=None, compare=False)
-    """The request's field that it came from, for errors."""
+    """The request's field from which it comes, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, beside those of the model."""
+    """Tokens that end the answer, besides those of the model."""
     include_stop_str_in_output: bool = False
     """Keep the stop string or stop token in the answer."""
     ignore_eos: bool = False
@@ -123,7 +123,7 @@ def _require(
     bound: str,
     other: str | None = None,
 ) -> None:
-    """Raise where a bound does not hold; one that mentions a second field has `{other}` in it."""
+    """Raise ConfigError unless `holds`; in `bound`, `{other}` stands for a second field's name."""
     if not holds:
         raise ConfigError(f"is {value!r}; it must be {bound}", field=name, other=other)
 
@@ -223,9 +223,9 @@ class TokenDelta:
     num_accepted: int = 0
     """Accepted drafts that are part of the answer so far."""
     weight_version: int = 0
-    """Version of the weights that the tokens were sampled with."""
+    """Version of the weights with which the tokens were sampled."""
     continues_old_states: bool = False
     """Whether the tokens were sampled from states that earlier weights have computed a part of."""
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
-    """The experts of prompt and answer without the last token, which no layer has read. Only in the
-    last delta, with `EngineConfig(return_routed_experts=True)`."""
+    """The experts of prompt and answer without the last token, which was never an input of the
+    model. Only in the last delta, with `EngineConfig(return_routed_experts=True)`."""

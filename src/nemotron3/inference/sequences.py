@@ -1,4 +1,4 @@
-"""A request as the engine sees it, and the state of one answer to it while it is generated."""
+"""A request to the engine, and the state of one answer to it while it is generated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,7 +84,7 @@ class Sequence:
             self.prompt_logprobs = [None]
 
     def routed_experts(self) -> Int16[Tensor, "tokens layer choice"] | None:
-        """The experts of all tokens but the last, which no layer has read."""
+        """The experts of all tokens but the last, which was never an input of the model."""
         if not self.routes:
             return None
         return torch.cat(self.routes)[: len(self.tokens) - 1]
@@ -106,5 +106,5 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of the prompt are asked for and not yet reported."""
+        """Whether log-probabilities of the prompt are requested and not yet reported."""
         return self.request.params.prompt_logprobs is not None and not self.is_reported

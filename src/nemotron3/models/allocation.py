@@ -22,7 +22,7 @@ from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.weights import QuantizedWeight
 
 _ALIGNMENT = 64
-"""Every tensor begins at a multiple of this many bytes: a cache line."""
+"""Alignment of every tensor in bytes: a cache line."""
 
 
 class _Place(NamedTuple):
@@ -45,7 +45,7 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
         if isinstance(place.described, nn.Parameter):
             setattr(place.module, place.name, nn.Parameter(fresh))
         else:
-            # No published layout of a softmax router has the bias, so nothing would fill it.
+            # No published layout of a softmax router has this bias, so loading would not set it.
             place.module.register_buffer(place.name, fresh.zero_())
 
 

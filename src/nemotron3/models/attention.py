@@ -1,4 +1,4 @@
-"""Grouped-query attention, without positions in Nemotron 3, with rotary ones in Qwen3.
+"""Grouped-query attention, without position embedding in Nemotron 3, with RoPE in Qwen3.
 
 The published configurations of Nemotron 3 have a `rope_theta`, but the models were trained without
 rotary positions; applying them because of that field ruins the model (white paper, section 2.5).
@@ -17,7 +17,7 @@ from nemotron3.models.cache.state import StateMemory, StateSize
 from nemotron3.models.checks import require_divides, require_positive
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
 from nemotron3.models.norm import RMSNorm
 from nemotron3.ops.attention import attention
 from nemotron3.ops.rotary import rotate
@@ -25,7 +25,7 @@ from nemotron3.ops.rotary import rotate
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
-    """Grouped-query attention; the Nemotron 3 models leave positions to the Mamba layers."""
+    """Grouped-query attention; in Nemotron 3 only the Mamba layers depend on positions."""
 
     symbol: ClassVar[str] = "*"
     label: ClassVar[str] = "attention"
@@ -37,7 +37,7 @@ class AttentionConfig(MixerConfig):
     head_dim: int
     """Channels per head."""
     rope_theta: float | None = None
-    """Base of rotary positions; None for no positions at all, as in Nemotron 3."""
+    """Base of the rotary position embedding; None for no position embedding, as in Nemotron 3."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normed per head, as in Qwen3."""
 
@@ -54,7 +54,7 @@ class AttentionConfig(MixerConfig):
 
     @property
     def state_size(self) -> StateSize:
-        """Keys and values."""
+        """Keys and values of each token."""
         return StateSize(per_token=2 * self.num_key_value_heads * self.head_dim)
 
     def build(self, hidden_size: int, eps: float) -> "Attention":
@@ -62,14 +62,26 @@ class AttentionConfig(MixerConfig):
         return Attention(self, hidden_size, eps)
 
     def new_state(self, memory: StateMemory) -> AttentionState:
-        """Empty pages."""
+        """A state without tokens."""
         return AttentionState(
             memory, num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim
         )
 
     def mixing_flops(self, context: int) -> float:
-        """FLOPs of scores and sums; a token attends to half the sequence on average (causal)."""
+        """FLOPs per token of scores and sums; on average a token attends to half of `context`."""
         return 2 * 2 * self.num_attention_heads * self.head_dim * (context + 1) / 2
+
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """Operands and result of attention, a number for each row of scores; inputs of norms."""
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        narrow, wide = hidden_size + 2 * queries + 2 * keys, self.num_attention_heads
+        if self.qk_norm:
+            narrow += queries + keys
+            wide += self.num_attention_heads + self.num_key_value_heads
+        if self.rope_theta is not None:
+            wide += 2 * self.head_dim  # the angles' cosines and sines, for queries and for keys
+        return KeptActivations(narrow * dtype.itemsize + 4 * wide)
 
 
 class Attention(Mixer):
@@ -88,7 +100,7 @@ class Attention(Mixer):
         self.k_norm = RMSNorm(config.head_dim, eps) if config.qk_norm else nn.Identity()
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """One part."""
+        """All parameters, as one part."""
         return {"attention": ParameterCount.of(self)}
 
     def forward(

@@ -27,7 +27,7 @@ class Block(nn.Module):
         state: LayerState | None = None,
         experts: Int[Tensor, "tokens choice"] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], Routing | None]:
-        """The residual stream after this layer, and the router's decision where it has one.
+        """The residual stream after this layer, and the decision of its router, if it has one.
 
         `experts` are the experts to use instead of the router's choice; None for other layers.
         """

@@ -56,11 +56,11 @@ class ModelConfig:
     max_position_embeddings: int = 262_144
     """Longest context that the model supports; no tensor has this size."""
     bos_token_id: int = 1
-    """Begin of sequence."""
+    """Id of the token that begins a sequence."""
     eos_token_id: int | tuple[int, ...] = 2
-    """End of sequence, or every token that ends one."""
+    """Id of the token that ends a sequence, or the ids of several such tokens."""
     pad_token_id: int = 0
-    """Padding, which is never predicted."""
+    """Id of the padding token, which is never predicted."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "layer_norm_epsilon")
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Every token that ends a sequence."""
+        """Ids of all tokens that end a sequence."""
         ids = self.eos_token_id
         return frozenset(ids if isinstance(ids, tuple) else (ids,))
 

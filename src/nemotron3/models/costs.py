@@ -1,8 +1,8 @@
 """The costs of a model, from its configuration alone: parameters, bytes of state, FLOPs.
 
-Parameters are counted on the model's modules, built without memory. FLOPs are those of products,
-two per multiply-add, as usual; the formula is written out because published ones differ (Megatron
-takes the Mamba inner width to be twice the model's, which overstates Nano by 7 %).
+Parameters are counted on the model's modules, built without memory. FLOPs are those of matrix
+products, two per multiply-add. The formula is written out because published ones differ (Megatron
+assumes a Mamba inner width of twice the model's, which overstates Nano by 7 %).
 """
 
 from collections.abc import Mapping
@@ -86,9 +86,9 @@ def state_bytes_per_sequence(config: ModelConfig, *, conv_itemsize: int = 2) -> 
 def forward_flops_per_token(config: ModelConfig, *, context: int, with_mtp: bool = False) -> float:
     """FLOPs of the forward pass for one token, averaged over a sequence of `context` tokens.
 
-    They are two per active matrix element (the embedding is a lookup, without products), plus
-    causal attention over half the sequence on average, plus the chunked scan. Training takes three
-    times as many. With MTP, each trained depth adds its block and another output layer.
+    They are the sum of two per active matrix element (except the embedding, which is a lookup),
+    causal attention over half the sequence on average, and the chunked scan. Training takes three
+    times as many. With MTP, each trained depth adds its block and the output layer.
     """
     costs = model_costs(config)
     flops = 2.0 * costs.total_active

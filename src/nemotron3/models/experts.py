@@ -3,7 +3,7 @@
 White paper, section 2.2. With x the normed input of width d and l the latent width:
 
     s   = sigmoid(W_r x)                    scores, in float32, from the full width
-    T   = the k experts with the largest s + b     the bias b balances load and only selects
+    T   = the k experts with the largest s + b     the bias b only affects this choice
     g_i = scale * s_i / sum over T of s
     y   = W_up sum over T of g_i E_i(W_down x) + shared(x)
 
@@ -25,8 +25,8 @@ from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.initial_values import Constant, Normal
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
-from nemotron3.models.mlp import MLP
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mlp import MLP, kept_hidden_units
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.experts import Activation
 from nemotron3.ops.experts.activations import up_factor
@@ -50,9 +50,9 @@ class MoEConfig(MixerConfig):
     moe_intermediate_size: int
     """Hidden units of a routed expert."""
     moe_shared_expert_intermediate_size: int = 0
-    """Hidden units of the expert that every token passes; 0 for none."""
+    """Hidden units of the shared expert, which processes every token; 0 for none."""
     moe_latent_size: int | None = None
-    """Width in which the routed experts work; None for the model's full width."""
+    """Width of the routed experts' inputs and outputs; None for the model's width."""
     routed_scaling_factor: float = 1.0
     """Factor on the routed experts' weights."""
     norm_topk_prob: bool = True
@@ -82,9 +82,22 @@ class MoEConfig(MixerConfig):
         """The module."""
         return MixtureOfExperts(self, hidden_size)
 
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """Of router, experts, shared expert and latent projections."""
+        choices, shared = self.num_experts_per_tok, self.moe_shared_expert_intermediate_size
+        narrow = hidden_size + choices
+        narrow += choices * self.moe_intermediate_size * up_factor(self.activation)
+        narrow += 2 * (self.moe_latent_size or 0)
+        narrow += kept_hidden_units(shared, self.activation) if shared else 0
+        wide = self.n_routed_experts + 4 * choices  # scores, and steps to the weights
+        if dtype.itemsize < 4:
+            wide += hidden_size  # the router's input
+        indices = 8 * 4 * choices  # chosen experts, and the order of rows by expert
+        return KeptActivations(narrow * dtype.itemsize + 4 * wide + indices)
+
 
 class Routing(NamedTuple):
-    """The decision of a router, with what balancing, metrics and replay need."""
+    """The decision of a router, as needed by load balancing, metrics and replay."""
 
     indices: Int[Tensor, "tokens choice"]
     """Chosen experts."""
@@ -105,7 +118,7 @@ class Router(DeclaredModule):
         self.config = config
         experts = config.n_routed_experts
         self.declare("weight", (experts, hidden_size), init=Normal(), decays=True)
-        # Rounding to a narrower dtype would change the choice and lose updates of 1e-3.
+        # In a narrower dtype, rounding would change the choice and lose updates of 1e-3.
         self.declare_buffer(
             "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
         )
@@ -145,7 +158,7 @@ class RoutedExperts(DeclaredModule):
         rows, experts = hidden * up_factor(config.activation), config.n_routed_experts
         shape = (experts, rows, width)
         self.declare("up_proj", shape, init=Normal(), decays=True, quantizes=True)
-        # Megatron scales both second matrices of a latent mixture: this one and fc2_latent_proj.
+        # Megatron scales both second matrices of a latent MoE layer: this one and fc2_latent_proj.
         second = Normal(writes_residual=True)
         shape = (experts, width, hidden)
         self.declare("down_proj", shape, init=second, decays=True, quantizes=True)
@@ -163,7 +176,7 @@ class RoutedExperts(DeclaredModule):
 
 
 class MixtureOfExperts(Mixer):
-    """Router, routed experts, and the shared expert that every token passes."""
+    """Router, routed experts, and the shared expert, which processes every token."""
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -180,7 +193,7 @@ class MixtureOfExperts(Mixer):
         self.fc2_latent_proj = Linear(width, hidden_size, writes_residual=True) if latent else None
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """Router, experts, shared experts and latent projections; some experts are active."""
+        """Router, routed experts (of which a token uses some), shared expert and projections."""
         c = self.gate.config
         experts = ParameterCount.of(self.experts).total
         parts = {

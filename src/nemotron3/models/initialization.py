@@ -1,10 +1,10 @@
 """Initial weights, as in the published sources.
 
-Megatron-LM's rules with Nemotron's numbers: every matrix is N(0, std) with std = sqrt(0.8 / width),
-which the published 0.0173, 0.014 and 0.0099 all follow; matrices that write to the residual stream
-are N(0, std / sqrt(layers)), the hybrid form of the usual sqrt(2 layers). Each module declares the
-initial values of its parameters (initial_values.py). docs/decisions/0002 gives the choice where the
-sources differ or say nothing.
+These are Megatron-LM's rules with Nemotron's numbers. Every matrix is N(0, std) with
+std = sqrt(0.8 / width), which gives the published 0.0173, 0.014 and 0.0099. Matrices that write to
+the residual stream are N(0, std / sqrt(layers)), the form for hybrid models of the usual
+sqrt(2 layers). Each module declares the initial values of its parameters (initial_values.py). Where
+the sources differ or do not say, docs/decisions/0002 gives the choice.
 
 An element depends on the seed, on its parameter's name and on its index. It does not depend on the
 order of layers, the other parameters, the device or the dtype: a model in bfloat16 has the rounded

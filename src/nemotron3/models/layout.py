@@ -113,8 +113,8 @@ class SequenceLayout:
 def shift_left(values: Tensor, segments: Segments, by: int) -> tuple[Tensor, Tensor]:
     """The value `by` positions after each token in its own sequence, and a mask.
 
-    After the end of a sequence the value is 0 and the mask False. It is Megatron's roll for
-    multi-token prediction, which stops at document boundaries as well.
+    After the end of a sequence the value is 0 and the mask False. It is Megatron's `roll_tensor`
+    for multi-token prediction, which also stops at document boundaries.
     """
     positions = segments.positions(values.device)
     lengths = torch.tensor(segments.lengths, device=values.device)[segments.ids(values.device)]

@@ -1,8 +1,8 @@
 """The Mamba-2 mixer: projection, short convolution, selective scan, gated norm, projection.
 
 Dao & Gu, *Transformers are SSMs* (arXiv 2405.21060), figure 6 (the form with parallel projections),
-with the gated norm taken after the gate and within groups. The inner width is heads times head size
-and not a multiple of the model's width. Positions enter the model only here.
+with the norm applied after the gate and within groups. The inner width is heads times head size,
+not a multiple of the model's width. Only these layers depend on the order of tokens.
 """
 
 import math
@@ -20,7 +20,7 @@ from nemotron3.models.checks import require_divides, require_positive
 from nemotron3.models.initial_values import Constant, Elements, InitialScale, Uniform
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
@@ -37,21 +37,21 @@ class MambaConfig(MixerConfig):
     mamba_num_heads: int
     """State-space heads."""
     mamba_head_dim: int
-    """Channels per head; heads times channels is the inner width, whatever `hidden_size` is."""
+    """Channels per head; the inner width is heads times channels, independent of `hidden_size`."""
     ssm_state_size: int
-    """Size N of the state that each channel keeps."""
+    """Size N of the state of each channel."""
     n_groups: int
     """Groups of heads that share B and C, and groups of the gated norm."""
     conv_kernel: int = 4
     """Taps of the causal convolution."""
     chunk_size: int = 128
-    """Tokens per chunk of the scan: speed only, never the result."""
+    """Tokens per chunk of the scan; it affects speed and rounding only."""
     time_step_min: float = 0.001
     """Smallest step at initialisation."""
     time_step_max: float = 0.1
     """Largest step at initialisation."""
     time_step_floor: float = 1e-4
-    """Steps below this are raised to it at initialisation."""
+    """Lower bound of steps at initialisation."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -99,19 +99,30 @@ class MambaConfig(MixerConfig):
         return MambaState(memory, conv_shape=self._conv_shape, ssm_shape=ssm_shape)
 
     def mixing_flops(self, context: int) -> float:
-        """FLOPs of the chunked scan: scores and sums within a chunk, states between chunks."""
+        """FLOPs per token of the chunked scan: products within a chunk, and those with states."""
         chunk = min(self.chunk_size, context)
         scores = 2 * self.n_groups * self.ssm_state_size * chunk
         within = 2 * self.inner_size * chunk
         ssm_states = 2 * 2 * self.inner_size * self.ssm_state_size
         return scores + within + ssm_states
 
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """Operands of projections, convolution, scan and norm; the states that scans begin with."""
+        projected = self.inner_size + self.conv_channels + self.mamba_num_heads
+        narrow = hidden_size + projected + self.conv_channels + 2 * self.inner_size
+        wide = 2 * self.mamba_num_heads + self.n_groups  # steps before and after softplus; scales
+        initial_states = 4 * self.inner_size * self.ssm_state_size
+        return KeptActivations(
+            per_token=narrow * dtype.itemsize + 4 * wide,
+            per_sequence=initial_states + math.prod(self._conv_shape) * dtype.itemsize,
+        )
+
 
 @dataclass(frozen=True)
 class InitialRates:
-    """Initial A_log: A is uniform in [1, 16], as in Dao & Gu's code.
+    """Initial A_log: -A is uniform in [1, 16], as in Dao & Gu's code.
 
-    Hugging Face's code has 1..heads instead; docs/decisions/0002 says why that is not used.
+    Hugging Face's code uses 1..heads instead; docs/decisions/0002 gives the reason for the choice.
     """
 
     def __call__(self, elements: Elements, scale: InitialScale) -> Tensor:  # noqa: ARG002
@@ -139,7 +150,7 @@ class CausalConv1d(DeclaredModule):
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
-        # The middle axis is the published layout's: input channels per group, which is one.
+        # The published layout has a middle axis: input channels per group, which is one.
         init = Uniform(-(taps**-0.5), taps**-0.5)
         self.declare("weight", (channels, 1, taps), init=init, decays=True)
         self.declare("bias", (channels,), init=init, decays=False)
@@ -167,7 +178,7 @@ class CausalConv1d(DeclaredModule):
 
 
 class Mamba2Mixer(Mixer):
-    """The Mamba-2 mixer: a sequence is mixed along time through a state of fixed size."""
+    """The Mamba-2 mixer, which mixes a sequence along time through a state of fixed size."""
 
     dt_bias: nn.Parameter
     A_log: nn.Parameter
@@ -180,8 +191,8 @@ class Mamba2Mixer(Mixer):
         # Rows of in_proj: gate z, then the inputs of the convolution (x, B, C), then the steps dt.
         self.in_proj = Linear(hidden_size, inner + config.conv_channels + heads)
         self.conv1d = CausalConv1d(config.conv_channels, config.conv_kernel)
-        # They stay in float32, because the state accumulates their rounding over the sequence, and
-        # have no weight decay, which would change the dynamics instead of regularising.
+        # These stay in float32, because the state accumulates their rounding errors, and have no
+        # weight decay, which would change the dynamics instead of regularising.
         for name, init in (
             ("dt_bias", InitialSteps(config)),
             ("A_log", InitialRates()),
@@ -192,7 +203,7 @@ class Mamba2Mixer(Mixer):
         self.out_proj = Linear(inner, hidden_size, writes_residual=True)
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """One part."""
+        """All parameters, as one part."""
         return {"mamba": ParameterCount.of(self)}
 
     def forward(

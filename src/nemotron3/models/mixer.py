@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,13 +34,24 @@ class ParameterCount(NamedTuple):
         return cls(total, total)
 
 
+class KeptActivations(NamedTuple):
+    """Bytes that a layer keeps of its forward pass for the backward pass, weights left out.
+
+    Upper bounds over the backends that keep inputs alone and make the rest again (`native` for
+    float32 on a CPU, `triton` on a GPU).
+    """
+
+    per_token: int
+    per_sequence: int = 0
+
+
 class Mixer(DeclaredModule):
     """The module of one layer.
 
     `forward(x, layout, state=None)` takes the normed residual stream [tokens, d_model] and returns
-    the layer's contribution to it, of the same shape. A mixer that relates tokens does so within
-    each of `layout.segments` only; with a state it continues that of the layout's slots. A mixer
-    with a router returns a pair: the contribution and the router's decision.
+    the layer's contribution to it, of the same shape. A token may depend only on tokens of the same
+    segment of `layout.segments`; with a `state`, the sequences continue those in the layout's
+    slots. A mixer with a router returns a pair: the contribution and the router's decision.
     """
 
     def update_state(
@@ -62,7 +74,7 @@ class MixerConfig(ABC):
     label: ClassVar[str]
     """The layer's name in messages and tables."""
     has_router: ClassVar[bool] = False
-    """Whether the mixer chooses experts, and returns the decision beside its output."""
+    """Whether the mixer chooses experts, and returns the decision with its output."""
 
     @abstractmethod
     def build(self, hidden_size: int, eps: float) -> Mixer:
@@ -70,7 +82,7 @@ class MixerConfig(ABC):
 
     @property
     def state_size(self) -> StateSize:
-        """The size of a layer's state between calls; 0 for a mixer that relates no tokens."""
+        """The size of a layer's state between calls; 0 for a mixer without state."""
         return StateSize()
 
     def new_state(self, memory: StateMemory) -> LayerState | None:  # noqa: ARG002
@@ -81,6 +93,13 @@ class MixerConfig(ABC):
         """FLOPs per token in addition to products with parameters, at a length of `context`."""
         return 0.0
 
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """What is kept in training beside the layer's input, in activations of `dtype`.
+
+        By default that is the normed input, which the first product keeps.
+        """
+        return KeptActivations(hidden_size * dtype.itemsize)
+
     @property
     def is_stateful(self) -> bool:
         """Whether a token's output depends on the tokens before it."""
@@ -90,6 +109,6 @@ class MixerConfig(ABC):
 def last_stateful_layer(mixers: Sequence[MixerConfig]) -> int:
     """Index of the last layer with a state; 0 if there is none.
 
-    After this layer no token affects another, so tokens whose outputs are not needed are left out.
+    After this layer no token affects another, so tokens whose outputs are not needed are skipped.
     """
     return max((i for i, mixer in enumerate(mixers) if mixer.is_stateful), default=0)

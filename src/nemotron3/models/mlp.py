@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, also the shared expert of a mixture."""
+"""The dense feed-forward layer, which is also the shared expert of an MoE layer."""
 
 from dataclasses import dataclass
 from typing import ClassVar, get_args
@@ -10,7 +10,7 @@ from torch import Tensor
 from nemotron3.models.checks import require_choice, require_positive
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Linear
-from nemotron3.models.mixer import Mixer, MixerConfig, ParameterCount
+from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, ParameterCount
 from nemotron3.ops.experts import Activation, activate
 
 
@@ -34,6 +34,20 @@ class MLPConfig(MixerConfig):
         """The module."""
         return MLP(hidden_size, self.intermediate_size, self.activation)
 
+    def kept_activations(self, hidden_size: int, dtype: torch.dtype) -> KeptActivations:
+        """The normed input and the hidden units."""
+        units = kept_hidden_units(self.intermediate_size, self.activation)
+        return KeptActivations((hidden_size + units) * dtype.itemsize)
+
+
+def kept_hidden_units(width: int, activation: Activation) -> int:
+    """Elements per token that a dense layer keeps between its products.
+
+    Squared ReLU keeps the root and the square; SwiGLU both halves, the gate after SiLU, and their
+    product.
+    """
+    return {"relu2": 2, "swiglu": 4}[activation] * width
+
 
 class MLP(Mixer):
     """Two matrices around squared ReLU, or three with SwiGLU's gate."""
@@ -47,7 +61,7 @@ class MLP(Mixer):
         self.down_proj = Linear(intermediate_size, hidden_size, writes_residual=True)
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """One part."""
+        """All parameters, as one part."""
         return {"dense feed-forward": ParameterCount.of(self)}
 
     def forward(

@@ -1,4 +1,4 @@
-"""Multi-token prediction: one small block, applied once per further token.
+"""Multi-token prediction (MTP): one small block, applied once for each further token.
 
 Super report, section 2.1.2; wiring as in Megatron-LM's hybrid stack. Depth k predicts, at position
 i, token i + k + 1 (the main head predicts i + 1):
@@ -32,7 +32,7 @@ from nemotron3.models.norm import RMSNorm
 
 
 class MTPInput(nn.Module):
-    """Joins the embedding of the next token with the hidden state so far."""
+    """Combines the embedding of the next token with the hidden state."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -67,11 +67,11 @@ class MultiTokenPredictor(nn.Module):
         output_indices: Int[Tensor, " outputs"] | None = None,
         routes: Sequence[Int[Tensor, "tokens choice"]] | None = None,
     ) -> tuple[Float[Tensor, "tokens d_model"], list[Routing]]:
-        """One depth further: from h_{k-1} and the embeddings of tokens i + k to h_k.
+        """One depth: computes h_k from h_{k-1} and the embeddings of tokens i + k.
 
         With the `states` of its layers the block continues the sequences in the layout's slots.
         With `output_indices` the layers after the last one with a state compute only these tokens.
-        `routes` are the experts of all tokens of the call, for each mixture of the block.
+        `routes` are the experts of all tokens of the call, for each MoE layer of the block.
         """
         x = self.input(embedding, hidden)
         recorded = iter(routes or ())
@@ -100,8 +100,8 @@ class MultiTokenPredictor(nn.Module):
     ) -> tuple[list[Float[Tensor, "tokens d_model"]], list[list[Routing]]]:
         """All depths, one after another: `embeddings[k - 1]` are those of tokens i + k.
 
-        `routes` are the experts by depth and mixture; `recompute` stores only the inputs of each
-        depth for the backward pass.
+        `routes` are the experts by depth and MoE layer; with `recompute` only the inputs of each
+        depth are stored for the backward pass.
         """
         outputs: list[Tensor] = []
         routings: list[list[Routing]] = []

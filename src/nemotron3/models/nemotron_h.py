@@ -47,7 +47,7 @@ class BackboneOutput(NamedTuple):
     hidden: Float[Tensor, "tokens d_model"]
     """The residual stream after the final norm."""
     routings: list[Routing]
-    """Decisions of the routers, first mixture to last."""
+    """Decisions of the routers, first MoE layer to last."""
     residual_rms: list[Tensor]
     """Root mean square of the residual stream after each block; empty without `measure`."""
 
@@ -60,7 +60,7 @@ class ModelOutput(NamedTuple):
     output_weight: Weight
     """The output layer's matrix [vocab, d_model], unsharded; all depths share it."""
     routings: list[Routing]
-    """Decisions of the backbone's routers, first mixture to last."""
+    """Decisions of the backbone's routers, first MoE layer to last."""
     mtp_routings: list[list[Routing]]
     """Decisions of the MTP block's routers, for each depth."""
     residual_rms: list[Tensor]
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         with a state compute only these. `recompute` trades time for memory: only the inputs of
         blocks are stored for the backward pass. `measure` records the root mean square of the
         residual stream after each block. `routes` are the experts of all tokens of the call, for
-        each mixture; without them the routers choose.
+        each MoE layer; without them the routers choose.
         """
         assert state is None or not recompute, "a recomputed pass would advance the state twice"
         if state is not None:
@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
         self.activation_dtype: torch.dtype | None = None
         """The dtype of activations and products; None for that of the parameters."""
         self.companions: huggingface.Companions | None = None
-        """The files beside the tensors in the directory that the model was loaded from."""
+        """The files besides the tensors in the directory of the loaded model."""
         self.backbone = Backbone(config)
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -306,17 +306,19 @@ class LanguageModel(nn.Module):
         recompute: bool = False,
         measure: bool = False,
     ) -> Tensor | T:
-        """Logits for each token, of a [batch, seq] tensor or of a packed stream with its layout.
+        """Logits for each token of a [batch, seq] tensor, or of a packed stream with its layout.
 
-        With a `head` the result is that of the head, called with the hidden states (also those of
-        `mtp_depths` depths), and no logits are computed. The head runs within the forward pass,
-        where a module that is sharded over processes has its whole parameters. Tensors of its
-        result that need gradients must be in tuples, lists or dicts, so that hooks find them.
-        `recompute` and `measure` are those of `Backbone.forward`. With `detach_mtp` the depths have
-        no gradients of backbone and embedding, so training them leaves the main head as it is.
+        With a `head` no logits are computed: the head is called with the hidden states (also those
+        of `mtp_depths` depths), and its result is returned. It runs inside the forward pass, where
+        a sharded module has its full parameters. Tensors of its result that require gradients must
+        be in tuples, lists or dicts, so that hooks find them. `recompute` and `measure` are as in
+        `Backbone.forward`. With `detach_mtp` the depths have no gradients of backbone and
+        embedding, so training them does not change the main head.
 
-        With `routes` the experts of the backbone, and of the depths if `routes` has theirs, are
-        those that another pass chose; their weights are computed from the scores of this pass.
+        With `routes` the backbone, and the depths if `routes` has theirs, use experts that another
+        pass chose; their weights are computed from the scores of this pass.
+
+        Raises ConfigError for tokens, a layout or routes that do not fit.
         """
         layout = self._checked_layout(tokens, layout, state)
         stream = tokens.flatten()

@@ -1,4 +1,4 @@
-"""Norm layers: a weight around the operations of `nemotron3.ops.norm`."""
+"""Norm layers: modules with the weights of the operations in `nemotron3.ops.norm`."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Declarations of parameters, made once by the module that makes the parameters.
+"""Declarations of parameters, made once by the module that owns the parameters.
 
 A declaration has the initial value, whether weight decay applies, and whether the parameter stays
 in float32 for any dtype of the model. Memory (allocation.py), initial values (initialization.py)
@@ -90,7 +90,7 @@ class DeclaredModule(nn.Module):
         return super()._apply(convert if wide else fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # With assign=True the given tensors become the module's own, in whatever dtype they have.
+        # With assign=True the given tensors become the module's own, and keep their dtype.
         for name in self._kept_float32():
             given = state_dict.get(prefix + name)
             if given is not None and (wide := _at_least_float32(given.dtype)) != given.dtype:
@@ -112,7 +112,7 @@ def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
 
 
 def use_weight_format(model: nn.Module, weights: str) -> None:
-    """Replace the parameters that may have a number format by uninitialised weights of it."""
+    """Replace the parameters that may be quantized by uninitialised weights in this format."""
     if weights not in FORMATS:
         raise ConfigError(
             f"is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"

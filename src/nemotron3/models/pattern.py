@@ -1,8 +1,9 @@
 """The layer pattern: the mixer of each layer, in Megatron's notation.
 
-One character a layer, `M` Mamba-2, `*` attention, `E` mixture of experts, `-` dense feed-forward,
-and after each `/` the layers of one multi-token-prediction depth. Depths share one physical block,
-so all of them read the same: `MEMEM*EME/*E/*E` is nine layers and two depths of the block `*E`.
+There is one character for each layer: `M` is Mamba-2, `*` attention, `E` mixture of experts, `-`
+dense feed-forward. After each `/` follow the layers of one depth of multi-token prediction. Depths
+share one physical block, so they are all equal: `MEMEM*EME/*E/*E` has nine layers, and two depths
+of the block `*E`.
 """
 
 from collections.abc import Mapping
@@ -24,23 +25,23 @@ class LayerPattern:
     main: tuple[str, ...]
     """Characters of the backbone's layers, first to last."""
     mtp: tuple[str, ...]
-    """Those of the shared multi-token-prediction block; empty without one."""
+    """Characters of the layers of the shared MTP block; empty without one."""
     num_mtp_depths: int
-    """How many tokens beyond the next the block is trained to predict."""
+    """Number of tokens beyond the next one that the block is trained to predict."""
 
     def __str__(self) -> str:
         return "/".join(["".join(self.main)] + ["".join(self.mtp)] * self.num_mtp_depths)
 
     @property
     def symbols(self) -> set[str]:
-        """Every character that occurs."""
+        """All characters in the pattern."""
         return {*self.main, *self.mtp}
 
 
 def parse_pattern(pattern: str, kinds: Mapping[str, str]) -> LayerPattern:
-    """Read a pattern string; `kinds` are the names of layers by their characters.
+    """Parse a pattern string; `kinds` are the names of layers by their characters.
 
-    A ConfigError says which character is wrong, where, and what is allowed.
+    Raises ConfigError with the wrong character, its position, and the allowed ones.
     """
     main, *depths = pattern.split("/")
     if not main:

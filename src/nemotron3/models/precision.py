@@ -40,9 +40,9 @@ def apply_precision(model: LanguageModel, config: PrecisionConfig) -> None:
 
 
 def convert_weights(model: LanguageModel, weights: WeightFormat | None) -> LanguageModel:
-    """The same model with its matrices in another number format, in memory of its own.
+    """A copy of the model with its matrices in another number format.
 
-    None dequantizes, to the dtype of the embedding, which is never quantized.
+    None dequantizes them to the dtype of the embedding, which is never quantized.
     """
     with torch.device("meta"):
         converted = type(model)(model.config)

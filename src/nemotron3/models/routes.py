@@ -23,12 +23,12 @@ from nemotron3.ops.routing import check_indices
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRoutes:
-    """The experts of every token of a call, mixture by mixture, int64 [tokens, choices] each."""
+    """The experts of every token of a call: int64 [tokens, choices] for each MoE layer."""
 
     backbone: Sequence[Tensor]
-    """The mixtures of the backbone, first to last."""
+    """The MoE layers of the backbone, first to last."""
     mtp: Sequence[Sequence[Tensor]] | None = None
-    """The mixtures of each MTP depth; None lets their routers choose. The experts that an engine
+    """The MoE layers of each MTP depth; with None their routers choose. The experts that an engine
     chose for drafts cannot be replayed: they were chosen from other hidden states."""
 
     def check(self, config: ModelConfig, *, tokens: int, mtp_depths: int) -> None:

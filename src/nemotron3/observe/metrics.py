@@ -1,11 +1,11 @@
 """The numbers of a run: one flat dict per step, through one call.
 
-A metric is a float under a name with an area in front: `train/loss`, `optim/grad_norm`,
-`perf/tokens_per_s`. Everything that a step has to say is logged together, so that the files of a
-resumed run can be cut at a step and every reader sees whole steps.
+A metric is a float whose name starts with an area: `train/loss`, `optim/grad_norm`,
+`perf/tokens_per_s`. All metrics of a step are logged together, so that the files of a resumed run
+can be cut at a step and every reader sees complete steps.
 
-JSON knows no NaN and no infinity, and these are the values one most wants to find later, so they
-are the strings "nan", "inf" and "-inf" there.
+JSON has no NaN and no infinity, which are the values that one most wants to find later, so they are
+written as the strings "nan", "inf" and "-inf".
 
     log = MetricLog([JsonlSink(run_dir / "metrics.jsonl", next_step=0), window := MetricWindow(20)])
     log.log(1, {"train/loss": 9.2, "optim/lr": 1e-5})
@@ -25,14 +25,14 @@ _NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_.\-]+)+")
 
 
 class MetricSink(Protocol):
-    """Where metrics go."""
+    """A destination of metrics."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of one step; steps rise."""
+        """Write the metrics of one step; steps increase."""
         ...
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write buffered metrics and release resources."""
         ...
 
 
@@ -40,12 +40,12 @@ class MetricLog:
     """Sends each step's metrics to every sink."""
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
-        """The sinks are closed with the log."""
+        """`close` closes the sinks."""
         self._sinks = list(sinks)
         self._last_step: int | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log everything that one step has to say; called once per step, with rising steps."""
+        """Log all metrics of one step. Call it once per step, with increasing steps."""
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(
                 f"metrics of step {step} came after step {self._last_step}; "
@@ -65,7 +65,7 @@ class MetricLog:
             sink.close()
 
     def __enter__(self) -> Self:
-        """Log within a block that closes the sinks."""
+        """Return the log; the end of the `with` block closes the sinks."""
         return self
 
     def __exit__(
@@ -79,10 +79,10 @@ class MetricLog:
 
 
 class MetricWindow:
-    """A sink that averages the last steps, for a console line that does not jump.
+    """A sink that averages the last steps, for a steady console line.
 
-    A metric that is logged now and then (`eval/…`) is averaged over the steps that have it. A value
-    that is not finite makes the average not finite: the line shows that something is wrong.
+    A metric that only some steps have (`eval/…`) is averaged over these. A value that is not finite
+    makes the average not finite, so the line shows that something is wrong.
     """
 
     def __init__(self, num_steps: int) -> None:
@@ -90,12 +90,12 @@ class MetricWindow:
         self._steps: deque[Mapping[str, float]] = deque(maxlen=num_steps)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take a step in, and let the oldest go."""
+        """Add a step, and remove the oldest."""
         del step
         self._steps.append(dict(metrics))
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: the window has no resources."""
 
     def averages(self) -> dict[str, float]:
         """The mean of each metric in the window."""
@@ -107,13 +107,13 @@ class MetricWindow:
 
 
 def encode_line(step: int, metrics: Mapping[str, float]) -> str:
-    """One line of `metrics.jsonl`; floats come back bit for bit."""
+    """One line of `metrics.jsonl`; `decode_line` restores floats bit for bit."""
     record = {name: v if math.isfinite(v) else str(v) for name, v in metrics.items()}
     return json.dumps({"step": step, **record}, allow_nan=False) + "\n"
 
 
 def decode_line(line: str | bytes) -> tuple[int, dict[str, float]]:
-    """The step and metrics of one line; `ValueError` for a line that is not whole."""
+    """The step and metrics of one line. Raises ValueError for an incomplete line."""
     record: Any = json.loads(line)
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError(f"no step in {record!r}")
@@ -122,7 +122,7 @@ def decode_line(line: str | bytes) -> tuple[int, dict[str, float]]:
 
 
 def read_metrics(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """The steps of a `metrics.jsonl`; a half-written last line is left out."""
+    """The steps of a `metrics.jsonl`; an incomplete last line is skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

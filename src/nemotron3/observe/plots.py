@@ -1,11 +1,11 @@
 """The figures of the report, as SVG that takes its colours from the page.
 
-Matplotlib draws; every colour it is given is a stand-in that becomes a CSS variable in the SVG, so
-that one drawing serves a light and a dark page. Legends and captions are HTML, which wraps. A
-series of 20,000 points is drawn as its moving median in a band from lowest to highest, one of 20
-as its points. A figure whose series are missing is None, and the report leaves it out.
+Matplotlib draws with placeholder colours, which become CSS variables in the SVG, so the same
+drawing works on a light and a dark page. Legends and captions are HTML, which wraps. A long series
+is drawn as its moving median in a band from its lowest to its highest values, a short one as its
+points. A figure whose series are missing is None, and the report omits it.
 
-This is the one file that imports matplotlib, and it does so on first use.
+This is the only module that imports matplotlib, and it does so on first use.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Axis: TypeAlias = Literal["linear", "log"]
 
 MAX_POINTS = 240
 _COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
-# Stand-ins for CSS variables: colours that nothing else in the drawing has.
+# Placeholders for CSS variables: colours that nothing else in the drawing has.
 _STAND_INS = {
     name: f"#0{number}0{number}0{number}"
     for number, name in enumerate(("ink", "muted", "grid", *_COLOURS), start=1)
@@ -35,7 +35,7 @@ _ACCENT = (0.18, 0.44, 0.87)
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve: values by step, those that are not finite included."""
+    """One curve: values by step, including values that are not finite."""
 
     label: str
     steps: Array
@@ -44,7 +44,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing, and what the page says beside it."""
+    """A drawing and its legend."""
 
     svg: str
     legend: tuple[tuple[str, str], ...] = ()
@@ -54,7 +54,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Thinned:
-    """A series reduced to what a screen can show."""
+    """A series reduced to the resolution of a screen."""
 
     steps: Array
     median: Array
@@ -65,7 +65,7 @@ class Thinned:
 def thin(steps: Array, values: Array, *, max_points: int = MAX_POINTS) -> Thinned:
     """At most `max_points` bins with their moving median, lowest and highest value.
 
-    The median, because an average turns one spike into a plateau that was never there.
+    The median is used because an average would turn one spike into a plateau.
     """
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
@@ -97,7 +97,7 @@ def lines(
     if not drawn:
         return None
     if not any((one.values > 0).any() for one in drawn):
-        scale = "linear"  # a logarithm has nothing to show
+        scale = "linear"  # a logarithmic axis shows only positive values
     with _canvas() as (figure, axes):
         for colour, one in zip(_cycle(len(drawn)), drawn, strict=True):
             _curve(axes, one, _STAND_INS[colour], is_smoothed=is_smoothed)
@@ -113,7 +113,7 @@ def lines(
 
 
 def depth_lines(series: Sequence[Series], *, y_label: str) -> Figure | None:
-    """One curve per layer, fainter the nearer it is to the input; at most a dozen of them."""
+    """One curve per layer, fainter for layers near the input; at most a dozen curves."""
     drawn = [one for one in series if (one.values[np.isfinite(one.values)] > 0).any()]
     if not drawn:
         return None
@@ -166,7 +166,7 @@ def heat_map(series: Sequence[Series], *, value_label: str) -> Figure | None:
             interpolation="none",
             cmap=shades,
             vmin=0.0,
-            # A single wild step must not bleach the rest.
+            # A single outlier must not determine the colour scale.
             vmax=max(float(np.nanquantile(image, 0.995)), 1e-9),
             extent=(first - half, last + half, len(drawn) - 0.5, -0.5),
         )
@@ -182,7 +182,7 @@ def heat_map(series: Sequence[Series], *, value_label: str) -> Figure | None:
 
 
 def bars(values: Mapping[str, float], *, highlighted: str) -> Figure | None:
-    """Horizontal bars, longest first, one of them in colour."""
+    """Horizontal bars, the longest first, with one of them highlighted."""
     finite = {label: value for label, value in values.items() if np.isfinite(value)}
     if not finite:
         return None
@@ -218,7 +218,7 @@ def bars(values: Mapping[str, float], *, highlighted: str) -> Figure | None:
 
 
 def _curve(axes: Any, one: Series, colour: str, *, is_smoothed: bool) -> None:
-    """A line, with what it averages over faintly behind it and ticks where it is not finite."""
+    """A line over the band that it summarises, and ticks where it is not finite."""
     thinned = thin(one.steps, one.values)
     count = int(np.isfinite(one.values).sum())
     if count <= 60 or not is_smoothed:
@@ -259,7 +259,7 @@ def _dress(
     is_percent: bool = False,
     has_grid: bool = True,
 ) -> None:
-    """Axes, grid and number formats that all figures share."""
+    """Set the axes, grid and number formats that all figures share."""
     ticker = importlib.import_module("matplotlib.ticker")
     axes.set_xlabel("step")
     axes.set_ylabel(y_label)
@@ -296,7 +296,7 @@ def _cycle(count: int) -> list[str]:
 
 @contextmanager
 def _canvas() -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes in the house style."""
+    """A figure and its axes, in the report's style."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
         figures: Any = importlib.import_module("matplotlib.figure")
@@ -324,7 +324,7 @@ def _canvas() -> Iterator[tuple[Any, Any]]:
 
 
 def _to_svg(figure: Any) -> str:
-    """The drawing as inline SVG: no prologue, ids of its own, colours from the page."""
+    """The drawing as inline SVG: without prologue, with unique ids and the page's colours."""
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)

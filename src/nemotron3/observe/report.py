@@ -1,8 +1,7 @@
-"""One HTML file that shows a run: no network, no scripts, readable in ten years.
+"""One HTML file that shows a run, without network access and scripts.
 
-It is made from `metrics.jsonl` and a summary, after the run or in the middle of it. What was not
-measured is left out of the page, not drawn empty. Every string from the run is escaped: samples of
-a language model are untrusted text.
+It is generated from `metrics.jsonl` and a summary, after the run or during it. Figures without data
+are omitted. Every string from the run is escaped: samples of a language model are untrusted text.
 
     write_report(run_dir, summary=ReportSummary(title="tiny", command="make run"))
 """
@@ -28,7 +27,7 @@ Metrics = dict[str, Series]
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """What the model wrote after a prompt."""
+    """A prompt and the model's continuation."""
 
     prompt: str
     text: str
@@ -36,26 +35,31 @@ class TextSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSummary:
-    """What a report says that is not in the metrics."""
+    """The contents of a report that are not in the metrics."""
 
     title: str
     """Headline, such as "Pre-training: tiny"."""
     command: str
-    """The line that runs this again."""
+    """The command that repeats the run."""
     lead: str = ""
     """A sentence under the headline: what was trained, on what, where."""
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Tiles beside those from the metrics, as label to text ("parameters": "4.2 M")."""
+    """Tiles in addition to those from the metrics, by label ("parameters": "4.2 M")."""
     model_name: str = "this model"
     """The model's label among the baselines."""
     bits_per_byte: float | None = None
-    """On all held-out text; null takes the last look during training, which may be at a part."""
+    """Bits per byte on all held-out text; None for the last evaluation during training, which may
+    have used a part of it."""
     baselines: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Held-out bits per byte of what the model is compared with."""
+    """Held-out bits per byte of the baselines, by name."""
     samples: Sequence[TextSample] = ()
     """Text written by the model."""
     sources: Sequence[Mapping[str, str | int | float]] = ()
     """The corpus, a row per source; the keys of the first are the columns (source, licence, …)."""
+    tables: Mapping[str, Sequence[Mapping[str, str | int | float]]] = field(
+        default_factory=dict[str, Sequence[Mapping[str, str | int | float]]]
+    )
+    """Further tables by heading, in the form of `sources`; one without rows is omitted."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The resolved configuration as a record."""
 
@@ -71,7 +75,7 @@ def write_report(run_dir: Path, *, summary: ReportSummary) -> Path:
 
 
 def load_series(path: Path) -> Metrics:
-    """Every metric as a curve, by name; empty where no step was logged."""
+    """Every metric as a curve, by name; empty if no step was logged."""
     points: dict[str, tuple[list[int], list[float]]] = {}
     if path.exists():
         for step, metrics in read_metrics(path):
@@ -99,8 +103,9 @@ def _page(metrics: Metrics, summary: ReportSummary) -> str:
             _section("Optimisation", _optimisation(metrics)),
             _section("Inside the model", _inside(metrics)),
             _section("Speed", _speed(metrics)),
+            *(_rows(heading, rows) for heading, rows in summary.tables.items()),
             _samples(summary.samples),
-            _sources(summary.sources),
+            _rows("Corpus", summary.sources),
             _run(summary),
         ]
     )
@@ -197,7 +202,7 @@ def _rewards(metrics: Metrics) -> list[str]:
 
 
 def _below(metrics: Metrics, prefix: str) -> list[Series]:
-    """The metrics of a prefix, labelled by what follows it."""
+    """The metrics with a prefix, labelled by the rest of their names."""
     return [
         Series(label=name.removeprefix(prefix), steps=one.steps, values=one.values)
         for name, one in sorted(metrics.items())
@@ -335,11 +340,13 @@ def _samples(samples: Sequence[TextSample]) -> str:
     return f"<section><h2>What it writes</h2>{body}</section>\n"
 
 
-def _sources(sources: Sequence[Mapping[str, str | int | float]]) -> str:
-    if not sources:
+def _rows(heading: str, records: Sequence[Mapping[str, str | int | float]]) -> str:
+    """A section with a table; the keys of the first record are the columns."""
+    if not records:
         return ""
-    rows = [[source.get(column, "") for column in sources[0]] for source in sources]
-    return f"<section><h2>Corpus</h2>{_table(list(sources[0]), rows)}</section>\n"
+    rows = [[record.get(column, "") for column in records[0]] for record in records]
+    table = _table(list(records[0]), rows)
+    return f"<section><h2>{html.escape(heading)}</h2>{table}</section>\n"
 
 
 def _run(summary: ReportSummary) -> str:
@@ -373,7 +380,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) 
 
 
 def _leaves(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The settings of a nested record by dotted path."""
+    """The leaves of a nested record, by dotted path."""
     found: list[tuple[str, Any]] = []
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -384,20 +391,20 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _named(metrics: Metrics, labels: Mapping[str, str]) -> list[Series]:
-    """The metrics of these names that exist, with labels for a reader."""
+    """The existing metrics among these names, with their labels."""
     found = [(metrics[name], label) for name, label in labels.items() if name in metrics]
     return [Series(label=label, steps=one.steps, values=one.values) for one, label in found]
 
 
 def _numbered(metrics: Metrics, pattern: str, label: str) -> list[Series]:
-    """The metrics whose name holds a number, in its order."""
+    """The metrics whose names contain a number, in its order."""
     matches = [(re.fullmatch(pattern, name), one) for name, one in metrics.items()]
     numbered = sorted(((int(m[1]), one) for m, one in matches if m), key=lambda pair: pair[0])
     return [Series(label=label.format(n), steps=o.steps, values=o.values) for n, o in numbered]
 
 
 def _values(metrics: Metrics, name: str) -> Any:
-    """The finite values of a metric, empty where it is missing."""
+    """The finite values of a metric; empty if it is missing."""
     values = metrics[name].values if name in metrics else np.array([])
     return values[np.isfinite(values)]
 

@@ -1,7 +1,8 @@
-"""One HTML file to read rollouts in: what was asked, what the model did, and why it was rewarded.
+"""One HTML file that shows rollouts: the prompts, the model's answers, and their rewards.
 
-It is made from `rollouts.jsonl`, a record a line, without scripts and network. Rollouts of the same
-prompt stand side by side, best first. Every text of it is escaped: models write what they want.
+It is generated from `rollouts.jsonl`, one record per line, without scripts and network access.
+Rollouts of the same prompt are side by side, the best first. All text is escaped, since a model's
+output is untrusted.
 
     write_rollouts_page(run_dir / "rollouts.jsonl", title="tiny-rl")
 """
@@ -15,9 +16,9 @@ from typing import Any
 
 PAGE_FILE = "rollouts.html"
 _MOST_PROMPTS = 3
-"""Prompts of an environment that are shown of each moment."""
+"""Most prompts of an environment that are shown for each moment of training."""
 _MOST_MOMENTS = 12
-"""Moments of training that are shown: the first, the last, and those between at equal distances."""
+"""Most moments of training that are shown: the first, the last, and others evenly between."""
 
 Record = Mapping[str, Any]
 """`when` (a label such as "step 10"), `environment`, `group`, `messages` (OpenAI's, with the
@@ -25,7 +26,7 @@ prompt's), `reward`, `components`, `advantage`, `failure`, `tokens`, `is_cut`.""
 
 
 def write_rollouts_page(records_file: Path, *, title: str) -> Path | None:
-    """Write `rollouts.html` beside the records; None where there are none."""
+    """Write `rollouts.html` in the folder of the records; returns None if there are none."""
     if not records_file.exists():
         return None
     lines = records_file.read_text(encoding="utf-8").splitlines()
@@ -78,7 +79,7 @@ def _environment(name: str, records: Sequence[Record]) -> str:
 
 
 def _spread(items: list[Any], most: int) -> list[Any]:
-    """At most so many, the first and the last among them."""
+    """At most `most` items at equal distances, including the first and the last."""
     if len(items) <= most:
         return items
     places = sorted({round(i * (len(items) - 1) / (most - 1)) for i in range(most)})
@@ -99,7 +100,7 @@ def _moment(when: str, records: Sequence[Record], *, is_open: bool) -> str:
 
 
 def _group(records: Sequence[Record]) -> str:
-    """The prompt once, then what each rollout made of it."""
+    """The prompt once, then each rollout."""
     prompt = _prompt_of(records[0])
     ordered = sorted(records, key=lambda r: -1e9 if r["reward"] is None else r["reward"])
     cards = "".join(_card(record) for record in reversed(ordered))
@@ -110,7 +111,7 @@ def _group(records: Sequence[Record]) -> str:
 
 
 def _prompt_of(record: Record) -> list[Any]:
-    """The messages before the first of the model."""
+    """The messages before the model's first one."""
     messages = record["messages"]
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     return messages[:first]

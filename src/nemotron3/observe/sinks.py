@@ -1,8 +1,8 @@
-"""Where metrics go: a JSON line per step, always, and TensorBoard where it is installed.
+"""Sinks of metrics: a JSON line per step, and TensorBoard if it is installed.
 
-A sink is opened with the step that the run logs next. Metrics that a killed run had
-logged from that step on are removed, since the resumed run logs them again: an interrupted and
-resumed run leaves exactly the metrics of an uninterrupted one.
+A sink is opened with the next step of the run. Metrics of this step and later ones, which a killed
+run has logged, are removed, since the resumed run logs them again. So an interrupted and resumed
+run has exactly the metrics of an uninterrupted one.
 """
 
 import importlib
@@ -15,10 +15,10 @@ from nemotron3.observe.metrics import decode_line, encode_line
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one line per step, handed to the system before the next step begins."""
+    """`metrics.jsonl`: one line per step, written before the next step begins."""
 
     def __init__(self, path: Path, *, next_step: int) -> None:
-        """Keep the lines before `next_step`, cut the rest; with 0 the file begins anew."""
+        """Keep the lines before `next_step` and remove the others; 0 starts an empty file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             os.truncate(path, _end_of_kept(path, next_step))
@@ -35,7 +35,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Scalars as TensorBoard shows them; steps of a killed run are hidden on resume."""
+    """Scalars for TensorBoard; a resumed run hides the later steps of the killed one."""
 
     def __init__(self, directory: Path, *, next_step: int) -> None:
         """Open an event file in `directory`."""
@@ -54,12 +54,12 @@ class TensorBoardSink:
             self._writer.add_scalar(name, value, global_step=step)
 
     def close(self) -> None:
-        """Write out the last events and close the file."""
+        """Write the last events and close the file."""
         self._writer.close()
 
 
 def _end_of_kept(path: Path, next_step: int) -> int:
-    """The length up to the first line that is half-written or not before `next_step`."""
+    """The length of the file up to the first line that is incomplete or not before `next_step`."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

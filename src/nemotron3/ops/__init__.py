@@ -1,1 +1,1 @@
-"""Pure tensor functions, a folder per operation: a reference, faster files, one entry point."""
+"""Pure tensor functions, each in a folder with a reference, faster backends and an entry point."""

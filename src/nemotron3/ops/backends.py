@@ -5,8 +5,9 @@ device); some offer `native` (C++ for float32 on the CPU, see ops/native) and `t
 CUDA devices). A caller passes `backend="auto"` and gets the best one for the device and dtype of
 its tensors; asking by name for one that is not available is an error, never a silent substitute.
 
-Triton is imported when a kernel is first wanted, since most machines do without. With
-TRITON_INTERPRET=1 its kernels run on CPU tensors when asked for by name: slowly, for tests.
+Triton is imported when a kernel is first used, since most machines do not need it. With
+TRITON_INTERPRET=1 its kernels run on CPU tensors if `backend="triton"` asks for them: slowly, for
+tests.
 """
 
 import functools
@@ -32,14 +33,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation that is imported when it is first wanted."""
+    """An implementation that is imported when it is first used."""
 
     module: str
     function: str
 
     @functools.cached_property
     def loaded(self) -> Callable[..., Any]:
-        """It, imported."""
+        """The function, imported on first use."""
         return getattr(importlib.import_module(self.module), self.function)
 
 
@@ -51,7 +52,8 @@ def resolve(
 ) -> Callable[..., Any]:
     """The implementation of `operation` to run on these operands, which are on one device.
 
-    `operands` are all whose dtype matters: compiled functions read each of them as float32.
+    `operands` must contain every tensor whose dtype matters: compiled functions read each as
+    float32. Raises BackendUnavailableError where `backend` names one that cannot run here.
     """
     return load(implementations, choose(operation, backend, implementations, *operands))
 
@@ -70,20 +72,20 @@ def choose(
         _require_triton(operation, operands)
     elif backend == "native":
         _require_native(operation, operands)
-    _say(operation, name)
+    _log_choice(operation, name)
     if _thread.choices is not None:
         _thread.choices[operation] = name
     return name
 
 
 def load(implementations: Implementations, name: str) -> Callable[..., Any]:
-    """The implementation of that name, imported where that has not been done yet."""
+    """The implementation of that name, imported on first use."""
     chosen = implementations[name]
     return chosen.loaded if isinstance(chosen, Kernel) else chosen
 
 
 class _Thread(threading.local):
-    """What belongs to the calling thread alone: a run does not record its neighbour's choices."""
+    """State of the calling thread: a run must not record the choices of another thread's run."""
 
     choices: dict[str, str] | None = None
 
@@ -93,10 +95,10 @@ _thread = _Thread()
 
 @contextmanager
 def recorded_backends() -> Iterator[dict[str, str]]:
-    """Note the backend that each operation uses within, called by this thread.
+    """Record which backend each operation uses inside the `with` block, in the calling thread.
 
-    For the record of a run. The last choice stands; what is noted within goes to the recording
-    around this one as well.
+    The dictionary maps operations to backends and is part of the record of a run. An operation that
+    used several backends has the last. Recordings nest: the outer one gets these choices too.
     """
     outer, choices = _thread.choices, {}
     _thread.choices = choices
@@ -109,18 +111,18 @@ def recorded_backends() -> Iterator[dict[str, str]]:
 
 
 @functools.cache
-def _say(operation: str, name: str) -> None:
-    """Log a choice, once in a process: it is made at every call."""
+def _log_choice(operation: str, name: str) -> None:
+    """Log a choice. It is made at every call and logged once per process."""
     _log.info("%s runs on the %s backend", operation, name)
 
 
 def least_slot(name: str) -> int:
-    """The smallest number of a slot: kernels on a GPU take -1 for padding, others for a mistake."""
+    """The smallest valid slot: -1 is padding for the GPU kernels, and an error elsewhere."""
     return -1 if name == "triton" else 0
 
 
 def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]) -> str:
-    if "native" in implementations and _unserved(operands) is None and native.available():
+    if "native" in implementations and _first_unsupported(operands) is None and native.available():
         return "native"
     first = operands[0]
     assert first is not None, "the first operand is never optional"
@@ -129,7 +131,7 @@ def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]
     return "torch"
 
 
-def _unserved(operands: Sequence[Tensor | None]) -> Tensor | None:
+def _first_unsupported(operands: Sequence[Tensor | None]) -> Tensor | None:
     """The first operand that compiled functions cannot read."""
     for operand in operands:
         if operand is not None and not native.supports(operand):
@@ -159,7 +161,7 @@ def _require_triton(operation: str, operands: Sequence[Tensor | None]) -> None:
 
 
 def _require_native(operation: str, operands: Sequence[Tensor | None]) -> None:
-    like = _unserved(operands)
+    like = _first_unsupported(operands)
     if like is not None:
         raise BackendUnavailableError(
             f"the native backend of {operation!r} computes in float32 on the CPU, and was given "

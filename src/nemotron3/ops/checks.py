@@ -1,18 +1,18 @@
 """Checks of every operation's operands, made before a backend gets them.
 
-Compiled functions and kernels read memory by the sizes that they are told, so a mistake that
-PyTorch answers with an error would give them wrong numbers or end the process. The entry point of
-each operation (`api.py`) therefore checks all operands once, and a mistake has the same error on
-every backend:
+Compiled functions and kernels read memory by the sizes that they are given, so a mistake that
+PyTorch answers with an error would make them return wrong numbers or crash the process. The entry
+point of each operation (`api.py`) therefore checks all operands once, and a mistake raises the same
+error on every backend:
 
 * `OperandError`, a RuntimeError: dtype, shape, device, memory layout;
 * `OperandIndexError`, an IndexError: an index outside what it indexes;
-* ValueError: a number or a name that is no operand (a count of groups, an activation).
+* ValueError: a number or a name that is not a tensor (a number of groups, an activation).
 
-Each check costs a fraction of a microsecond. The values of indices are checked on the CPU, where
-that does not wait for a device; on a GPU they are trusted. A recording (graph.py) is played on
-other indices in the same memory, so it keeps the ranges of those that it did not make itself
-(`watching_indices`) and checks them before each replay.
+Each check takes a fraction of a microsecond. Index values are checked on the CPU only; on a GPU the
+check would wait for the device, so they are trusted. A recorded graph (graph.py) is replayed with
+other indices in the same memory, so it keeps the bounds of its index inputs (`watching_indices`)
+and checks them before each replay.
 """
 
 import math
@@ -31,14 +31,14 @@ from nemotron3.ops.segments import Segments
 from nemotron3.ops.weights import Weight
 
 _FEW = 64
-"""Indices that are read faster as a list than as an array."""
+"""Up to this number, indices are read faster as a list than as a NumPy array."""
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 Shape = Sequence[int]
 
 
 def check_axes(operation: str, name: str, t: Tensor, axes: str) -> None:
-    """Refuse what has other axes than e.g. "tokens head head_dim", or is not floating-point."""
+    """Refuse a tensor without the axes, such as "tokens head head_dim", or not floating-point."""
     if t.dim() != axes.count(" ") + 1:
         raise _wrong_axes(operation, name, t, axes)
     if not t.is_floating_point():
@@ -48,9 +48,9 @@ def check_axes(operation: str, name: str, t: Tensor, axes: str) -> None:
 def check_operand(
     operation: str, name: str, t: Tensor, shape: Shape, like: Tensor, *, same_dtype: bool = True
 ) -> None:
-    """Refuse another shape, or another device or dtype than that of `like`.
+    """Refuse a tensor of another shape, or of another device or dtype than `like`.
 
-    Without `same_dtype` any floating-point dtype will do.
+    Without `same_dtype`, any floating-point dtype is accepted.
     """
     is_right = t.dtype == like.dtype if same_dtype else t.is_floating_point()
     if is_right and t.shape == shape and t.device == like.device:
@@ -62,7 +62,7 @@ def check_operand(
 
 
 def check_weight(operation: str, name: str, weight: Weight, axes: str, like: Tensor) -> None:
-    """Refuse a weight with other axes, on another device or, if plain, of another dtype."""
+    """Refuse a weight with other axes, on another device or, if it is a tensor, another dtype."""
     if isinstance(weight, Tensor):
         check_axes(operation, name, weight, axes)
         check_operand(operation, name, weight, weight.shape, like)
@@ -90,7 +90,7 @@ def check_device(operation: str, name: str, t: Weight, like: Tensor) -> None:
 
 
 def check_pool(operation: str, name: str, t: Tensor) -> None:
-    """Refuse memory that is written in place and does not lie in one piece."""
+    """Refuse a pool, which is written in place, that is not contiguous."""
     if not t.is_contiguous():
         raise OperandError(
             f"{operation}: {name} has shape {list(t.shape)} and strides {list(t.stride())}; it is "
@@ -99,7 +99,7 @@ def check_pool(operation: str, name: str, t: Tensor) -> None:
 
 
 def check_intermediate_states(operation: str, t: Tensor, shape: Shape, pool: Tensor) -> None:
-    """Refuse a trail that is not like its pool, or whose rows do not lie in one piece each."""
+    """Refuse intermediate states unlike their pool, or whose rows are not contiguous."""
     check_operand(operation, "intermediate_states", t, shape, pool)
     if t.is_contiguous():
         return
@@ -116,20 +116,20 @@ def check_intermediate_states(operation: str, t: Tensor, shape: Shape, pool: Ten
 
 
 def check_positive(operation: str, **sizes: int) -> None:
-    """Refuse sizes below one; tokens and sequences alone may be missing."""
+    """Refuse sizes below one. Only the number of tokens or sequences may be zero."""
     for name, size in sizes.items():
         if size < 1:
             raise OperandError(f"{operation}: there are {size} of {name}; expected one at least")
 
 
 def check_divides(operation: str, name: str, count: int, of: str, total: int) -> None:
-    """Refuse a count of equal parts that do not make up the whole."""
+    """Refuse a `count` that does not divide `total`."""
     if count < 1 or total % count:
         raise OperandError(f"{operation}: {total} of {of} are not divisible by {count} of {name}")
 
 
 def check_no_gradients(operation: str, *operands: Tensor | None) -> None:
-    """Refuse operands that want gradients of what changes memory in place and has none."""
+    """Refuse operands that require gradients: an operation that works in place has none."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         raise OperandError(
             f"{operation} has no gradients and an operand requires them; run it under "
@@ -138,7 +138,7 @@ def check_no_gradients(operation: str, *operands: Tensor | None) -> None:
 
 
 def check_segments(operation: str, name: str, segments: Segments, tokens: int) -> None:
-    """Refuse segments of another number of tokens than there are."""
+    """Refuse segments that do not add up to `tokens`."""
     if segments.total != tokens:
         raise OperandError(
             f"{operation}: {name} holds {segments.total} tokens in {len(segments)} sequences; "
@@ -147,7 +147,7 @@ def check_segments(operation: str, name: str, segments: Segments, tokens: int) -
 
 
 def check_sequences(operation: str, slots: Tensor, tokens: int) -> tuple[int, int]:
-    """Sequences of a step, and how many tokens it brings of each."""
+    """The number of sequences of a decoding step, and of tokens in each."""
     if slots.dim() != 1:
         raise OperandError(f"{operation}: slots has shape {list(slots.shape)}; expected [sequence]")
     rows = len(slots)
@@ -167,7 +167,7 @@ def check_indices(
     bounds: tuple[int, int],
     hint: str = "",
 ) -> Tensor:
-    """The indices as contiguous int64, refused where some are not in the range [low, high)."""
+    """The indices as contiguous int64. Raises OperandIndexError for one not in [low, high)."""
     integers = check_integers(operation, name, t, shape, like)
     if t.is_cpu:
         _check_range(operation, name, t, bounds, hint)
@@ -179,7 +179,7 @@ def check_indices(
 
 
 def check_integers(operation: str, name: str, t: Tensor, shape: Shape, like: Tensor) -> Tensor:
-    """Integers of any width as contiguous int64, whatever their values."""
+    """Integers of any width as contiguous int64. Their values are not checked."""
     check_shape(operation, name, t, shape)
     check_device(operation, name, t, like)
     if t.dtype != torch.int64:
@@ -198,7 +198,7 @@ def are_within(t: Tensor, bounds: tuple[int, int]) -> bool:
 
 
 def _extremes(t: Tensor) -> tuple[int, int]:
-    # Neither way of reading is one of PyTorch's operations, so neither is recorded.
+    # Neither way of reading is a PyTorch operation, so a graph that is being recorded sees neither.
     if t.numel() > _FEW:
         array = t.numpy()
         return int(array.min()), int(array.max())
@@ -217,14 +217,14 @@ def _check_range(operation: str, name: str, t: Tensor, bounds: tuple[int, int], 
 
 
 class WatchedIndices(NamedTuple):
-    """Indices in memory that may come to hold others, and the check that those have to pass."""
+    """An index tensor whose values may change between replays, and the check of its values."""
 
     indices: Tensor
     bounds: tuple[int, int]
     check: Callable[[], None]
 
     def check_again(self) -> None:
-        """The same check; a few indices in a row, as each step of decoding has, are read first."""
+        """Check the current values; the few indices of a decoding step get a faster check first."""
         if self.indices.dim() != 1 or not 0 < self.indices.numel() <= _FEW:
             self.check()
             return
@@ -238,7 +238,7 @@ _watched: ContextVar[list[WatchedIndices] | None] = ContextVar("watched", defaul
 
 @contextmanager
 def watching_indices(watched: list[WatchedIndices]) -> Iterator[None]:
-    """Append all indices whose values are checked within to `watched`."""
+    """Append every index tensor that is checked inside the `with` block to `watched`."""
     token = _watched.set(watched)
     try:
         yield
@@ -247,7 +247,7 @@ def watching_indices(watched: list[WatchedIndices]) -> Iterator[None]:
 
 
 def without_tokens(x: Tensor, *operands: Tensor | None) -> Tensor:
-    """An empty `x` as the result of an operation on it: gradients of all operands are zero."""
+    """An empty `x`, as the result of an operation whose operands all get gradients of zero."""
     for t in operands:
         if t is not None:
             x = x * t.flatten()[:0].sum().to(x.dtype)

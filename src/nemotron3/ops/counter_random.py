@@ -1,10 +1,10 @@
-"""Random numbers of a parameter's elements, each a function of a key and of its place alone.
+"""Counter-based random numbers: element i is a function of a key and of i alone.
 
-A generator gives numbers in the order in which it is asked, so a process that holds a part of a
-parameter would have to draw all that comes before. Here the number of element i is a hash of a key
-and of i (SplitMix64, as in `sampling/noise.py`): any part can be drawn by itself, in any order, on
-any device, with the same result. Two neighbours share a word, of which each takes 24 bits: as many
-as a float32 tells apart in [0, 1).
+A stateful generator gives its numbers in sequence, so a process that holds a shard of a parameter
+would have to draw everything before it. Here the number of element i is a hash of a key and of i
+(SplitMix64, as in `sampling/noise.py`): any part can be drawn by itself, in any order, on any
+device, with the same result. Two neighbouring elements share a 64-bit word and take 24 bits each,
+the number of bits that float32 resolves in [0, 1).
 """
 
 import math
@@ -21,21 +21,21 @@ _MASK = 2**_BITS - 1
 
 
 def stream_key(seed: int, name: str) -> int:
-    """The key of a named stream: a signed word of 64 bits."""
+    """The key of a named stream: a signed 64-bit integer."""
     digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniform(key: int, start: int, stop: int, device: torch.device) -> Float32[Tensor, " element"]:
-    """Numbers in [0, 1) of elements `start` to `stop` - 1."""
+    """Uniform numbers in [0, 1) for elements `start` to `stop` - 1."""
     pairs = torch.stack(_integers(key, start, stop, device), dim=-1)
     return _of_pairs(pairs.float().mul_(2.0**-_BITS), start, stop)
 
 
 def normal(key: int, start: int, stop: int, device: torch.device) -> Float32[Tensor, " element"]:
-    """Standard normal numbers of elements `start` to `stop` - 1, a pair at a time (Box-Muller)."""
+    """Standard normal numbers for elements `start` to `stop` - 1, in pairs (Box-Muller)."""
     for_radius, for_angle = _integers(key, start, stop, device)
-    # One is added so that there is no logarithm of zero.
+    # Adding one avoids the logarithm of zero.
     radius = (for_radius + 1).float().mul_(2.0**-_BITS).log_().mul_(-2.0).sqrt_()
     angle = for_angle.float().mul_(2.0 * math.pi * 2.0**-_BITS)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)

@@ -1,10 +1,10 @@
 """Recording the operations of a function on the CPU, to replay them without the function.
 
-A decoding step of a small model is a few hundred operations of some microseconds, and the Python
-that decides on them takes longer than they do. A `Graph` runs the function once, keeps every
-operation with its operands and results, and replays them on the same memory: a CPU's counterpart of
-a CUDA graph. Whoever replays writes the new inputs into the tensors that were recorded, and reads
-the results from where they were.
+A decoding step of a small model is a few hundred operations of some microseconds each, and the
+Python that calls them takes longer than the operations. A `Graph` runs the function once, keeps
+every operation with its operands and results, and replays them on the same memory: the CPU
+counterpart of a CUDA graph. Before a replay, the caller writes the new inputs into the recorded
+tensors; afterwards it reads the results from the recorded outputs.
 
     graph = Graph()
     with graph.record():
@@ -12,11 +12,11 @@ the results from where they were.
     x.copy_(other)
     graph.replay()         # y is f(other)
 
-Compiled operations in a row become a `Program`, which one team of threads goes through without
-coming back to Python; PyTorch's are called as they were. What the function decides from shapes or
-from values that it reads is fixed by the recording, so reading a value is refused where PyTorch
-lets one see it. Indices that it was given (tokens, slots, lengths) are others in each replay, and a
-replay checks that they are in the ranges that the operations asked for.
+Consecutive compiled operations become a `Program`, which one team of threads runs without returning
+to Python; PyTorch's operations are called as they were. Decisions that the function makes from
+shapes or values are fixed by the recording, so reading a value is refused where PyTorch makes that
+visible. Input indices (tokens, slots, lengths) differ in each replay, and a replay checks them
+against the bounds that the operations require.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,26 +51,26 @@ class Graph:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Record what is done within, which has to be without gradients."""
+        """Record the operations inside the `with` block, which must not require gradients."""
         assert not torch.is_grad_enabled(), "a graph has no gradients"
         calls: list[Any] = []
         watched: list[WatchedIndices] = []
         recorder = _Recorder(calls)
         with native.recording(calls), recorder, watching_indices(watched):
             yield
-        self._steps = _joined(calls)
-        self._watched = _of_given(watched, recorder.made)
+        self._steps = _fuse_calls(calls)
+        self._watched = _input_indices(watched, recorder.made)
 
     def replay(self) -> None:
-        """Do it all again; raises OperandIndexError where an index has come to be out of range."""
+        """Run all operations again. Raises OperandIndexError for an index out of range."""
         for watched in self._watched:
             watched.check_again()
         for step in self._steps:
             step()
 
 
-def _joined(calls: list[Any]) -> list[Callable[[], object]]:
-    """Compiled calls in a row as one program."""
+def _fuse_calls(calls: list[Any]) -> list[Callable[[], object]]:
+    """Join consecutive compiled calls into one program."""
     steps: list[Callable[[], object]] = []
     row: list[GraphNode] = []
     for call in [*calls, None]:
@@ -85,8 +85,8 @@ def _joined(calls: list[Any]) -> list[Callable[[], object]]:
     return steps
 
 
-def _of_given(watched: list[WatchedIndices], made: set[int]) -> list[WatchedIndices]:
-    """Each range of indices that the recording was given, once, without those that it makes."""
+def _input_indices(watched: list[WatchedIndices], made: set[int]) -> list[WatchedIndices]:
+    """The index tensors that are inputs of the recording, each once, without those it computes."""
     found: dict[Any, WatchedIndices] = {}
     for each in watched:
         indices = each.indices
@@ -97,18 +97,18 @@ def _of_given(watched: list[WatchedIndices], made: set[int]) -> list[WatchedIndi
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes PyTorch's operations; compiled ones note themselves."""
+    """Records PyTorch's operations; compiled ones record themselves."""
 
     def __init__(self, calls: list[Any]) -> None:
         super().__init__()
         self.calls = calls
         self.made: set[int] = set()
-        """Addresses of memory that was made within."""
+        """Addresses of tensors that the recording created."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing here is compiled, and to have it skipped PyTorch loads its compiler first: seconds
-        # in which the first answer waits.
+        # Nothing here is compiled. PyTorch's default would import its compiler to skip it, which
+        # would delay the first answer by seconds.
         return False
 
     def __torch_dispatch__(
@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
         if outputs and not _shares_memory(outputs[0], operands):
             self._note_made(outputs)
             if "empty" not in name:
-                self.calls.append(partial(_again, call, outputs))
+                self.calls.append(partial(_rerun, call, outputs))
         return result
 
     def _note_made(self, outputs: list[Tensor]) -> None:
@@ -140,7 +140,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """The result of a compiled operation with the same bits, where there is one for this call."""
+    """The result of a compiled operation with the same bits, or None if there is none."""
     if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
         return None
     a, b = args
@@ -159,14 +159,14 @@ def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor 
     return None
 
 
-def _again(call: Callable[[], Any], outputs: list[Tensor]) -> None:
-    """Run an operation that makes new tensors, and put them where the first ones are."""
+def _rerun(call: Callable[[], Any], outputs: list[Tensor]) -> None:
+    """Run an operation that returns new tensors, and copy them into the recorded outputs."""
     for old, new in zip(outputs, _tensors(call()), strict=True):
         old.copy_(new)
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """What an operation returned, if it was tensors."""
+    """The tensors that an operation returned."""
     if isinstance(result, Tensor):
         return [result]
     return [t for t in result if isinstance(t, Tensor)] if isinstance(result, tuple | list) else []
@@ -179,8 +179,9 @@ def _shares_memory(result: Tensor, operands: list[Tensor]) -> bool:
 
 
 def can_record(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether all that a model does with such tensors can be recorded.
+    """Whether a model's operations on such tensors can be recorded.
 
-    Compiled operations decide nothing in Python; PyTorch's way to route tokens to experts does.
+    The compiled operations can: they make no decision in Python. PyTorch's routing of tokens to
+    experts does.
     """
     return native.supports(torch.empty(0, dtype=dtype, device=device)) and native.available()

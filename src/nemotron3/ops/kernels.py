@@ -1,7 +1,7 @@
-"""What compiled kernels, Triton's and those in C++, require of their operands.
+"""Requirements of compiled kernels, in Triton and C++, on their operands.
 
-Triton kernels compute in float32 whatever they read and write. Float64 operands are refused rather
-than rounded: a caller that asks for float64 needs its precision.
+Triton kernels compute in float32, whatever the dtypes that they read and write. Float64 operands
+are refused rather than rounded: a caller that passes float64 needs its precision.
 """
 
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 from nemotron3.errors import BackendUnavailableError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter, whose products of bfloat16 are not to be trusted."""
+"""Whether kernels run in Triton's interpreter, whose bfloat16 products are wrong."""
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 def require_kernel_dtypes(operation: str, *operands: Tensor | None) -> None:
-    """Refuse what the kernels would round."""
+    """Refuse dtypes that the kernels would round."""
     for operand in operands:
         if operand is not None and operand.dtype == torch.float64:
             raise BackendUnavailableError(

@@ -1,8 +1,8 @@
-"""The products of a model with its weights: the one place where a number format enters.
+"""The products of a model with its weights: the one place that depends on the number format.
 
-Dense and grouped products, the router's and the output layer's included, come through here, at a
-forward pass, its gradients and a recorded step alike. A weight is a tensor, cast to the dtype of
-the activations, or a `QuantizedWeight`, whose own kernels multiply with it (ops/weights).
+All dense and grouped products go through here, those of the router and the output layer included,
+in forward passes, backward passes and recorded steps. A weight is a tensor, cast to the dtype of
+the activations, or a `QuantizedWeight`, which names its own kernels (ops/weights).
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def dense(x: Tensor, weight: Weight, sizes: Sequence[int]) -> tuple[Tensor, ...]
 def dense(
     x: Float[Tensor, "*batch d_in"], weight: Weight, sizes: Sequence[int] | None = None
 ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
-    """x W^T in the dtype of `x`; with `sizes`, taken apart into so many columns each."""
+    """x W^T in the dtype of `x`; with `sizes`, split into parts of these numbers of columns."""
     weight = _operand(weight, x.dtype)
     return linear(x, weight) if sizes is None else linear_parts(x, weight, sizes)
 

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864), the two halves of a head turned together.
+"""Rotary position embedding (Su et al., arXiv 2104.09864), which pairs the two halves of a head.
 
 Only the comparison models use them. There is one implementation: it is its own reference.
 """
@@ -13,7 +13,7 @@ from nemotron3.ops.checks import check_axes, check_divides, check_integers
 def rotate(
     x: Float[Tensor, "tokens head head_dim"], positions: Int[Tensor, " tokens"], theta: float
 ) -> Float[Tensor, "tokens head head_dim"]:
-    """Turn channel pair (i, i + head_dim / 2) by the angle position * theta^(-2 i / head_dim)."""
+    """Rotate channel pair (i, i + head_dim / 2) by the angle position * theta^(-2 i / head_dim)."""
     check_axes("rotate", "x", x, "tokens head head_dim")
     check_divides("rotate", "halves", 2, "head_dim", x.shape[-1])
     positions = check_integers("rotate", "positions", positions, x.shape[:1], x)

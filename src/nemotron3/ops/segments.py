@@ -1,9 +1,9 @@
 """Where sequences begin and end in a packed stream of tokens.
 
 Tokens of many sequences lie one after another in tensors of shape [total_tokens, ...]; `Segments`
-holds the lengths. Every operation that looks along time (state-space scan, convolution, attention,
-shifts) takes one, and none of them ever mixes two segments. Lengths are host integers, because
-shapes and loops are decided from them; the index tensors are made on demand, once per device.
+holds the lengths. Every operation that works along time (state-space scan, convolution, attention,
+shifts) takes one, and none of them ever mixes two segments. Lengths are Python integers, because
+shapes and loops depend on them; the index tensors are created on demand, once per device.
 
     segments = Segments((3, 5))           # two sequences, 8 tokens in all
     segments.cu_seqlens(device)           # tensor([0, 3, 8])
@@ -21,7 +21,7 @@ from torch import Tensor
 class Segments:
     """Lengths of the sequences in a packed stream, and the index tensors derived from them.
 
-    Immutable. A length of zero is refused: a sequence without tokens has no place in a stream.
+    Immutable. A length of zero is refused.
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
@@ -34,12 +34,12 @@ class Segments:
 
     @classmethod
     def uniform(cls, count: int, length: int) -> "Segments":
-        """`count` sequences of the same length: what an ordinary [batch, seq] tensor holds."""
+        """`count` sequences of the same length, like an ordinary [batch, seq] tensor."""
         return cls((length,) * count)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> "Segments":
-        """From cumulative boundaries [0, l0, l0 + l1, ...], as flash-attention calls them."""
+        """From cumulative lengths [0, l0, l0 + l1, ...], `cu_seqlens` in flash-attention."""
         bounds = cu_seqlens.tolist()
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or bounds[:1] != [0]:
             raise ValueError(
@@ -61,7 +61,7 @@ class Segments:
 
     @property
     def uniform_length(self) -> int | None:
-        """The common length, or None where lengths differ (uniform streams reshape, not gather)."""
+        """The common length, or None where lengths differ. A uniform stream can be reshaped."""
         return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
     @property
@@ -70,7 +70,7 @@ class Segments:
         return max(self.lengths, default=0)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
-        """Cumulative boundaries, int64 [n_segments + 1]."""
+        """Cumulative lengths, int64 [n_segments + 1]."""
         return self._cached("cu_seqlens", device, lambda: torch.tensor(self.starts))
 
     def ids(self, device: torch.device) -> Tensor:

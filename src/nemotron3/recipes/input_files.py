@@ -12,7 +12,8 @@ from pathlib import Path
 from nemotron3.config import from_record, write_json
 from nemotron3.data.fingerprint import FileState, file_changes, file_states, in_words
 from nemotron3.errors import ConfigError
-from nemotron3.recipes.inputs import INPUTS_FILE
+
+INPUTS_FILE = "inputs.json"
 
 
 @dataclass(frozen=True, kw_only=True)

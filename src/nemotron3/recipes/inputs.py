@@ -7,6 +7,7 @@ a run records these in `inputs.json` before its first step, and when it resumes:
                        corpus changed, and reports the changes
     corpus is gone     it is prepared again where the text is unchanged, byte for byte
     token files        they are used in place, so a change is an error
+    initial model      the same: what it says beside its weights goes into the result
 
 An error names what changed, and is raised before anything in the run's folder is written. Without
 a checkpoint nothing depends on the data yet, and the run starts again with the present data.
@@ -34,10 +35,10 @@ from nemotron3.data.loader import ORDER_FORMAT
 from nemotron3.data.manifest import FORMAT as CORPUS_FORMAT
 from nemotron3.data.preparation import Progress, cached_corpus, text_changes
 from nemotron3.errors import ConfigError, DataError
+from nemotron3.recipes.input_files import INPUTS_FILE, model_files
 from nemotron3.text import Tokenizer
 
-INPUTS_FILE = "inputs.json"
-_FORMAT = 1
+_FORMAT = 2
 _WAY_OUT = "give this run another --name, or delete the folder to begin anew"
 
 
@@ -63,19 +64,27 @@ class RunInputs:
     """The files that a prepared corpus was made of."""
     packages: dict[str, str]
     """Digest and version of ready-made text that it was made of."""
+    model: dict[str, FileState]
+    """The files of the model that the run began with; empty where weights were initial ones."""
 
 
 def open_inputs(
     folder: Path,
     config: CorpusConfig | TokenizedConfig,
     *,
+    init_from: str | None = None,
     say: Callable[[str], None],
     progress: Progress,
 ) -> tuple[Corpus, RunInputs]:
-    """The data that the run in `folder` stands on, or those of a run that begins."""
+    """The data that the run in `folder` stands on, or those of a run that begins.
+
+    `init_from` is the directory of the model that it begins with.
+    """
     kept = _read(folder) if saved_steps(folder / "checkpoints") else None
+    of_model = [] if init_from is None else model_files(init_from)
     if kept is not None:
         _require_formats(folder, kept)
+        _require_same_model(folder, file_changes(kept.model, of_model))
     corpus: Corpus
     if isinstance(config, TokenizedConfig):
         if kept is not None:
@@ -88,7 +97,7 @@ def open_inputs(
     found = corpus.tokenizer.fingerprint
     if kept is not None and found != kept.tokenizer:
         _require_unchanged(folder, [f"the tokenizer is {found[:12]}, was {kept.tokenizer[:12]}"])
-    return corpus, kept or _inputs_of(corpus, config)
+    return corpus, kept or _inputs_of(corpus, config, of_model)
 
 
 def write_inputs(folder: Path, inputs: RunInputs) -> None:
@@ -194,7 +203,17 @@ def _require_unchanged(folder: Path, changes: list[str]) -> None:
         )
 
 
-def _inputs_of(corpus: Corpus, config: CorpusConfig | TokenizedConfig) -> RunInputs:
+def _require_same_model(folder: Path, changes: list[str]) -> None:
+    if changes:
+        raise ConfigError(
+            f"{folder} has checkpoints of a run that began with another model "
+            f"({in_words(changes)}); put its files back, or {_WAY_OUT}"
+        )
+
+
+def _inputs_of(
+    corpus: Corpus, config: CorpusConfig | TokenizedConfig, of_model: list[Path]
+) -> RunInputs:
     made_of = MadeOf(text={}, packages={})
     place: Path | None = None
     if isinstance(corpus, PreparedCorpus):
@@ -211,6 +230,7 @@ def _inputs_of(corpus: Corpus, config: CorpusConfig | TokenizedConfig) -> RunInp
         files=file_states(files, below=place),
         text=made_of.text,
         packages=made_of.packages,
+        model=file_states(of_model),
     )
 
 

@@ -15,6 +15,7 @@ from nemotron3.checkpoint.merging import MergeKind, merge_weights
 from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
+from nemotron3.models import huggingface
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import TOKENIZER_FOLDER
@@ -36,6 +37,8 @@ def merge_run(folder: Path, out: Path, *, window_steps: int | None, kind: MergeK
             part = tensor.double() * weight
             merged[name] = merged[name] + part if name in merged else part
     model.load_state_dict({name: tensor.float() for name, tensor in merged.items()})
+    if run.init_from is not None:
+        model.companions = huggingface.read_directory(run.init_from, type(run.model))
     model.save_pretrained(out)
     shutil.copytree(folder / TOKENIZER_FOLDER, out, dirs_exist_ok=True)
     return steps

@@ -38,7 +38,7 @@ def own_conversations(
     config = huggingface.read_config(model)
     peak = learning_rate or _NANO_LEARNING_RATE * _NANO_WIDTH / config.hidden_size
     run = SFTRun(
-        name=name or f"{run_name(Path(model))}-sft",
+        name=name or f"{run_name(Path(model))}-{data[0].title}",
         model=str(model),
         data=tuple(data),
         training=_training(1, batch_size, max_seq_len, peak),

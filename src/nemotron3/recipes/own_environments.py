@@ -36,7 +36,7 @@ def own_environments(
     batch_size = 8 * group_size * len(environments)
     routers = ParameterGroupConfig(name="routers", parameters=("*.gate.weight",), is_frozen=True)
     return RLRun(
-        name=name or f"{run_name(Path(model))}-rl",
+        name=name or f"{run_name(Path(model))}-{Path(environments[0].name).stem}",
         model=str(model),
         environments=tuple(environments),
         group_size=group_size,

@@ -39,6 +39,9 @@ class PretrainRun(RunConfig):
     kind: Literal["pretrain"] = "pretrain"
     model: ModelConfig
     """The model."""
+    init_from: str | None = None
+    """Directory of the model to continue, a run's or a published one; null begins with initial
+    weights. `model` and the tokenizer are then those of the directory."""
     corpus: CorpusConfig | TokenizedConfig
     """The text, its split, and the tokenizer; or token files that stand already."""
     training: TrainingConfig
@@ -61,6 +64,13 @@ class PretrainRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         tokenizer = self.corpus.tokenizer
+        if isinstance(tokenizer, TrainTokenizerConfig) and self.init_from is not None:
+            raise ConfigError(
+                f"learns a new vocabulary, and {{other}} is {self.init_from}, whose model knows "
+                "another one; let it be LoadTokenizerConfig with the path of that directory",
+                field="corpus.tokenizer",
+                other="init_from",
+            )
         if isinstance(tokenizer, TrainTokenizerConfig) and (
             tokenizer.vocab_size > self.model.vocab_size
         ):

@@ -104,7 +104,9 @@ class RLRun(RunConfig):
 def tiny_rl() -> RLRun:
     """The result of tiny-sft, rewarded in nine environments at once: minutes on two cores."""
     steps = 150
-    routers = ParameterGroupConfig(name="routers", parameters=("*.gate.weight",), is_frozen=True)
+    routers = ParameterGroupConfig(
+        name="routers", parameters=("backbone.*.gate.weight",), is_frozen=True
+    )
     mtp = ParameterGroupConfig(name="mtp", parameters=("mtp.*",), is_frozen=True)
     return RLRun(
         name="tiny-rl",

@@ -1,16 +1,45 @@
-"""What a reinforcement learning run has to show: its summary and the report's content."""
+"""What a reinforcement learning run has to show: its summary and the report's content.
+
+A gain counts where it is the task's own. Held-out tasks are played before and after training, each
+environment is judged by a paired test (all of them as one family), and beside the rewards stand the
+share of the most common answer and the rewards by what the right answer was: a policy that answers
+"unknown" to everything is seen there.
+"""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nemotron3.config import to_record
+from nemotron3.evaluation.statistics import judge
 from nemotron3.observe.report import ReportSummary, TextSample
 from nemotron3.recipes.rl import RLRun
 from nemotron3.rl.records import RolloutRecord, means_by_environment
 from nemotron3.runtime.devices import describe_device
+
+SMALLEST_EFFECT = 0.05
+"""The smallest gain in mean reward that matters."""
+_MOST_LABELS = 8
+"""A label with more values says nothing that a person could look over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What training changed in one environment, on the same held-out tasks."""
+
+    num_tasks: int
+    """Tasks that have a reward both times."""
+    difference: float
+    low: float
+    """Of the interval that holds the differences of all environments at 95%."""
+    high: float
+    p_value: float
+    """Corrected for the number of environments (Holm)."""
+    verdict: str
+    """Whether the claim "better" holds, does not hold, or cannot be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +50,19 @@ class RLSummary:
     """Mean reward on held-out tasks before training, by environment; "all" for the mean of them."""
     reward: dict[str, float]
     """The same of the result, on the same tasks with the same seeds."""
+    gains: dict[str, Gain]
+    """The difference, by environment."""
     tokens_before: dict[str, float]
     """Sampled tokens of a rollout, by environment."""
     tokens: dict[str, float]
     """The same of the result."""
+    most_common_before: dict[str, float]
+    """Share of the most common answer, by environment."""
+    most_common: dict[str, float]
+    """The same of the result."""
+    by_label: dict[str, dict[str, tuple[float, float]]]
+    """Rewards before and after of the tasks with each label ("is_answerable: no"), by environment,
+    where a label has few values."""
     held_out_tasks: int
     """Different held-out prompts of each environment."""
     seconds: float
@@ -44,36 +82,105 @@ def rl_summary(
     seconds: float,
 ) -> RLSummary:
     """What rollouts of the same tasks before and after training show."""
-    firsts = {task.environment: task for task in reversed(after)}
+    firsts = {record.environment: record for record in reversed(after)}
     return RLSummary(
-        reward_before=means_by_environment(before, lambda task: task.reward),
-        reward=means_by_environment(after, lambda task: task.reward),
-        tokens_before=means_by_environment(before, lambda task: float(task.tokens)),
-        tokens=means_by_environment(after, lambda task: float(task.tokens)),
+        reward_before=means_by_environment(before, lambda record: record.reward),
+        reward=means_by_environment(after, lambda record: record.reward),
+        gains=_gains(before, after),
+        tokens_before=means_by_environment(before, lambda record: float(record.tokens)),
+        tokens=means_by_environment(after, lambda record: float(record.tokens)),
+        most_common_before=_most_common(before),
+        most_common=_most_common(after),
+        by_label=_by_label(before, after),
         held_out_tasks=held_out_tasks,
         seconds=seconds,
         samples=tuple(
-            {"prompt": task.prompt, "text": task.text, "environment": name}
-            for name, task in sorted(firsts.items())
+            {"prompt": record.prompt, "text": record.text, "environment": name}
+            for name, record in sorted(firsts.items())
         ),
         parameters=parameters,
     )
 
 
+def _pairs(
+    before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]
+) -> list[tuple[RolloutRecord, float, float]]:
+    """The tasks with a reward both times, and the rewards."""
+    rewards = {record.task: record.reward for record in before}
+    found: list[tuple[RolloutRecord, float, float]] = []
+    for record in after:
+        first = rewards.get(record.task)
+        if first is not None and record.reward is not None:
+            found.append((record, first, record.reward))
+    return found
+
+
+def _gains(before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]) -> dict[str, Gain]:
+    rewards: dict[str, tuple[list[float], list[float]]] = {}
+    for record, first, second in _pairs(before, after):
+        pair = rewards.setdefault(record.environment, ([], []))
+        pair[0].append(first)
+        pair[1].append(second)
+    return {
+        name: Gain(
+            num_tasks=finding.comparison.n,
+            difference=finding.comparison.difference,
+            low=finding.comparison.interval.low,
+            high=finding.comparison.interval.high,
+            p_value=finding.adjusted_p,
+            verdict=finding.verdict.value,
+        )
+        for name, finding in judge(rewards, smallest_effect=SMALLEST_EFFECT).items()
+    }
+
+
+def _most_common(records: Sequence[RolloutRecord]) -> dict[str, float]:
+    answers: dict[str, Counter[str]] = {}
+    for record in records:
+        answers.setdefault(record.environment, Counter())[record.answer] += 1
+    return {name: max(found.values()) / found.total() for name, found in answers.items()}
+
+
+def _by_label(
+    before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    values: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
+    for record, first, second in _pairs(before, after):
+        labels = values.setdefault(record.environment, {})
+        for label, value in record.labels.items():
+            labels.setdefault(label, {}).setdefault(value, []).append((first, second))
+    return {
+        name: {
+            f"{label}: {value}": (_mean([a for a, _ in found]), _mean([b for _, b in found]))
+            for label, by_value in labels.items()
+            if 1 < len(by_value) <= _MOST_LABELS
+            for value, found in sorted(by_value.items())
+        }
+        for name, labels in values.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def rl_report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSummary:
     """The page of a finished run."""
+    better = sum(gain.verdict == "holds" for gain in summary.gains.values())
     return ReportSummary(
         title=f"Reinforcement learning: {run.name}",
         command=" ".join(["nemotron3", *sys.argv[1:]]),
         lead=(
             f"{run.model} trained in {len(run.environments)} environments at once, "
             f"{run.training.steps} updates of {run.training.batch_size} rollouts. "
-            f"{describe_device(device)}."
+            f"{describe_device(device)}. rollouts.html shows what the model did and why it was "
+            "rewarded."
         ),
         facts={
             "parameters": f"{summary.parameters / 1e6:.1f} M",
             "held-out reward before": f"{summary.reward_before['all']:.3f}",
             "held-out reward": f"{summary.reward['all']:.3f}",
+            "significantly better": f"{better} of {len(summary.gains)}",
             "minutes": f"{summary.seconds / 60:.1f}",
         },
         model_name=run.name,
@@ -81,17 +188,35 @@ def rl_report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSum
             TextSample(prompt=f"{s['environment']}: {s['prompt']}\n", text=s["text"])
             for s in summary.samples
         ],
-        sources=[
-            {
-                "environment": name,
-                "held-out tasks": summary.held_out_tasks,
-                "reward before": round(summary.reward_before[name], 3),
-                "reward": round(summary.reward[name], 3),
-                "tokens before": round(summary.tokens_before[name], 1),
-                "tokens": round(summary.tokens[name], 1),
-            }
-            for name in summary.reward
-            if name != "all"
-        ],
+        tables={
+            "Held-out tasks, before and after": [_row(summary, name) for name in summary.gains],
+            "Rewards by the task's kind": [
+                {
+                    "environment": name,
+                    "tasks with": label,
+                    "before": round(first, 3),
+                    "after": round(second, 3),
+                }
+                for name, labels in summary.by_label.items()
+                for label, (first, second) in labels.items()
+            ],
+        },
         config=to_record(run),
     )
+
+
+def _row(summary: RLSummary, name: str) -> dict[str, str | int | float]:
+    gain = summary.gains[name]
+    return {
+        "environment": name,
+        "tasks": gain.num_tasks,
+        "before": round(summary.reward_before[name], 3),
+        "after": round(summary.reward[name], 3),
+        "difference": f"{gain.difference:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
+        "p (Holm)": f"{gain.p_value:.2g}",
+        "better": gain.verdict,
+        "most common answer": (
+            f"{summary.most_common_before[name]:.0%} > {summary.most_common[name]:.0%}"
+        ),
+        "tokens": f"{summary.tokens_before[name]:.0f} > {summary.tokens[name]:.0f}",
+    }

@@ -93,7 +93,7 @@ class RunFolder(Generic[RunT]):
         if not (self.path / RUN_FILE).exists():
             return
         before, now = to_record(read_run(self.path, type(self.run))), to_record(self.run)
-        changed = sorted(_differences(before, now))
+        changed = sorted(differences(before, now))
         if changed:
             path, old, new = changed[0]
             raise ConfigError(
@@ -115,14 +115,15 @@ def read_summary(folder: Path, cls: type[S]) -> S:
     return from_record(cls, json.loads((folder / SUMMARY_FILE).read_text("utf-8")))
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Where two records differ: the dotted path, the value before, and the value now."""
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(one, other, f"{path}[{index}]")
+            yield from differences(one, other, f"{path}[{index}]")
         return
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
-            yield from _differences(
+            yield from differences(
                 before.get(key), now.get(key), f"{path}.{key}" if path else str(key)
             )
     elif before != now:

@@ -4,6 +4,7 @@ Every part can be interrupted. The corpus is complete or absent, training resume
 checkpoint, and a run with a summary is finished and only shows its result again.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron3.config import to_record
+from nemotron3.config import from_record, to_record, write_json
 from nemotron3.data import (
     Batch,
     Corpus,
@@ -29,7 +30,9 @@ from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
+from nemotron3.recipes.initial_model import check_initial_model, initial_model
 from nemotron3.recipes.inputs import changes_since, open_inputs, replay_differences, write_inputs
+from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.samples import write_samples
@@ -39,7 +42,15 @@ from nemotron3.training.evaluation import evaluate
 from nemotron3.training.pretrain_objective import PretrainObjective
 from nemotron3.training.trainer import Trainer
 
+_BEFORE_FILE = "before.json"
 _NUM_PROMPTS, _PROMPT_CHARACTERS = 3, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """What the model that a run continues was measured at, kept for a run that is resumed."""
+
+    bits_per_byte: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,8 @@ class PretrainSummary:
 
     bits_per_byte: float
     """On all held-out text."""
+    bits_per_byte_before: float | None
+    """The same before training, of a run that continues a model."""
     by_source: dict[str, float]
     """The same, source by source."""
     held_out_bytes: int
@@ -66,6 +79,12 @@ class PretrainSummary:
     """Parameters, with multi-token prediction."""
     active_parameters: int
     """Parameters that a token passes."""
+
+    @property
+    def compared(self) -> dict[str, float]:
+        """Bits per byte of what the result stands beside: simple models, and itself before."""
+        before = self.bits_per_byte_before
+        return self.baselines | ({} if before is None else {"before training": before})
 
 
 def pretrain(
@@ -89,9 +108,15 @@ def pretrain(
         callback.stage(f"{folder.path} is finished{note}; this is what it showed")
         return finished
 
+    initial_tokenizer = check_initial_model(run)
+    announce_memory(run, folder.device, callback)
     callback.stage("Preparing the corpus")
     corpus, inputs = open_inputs(
-        folder.path, run.corpus, say=callback.stage, progress=callback.progress
+        folder.path,
+        run.corpus,
+        init_from=run.init_from,
+        say=callback.stage,
+        progress=callback.progress,
     )
     if replay and (changes := replay_differences(replay, run.corpus, corpus)):
         callback.stage(f"The data are not those of {replay} ({in_words(changes)})")
@@ -104,21 +129,26 @@ def pretrain(
     write_inputs(folder.path, inputs)
     found = {"corpus": to_record(corpus.manifest)}
     folder.record(found)
-    corpus.tokenizer.save(folder.tokenizer)
+    # That of the corpus gives the same ids, but may have the chat template of another model.
+    tokenizer = initial_tokenizer or corpus.tokenizer
+    tokenizer.save(folder.tokenizer)
 
     with recorded_backends() as backends:
-        model = _train(folder, corpus, callback)
+        model, before = _train(folder, corpus, callback)
         callback.stage("Writing the model")
         model.save_pretrained(folder.model)
-        corpus.tokenizer.save(folder.model)
-        summary = _final_evaluation(run, corpus, model, callback, started)
+        tokenizer.save(folder.model)
+        summary = _final_evaluation(run, corpus, model, before, callback, started)
     folder.record(found | {"backends": backends})
     write_report(folder.path, summary=_report(run, corpus, summary, folder.device))
     folder.finish(summary)
     return summary
 
 
-def _train(folder: RunFolder[PretrainRun], corpus: Corpus, callback: RunCallback) -> LanguageModel:
+def _train(
+    folder: RunFolder[PretrainRun], corpus: Corpus, callback: RunCallback
+) -> tuple[LanguageModel, float | None]:
+    """The trained model, and the bits per byte of the one that the run continues."""
     run, device = folder.run, folder.device
     config = run.training
     files = dict(corpus.train)
@@ -138,8 +168,7 @@ def _train(folder: RunFolder[PretrainRun], corpus: Corpus, callback: RunCallback
         )
         return [_train_batch(part, device) for part in parts]
 
-    model = LanguageModel.from_config(run.model, seed=run.seed, device=device)
-    callback.stage(f"Training on {describe_device(device)}")
+    model = initial_model(run, device)
     horizon = getattr(config.schedule, "total_steps", config.steps)
     if horizon != config.steps:
         callback.stage(
@@ -155,8 +184,24 @@ def _train(folder: RunFolder[PretrainRun], corpus: Corpus, callback: RunCallback
         store=folder.checkpoints(),
         peak_flops=measure_product_rate(device, run.training.precision.dtype, product=linear),
     )
+    before = _before(folder, corpus, model, callback) if run.init_from is not None else None
+    callback.stage(f"Training on {describe_device(device)}")
     folder.fit(trainer, callback)
-    return model
+    return model, before
+
+
+def _before(
+    folder: RunFolder[PretrainRun], corpus: Corpus, model: LanguageModel, callback: RunCallback
+) -> float:
+    """Bits per byte of the initial model on all held-out text; from the record of a resumed run."""
+    file = folder.path / _BEFORE_FILE
+    if file.exists() and folder.checkpoints().latest() is not None:
+        return from_record(_Before, json.loads(file.read_text("utf-8"))).bits_per_byte
+    callback.stage("Reading all held-out text before training")
+    metrics, _ = _bits(folder.run, corpus, model, folder.run.final_evaluation_rows)
+    before = _Before(bits_per_byte=metrics["eval/bits_per_byte"])
+    write_json(file, before)
+    return before.bits_per_byte
 
 
 def _train_batch(batch: Batch, device: torch.device) -> TrainBatch:
@@ -197,6 +242,7 @@ def _final_evaluation(
     run: PretrainRun,
     corpus: Corpus,
     model: LanguageModel,
+    before: float | None,
     callback: RunCallback,
     started: float,
 ) -> PretrainSummary:
@@ -212,6 +258,7 @@ def _final_evaluation(
     costs = model_costs(run.model)
     return PretrainSummary(
         bits_per_byte=total["eval/bits_per_byte"],
+        bits_per_byte_before=before,
         by_source=by_source,
         held_out_bytes=corpus.manifest.held_out_bytes,
         held_out_share=corpus.manifest.held_out_share,
@@ -248,12 +295,13 @@ def _report(
         }
         for source in corpus.manifest.sources
     ]
+    began = "" if run.init_from is None else f"that began as {run.init_from} and was "
     return ReportSummary(
         title=f"Pre-training: {run.name}",
         command=" ".join(["nemotron3", *sys.argv[1:]]),
         lead=(
             f"A hybrid of {run.model.num_layers} layers ({run.model.hybrid_override_pattern}) "
-            f"trained on {summary.tokens:,} tokens of real text. {describe_device(device)}."
+            f"{began}trained on {summary.tokens:,} tokens of real text. {describe_device(device)}."
         ),
         facts={
             "parameters": f"{summary.parameters / 1e6:.1f} M",
@@ -264,7 +312,7 @@ def _report(
         },
         model_name=run.name,
         bits_per_byte=summary.bits_per_byte,
-        baselines=summary.baselines,
+        baselines=summary.compared,
         samples=[TextSample(prompt=s["prompt"], text=s["text"]) for s in summary.samples],
         sources=sources,
         config=to_record(run),

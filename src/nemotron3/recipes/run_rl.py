@@ -29,6 +29,7 @@ from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
 from nemotron3.recipes.chat_model import save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
+from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
 from nemotron3.recipes.rl_player import RLPlayer
@@ -59,6 +60,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         return finished
 
     own = [Path(config.name) for config in run.environments if config.name.endswith(".py")]
+    announce_memory(run, folder.device, callback)
     training = _Training(folder, run, callback)
     record_input_files(folder.path, [*model_files(run.model), *own])
     folder.record({})

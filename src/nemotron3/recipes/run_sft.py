@@ -30,6 +30,7 @@ from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.recipes.chat_model import save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
+from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.sft import SFTRun
 from nemotron3.recipes.sft_data import SFTData, prepare_sft_data
@@ -86,6 +87,7 @@ def sft(
     conversations = [file for source in sources for file in conversation_files(source)]
     own = [file for config in run.demonstrations for file in config.files]
     record_input_files(folder.path, [*model_files(run.model), *conversations, *own])
+    announce_memory(run, folder.device, callback)
     model = LanguageModel.from_pretrained(run.model, device=folder.device, dtype=torch.float32)
     folder.record({})
     training = _Training(folder, run, data, model, callback)

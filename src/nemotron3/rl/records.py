@@ -28,14 +28,22 @@ class RolloutRecord:
     """The parts of the reward, by name."""
     failure: str | None
     """Why there is no reward."""
-    info: dict[str, Any]
-    """What the verifier says of the answer, for probes of reward hacking."""
+    answer: str
+    """What the verifier read as the answer, or the content of the last turn."""
+    labels: dict[str, str]
+    """What is known of the task: `expected_answer`, and yes or no for each statement of the
+    verifier, such as `is_answerable`."""
     advantage: float | None = None
     """What it was trained with; None where it was not."""
     tokens: int
     """Sampled ones."""
     is_cut: bool
     """Whether a limit of tokens or turns ended it."""
+
+    @property
+    def task(self) -> tuple[str, str]:
+        """What makes it the same task in another evaluation: environment and prompt."""
+        return self.environment, self.prompt
 
     @property
     def text(self) -> str:
@@ -50,6 +58,8 @@ class RolloutRecord:
 def rollout_record(rollout: Rollout, *, when: str, advantage: float | None = None) -> RolloutRecord:
     """What is kept of a rollout."""
     verification, failure = rollout.verification, failure_of(rollout)
+    info: Mapping[str, Any] = {} if verification is None else verification.info
+    answer = info.get("answer")
     return RolloutRecord(
         when=when,
         environment=rollout.environment,
@@ -59,7 +69,8 @@ def rollout_record(rollout: Rollout, *, when: str, advantage: float | None = Non
         reward=rollout.reward,
         components={} if verification is None else dict(verification.components),
         failure=None if failure is None else failure.message,
-        info={} if verification is None else dict(verification.info),
+        answer=rollout.response.answer if answer is None else str(answer),
+        labels=_labels(rollout.row, info),
         advantage=advantage,
         tokens=rollout.num_sampled,
         is_cut=rollout.is_cut,
@@ -76,6 +87,12 @@ def means_by_environment(
             values.setdefault(record.environment, []).append(found)
     means = {name: sum(found) / len(found) for name, found in values.items()}
     return {"all": sum(means.values()) / max(len(means), 1)} | means
+
+
+def _labels(row: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, str]:
+    said = {name: "yes" if v else "no" for name, v in info.items() if isinstance(v, bool)}
+    expected = row.get("expected_answer")
+    return said | ({"expected_answer": expected} if isinstance(expected, str) else {})
 
 
 def _lines(message: Mapping[str, Any]) -> list[str]:

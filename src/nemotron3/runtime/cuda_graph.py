@@ -4,7 +4,7 @@ A decoding step has hundreds of kernels of a few microseconds each, and the host
 launch one than the device to run it. A `CudaGraph` contains the kernels that a function launches,
 with the addresses that they read and write; `replay` launches all of them at once. So results are
 in the same tensors each time, inputs must be written into the tensors that the function read, and
-the function must not depend on a value that the host reads.
+the function must not make the host read a value from the device.
 
     step()                              # compiles kernels and makes workspaces
     graph = pool.capture(step)         # launches no kernel

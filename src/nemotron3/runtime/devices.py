@@ -14,6 +14,8 @@ from nemotron3.errors import BackendUnavailableError, ConfigError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
+GPU = torch.device("cuda")
+"""A GPU to compute plans for; the machine need not have one."""
 FUSED_OPTIMIZER_DEVICES = frozenset({"cpu", "cuda"})
 """Devices on which PyTorch's fused optimizers run."""
 
@@ -64,7 +66,7 @@ def measure_product_rate(
     size: int = 1024,
     seconds: float = 0.3,
 ) -> float:
-    """FLOP/s of a square matrix product: the peak that the rate of a run is compared with.
+    """FLOP/s of a square matrix product: the peak with which the rate of a run is compared.
 
     `product` is the function that the run uses for products; if it is faster than PyTorch's, a
     comparison with PyTorch's rate could exceed 1.

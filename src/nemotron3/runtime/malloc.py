@@ -11,15 +11,15 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of glibc's `mallopt`."""
 _KEPT_BYTES = 2**30
-"""Free memory that the C library retains at most."""
+"""Most free memory that the C library retains."""
 
 
 def retain_freed_memory() -> bool:
     """Let glibc retain freed memory for later allocations, in one heap for all later threads.
 
-    Threads that already have a heap of their own keep it, and later threads may share that heap,
-    where less is retained. So a program should call this before it starts threads, which importing
-    NumPy or PyTorch does: the `nemotron3` command calls it first.
+    A thread that already has its own heap keeps it, and later threads may share that heap, where
+    less is retained. So a program should call this before it starts threads, and before it imports
+    NumPy or PyTorch, which start some: the `nemotron3` command calls it first.
 
     The setting applies to the whole process. Returns False if nothing was changed: other C
     libraries have no such setting, and a user's own MALLOC_… or GLIBC_TUNABLES has priority.

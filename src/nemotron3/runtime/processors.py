@@ -9,13 +9,12 @@ quota in a sixty-fourth of each period and be stopped until the next.
 
 import math
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
-PROCESS = Path("/proc/self")
+from nemotron3.runtime.control_groups import PROCESS, group_folders, words
 
 
 def processors() -> int:
@@ -42,52 +41,14 @@ def cpu_quota(process: Path = PROCESS) -> float | None:
 
     `process` is its folder in /proc, which lists its groups and its mounts.
     """
-    try:
-        groups = (process / "cgroup").read_text()
-        mounts = (process / "mountinfo").read_text()
-    except OSError:  # not Linux, or a sandbox that hides it
-        return None
-    quotas = [quota for folder in _folders(groups, mounts) for quota in _quotas(folder)]
-    return min(quotas, default=None)
-
-
-def _folders(groups: str, mounts: str) -> Iterator[Path]:
-    """The folders of the process's control group for processors, and of the groups above it."""
-    paths: dict[str, str] = {}
-    for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            paths["cgroup" if controllers else "cgroup2"] = path
-    for line in mounts.splitlines():
-        fields, _, source = line.partition(" - ")
-        kind, _, options = source.split(" ", 2)
-        if kind not in paths or (kind == "cgroup" and "cpu" not in options.split(",")):
-            continue
-        root, point = map(_unescaped, fields.split(" ")[3:5])
-        group = PurePosixPath(paths[kind])
-        # A container sees a part of the tree; a group outside of it is reported as /../other.
-        inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
-        folder = Path(point) / inside
-        yield folder
-        yield from (Path(point) / above for above in inside.parents)
-
-
-def _unescaped(field: str) -> str:
-    """A field of mountinfo, which writes blanks as \\040."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+    folders = group_folders("cpu", process)
+    return min((quota for folder in folders for quota in _quotas(folder)), default=None)
 
 
 def _quotas(folder: Path) -> Iterator[float]:
     """The quota of a group's folder, in either version of control groups."""
-    both = _words(folder / "cpu.max")
-    old = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
-    for words in (both, old):
-        if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
-            yield int(words[0]) / int(words[1])
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
+    both = words(folder / "cpu.max")
+    old = words(folder / "cpu.cfs_quota_us") + words(folder / "cpu.cfs_period_us")
+    for quota in (both, old):
+        if len(quota) == 2 and quota[0].isdecimal() and quota[1].isdecimal() and int(quota[1]):
+            yield int(quota[0]) / int(quota[1])

@@ -4,9 +4,9 @@
     serve(app, bind("127.0.0.1", 8000), drain_timeout_s=60)
 
 Each endpoint that generates has three steps: it makes a plan from the body, a prompt from the plan,
-and an answer from the engine's output, whole or as a stream. A bad request is refused in the first
-two steps or when it is submitted to the engine. The client therefore gets an HTTP status and not an
-error event in a stream.
+and an answer from the engine's output, complete or as a stream. A bad request is refused in the
+first two steps or when it is submitted to the engine. The client therefore gets an HTTP status
+instead of an error event in a stream.
 """
 
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class ServerSettings:
     line. 0 makes budgets exact, 500 is the model card's rule."""
 
     weights_folder: Path | None = None
-    """Folder of model directories that clients may load weights from; None allows no update.
+    """Folder of model directories from which clients may load weights; None allows no update.
     Requires an API key."""
 
     def __post_init__(self) -> None:

@@ -68,7 +68,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind the address without listening: one in use is an error before a model is loaded."""
+    """Bind the address without listening, so that an error precedes the loading of a model."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"port {port} does not exist; choose one below 65,536 with --port")
     bound = None
@@ -89,7 +89,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve until a signal ends it; then close the engine."""
+    """Serve until a signal arrives; then close the engine."""
     config = uvicorn.Config(
         server.app,  # pyright: ignore[reportArgumentType]
         log_config=None,

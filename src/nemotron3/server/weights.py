@@ -21,7 +21,7 @@ log = logging.getLogger("nemotron3.server")
 
 
 class UpdateWeightsBody(Body):
-    """The new weights, and how requests that are running continue."""
+    """The new weights, and how running requests continue."""
 
     model_path: str
     """A model directory, relative to the server's folder for weights."""
@@ -52,7 +52,7 @@ def add_weights(api: FastAPI, llm: AsyncLLM, folder: Path) -> None:
 
     @api.get("/weight_version", responses=ERROR_RESPONSES)
     async def weight_version() -> JSONResponse:
-        """Version of the weights that the next token is sampled with."""
+        """Version of the weights with which the next token is sampled."""
         return JSONResponse({"weight_version": llm.weight_version})
 
     @api.post("/pause", responses=ERROR_RESPONSES)
@@ -86,7 +86,7 @@ def directory_below(folder: Path, path: str) -> Path:
         if not found.is_dir():
             raise _no_model(path, "a directory there, and is not")
         leaves = [file.name for file in found.iterdir() if not file.resolve().is_relative_to(base)]
-    # A null byte, a cycle of links (RuntimeError before Python 3.13), missing permissions.
+    # A null byte, a cycle of links (RuntimeError before Python 3.13), or missing permissions.
     except (OSError, ValueError, RuntimeError) as error:
         raise _no_model(path, f"a directory that can be followed ({error})") from error
     if leaves:

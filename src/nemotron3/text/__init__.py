@@ -1,4 +1,4 @@
-"""Strings and tokens: the family's vocabulary, its tokenizer, its chat template and its answers."""
+"""Text and tokens: the family's vocabulary, tokenizer and chat template, and parsers of answers."""
 
 from nemotron3.text.chat import ChatTemplate, ChatTokens, Piece, RenderedChat
 from nemotron3.text.chat_style import CHAT_STYLES, ChatStyle, chat_style, style_of_template

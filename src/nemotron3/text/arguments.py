@@ -1,8 +1,8 @@
-r"""Text to JSON values, type by type.
+r"""Parse the text of an argument as a JSON value of a given type.
 
-Python's spellings (`True`, `None`, `{'a': 1}`) are read beside JSON's, because the template itself
-writes earlier calls that way. Valid JSON keeps its digits and its white space: `1e400`, in a
-list, is a number in JSON and not in Python.
+Python's spellings (`True`, `None`, `{'a': 1}`) are accepted besides JSON's, because the template
+itself writes earlier calls that way. Valid JSON keeps its digits and its white space: `1e400` is a
+number in JSON but not a finite float in Python.
 """
 
 import ast
@@ -13,16 +13,16 @@ import warnings
 from typing import Any, NoReturn
 
 UNREAD: Any = object()
-"""What stands for no value."""
+"""Returned where the text cannot be read as the type."""
 
 _INTEGER = re.compile(r"[-+]?\d+(\.0+)?\Z", re.ASCII)
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _MAX_DEPTH = 200
-"""Lists and objects within each other; whoever takes the arguments has a limit too."""
+"""Most nested lists and objects: the programs that receive the arguments have limits, too."""
 
 
 def read_as(kind: str, text: str) -> tuple[Any, str | None]:
-    """The value of that type, or UNREAD; and the text, where that is its JSON."""
+    """The value of the type `kind`, or UNREAD; and the text itself if it is valid JSON."""
     if kind == "null":
         return (None if text in ("null", "None") else UNREAD), None
     if kind == "boolean":
@@ -41,7 +41,7 @@ def read_as(kind: str, text: str) -> tuple[Any, str | None]:
 
 
 def load_json(text: str) -> tuple[Any, str | None]:
-    """The value of a JSON text, and the text; UNREAD where it is none, or too deep."""
+    """The value of a JSON text, and the text; UNREAD and None if it is invalid or too deep."""
     if not _is_flat(text):
         return UNREAD, None
     try:
@@ -73,7 +73,7 @@ def _load_python(text: str) -> Any:
         return UNREAD
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model's odd escapes are nobody's news
+            warnings.simplefilter("ignore")  # invalid escapes in a model's text
             value = ast.literal_eval(text)
         json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -82,7 +82,7 @@ def _load_python(text: str) -> Any:
 
 
 def _is_flat(text: str) -> bool:
-    """Whether lists and objects in a text are not too deep."""
+    """Whether the lists and objects in a text are nested at most `_MAX_DEPTH` deep."""
     if text.count("[") + text.count("{") <= _MAX_DEPTH:
         return True
     depth = 0

@@ -1,8 +1,8 @@
 """Byte-level BPE in the family's layout: assembled from merges, or learned from text.
 
-The Rust library learns the merges; what is done here is the layout. Its trainer numbers the bytes
-by the characters that stand for them, so the merges are taken out and the vocabulary is numbered
-again in the family's order (see `vocabulary.py`). Learning is deterministic: same text, same file.
+The Rust library `tokenizers` learns the merges. Its trainer orders the bytes by the characters that
+represent them, so this module takes only the merges and numbers the vocabulary in the family's
+order (see `vocabulary.py`). Learning is deterministic: the same text gives the same file.
 """
 
 import json
@@ -33,10 +33,10 @@ def assemble(
     pattern: str = PRE_TOKENIZER_PATTERN,
     ignore_merges: bool = False,
 ) -> Backend:
-    """A byte-level BPE from its merges, in order, in byte characters.
+    """A byte-level BPE from its merges, in order, written in byte characters.
 
-    `ignore_merges` takes a piece that is a vocabulary entry as that entry, without merging: how
-    rank-based vocabularies (Tekken, tiktoken) are read.
+    With `ignore_merges`, a piece that is a vocabulary entry becomes that entry without merging, as
+    in rank-based vocabularies (Tekken, tiktoken).
     """
     specials = special_tokens(num_special_tokens)
     entries = [*specials, *byte_characters(), *(left + right for left, right in merges)]
@@ -61,7 +61,7 @@ def learn(
 ) -> Backend:
     """Learn merges from documents until the vocabulary has `vocab_size` entries.
 
-    Each of `words` becomes one entry, whatever the documents are; their merges come last.
+    Each of `words` becomes one entry, for any documents; their merges come last.
     """
     if num_special_tokens < MIN_SPECIAL_TOKENS:
         raise ConfigError(
@@ -115,7 +115,7 @@ def learn(
 
 
 def _with_words(learned: Sequence[Merge], words: Sequence[str], *, room: int) -> list[Merge]:
-    """As many learned merges as fit into `room` with those that join each word at the end."""
+    """The first learned merges, followed by those that join each word; at most `room` merges."""
     for count in range(min(len(learned), room), -1, -1):
         merges = list(learned[:count])
         for word in words:
@@ -126,7 +126,7 @@ def _with_words(learned: Sequence[Merge], words: Sequence[str], *, room: int) ->
 
 
 def _joining(word: str, merges: Sequence[Merge]) -> list[Merge]:
-    """The merges that make one entry of what `merges` make of a word, from left to right.
+    """The merges that join the pieces of a word, after `merges`, from left to right to one entry.
 
     Raises ConfigError for a word that the pre-tokenizer splits.
     """

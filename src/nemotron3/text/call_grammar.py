@@ -1,16 +1,16 @@
-r"""A Lark grammar of tool calls, for llguidance: the allowed text where a call is required.
+r"""A Lark grammar of tool calls, for llguidance: it constrains the output where a call is required.
 
-Every value is written as its `ParameterType` reads it. Arguments come in the order of the schema,
-the required ones always, and only those that are declared; a function that declares none takes any.
-A text cannot contain `</parameter>` or the opening of a parameter of its function, since the format
-has no escapes. Bounded numbers, lists and objects come from a grammar of JSON; where a
-text may stand in the same place, it does not begin as they do.
+Every value is written in a form that its `ParameterType` reads. Arguments come in the order of the
+schema: the required ones always, and only declared ones; a function that declares none accepts any.
+A text cannot contain `</parameter>` or the opening tag of a parameter of its function, since the
+format has no escapes. Bounded numbers, lists and objects use a grammar of JSON; a text that is
+allowed as an alternative must not begin like them.
 
-Except for JSON, a value and the `</parameter>` after it are one terminal: the lexer is greedy and
-does not backtrack.
+Except for JSON, a value and the `</parameter>` after it are one terminal, because the lexer is
+greedy and does not backtrack.
 
-The line end that the template writes after a call may come before the end: a model that has learned
-it would otherwise have to continue with another call.
+The template writes a line end after a call. The grammar allows it at the end of the output:
+otherwise a model that has learned it would have to continue with another call.
 """
 
 import json
@@ -25,8 +25,8 @@ from nemotron3.text.tool_listing import write_argument
 from nemotron3.text.tool_parameters import (
     ArgumentSet,
     argument_sets,
-    assert_held,
-    held_types,
+    argument_types,
+    check_enforceable,
     place_of,
 )
 
@@ -34,14 +34,14 @@ _CLOSE = "</parameter>"
 _END = f"\n{_CLOSE}\n"
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False}
 _MAX_NAME = 64
-"""Characters of a name that a text is kept from; expressions may be nested some 250 deep."""
+"""Characters of a name that texts may not contain; more would nest an expression too deeply."""
 
 _INTEGER = r"-?(?:0|[1-9][0-9]{0,17})"
 _SCALARS = {
     "null": "null|None",
     "boolean": "true|false|True|False",
     "integer": _INTEGER,
-    # As large as a float can be, for a larger one is no number in most languages.
+    # At most as large as a float64: a larger one is not a number in most languages.
     "number": rf"{_INTEGER}(?:\.[0-9]{{1,25}})?(?:[eE][-+]?(?:[0-9]{{1,2}}|[12][0-8][0-9]))?",
 }
 _NUMBERS = frozenset({"integer", "number"})
@@ -50,13 +50,13 @@ _BOUNDS = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "$ref"}
     | {"not", "if", "then", "else"}
 )
-_UNHELD = frozenset({"$ref", "$dynamicRef", "$recursiveRef", "not", "if", "then", "else"})
+_UNENFORCEABLE = frozenset({"$ref", "$dynamicRef", "$recursiveRef", "not", "if", "then", "else"})
 
 
 def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
     """The grammar of one call, or of several, of these tools.
 
-    Raises `DataError` for a schema to which no call can be held.
+    Raises `DataError` for a schema that a grammar cannot enforce.
     """
     rules: list[str] = []
     calls: list[str] = []
@@ -82,7 +82,7 @@ def call_grammar(tools: Iterable[Tool], *, is_single: bool) -> str:
 
 def _call_rules(rule: str, tool: Tool) -> list[str]:
     parameters = tool.parameters or {}
-    assert_held(parameters)
+    check_enforceable(parameters)
     sets = argument_sets(parameters)
     if not sets:
         raise DataError("no arguments fit its parameters")
@@ -98,17 +98,17 @@ def _call_rules(rule: str, tool: Tool) -> list[str]:
 
 
 def _parts(rule: str, each: ArgumentSet, values: "_Values") -> tuple[list[str], list[str]]:
-    """The arguments of a set in their order, and their rules."""
+    """The grammar symbols of a set's arguments, in order, and their rules."""
     if each.takes_any:
         value = values.of(each.undescribed_type(values.root))
         name = r'"<parameter=" /[^<>\n]{1,256}/ ">\n"'
         return [f"{rule}_any*"], [f"{rule}_any: {name} {value}"]
     parts: list[str] = []
     rules: list[str] = []
-    for i, (name, is_required, held) in enumerate(held_types(each, values.root)):
+    for i, (name, is_required, allowed) in enumerate(argument_types(each, values.root)):
         parts.append(f"{rule}_{i}" + ("" if is_required else "?"))
         try:
-            value = values.of(held)
+            value = values.of(allowed)
         except DataError as error:
             raise DataError(
                 f": parameter {name!r}: {error.problem}", field=place_of(name, values.root)
@@ -118,25 +118,25 @@ def _parts(rule: str, each: ArgumentSet, values: "_Values") -> tuple[list[str], 
 
 
 class _Values:
-    """What stands for a value of each type, up to the line behind it; the rules that this takes."""
+    """Grammar expressions for values, including the closing tag, and the rules that they need."""
 
     def __init__(self, rule: str, root: Mapping[str, Json], names: Iterable[str]) -> None:
         self.root = root
         self.rules: list[str] = []
         self._rule = rule
-        self._named: dict[str, str] = {}  # by their right side
+        self._named: dict[str, str] = {}  # rule names by right-hand side
         self._words = [_CLOSE, *map(_opening, names)]
         self._safe = self._terminal(f"/{without(self._words)}/")
 
-    def of(self, held: ParameterType) -> str:
+    def of(self, allowed: ParameterType) -> str:
         """The expression of a value."""
-        json_kinds = _CONTAINERS | _NUMBERS if _is_bounded(held) else _CONTAINERS
-        choices = [json.dumps(text + _END) for text in self._literals(held)]
-        regexes = self._scalars(held, json_kinds) + self._texts(held, json_kinds)
+        json_kinds = _CONTAINERS | _NUMBERS if _is_bounded(allowed) else _CONTAINERS
+        choices = [json.dumps(text + _END) for text in self._literals(allowed)]
+        regexes = self._scalars(allowed, json_kinds) + self._texts(allowed, json_kinds)
         if regexes:
             choices.append(f"({' | '.join(regexes)}) {json.dumps(_END)}")
         expressions = [self._terminal(" | ".join(choices))] if choices else []
-        schemas = _schemas(held, json_kinds)
+        schemas = _schemas(allowed, json_kinds)
         if schemas:
             whole = {**closed(schemas, self.root), "x-guidance": _JSON_OPTIONS}
             expressions.append(
@@ -146,43 +146,43 @@ class _Values:
             raise DataError("no value that fits its schema can be written in a call")
         return expressions[0] if len(expressions) == 1 else f"({' | '.join(expressions)})"
 
-    def _literals(self, held: ParameterType) -> list[str]:
-        """The values that are listed, as they are read back."""
+    def _literals(self, allowed: ParameterType) -> list[str]:
+        """The spellings of listed values (`enum`, `const`) that are read back as these values."""
         found: list[str] = []
-        for value in held.literals:
+        for value in allowed.literals:
             if isinstance(value, str):
                 written = json.dumps(value, ensure_ascii=False)
-                spellings = [written if held.looks_other(value) else value]
+                spellings = [written if allowed.looks_other(value) else value]
                 if any(word in spellings[0] for word in self._words):
                     continue
             else:
                 spellings = [json.dumps(value, ensure_ascii=False), write_argument(value)]
-            found += [text for text in dict.fromkeys(spellings) if same(held.read(text), value)]
+            found += [text for text in dict.fromkeys(spellings) if same(allowed.read(text), value)]
         return found
 
-    def _scalars(self, held: ParameterType, json_kinds: frozenset[str]) -> list[str]:
-        free = {kind for kinds, _ in held.others for kind in kinds} - json_kinds
+    def _scalars(self, allowed: ParameterType, json_kinds: frozenset[str]) -> list[str]:
+        free = {kind for kinds, _ in allowed.others for kind in kinds} - json_kinds
         return [f"/{_SCALARS[kind]}/" for kind in sorted(free)]
 
-    def _texts(self, held: ParameterType, json_kinds: frozenset[str]) -> list[str]:
-        """Texts that are read as texts: as they are, or as JSON strings of what looks otherwise."""
-        looks = [LOOKS[kind] for kind in sorted(held.kinds)]
+    def _texts(self, allowed: ParameterType, json_kinds: frozenset[str]) -> list[str]:
+        """Strings written literally or, if they look like another type, as JSON strings."""
+        looks = [LOOKS[kind] for kind in sorted(allowed.kinds)]
         banned: list[str] = []
         if looks:
             other = "|".join(looks)
             banned = [f"~/{other}/", rf'~/"["\\]*(?:{other})["\\]*"/']
-        if held.kinds & json_kinds & _NUMBERS:
+        if allowed.kinds & json_kinds & _NUMBERS:
             banned.append("~/[-0-9](?s:.*)/")
         found: list[str] = []
-        for conjunction in held.texts:
+        for conjunction in allowed.texts:
             try:
                 regexes = [f"/{regex}/" for part in conjunction for regex in _regexes(part)]
             except DataError:
-                if len(held.texts) == 1 and not (held.others or held.literals):
+                if len(allowed.texts) == 1 and not (allowed.others or allowed.literals):
                     raise
-                continue  # what cannot be held is not written, where something else can be
+                continue  # this alternative cannot be enforced, but others can
             found.append(f"({' & '.join([self._safe, *regexes, *banned])})")
-            for kind in sorted(held.kinds & _SCALARS.keys()):
+            for kind in sorted(allowed.kinds & _SCALARS.keys()):
                 content = " & ".join([f"/{LOOKS[kind]}/", *regexes])
                 found.append(rf'("\"" ({content}) "\"")')
         return found
@@ -200,10 +200,10 @@ class _Values:
         return self._named[body]
 
 
-def _schemas(held: ParameterType, json_kinds: frozenset[str]) -> list[Conjunction]:
-    """Plain schemas of the values that a grammar of JSON writes."""
+def _schemas(allowed: ParameterType, json_kinds: frozenset[str]) -> list[Conjunction]:
+    """Plain schemas of the values that the grammar of JSON covers."""
     found: list[Conjunction] = []
-    for kinds, conjunction in held.others:
+    for kinds, conjunction in allowed.others:
         named = kinds & json_kinds
         if named:
             named = named - {"integer"} if "number" in named else named
@@ -211,18 +211,18 @@ def _schemas(held: ParameterType, json_kinds: frozenset[str]) -> list[Conjunctio
     return found
 
 
-def _is_bounded(held: ParameterType) -> bool:
-    """Whether some of its numbers have bounds, so that JSON's grammar has to write them."""
+def _is_bounded(allowed: ParameterType) -> bool:
+    """Whether some of its numbers have bounds, which only the grammar of JSON can enforce."""
     return any(
         kinds & _NUMBERS and any(_BOUNDS & set(part) for part in conjunction)
-        for kinds, conjunction in held.others
+        for kinds, conjunction in allowed.others
     )
 
 
 def _regexes(schema: Mapping[str, Json]) -> list[str]:
-    unheld = sorted(_UNHELD & set(schema))
-    if unheld:
-        raise DataError(f"a text cannot be held to {unheld[0]!r}; leave it out")
+    unsupported = sorted(_UNENFORCEABLE & set(schema))
+    if unsupported:
+        raise DataError(f"{unsupported[0]!r} cannot be enforced for a string; leave it out")
     return string_regexes(schema)
 
 

@@ -5,26 +5,25 @@ r"""The family's chat template in Python: messages to text, to token ids, and to
     prompt.text        # "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 2+2?…<think>\n"
     prompt.tokens(tokenizer).ids
 
-Why not the Jinja alone: a rendered string no longer knows which of its characters the template
-wrote and which a user typed. Here they stay apart (`Piece`), and two things follow that a string
-cannot give:
+Jinja alone is not enough: in a rendered string the template's text cannot be distinguished from a
+user's. Here they are separate pieces (`Piece`), which has two consequences:
 
-- **Text is text.** `<|im_end|>` in a user's message is seven letters and some signs, never the
-  token that ends a turn; so a message can neither end its turn nor open another nor close the
-  reasoning. The published template is rendered to one string and encoded whole, which lets any
-  message do so; `tokens(..., allow_special_text=True)` does that too, for comparison.
+- **Text is text.** `<|im_end|>` in a user's message is ten characters, never the token that ends a
+  turn. So a message cannot end its turn, open another, or close the reasoning. The published
+  template is rendered to one string and encoded as a whole, which lets any message do so;
+  `tokens(..., allow_special_text=True)` does that too, for comparison.
 - **The mask is exact.** It trains the text that the model itself will produce: its reasoning,
   `</think>`, its answer, its calls, `<|im_end|>`. It leaves out the text of the server: every other
   turn, `<|im_start|>assistant\n`, the `<think>\n` or `<think></think>` of the generation prompt,
-  and the `<think></think>` that stands for reasoning cut from the history. Ids are encoded in two
-  where a generation prompt ends, so those of a prompt are a prefix of those of the finished
-  conversation.
+  and the `<think></think>` that replaces reasoning removed from the history. Text before and after
+  the end of a generation prompt is encoded separately, so the ids of a prompt are a prefix of the
+  ids of the finished conversation.
 
-The text is that of the published template, character for character, but for one thing: tags that
-occur *inside* an assistant's text are text here as well. (A message that starts with a whole
-`<think>…</think>` and has no reasoning of its own is read as reasoning and answer, as clients
-without a reasoning field send it.) The published template instead cuts an answer that mentions
-`</think>` in two, or takes it for reasoning. Roles other than the five are refused.
+The text equals that of the published template, character for character, with one exception: tags
+*inside* an assistant's text are text here as well. (A message that starts with a complete
+`<think>…</think>` and has no reasoning field is read as reasoning and answer, because clients
+without such a field send it so.) The published template instead cuts an answer that mentions
+`</think>` in two, or reads it as reasoning. Roles other than the five are refused.
 """
 
 import re
@@ -64,9 +63,9 @@ _NO_REASONING = THINK_START + THINK_END
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of rendered text: who wrote it, and whether the model is trained to produce it.
+    """A part of the rendered text, its origin, and whether the model is trained to produce it.
 
-    Special tokens count as tokens in what the template wrote (`is_template`), and nowhere else.
+    Special tokens are tokens only in text from the template (`is_template`).
     """
 
     text: str
@@ -76,7 +75,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A conversation as token ids, and for each id whether it is a target of training."""
+    """A conversation as token ids, with a flag for each id: whether it is a training target."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -84,21 +83,21 @@ class ChatTokens:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A rendered conversation; `is_reasoning_open` where the next token belongs to reasoning."""
+    """A rendered conversation; `is_reasoning_open`: whether it ends inside a `<think>` block."""
 
     pieces: tuple[Piece, ...]
     is_reasoning_open: bool
 
     @property
     def text(self) -> str:
-        """The whole as one string, as the published template renders it."""
+        """The conversation as one string, as the published template renders it."""
         return "".join(piece.text for piece in self.pieces)
 
     def tokens(self, tokenizer: Tokenizer, *, allow_special_text: bool = False) -> ChatTokens:
-        """Token ids and loss mask, both of one length.
+        """Token ids and loss mask, both of the same length.
 
-        `allow_special_text` reads special tokens in the messages' own text as tokens too, as
-        encoding the whole string would: a message can then forge turns.
+        With `allow_special_text`, special tokens in the messages' text become tokens too, as if the
+        whole string were encoded: a message can then forge turns.
         """
         ids: list[int] = []
         mask: list[bool] = []
@@ -109,7 +108,7 @@ class RenderedChat:
             mask.extend([is_trained] * len(more))
 
         def close_run() -> None:
-            # Neighbouring pieces are encoded together: the vocabulary merges across them.
+            # Adjacent pieces are encoded together, because the vocabulary merges across them.
             nonlocal run
             add(tokenizer.encode(run, parse_special=allow_special_text), is_trained=is_run_trained)
             run = ""
@@ -132,16 +131,16 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of one release; see the module for what it promises."""
+    """The chat template of one release; see the module for its guarantees."""
 
     style: ChatStyle = field(default_factory=lambda: CHAT_STYLES["nano"])
 
     def to_jinja(self) -> str:
         """The same template as Jinja, for `chat_template.jinja` beside the weights.
 
-        Render with `trim_blocks` and `lstrip_blocks`, as transformers does. It takes
-        `enable_thinking`, `truncate_history_thinking`, `tools`, `add_generation_prompt`, and where
-        the style has them `low_effort`, `medium_effort`, `reasoning_budget`.
+        Render it with `trim_blocks` and `lstrip_blocks`, as transformers does. Its variables are
+        `enable_thinking`, `truncate_history_thinking`, `tools`, `add_generation_prompt` and, if the
+        style has them, `low_effort`, `medium_effort`, `reasoning_budget`.
         """
         return jinja_source(self.style)
 
@@ -159,11 +158,13 @@ class ChatTemplate:
     ) -> RenderedChat:
         """Render messages and tools, typed or as OpenAI's dictionaries.
 
-        `enable_thinking` decides the generation prompt alone: an open `<think>` or a closed one.
-        `truncate_history_thinking` leaves out reasoning from before the last user message; that
-        of the calls since then stays. `effort` and `budget_hint` (tokens) add the style's hint to
-        the last user message. `continue_final_message` leaves the last message of the assistant
-        open, so that generation goes on inside it; no generation prompt is added then.
+        `enable_thinking` affects only the generation prompt: an open `<think>` or a closed one.
+        `truncate_history_thinking` leaves out the reasoning before the last user message; that of
+        later calls is kept. `effort` and `budget_hint` (in tokens) add the style's hint to the last
+        user message. `continue_final_message` leaves the last assistant message open, so that
+        generation continues it; no generation prompt is added then.
+
+        Raises `DataError` for an invalid message, naming its place.
         """
         said = parse_messages(messages)
         listed = parse_tools(tools)
@@ -220,7 +221,7 @@ class ChatTemplate:
         is_history: bool,
         continues: bool,
     ) -> bool:
-        """Write one turn of the assistant; whether its reasoning was left open."""
+        """Write one turn of the assistant; returns whether its reasoning was left open."""
         trained = message.is_trained
         pieces.template(f"{IM_START}assistant\n")
         reasoning, glue, answer = self._reasoning_and_answer(message)
@@ -234,7 +235,7 @@ class ChatTemplate:
             pieces.template(before_end, is_trained=trained)
             pieces.template(THINK_END, is_trained=trained and not message.is_reasoning_cut)
         if message.tool_calls and is_history:
-            # The one place where white space before an answer matters to the template.
+            # Only here does the template depend on white space before an answer.
             glue, answer = "", answer.strip() if self.style.strips_content_before_calls else answer
         elif not continues:
             glue, answer = (glue, answer.rstrip()) if answer.strip() else ("", "")
@@ -254,7 +255,7 @@ class ChatTemplate:
     def _reasoning_and_answer(
         self, message: AssistantMessage
     ) -> tuple[tuple[str, str, str] | None, str, str]:
-        """Opening, inside and end of the reasoning; what joins it to the answer; the answer."""
+        """The reasoning (opening tag, text, end), the text after it, and the answer."""
         before_end, glue = self.style.reasoning_end.split(THINK_END)
         if message.reasoning is not None and message.reasoning.strip():
             return (f"{THINK_START}\n", message.reasoning, before_end), glue, message.content
@@ -267,7 +268,7 @@ class ChatTemplate:
 
 
 class _Pieces:
-    """Collects pieces; the two verbs say who wrote what comes next."""
+    """Collects pieces from the template (`template`) and from messages (`text`)."""
 
     def __init__(self) -> None:
         self.written: list[Piece] = []
@@ -285,7 +286,7 @@ class _Pieces:
 
 
 def _tool_response(pieces: _Pieces, message: ToolMessage, *, is_first: bool, is_last: bool) -> None:
-    """Answers of tools that follow each other share one turn."""
+    """Write a tool's answer; consecutive answers share one turn."""
     if is_first:
         pieces.template(f"{IM_START}user\n")
     pieces.template(f"{TOOL_RESPONSE_START}\n").text(message.content)

@@ -1,11 +1,11 @@
 r"""The differences between the chat templates of the releases, as data.
 
-All write turns as `<|im_start|>ROLE\n … <|im_end|>\n` and tools as XML; what differs is the glue
-around the reasoning and the hints that a request may append to the last user message.
+All write turns as `<|im_start|>ROLE\n … <|im_end|>\n` and tools as XML. They differ in the white
+space around the reasoning and in the hints that a request may append to the last user message.
 
 | style     | after the reasoning | hints                                                       |
 |-----------|---------------------|-------------------------------------------------------------|
-| nano      | `\n</think>\n`      | token budget (in the template that it was trained with)     |
+| nano      | `\n</think>\n`      | token budget (in the template of its training)              |
 | super     | `\n</think>\n`      | effort low                                                  |
 | ultra     | `</think>`          | effort medium                                               |
 | lightning | `</think>`          | none                                                        |
@@ -23,10 +23,10 @@ from nemotron3.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ChatStyle:
-    """The choices in which the releases' templates differ.
+    """The differences between the releases' templates.
 
-    `efforts` maps an effort to the hint that asks for it. `budget_hint` is the text around a
-    number of tokens, with `{}` in its place; it informs the model and enforces nothing.
+    `efforts` maps an effort to the text of its hint. `budget_hint` is the text of the hint for a
+    token budget, with `{}` for the number; it informs the model and enforces nothing.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ChatStyle:
     budget_hint: str | None = None
 
     def hint(self, *, effort: str | None, budget: int | None) -> str:
-        """What is appended to the last user message; an unknown hint is an error."""
+        """The text for the last user message. Raises ConfigError for a hint without a text."""
         hint = ""
         if effort is not None:
             if effort not in self.efforts:
@@ -76,17 +76,17 @@ CHAT_STYLES: dict[str, ChatStyle] = {
 
 
 def chat_style(name: str) -> ChatStyle:
-    """A published style by its name."""
+    """A published style by its name. Raises ConfigError for an unknown one."""
     if name not in CHAT_STYLES:
         raise ConfigError(f"chat style {name!r} is unknown; known: {', '.join(CHAT_STYLES)}")
     return CHAT_STYLES[name]
 
 
 def style_of_template(source: str) -> ChatStyle | None:
-    """Which style a Jinja template of the family is, or None where it is of another family.
+    """The style of a Jinja template of the family, or None if it is of another family.
 
-    Told by what only that template says, so that a published model directory needs no setting
-    beside it. A template that is not recognised has to be rendered as Jinja.
+    It is recognised by text that only this template contains, so a published model directory needs
+    no extra setting. A template that is not recognised must be rendered as Jinja.
     """
     exported = re.search(r"style (\w+), written by the package nemotron3", source)
     if exported is not None:

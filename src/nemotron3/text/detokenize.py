@@ -1,10 +1,10 @@
-"""Token ids to text, one by one, without ever showing half a character.
+"""Incremental decoding of token ids to text, without incomplete characters.
 
-A byte-level token may end in the middle of a UTF-8 sequence; its bytes wait here until the rest
-has come. The pieces that come out, joined, are what decoding all ids at once gives: bytes that
-can never become a character are U+FFFD there and here. Decoding the whole again for every token
-and cutting off what was shown before (the usual way) is quadratic, and shows U+FFFD where a
-character is merely incomplete.
+A byte-level token may end in the middle of a UTF-8 sequence; its bytes are buffered until the rest
+arrives. The concatenated pieces equal the result of decoding all ids at once: bytes that cannot
+become a character are U+FFFD in both. The usual way, decoding everything again for each token and
+cutting off the text already returned, is quadratic, and returns U+FFFD for characters that are only
+incomplete.
 """
 
 import codecs
@@ -22,12 +22,12 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete; it may be empty."""
+        """Add ids; returns the text that they complete, which may be empty."""
         spelled = [self._tokenizer.token_bytes(i) for i in ids if i not in self._skipped]
         return self._decoder.decode(b"".join(spelled))
 
     def finish(self) -> str:
-        """What the end of the stream reveals: U+FFFD for a character that never came whole."""
+        """End the stream; returns U+FFFD for a character that is still incomplete."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text

@@ -1,12 +1,12 @@
-"""The chat template written out as Jinja, for the engines that read one beside the weights.
+"""The chat template as Jinja source, for engines that read one beside the weights.
 
-It renders the same text as `ChatTemplate.render`, which a property test holds over random
-conversations. It cannot give what needs pieces: its text is encoded whole, so special tokens in a
-message are tokens, and it knows no loss mask.
+It renders the same text as `ChatTemplate.render`; a property test checks this for random
+conversations. It cannot provide what depends on pieces: its text is encoded as a whole, so special
+tokens in a message are tokens, and there is no loss mask.
 
-Written for transformers' environment (`trim_blocks`, `lstrip_blocks`, `tojson` that escapes
-nothing, `raise_exception`). Every tag strips its blanks on both sides, so the result does not
-depend on those two settings. Arguments of calls must be objects: Jinja cannot parse JSON text.
+It is written for transformers' environment (`trim_blocks`, `lstrip_blocks`, a `tojson` that escapes
+nothing, `raise_exception`). Every tag strips white space on both sides, so the result does not
+depend on the first two settings. Arguments of calls must be objects: Jinja cannot parse JSON text.
 """
 
 import json

@@ -1,10 +1,10 @@
 """Render a Jinja chat template: a user's own, or one of another family.
 
-The only file that imports jinja2 (which PyTorch brings along), and imported only
-where there is a Jinja template to render. The environment is that of
-transformers: sandboxed, blocks trimmed, `tojson` that escapes nothing, `raise_exception`,
-`strftime_now`. What comes out is one string, and encoding it reads special tokens in the messages
-as tokens; templates of the family are better rendered by `chat.ChatTemplate`.
+This is the only module that imports jinja2 (a dependency of PyTorch), and it is imported only when
+there is a Jinja template to render. The environment is that of transformers: sandboxed, with
+trimmed blocks, a `tojson` that escapes nothing, `raise_exception` and `strftime_now`. The result is
+one string, whose encoding turns special tokens in the messages into tokens; `chat.ChatTemplate`
+avoids that for the family's templates.
 """
 
 import json
@@ -28,9 +28,9 @@ def render_jinja(
     add_generation_prompt: bool = True,
     **settings: Any,
 ) -> str:
-    """The text of a conversation; `settings` are what requests call chat_template_kwargs.
+    """The text of a conversation; `settings` are a request's `chat_template_kwargs`.
 
-    Raises `DataError` where the template is not Jinja or refuses the conversation.
+    Raises `DataError` if the template is not valid Jinja, or refuses the conversation.
     """
     try:
         return _compiled(source).render(

@@ -1,13 +1,13 @@
 """The types of a conversation: four kinds of message, tool calls, tools.
 
-The wire is OpenAI's: dictionaries with `role` and `content`. `parse_messages` and `parse_tools`
-read them once, on input, and from then on a conversation is well formed: contents are strings,
-arguments are objects, a tool's answer follows a message. An invalid message is refused with its
-place (`messages[3].tool_calls[0].function.arguments`), because silently dropping a message would
-change the answer without an explanation.
+The wire format is OpenAI's: dictionaries with `role` and `content`. `parse_messages` and
+`parse_tools` read them once, on input; after that a conversation is well formed: contents are
+strings, arguments are objects, a tool's answer follows a message. An invalid message is an error
+that names its place (`messages[3].tool_calls[0].function.arguments`), because silently dropping a
+message would change the answer without an explanation.
 
-Treated as equivalent: `reasoning` and `reasoning_content`; a text and a list of text parts; the
-roles `developer` and `system`; arguments as an object and as JSON text. Images and sound are
+These are equivalent: `reasoning` and `reasoning_content`; a text and a list of text parts; the
+roles `developer` and `system`; arguments as an object and as JSON text. Images and audio are
 refused: the models read text only.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, cast
 from nemotron3.errors import DataError
 
 MAX_NAME = 256
-"""Characters of the name of a function or a parameter; OpenAI allows 64."""
+"""Most characters in the name of a function or a parameter; OpenAI allows 64."""
 
 Json = Any
 """A JSON value: None, bool, int, float, str, a list or a mapping with string keys."""
@@ -27,21 +27,21 @@ Json = Any
 
 @dataclass(frozen=True, kw_only=True)
 class SystemMessage:
-    """What the model is told before and beside the conversation."""
+    """Instructions to the model."""
 
     content: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserMessage:
-    """What the user says."""
+    """A message of the user."""
 
     content: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """One call of a function, with its arguments as an object."""
+    """A call of a function, with its arguments as an object."""
 
     name: str
     arguments: Mapping[str, Json] = field(default_factory=dict[str, Json])
@@ -50,11 +50,11 @@ class ToolCall:
 
 @dataclass(frozen=True, kw_only=True)
 class AssistantMessage:
-    """What the model says: its reasoning, its answer, the functions that it calls.
+    """A message of the model: its reasoning, its answer, and its function calls.
 
-    `is_trained` and `is_reasoning_cut` matter for training alone: a message may be context only,
-    and where the reasoning was cut off to teach a budget, its `</think>` is not a target (the
-    model would learn to stop early).
+    `is_trained` and `is_reasoning_cut` affect training only. A message that is not trained is
+    context. If the reasoning was cut to teach a budget, its `</think>` is not a target, or the
+    model would learn to stop early.
     """
 
     content: str = ""
@@ -66,7 +66,7 @@ class AssistantMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class ToolMessage:
-    """What a function answered."""
+    """The answer of a function."""
 
     content: str
     tool_call_id: str | None = None
@@ -79,8 +79,8 @@ Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Tool:
     """A function that the model may call; `parameters` is a JSON schema of type object.
 
-    `extra` holds the fields of the description that have no name here (`strict`, `returns`, …):
-    the family's template lists them all.
+    `extra` holds all other fields of the description (`strict`, `returns`, …), which the family's
+    template lists, too.
     """
 
     name: str
@@ -92,9 +92,9 @@ class Tool:
 
 
 def parse_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
-    """Read OpenAI-style dictionaries; messages that are typed already pass through.
+    """Read OpenAI-style dictionaries; typed messages are returned unchanged.
 
-    Raises `DataError` with the place of what is wrong.
+    Raises `DataError` with the place of the mistake.
     """
     if not _is_list(messages):
         raise DataError(f"is {_kind(messages)}, a list of messages was expected", field="messages")
@@ -110,7 +110,10 @@ def parse_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
 
 
 def parse_tools(tools: Sequence[Any] | None) -> tuple[Tool, ...]:
-    """Read OpenAI-style tools, with or without the `{"type": "function"}` around them."""
+    """Read OpenAI-style tools, with or without the `{"type": "function"}` around them.
+
+    Raises `DataError` with the place of the mistake.
+    """
     if tools is None:
         return ()
     if not _is_list(tools):
@@ -160,7 +163,7 @@ def _assistant(message: Mapping[str, Any], where: str) -> AssistantMessage:
 def parse_call(value: Any, where: str) -> ToolCall:
     """Read one call of a message, with or without the `"function"` around name and arguments.
 
-    Raises `DataError` with the place of what is wrong, which begins with `where`.
+    Raises `DataError` with the place of the mistake, which begins with `where`.
     """
     if isinstance(value, ToolCall):
         return value
@@ -195,7 +198,7 @@ def _from_json(text: str, where: str) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError("is nested too deep; write it flatter", field=where) from error
-    except ValueError as error:  # JSON all the same, with more digits than Python converts
+    except ValueError as error:  # valid JSON with more digits than Python converts
         raise DataError("holds a number of too many digits; write fewer", field=where) from error
     return value
 
@@ -268,7 +271,7 @@ def _name(fields: Mapping[str, Any], where: str) -> str:
 
 
 def _assert_writable(name: Any, where: str) -> None:
-    """Refuse a name that a call could not be read back with."""
+    """Refuse a name with which a call could not be read back."""
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"is {name!r}; a name is a text that is not blank", field=where)
     if any(character in name for character in "<>\n"):

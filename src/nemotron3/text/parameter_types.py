@@ -1,19 +1,19 @@
-r"""Notation of a parameter's value in a call: how it is written, and how it is read.
+r"""How the value of a parameter is written in a call, and how it is read.
 
 A call contains only text; its meaning follows from the tool's JSON schema. The parser of calls and
-the grammar of calls use the same `ParameterType` of this module. The published template writes a
-text as it is, lists and objects as JSON, all else as Python's `str` (`True`, `None`, `0.5`); JSON's
-`true` and `null` mean the same.
+the grammar of calls both use the `ParameterType` of this module. The published template writes a
+text literally, lists and objects as JSON, everything else as Python's `str` (`True`, `None`,
+`0.5`); JSON's `true` and `null` mean the same.
 
 - **Text alone** (`{"type": "string"}`): the whole text is the value, quotes included.
-- **No text** (`Optional[int]`, lists, objects): read as the most specific type that fits, in the
-  order null, boolean, integer, number, array, object; white space around it does not count.
-- **Text or something else** (`Optional[str]`, `str | int`, no type at all): `null` is null, `3` is
-  the number, everything else is the text as it stands (` 3`, `"Paris"` with its quotes). A text
-  that would be taken for something else is written as a JSON string: `"null"`, `"3"`. A JSON string
-  whose content needs no quotes is a text in quotes.
-- **A value that fits no type** stays the text that it was: a wrong argument that the caller sees is
-  better than a lost one. Further validation is left to the tool.
+- **No text** (`Optional[int]`, lists, objects): the value has the most specific type that fits, in
+  the order null, boolean, integer, number, array, object; white space around it is ignored.
+- **Text or another type** (`Optional[str]`, `str | int`, no type at all): `null` is null, `3` is
+  the number, everything else is the literal text (` 3`, `"Paris"` with its quotes). A text that
+  would be read as another type is written as a JSON string: `"null"`, `"3"`. A JSON string whose
+  content needs no quotes is a text that includes the quotes.
+- **A value that fits no type** remains text: the caller should see a wrong argument rather than
+  lose it. Further validation is left to the tool.
 """
 
 import json
@@ -30,7 +30,7 @@ from nemotron3.text.schemas import Conjunction, alternatives
 from nemotron3.text.string_regex import fits_string
 
 KINDS = ("null", "boolean", "integer", "number", "array", "object", "string")
-"""JSON's types, the most particular first; every integer is a number too."""
+"""JSON's types, the most specific first; every integer is also a number."""
 
 LOOKS: Mapping[str, str] = {
     "null": "null|None",
@@ -40,7 +40,7 @@ LOOKS: Mapping[str, str] = {
     "array": r"\[(?s:.*)",
     "object": r"\{(?s:.*)",
 }
-"""Texts that are taken for another type, or may be; for Python's `re` and Rust's `regex`."""
+"""For each type, a pattern of the texts that may be read as it, for `re` and Rust's `regex`."""
 
 _IMPLIED = (
     ("object", frozenset({"properties", "additionalProperties", "required", "patternProperties"})),
@@ -55,28 +55,28 @@ _IMPLIED = (
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterType:
-    """What a parameter may be; all empty where no value fits."""
+    """The allowed values of a parameter; all fields are empty if no value fits."""
 
     literals: tuple[Json, ...] = ()
     """Values that are listed one by one (`enum`, `const`)."""
     texts: tuple[Conjunction, ...] = ()
-    """Plain schemas that a text may fit."""
+    """Plain schemas for strings; a string must fit one of them."""
     others: tuple[tuple[frozenset[str], Conjunction], ...] = ()
-    """Types beside text, and the plain schema that their values fit."""
+    """Other types, each set with the plain schema that their values must fit."""
 
     @property
     def is_never(self) -> bool:
-        """Whether nothing fits."""
+        """Whether no value fits."""
         return not (self.literals or self.texts or self.others)
 
     @cached_property
     def has_text(self) -> bool:
-        """Whether a text may be a value."""
+        """Whether a string may be a value."""
         return bool(self.texts) or any(isinstance(value, str) for value in self.literals)
 
     @cached_property
     def kinds(self) -> frozenset[str]:
-        """The types beside text."""
+        """The types other than string."""
         found = {kind for kinds, _ in self.others for kind in kinds}
         found |= {kind_of(value) for value in self.literals if not isinstance(value, str)}
         return frozenset(found)
@@ -87,11 +87,11 @@ class ParameterType:
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether any text is its own value, so that it need not be whole to be passed on."""
+        """Whether every text is its own value, so that parts of it can be streamed."""
         return self.has_text and not self.kinds
 
     def looks_other(self, text: str) -> bool:
-        """Whether a text has to be written as a JSON string to be read as the text that it is."""
+        """Whether a string must be written as a JSON string to be read back as a string."""
         while True:
             if any(re.fullmatch(LOOKS[kind], text) for kind in self.kinds):
                 return True
@@ -101,11 +101,11 @@ class ParameterType:
             text = content
 
     def read(self, text: str) -> Json:
-        """The value that a text stands for."""
+        """The value of a text."""
         return self._read(text)[0]
 
     def read_json(self, text: str) -> str:
-        """The value as JSON, as it was written where it was JSON."""
+        """The value as JSON; a text that is already JSON is returned unchanged."""
         value, written = self._read(text)
         return json.dumps(value, ensure_ascii=False) if written is None else written
 
@@ -133,9 +133,9 @@ class ParameterType:
 
 
 def parameter_type(schema: Json, root: Mapping[str, Json] | None = None) -> ParameterType:
-    """What a parameter's schema allows; `root` is the tool's `parameters`, where `$ref` looks.
+    """The type that a parameter's schema allows; `$ref` refers to `root`, the tool's `parameters`.
 
-    Raises `DataError` where that cannot be told.
+    Raises `DataError` if the schema is too complex.
     """
     literals: dict[str, Json] = {}
     texts: list[Conjunction] = []
@@ -160,7 +160,7 @@ def parameter_type(schema: Json, root: Mapping[str, Json] | None = None) -> Para
 
 
 def readable_type(schema: Json, root: Mapping[str, Json] | None = None) -> ParameterType:
-    """As `parameter_type`; what cannot be told may be anything."""
+    """As `parameter_type`, but `ANYTHING` for a schema that is too complex."""
     try:
         return parameter_type(schema, root)
     except DataError:
@@ -168,7 +168,7 @@ def readable_type(schema: Json, root: Mapping[str, Json] | None = None) -> Param
 
 
 def kind_of(value: Json) -> str:
-    """The most particular of JSON's types that a value has."""
+    """The most specific JSON type of a value."""
     match value:
         case None:
             return "null"
@@ -185,7 +185,7 @@ def kind_of(value: Json) -> str:
 
 
 def same(one: Json, other: Json) -> bool:
-    """Whether two values are the same in JSON's sense: true is not 1, and 1.0 is."""
+    """Whether two values are equal in JSON's sense: true differs from 1, but 1.0 equals it."""
     return _key(one) == _key(other)
 
 
@@ -212,7 +212,7 @@ def _widened(kinds: set[str]) -> frozenset[str]:
 
 
 def _choices(conjunction: Conjunction) -> dict[str, Json] | None:
-    """The values that are listed, those in all lists; None without a list."""
+    """The values that all lists (`enum`, `const`) contain; None without a list."""
     found: dict[str, Json] | None = None
     for schema in conjunction:
         lists: list[list[Json]] = []
@@ -237,7 +237,7 @@ def _key(value: Json) -> str:
 
 
 def _quoted_content(text: str) -> str | None:
-    """The content of a JSON string, written as this package writes it."""
+    """The content of a JSON string that is written as this package writes it, else None."""
     if len(text) < 2 or text[0] != '"' or text[-1] != '"':
         return None
     content, _ = load_json(text)
@@ -246,4 +246,4 @@ def _quoted_content(text: str) -> str | None:
 
 
 ANYTHING = parameter_type({})
-"""A parameter of which nothing is said."""
+"""The type of a parameter without a schema."""

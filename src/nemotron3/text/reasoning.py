@@ -1,23 +1,23 @@
 r"""Separate a model's reasoning from its answer while the tokens arrive.
 
-The rules are those of the family's own parsers (DeepSeek-R1's): where the prompt opened a
-`<think>` block, the output is reasoning until `</think>`; where it did not, all output is answer,
-unless the model opens a block itself. Cases that these rules leave open are decided here:
+The rules are those of the family's own parsers (DeepSeek-R1's): if the prompt opened a `<think>`
+block, the output is reasoning until `</think>`; if not, all output is answer, unless the model
+opens a block itself. This module decides the cases that these rules leave open:
 
-- **A tag is a token.** With the ids known, `</think>` closes the reasoning only as the special
-  token; a model that writes the eight characters is talking about the tag. Without the ids
-  (`tags_in_text`) the characters have to do, however they are cut into pieces.
-- **A tag counts at the edge of a section.** `<think>` before any reasoning repeats the prompt,
-  `</think>` before any answer repeats the close: both vanish. `<think>` before any answer opens
-  the reasoning again. Anywhere else they are text, so nothing of an answer is lost.
-- **A call ends the reasoning** where tools were offered: models leave out `</think>` before
-  `<tool_call>` in some percent of their calls (TensorRT-LLM #13684). It must look like a call
-  (`<tool_call>`, then `<function=`); reasoning that merely mentions the tag goes on.
-- **Never closed** means never answered: all of it is reasoning and the answer is empty. A caller
-  who cannot use that sets `force_nonempty_content`, and the reasoning is given as the answer.
+- **A tag is a token.** If ids are known, `</think>` closes the reasoning only as the special token;
+  a model that writes the eight characters is writing about the tag. Without ids (`tags_in_text`)
+  the characters count as the tag, even if the stream splits them.
+- **A tag counts at the edge of a section.** `<think>` before any reasoning repeats the prompt, and
+  `</think>` before any answer repeats the closing tag: both are dropped. `<think>` before any
+  answer opens the reasoning again. Anywhere else they are text, so no part of an answer is lost.
+- **A call ends the reasoning** if tools were offered: models omit `</think>` before `<tool_call>`
+  in some percent of their calls (TensorRT-LLM #13684). It must look like a call (`<tool_call>`,
+  then `<function=`); reasoning that only mentions the tag continues.
+- **Reasoning that is never closed** has no answer: all output is reasoning and the answer is empty.
+  With `force_nonempty_content` the reasoning is returned as the answer.
 
-White space around the sections is the template's glue and is dropped: both ends of the reasoning,
-and the start of an answer that follows one (`keep_whitespace` keeps all of it).
+White space around the sections belongs to the template and is dropped: at both ends of the
+reasoning, and at the start of an answer that follows it (`keep_whitespace` keeps all of it).
 
     splitter = ReasoningSplitter(is_open=True)
     splitter.push("2+2 is"); splitter.push(" 4.\n"); splitter.push_tag("</think>")
@@ -39,9 +39,9 @@ from nemotron3.text.vocabulary import (
 )
 
 TAGS = (THINK_START, THINK_END, TOOL_CALL_START)
-"""The tags that tell reasoning, answer and calls apart."""
+"""The tags that separate reasoning, answer and calls."""
 CALL_TAGS = (TOOL_CALL_END, TOOL_RESPONSE_START, TOOL_RESPONSE_END)
-"""Tags that are text here, and handed on as what they are to whoever reads the answer."""
+"""Tags that this module passes on, marked as tags, to the parser of the answer."""
 
 _ANY_TAG = re.compile("|".join(TAGS))
 _CALL_NEXT = "<function="
@@ -49,7 +49,7 @@ _CALL_NEXT = "<function="
 
 @dataclass(frozen=True)
 class Span:
-    """Text of one section; `is_tag` where it is a special token of calls itself."""
+    """Text of one section; `is_tag` marks a special token of calls."""
 
     text: str
     is_reasoning: bool
@@ -65,7 +65,7 @@ class _State(Enum):
 class ReasoningSplitter:
     """Splits one stream; one object per answer.
 
-    `is_open` is whether the prompt left a `<think>` block open (`RenderedChat.is_reasoning_open`).
+    `is_open`: whether the prompt left a `<think>` block open (`RenderedChat.is_reasoning_open`).
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class ReasoningSplitter:
 
     @property
     def is_reasoning_open(self) -> bool:
-        """Whether the next token belongs to the reasoning, as far as can be told."""
+        """Whether the next token belongs to the reasoning, as far as is known."""
         return self._state is not _State.ANSWER
 
     @property
     def is_undecided(self) -> bool:
-        """Whether the last of the text may turn out to be no reasoning: a tag or a call."""
+        """Whether the end of the text may still turn out to be a tag or a call."""
         return self._state is _State.PERHAPS_CALL or bool(self._unread)
 
     @property
@@ -107,7 +107,7 @@ class ReasoningSplitter:
         return "".join(self._reasoning)
 
     def push(self, text: str) -> list[Span]:
-        """Take a piece of text; what is certain now comes back, section by section."""
+        """Add a piece of text; returns the text whose section is certain."""
         if not self._tags_in_text:
             self._text(text)
             return self._take()
@@ -122,16 +122,16 @@ class ReasoningSplitter:
         return self._take()
 
     def push_tag(self, tag: str) -> list[Span]:
-        """Take a special token, one of `TAGS` and `CALL_TAGS`."""
+        """Add a special token, one of `TAGS` and `CALL_TAGS`."""
         assert tag in (*TAGS, *CALL_TAGS), f"{tag} is text to the splitter"
         self._tag(tag)
         return self._take()
 
     def finish(self) -> list[Span]:
-        """End the stream; what was held back comes, and the swap is made where it was asked for.
+        """End the stream; returns the buffered text and, with `force_nonempty_content`, the swap.
 
-        After a swap the reasoning has been given twice, once as such while it arrived. A caller
-        that sends one message instead of a stream leaves the first out (`was_swapped`).
+        With a swap the reasoning is returned a second time, as the answer. A caller that sends one
+        message instead of a stream omits the first (`was_swapped`).
         """
         self._text(self._unread)
         self._unread = ""
@@ -143,7 +143,7 @@ class ReasoningSplitter:
 
     @property
     def was_swapped(self) -> bool:
-        """Whether, the stream being over, the reasoning is the answer."""
+        """After the end of the stream: whether the reasoning was returned as the answer."""
         return self._force_nonempty_content and not self._has_answer and bool(self._reasoning)
 
     def _take(self) -> list[Span]:
@@ -233,7 +233,7 @@ def split_reasoning(
     keep_whitespace: bool = False,
     force_nonempty_content: bool = False,
 ) -> tuple[str, str]:
-    """Reasoning and answer of a whole text whose tags are characters."""
+    """Split a complete text, whose tags are characters, into reasoning and answer."""
     splitter = ReasoningSplitter(
         is_open=is_open,
         tags_in_text=True,
@@ -247,7 +247,7 @@ def split_reasoning(
 
 
 def partial_suffix(text: str, markers: Iterable[str]) -> int:
-    """Length of the longest end of `text` that one of the markers may begin with, not whole."""
+    """Length of the longest suffix of `text` that is a proper prefix of one of the markers."""
     longest = 0
     for marker in markers:
         for length in range(min(len(marker) - 1, len(text)), longest, -1):

@@ -1,8 +1,8 @@
-"""From generated ids to the parts of an answer: reasoning, content, tool calls, piece by piece.
+"""Streaming parser from generated ids to the parts of an answer: reasoning, content, tool calls.
 
-One `ResponseParser` per answer joins the three readers of a stream: ids to text without half
-characters, reasoning from answer, calls out of the answer. Special tokens have their effect and
-are not shown: `</s>` and `<|im_end|>` end the answer, the readers handle the tags.
+One `ResponseParser` per answer combines three steps: it decodes ids to text, separates reasoning
+from answer, and parses calls out of the answer. Special tokens have their effect and are not part
+of the text: `</s>` and `<|im_end|>` end the answer, and the tags separate its parts.
 
     parser = ResponseParser(tokenizer, is_reasoning_open=prompt.is_reasoning_open, tools=tools)
     for ids in stream:
@@ -34,7 +34,7 @@ ResponseDelta = ReasoningDelta | ContentDelta | CallDelta
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """A whole answer. `tool_calls` may end with one that is not complete: never run that."""
+    """A complete answer. The last of `tool_calls` may be incomplete; it must not be executed."""
 
     reasoning: str
     content: str
@@ -42,13 +42,13 @@ class Response:
 
 
 class ResponseParser:
-    """Reads one stream of generated ids.
+    """Parses one stream of generated ids.
 
-    Tags are taken by their ids; a vocabulary that lacks one of them is read by its characters.
-    Without `tools` nothing is a call. `num_reasoning_tokens` counts the ids that a model generated
-    between the tags of its reasoning: no tag, no beginning of a call that ends it, and nothing that
-    was forced on the model. `num_content_tokens` counts those that content is made of: no calls,
-    and no white space that is dropped.
+    Tags are recognised by their ids; if the vocabulary lacks one of them, by their characters.
+    Without `tools` there are no calls. `num_reasoning_tokens` counts the ids that the model
+    generated between the tags of its reasoning, without the tags, the start of a call that ends it,
+    and forced ids. `num_content_tokens` counts the ids of the content, without calls and without
+    white space that is dropped.
     """
 
     def __init__(
@@ -79,15 +79,15 @@ class ResponseParser:
         self._num_undecided = 0
 
     def push(self, ids: Iterable[int], *, is_forced: bool = False) -> list[ResponseDelta]:
-        """Take generated ids; what they make certain comes back.
+        """Add generated ids; returns the parts that are certain.
 
-        Ids that were forced (`is_forced`) are read like any others, and not counted as reasoning.
+        Forced ids (`is_forced`) are parsed like others, but not counted as reasoning.
         """
         deltas: list[ResponseDelta] = []
         for token_id in ids:
             was_open = self._splitter.is_reasoning_open
             tag = self._tags.get(token_id)
-            if was_open and tag in CALL_TAGS:  # in the reasoning they are text
+            if was_open and tag in CALL_TAGS:  # they are text inside the reasoning
                 tag = None
             if token_id in self._hidden:
                 spans = []
@@ -107,10 +107,10 @@ class ResponseParser:
         return deltas
 
     def _count_reasoning(self, one: int, tag: str | None) -> None:
-        """Count what came while the reasoning was open, once it is known to be reasoning."""
-        if tag is not None:  # what came before it was no beginning of a call
+        """Count tokens while the reasoning is open, once they are known to be part of it."""
+        if tag is not None:  # the tokens before it were not the start of a call
             self._decide()
-        if not self._splitter.is_reasoning_open:  # what is undecided was a call, or a tag as text
+        if not self._splitter.is_reasoning_open:  # the undecided tokens were a call or a tag
             self._num_undecided = 0
         elif self._splitter.is_undecided:
             self._num_undecided += 1
@@ -123,16 +123,16 @@ class ResponseParser:
         self._num_undecided = 0
 
     def count_unshown(self, ids: Iterable[int]) -> None:
-        """Count ids at the end of the answer that are not shown: those of a stop string."""
+        """Count ids at the end of the answer that are not in its text: those of a stop string."""
         for token_id in ids:
             if not self._splitter.is_reasoning_open or self._tags.get(token_id) == THINK_END:
                 return
             self.num_reasoning_tokens += 1
 
     def push_text(self, text: str) -> list[ResponseDelta]:
-        """Take text that the answer ends with, inside a token.
+        """Add the last text of an answer that ends inside a token.
 
-        It begins with what the tokens before left undecided: half a character, if anything.
+        It includes the bytes that the tokens before left undecoded, an incomplete character.
         """
         self._detokenizer.finish()
         is_reasoning = self._splitter.is_reasoning_open
@@ -142,7 +142,7 @@ class ResponseParser:
         return self._read(spans)
 
     def finish(self) -> list[ResponseDelta]:
-        """End the stream; what was held back comes."""
+        """End the stream; returns the buffered parts."""
         deltas = self._read(self._splitter.push(self._detokenizer.finish()))
         self._decide()
         deltas += self._read(self._splitter.finish())
@@ -151,7 +151,7 @@ class ResponseParser:
         return deltas
 
     def response(self) -> Response:
-        """The whole answer, once the stream is over."""
+        """The complete answer, after the end of the stream."""
         return Response(
             reasoning="" if self._splitter.was_swapped else self._splitter.reasoning,
             content="".join(self._content),
@@ -159,12 +159,12 @@ class ResponseParser:
         )
 
     def _is_content(self, text: str, spans: Sequence[Span]) -> bool:
-        """Whether a token behind the reasoning is one that content is made of."""
+        """Whether a token after the reasoning is part of the content."""
         is_dropped = text.isspace() and not spans
         return not is_dropped and (self._calls is None or not self._calls.is_open)
 
     def _is_shown(self, span: Span) -> bool:
-        """Whether a special token behind the reasoning is content itself."""
+        """Whether a special token after the reasoning is itself part of the content."""
         is_of_call = span.is_tag and (
             span.text not in CALL_TAGS or (self._calls is not None and self._calls.is_open)
         )

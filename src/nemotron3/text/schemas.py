@@ -1,13 +1,13 @@
-"""A JSON schema taken apart: references followed, combinations multiplied out, closed in itself.
+"""Normalise JSON schemas: resolve references and expand combinations.
 
-`alternatives` turns a schema into the plain schemas of which a value has to fit one: each is a
-conjunction of mappings without `$ref`, `allOf`, `anyOf`, `oneOf`. Whoever has to know what a schema
-allows at its top (a type, a list of choices) reads these and nothing else. `oneOf` is taken for
-`anyOf`: that exactly one branch fits is left to whoever validates. `nullable` (OpenAPI) is one more
+`alternatives` turns a schema into a list of plain schemas; a value must fit one of them. Each is a
+conjunction of mappings without `$ref`, `allOf`, `anyOf`, `oneOf`. The other modules read what a
+schema allows at its top level (types, listed values) from these. `oneOf` is treated as `anyOf`:
+that exactly one branch fits is left to validation by the tool. `nullable` (OpenAPI) is one more
 alternative.
 
-`closed` makes of schemas that point into a larger document one that stands alone, with the
-definitions that it reaches and without what only describes.
+`closed` turns schemas that refer to a larger document into one self-contained schema, with the
+definitions that it needs and without annotations such as descriptions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from typing import Any, cast
 
 from nemotron3.errors import DataError
 from nemotron3.text.messages import Json
-from nemotron3.text.string_regex import format_regex, held_pattern
+from nemotron3.text.string_regex import format_regex, string_pattern
 
 Conjunction = tuple[Mapping[str, Json], ...]
-"""Plain schemas that hold together."""
+"""Plain schemas, all of which must hold."""
 
 _MAX_ALTERNATIVES = 4096
 _MAX_STEPS = 20_000  # schemas may refer to each other in every order
@@ -34,18 +34,18 @@ _OF_SCHEMAS_BY_NAME = frozenset({"dependentSchemas", "patternProperties", "prope
 
 
 def alternatives(schema: Json, root: Mapping[str, Json] | None) -> list[Conjunction]:
-    """The plain schemas of which a value has to fit one; none where no value fits.
+    """The plain schemas of `schema`; a value must fit one of them. Empty if no value fits.
 
-    `root` is the document in which `$ref` looks; a reference that leads nowhere stays in its plain
-    schema. Raises `DataError` where they are too many to be told.
+    `$ref` refers to the document `root`; a reference without a target stays in its plain schema.
+    Raises `DataError` if the schema is too complex.
     """
     return _Alternatives(root or {}).of(schema, frozenset(), 0)
 
 
 def closed(schemas: Sequence[Conjunction], root: Mapping[str, Json] | None) -> dict[str, Json]:
-    """One schema, for any of these, in which every `$ref` leads to a definition of its own.
+    """One self-contained schema that any of these satisfies: its `$ref`s refer to its own `$defs`.
 
-    Raises `DataError` for a reference that leads nowhere.
+    Raises `DataError` for a reference without a target.
     """
     return _Closing(root or {}).of(schemas)
 
@@ -93,7 +93,7 @@ class _Alternatives:
         if target is None:
             return [({**own, "$ref": reference},)]
         if reference in seen:
-            return []  # what fits only if it fits is no alternative
+            return []  # a schema that refers to itself adds no alternative
         reached = self.of(target, seen | {reference}, depth + 1)
         return [(own, *conjunction) for conjunction in reached]
 
@@ -146,7 +146,7 @@ class _Closing:
         return found
 
     def _with_names(self, schema: Mapping[str, Json]) -> Mapping[str, Json]:
-        """A schema without `propertyNames`, where that lists names, or says no more than text."""
+        """A schema without `propertyNames`, if that only lists names or requires strings."""
         if "propertyNames" not in schema:
             return schema
         listed: list[Json] = []
@@ -181,7 +181,7 @@ class _Closing:
 
 
 def _target(reference: str, root: Mapping[str, Json]) -> Json:
-    """What a reference leads to in the document; None for nothing."""
+    """The target of a reference in the document, or None."""
     if reference == "#":
         return root
     if not reference.startswith("#/"):
@@ -203,13 +203,13 @@ def _schemas(listed: Json) -> list[Json]:
 
 
 def _listed(schema: Mapping[str, Json]) -> list[Json]:
-    """The values of a plain schema's `enum` or `const`."""
+    """The values in a plain schema's `enum` or `const`."""
     listed = schema.get("enum")
     return cast(list[Json], listed) if isinstance(listed, list) else [schema.get("const")]
 
 
 def _patterns(schema: Mapping[str, Json]) -> list[str]:
-    """What a string has to match; of formats our expressions, so that all texts are held alike."""
-    pattern, form = held_pattern(schema), format_regex(schema)
+    """The patterns that a string must match; a format uses the same expression as in calls."""
+    pattern, form = string_pattern(schema), format_regex(schema)
     found = [] if pattern is None else [pattern]
     return found if form is None else [*found, f"^(?:{form})$"]

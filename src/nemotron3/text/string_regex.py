@@ -1,8 +1,8 @@
-r"""What JSON schema says of strings, as expressions for text that stands as it is.
+r"""Regular expressions for JSON schema's constraints on strings, for text without quotes.
 
-In a call a text is written without quotes and escapes, so the expressions by which JSON strings are
-held to their `pattern` and `format` do not fit. These are in the syntax of Rust's `regex`, which
-the grammars use: no look-around, no anchors.
+In a call a string is written without quotes and escapes, so llguidance's own expressions for
+`pattern` and `format`, which match JSON strings, cannot be used. These are in the syntax of Rust's
+`regex`, which the grammars use: no look-around, no anchors.
 """
 
 import re
@@ -49,17 +49,17 @@ FORMATS: Mapping[str, str] = {
     "uuid": "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
     "uri": _URI,
 }
-"""The formats that are held; RFC 3339 for times, with days that the calendar has."""
+"""The supported formats; times follow RFC 3339, and dates are limited to days that exist."""
 
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}  # ECMA's are ASCII
 _LOOKS_AROUND = re.compile(r"\(\?<?[=!]")
 
 
-def held_pattern(schema: Mapping[str, Json]) -> str | None:
-    """The `pattern` that a string is held to.
+def string_pattern(schema: Mapping[str, Json]) -> str | None:
+    """The `pattern` that a string must match, or None.
 
-    zod writes one with look-around beside a `format`, for the same thing; then the format, which
-    is stricter, is enough.
+    zod writes a pattern with look-around with an equivalent `format`; then only the format, which
+    is stricter, is used.
     """
     pattern = schema.get("pattern")
     if not isinstance(pattern, str):
@@ -69,24 +69,24 @@ def held_pattern(schema: Mapping[str, Json]) -> str | None:
 
 
 def string_regexes(schema: Mapping[str, Json]) -> list[str]:
-    """The expressions that a text has to match whole, all of them, to fit a plain schema."""
+    """The expressions that a text must match, all of them and as a whole, to fit a plain schema."""
     found: list[str] = []
     least, most = _length(schema.get("minLength")), _length(schema.get("maxLength"))
     if least is not None or most is not None:
         found.append(f"(?s:.{{{least or 0},{'' if most is None else most}}})")
-    pattern, form = held_pattern(schema), format_regex(schema)
+    pattern, form = string_pattern(schema), format_regex(schema)
     if pattern is not None:
         found.append(_searched(pattern))
     return found if form is None else [*found, form]
 
 
 def format_regex(schema: Mapping[str, Json]) -> str | None:
-    """The expression that a `format` means; one that is not known holds nothing."""
+    """The expression of a `format`; None for an unknown format, which constrains nothing."""
     form = schema.get("format")
     if not isinstance(form, str) or form not in FORMATS:
         return None
-    # Beside a pattern, which may want a time of the place, an offset may be left out.
-    is_bare = form in ("time", "date-time") and held_pattern(schema) is not None
+    # With a pattern, which may ask for a local time, the UTC offset is optional.
+    is_bare = form in ("time", "date-time") and string_pattern(schema) is not None
     return FORMATS[form] + "?" * is_bare
 
 
@@ -99,14 +99,14 @@ def fits_string(text: str, schema: Mapping[str, Json]) -> bool:
     try:
         return not isinstance(pattern, str) or re.search(pattern, text) is not None
     except re.error:
-        return True  # in a dialect of its own
+        return True  # a pattern that Python's dialect cannot compile
 
 
 def without(words: Iterable[str]) -> str:
-    """An expression of texts that hold none of the words.
+    """An expression for texts that contain none of the words.
 
-    Each begins with `<` and has no other, which is what makes the expression small: it needs no
-    complement, with which bounded lengths grow beyond an automaton's limits.
+    Each word begins with `<` and contains no other `<`. So the expression is small and needs no
+    complement, which together with bounded lengths would exceed the automaton's limits.
     """
     rests = sorted({word[1:] for word in words})
     assert all(word.startswith("<") and "<" not in word[1:] for word in words)
@@ -114,12 +114,12 @@ def without(words: Iterable[str]) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as the expression that matches it alone."""
+    """An expression that matches exactly this text."""
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
 def _tail(words: list[str]) -> str:
-    """Texts without `<` that begin with none of the words; they may end early."""
+    """An expression for texts without `<` that begin with none of the words; they may end early."""
     heads = sorted({word[0] for word in words})
     branches = [f"[^<{''.join(map(quoted, heads))}][^<]*"]
     for head in heads:
@@ -138,9 +138,9 @@ def _length(value: Json) -> int | None:
 
 
 def _searched(pattern: str) -> str:
-    """A `pattern` of ECMA's, which may match anywhere, as one that matches the whole text."""
+    """Convert an ECMA `pattern`, which may match anywhere, to one that matches the whole text."""
     if _LOOKS_AROUND.search(pattern) is not None:
-        raise DataError(f"pattern is {pattern!r}; no text can be held to one that looks around")
+        raise DataError(f"pattern is {pattern!r}; look-around cannot be enforced")
     found: list[str] = []
     for starts, inner, ends in _branches(pattern):
         found.append(f"{'' if starts else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}")
@@ -148,7 +148,7 @@ def _searched(pattern: str) -> str:
 
 
 def _branches(pattern: str) -> list[tuple[bool, str, bool]]:
-    """Each branch in Rust's syntax, and whether it is anchored at its start and end."""
+    """Each branch in Rust's syntax, between flags: whether it is anchored at its start, its end."""
     found: list[tuple[bool, str, bool]] = []
     part, starts, ends, depth, is_class = "", False, False, 0, False
     for token in re.findall(r"\\u[0-9a-fA-F]{4}|\\.|.", pattern, re.DOTALL):
@@ -171,7 +171,7 @@ def _branches(pattern: str) -> list[tuple[bool, str, bool]]:
 
 def _translated(token: str, *, is_class: bool) -> str:
     if token[0] != "\\":
-        # Rust has classes within classes; the grammar's own text ends an expression at a slash.
+        # Rust allows nested classes, and in the grammar's text a slash ends an expression.
         return {"/": r"\x{2f}", "\n": r"\n", "[": r"\[" if is_class else "["}.get(token, token)
     if token[1:] in _CLASSES:
         return _CLASSES[token[1:]] if is_class else f"[{_CLASSES[token[1:]]}]"
@@ -182,6 +182,6 @@ def _translated(token: str, *, is_class: bool) -> str:
 
 def _no_anchor(pattern: str) -> DataError:
     return DataError(
-        f"pattern is {pattern!r}; '^' and '$' can be held at the ends of an expression and of its "
-        f"branches, nowhere else"
+        f"pattern is {pattern!r}; '^' and '$' are supported only at the ends of an expression and "
+        f"of its branches"
     )

@@ -1,13 +1,13 @@
-"""The family's 131,072-entry vocabulary, built offline from a file that mistral-common carries.
+"""The family's 131,072-entry vocabulary, built offline from a file in the package mistral-common.
 
-The Nemotron 3 tokenizer is Mistral's Tekken with its first thousand ids given to special tokens.
-The package `mistral-common` (Apache-2.0) carries Tekken as a list of byte strings by rank, so the
-whole vocabulary can be had from a package registry, without the published checkpoint. Only the
-data file is read; the package itself, with its many dependencies, is never imported.
+The Nemotron 3 tokenizer is Mistral's Tekken with its first thousand ids reserved for special
+tokens. The package `mistral-common` (Apache-2.0) contains Tekken as a list of byte strings by rank,
+so the whole vocabulary is available from a package registry, without a published checkpoint. Only
+the data file is read; the package itself, with its many dependencies, is never imported.
 
-A rank list says which strings are entries, a BPE file which pairs merge. The pair behind an entry
-is what merging its own bytes ends in when only entries of lower rank exist: at each step the
-adjacent pair whose joined string has the lowest rank is merged, until two parts are left.
+A rank list contains the entries, a BPE file the pairs that merge. The pair of an entry results from
+merging its own bytes with entries of lower rank only: at each step the adjacent pair whose joined
+string has the lowest rank is merged, until two parts are left.
 """
 
 import base64
@@ -28,9 +28,9 @@ _FILE = "tekken_240911.json"
 
 
 def tekken_tokenizer(file: str | Path | None = None) -> Tokenizer:
-    """Build the 131,072-entry tokenizer; takes seconds, so save it and load it from then on.
+    """Build the 131,072-entry tokenizer. It takes seconds, so save the result and load it later.
 
-    `file` is a tekken JSON; without it, the one that the installed mistral-common carries.
+    `file` is a tekken JSON file, by default the one in the installed mistral-common.
     """
     source = Path(file) if file is not None else _bundled_file()
     pattern, entries = _read_ranks(source)

@@ -1,19 +1,17 @@
 """Text to token ids and back, for published vocabularies and for our own.
 
-`Tokenizer` wraps the Rust `tokenizers` library and adds what the family needs: named special ids,
-a directory layout that the published checkpoints and transformers share (tokenizer.json,
-tokenizer_config.json, special_tokens_map.json, chat_template.jinja), and the answer to two
-questions that a bare tokenizer leaves open:
+`Tokenizer` wraps the Rust `tokenizers` library and adds named special ids and the directory layout
+of the published checkpoints and transformers (tokenizer.json, tokenizer_config.json,
+special_tokens_map.json, chat_template.jinja). It also decides two questions:
 
-- *Is `</s>` in this text a token or five characters?* In a rendered conversation it is a token; in
-  a document from the world it is text, and reading it as a token would let any web page end a
-  document or open a turn. `encode` takes it as a token, `encode(text, parse_special=False)` as
-  text.
-- *What ends what?* `eos_id` (`</s>`) ends a document, `im_end_id` a turn. Generation stops at
-  either: `stop_ids`. A published chat tokenizer calls `<|im_end|>` its `eos_token`; that stays in
-  `settings` and is written back unchanged, and changes nothing here.
+- *Is `</s>` in a text a token or four characters?* In a rendered conversation it is a token. In a
+  document it is text, or any web page could end a document or open a turn. `encode(text)` reads it
+  as a token, `encode(text, parse_special=False)` as text.
+- *Which token ends a text?* `eos_id` (`</s>`) ends a document, `im_end_id` a turn. Generation stops
+  at either: `stop_ids`. A published chat tokenizer has `<|im_end|>` as its `eos_token`; this is
+  kept in `settings`, written back unchanged, and not used here.
 
-No ids are added that the text does not hold: neither `<s>` nor `</s>`.
+`encode` adds no ids: neither `<s>` nor `</s>`.
 
     tokenizer = Tokenizer.train(documents, vocab_size=4096)
     tokenizer.decode(tokenizer.encode("To be, or not to be")) == "To be, or not to be"
@@ -36,7 +34,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIALS_FILE = "special_tokens_map.json"
 _TEMPLATE_FILE = "chat_template.jinja"
-_MAX_LENGTH = 1_048_576  # the family's context; transformers warns beyond it
+_MAX_LENGTH = 1_048_576  # the family's context length; transformers warns beyond it
 
 
 class Tokenizer:
@@ -44,7 +42,7 @@ class Tokenizer:
 
     `settings` is the content of tokenizer_config.json and `specials` that of
     special_tokens_map.json, kept whole so that a published tokenizer survives loading and saving;
-    `chat_template` is its Jinja source where there is one.
+    `chat_template` is the Jinja source, or None.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Read the tokenizer files of a model directory."""
+        """Read the tokenizer files of a model directory; raises DataError if they are invalid."""
         directory = Path(path)
         file = directory / _TOKENIZER_FILE
         if not directory.is_dir():
@@ -115,7 +113,7 @@ class Tokenizer:
         return cls(backend, settings=settings, specials=specials, chat_template=template)
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer files into a directory, as transformers reads them."""
+        """Write the tokenizer files into a directory, in transformers' format."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _TOKENIZER_FILE).write_text(self.to_json(), encoding="utf-8")
@@ -135,7 +133,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of tokenizer.json: two tokenizers with one fingerprint give the same ids."""
+        """SHA-256 of tokenizer.json: tokenizers with the same fingerprint give the same ids."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
@@ -147,7 +145,7 @@ class Tokenizer:
             raise DataError(f"the text {text[:40]!a} is no Unicode; give it as UTF-8") from error
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
-        """Token ids of many texts, spread over the machine's cores."""
+        """Token ids of many texts, encoded in parallel."""
         backend = self._backend if parse_special else self._plain_backend
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -157,13 +155,13 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a vocabulary entry, or None where there is no such entry."""
+        """The id of a vocabulary entry, or None if there is no such entry."""
         return self._backend.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text behind an id: its own name for a special token, none beyond the end.
+        """The bytes of an id's text: for a special token its name, beyond the vocabulary none.
 
-        Models may have more rows than the vocabulary has entries; such an id stands for nothing.
+        Models may have more rows than the vocabulary has entries; such an id has no text.
         """
         spelled = self._spelled.get(token_id)
         if spelled is None:
@@ -181,7 +179,7 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of all special tokens, the unused ones included."""
+        """Ids of all special tokens, including unused ones."""
         return self._special_ids
 
     @cached_property
@@ -190,7 +188,7 @@ class Tokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     def byte_lengths(self) -> list[int]:
-        """Number of bytes of text behind each id; 0 for special tokens.
+        """Number of bytes of each id's text; 0 for special tokens.
 
         Bits per byte over any set of targets is their summed negative log-likelihood in bits
         divided by their summed byte lengths.
@@ -204,17 +202,17 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Number of ids, including special tokens."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def unk_id(self) -> int:
-        """Id of `<unk>`, which byte-level text never produces; it serves as padding."""
+        """Id of `<unk>`, which byte-level encoding never produces; it is used for padding."""
         return self._special_id(vocabulary.UNK)
 
     @property
     def pad_id(self) -> int:
-        """Id that fills unused places: 0, as the published model configs have it."""
+        """Id for padding: 0, as in the published model configs."""
         return self._special_id(vocabulary.UNK)
 
     @property
@@ -274,7 +272,7 @@ class Tokenizer:
 
     @cached_property
     def _plain_backend(self) -> Backend:
-        # A second object, not a flag flipped per call: calls may come from several threads.
+        # A second object instead of a flag set per call, since several threads may call.
         plain = Backend.from_str(self._backend.to_str())
         plain.encode_special_tokens = True
         return plain
@@ -295,7 +293,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _content(token: Any) -> Any:
-    """The text of a special token, which may stand in an object with its rules of stripping."""
+    """The text of a special token, which may be in an object with its stripping rules."""
     return cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
 
 
@@ -317,7 +315,7 @@ def _read_backend(file: Path) -> Backend:
     text = json.dumps(_read_json(file))
     try:
         return Backend.from_str(text)
-    except Exception as error:  # the Rust library raises nothing more precise
+    except Exception as error:  # the Rust library raises no narrower type
         raise DataError(
             f"{file} is JSON but no tokenizer ({error}); fetch it again from where it came"
         ) from error

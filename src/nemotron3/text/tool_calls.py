@@ -1,4 +1,4 @@
-r"""Read the family's tool calls out of an answer while it arrives.
+r"""Streaming parser of the family's tool calls in an answer.
 
     <tool_call>
     <function=NAME>
@@ -8,35 +8,36 @@ r"""Read the family's tool calls out of an answer while it arrives.
     </function>
     </tool_call>
 
-The format has no escaping, so what ends a value has to be told from what is in it. Here
+The format has no escaping, so a value may contain text that looks like its end. A value is ended by
 
-- `</parameter>` ends a value where the next parameter or the end of the function follows it, and
-  not inside a string of a list or an object in JSON, which holds no line end;
-- so does the opening of a declared parameter at the start of a line, where that parameter has not
-  been given: a forgotten `</parameter>` loses nothing;
-- so does a special token of calls (`push_tag`), which nobody types by accident. A `</function>`
-  just before `</tool_call>` has then closed the function.
+- `</parameter>`, if the next parameter or the end of the function follows it, and if it is not
+  inside a string within a JSON list or object (such a string contains no line end);
+- the opening tag of a declared parameter at the start of a line, if that parameter has not been
+  given: a missing `</parameter>` then loses nothing;
+- a special token of calls (`push_tag`), which never occurs as ordinary text. A `</function>` just
+  before `</tool_call>` has then closed the function.
 
 Anywhere else these are text, and so are `<`, `</function>` and, as characters, `</tool_call>`. One
-line end after the opening and one before the closing belong to the format, all others to the value.
+line end after the opening tag and one before the closing tag belong to the format, all others to
+the value.
 
-Every decision waits until it is certain, so how the stream is cut into pieces changes nothing but
-the number of deltas. A call is announced (name first) when its first parameter or its end has
-begun; its arguments follow as fragments that join to JSON. Text values are passed on as they come,
-all others when they are whole, because their type decides how they are written.
+Every decision waits until it is certain, so the way in which the stream is cut into pieces affects
+only the number of deltas. A call is announced (name first) when its first parameter or its end has
+begun; its arguments follow as fragments that concatenate to JSON. Text values are streamed; other
+values are returned when they are complete, because their type decides how they are written.
 
-- Malformed before it is announced (`<tool_call>` without a function, arguments as bare JSON): it
-  was no call. Its text is content, all of it, and reading goes on after `<tool_call>`.
-- Unfinished, where the stream or a special token ends it, or with a parameter that comes twice: the
-  call stays, `is_complete` is false, and its arguments stay unclosed, so that no client can take
-  half a call for a whole one.
-- White space between text and a call, and between calls, is the template's glue and is dropped.
+- A call that is malformed before it is announced (`<tool_call>` without a function, arguments as
+  bare JSON) is not a call: its text is content, and parsing continues after `<tool_call>`.
+- A call that the end of the stream or a special token leaves unfinished, or that gives a parameter
+  twice, is kept with `is_complete` false, and its arguments are not closed. So no client can
+  mistake it for a complete call.
+- White space between text and a call, and between calls, belongs to the template and is dropped.
 
-With `tags_in_text=False` a call begins only where `push_tag` says so (the special token
-`<tool_call>`): an answer that quotes the format is then no call.
+With `tags_in_text=False` a call begins only with the special token `<tool_call>` (`push_tag`): an
+answer that quotes the format is then not a call.
 
-How values are written is in `parameter_types.py`. A function that was not offered is a call like
-any other: whoever runs calls knows which there are.
+`parameter_types.py` defines how values are written. A call of a function that was not offered is
+parsed like any other; the caller must check the name.
 """
 
 import json
@@ -68,7 +69,7 @@ class ContentDelta:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A part of call number `index`: its name once, at first, then fragments of its arguments."""
+    """A part of call number `index`: first its name, then fragments of its arguments."""
 
     index: int
     name: str | None = None
@@ -77,7 +78,7 @@ class CallDelta:
 
 @dataclass
 class ParsedCall:
-    """A call as read: `arguments` is JSON text, whole if `is_complete`, else its beginning."""
+    """A parsed call: `arguments` is JSON text if `is_complete`, else the beginning of one."""
 
     name: str
     arguments: str = ""
@@ -93,26 +94,26 @@ class _State(Enum):
 
 
 class _UndecidedError(Exception):
-    """More text is needed to tell."""
+    """More text is needed to decide."""
 
 
 @dataclass
 class _Value:
-    """The argument being read; `parts` collect it where it cannot be passed on as it comes."""
+    """The argument that is being read; `parts` collect its text if it cannot be streamed."""
 
     type: ParameterType = ANYTHING
     openings: tuple[str, ...] = ()
-    """Of the parameters that may follow it."""
+    """Opening tags of the parameters that may follow it."""
     has_begun: bool = False
     is_empty: bool = True
     parts: list[str] = field(default_factory=list[str])
     is_in_string: bool = False
-    """Whether what was read ends within a string of a list or an object in JSON."""
+    """Whether the text so far ends inside a string within a JSON list or object."""
     is_json: bool | None = None
     is_escaped: bool = False
 
     def collect(self, text: str) -> None:
-        """Add what belongs to it."""
+        """Add text of the value."""
         self.parts.append(text)
         if self.is_json is None and text.strip():
             self.is_json = text.lstrip()[0] in "[{"
@@ -129,7 +130,7 @@ class _Value:
 
 
 class ToolCallParser:
-    """Reads one stream; one object per answer. `calls` holds what was read so far."""
+    """Parses one stream; one object per answer. `calls` holds the calls so far."""
 
     def __init__(self, tools: Sequence[Tool] = (), *, tags_in_text: bool = True) -> None:
         self.calls: list[ParsedCall] = []
@@ -139,7 +140,7 @@ class ToolCallParser:
         self._state = _State.TEXT
         self._deltas: list[ContentDelta | CallDelta] = []
         self._buffer = ""  # not decided yet
-        self._blanks = ""  # white space before a `<tool_call>` that may prove to be no call
+        self._blanks = ""  # white space before a possible `<tool_call>`
         self._follows_call = False
         self._value = _Value()
         self._given: set[str] = set()  # parameters of this call
@@ -147,20 +148,20 @@ class ToolCallParser:
 
     @property
     def is_open(self) -> bool:
-        """Whether what comes next belongs to a call, or may."""
+        """Whether the next text may belong to a call."""
         return self._state is not _State.TEXT
 
     def push(self, text: str) -> list[ContentDelta | CallDelta]:
-        """Take a piece of the answer; what is certain now comes back."""
+        """Add a piece of the answer; returns the parts that are certain."""
         self._buffer += text
-        # What cannot be decided yet ends the loop; the buffer is then read again with more in it.
+        # Text that cannot be decided yet ends the loop; it is read again when more has arrived.
         with suppress(_UndecidedError):
             while self._buffer:
                 self._step()
         return self._take()
 
     def push_tag(self, tag: str) -> list[ContentDelta | CallDelta]:
-        """Take a special token of calls; where one is open, it is over."""
+        """Add a special token of calls; it ends an open call."""
         was_open = self._state is not _State.TEXT
         if self._state is _State.OPENING:
             self._no_call(len(self._buffer))
@@ -175,7 +176,7 @@ class ToolCallParser:
         return self._take() + ([] if was_open and tag == TOOL_CALL_END else self.push(tag))
 
     def finish(self) -> list[ContentDelta | CallDelta]:
-        """End the stream; what was held back comes."""
+        """End the stream; returns the buffered parts."""
         if self._state is _State.VALUE:
             self._finish_value()
         elif self._state in (_State.TEXT, _State.OPENING):
@@ -213,7 +214,7 @@ class ToolCallParser:
         if tag:
             self._open(before, after)
             return
-        sure = len(self._buffer[:sure].rstrip())  # white space waits: a call would drop it
+        sure = len(self._buffer[:sure].rstrip())  # white space waits: it is dropped before a call
         self._content(self._buffer[:sure])
         self._buffer = self._buffer[sure:]
         raise _UndecidedError
@@ -240,7 +241,7 @@ class ToolCallParser:
         self._state = _State.PARAMETERS
 
     def _no_call(self, length: int) -> None:
-        """What began like a call is content; what follows it is read again."""
+        """Treat text that began like a call as content, and read the text after it again."""
         self._content(self._blanks + self._buffer[:length])
         self._blanks = ""
         self._buffer = self._buffer[length:]
@@ -284,7 +285,7 @@ class ToolCallParser:
             self._state = _State.PARAMETERS
             return
         if end < 0:
-            self._pass_on(len(self._buffer) - self._held())
+            self._pass_on(len(self._buffer) - self._undecided_length())
             raise _UndecidedError
         after = self._pass_to(end)
         if not self._is_in_string() and self._continues(after):
@@ -295,29 +296,29 @@ class ToolCallParser:
             self._pass_on(after)
 
     def _find_opening(self) -> int:
-        """Where the opening of a parameter that may follow ends the value, or -1."""
+        """Index where the opening tag of a parameter that may follow ends the value, or -1."""
         at_start = self._value.openings if self._value.is_empty else ()
         if self._buffer.startswith(at_start):
             return 0
         found = [self._buffer.find("\n" + opening) for opening in self._value.openings]
         return min((at for at in found if at >= 0), default=-1)
 
-    def _held(self) -> int:
-        """Length of what may still begin something else than the value's own text."""
+    def _undecided_length(self) -> int:
+        """Length of the buffer's end that may be the start of a tag, not text of the value."""
         value = self._value
         markers = [_PARAMETER_END, "\n" + _PARAMETER_END, *("\n" + o for o in value.openings)]
         markers += value.openings if value.is_empty else ()
         if self._tags_in_text:
             return partial_suffix(self._buffer, markers)
         last = _LAST_CLOSING.search(self._buffer)
-        held = len(self._buffer) - last.start() if last is not None else 0
-        return max(held, partial_suffix(self._buffer, (*markers, _FUNCTION_END, "\n</function>")))
+        length = len(self._buffer) - last.start() if last is not None else 0
+        return max(length, partial_suffix(self._buffer, (*markers, _FUNCTION_END, "\n</function>")))
 
     def _is_in_string(self) -> bool:
         return self._value.is_in_string and not self._buffer.startswith("\n")
 
     def _pass_to(self, end: int) -> int:
-        """Pass on what stands before a `</parameter>`; where that ends then."""
+        """Add the text before a `</parameter>` to the value; returns where the tag ends."""
         self._pass_on(end - self._buffer[:end].endswith("\n"))
         return self._buffer.index(_PARAMETER_END) + len(_PARAMETER_END)
 
@@ -337,7 +338,7 @@ class ToolCallParser:
         self._argue('"' if is_text else value.type.read_json("".join(value.parts)))
 
     def _cut_value(self, tag: str) -> None:
-        """End a value that a special token ends."""
+        """End a value at a special token."""
         last = _LAST_CLOSING.search(self._buffer) if tag == TOOL_CALL_END else None
         if last is None or _PARAMETER_END in self._buffer:
             self._finish_value()
@@ -388,7 +389,7 @@ class ToolCallParser:
         return found[0] == _FUNCTION_END or self._name(found[1]) is not None
 
     def _expect(self, at: int, markers: tuple[str, ...]) -> tuple[str, int] | None:
-        """The marker that stands at `at` after white space, and where it ends."""
+        """The marker at `at`, after white space, and the index where it ends."""
         rest = self._buffer[at:].lstrip()
         for marker in markers:
             if rest.startswith(marker):
@@ -398,7 +399,7 @@ class ToolCallParser:
         return None
 
     def _name(self, at: int) -> tuple[str, int] | None:
-        """The name between `at` and the next `>`, and where that ends."""
+        """The name between `at` and the next `>`, and the index after that."""
         found = _NAME_END.search(self._buffer, at, at + MAX_NAME)
         if found is None and len(self._buffer) < at + MAX_NAME:
             raise _UndecidedError
@@ -418,7 +419,7 @@ class ToolCallParser:
 
 
 def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> tuple[str, list[ParsedCall]]:
-    """Content and calls of a whole answer whose tags are characters."""
+    """Content and calls of a complete answer whose tags are characters."""
     parser = ToolCallParser(tools)
     deltas = [*parser.push(text), *parser.finish()]
     return "".join(d.text for d in deltas if isinstance(d, ContentDelta)), parser.calls

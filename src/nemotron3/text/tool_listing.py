@@ -1,6 +1,6 @@
 """How tools are listed in the system turn, and how a call of one is written.
 
-The wording is that of the published models' training, and any other wording is another prompt. It
+The wording is that of the published models' training; any other wording would be another prompt. It
 is defined here once, as data, for the renderer and for the Jinja export.
 
 Values are written as the published template writes them: objects and lists as JSON, everything
@@ -42,7 +42,7 @@ PARAMETER_KEYS = ("name", "type", "description", "enum")
 
 
 def describe_tool(tool: Tool) -> str:
-    """One tool as XML, from `<function>` to `</function>`, with a line end before it."""
+    """A tool as XML, from `<function>` to `</function>`, with a line end before it."""
     lines = ["<function>", f"<name>{tool.name}</name>"]
     if tool.description is not None:
         lines.append(f"<description>{tool.description.strip()}</description>")
@@ -62,12 +62,12 @@ def describe_tool(tool: Tool) -> str:
 
 
 def write_argument(value: Json) -> str:
-    """An argument's value as it stands between `<parameter=…>` and `</parameter>`."""
+    """An argument's value as it is written between `<parameter=…>` and `</parameter>`."""
     return to_json(value) if _is_container(value) else str(value)
 
 
 def write_call(call: ToolCall) -> str:
-    """What stands between `<tool_call>` and `</tool_call>`."""
+    """The text between `<tool_call>` and `</tool_call>`."""
     arguments = "".join(
         f"<parameter={name}>\n{write_argument(value)}\n</parameter>\n"
         for name, value in call.arguments.items()
@@ -76,7 +76,7 @@ def write_call(call: ToolCall) -> str:
 
 
 def to_json(value: Json) -> str:
-    """JSON as the template's `tojson` writes it in transformers: as it is, nothing escaped."""
+    """JSON as transformers' `tojson` writes it in templates: without HTML or ASCII escapes."""
     return json.dumps(value, ensure_ascii=False)
 
 

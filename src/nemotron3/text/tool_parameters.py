@@ -1,9 +1,9 @@
 """The parameters that a tool declares, with their types.
 
 `parameters` may be an object with `properties`, but also a reference to one (zod's named schemas),
-several that hold together, or several to choose from; so a tool has one or more `ArgumentSet`s. A
-call is read by all of them, since nobody knows yet which it is; a grammar takes one after the
-other.
+a conjunction (`allOf`), or alternatives (`anyOf`); so a tool has one or more `ArgumentSet`s. The
+parser of a call uses all of them, since it cannot know which one the model chose; a grammar has one
+rule for each.
 """
 
 import re
@@ -17,7 +17,7 @@ from nemotron3.text.messages import Json, Tool
 from nemotron3.text.parameter_types import ANYTHING, ParameterType, parameter_type, readable_type
 from nemotron3.text.schemas import Conjunction, alternatives
 
-_UNHELD = frozenset(
+_UNENFORCEABLE = frozenset(
     {"dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxProperties"}
     | {"minProperties", "not", "propertyNames", "then", "unevaluatedProperties"}
 )
@@ -27,20 +27,20 @@ _ANY_NAME = {"type": "string"}  # zod's `propertyNames` of a record
 
 @dataclass(frozen=True, kw_only=True)
 class ArgumentSet:
-    """Arguments that go together: those described, by name, and what any other may be."""
+    """One alternative of a tool's arguments: described ones by name, and the rule for others."""
 
     described: Mapping[str, Json]
     required: tuple[str, ...]
     undescribed: Json
-    """Schema of arguments that are not described; false where there may be none."""
+    """Schema of arguments that are not described; false if there may be none."""
     patterns: Mapping[str, Json]
-    """Schemas of arguments by an expression that their name matches."""
+    """Schemas of arguments by a regular expression that matches their names."""
     takes_any: bool
     """Whether a call may give arguments that nothing describes, because nothing is described."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that is known, those described first."""
+        """All known names, the described ones first."""
         return (*self.described, *(name for name in self.required if name not in self.described))
 
     def schema(self, name: str) -> Json:
@@ -58,19 +58,19 @@ class ArgumentSet:
 
 
 class ToolParameters:
-    """What is known of a tool's parameters, for whoever reads a call of it."""
+    """The names and types of a tool's parameters, for the parser of its calls."""
 
     def __init__(self, tool: Tool | None) -> None:
         self._root = (tool.parameters if tool is not None else None) or {}
         try:
             self._sets = argument_sets(self._root)
-        except DataError:  # more than can be told: nothing is known, as without a schema
+        except DataError:  # too complex: treated as if there were no schema
             self._sets = []
         self.names = frozenset(name for each in self._sets for name in each.names)
         self.type = cache(self._type)
 
     def _type(self, name: str) -> ParameterType:
-        """How a parameter's value is read."""
+        """The type by which a parameter's value is read."""
         schemas = [each.schema(name) for each in self._sets if name in each.names]
         schemas = schemas or [each.schema(name) for each in self._sets]
         found = readable_type({"anyOf": schemas}, self._root) if schemas else ANYTHING
@@ -78,9 +78,9 @@ class ToolParameters:
 
 
 def argument_sets(parameters: Mapping[str, Json]) -> list[ArgumentSet]:
-    """The sets of arguments of which a call has one.
+    """The alternative sets of arguments; a call uses one of them.
 
-    Raises `DataError` where they cannot be told.
+    Raises `DataError` if the schema is too complex.
     """
     return [
         _argument_set(conjunction)
@@ -89,42 +89,42 @@ def argument_sets(parameters: Mapping[str, Json]) -> list[ArgumentSet]:
     ]
 
 
-def held_types(
+def argument_types(
     each: ArgumentSet, root: Mapping[str, Json]
 ) -> list[tuple[str, bool, ParameterType]]:
-    """Name, whether it is required, and type of each argument that can be given.
+    """Each argument that has possible values: its name, whether it is required, and its type.
 
-    Raises `DataError` where a required one can have no value.
+    Raises `DataError` if a required argument has no possible value.
     """
     found: list[tuple[str, bool, ParameterType]] = []
     for name in each.names:
-        held = parameter_type(each.schema(name), root)
+        allowed = parameter_type(each.schema(name), root)
         is_required = name in each.required
-        if held.is_never and is_required:
+        if allowed.is_never and is_required:
             raise DataError(
                 f": parameter {name!r} is required and no value fits its schema",
                 field=place_of(name, root),
             )
-        if not held.is_never:
-            found.append((name, is_required, held))
+        if not allowed.is_never:
+            found.append((name, is_required, allowed))
     return found
 
 
 def place_of(name: str, parameters: Mapping[str, Json]) -> str:
-    """Where a tool describes a parameter, for errors: `parameters`, or below it where it can be."""
+    """Where a tool describes a parameter, for errors: a path that starts with `parameters`."""
     is_property = name in _named(parameters.get("properties"))
     return f"parameters.properties.{name}" if is_property else "parameters"
 
 
-def assert_held(parameters: Mapping[str, Json]) -> None:
-    """Refuse what a grammar of calls cannot hold a tool's arguments to."""
+def check_enforceable(parameters: Mapping[str, Json]) -> None:
+    """Refuse constraints on a tool's arguments that a grammar of calls cannot enforce."""
     for conjunction in alternatives(parameters, parameters):
         for schema in conjunction:
-            unheld = sorted(key for key in _UNHELD & set(schema) if schema[key] != _ANY_NAME)
-            if unheld:
+            keys = sorted(key for key in _UNENFORCEABLE & set(schema) if schema[key] != _ANY_NAME)
+            if keys:
                 raise DataError(
-                    f"parameters has {unheld[0]!r}, to which no call can be held; leave it out, "
-                    f"or let the model decide to call"
+                    f"parameters has {keys[0]!r}, which cannot be enforced in a call; leave it "
+                    f"out, or let the model decide to call"
                 )
 
 

@@ -2,18 +2,18 @@ r"""The family's vocabulary layout: special tokens first, then the 256 bytes, th
 
 Every Nemotron 3 vocabulary, published or trained here, is a byte-level BPE in this order:
 
-    0 .. s-1          special tokens, the known ones at fixed ids, the rest `<SPECIAL_n>`
+    0 .. s-1          special tokens: the known ones at fixed ids, the others `<SPECIAL_n>`
     s .. s+255        the bytes, in byte order: "\n" is s + 10
     s+256 .. v-1      merges, most frequent first
 
-The published models have s = 1000 of v = 131,072. A vocabulary of a few thousand entries cannot
-give a quarter of itself to unused names, so small ones take s = 32, with the same tokens at the
-same ids below 32. Nothing outside this file spells a special token.
+The published models have s = 1000 of v = 131,072. In a vocabulary of a few thousand entries that
+would be a quarter, so small ones use s = 32, with the same tokens at the same ids below 32. No
+other module contains the text of a special token.
 
-Text is cut before merging by the Tekken rules (`PRE_TOKENIZER_PATTERN`): a word carries at most one
-leading character that is no letter (usually its space), an upper-case run starts a new piece, every
-digit stands alone, and newlines close a piece. Digits alone matter most: numbers of any length are
-then spelled from ten tokens, which is what makes arithmetic learnable.
+Text is split before merging by the Tekken rules (`PRE_TOKENIZER_PATTERN`): a word has at most one
+leading character that is not a letter (usually a space), an upper-case run starts a new piece,
+every digit is a piece, and newlines end a piece. The rule for digits matters most: numbers of any
+length are then spelled with ten tokens, which makes arithmetic learnable.
 """
 
 UNK = "<unk>"
@@ -54,8 +54,8 @@ CHAT_WORDS = (
     ">\n",
     "</",
 )
-"""What the chat template writes in every conversation, as the pre-tokenizer cuts it; in a small
-vocabulary each would be several tokens."""
+"""Text of the chat template that occurs in every conversation, split as by the pre-tokenizer. In a
+small vocabulary each piece would otherwise be several tokens."""
 
 MIN_SPECIAL_TOKENS = max(SPECIAL_TOKEN_IDS.values()) + 1
 NUM_BYTES = 256
@@ -69,12 +69,12 @@ PRE_TOKENIZER_PATTERN = "|".join(
         rf"{_LEAD}{_UPPER}+{_LOWER}*",  # a run of capitals
         r"\p{N}",  # one digit
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # punctuation, with the line end that closes it
-        r"\s*[\r\n]+",  # line ends, with the blank before them
-        r"\s+(?!\S)",  # blank, leaving one space to the word that follows
+        r"\s*[\r\n]+",  # line ends, with the white space before them
+        r"\s+(?!\S)",  # white space, except one character for the next word
         r"\s+",
     )
 )
-"""Where text is cut before merging, in the syntax of the Oniguruma engine."""
+"""How text is split before merging, in the syntax of the Oniguruma engine."""
 
 
 def special_tokens(count: int) -> list[str]:
@@ -84,10 +84,10 @@ def special_tokens(count: int) -> list[str]:
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary.
+    """The printable character that represents each byte in a byte-level vocabulary.
 
-    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in
-    order. This is the convention of every byte-level BPE file since GPT-2.
+    Printable Latin-1 bytes represent themselves; the others have the code points from 256 on, in
+    order. This is the convention of all byte-level BPE files since GPT-2.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
     printable |= set(range(ord("®"), ord("ÿ") + 1))

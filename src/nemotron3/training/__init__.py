@@ -1,1 +1,1 @@
-"""Batches to weights: losses, optimizer, schedule, step, and the loop."""
+"""Training: losses, optimizer, learning-rate schedule, step, and the loop."""

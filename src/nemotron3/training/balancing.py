@@ -7,10 +7,11 @@ Two mechanisms work together, as in all three Nemotron 3 runs (reports, pre-trai
   never enters a routing weight, so it has no effect on gradients.
 * A sequence-level loss, so small that it only prevents extreme imbalance within one sequence:
   L = E sum_i f_i P_i, with P_i the mean over tokens of the score normalised over all experts, and
-  f_i the share of choices that expert i would get without the bias. Megatron's `seq_aux_loss`.
+  f_i the share of choices that expert i would get without the bias. It is Megatron's
+  `seq_aux_loss`.
 
-A packed stream has sequences of many lengths; their losses are averaged by length, which is the
-plain mean where lengths agree (docs/decisions/0003).
+A packed stream has sequences of many lengths. Their losses are averaged with their lengths as
+weights, which is the plain mean if all lengths are equal (docs/decisions/0003).
 """
 
 import torch
@@ -24,14 +25,14 @@ from nemotron3.ops.segments import Segments
 def sequence_balance_loss(routing: Routing, segments: Segments) -> Float[Tensor, ""]:
     """Sum over tokens of the balance loss of their sequence.
 
-    A sum, to be divided by the number of tokens of the global batch, because a batch is spread over
-    microbatches and only their total has the right mean.
+    The caller divides it by the number of tokens of the global batch. The result is a sum because
+    the batch consists of microbatches, and only their total has the right mean.
     """
     scores = routing.scores
     tokens, experts = scores.shape
     choices = routing.indices.shape[1]
     shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    # Membership as a matrix: a product adds up each sequence in a fixed order on any device.
+    # A product with the membership matrix sums each sequence in a fixed order on any device.
     member = scores.new_zeros(len(segments), tokens)
     member[segments.ids(scores.device), torch.arange(tokens, device=scores.device)] = 1.0
     lengths = member.sum(-1, keepdim=True)
@@ -57,5 +58,5 @@ def update_selection_bias(router: Router, load: Float[Tensor, " expert"], rate: 
 
 
 def max_violation(load: Float[Tensor, " expert"]) -> float:
-    """MaxVio: how far the busiest expert is above the mean, 0 when all are even."""
+    """MaxVio: the relative excess of the busiest expert over the mean load; 0 if all are equal."""
     return (load.max() / load.mean() - 1).item()

@@ -19,7 +19,7 @@ from nemotron3.ops.segments import Segments
 
 
 class DepthTargets(NamedTuple):
-    """What the tokens of a microbatch should predict at one depth."""
+    """The targets of a microbatch at one depth of multi-token prediction."""
 
     targets: Tensor
     """Token ids, int64 [tokens]."""
@@ -45,7 +45,7 @@ class TrainBatch:
     """Factor of each target's loss, float32 [tokens]; an advantage, so it may be negative. A
     target of weight 0 is counted all the same. None for 1."""
     routes: RecordedRoutes | None = None
-    """Experts to choose, such as those of the engine that sampled the tokens; None to choose."""
+    """Experts to use, such as those of the engine that sampled the tokens; None: the router's."""
 
     def at_depth(self, depth: int) -> DepthTargets:
         """Targets of an MTP depth, each with its own mask and weight; depth 0 is the main head's.

@@ -18,9 +18,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss in nats per token, accuracy, and bits per byte of the text.
 
-    `token_bytes` [vocab] is the length in bytes of each token. Only targets that the mask counts
-    enter both the bits and the bytes, so the first token of a sequence, which nothing predicts,
-    is in neither.
+    `token_bytes` [vocab] is the length in bytes of each token. Only targets whose mask is 1 count,
+    in both the bits and the bytes. The first token of a sequence is never a target, so it counts in
+    neither.
     """
     nats = count = num_bytes = correct = 0.0
     for batch in batches:

@@ -27,13 +27,13 @@ BatchT_contra = TypeVar("BatchT_contra", bound=TrainBatch, contravariant=True)
 
 
 class LossTerms(NamedTuple):
-    """What one microbatch adds to its global batch."""
+    """The contribution of one microbatch to its global batch."""
 
     total: Float[Tensor, ""]
     """Its share of the loss: the part that carries gradients."""
     metrics: dict[str, Float[Tensor, ""]]
-    """Its shares of the metrics, detached, the same names for every microbatch; a metric is the
-    sum of its shares. Names are whole: `train/loss`."""
+    """Its shares of the metrics, detached, under the same names in every microbatch; a metric is
+    the sum of its shares. Names are complete: `train/loss`."""
 
 
 class Objective(Protocol[BatchT_contra]):
@@ -46,11 +46,11 @@ class Objective(Protocol[BatchT_contra]):
 
     @property
     def detach_mtp(self) -> bool:
-        """Whether the losses of the depths train the MTP block alone."""
+        """Whether the losses of the MTP depths train only the MTP block."""
         ...
 
     def counts(self, batch: BatchT_contra) -> dict[str, float]:
-        """What a microbatch adds to the normalisers, the same names for every microbatch."""
+        """A microbatch's part of the normalisers, under the same names in every microbatch."""
         ...
 
     def loss(
@@ -62,12 +62,12 @@ class Objective(Protocol[BatchT_contra]):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An objective that changes while it trains."""
+    """An objective with state that changes during training."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its state by name; the names never change."""
+        """Its state by name; the names are the same at every step."""
         ...
 
     def load_state_dict(self, state: dict[str, Tensor], /) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore the result of `state_dict`."""
         ...

@@ -1,16 +1,16 @@
 """Optimizers: weight decay and learning rate of each parameter, and state that is saved by name.
 
-Weight decay is for matrices, and each module declares for which of its parameters
-(models/parameter.py). Norm weights, biases and the state-space parameters have none: shrinking
-them changes scales and dynamics and does not regularise.
+Each module declares which of its parameters have weight decay (models/parameter.py): matrices do.
+Norm weights, biases and the state-space parameters do not, because shrinking them changes scales
+and dynamics and does not regularise.
 
-PyTorch numbers its optimizer state by the order of parameters, so that a module added in front
-moves every moment to a wrong parameter without an error. Here state is a flat dict by parameter
-name (`exp_avg.backbone.layers.0.mixer.in_proj.weight`), which `CheckpointStore` takes as it is and
-which must match exactly on the way back.
+PyTorch numbers its optimizer state in the order of the parameters, so a module that is added in
+front silently assigns every moment to a wrong parameter. Here the state is a flat dict by parameter
+name (`exp_avg.backbone.layers.0.mixer.in_proj.weight`), which `CheckpointStore` saves directly and
+whose names must match exactly on loading.
 
-Trainable parameters are fp32: they are the master weights. `models/precision.py`
-sets the dtype of products.
+Trainable parameters are float32: they are the master weights. `models/precision.py` sets the dtype
+of products.
 
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
     set_learning_rate(optimizer, schedule.learning_rate(step, peak=config.lr))
@@ -40,11 +40,11 @@ class AdamWConfig:
     lr: float
     """Peak learning rate; the schedule scales it."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.1
-    """Decay of matrices per step, times the learning rate."""
+    """Decay of matrices; each step subtracts the learning rate times this share of the weight."""
     clip_grad_norm: float | None = 1.0
     """Largest norm of the whole gradient; null leaves it as it is."""
 
@@ -98,10 +98,10 @@ def _check(lr: float, weight_decay: float, clip_grad_norm: float | None) -> None
 def parameter_groups(
     model: nn.Module, weight_decay: float, groups: Sequence[ParameterGroupConfig] = ()
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group, tied ones once.
+    """The optimizer's parameter groups: every trainable parameter in one group, tied ones once.
 
-    The parameters of each of `groups`, and those of none, are in two: decayed and not. Raises
-    ConfigError for a parameter that its module does not declare.
+    Each of `groups`, and the set of parameters in none of them, gives two groups: with weight decay
+    and without. Raises ConfigError for a parameter that its module does not declare.
     """
     members, specs = group_of_parameters(model, groups), parameter_specs(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -131,7 +131,7 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, groups: Sequence[ParameterGroupConfig] = ()
 ) -> torch.optim.Optimizer:
-    """The optimizer of the model's trainable parameters, fused where PyTorch has it."""
+    """The optimizer of the model's trainable parameters, fused where PyTorch supports it."""
     if (weights := weight_format(model)) is not None:
         raise ConfigError(
             f"the model's matrices are kept in {weights}, which has no gradients; train the plain "
@@ -156,27 +156,27 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate of the coming update, by its own scale."""
+    """Set the learning rate of the next update: `lr` times the scale of each group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale the gradients down to `max_norm` and return the norm they had.
+    """Scale the gradients down to `max_norm` and return their norm before scaling.
 
-    A norm that is not finite is returned as it is, with gradients that are then useless: the caller
-    looks at it before the update. Of sharded gradients it is the norm over all shards.
+    If the norm is not finite, the gradients are unusable: the caller must check it before the
+    update. For sharded gradients it is the norm over all shards.
     """
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
-    whole = getattr(norm, "full_tensor", None)  # DTensor's; to import that class takes seconds
+    whole = getattr(norm, "full_tensor", None)  # of DTensor, whose import takes seconds
     return norm if whole is None else whole()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as a flat dict by parameter name, for `CheckpointStore`.
 
-    A parameter that was never updated is saved with the state it would begin with; so a complete
-    dict always has the same names.
+    A parameter that was never updated is saved with its initial state, so the dict always has the
+    same names.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in _optimized(optimizer, model).items():
@@ -189,7 +189,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` gave; a name or shape that does not fit is an error."""
+    """Restore the result of `optimizer_tensors`.
+
+    Raises CheckpointError for a missing or extra name, and for a shape that does not fit.
+    """
     parameters = _optimized(optimizer, model)
     states = {name: _initial_state(optimizer, p) for name, p in parameters.items()}
     wanted = {f"{key}.{name}": t for name, state in states.items() for key, t in state.items()}
@@ -212,7 +215,7 @@ def load_optimizer_tensors(
 
 
 def _initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The state before the first update, as the fused optimizers have it."""
+    """The state before the first update, as PyTorch's fused optimizers create it."""
 
     def zeros() -> Tensor:
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -1,7 +1,7 @@
 """Parameters with their own learning rate or weight decay, and frozen parameters.
 
-A run names groups by patterns of parameter names. Parameters of no group are trained by
-the optimizer's configuration.
+A run defines groups by patterns of parameter names. Parameters in no group follow the optimizer's
+configuration.
 
     ParameterGroupConfig(name="router", parameters=("*.gate.weight",), is_frozen=True)
     ParameterGroupConfig(name="mtp", parameters=("mtp.*",), lr_scale=0.1)
@@ -24,7 +24,7 @@ class ParameterGroupConfig:
     name: str
     """What the group is called in messages and in the optimizer."""
     parameters: tuple[str, ...]
-    """Patterns of names, such as `mtp.*`: `*` is anything, `?` a character, `[ab]` one of some."""
+    """Patterns of names, such as `mtp.*`: `*` is any text, `?` a character, `[ab]` one of a set."""
     lr_scale: float = 1.0
     """Factor of the learning rate."""
     weight_decay: float | None = None
@@ -60,8 +60,8 @@ def group_of_parameters(
 ) -> dict[str, ParameterGroupConfig]:
     """The group of each parameter that is in one, by the parameter's name.
 
-    Raises ConfigError for a pattern that fits no parameter, a parameter that two groups want, and
-    two groups of one name.
+    Raises ConfigError for a pattern that matches no parameter, a parameter that two groups match,
+    and two groups of one name.
     """
     names = [name for name, _ in model.named_parameters()]
     found: dict[str, ParameterGroupConfig] = {}
@@ -85,7 +85,7 @@ def group_of_parameters(
 
 
 def freeze_parameters(model: nn.Module, groups: Sequence[ParameterGroupConfig]) -> None:
-    """Take the gradients from every parameter of a frozen group."""
+    """Set `requires_grad` to False for every parameter of a frozen group."""
     members = group_of_parameters(model, groups)
     for name, parameter in model.named_parameters():
         if name in members and members[name].is_frozen:

@@ -1,9 +1,9 @@
-"""The pre-training loss: next token, further tokens by MTP, and balancing of experts.
+"""The pre-training loss: next token, further tokens (MTP), and load balance of experts.
 
     L = CE + sum_k (lambda / D) CE_k + coefficient * balance
 
-The cross-entropies are those of `token_objective.py`, every token with weight 1; the balance loss
-is a mean over all tokens of the global batch, with a target or without.
+The cross-entropies are those of `token_objective.py`, with weight 1 for every token. The balance
+loss is a mean over all tokens of the global batch, including those without a target.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ class PretrainLossConfig:
 
     mtp_loss_scaling: float = 0.3
     """Lambda, the weight of all MTP depths together: 0.3 for Super, 0.1 for Ultra; 0 leaves the MTP
-    block out, and a model without one has none."""
+    block out. It has no effect on a model without one."""
     balance_loss: float = 1e-4
-    """Factor of the sequence-level balance loss, that of the reports; 0 leaves it out."""
+    """Factor of the sequence-level balance loss (the default is the reports'); 0 leaves it out."""
 
     def __post_init__(self) -> None:
         check_scaling(self.mtp_loss_scaling)
@@ -36,20 +36,20 @@ class PretrainLossConfig:
 
 
 class PretrainObjective(TokenObjective[BatchT]):
-    """Next-token prediction with all that the reports add to it."""
+    """Next-token prediction with the MTP and balance losses of the reports."""
 
     def __init__(self, config: PretrainLossConfig, *, num_mtp_depths: int) -> None:
-        """`num_mtp_depths` are those of the model, `ModelConfig.pattern.num_mtp_depths`."""
+        """`num_mtp_depths` is the model's, `ModelConfig.pattern.num_mtp_depths`."""
         scaling = config.mtp_loss_scaling if num_mtp_depths else 0.0
         super().__init__(TokenLossConfig(mtp_loss_scaling=scaling), num_mtp_depths=num_mtp_depths)
         self._balance_loss = config.balance_loss
 
     def counts(self, batch: BatchT) -> dict[str, float]:
-        """Targets by depth, and tokens."""
+        """The number of targets at each depth, and of tokens."""
         return super().counts(batch) | {"tokens": float(batch.segments.total)}
 
     def loss(self, output: ModelOutput, batch: BatchT, counts: Mapping[str, float]) -> LossTerms:
-        """The cross-entropies and the balance loss, which is `train/aux_loss` of the metrics."""
+        """The cross-entropies and the balance loss; the latter is the metric `train/aux_loss`."""
         total, metrics = super().loss(output, batch, counts)
         balance = _balance(output, batch.segments) / counts["tokens"]
         if self._balance_loss:
@@ -58,7 +58,7 @@ class PretrainObjective(TokenObjective[BatchT]):
 
 
 def _balance(output: ModelOutput, segments: Segments) -> Tensor:
-    """Balance loss over all mixtures; the shared MTP block's counts once, as its depths' mean."""
+    """Balance loss over all MoE layers; the shared MTP block counts once, as its depths' mean."""
     total = output.hidden[0].new_zeros(())
     for routing in output.routings:
         total = total + sequence_balance_loss(routing, segments)

@@ -1,9 +1,9 @@
 """The learning rate as a pure function of the step.
 
-A schedule holds no state, so there is nothing to save, and a resumed run cannot be one step off.
+A schedule holds no state, so there is nothing to save, and a resumed run cannot be off by one step.
 It is a factor between 0 and 1 of the peak in the optimizer's configuration, so that one number
-changes the rate. Steps are optimizer updates; a length in tokens is turned
-into steps by the recipe, which knows the batch.
+changes the rate. Steps are optimizer updates; the recipe, which knows the batch, converts lengths
+in tokens to steps.
 
 The formulas are Megatron's (`OptimizerParamScheduler`): linear warm-up from zero, then
 
@@ -29,7 +29,7 @@ DecayShape: TypeAlias = Literal["minus_sqrt", "linear", "cosine", "exponential"]
 
 
 def decay_factor(shape: DecayShape, r: float) -> float:
-    """How much of the way from minimum to peak is left at progress `r` from 0 to 1."""
+    """The rate at progress `r` in [0, 1], as a share of the way from minimum (0) to peak (1)."""
     match shape:
         case "minus_sqrt":
             return 1.0 - math.sqrt(r)
@@ -47,7 +47,7 @@ class WSD:
 
     kind: Literal["wsd"] = "wsd"
     total_steps: int
-    """Steps at whose end the decay reaches its minimum; the rate stays there afterwards."""
+    """Step at which the decay reaches its minimum; the rate stays there afterwards."""
     warmup_steps: int
     """Steps of linear warm-up from zero to the peak."""
     decay_steps: int
@@ -85,7 +85,7 @@ class Cosine:
 
     kind: Literal["cosine"] = "cosine"
     total_steps: int
-    """Steps at whose end the minimum is reached; the rate stays there afterwards."""
+    """Step at which the minimum is reached; the rate stays there afterwards."""
     warmup_steps: int
     """Steps of linear warm-up from zero to the peak."""
     final_fraction: float = 0.01
@@ -112,7 +112,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """Warm-up, then the peak for ever; merging checkpoints stands for the decay."""
+    """Warm-up, then the peak rate until the end; checkpoint merging replaces the decay."""
 
     kind: Literal["constant"] = "constant"
     warmup_steps: int = 0

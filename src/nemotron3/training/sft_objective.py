@@ -1,9 +1,9 @@
-"""The loss of supervised fine-tuning: that of pre-training on the targets of a mask.
+"""The loss of supervised fine-tuning: that of pre-training, on the targets of a mask.
 
-Super is fine-tuned in two stages: the mean over all trained tokens, then the mean over
-conversations of each one's mean, because with the first alone long answers dominated and short
-answers to long inputs became worse (Super report, supervised fine-tuning). Each batch says which it
-is.
+Super is fine-tuned in two stages. The loss of the first is the mean over all trained tokens; that
+of the second is the mean over conversations of each conversation's mean. With the first stage
+alone, long answers dominated and short answers to long inputs became worse (Super report,
+supervised fine-tuning). Each batch records its normalisation.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from nemotron3.training.token_objective import Normalisation
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisationStage:
-    """A part of the training and what counts the same in its loss."""
+    """A part of the training, with the normalisation of its loss."""
 
     normalisation: Normalisation = "token"
-    """Whether all trained tokens count the same, or all conversations."""
+    """`token`: all trained tokens have equal weight; `sequence`: all conversations have."""
     until: float = 1.0
     """Where the stage ends, as a fraction of the steps; the last one ends at 1."""
 
@@ -29,7 +29,7 @@ class SFTLossConfig(PretrainLossConfig):
     """Weights of the loss terms, and the stages of its normalisation."""
 
     stages: tuple[NormalisationStage, ...] = (NormalisationStage(),)
-    """One after another."""
+    """The stages, in order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class SFTLossConfig(PretrainLossConfig):
             raise ConfigError(f"end at {ends}; they must grow, above 0, to 1", field="loss.stages")
 
     def normalisation(self, fraction: float) -> Normalisation:
-        """That of an update, behind which this fraction of the steps lies."""
+        """The normalisation of the update before which this fraction of the steps was made."""
         return next(stage.normalisation for stage in self.stages if fraction < stage.until)
 
 
@@ -53,5 +53,5 @@ class SFTObjective(PretrainObjective[SFTBatch]):
     """The loss of conversations."""
 
     def normalisation(self, batch: SFTBatch) -> Normalisation:
-        """That of the batch's stage."""
+        """The normalisation of the batch's stage."""
         return batch.normalisation

@@ -3,9 +3,9 @@
     step = TrainingStep(model, optimizer, objective, clip_grad_norm=1.0)
     metrics = step(microbatches, learning_rate=1e-3)
 
-The forward pass goes through the model's own call, so that hooks run: with `fully_shard` on the
-blocks and on the model, the step trains a sharded model. Gradients are sums over the global batch,
-because every share is divided by global counts. FSDP must therefore sum them too: set
+The forward pass calls the model itself, so that hooks run: with `fully_shard` on the blocks and on
+the model, the step trains a sharded model. Each microbatch's share of the loss is divided by global
+counts, so the gradient is the sum over microbatches and ranks. FSDP must therefore sum, too: set
 `model.set_gradient_divide_factor(1.0)`, and pass `sum_over_ranks`.
 """
 
@@ -24,20 +24,20 @@ from nemotron3.training.objective import BatchT, LossTerms, Objective
 from nemotron3.training.optimizers import clip_gradients, set_learning_rate
 
 SumOverRanks = Callable[[Tensor], Tensor]
-"""The sum of a float64 vector over all ranks that share a global batch, the same on each."""
+"""Sums a float64 vector over all ranks of a global batch; every rank gets the same result."""
 
 
 class _Part(NamedTuple):
-    """What a microbatch's forward pass yields."""
+    """Results of one microbatch's forward pass."""
 
     terms: LossTerms
     loads: list[Tensor]
-    """Load of the experts of each router that was asked, the backbone's first."""
+    """Load of the experts of each router that ran, the backbone's first."""
     residual_rms: list[Tensor]
 
 
 class TrainingStep(Generic[BatchT]):
-    """Makes the updates of one model by one objective."""
+    """Updates one model by one objective."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TrainingStep(Generic[BatchT]):
         recompute: bool = False,
         sum_over_ranks: SumOverRanks | None = None,
     ) -> None:
-        """`bias_update_rate` is how far selection biases move per update, 0 for not at all."""
+        """`bias_update_rate` is the change of a selection bias per update; 0 keeps the biases."""
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self._clip_grad_norm = clip_grad_norm
         self._bias_update_rate = bias_update_rate
@@ -60,10 +60,11 @@ class TrainingStep(Generic[BatchT]):
     def __call__(
         self, microbatches: Sequence[BatchT], *, learning_rate: float, measure: bool = False
     ) -> dict[str, float]:
-        """Accumulate gradients over the microbatches, update once, and say what happened.
+        """Accumulate gradients over the microbatches, update once, and return metrics.
 
-        Selection biases move before the weights do, as in Megatron. Raises DivergenceError, with
-        the weights untouched, where the gradient is not finite.
+        Selection biases are updated before the weights, as in Megatron. With `measure` the metrics
+        include the residual stream's. Raises DivergenceError, with the weights unchanged, if the
+        gradient is not finite.
         """
         if not microbatches:
             raise ConfigError("a step needs a microbatch or more; it was given none")
@@ -141,7 +142,7 @@ class TrainingStep(Generic[BatchT]):
 
 
 def _table(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Numbers from their device in one transfer, float64 [rows, columns]."""
+    """Copy scalars from their device in one transfer, as float64 [rows, columns]."""
     if not rows[0]:
         return torch.zeros(len(rows), 0, dtype=torch.float64)
     return torch.stack([torch.stack([x.double() for x in row]) for row in rows]).cpu()

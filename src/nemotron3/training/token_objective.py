@@ -1,21 +1,21 @@
-"""Cross-entropy of the tokens that are trained, each with its weight.
+"""Cross-entropy of the trained tokens, each with its weight.
 
     L = sum over depths k of lambda_k  sum_i n_i w_i CE(logits_k,i, target_k,i)
 
 lambda is 1 for the main head and lambda / D for each of D depths of multi-token prediction. With
 w = 1 this is the loss of pre-training and of supervised fine-tuning, whose mask leaves prompts out.
-With advantages for weights it is the policy gradient at ratio 1, as GRPO has it where each batch of
-rollouts makes one update (white paper, section 2.6).
+With advantages as weights it is the policy gradient at ratio 1: GRPO with one update per batch of
+rollouts (white paper, section 2.6).
 
 n_i averages the tokens over the *global* batch (see objective.py):
 
-* per token: 1 / number of trained tokens. A long answer counts for more than a short one.
+* per token: 1 / number of trained tokens. A long answer has more weight than a short one.
 * per sequence: 1 / (trained tokens of its sequence * number of sequences with any). Every
-  conversation counts the same.
+  conversation has equal weight.
 
-Each depth divides by its own number, which is smaller: near its end a sequence has no target k
-positions further. So a token weighs lambda / D at each depth, as in Megatron's per-token
-normalisation.
+Each depth divides by its own count. The count falls with the depth, because the last tokens of a
+sequence have no target k positions further. So a token has weight lambda / D at each depth, as in
+Megatron's per-token normalisation.
 """
 
 from collections.abc import Mapping
@@ -37,10 +37,10 @@ Normalisation = Literal["token", "sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLossConfig:
-    """How the losses of tokens become one number."""
+    """How the losses of tokens are combined."""
 
     normalisation: Normalisation = "token"
-    """Whether all trained tokens count the same, or all sequences."""
+    """`token`: all trained tokens have equal weight; `sequence`: all sequences have."""
     mtp_loss_scaling: float = 0.0
     """Weight of all MTP depths together; 0 leaves the MTP block out."""
 
@@ -49,18 +49,18 @@ class TokenLossConfig:
 
 
 def check_scaling(mtp_loss_scaling: float) -> None:
-    """Raise ConfigError for a weight of the MTP depths that is none."""
+    """Raise ConfigError for an invalid weight of the MTP depths."""
     if not mtp_loss_scaling >= 0:
         raise ConfigError(f"is {mtp_loss_scaling}; it must be 0 or more", field="mtp_loss_scaling")
 
 
 class TokenObjective(Generic[BatchT]):
-    """The weighted loss of masked tokens; `Objective` for `TrainBatch` and what extends it."""
+    """The weighted loss of masked tokens: an `Objective` for `TrainBatch` and its subclasses."""
 
     detach_mtp = False
 
     def __init__(self, config: TokenLossConfig, *, num_mtp_depths: int) -> None:
-        """`num_mtp_depths` are those of the model, `ModelConfig.pattern.num_mtp_depths`."""
+        """`num_mtp_depths` is the model's, `ModelConfig.pattern.num_mtp_depths`."""
         if config.mtp_loss_scaling and not num_mtp_depths:
             raise ConfigError(
                 f"mtp_loss_scaling is {config.mtp_loss_scaling} and the model has no MTP block; "
@@ -71,23 +71,23 @@ class TokenObjective(Generic[BatchT]):
 
     @property
     def mtp_depths(self) -> int:
-        """All depths of the model, or none where they have no weight."""
+        """All depths of the model, or 0 if their weight is 0."""
         return self._num_mtp_depths if self.config.mtp_loss_scaling else 0
 
     def normalisation(self, batch: BatchT) -> Normalisation:
-        """Whether tokens or sequences of a batch count the same."""
-        del batch  # of an objective whose batches differ, it says so
+        """Whether all tokens, or all sequences, of a batch have equal weight."""
+        del batch  # for subclasses in which it depends on the batch
         return self.config.normalisation
 
     def counts(self, batch: BatchT) -> dict[str, float]:
-        """Trained tokens, or sequences with any, by depth."""
+        """The number of trained tokens, or of sequences with any, at each depth."""
         return {
             _name("targets", depth): _count(batch, depth, self.normalisation(batch))
             for depth in range(self.mtp_depths + 1)
         }
 
     def loss(self, output: ModelOutput, batch: BatchT, counts: Mapping[str, float]) -> LossTerms:
-        """Sum over the heads; metrics are each head's loss in nats and its accuracy."""
+        """The sum over all depths; the metrics are the loss in nats and the accuracy at each."""
         total = output.hidden[0].new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         for depth, hidden in enumerate(output.hidden):
@@ -110,7 +110,7 @@ class TokenObjective(Generic[BatchT]):
 
 
 def _shares(mask: Tensor, segments: Segments, count: float, normalisation: Normalisation) -> Tensor:
-    """Each target's part of the mean over the global batch."""
+    """Each target's weight in the mean over the global batch."""
     count = max(count, 1.0)
     if normalisation == "token":
         return mask / count

@@ -1,8 +1,8 @@
 """The training loop, with checkpoints and exact resuming.
 
-Everything random is a function of counters (the data of a step, the initial weights), so a
-checkpoint is the weights, the moments and the step, and a run that was killed and resumed is bit
-for bit the same as an uninterrupted one. Data and evaluation come from callbacks.
+Everything random (the data of a step, the initial weights) is a function of seed and counters, so a
+checkpoint consists of the weights, the optimizer's moments and the step. A run that was killed and
+resumed is bit for bit the same as an uninterrupted one. Data and evaluation come from callbacks.
 """
 
 import logging
@@ -41,7 +41,7 @@ class TrainingConfig:
     """How a model is trained."""
 
     steps: int
-    """Optimizer updates in all."""
+    """Total number of optimizer updates."""
     batch_size: int
     """Sequences per update."""
     microbatch_size: int
@@ -51,20 +51,21 @@ class TrainingConfig:
     optimizer: OptimizerConfig
     """The optimizer and its peak learning rate."""
     schedule: Schedule
-    """The course of the learning rate."""
+    """The learning-rate schedule."""
     parameter_groups: tuple[ParameterGroupConfig, ...] = ()
-    """Parameters with a learning rate or a decay of their own, and those that are frozen."""
+    """Parameters with their own learning rate or weight decay, and frozen parameters."""
     bias_update_rate: float = 1e-3
-    """Step of each expert's selection bias per update, that of the reports; 0 leaves the biases
-    alone."""
+    """Change of each expert's selection bias per update (the default is the reports'); 0 keeps the
+    biases."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """What products run in."""
+    """The dtypes of products."""
     recompute: bool = False
-    """Keep only the inputs of blocks and compute the rest again in the backward pass."""
+    """Activation checkpointing: keep only the inputs of blocks and recompute the rest in the
+    backward pass."""
     evaluate_every_steps: int = 100
-    """Updates between looks at held-out text; there is one at the end in any case."""
+    """Updates between evaluations on held-out text; there is always one at the end."""
     checkpoint_every_steps: int = 100
-    """Updates between checkpoints; there is one at the end in any case."""
+    """Updates between checkpoints; there is always one at the end."""
     measure_every_steps: int = 10
     """Updates between measurements of the residual stream."""
 
@@ -93,12 +94,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one update has to say, for those who watch."""
+    """The progress and metrics of one update, for callbacks."""
 
     step: int
     """Updates made, this one included."""
     steps: int
-    """Updates in all."""
+    """Total number of updates."""
     metrics: dict[str, float]
     """The update's metrics."""
 
@@ -107,7 +108,7 @@ Evaluation = Callable[[LanguageModel], dict[str, float]]
 
 
 class Trainer(Generic[BatchT]):
-    """Trains a model by an objective, from its newest checkpoint where there is one."""
+    """Trains a model by an objective, starting from the newest checkpoint if there is one."""
 
     def __init__(
         self,
@@ -121,12 +122,12 @@ class Trainer(Generic[BatchT]):
         peak_flops: float,
         data_metrics: Callable[[Mapping[str, float]], dict[str, float]] = dict,
     ) -> None:
-        """`batches` are the microbatches of the update that follows so many updates.
+        """`batches(n)` returns the microbatches of the update that follows n updates.
 
-        `data_metrics` are what there is to say of the last ones, such as the rewards of rollouts;
-        it is given the update's own metrics.
+        `data_metrics` returns metrics of the last of them, such as the rewards of rollouts; its
+        argument are the metrics of the update.
 
-        `peak_flops` is the machine's product rate, which achieved FLOP/s are held against.
+        `peak_flops` is the machine's peak FLOP/s, the denominator of `perf/peak_fraction`.
         """
         self.model = model
         self.config = config
@@ -153,7 +154,7 @@ class Trainer(Generic[BatchT]):
         )
 
     def resume(self) -> int:
-        """Take up the newest sound checkpoint, if any; returns the updates already made."""
+        """Load the newest intact checkpoint, if any; returns the number of updates already made."""
         if self._store.latest() is None:
             return 0
         checkpoint = self._store.load()
@@ -165,7 +166,7 @@ class Trainer(Generic[BatchT]):
         return self.step
 
     def fit(self, log: MetricLog, *, on_step: Callable[[StepReport], None]) -> None:
-        """Train to the last step, logging, evaluating and saving on the way."""
+        """Train to the last step, with logging, evaluations and checkpoints."""
         config = self.config
         while self.step < config.steps:
             metrics = self._timed_step()

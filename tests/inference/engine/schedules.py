@@ -1,4 +1,4 @@
-"""Requests served in whatever company, and all that their answers tell, to be compared."""
+"""Requests served together with others, and all outputs of their answers, for comparisons."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from nemotron3.inference.requests import FinishReason, SamplingParams, TokenLogp
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, when it comes, and when whoever asked goes away."""
+    """A request, the step at which it arrives, and the step at which it is aborted."""
 
     prompt: Prompt
     params: SamplingParams
@@ -25,7 +25,7 @@ class Ask:
 
 
 def serve(engine: Engine, frontend: Frontend, asks: list[Ask]) -> list[RequestOutput]:
-    """Everything that the answers tell, request by request."""
+    """All outputs of the answers, by request."""
     answers: dict[str, RequestOutputProcessor] = {}
     waiting, step = dict(enumerate(asks)), 0
     while waiting or engine.has_work:
@@ -47,7 +47,7 @@ def serve(engine: Engine, frontend: Frontend, asks: list[Ask]) -> list[RequestOu
 
 
 def assert_same(output: RequestOutput, alone: RequestOutput, *, tolerance: float) -> None:
-    """All that a request tells of its answers; an aborted one tells the beginning of it."""
+    """Assert that all outputs of a request are equal; an aborted one has the beginning of them."""
     for answer, expected in zip(output.outputs, alone.outputs, strict=True):
         if answer.finish_reason is FinishReason.ABORT:
             count = len(answer.token_ids)
@@ -64,7 +64,7 @@ def assert_same(output: RequestOutput, alone: RequestOutput, *, tolerance: float
 
 
 def told(answer: CompletionOutput) -> dict[str, object]:
-    """What of an answer is the same to the last token, whatever the schedule."""
+    """The outputs of an answer that must be equal for every schedule."""
     return {
         name: getattr(answer, name)
         for name in (
@@ -75,7 +75,7 @@ def told(answer: CompletionOutput) -> dict[str, object]:
 
 
 def assert_close(ours, theirs, tolerance: float) -> None:
-    """The same tokens, log-probabilities and alternatives, as far as rounding lets them be."""
+    """Assert equal tokens, log-probabilities and alternatives, up to rounding."""
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert isinstance(a, TokenLogprob)
@@ -90,7 +90,7 @@ def assert_close(ours, theirs, tolerance: float) -> None:
 
 
 def assert_counts(output: RequestOutput, engine: Engine, params: SamplingParams) -> None:
-    """Counts that depend on the schedule stay within what they count."""
+    """Assert the bounds of counts that depend on the schedule."""
     cached = output.num_cached_tokens
     assert 0 <= cached < len(output.prompt.ids)
     if engine.config.prefix_cache_bytes == 0 or params.prompt_logprobs is not None:

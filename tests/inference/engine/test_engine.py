@@ -1,4 +1,4 @@
-"""The engine against the plainest loop there is: the whole sequence anew for every token."""
+"""The engine, compared with the simplest loop: a forward pass of the whole sequence per token."""
 
 import functools
 from dataclasses import replace
@@ -84,7 +84,7 @@ def expected_of_two(model):
 
 @pytest.fixture(scope="module")
 def expected_after(model, expected_of_two):
-    """What follows when the answer is asked to go on."""
+    """The expected continuation of an answer."""
     return [
         greedy(model, [*prompt, *answer, 5], 12, OF_TWO)
         for prompt, answer in zip(PROMPTS, expected_of_two, strict=True)
@@ -92,7 +92,7 @@ def expected_after(model, expected_of_two):
 
 
 def drawn_engine(model, data, **changes):
-    """Few slots, few pages, small chunks, drafts or none, kept prefixes or none."""
+    """An engine with few slots and pages, small chunks, with or without drafts and prefix cache."""
     config = EngineConfig(**changes)
     limits = {
         "max_num_seqs": data.draw(st.integers(1, 5)),
@@ -150,13 +150,13 @@ SCORED = replace(GREEDY, logprobs=0, logit_bias=dict.fromkeys(OF_TWO, 100.0))
 
 @pytest.fixture(scope="module")
 def exact_model():
-    """In float64, where sums in another order do not move what is rounded."""
+    """A model in float64, in which the order of sums does not affect the rounding of states."""
     return tiny_model(CONFIG, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def narrow_expected(exact_model):
-    """Log-probabilities of answers one at a time, nothing kept and nothing drafted."""
+    """Log-probabilities of answers one at a time, without prefix cache and drafts."""
 
     @functools.cache
     def logprobs(precision, max_num_batched_tokens, prefix_interval):
@@ -173,7 +173,7 @@ def narrow_expected(exact_model):
 
 
 def assert_same_scores(scores, expected):
-    """Far closer than another rounding would come."""
+    """Assert scores much closer than with another rounding."""
     for mine, wanted in zip(scores, expected, strict=True):
         assert torch.allclose(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=2e-6)
 
@@ -181,7 +181,7 @@ def assert_same_scores(scores, expected):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_no_schedule_changes_how_a_narrow_state_is_rounded(exact_model, narrow_expected, data):
-    """Nor company, slots, drafts, kept prefixes, or being taken off and read again."""
+    """Nor do other requests, slots, drafts, cached prefixes or preemption."""
     precision = data.draw(st.sampled_from(NARROW))
     engine = drawn_engine(exact_model, data, page_size=4, state=precision)
     which = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=9))
@@ -211,7 +211,7 @@ def test_narrow_states_are_preempted_in_the_schedules_above(exact_model, narrow_
 
 
 def test_what_the_schedules_above_are_made_of_happens(model, expected):
-    """Preemption, kept prefixes and accepted drafts occur, and change nothing."""
+    """Preemption, cached prefixes and accepted drafts occur, and change nothing."""
     few = {"kv_cache_bytes": 24 * PAGE, "max_model_len": None}
     engine = engine_for(model, prefix_cache_bytes=0, **few)
     requests = [request(str(i), PROMPTS[p]) for i, p in enumerate((6, 4, 3, 6))]
@@ -226,7 +226,7 @@ def test_what_the_schedules_above_are_made_of_happens(model, expected):
     assert engine.stats().prefix_hits == 40
     more = PROMPTS[6] + expected[6] + [5, 6, 7]
     assert run(engine, [request("b", more)])["b", 0] == greedy(model, more, 12)
-    assert engine.stats().prefix_hits >= 40 + 41 + 8  # the answer was kept too
+    assert engine.stats().prefix_hits >= 40 + 41 + 8  # the answer was cached, too
 
 
 def test_an_end_token_a_stop_condition_and_the_length_end_an_answer(model, expected):
@@ -352,7 +352,7 @@ def test_what_can_never_be_answered_is_refused_before_it_runs(model):
 
 @torch.inference_mode()
 def read_by(engine, prompt, **more):
-    """Tokens of each call that reads a prompt."""
+    """Tokens of each prefill call."""
     engine.add(request("counted", prompt, **more))
     engine.scheduler.admit()
     calls = []
@@ -377,7 +377,7 @@ def test_what_follows_a_kept_state_is_read_in_one_call(model, state):
     else:
         assert (first, again) == ([30, 3], [12])
     assert engine.stats().prefix_hits == 30
-    # Far from what is kept, states are kept at every interval.
+    # Far from other cached states, a state is cached at every interval.
     assert read_by(engine, prompt[::-1]) == [32, 28]
 
 
@@ -404,7 +404,8 @@ def test_other_weights_find_no_prefix_of_the_old_ones(model):
 
 
 def test_other_weights_find_nothing_that_running_answers_keep():
-    """What goes on over a change of weights has a state of both, which nobody may start from."""
+    """An answer that continues over a change of weights has a state of both versions, from which no
+    other request may start."""
     ours = tiny_model(CONFIG)
     engine = engine_for(ours, max_num_seqs=1)
     prompt = PROMPTS[6]
@@ -438,7 +439,7 @@ def test_an_answer_that_waited_for_the_prompt_reads_it_with_the_new_weights():
 
 @pytest.mark.parametrize("scores", [None, 0])
 def test_prompts_that_are_kept_for_others_make_room(model, scores):
-    """Two requests, each of which fits alone; what one keeps for its answers must not stop both."""
+    """Two requests of which each fits alone: the prompt that one shares must not block both."""
     config = engine_for(model).config
     config = replace(config, max_model_len=96, prefix_cache_bytes=0, max_draft_tokens=0)
     config = replace(config, kv_cache_bytes=29 * page_bytes(model, config))

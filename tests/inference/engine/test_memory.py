@@ -1,4 +1,4 @@
-"""What an engine takes where nobody says how much: much of a GPU, little of a machine."""
+"""The default memory of an engine: most of a GPU's, and a part of the host's."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine, memory
-from nemotron3.inference.engine.memory import batched_tokens, cache_bytes
+from nemotron3.inference.engine.memory import batched_tokens, cache_bytes, engine_parts, page_bytes
 from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.costs import state_bytes_per_sequence
+from nemotron3.models.nemotron_h import LanguageModel
 from tests.tiny import tiny_config, tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -18,7 +19,7 @@ STEP = 384 * 1024
 
 @pytest.fixture(autouse=True)
 def free(monkeypatch):
-    """There is no GPU here, so how much is free on one is made up."""
+    """Set the free memory of a GPU, since there is none here."""
     monkeypatch.setattr(memory, "free_memory_bytes", lambda _: FREE)
 
 
@@ -70,3 +71,23 @@ def test_what_is_said_holds_and_what_is_not_is_counted(monkeypatch):
     monkeypatch.setattr(memory, "free_memory_bytes", lambda _: 100)
     with pytest.raises(ConfigError, match="25 bytes for keys and values hold 0 pages"):
         Engine(model, EngineConfig(max_model_len=100, max_num_seqs=2))
+
+
+def test_a_plan_is_what_an_engine_allocates():
+    model = tiny_model("MEM*E*")
+    config = EngineConfig(max_num_seqs=3, max_model_len=50, prefix_cache_bytes=999, page_size=8)
+    with torch.device("meta"):
+        without_memory = LanguageModel(model.config)
+    parts = {p.name: p.num_bytes for p in engine_parts(without_memory, config, CPU, 50)}
+    cache = Engine(model, config).cache
+    assert parts == {
+        "engine states": cache.state_nbytes,
+        "engine keys and values": len(cache.pool) * page_bytes(model, config),
+        "engine prefix cache": 999,
+        "engine prompt step": 0,
+    }
+    on_gpu = {p.name: p.num_bytes for p in engine_parts(without_memory, config, GPU, 50)}
+    assert on_gpu["engine prompt step"] == 3 * 50 * STEP
+    few = EngineConfig(max_num_seqs=3, kv_cache_bytes=2000, return_routed_experts=True)
+    parts = {p.name: p.num_bytes for p in engine_parts(without_memory, few, CPU, 50)}
+    assert (parts["engine keys and values"], parts["engine prefix cache"]) == (2000, 0)

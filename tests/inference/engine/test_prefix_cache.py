@@ -1,4 +1,4 @@
-"""Kept prefixes are found by their tokens, the longest first, and by nothing else."""
+"""Cached prefixes are found by their tokens only, the longest first."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ TOKENS = st.lists(st.integers(0, 2), max_size=8)
 
 @dataclass
 class Kept:
-    """A state of one byte that knows whose it is."""
+    """A state of one byte that names its owner."""
 
     slot: int
     nbytes: int = 1
 
 
 class Slots:
-    """Of the cache what a prefix cache asks: snapshots, and to whom they go back."""
+    """A double of the cache: it makes snapshots and records which ones are dropped."""
 
     def __init__(self):
         self.held = 0

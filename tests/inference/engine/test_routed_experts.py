@@ -21,7 +21,7 @@ OF_TWO = dict.fromkeys((7, 9), 100.0)
 
 
 def run(engine, requests):
-    """The last piece of each answer, its tokens and log-probabilities."""
+    """The last delta of each answer, its tokens and log-probabilities."""
     for each in requests:
         engine.add(each)
     ends, tokens, scores = {}, {}, {}

@@ -1,4 +1,4 @@
-"""No schedule changes anything that a request is told: everything is compared with it alone."""
+"""No schedule changes any output of a request: all outputs are compared with those alone."""
 
 import functools
 from dataclasses import replace
@@ -100,7 +100,7 @@ def alone_engine():
 
 
 def alone(ask):
-    """The request by itself: nothing is kept, drafted, chunked or taken off."""
+    """The request alone, without prefix cache, drafts, chunks and preemption."""
     (output,) = serve(alone_engine(), frontend(), [replace(ask, arrives=0, leaves=None)])
     return output
 
@@ -154,7 +154,7 @@ def test_prompt_logprobs_of_a_prompt_that_is_preempted_while_it_is_read(n, draft
 
 
 def test_tokens_found_again_after_a_preemption_are_not_told_as_cached():
-    """A request whose own kept state it starts from again has computed that state itself."""
+    """After a preemption a request may restart from a cached state that it computed itself."""
     ids = tokenizer().encode("the quick brown fox jumps over the lazy dog. " * 20)
     writes = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     asks = [
@@ -171,7 +171,7 @@ def test_tokens_found_again_after_a_preemption_are_not_told_as_cached():
 
 
 def test_accepted_drafts_are_tokens_of_the_answer():
-    """Those that stood behind its end are no part of it."""
+    """Accepted drafts after the end of the answer are not part of it."""
     of_two = dict.fromkeys(tokenizer().encode(" the")[:1] + tokenizer().encode(" be")[:1], 100.0)
     engine = crowded_engine(40, max_num_seqs=1, max_draft_tokens=4, adapts_drafts=False)
     counts = []

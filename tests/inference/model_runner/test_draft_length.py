@@ -1,4 +1,4 @@
-"""How many tokens to draft: the number that brings most per second, whatever came first."""
+"""The number of drafts: the one with the most tokens per second, from any start."""
 
 import random
 
@@ -8,7 +8,7 @@ from nemotron3.inference.model_runner.draft_length import DraftLength
 
 
 def steps(length, costs, rate, count, *, rows=1, seed=0, first=None):
-    """So many steps of an engine whose drafts stand at a rate; the numbers that were chosen."""
+    """Simulate steps of an engine with an acceptance rate; returns the chosen numbers."""
     draw, chosen, seen = random.Random(seed), [], set()
     for _ in range(count):
         drafts = length.choose(rows)
@@ -29,9 +29,9 @@ def steps(length, costs, rate, count, *, rows=1, seed=0, first=None):
     ("costs", "rate", "best"),
     [
         ((1.0, 1.1, 1.2, 1.3), 0.9, 3),  # steps that cost little more: all
-        ((1.0, 2.0, 3.0, 4.0), 0.9, 0),  # as much more as they can bring: none
-        ((1.0, 1.2, 2.9, 4.6), 0.9, 1),  # dear from the second on: one
-        ((1.0, 1.1, 1.2, 1.3), 0.02, 0),  # nothing stands: none
+        ((1.0, 2.0, 3.0, 4.0), 0.9, 0),  # a step costs as much more as drafts can gain: none
+        ((1.0, 1.2, 2.9, 4.6), 0.9, 1),  # expensive from the second on: one
+        ((1.0, 1.1, 1.2, 1.3), 0.02, 0),  # almost no draft is accepted: none
     ],
 )
 def test_what_brings_most_per_second_is_taken(costs, rate, best):
@@ -48,7 +48,7 @@ def test_the_first_step_of_a_kind_does_not_count():
 
 
 def test_a_number_that_is_tried_is_tried_until_a_step_counts():
-    """The first one after others is dear, and says nothing."""
+    """The first step after those of another kind is slow and not measured."""
     length = DraftLength(1, adapts=True)
     before = None
     for _ in range(3000):

@@ -1,9 +1,8 @@
-"""CUDA graphs of steps, with a double for the device: what is launched, padding, and nothing read
-back.
+"""CUDA graphs of steps, with a double for the device: launches, padding, and no reads by the host.
 
-The double repeats the function where a device would launch what it has launched, so that what a
-graph may not do shows (deciding by a value, other memory) while the arithmetic is the kernels' own,
-in Triton's interpreter.
+The double repeats the function where a device would replay its launches. So it detects what a graph
+may not do (decisions by values, other memory), and the arithmetic is that of the kernels, in
+Triton's interpreter.
 """
 
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_n
 
 
 class Watch(TorchDispatchMode):
-    """Refuses what a capture would."""
+    """Refuses operations that a capture would refuse."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func._schema.name not in HOST, f"{func._schema.name} reads a value"
@@ -38,7 +37,7 @@ class Watch(TorchDispatchMode):
 
 
 class Device:
-    """What the pools of a test's runners have done together."""
+    """The events of all pools of a test's runners."""
 
     def __init__(self):
         self.captures = self.replays = 0
@@ -48,7 +47,7 @@ class Device:
 
 
 class Pool:
-    """Graphs that share memory: a replay leaves nothing of the other ones' results."""
+    """Graphs that share memory: a replay overwrites the results of the others."""
 
     def __init__(self, device):
         self.device, self.graphs = device, []
@@ -77,7 +76,7 @@ class Graph:
 
 @contextmanager
 def unlaunched():
-    """Kernels do nothing while a function is captured; what they would write is NaN."""
+    """While a function is captured, kernels do nothing; their outputs are NaN."""
     from triton.runtime.interpreter import InterpretedFunction  # noqa: PLC0415 - with Triton
 
     launch = InterpretedFunction.run
@@ -90,7 +89,7 @@ def unlaunched():
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
-    """Everything that has a kernel runs on it."""
+    """Let all operations with a kernel use it."""
     monkeypatch.setattr(
         backends, "_fastest", lambda known, _: "triton" if "triton" in known else "torch"
     )
@@ -185,7 +184,7 @@ def test_memory_that_moves_is_captured_anew(model, assert_close, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_the_engine_steps_by_graphs(drafts, device):
-    """Those of the model, and those of the block that drafts."""
+    """Both the model and the draft block use graphs."""
     model = tiny_model(tiny_config("ME*E/*E/*E"))
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
     config = EngineConfig(

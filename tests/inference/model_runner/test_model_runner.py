@@ -24,7 +24,7 @@ every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=
 
 @pytest.fixture(autouse=True)
 def _team(monkeypatch):
-    """Several threads, as for a larger model; the engine's tests leave such steps to one."""
+    """Use several threads, as for a larger model; by default such small steps use one."""
     monkeypatch.setattr(calls, "WORK_PER_THREAD", 1)
 
 
@@ -68,7 +68,7 @@ def assert_same(ours, theirs):
 
 @every_precision
 def test_steps_are_those_of_the_model_bit_for_bit(model, precision):
-    """Whatever the slots, their order, their number and how much they hold."""
+    """For any slots, their order and number, and the lengths of their sequences."""
     lengths = [5, 1, 17, 70]
     ours, theirs = fed(model, lengths, precision), fed(model, lengths, precision)
     runner = ModelRunner(model, ours)
@@ -81,7 +81,7 @@ def test_steps_are_those_of_the_model_bit_for_bit(model, precision):
 
 
 def test_steps_go_on_as_sequences_take_pages(model):
-    """Through several growths of a state that began with little."""
+    """The memory of the state grows several times."""
     ours, theirs = fed(model, [3, 60]), fed(model, [3, 60])
     runner = ModelRunner(model, ours)
     for seed in range(40):
@@ -116,7 +116,7 @@ def test_what_is_no_step_is_refused(model, tokens):
 
 @needs_compiler
 def test_steps_are_recorded_once_per_shape_and_anew_as_memory_grows(model, monkeypatch):
-    """Here a step in Python must not happen where a recording serves."""
+    """With a recording, no step may run in Python."""
     runner = ModelRunner(model, fed(model, [5, 9]))
     passes = []
     forward = model.backbone.forward

@@ -1,4 +1,4 @@
-"""What the draft block reads later it reads as it would have at once."""
+"""The draft block processes deferred inputs with the same result as immediate ones."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def engine_of(model, counts):
 
 
 def drafts_of(engine, *prompts):
-    """Answers, and what was drafted for each where it was so many tokens long."""
+    """Answers, and the drafts of each by its length at the time."""
     params = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True, logit_bias=OF_TWO)
     drafted = {}
     write = engine._drafter.write

@@ -1,4 +1,4 @@
-"""Other weights in the middle of answers: with which each token and log-probability is computed."""
+"""Weight updates during answers: the version that computes each token and log-probability."""
 
 import copy
 
@@ -31,7 +31,7 @@ def ask(engine, prompt, params=SAMPLED, name="a"):
 
 
 def run(engine, *, until=None):
-    """What comes, up to the end or until as many tokens have come."""
+    """The deltas up to the end, or up to a number of tokens."""
     steps = []
     while engine.has_work:
         steps += engine.step()
@@ -108,7 +108,7 @@ def test_an_answer_over_an_update_is_scored_by_the_weights_it_names(pattern, run
     by_old = forward(old, whole)
     if running == "recompute":
         by_new = forward(new, whole)
-    else:  # the last token that came is read by the new weights
+    else:  # the new weights process the last token
         by_new = carried(old, new, whole, 13 + before - 1)
     assert_close(scores[1:], by_old[:12])
     assert_close(entries, by_old[12 : 12 + before] + by_new[12 + before :])
@@ -124,7 +124,7 @@ def test_an_answer_over_an_update_is_scored_by_the_weights_it_names(pattern, run
 def test_an_engine_of_quantized_weights_is_one_forward_pass_and_takes_plain_ones(
     tmp_path, weights, how
 ):
-    """Prompt, recorded steps and drafts, before and after an update that is quantized."""
+    """Prompt, recorded steps and drafts, before and after an update with plain weights."""
     config = tiny_config("MEM*E-/*E")
     model = convert_weights(tiny_model(config), weights)
     engine = engine_for(model, max_draft_tokens=2, adapts_drafts=False)
@@ -182,7 +182,7 @@ def test_a_prompt_over_an_update_is_scored_by_the_weights_it_names(pattern, runn
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("running", ["keep", "recompute"])
 def test_nothing_of_old_weights_is_found_by_what_comes_later(running, n):
-    """Neither kept prefixes, nor the prompt that answers share, nor states of both weights."""
+    """Neither cached prefixes, nor shared prompts, nor states of both versions are reused."""
     config = tiny_config("MEM*E/*E")
     ours, new = tiny_model(config), tiny_model(config, seed=5)
     engine = engine_for(ours, max_num_seqs=2)
@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
 
 
 def test_half_written_weights_are_never_computed_with(monkeypatch):
-    """Writing cannot fail half-way but for memory and disks; if it does, the engine says so."""
+    """Only memory or a disk can make writing fail half-way; the engine then reports an error."""
     config = tiny_config("MEM*E/*E")
     ours, new = tiny_model(config), tiny_model(config, seed=5)
     engine = engine_for(ours)

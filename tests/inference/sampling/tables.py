@@ -6,13 +6,13 @@ from nemotron3.inference.sampling.sampler import choose, draft
 
 
 def table(history, vocab, salt):
-    """The logits after a history; another salt is another model (a draft head, say)."""
+    """The logits after a history; another salt gives another model, such as a draft head."""
     seed = hash((salt, *history)) % 2**62  # of integers, so the same in every process
     return 2 * torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
 
 
 def write(choosers, length, *, vocab, drafts=0, salt=0, head=0):
-    """What the choosers write side by side, with so many drafts a step from the table of `head`."""
+    """The tokens that the choosers generate together, with drafts from the table of `head`."""
     answers = [[] for _ in choosers]
     running = list(range(len(choosers)))
     while running:

@@ -1,4 +1,4 @@
-"""Choosing tokens: the same with and without drafts, alone and in company, whatever the rules."""
+"""Choosing tokens: the same with and without drafts, alone and in a batch, for all rules."""
 
 import math
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ def test_speculation_and_company_change_nothing(requests, drafts, head, seed):
 
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_looking_ahead_along_other_drafts_leaves_no_trace(limit):
-    """An engine may drop drafts, or try some that no draft head has made."""
+    """An engine may drop drafts, or try drafts from another source."""
 
     def one():
         return chooser(
@@ -152,7 +152,7 @@ def test_a_head_that_knows_the_model_is_always_believed(temperature):
 
 
 def test_the_shared_noise_makes_similar_heads_agree():
-    """Tokens per step with a draft head near the model, beside one that knows nothing."""
+    """Tokens per step with a draft head similar to the model, compared with an unrelated one."""
 
     def steps(distance):
         one, answer, count = chooser(SamplingParams(min_tokens=400)), [], 0

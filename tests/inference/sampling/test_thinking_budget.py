@@ -1,4 +1,4 @@
-"""The reasoning budget: what is forced, what is left alone, and how it reads a stream of ids."""
+"""The reasoning budget: forced tokens, unchanged answers, and the parsing of ids."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def budget(limit, grace=0, *, ids=NANO, is_open=True, **how):
 
 
 def run(machine, wanted):
-    """What comes of a model that wants these tokens; those that were forced take no wish."""
+    """The output of a model that wants these tokens; a forced token does not use one up."""
     tokens, forced = [], []
     wishes = iter(wanted)
     while True:

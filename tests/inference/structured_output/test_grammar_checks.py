@@ -1,4 +1,4 @@
-"""A process of its own compiles grammars first, so none can end the engine's."""
+"""A separate process compiles grammars first, so no grammar can end the engine's process."""
 
 import os
 import signal

@@ -48,7 +48,7 @@ def chooser(compiler, tokenizer, structured, *, is_reasoning_open=False, seed=0,
 
 
 def written(one, tokenizer, *, length=2000, **how):
-    """What a model of random logits writes."""
+    """The output of a model with random logits."""
     (ids,) = write([one], length, vocab=VOCAB, **how)
     is_whole = ids[-1] in tokenizer.stop_ids
     return tokenizer.decode(ids[:-1] if is_whole else ids), is_whole
@@ -354,7 +354,7 @@ WEARING = r"(ab|ba)*(a|b)*a(a|b){12}( k)?"
 
 
 def test_a_grammar_in_long_use_does_not_wear_out(tokenizer, monkeypatch):
-    """Automata that copies share grow until they fail, for whoever asks next."""
+    """Copies share an automaton that grows until it fails; it must be renewed."""
     monkeypatch.setitem(grammar_library._LIMITS, "max_lexer_states", 200)
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB)
     structured, compiled = StructuredOutput(kind="regex", value=WEARING), []

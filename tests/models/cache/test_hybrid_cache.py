@@ -1,4 +1,4 @@
-"""The verbs of the carried state, in any order: a slot always holds exactly what it was told."""
+"""The methods of the carried state in any order: a slot always holds the right sequence."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def new_cache(model, **changes):
 
 
 class Verbs(RuleBasedStateMachine):
-    """Against the simplest state there is: the tokens of each slot, read anew every time."""
+    """Compared with the simplest state: the tokens of each slot, processed again in every call."""
 
     CONFIG = CONFIG
 
@@ -41,7 +41,7 @@ class Verbs(RuleBasedStateMachine):
         return tokens_for(self.CONFIG, count, seed=self.drawn).tolist()
 
     def call(self, feeds, *, is_verification=False):
-        """Feed slots, and compare what comes out with a pass over all of their tokens."""
+        """Feed slots, and compare the outputs with a pass over all of their tokens."""
         slots, tokens = list(feeds), [token for part in feeds.values() for token in part]
         lengths = [len(part) for part in feeds.values()]
         try:
@@ -78,7 +78,7 @@ class Verbs(RuleBasedStateMachine):
 
     @rule(slots=st.sets(st.integers(0, SLOTS - 1), min_size=1))
     def draft_in_vain(self, slots):
-        """A tentative call that nobody accepts has not happened."""
+        """A verification call whose drafts are all rejected leaves no trace."""
         self.call({slot: self.draw(2) for slot in slots}, is_verification=True)
 
     @rule(slot=st.integers(0, SLOTS - 1))

@@ -1,4 +1,4 @@
-"""Narrow states: what is kept, what is rounded where, and that neither slot nor company matters."""
+"""Narrow states: storage, rounding, and independence of slot and batch."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def _without_gradients():
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64, where sums in another order do not move what is rounded."""
+    """A model in float64, in which the order of sums does not affect the rounding of states."""
     return tiny_model(CONFIG, dtype=torch.float64)
 
 
@@ -40,7 +40,7 @@ def call(model, cache, feeds, **kind):
 
 
 def held(cache, slot):
-    """Everything that a slot holds, in order."""
+    """All tensors of a slot, in order."""
     layers = [layer for layer in cache.layers if layer is not None]
     rows = [part for layer in layers for part in layer.copy(slot)]
     places = cache.table.positions(slot, 0, cache.lengths[slot])
@@ -86,7 +86,7 @@ def test_company_slot_and_drafts_change_nothing(model, precision):
 
 @pytest.mark.parametrize("ssm", ["float16", "int8"])
 def test_a_step_widens_reads_rounds_and_keeps(model, ssm):
-    """A state after each step is what the exact one makes of the state before, rounded."""
+    """The state after each step is the rounded result of an exact step from the state before."""
     precision = StatePrecision(ssm=ssm, seed=3)
     exact, narrow = model.new_state(1), model.new_state(1, precision)
     for cache in (exact, narrow):
@@ -141,7 +141,7 @@ def test_snapshots_are_as_narrow_as_states(model, precision, bytes_of_state):
 
 
 def test_narrow_keys_are_the_same_for_who_brings_them_and_who_comes_later(model):
-    """Reading in chunks or at once, float8 keys do not notice."""
+    """Float8 keys do not depend on whether a prompt is prefilled in chunks."""
     tokens = tokens_for(CONFIG, 40)
     precision = StatePrecision(keys="float8")
     logits = []

@@ -24,7 +24,7 @@ def client(tmp_path_factory):
 
 
 def ask(client, *, stream=False, **options):
-    """The answer as its parts, however it came."""
+    """The parts of the answer, streamed or not."""
     options = {"messages": [learned.QUESTION], "tools": [learned.WEATHER]} | options
     answer = client.chat.completions.create(
         model=MODEL, temperature=0, max_tokens=200, stream=stream, **options

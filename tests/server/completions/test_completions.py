@@ -144,7 +144,7 @@ def test_logprobs_tell_bytes_of_characters_apart_and_where_they_stand(client):
     assert any(token == "bytes:\\xf0" for token in logprobs.tokens)
     assert logprobs.text_offset == sorted(logprobs.text_offset)
     places = dict(zip(logprobs.text_offset, logprobs.tokens, strict=True))
-    assert len(places) < len(logprobs.tokens)  # of one character all bytes stand in one place
+    assert len(places) < len(logprobs.tokens)  # all bytes of one character have the same offset
     for place, token in places.items():
         if not token.startswith(("bytes:", "<")):
             assert said[place:].startswith(token)

@@ -166,7 +166,7 @@ def forced(compiler, tokenizer, parameters, seed):
     ids, close = [], tokenizer.encode(CLOSE)
     for step in range(3000):
         allowed = constraint.mask().nonzero().flatten().tolist()
-        # A text may go on for ever, and so may JSON: often, what ends them comes.
+        # Text and JSON may continue without end, so the tokens that end them are made likely.
         ending = [t for t in allowed if tokenizer.token_bytes(t)[:1] in b'"]}' or t in stop_ids]
         if step > 20 and ending and chance.random() < 0.5:
             tokens = [chance.choice(ending)]

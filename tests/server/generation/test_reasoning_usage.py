@@ -14,7 +14,7 @@ ENDPOINTS = ("chat", "responses", "completions")
 
 @pytest.fixture(scope="module")
 def crowded(model_folder):
-    """Few pages and a grace of its own, so that requests are taken off and budgets wait."""
+    """A server with few pages and a grace, so that requests are preempted and budgets wait."""
     with running(
         model_folder, reasoning_grace=500, kv_cache_bytes=2**17, max_num_seqs=6, page_size=8,
         prefix_cache_bytes=0,
@@ -23,7 +23,7 @@ def crowded(model_folder):
 
 
 def free(server):
-    """Biases with which a model neither ends its reasoning nor its answer nor a line by itself."""
+    """Biases that prevent a model from ending its reasoning, its answer or a line."""
     text = server.llm.tokenizer
     lines = [i for i in range(text.vocab_size) if i not in text.special_ids
              and text.token_bytes(i).endswith(b"\n")]  # fmt: skip

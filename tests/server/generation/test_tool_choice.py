@@ -1,4 +1,4 @@
-"""The grammar of calls takes what the template writes, and nothing that is no call."""
+"""The grammar of calls accepts the calls that the template writes, and nothing else."""
 
 import json
 
@@ -69,7 +69,7 @@ def tokenizer():
 
 
 def accepts(tokenizer, use, text):
-    """Whether the form lets every token of the text through, and an end after it."""
+    """Whether the grammar accepts every token of the text, and an end token after it."""
     compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size)
     stop_ids = frozenset(tokenizer.stop_ids)
     constraint = compiler.constraint(use.structured, stop_ids=stop_ids, is_reasoning_open=False)
@@ -226,15 +226,15 @@ def test_what_does_not_fit_the_schema_may_not_be_written(tokenizer, schema, writ
         (False, "parameter 'c' is required and no value fits"),
         ({"type": "string", "enum": [3]}, "parameter 'c' is required and no value fits"),
         ({"const": "</parameter>"}, "can be written in a call"),
-        ({"$ref": "#/$defs/Gone"}, "leads nowhere|cannot be held to '.ref'"),
+        ({"$ref": "#/$defs/Gone"}, "leads nowhere|'.ref' cannot be enforced"),
         ({"type": "object", "properties": {"x": {"$ref": "#/$defs/Gone"}}}, "leads nowhere"),
-        ({"type": "string", "not": {"const": "a"}}, "cannot be held to 'not'"),
-        ({"type": "string", "pattern": "a(^b)"}, "'\\^' and '\\$' can be held at the ends"),
-        ({"type": "string", "pattern": "^(?!x)"}, "one that looks around"),
+        ({"type": "string", "not": {"const": "a"}}, "'not' cannot be enforced"),
+        ({"type": "string", "pattern": "a(^b)"}, "'\\^' and '\\$' are supported only at the ends"),
+        ({"type": "string", "pattern": "^(?!x)"}, "look-around cannot be enforced"),
         ({"type": "string", "minLength": "x"}, "give a number of characters"),
     ],
 )
-def test_a_schema_that_no_call_can_be_held_to_is_refused(schema, said):
+def test_a_schema_that_cannot_be_enforced_in_a_call_is_refused(schema, said):
     tool, _ = told(schema, "")
     with pytest.raises(DataError, match=said) as caught:
         tool_use([tool], "required")

@@ -1,4 +1,4 @@
-"""Pages of other origins: whom a browser lets in, and what they may read."""
+"""Pages of other origins: which ones a browser allows, and which headers they may read."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def opened(model_folder):
 
 
 def asked_beforehand(server, origin):
-    """A browser's question whether a page may send a request like those of `/v1`."""
+    """A browser's preflight request for a request to `/v1`."""
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",

@@ -1,4 +1,4 @@
-"""What every request passes: ids, keys, bodies, draining, and errors that nobody foresaw."""
+"""The middleware of every request: ids, keys, bodies, draining, and unexpected errors."""
 
 import asyncio
 import json

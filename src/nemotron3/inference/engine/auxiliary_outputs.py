@@ -1,4 +1,4 @@
-"""Outputs of the forward pass beside the next token: prompt log-probabilities, routed experts.
+"""Outputs of the forward pass besides the next token: prompt log-probabilities, routed experts.
 
 Both are collected together with a sequence's state. If the sequence is preempted, they are dropped
 with the state and collected again (`Sequence.begin`).
@@ -50,8 +50,9 @@ def record_routes(
 ) -> None:
     """Append the experts of the first `counts[i]` tokens of each sequence to its `routes`.
 
-    `routes` has a tensor for each mixture. The tokens of the sequences are packed, or with `window`
-    each sequence has that many rows, and those after the first `counts[i]` are of rejected drafts.
+    `routes` has a tensor for each MoE layer. The tokens of the sequences are packed, or with
+    `window` each sequence has that many rows; those after the first `counts[i]` are of rejected
+    drafts.
     """
     if not routes:
         return

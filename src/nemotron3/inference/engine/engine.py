@@ -10,8 +10,7 @@ requests that share its steps.
     while engine.has_work:
         for delta in engine.step(): ...
 
-It handles token ids only; `llm.py` handles text and chats. It is not thread-safe; `async_llm.py`
-runs an engine in a thread of its own.
+It handles token ids only (`llm.py` handles text) and is not thread-safe (see `async_llm.py`).
 """
 
 import random
@@ -61,10 +60,8 @@ class Engine:
         stop_ids: frozenset[int] | None = None,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> None:
-        """`stop_ids` end every answer; by default they are the model's end tokens.
-
-        `make_runner` makes the model runner; it is called with the arguments of `ModelRunner`.
-        """
+        """`stop_ids` end every answer; by default they are the model's end tokens. `make_runner`
+        creates the model runner; it is called with the arguments of `ModelRunner`."""
         if model.device.type == "cpu":
             retain_freed_memory()
         self.model = model  # its training mode stays as it is: no module depends on it
@@ -105,7 +102,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._num_added = 0
         self.weight_version = 0
-        """Version of the weights that the next step computes with."""
+        """Version of the weights that the next step uses."""
         self._addresses = _addresses(model)
         self._is_half_written = False
 
@@ -139,12 +136,12 @@ class Engine:
                 raise ConfigError(f"has token {wrong[0]}; the vocabulary has {vocab}", field=name)
 
     def has_room(self, request: EngineRequest) -> bool:
-        """Whether the queue has room for a request; an empty queue always has."""
+        """Whether the queue has room for a request; an empty queue accepts any."""
         waiting = len(self.scheduler.waiting)
         return waiting == 0 or waiting + request.params.n <= self.config.max_num_waiting
 
     def add(self, request: EngineRequest) -> None:
-        """Add a request to the queue, of any length: callers ask `has_room` first."""
+        """Add a request to the queue. It does not limit the queue: call `has_room` first."""
         self.check(request)
         if request.request_id in self._requests:
             raise ConfigError(f"request {request.request_id!r} is being answered already")
@@ -206,8 +203,8 @@ class Engine:
 
         `weights` are a model directory, or all tensors by the names of `model.state_dict()`; if
         they do not fit, an error is raised before anything is written. Running requests keep their
-        tokens: with "recompute" their states are computed again by the new weights, with "keep" the
-        states of the old weights are continued. No other result of the old weights is used again.
+        tokens: with "recompute" their states are recomputed with the new weights, with "keep" they
+        continue from the states of the old weights. No other result of the old weights is reused.
         """
         assert_running(running)
         version = next_version(self.weight_version, version)
@@ -223,8 +220,7 @@ class Engine:
     ) -> int:
         """Drop the states that other weights computed, after the caller has changed the weights.
 
-        The caller may have written into the model's tensors or replaced them. Arguments and result
-        are those of `update_weights`.
+        Tensors may have been written or replaced. Arguments and result are as in `update_weights`.
         """
         assert_running(running)
         self.weight_version = next_version(self.weight_version, version)
@@ -238,7 +234,7 @@ class Engine:
         return self.weight_version
 
     def reset_prefix_cache(self) -> None:
-        """Drop the states of prompts that have been read, as if none had been."""
+        """Drop the cached states of all prompts."""
         self.scheduler.reset_prefix_cache()
 
     def _sequence(self, request: EngineRequest, index: int, seed: int) -> Sequence:
@@ -343,7 +339,7 @@ class Engine:
         deltas, num_accepted = self._choose(
             rows, out.hidden, out.logits, verified=out.layout if count else None, routes=out.routes
         )
-        # The drafts of this step were written in the step before: their time belongs to this one.
+        # The drafts of this step were computed in the step before; their time counts for this one.
         seconds = time.perf_counter() - start - self._drafting_s + drafting_s
         self._draft_length.record(count, num_accepted, seconds)
         self._stats.draft_length = count
@@ -361,7 +357,7 @@ class Engine:
         """Choose tokens for sequences from [rows, steps, ...] outputs, and draft the next ones.
 
         `verified` is the layout of a verification call. Returns the new tokens, and the number of
-        accepted drafts of each sequence, also of those behind the end of an answer.
+        accepted drafts of each sequence, including those after the end of an answer.
         """
         windows = [sequence.drafts for sequence in sequences]
         choosers = [sequence.chooser for sequence in sequences]
@@ -391,7 +387,7 @@ class Engine:
         return deltas, num_accepted
 
     def _draft(self, sequences: list[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
-        """Write `count` drafts for each sequence that free pages suffice for."""
+        """Write `count` drafts for each sequence, as far as free pages suffice."""
         assert self._drafter is not None
         with_room: list[int] = []
         for row, sequence in enumerate(sequences):

@@ -1,9 +1,9 @@
 """The memory of an engine: prompt tokens of a step, and pages of keys and values.
 
-Values that the configuration leaves open depend on the device. A GPU serves the model alone, so
-nearly all of its free memory is used, as by vLLM's `gpu_memory_utilization`; the memory of states,
-prefix cache and activations, which are allocated later, is subtracted first. The host's memory is
-shared with other programs, so only a part of it is used.
+Values that the configuration leaves open depend on the device. A GPU is assumed to serve only this
+model, so nearly all of its free memory is used, as with vLLM's `gpu_memory_utilization`; the memory
+of states, prefix cache and activations, which are allocated later, is subtracted first. The host's
+memory is shared with other programs, so only a part of it is used.
 """
 
 import torch
@@ -16,9 +16,10 @@ from nemotron3.models.costs import kv_bytes_per_token
 from nemotron3.models.layout import MAX_STEPS
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
+from nemotron3.runtime.memory import MemoryPart
 
 _SHARE, _GPU_SHARE = 0.25, 0.9
-"""Largest share of the free memory that is used where `kv_cache_bytes` is not given."""
+"""Largest share of the free memory that is used if `kv_cache_bytes` is not given."""
 _BATCHED_TOKENS, _GPU_BATCHED_TOKENS = 2048, 8192
 _STEP_BYTES_PER_TOKEN = 384 * 1024
 """Reserved for the activations of each prompt token of a step: 3 GiB for 8192 tokens."""
@@ -32,7 +33,7 @@ def batched_tokens(config: EngineConfig, device: torch.device) -> int:
 
 
 def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device) -> int:
-    """Bytes for keys and values where `kv_cache_bytes` is not given."""
+    """Bytes for keys and values if `kv_cache_bytes` is not given."""
     free = free_memory_bytes(device)
     least = int(free * _SHARE)
     if not has_memory_of_its_own(device):
@@ -88,14 +89,36 @@ def num_pages(model: LanguageModel, config: EngineConfig, max_model_len: int) ->
     return pages
 
 
+def engine_parts(
+    model: LanguageModel, config: EngineConfig, device: torch.device, max_model_len: int
+) -> list[MemoryPart]:
+    """Upper bounds of what an engine on `device` keeps beside the weights; `model` needs no memory.
+
+    A prompt's step counts where the device's memory is its own, as for `cache_bytes`.
+    """
+    longest = -(-(max_model_len + MAX_STEPS) // config.page_size) + 1
+    pages = config.max_num_seqs * longest * page_bytes(model, config)
+    if config.kv_cache_bytes is not None:
+        pages = min(pages, config.kv_cache_bytes)
+    prompts = min(batched_tokens(config, device), config.max_num_seqs * max_model_len)
+    step = prompts * _STEP_BYTES_PER_TOKEN if has_memory_of_its_own(device) else 0
+    sizes = {
+        "engine states": _state_bytes(model, config),
+        "engine keys and values": pages,
+        "engine prefix cache": config.prefix_cache_bytes if config.keeps_states else 0,
+        "engine prompt step": step,
+    }
+    return [MemoryPart(name=name, num_bytes=size, is_estimate=True) for name, size in sizes.items()]
+
+
 def longest_sequence(config: EngineConfig, wanted: int, pages: int) -> int:
-    """The most tokens of one sequence: `wanted`, or what the pages hold where that is less.
+    """The most tokens of one sequence: `wanted`, or as many as the pages hold if that is less.
 
     Raises ConfigError if the configuration asks for a `max_model_len` that the pages do not hold.
     """
     if pages == 0:
         return wanted
-    # Drafts need room, and so does a shared page, which is copied before it is written.
+    # Drafts need pages, and so does the copy of a shared page, which is made before it is written.
     held = (pages - 1) * config.page_size - MAX_STEPS
     if held >= wanted:
         return wanted

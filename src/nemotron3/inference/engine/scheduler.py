@@ -21,7 +21,7 @@ _CLOSE = 8
 
 
 class Scheduler:
-    """Owns the queues and the slots. It handles tokens and pages and knows no model."""
+    """Owns the queues and the slots. It handles tokens and pages, and does not use the model."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class Scheduler:
         """The prompt chunks of this step: for each model call, sequences and numbers of tokens.
 
         Narrow states are rounded at the end of each chunk of a prompt, and after each token of an
-        answer. So that a sequence's tokens do not depend on other sequences, its chunks then end
-        only at lengths that follow from its own prompt, and the tokens that it generated before a
-        preemption are recomputed in a call of its own, as decoding steps.
+        answer. A sequence's tokens must not depend on other sequences. Therefore its chunks end
+        only at lengths that follow from its own prompt, and tokens that it generated before a
+        preemption are recomputed in a call of their own, as decoding steps.
         """
         budget = self.max_num_batched_tokens
         prompts: list[tuple[Sequence, int]] = []
@@ -163,7 +163,7 @@ class Scheduler:
     def _evict(self) -> bool:
         """Drop one cached or shared state; returns whether there was one.
 
-        Answers that wait for a shared prompt which is dropped prefill it themselves.
+        Answers that wait for a dropped prompt prefill it themselves.
         """
         if self.prefixes.evict():
             return True
@@ -174,7 +174,7 @@ class Scheduler:
         return True
 
     def _allocate(self, sequence: Sequence) -> bool:
-        """Allocate a slot, and pages for all tokens and one more; returns False if they lack."""
+        """Allocate a slot, and pages for all tokens and one more; False if too few are free."""
         slot = self._free_slots.pop()
         snapshot = None
         if self._config.keeps_states and not sequence.wants_prompt_logprobs:
@@ -206,7 +206,7 @@ class Scheduler:
         sequence.drafts.clear()
 
     def _leads(self, sequence: Sequence) -> bool:
-        """Whether this sequence computes the prompt's state that other answers start from."""
+        """Whether this sequence computes the prompt's state from which other answers start."""
         return (
             self._shares_prompt(sequence)
             and sequence.num_prompt > 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class EngineStats:
-    """Counts of an engine's work so far, and of what it contains."""
+    """Counts of an engine's work so far, and its current load."""
 
     num_running: int = 0
     num_waiting: int = 0

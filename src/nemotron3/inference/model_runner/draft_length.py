@@ -1,15 +1,15 @@
 """The number of drafts of a step, chosen from measured acceptance and measured cost.
 
 A step with d drafts yields 1 + a_1 + a_1 a_2 + … tokens, where a_i is the rate at which draft i is
-accepted when those before it are. Its cost depends on the device and the batch: on a GPU with a
-small batch it is about that of a step without drafts, with a large batch almost d times as much.
-Both are measured while the engine runs, and the number with the most tokens per second is chosen.
-It changes no token, only the time at which a token is generated.
+accepted if those before it are. Its cost depends on the device and the batch: on a GPU it is about
+that of a step without drafts for a small batch, and almost d times as much for a large one. Both
+are measured while the engine runs, and the number with the most tokens per second is chosen. The
+choice changes no token, only the speed.
 
 A kind of step is a batch size with a number of drafts. The first step after one of another kind is
-not measured, since the processor's caches contain none of its data; of a new kind the first two are
-not, since they compile and record. From time to time a neighbouring number is tried for a few
-steps, in case it has become faster; the interval doubles while the trials find nothing better.
+not measured, since its data are not in the processor's caches; nor are the first two steps of a new
+kind, which compile and record. From time to time a neighbouring number is tried for a few steps, in
+case it has become faster; the interval doubles while the trials find nothing better.
 """
 
 from collections.abc import Iterable

@@ -1,10 +1,10 @@
 """Graphs of model calls on a carried state, one for each shape of call.
 
 On a CPU the first call of a shape runs the function and records it (ops/graph.py). On a GPU the
-function first runs on padding alone and is captured (runtime/cuda_graph.py). Later calls copy their
-inputs over the first ones and replay the graph, with the same results to the last bit. A graph is
-valid for the memory of the cache and of the parameters that it was made with: if the cache's memory
-has grown, a new graph is made, and whoever replaces the model's tensors calls `clear`.
+function first runs on padding only, and is then captured (runtime/cuda_graph.py). Later calls copy
+their inputs over the first ones and replay the graph, with the same results to the last bit. A
+graph is valid only for the memory of cache and parameters with which it was made: if the cache's
+memory has grown, a new graph is made, and code that replaces the model's tensors must call `clear`.
 """
 
 from collections.abc import Callable, Hashable
@@ -35,7 +35,7 @@ class CapturedGraph(Protocol):
 
 
 class GraphPool(Protocol):
-    """Captures functions on a device, as `runtime.cuda_graph.CudaGraphPool` does."""
+    """Captures functions on a device, such as `runtime.cuda_graph.CudaGraphPool`."""
 
     def capture(self, function: Callable[[], Tensors]) -> CapturedGraph:
         """Capture the operations of a function that has run before, without executing them."""
@@ -82,7 +82,7 @@ class GraphCache:
     ) -> Tensors:
         """The results of `function(*inputs)`, valid until the next call.
 
-        `padding_inputs` makes inputs of the same shapes that are padding alone; a CUDA graph is
+        `padding_inputs` returns inputs of the same shapes that are only padding; a CUDA graph is
         captured on them.
         """
         if self.has(shape):
@@ -110,7 +110,7 @@ class GraphCache:
     def _capture(
         self, pool: GraphPool, padding_inputs: Tensors, function: Callable[..., Tensors]
     ) -> _CachedGraph:
-        """Run once, since a capture can neither compile kernels nor allocate lasting memory."""
+        """Run once, then capture: a capture cannot compile kernels or allocate lasting memory."""
         inputs = tuple(given.to(self._cache.device, copy=True) for given in padding_inputs)
         function(*inputs)
         graph = pool.capture(lambda: function(*inputs))

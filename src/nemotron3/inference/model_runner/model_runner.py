@@ -6,10 +6,10 @@
     out.logits[:, -1].argmax(-1)                              # next tokens of slots 3 and 0
 
 A decoding step has a few new tokens, the same number for each sequence. The first step of a shape
-is the model's forward pass. Where the device can record it, later steps of that shape replay its
-graph (graph_cache.py) on other tokens, slots and lengths. On a CPU a short chunk of a prompt, such
-as the tokens after a chat's last message, is recorded as well, because Python would take most of
-its time. On a GPU it is not: prompts have too many shapes to capture each.
+runs the model's forward pass. If the device can record it, later steps of that shape replay its
+graph (graph_cache.py) with other tokens, slots and lengths. On a CPU a short chunk of a prompt,
+such as the tokens after a chat's last message, is recorded as well, because Python would take most
+of its time. On a GPU it is not: prompts have too many shapes to capture.
 
 Where batches are padded, decoding steps have few sizes, each at most an eighth larger than the
 number of sequences. Padding has slot -1, which kernels ignore.
@@ -39,9 +39,9 @@ class StepOutput(NamedTuple):
     """The residual stream after the final norm."""
     logits: Float[Tensor, "sequence step vocab"]
     layout: SequenceLayout
-    """For `HybridCache.accept` after a verification step."""
+    """The argument of `HybridCache.accept` after a verification step."""
     routes: tuple[Int[Tensor, "sequence step choice"], ...] = ()
-    """The experts of each mixture, first to last; empty unless the runner returns them."""
+    """The experts of each MoE layer, first to last; empty unless the runner returns them."""
 
 
 class _Shape(NamedTuple):
@@ -55,14 +55,14 @@ class PrefillOutput(NamedTuple):
 
     hidden: Float[Tensor, "tokens d_model"]
     routes: tuple[Int[Tensor, "tokens choice"], ...] = ()
-    """The experts of each mixture, first to last; empty unless the runner returns them."""
+    """The experts of each MoE layer, first to last; empty unless the runner returns them."""
 
 
 class ModelRunner:
     """Executes one model on one carried state.
 
     With `returns_routes` prefills and decoding steps return the experts that the routers chose.
-    `make_pool` returns the pool that graphs are captured in, or None if a device captures none.
+    `make_pool` returns the pool for captured graphs, or None if the device cannot capture.
     """
 
     def __init__(

@@ -2,21 +2,21 @@
 
 The MTP block writes drafts, and the model verifies all of them in one step.
 
-At each position the block takes the hidden state there and the token after it, so in a prompt it is
-one token behind the model. Its keys and values are in the same pages as the model's:
+The inputs of the block at a position are the hidden state there and the next token, so in a prompt
+it is one token behind the model. Its keys and values are in the same pages as the model's:
 
 - A chunk of a prompt is prefilled in the block right after the model, without its last position,
-  whose next token is not yet known; the hidden state there waits in the cache (`DraftState`). The
-  prefill computes keys and values only.
+  whose next token is not yet known; the hidden state there is stored in the cache (`DraftState`).
+  The prefill computes keys and values only.
 - After tokens are chosen, the block processes the accepted ones, and its output at the last
   position gives the first draft. Further drafts feed the block's own output back, as it was trained
   (white paper, section 2.3), and leave no state.
-- While no drafts are wanted, the inputs of the block are deferred (`DraftState.defer`) and
-  processed in one call when they are wanted again, so that a step without drafts costs almost
-  nothing more. They may remain deferred at the end of an answer; a continuation processes them.
+- While the engine does not draft, the inputs of the block are deferred (`DraftState.defer`) and
+  processed in one call before the next drafts, so that a step without drafts costs almost nothing
+  more. They may remain deferred at the end of an answer; a continuation processes them.
 
-Training gives each depth keys of its own depth; here later depths attend to the first one's keys
-(decision 0013).
+In training each depth attends to keys of its own depth; here later depths attend to the first one's
+keys (docs/decisions/0013).
 """
 
 from collections.abc import Sequence as Many
@@ -38,7 +38,7 @@ number of depths in training is no limit, and published checkpoints do not conta
 
 
 def most_drafts(model: LanguageModel, wanted: int | None) -> int:
-    """The most drafts of a step: `wanted`, or the default where it is None.
+    """The most drafts of a step: `wanted`, or the default if it is None.
 
     Raises ConfigError if the model cannot draft that many.
     """
@@ -62,7 +62,7 @@ def most_drafts(model: LanguageModel, wanted: int | None) -> int:
 
 
 _MOST_PENDING = 128
-"""Most steps of a sequence that are deferred: it bounds their memory."""
+"""Most steps of a sequence that are deferred, which bounds their memory."""
 
 
 class Drafter:
@@ -106,7 +106,7 @@ class Drafter:
         """
         self.flush(sequences)
         drafts, (rows, steps, _) = self._drafts, hidden.shape
-        if rows == 1:  # of several sequences, one nearly always needs all steps
+        if rows == 1:  # with several sequences, one nearly always needs all steps
             steps = max(len(accepted[0]), 1)
             hidden = hidden[:, :steps]  # rejected tokens would load experts of their own
         slots = [_slot(sequence) for sequence in sequences]

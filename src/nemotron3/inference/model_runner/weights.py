@@ -23,8 +23,8 @@ from nemotron3.ops.weights import Weight
 Weights = str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 """A model directory, or tensors by the names of `model.state_dict()` of the plain model."""
 RunningRequests = Literal["recompute", "keep"]
-"""How running requests continue when weights are replaced: their states are computed again by the
-new weights, or the states of the old weights are kept. Their tokens stay in both cases."""
+"""How running requests continue when weights are replaced: their states are recomputed with the new
+weights, or the states of the old weights are kept. Their tokens stay in both cases."""
 
 _RUNNING: tuple[RunningRequests, ...] = ("recompute", "keep")
 _NOT_COMPUTED_WITH = {"initializer_range", "max_position_embeddings"}
@@ -59,7 +59,7 @@ def assert_running(running: str) -> None:
 
 
 def next_version(current: int, wanted: int | None) -> int:
-    """The version of new weights: `wanted`, or one more than that of the old ones."""
+    """The version of new weights: `wanted`, or the current one plus 1."""
     if wanted is None:
         return current + 1
     if wanted <= current:

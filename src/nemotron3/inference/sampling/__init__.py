@@ -1,1 +1,1 @@
-"""Sampling: which token comes next, and what ends an answer."""
+"""Sampling: the choice of the next token, and the end of an answer."""

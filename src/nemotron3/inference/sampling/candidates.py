@@ -23,7 +23,7 @@ _BLOCK = 2**17
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How one row is sampled; `key` is the noise's, a function of seed, answer and position."""
+    """How one row is sampled; `key` is the key of its noise, from seed, answer and position."""
 
     key: int
     temperature: float

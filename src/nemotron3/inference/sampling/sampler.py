@@ -11,7 +11,7 @@ often, and would make tokens depend on drafts: decision 0012).
 
     chooser = TokenChooser(params, prompt=ids, seed=7, index=0, stop_ids=stop_ids, vocab_size=V)
     choose([chooser], logits, [[]])          # logits [1, V]: [[token]]
-    choose([chooser], logits, [[4, 8]])      # logits [3, V]: [[4, 9]] where 8 was not the choice
+    choose([chooser], logits, [[4, 8]])      # logits [3, V]: [[4, 9]] if 8 is rejected
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
 from nemotron3.ops.sampling.noise import position_key
 
 COLDEST = 1e-5
-"""Temperatures below this choose the most probable token: dividing by them would overflow."""
+"""Below this temperature the most probable token is chosen: a division could overflow."""
 
 
 class TokenChooser:
@@ -73,7 +73,7 @@ class TokenChooser:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every token from here on is the argmax of the model's logits."""
+        """Whether every further token is the argmax of the model's logits."""
         return (
             self.is_greedy and not self._here.is_used and not self._rules.apply_at(self.num_tokens)
         )
@@ -244,7 +244,7 @@ def draft(
             # There is no row after a draft that cannot be accepted; any draft will do there.
             rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
         chosen = _decide(rows, logits)
-    return [max(token, 0) for token in chosen]  # where no token can be chosen, any draft will do
+    return [max(token, 0) for token in chosen]  # if no token can be chosen, any draft will do
 
 
 def token_logprobs(
@@ -310,9 +310,9 @@ def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> T
 def _most_probable(logits: Tensor) -> list[int]:
     best: Any = logits.max(-1)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    # `max` returns NaN where there is one, and NaN is not above -inf.
+    # `max` returns NaN if there is one, and NaN is not above -inf.
     return [token if largest > -inf else -1 for token, largest in pairs]
 
 
-def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` does not say of what
+def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` has no element type
     return ids.tolist()

@@ -1,8 +1,8 @@
 """Stop strings, matched across tokens, and the tokens that can be streamed while one may match.
 
 A stop string may begin in one token and end in another, so text that may be its beginning is held
-back until later tokens decide. The engine has one `StopStrings` to know when an answer ends; the
-output processor has another one, given the same tokens, to know which of them to show.
+back until later tokens decide. The engine has one `StopStrings` to find the end of an answer. The
+output processor has another, with the same tokens, to find the tokens to show.
 
 Special tokens are not text. In a text completion they are skipped, and the text on both sides of
 one is contiguous. In a chat they separate what is shown (reasoning from content), and no string

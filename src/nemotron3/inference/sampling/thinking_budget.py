@@ -8,7 +8,7 @@ processor; 500 is the model card's rule, "a line end within 500 tokens of the bu
 stop". The model card's client needs two calls for a hard stop, one with max_tokens = budget and one
 that continues after ".\n</think>\n\n"; here one request suffices.
 
-Decided here, because the sources leave it open:
+The sources leave these cases open; here they are decided as follows:
 
 - **Reasoning shorter than the budget is unchanged**, to the last token. So is an answer without
   reasoning.

@@ -1,12 +1,12 @@
-"""Checks that a grammar can be compiled safely, in a process of its own.
+"""Check in a separate process whether a grammar can be compiled safely.
 
 A grammar whose compilation would end the engine's process only ends the worker process
 (`grammar_worker.py`), which starts with the first grammar and restarts after such an end. Grammars
 are checked in order of arrival, each within a few seconds; when too many wait, further ones are
 refused. Results are cached by the digest of the grammar.
 
-The worker is started by `python -m` and not by `multiprocessing`, which would run a user's script a
-second time if that has no `if __name__ == "__main__"`.
+The worker is started by `python -m` instead of `multiprocessing`, which would run a user's script a
+second time if the script has no `if __name__ == "__main__"`.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ T = TypeVar("T")
 _START_S = 120.0
 _MAX_VERDICTS = 4096
 _MAX_WAITING = 32
-_TIMEOUT_KEPT_S = 60.0  # after that the grammar is tried again: the machine may have been busy
+_TIMEOUT_KEPT_S = 60.0  # then the grammar is tried again: the machine may have been busy
 _WORKER = "nemotron3.inference.structured_output.grammar_worker"
 
 
@@ -56,7 +56,7 @@ class GrammarChecks:
         self._end = weakref.finalize(self, self._worker.end)
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
-        """Run a function in the thread that checks, after those submitted before.
+        """Run a function in the checking thread, in order of submission.
 
         Raises `OverloadedError` if too many wait.
         """
@@ -91,7 +91,7 @@ class GrammarChecks:
         return known
 
     def _verdict(self, digest: bytes, kind: str, text: str) -> str | None:
-        # A grammar that was submitted twice is known when its second turn comes.
+        # If a grammar was submitted twice, the second check finds the result of the first.
         known = self._known(digest) or self._find(kind, text)
         with self._lock:
             self._verdicts[digest] = known
@@ -218,9 +218,9 @@ def _exchange(process: "subprocess.Popen[bytes]", question: bytes, timeout_s: fl
 
 def _started() -> "subprocess.Popen[bytes]":
     environment = {
-        # The worker imports from the same folders, those that a script has added included.
+        # The worker imports from the same folders, including those that a script has added.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        # Threads and arenas would use memory that is limited for the sake of the grammar.
+        # Threads and arenas would use up the limited memory.
         "RAYON_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",
     }
@@ -230,5 +230,5 @@ def _started() -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # a crash is reported as the grammar's error
         env={**os.environ, **environment},
-        start_new_session=True,  # an interrupt goes to the parent alone, which ends the worker
+        start_new_session=True,  # only the parent gets an interrupt, and ends the worker
     )

@@ -3,16 +3,16 @@ r"""Structured output: answers that follow a JSON schema, a regular expression, 
 A grammar is compiled once. Before every token it determines the tokens that can still lead to a
 complete answer; all others are masked, in tens of microseconds per token (`grammar_library.py`).
 
-Decided here:
+Design decisions:
 
 - **Reasoning is free.** If the prompt ends within reasoning, the grammar begins after `</think>`,
   and no end token is allowed before. Otherwise it begins with the answer, and the model cannot open
   reasoning of its own.
 - **End tokens are allowed exactly when the answer is complete**, and nothing else is when it cannot
   be continued. A request without any end token (`ignore_eos`) cannot have structured output.
-- **The line end of the chat style is allowed.** Nano and Super write `</think>\n`; without its line
-  end a model would begin the answer as it never did in training. So one token of line ends may
-  precede the answer; the parser of answers drops it.
+- **The line end of the chat style is allowed.** Nano and Super write `</think>\n`; a model that may
+  not write the line end would begin the answer in a way that it has never seen in training. So one
+  token of line ends may precede the answer; the parser of answers drops it.
 - **White space in JSON is limited.** `{` followed by endless line ends is a prefix of valid JSON,
   and models produce it; 40 characters in one place are enough for indentation.
 - **Text is text.** A special token matches nothing in a schema, expression or string; a Lark

@@ -1,7 +1,7 @@
 """Grammars compiled by `llguidance`: an Earley parser over a trie of the vocabulary.
 
-Only this file imports the library. It imports nothing else of size, because every grammar is first
-compiled in a process of its own (`grammar_worker.py`): some grammars make the library overflow its
+Only this module imports the library. It has no other large imports, because every grammar is first
+compiled in a separate process (`grammar_worker.py`): some grammars make the library overflow its
 stack, which ends the process.
 """
 
@@ -41,7 +41,7 @@ class GrammarLibrary:
         self._limits = self._lib.LLParserLimits(**_LIMITS)
 
     def compile(self, kind: str, text: str) -> Any:
-        """A matcher of the library; a ConfigError if the text is not a grammar of that kind."""
+        """A matcher of the library; raises ConfigError if the text is not such a grammar."""
         matcher = self._lib.LLMatcher(
             self._tokens, self._grammar(kind, text), log_level=0, limits=self._limits
         )
@@ -95,7 +95,7 @@ def message_of(matcher: Any) -> str:
 
 
 def grammar_error(why: str) -> str:
-    """The problem of a grammar that cannot be enforced, for an error with its field."""
+    """The message of an error for a grammar that cannot be enforced."""
     return f"cannot be enforced: {why.strip()}; change it or leave it out"
 
 

@@ -1,9 +1,9 @@
 """The worker process that compiles grammars before the engine does.
 
 It reads a vocabulary and then grammars from its standard input, compiles each, generates a few
-tokens with it, and answers on its standard output in a line of JSON: `{"error": null}`, or the
-error. A grammar that overflows the stack, or exceeds the limits of memory or time, ends the
-process; its parent (`grammar_checks.py`) notices that and starts another.
+tokens with it, and writes a line of JSON to its standard output: `{"error": null}`, or the error. A
+grammar that overflows the stack, or exceeds the limits of memory or time, ends the process; the
+parent (`grammar_checks.py`) detects that and starts another.
 
 A grammar that passes here passes in the engine, because the stack is smaller than that of any
 thread there. The process ends with its input, or by a timer while it is busy, so it does not
@@ -72,7 +72,7 @@ def _verdict(library: GrammarLibrary, kind: str, text: str) -> str | None:
 
 
 def _try_out(matcher: Any) -> None:
-    """Generate random tokens, as a model may; if none is allowed, the answer's error says so."""
+    """Generate random allowed tokens; if none is allowed, an answer will fail with that error."""
     matcher = matcher.deep_copy()
     chance = random.Random(0)
     end = time.monotonic() + _TRIAL_S

@@ -1,8 +1,8 @@
 """The progress of the multi-token-prediction block in each slot, and its pending inputs.
 
-At each position the block takes the model's hidden state there and the token after it. So the
+The inputs of the block at a position are the model's hidden state there and the next token. So the
 hidden state of a prompt's last token is pending until the next token is chosen. Tokens that are
-chosen while no drafts are wanted are pending as well, and are processed later in one call.
+chosen while the engine does not draft are pending as well, and are processed later in one call.
 """
 
 from collections.abc import Sequence
@@ -82,16 +82,16 @@ class DraftState:
         counts: Sequence[int],
         hidden: Float[Tensor, "slots d_model"],
     ) -> None:
-        """Count the tokens that the block has processed and drop pending ones; `hidden` is that at
-        the last of them."""
+        """Add the tokens that the block has processed, and drop the pending ones. `hidden` is the
+        model's hidden state at the last of them."""
         self._hidden[list(slots)] = hidden
         for slot, count in zip(slots, counts, strict=True):
             self.lengths[slot] += count
             self._pending[slot] = []
 
     def advance_prompt(self, slot: int, length: int, hidden: Float[Tensor, " d_model"]) -> None:
-        """Note that the block has processed a prompt of `length` tokens except the last, whose
-        hidden state is `hidden`."""
+        """Record that the block has processed all but the last of a prompt's `length` tokens;
+        `hidden` is the hidden state of the last."""
         self.lengths[slot] = length - 1
         self._pending[slot] = []
         self._hidden[slot] = hidden

@@ -181,7 +181,7 @@ class HybridCache:
     def check(self, layout: SequenceLayout) -> None:
         """Raise ConfigError for a layout whose lengths are not those of the slots.
 
-        A layout with a `device_layout` is not checked: its maker checks and counts.
+        A layout with a `device_layout` is not checked: the code that created it checks the lengths.
         """
         if layout.device_layout is not None:
             return

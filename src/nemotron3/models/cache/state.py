@@ -125,25 +125,25 @@ class LayerState:
 
 
 class StatefulLayerConfig(Protocol):
-    """What the cache reads of a layer's configuration (`models.mixer.MixerConfig`)."""
+    """The interface of a layer's configuration to the cache (`models.mixer.MixerConfig`)."""
 
     @property
     def state_size(self) -> StateSize:
-        """How many numbers the layer carries."""
+        """The size of the layer's state."""
         ...
 
     @property
     def is_stateful(self) -> bool:
-        """Whether it carries any."""
+        """Whether the layer has a state."""
         ...
 
     def new_state(self, memory: StateMemory) -> LayerState | None:
-        """An empty state, if the layer carries one."""
+        """An empty state; None for a layer without state."""
         ...
 
 
 class CachedModelConfig(Protocol):
-    """What the cache reads of a model's configuration (`models.config.ModelConfig`)."""
+    """The interface of a model's configuration to the cache (`models.config.ModelConfig`)."""
 
     @property
     def hidden_size(self) -> int:

@@ -26,7 +26,7 @@ class StatePrecision:
     ssm: Literal["float32", "float16", "int8"] = "float32"
     """Format of SSM states; int8 has a scale for each block of 128 along the state axis."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """Rounding of narrow states. Rounded to the nearest, they drift (docs/lab-notes)."""
+    """Rounding of narrow states. With `nearest` they drift (docs/lab-notes/state-precision.md)."""
     philox_rounds: int = 5
     """Rounds of Philox4x32 for the random bits; with fewer than 4, answers change measurably."""
     seed: int = 0

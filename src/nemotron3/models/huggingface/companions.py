@@ -1,8 +1,8 @@
-"""The contents of a model directory beside its tensors, kept so that saving writes them again.
+"""The contents of a model directory besides its tensors, which saving writes again.
 
-A directory contains more than our record: lists of end tokens, sampling defaults, fields of other
-programs, a tokenizer. A loaded model keeps all of it (`LanguageModel.companions`).
-Saving changes the fields that the record owns and that differ from those loaded, and nothing else.
+A directory contains more than `ModelConfig`: lists of end tokens, sampling defaults, fields of
+other programs, a tokenizer. A loaded model keeps all of it (`LanguageModel.companions`). Saving
+changes only the fields of `ModelConfig` that differ from the loaded ones.
 """
 
 import json
@@ -53,7 +53,7 @@ class Companions:
 def read_companions(
     directory: Path, *, config: ModelConfig, fields: Mapping[str, Any]
 ) -> Companions:
-    """Read the files beside config.json and the tensors."""
+    """Read the files besides config.json and the tensors."""
     generation = directory / GENERATION_FILE
     tokenizer = (directory / name for name in _TOKENIZER_FILES)
     return Companions(

@@ -2,8 +2,8 @@
 
 A dialect lists every tensor of the checkpoint under its published name as a view of the model's own
 tensor. Writing streams the views; reading copies into them. Names and shapes are compared before
-the model gets its memory, so whatever is missing, extra or mis-shaped is an error that names the
-tensor and costs nothing.
+the model gets its memory, so a missing, extra or mis-shaped tensor is an error that names it and
+costs no time.
 """
 
 import re
@@ -34,14 +34,14 @@ from nemotron3.models.parameter import parameter_specs, weight_format
 from nemotron3.ops.weights import Weight
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
-"""First to last choice for writing; the last can express every model."""
+"""In order of preference for writing; the last one can express every model."""
 _QUANTIZATION = "quantization_config"
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 
 def read_config(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
-    """The configuration of a model directory; `config_class` is what our own layout holds."""
+    """The configuration of a model directory; `config_class` is that of our own layout."""
     return _config_from(*_read_fields(path), config_class)
 
 
@@ -54,7 +54,7 @@ def _config_from(
 
 
 def read_directory(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> Companions:
-    """The configuration of a model directory and everything else but its tensors."""
+    """The configuration of a model directory, and all other contents except the tensors."""
     dialect, fields = _read_fields(path)
     config = _config_from(dialect, fields, config_class)
     return read_companions(Path(path), config=config, fields=fields.fields)
@@ -70,8 +70,8 @@ def write_model(
 ) -> None:
     """Write config.json, generation_config.json, and the tensors in shards.
 
-    `companions` are those of the directory that the model was loaded from: what they say beside
-    `config` is written again.
+    `companions` are the other contents of the directory from which the model was loaded; they are
+    written again.
     """
     dialect = _dialect_to_write(model, config, companions)
     dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
@@ -92,10 +92,10 @@ def _dialect_to_write(
     model: nn.Module, config: ModelConfig, companions: Companions | None
 ) -> ModuleType:
     if weight_format(model) is not None:
-        return native  # no published layout knows these formats
+        return native  # no published layout has these formats
     if companions is not None and config == companions.config:
         dialect = _dialect_of(companions.fields)
-        # All state that a model was read with has a name there, but for Qwen's selection bias.
+        # A dialect has names for all tensors that were read from it, except Qwen's selection bias.
         if dialect is not qwen3_moe:
             return dialect
     return next(d for d in _DIALECTS if d.unsupported(model, config) is None)
@@ -134,7 +134,7 @@ def read_weights(
 
 
 def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> Callable[[], None]:
-    """Compare a directory with a model that has its memory; returns what copies it in there."""
+    """Compare a directory with an allocated model; returns a function that copies the tensors."""
     files = _opened(model, config, path)
     files.check_values(model, config)
     return lambda: files.copy_to(model, config)
@@ -148,16 +148,16 @@ class _Files(NamedTuple):
     """Whether weights are stored as codes and scales."""
     reader: ShardedReader
     stored: dict[str, str]
-    """Names in the files, by our spelling."""
+    """Names in the files, by the names that this package writes."""
     stacked: dict[str, list[tuple[int, str]]]
 
     def destinations(self, model: nn.Module, config: ModelConfig) -> Mapping[str, Weight]:
-        """What the files' tensors are copied into: a plain one is quantized where a weight is."""
+        """The tensors to copy into; a plain tensor is quantized if the model's weight is."""
         views = self.dialect.published_views(model, config)
         return _in_parts(views) if self.is_quantized else dict(views)
 
     def check_values(self, model: nn.Module, config: ModelConfig) -> None:
-        """Raise CheckpointError for values that a quantized weight of the model cannot express."""
+        """Raise CheckpointError for values that a quantized weight cannot represent."""
         destinations = self.destinations(model, config)
         if all(isinstance(weight, Tensor) for weight in destinations.values()):
             return
@@ -172,7 +172,7 @@ class _Files(NamedTuple):
                 )
 
     def copy_to(self, model: nn.Module, config: ModelConfig) -> None:
-        """Copy into a model's tensors, one at a time."""
+        """Copy the files' tensors into the model's, one at a time."""
         destinations = self.destinations(model, config)
         ours = {name: spelling for spelling, name in self.stored.items()}
         with torch.no_grad():
@@ -205,7 +205,7 @@ def _opened(model: nn.Module, config: ModelConfig, path: Path | str) -> _Files:
 
 
 def _in_parts(views: Iterable[tuple[str, Weight]]) -> dict[str, Tensor]:
-    """Tensors as files hold them: a quantized weight is several."""
+    """The tensors in the files: a quantized weight consists of several."""
     parts: dict[str, Tensor] = {}
     for name, weight in views:
         if isinstance(weight, Tensor):
@@ -216,7 +216,7 @@ def _in_parts(views: Iterable[tuple[str, Weight]]) -> dict[str, Tensor]:
 
 
 def stored_weight_format(path: Path | str) -> str | None:
-    """The number format of a directory's weights; None where they are plain tensors."""
+    """The number format of a directory's weights; None if they are plain tensors."""
     quantization = _own_quantization(read_json(Path(path) / CONFIG_FILE))
     return None if quantization is None else quantization.get("format")
 
@@ -228,7 +228,7 @@ def _own_quantization(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _read_fields(path: Path | str) -> tuple[ModuleType, Fields]:
-    """The fields of config.json, where the language model's are, and the dialect they are in."""
+    """The dialect of config.json, and the language model's fields in it."""
     file = Path(path) / CONFIG_FILE
     fields = read_json(file)
     if _own_quantization(fields) is not None:
@@ -253,7 +253,7 @@ def _dialect_of(fields: Mapping[str, Any]) -> ModuleType:
 def _stacked_names(
     shapes: Mapping[str, Weight], stored: dict[str, str]
 ) -> dict[str, list[tuple[int, str]]]:
-    """Tensors that hold all experts at once, as transformers keeps them in memory."""
+    """Tensors of all experts at once, as transformers has them in memory."""
     stacked: dict[str, list[tuple[int, str]]] = {}
     for name in shapes:
         match = _EXPERT.fullmatch(name)
@@ -268,7 +268,7 @@ def _compare(
     shapes: Mapping[str, Weight],
     stacked: dict[str, list[tuple[int, str]]],
 ) -> None:
-    # Quantized files also have extra and mis-shaped tensors, so their own error comes first.
+    # Files in other quantized formats have extra and mis-shaped tensors: this error comes first.
     for spelling, name in stored.items():
         info, ours = reader.info(name), shapes.get(spelling)
         if isinstance(ours, Tensor) and not ours.is_floating_point():
@@ -320,7 +320,7 @@ def _why_missing(names: list[str]) -> str:
 
 def _stored_dtype(model: nn.Module, config: ModelConfig, files: _Files) -> torch.dtype:
     """The dtype of most of the weights; a file may keep single tensors in a wider one."""
-    # Dialects may name modules as they like, but keep the last parts of these names.
+    # Dialects have other names of modules, but the same last parts of these names.
     specs = parameter_specs(model)
     wide = tuple({f".{n.rpartition('.')[2]}" for n, spec in specs.items() if spec.keep_float32})
     sizes: Counter[torch.dtype] = Counter()

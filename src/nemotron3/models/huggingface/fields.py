@@ -1,4 +1,4 @@
-"""Reading a `config.json` by field, with its aliases, defaults and plain errors."""
+"""Read the fields of a `config.json`, with aliases, defaults and errors that name the field."""
 
 import math
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ class Fields:
         return value
 
     def require(self, name: str, allowed: Any, meaning: str) -> None:
-        """Raise ConfigError for a value that asks for computations that the model does not have."""
+        """Raise ConfigError unless a field has the only supported value, `allowed`."""
         for spelling, value in self.spelled(name).items():
             if value != allowed:
                 raise ConfigError(
@@ -80,7 +80,7 @@ class Fields:
                 )
 
     def special_tokens(self, *, bos: int, eos: int, pad: int) -> dict[str, Any]:
-        """The ids of special tokens as fields of `ModelConfig`; the arguments are the defaults."""
+        """The ids of special tokens, by field of `ModelConfig`; the arguments are the defaults."""
         return {
             "bos_token_id": self.get(int, "bos_token_id", default=bos),
             "eos_token_id": self._eos(eos),
@@ -121,7 +121,7 @@ def updated(
 
 
 def number(value: Any) -> float:
-    """A number in any of the spellings that JSON files use for infinity."""
+    """A number, or infinity in any of the spellings that JSON files use."""
     value = float(value["__float__"] if isinstance(value, dict) else value)
     # JSON has no infinity, so some files have a number larger than any step.
     return math.inf if value >= 1e30 else value

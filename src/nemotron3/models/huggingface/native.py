@@ -40,4 +40,4 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def unsupported(model: nn.Module, config: ModelConfig) -> None:
-    """This dialect can express every model."""
+    """Return None: this dialect can express every model."""

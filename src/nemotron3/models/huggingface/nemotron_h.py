@@ -1,12 +1,12 @@
 """The `nemotron_h` dialect: config.json and tensor names of Nemotron 3 and its relatives.
 
-Three spellings of the layer list are in circulation: Megatron's pattern string (Nano, Super), lists
+Published files have three forms of the layer list: Megatron's pattern string (Nano, Super), lists
 of `mamba / moe / attention / mlp` (Ultra), and lists of `linear_attention / moe / full_attention /
-mlp` (saved by transformers 5). Saving writes the first two, which every engine reads.
+mlp` (saved by transformers 5). Saving writes the first two, which all engines read.
 
-`num_nextn_predict_layers` counts blocks in the file and not the depths that share a block. The
-reports train two depths with the one block of Super and Ultra, so a file with their layers means
-two; `num_mtp_depths`, a field of our own, sets another number.
+`num_nextn_predict_layers` counts the blocks in the file, not the depths that share a block. The
+reports train two depths with the one block of Super and Ultra, so a file with their layers has two
+depths; `num_mtp_depths`, a field of our own, sets another number.
 """
 
 import logging
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 _KINDS = {
     mixer.symbol: mixer.label for mixer in (MambaConfig, AttentionConfig, MoEConfig, MLPConfig)
 }
-"""The kinds of layers that the layout has, by their characters."""
+"""The kinds of layers of this layout, by their characters."""
 _BLOCK_TYPES = {
     "mamba": "M",
     "linear_attention": "M",
@@ -121,7 +121,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "use_bias": False,
         "use_conv_bias": True,
         "mamba_proj_bias": False,
-        # JSON has no infinity, and this number is read as one everywhere.
+        # JSON has no infinity; programs read this number as one.
         "time_step_limit": [0.0, 1e30],
         "n_group": 1,
         "topk_group": 1,
@@ -130,7 +130,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         fields |= {
             "mtp_hybrid_override_pattern": mtp,
             "mtp_layers_block_type": [_WRITTEN_BLOCK_TYPES[c] for c in mtp],
-            # How many depths share the one physical block; no published file says it.
+            # The number of depths that share the physical block; published files do not have it.
             "num_mtp_depths": config.pattern.num_mtp_depths,
         }
     if config.mamba is not None:
@@ -189,13 +189,13 @@ def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str
 
 
 def our_spelling(name: str) -> str:
-    """The name under which a stored tensor is written, without the prefixes that wrappers add."""
+    """A stored tensor's name as this package writes it, without the prefixes of wrappers."""
     name = name.removeprefix("language_model.")
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def _pattern(fields: Fields) -> LayerPattern:
-    """The layers and the depths of multi-token prediction, from all fields that have them."""
+    """The layer pattern with its MTP depths, from all fields that contain a part of it."""
     spelled = _spelled_layers(fields, "hybrid_override_pattern")
     main = fields.agreed({name: layers.partition("/")[0] for name, layers in spelled.items()})
     if not main:
@@ -237,7 +237,7 @@ def _num_depths(fields: Fields, main: str, block: str) -> int:
 
 
 def _spelled_layers(fields: Fields, name: str) -> dict[str, str]:
-    """A layer list as a pattern, under each of its names that occurs."""
+    """A layer list as a pattern string, for each of its names that is present."""
     return {
         spelling: _as_pattern(fields, spelling, value)
         for spelling, value in fields.spelled(name).items()
@@ -279,7 +279,7 @@ def _attention(fields: Fields) -> AttentionConfig:
     return AttentionConfig(
         num_attention_heads=heads,
         num_key_value_heads=fields.get(int, "num_key_value_heads", default=heads),
-        # It has no default: in this family it is not hidden_size / num_attention_heads.
+        # There is no default: in this family it is not hidden_size / num_attention_heads.
         head_dim=fields.get(int, "head_dim"),
     )
 

@@ -1,6 +1,6 @@
 """The `qwen3_moe` dialect: the pure transformer that the white paper compares Nano with.
 
-One of its layers, attention and mixture under one number, is two of ours.
+One of its layers, which consists of attention and MoE, is two layers here.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ MODEL_TYPE = "qwen3_moe"
 ALIASES: Aliases = {
     "num_experts": ("num_local_experts",),
     "rms_norm_eps": ("layer_norm_epsilon", "norm_eps"),
-    # Both contain the base of the rotary positions beside other values.
+    # Both contain the base of the rotary embedding among other values.
     "rope_theta": ("rope_parameters", "rope_scaling"),
 }
 
@@ -64,7 +64,7 @@ def config_from(fields: Fields) -> ModelConfig:
 
 
 def _rope_theta(fields: Fields) -> float:
-    """The base of the rotary positions, from all fields that have it."""
+    """The base of the rotary embedding, from all fields that contain it."""
     found: dict[str, Any] = {}
     for name, value in fields.spelled("rope_theta").items():
         if name == "rope_theta":
@@ -184,5 +184,5 @@ _OUTSIDE = {
 
 
 def our_spelling(name: str) -> str:
-    """The name under which a stored tensor is written."""
+    """A stored tensor's name as this package writes it."""
     return name.removeprefix("language_model.")

@@ -48,8 +48,10 @@ def attention(
 ) -> Float[Tensor, "queries head head_dim"]:
     """Causal attention within each sequence, scaled by head_dim^-0.5.
 
-    `queries` and `keys` cut their streams into the same number of sequences. Where a sequence has
-    more keys than queries, the extra keys come first: they are what a cache remembers.
+    `queries` and `keys` are the lengths of the same sequences in the two streams. A sequence may
+    have more keys than queries: the extra keys come first and are those of earlier tokens, from a
+    cache. Raises OperandError for shapes that do not fit, and for a sequence with fewer keys than
+    queries.
     """
     _check_heads("attention", q, k, v)
     check_segments("attention", "queries", queries, len(q))
@@ -97,14 +99,16 @@ def attention_steps(
     cached_lengths: Int[Tensor, " sequence"],
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens head head_dim"]:
-    """The same for the same few new tokens of each sequence, without gradients.
+    """Attention of a decoding step: a few new tokens of each sequence, the same number for each.
 
-    Sequence i has `cached_lengths[i]` tokens in the pages that row `slots[i]` of `table` lists; the
-    new ones are written behind them, in place. No shape depends on how long a sequence is. Keys and
-    values may be kept in fewer bits than those of `q`; new ones are then within their range.
+    Sequence i has `cached_lengths[i]` tokens in the pages that row `slots[i]` of `table` lists. The
+    new keys and values are written into these pages, after the cached ones, in place. No shape
+    depends on the length of a sequence. The pages may have a narrower dtype than `q`; the caller
+    keeps new keys and values within its range. There are no gradients.
 
-    The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
-    memory is touched for it.
+    The GPU kernels treat a sequence in slot -1 as padding: its outputs are zero, and they read and
+    write no memory for it. Raises OperandError for shapes that do not fit and, on the CPU,
+    OperandIndexError for a slot, page or length out of range.
     """
     name = "attention_steps"
     _check_steps(name, q, k, v, keys, values)
@@ -141,7 +145,7 @@ def _check_places(
     cached_lengths: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Table, slots and context as the backends read them."""
+    """Checked `table`, `slots` and `cached_lengths`, as the backends read them."""
     page_size = keys.shape[1]
     if table.dim() != 2:
         raise OperandError(f"{name}: table has shape {list(table.shape)}; expected [slot, pages]")
@@ -161,7 +165,7 @@ def _check_places(
 def _check_pages(
     table: Tensor, slots: Tensor, cached_lengths: Tensor, steps: int, keys: Tensor
 ) -> None:
-    """Refuse pages that do not exist, as far as the longest of the sequences goes."""
+    """Refuse pages that do not exist, up to the length of the longest sequence."""
     pages, page_size, *_ = keys.shape
     if are_within(table, (0, pages)):
         return

@@ -1,7 +1,7 @@
 // Attention of a few new tokens of each sequence over the pages that hold its keys and values.
 //
-// Bound by the reading of keys and values: a thread takes the heads that share one key head, page by
-// page, and keeps nothing but the scores of those heads for one token.
+// The time goes into reading keys and values. A thread handles the heads that share one key head,
+// page by page, and keeps only the scores of those heads for one token.
 #include <cmath>
 #include <vector>
 
@@ -22,7 +22,7 @@ struct Pages {
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The dot products of `query` with LANES keys that follow each other.
+// The dot products of `query` with LANES consecutive keys.
 INLINE vec scores_of(const float* query, const float* keys, int64_t stride, int64_t head_dim) {
   vec total[LANES]{};
   int64_t d = 0;
@@ -49,7 +49,7 @@ INLINE float score_of(const float* query, const float* key, int64_t head_dim) {
   return sum(total);
 }
 
-// scores = softmax(query keys^T scale) without its denominator, which is returned.
+// scores = the numerators of softmax(query keys^T scale); returns the denominator.
 float weigh(const Pages& p, const float* query, int64_t count, int64_t head_dim, float scale,
             float* scores) {
   float most = -INFINITY;
@@ -72,7 +72,7 @@ float weigh(const Pages& p, const float* query, int64_t count, int64_t head_dim,
   return sum(total);
 }
 
-// y = sum of values by their scores, for LANES columns at a time.
+// y = sum of the values weighted by `scores`, for LANES columns at a time.
 void gather(const Pages& p, const float* scores, int64_t count, int64_t head_dim, float share,
             float* y) {
   for (int64_t d = 0; d < head_dim; d += LANES) {
@@ -91,10 +91,10 @@ void gather(const Pages& p, const float* scores, int64_t count, int64_t head_dim
   }
 }
 
-// Put k, v [rows * steps, kv_heads, head_dim] behind what the pages hold, and y = attention of q
-// [rows * steps, heads, head_dim]. `keys`, `values` [pages, page_size, kv_heads, head_dim]; sequence r
-// holds cached_lengths[r] tokens in the pages table[slots[r]], a row of `width`. q, k, v have rows of
-// ldq, ldk, ldv elements.
+// Append k, v [rows * steps, kv_heads, head_dim] to the pages, and y = attention of q [rows *
+// steps, heads, head_dim]. `keys`, `values` [pages, page_size, kv_heads, head_dim]; sequence r has
+// cached_lengths[r] tokens in the pages table[slots[r]], a row of `width` page numbers. ldq, ldk
+// and ldv are the distances between the rows of q, k and v, in elements.
 void steps(Team& team, const float* q, const float* k, const float* v, float* keys, float* values,
            const int64_t* table, const int64_t* slots, const int64_t* cached_lengths, float* y,
            int64_t rows, int64_t steps, int64_t heads, int64_t kv_heads, int64_t head_dim,

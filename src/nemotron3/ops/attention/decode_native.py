@@ -1,4 +1,4 @@
-"""Attention of a few new tokens in C++ (decode_native.cpp says how)."""
+"""Attention of a decoding step in C++ (see decode_native.cpp)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over the pages of their sequences, masked to what is there."""
+"""Attention of a decoding step over paged keys and values, masked to each sequence's length."""
 
 import torch
 from torch import Tensor

@@ -1,21 +1,20 @@
-"""Attention of a few new tokens over paged keys, as Triton kernels that split the keys.
+"""Attention of a decoding step over paged keys, as Triton kernels that split the keys.
 
-One new token against a million remembered ones is bound by reading them, and must fill the device
-though there is one sequence and two heads of keys. So a sequence's keys are cut into ranges, each
-range is one program's, and a second kernel joins what the ranges found (flash-decoding): with
-s = q k^T / sqrt(head_dim) a range leaves its maximum m, the sum l of exp(s - m) and o, the sum of
-exp(s - m) v; the whole is sum(exp(m - M) o) / sum(exp(m - M) l), with M the largest m.
+One new token that attends to a million cached ones is bound by reading them, and must fill the
+device although there may be only one sequence and two key heads. So a sequence's keys are cut into
+ranges with one program each, and a second kernel combines the ranges' results (flash-decoding):
+with s = q k^T / sqrt(head_dim) a range writes its maximum m, the sum l of exp(s - m) and o, the sum
+of exp(s - m) v; the result is sum(exp(m - M) o) / sum(exp(m - M) l), with M the largest m.
 
 * All query heads that share keys, and all new tokens, are rows of one product: keys are read once.
-* How many ranges there are follows from the width of the page table, where one range ends from the
-  sequence's own length, which is read on the device. So the launches do not depend on any length
-  (they can be captured in a CUDA graph), and a sequence's sums do not depend on the others.
-* New keys and values go into their pages first, in a launch of their own, and are then read like
-  all others.
+* The number of ranges follows from the width of the page table. The end of each range follows from
+  the sequence's own length, which is read on the device. So the launches do not depend on any
+  length (they can be captured in a CUDA graph), and a sequence's sums do not depend on the others.
+* New keys and values are written into their pages first, in a launch of their own, and then read
+  like all others.
 """
 
-# Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
-# many as it takes.
+# A Triton kernel takes pointers and numbers without annotations, and often many of them.
 # ruff: noqa: ANN001, ANN202, ARG001
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportIndexIssue=false, reportAssignmentType=false
@@ -31,15 +30,15 @@ from nemotron3.ops.kernels import INTERPRETED, require_kernel_dtypes
 
 jit: Any = triton.jit
 _MAX_RANGES = 128
-"""Of one sequence: with two heads of keys they fill a large GPU, and joining them costs little."""
+"""Ranges of one sequence. With two key heads they fill a large GPU, and combining them is cheap."""
 _RANGE_KEYS = 512
-"""A range has as many keys at least: its sums are written out, and must be few beside its keys."""
+"""Fewest keys of a range: the sums that it writes must be small beside the keys that it reads."""
 _RANGES = {"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 5}
-"""More new tokens than fit the rows are another program's, which reads the keys again."""
+"""New tokens beyond BLOCK_ROWS go to another program, which reads the keys again."""
 _RANGES_FLOAT32 = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 2}
-"""Products of float32 without rounding are made in registers, which larger tiles spill."""
+"""Float32 products without TF32 rounding use registers; larger tiles would spill them."""
 _JOINED = 16
-"""Ranges that are joined at a time."""
+"""Ranges that are combined at a time."""
 
 
 def attention_steps_triton(
@@ -90,7 +89,7 @@ def _num_ranges(most_keys: int) -> int:
 
 
 def _settings(dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """A product has sixteen rows at least."""
+    """Tile sizes; `tl.dot` needs at least sixteen rows."""
     settings = _RANGES_FLOAT32 if dtype == torch.float32 else _RANGES
     block = min(settings["BLOCK_ROWS"], max(16, int(triton.next_power_of_2(rows))))
     settings = settings | {"BLOCK_ROWS": block}
@@ -99,7 +98,7 @@ def _settings(dtype: torch.dtype, rows: int) -> dict[str, int]:
 
 @jit
 def _keys_of_a_range(length, RANGES: tl.constexpr, RANGE_KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many keys each range of a sequence has, but for the last; full blocks of them."""
+    """Keys of each range of a sequence except the last: a multiple of BLOCK."""
     keys = tl.maximum(tl.cdiv(length, RANGES), RANGE_KEYS)
     return tl.cdiv(keys, BLOCK) * BLOCK
 
@@ -110,7 +109,7 @@ def _write_kernel(
     stride_k, stride_k_head, stride_v, stride_v_head,
     STEPS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Put one new token's key and value of one head into its page."""
+    """Write one new token's key and value of one head into its page."""
     token = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     row = token // STEPS
@@ -162,7 +161,7 @@ def _range_kernel(
         q + token[:, None] * stride_q + head[:, None] * stride_q_head + d[None, :],
         mask=is_row[:, None] & is_d[None, :], other=0.0,
     )  # fmt: skip
-    # Keys in fewer bits are widened: neither queries nor weights are rounded to theirs.
+    # Keys of a narrower dtype are cast up, so that neither queries nor weights are rounded to it.
     dtype: tl.constexpr = tl.float32 if INTERPRETED else q.dtype.element_ty
     queries = queries.to(dtype)
     pages = table + slot * stride_table
@@ -184,7 +183,7 @@ def _range_kernel(
         seen = inside[None, :] & (position[None, :] <= (before + step)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
-        # A token may see nothing of a range; minus infinity less itself would be NaN.
+        # A token may see no key of a range; -inf - (-inf) would be NaN.
         zero = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp(scores - zero[:, None])
         fade = tl.exp(top - zero)
@@ -210,7 +209,7 @@ def _join_kernel(
     GROUP: tl.constexpr, RANGES: tl.constexpr, RANGE_KEYS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_RANGES: tl.constexpr,
 ):  # fmt: skip
-    """What the ranges found for one new token and query head, as one."""
+    """Combine the ranges' results for one new token and query head."""
     place = tl.program_id(0).to(tl.int64)
     row = place // (STEPS * KV_HEADS * GROUP)
     d = tl.arange(0, WIDTH)

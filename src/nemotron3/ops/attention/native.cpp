@@ -1,12 +1,12 @@
 // Causal attention of whole sequences, block by block, and its gradients: FlashAttention
-// (arXiv 2205.14135, 2307.08691) for the caches of a processor.
+// (arXiv 2205.14135, 2307.08691) for the caches of a CPU.
 //
-// Scores exist for one block of queries and keys at a time. Forward, a task is a block of queries
-// with all heads that share one key head, so that keys are turned and values brought together once
-// for all of them; it keeps the running maximum and sum of its rows. Backward, a task is a segment
-// and a key head: it goes through the blocks of keys, makes their scores again from what the forward
-// pass kept of each row (the logarithm of its sum), and adds to the gradients of queries as it goes.
-// Nothing depends on threads or neighbours.
+// Scores exist for one block of queries and keys at a time. In the forward pass, a task is a block
+// of queries with all heads that share one key head, so that keys are transposed and values packed
+// once for all of them; it keeps the running maximum and sum of its rows. In the backward pass, a
+// task is a segment and a key head: it goes through the blocks of keys, recomputes their scores
+// from the logarithm of each row's sum, which the forward pass has stored, and accumulates the
+// gradients of the queries. No result depends on the number of threads or on other segments.
 #include <cmath>
 #include <vector>
 
@@ -35,13 +35,13 @@ struct Operands {
   int64_t ldq, ldk, ldv;
 };
 
-// Where a segment's queries and keys lie; the queries are the last of its positions.
+// The rows of a segment's queries and keys; the queries are the last of its positions.
 struct Segment {
   int64_t first_query, queries, first_key, keys;
   Segment(const int64_t* query_bounds, const int64_t* key_bounds, int64_t i)
       : first_query(query_bounds[i]), queries(query_bounds[i + 1] - query_bounds[i]),
         first_key(key_bounds[i]), keys(key_bounds[i + 1] - key_bounds[i]) {}
-  // Of the keys from `key` on, how many the query sees.
+  // How many of the keys from `key` on the query sees.
   int64_t seen(int64_t query, int64_t key) const { return keys - queries + query + 1 - key; }
 };
 
@@ -61,14 +61,14 @@ INLINE vec first(int64_t n, vec value, float rest) {
   return lane < (int32_t)n ? value : splat(rest);
 }
 
-struct ForwardRoom {
+struct ForwardBuffers {
   int64_t ldd;
   float *q, *out, *keys, *values, *scores, *most, *total;
   static int64_t floats(const Shape& s) {
     const int64_t ldd = pitch(s.head_dim), rows = s.group() * QUERIES;
     return (2 * rows + KEYS) * ldd + (s.head_dim + QUERIES) * SCORES + 2 * rows;
   }
-  ForwardRoom(const Shape& s, Scratch& scratch) : ldd(pitch(s.head_dim)) {
+  ForwardBuffers(const Shape& s, Scratch& scratch) : ldd(pitch(s.head_dim)) {
     q = scratch.take(s.group() * QUERIES, ldd);
     out = scratch.take(s.group() * QUERIES, ldd);
     keys = scratch.take(s.head_dim, SCORES);
@@ -79,8 +79,9 @@ struct ForwardRoom {
   }
 };
 
-// A row of scores becomes e^(score - most), where `most` is the largest that the row has had, and
-// zero beyond the n keys that the query sees. What has been summed up is brought to the same scale.
+// Replace a row of scores by e^(score - most), where `most` is the row's running maximum, and by
+// zero beyond the n keys that the query sees. The row's sum and output are rescaled to the new
+// maximum.
 INLINE void weigh(float* scores, int64_t n, int64_t columns, float& most, float& total, float* out,
                   int64_t head_dim) {
   vec highest = splat(most);
@@ -102,39 +103,39 @@ INLINE void weigh(float* scores, int64_t n, int64_t columns, float& most, float&
   total += sum(sums);
 }
 
-// A block of queries, of the heads that share a key head. `sums` [heads, queries of all] gets the
-// logarithm of each row's sum.
+// Forward pass of a block of queries in the heads that share a key head. The logarithm of each
+// row's sum is written to `sums` [heads, queries of all segments].
 void attend(const Shape& s, const Operands& o, const Segment& segment, int64_t query, int64_t kv_head,
-            const ForwardRoom& room, float* y, float* sums, int64_t ldsums) {
+            const ForwardBuffers& buf, float* y, float* sums, int64_t ldsums) {
   const int64_t D = s.head_dim, group = s.group(), n = smaller(QUERIES, segment.queries - query);
   const int64_t row = segment.first_query + query, head = kv_head * group;
   for (int64_t h = 0; h < group; h++)
     copy_rows(o.q + row * o.ldq + (head + h) * D, o.ldq, n, D, s.scale(),
-              room.q + h * QUERIES * room.ldd, room.ldd);
-  memset(room.out, 0, 4 * group * QUERIES * room.ldd);
-  for (int64_t i = 0; i < group * QUERIES; i++) room.most[i] = -INFINITY, room.total[i] = 0;
+              buf.q + h * QUERIES * buf.ldd, buf.ldd);
+  memset(buf.out, 0, 4 * group * QUERIES * buf.ldd);
+  for (int64_t i = 0; i < group * QUERIES; i++) buf.most[i] = -INFINITY, buf.total[i] = 0;
   const int64_t end = segment.seen(query + n - 1, 0);
   for (int64_t key = 0; key < end; key += KEYS) {
     const int64_t columns = smaller(KEYS, end - key), at = segment.first_key + key;
-    transpose(o.k + at * o.ldk + kv_head * D, o.ldk, columns, D, room.keys, SCORES);
-    copy_rows(o.v + at * o.ldv + kv_head * D, o.ldv, columns, D, 1.0f, room.values, room.ldd);
+    transpose(o.k + at * o.ldk + kv_head * D, o.ldk, columns, D, buf.keys, SCORES);
+    copy_rows(o.v + at * o.ldv + kv_head * D, o.ldv, columns, D, 1.0f, buf.values, buf.ldd);
     for (int64_t h = 0; h < group; h++) {
       const int64_t first_row = h * QUERIES;
-      float* out = room.out + first_row * room.ldd;
-      gemm(n, columns, D, room.q + first_row * room.ldd, room.ldd, 1, room.keys, SCORES, room.scores,
+      float* out = buf.out + first_row * buf.ldd;
+      gemm(n, columns, D, buf.q + first_row * buf.ldd, buf.ldd, 1, buf.keys, SCORES, buf.scores,
            SCORES);
       for (int64_t i = 0; i < n; i++)
-        weigh(room.scores + i * SCORES, smaller(columns, segment.seen(query + i, key)), columns,
-              room.most[first_row + i], room.total[first_row + i], out + i * room.ldd, D);
-      gemm(n, D, columns, room.scores, SCORES, 1, room.values, room.ldd, out, room.ldd, true);
+        weigh(buf.scores + i * SCORES, smaller(columns, segment.seen(query + i, key)), columns,
+              buf.most[first_row + i], buf.total[first_row + i], out + i * buf.ldd, D);
+      gemm(n, D, columns, buf.scores, SCORES, 1, buf.values, buf.ldd, out, buf.ldd, true);
     }
   }
   for (int64_t h = 0; h < group; h++)
     for (int64_t i = 0; i < n; i++) {
       const int64_t at = h * QUERIES + i;
-      copy_rows(room.out + at * room.ldd, 0, 1, D, 1.0f / room.total[at],
+      copy_rows(buf.out + at * buf.ldd, 0, 1, D, 1.0f / buf.total[at],
                 y + ((row + i) * s.heads + head + h) * D, 0);
-      if (sums) sums[(head + h) * ldsums + row + i] = room.most[at] + std::log(room.total[at]);
+      if (sums) sums[(head + h) * ldsums + row + i] = buf.most[at] + std::log(buf.total[at]);
     }
 }
 
@@ -144,14 +145,14 @@ struct Gradients {
   float *dq, *dk, *dv;
 };
 
-struct BackwardRoom {
+struct BackwardBuffers {
   int64_t ldd;
   float *q, *dy, *keys, *keys_turned, *values_turned, *weights, *d_scores, *dk, *dv, *along;
   static int64_t floats(const Shape& s, int64_t longest) {
     return (2 * QUERIES + 3 * KEYS) * pitch(s.head_dim) + 2 * (s.head_dim + QUERIES) * SCORES +
            s.group() * longest;
   }
-  BackwardRoom(const Shape& s, int64_t longest, Scratch& scratch) : ldd(pitch(s.head_dim)) {
+  BackwardBuffers(const Shape& s, int64_t longest, Scratch& scratch) : ldd(pitch(s.head_dim)) {
     q = scratch.take(QUERIES, ldd);
     dy = scratch.take(QUERIES, ldd);
     keys = scratch.take(KEYS, ldd);
@@ -165,7 +166,7 @@ struct BackwardRoom {
   }
 };
 
-// A row of scores becomes the row of weights, and that of their gradients the one of the scores'.
+// Replace a row of scores by the weights, and the gradients of the weights by those of the scores.
 INLINE void differentiate(float* weights, float* d_scores, int64_t n, int64_t columns, float sum,
                           float along) {
   for (int64_t j = 0; j < columns; j += LANES) {
@@ -175,63 +176,65 @@ INLINE void differentiate(float* weights, float* d_scores, int64_t n, int64_t co
   }
 }
 
-// Scale is in q as it is copied, and so in the gradient of keys; that of queries gets it with keys.
+// The copy of q contains the scale, and so does the gradient of the keys. The gradient of the
+// queries gets it from the copy of the keys.
 void attend_back_block(const Shape& s, const Operands& o, const Gradients& g, const Segment& segment,
-                       int64_t query, int64_t head, int64_t key, const BackwardRoom& room) {
-  const int64_t D = s.head_dim, n = smaller(QUERIES, segment.queries - query), ldd = room.ldd;
+                       int64_t query, int64_t head, int64_t key, const BackwardBuffers& buf) {
+  const int64_t D = s.head_dim, n = smaller(QUERIES, segment.queries - query), ldd = buf.ldd;
   const int64_t columns = smaller(KEYS, segment.seen(query + n - 1, key));
   const int64_t row = segment.first_query + query;
-  copy_rows(o.q + row * o.ldq + head * D, o.ldq, n, D, s.scale(), room.q, ldd);
-  copy_rows(g.dy + row * g.lddy + head * D, g.lddy, n, D, 1.0f, room.dy, ldd);
-  gemm(n, columns, D, room.q, ldd, 1, room.keys_turned, SCORES, room.weights, SCORES);
-  gemm(n, columns, D, room.dy, ldd, 1, room.values_turned, SCORES, room.d_scores, SCORES);
+  copy_rows(o.q + row * o.ldq + head * D, o.ldq, n, D, s.scale(), buf.q, ldd);
+  copy_rows(g.dy + row * g.lddy + head * D, g.lddy, n, D, 1.0f, buf.dy, ldd);
+  gemm(n, columns, D, buf.q, ldd, 1, buf.keys_turned, SCORES, buf.weights, SCORES);
+  gemm(n, columns, D, buf.dy, ldd, 1, buf.values_turned, SCORES, buf.d_scores, SCORES);
   const float* sums = g.sums + head * g.ldsums + row;
-  const float* along = room.along + head % s.group() * segment.queries + query;
+  const float* along = buf.along + head % s.group() * segment.queries + query;
   for (int64_t i = 0; i < n; i++)
-    differentiate(room.weights + i * SCORES, room.d_scores + i * SCORES,
+    differentiate(buf.weights + i * SCORES, buf.d_scores + i * SCORES,
                   smaller(columns, segment.seen(query + i, key)), columns, sums[i], along[i]);
-  gemm(columns, D, n, room.weights, 1, SCORES, room.dy, ldd, room.dv, ldd, true);
-  gemm(columns, D, n, room.d_scores, 1, SCORES, room.q, ldd, room.dk, ldd, true);
-  gemm(n, D, columns, room.d_scores, SCORES, 1, room.keys, ldd, g.dq + (row * s.heads + head) * D,
+  gemm(columns, D, n, buf.weights, 1, SCORES, buf.dy, ldd, buf.dv, ldd, true);
+  gemm(columns, D, n, buf.d_scores, 1, SCORES, buf.q, ldd, buf.dk, ldd, true);
+  gemm(n, D, columns, buf.d_scores, SCORES, 1, buf.keys, ldd, g.dq + (row * s.heads + head) * D,
        s.heads * D, key > 0);
 }
 
-// All gradients of a segment and a key head.
+// All gradients of one segment and key head.
 void attend_back(const Shape& s, const Operands& o, const Gradients& g, const Segment& segment,
-                 int64_t kv_head, const BackwardRoom& room) {
+                 int64_t kv_head, const BackwardBuffers& buf) {
   const int64_t D = s.head_dim, group = s.group(), head = kv_head * group;
-  for (int64_t h = 0; h < group; h++)  // what a row's weights have in common: dy y^T
+  for (int64_t h = 0; h < group; h++)  // dy y^T, which all weights of a row share
     for (int64_t i = 0; i < segment.queries; i++) {
       const int64_t row = segment.first_query + i;
       const float *dy = g.dy + row * g.lddy + (head + h) * D, *y = g.y + (row * s.heads + head + h) * D;
       vec total{};
       for (int64_t d = 0; d < D; d += LANES) total += read(dy + d, D - d) * read(y + d, D - d);
-      room.along[h * segment.queries + i] = sum(total);
+      buf.along[h * segment.queries + i] = sum(total);
     }
   for (int64_t key = 0; key < segment.keys; key += KEYS) {
     const int64_t columns = smaller(KEYS, segment.keys - key), at = segment.first_key + key;
     const float *k = o.k + at * o.ldk + kv_head * D, *v = o.v + at * o.ldv + kv_head * D;
-    copy_rows(k, o.ldk, columns, D, s.scale(), room.keys, room.ldd);
-    transpose(k, o.ldk, columns, D, room.keys_turned, SCORES);
-    transpose(v, o.ldv, columns, D, room.values_turned, SCORES);
-    memset(room.dk, 0, 4 * KEYS * room.ldd);
-    memset(room.dv, 0, 4 * KEYS * room.ldd);
+    copy_rows(k, o.ldk, columns, D, s.scale(), buf.keys, buf.ldd);
+    transpose(k, o.ldk, columns, D, buf.keys_turned, SCORES);
+    transpose(v, o.ldv, columns, D, buf.values_turned, SCORES);
+    memset(buf.dk, 0, 4 * KEYS * buf.ldd);
+    memset(buf.dv, 0, 4 * KEYS * buf.ldd);
     for (int64_t query = 0; query < segment.queries; query += QUERIES) {
       const int64_t last = smaller(query + QUERIES, segment.queries) - 1;
       if (segment.seen(last, key) <= 0) continue;
       for (int64_t h = 0; h < group; h++)
-        attend_back_block(s, o, g, segment, query, head + h, key, room);
+        attend_back_block(s, o, g, segment, query, head + h, key, buf);
     }
     const int64_t to = (at * s.kv_heads + kv_head) * D;
-    copy_rows(room.dk, room.ldd, columns, D, 1.0f, g.dk + to, s.kv_heads * D);
-    copy_rows(room.dv, room.ldd, columns, D, 1.0f, g.dv + to, s.kv_heads * D);
+    copy_rows(buf.dk, buf.ldd, columns, D, 1.0f, g.dk + to, s.kv_heads * D);
+    copy_rows(buf.dv, buf.ldd, columns, D, 1.0f, g.dv + to, s.kv_heads * D);
   }
 }
 }  // namespace
 
 extern "C" {
 
-// y [queries, heads, head_dim]; `sums` [heads, queries], which the gradients want, may be null.
+// y [queries, heads, head_dim]; `sums` [heads, queries], which the backward pass needs, may be
+// null.
 void attention_forward(const float* q, const float* k, const float* v, const int64_t* query_bounds,
                        const int64_t* key_bounds, float* y, float* sums, int64_t segments,
                        int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq, int64_t ldk,
@@ -244,18 +247,18 @@ void attention_forward(const float* q, const float* k, const float* v, const int
   std::vector<Task> tasks;
   for (int64_t i = 0; i < segments; i++) {
     const int64_t queries = query_bounds[i + 1] - query_bounds[i];
-    // The last queries have the most keys to see: what takes longest is begun first.
+    // The last queries see the most keys: the longest tasks start first.
     for (int64_t block = (queries - 1) / QUERIES; block >= 0; block--)
       for (int64_t h = 0; h < kv_heads; h++) tasks.push_back({i, block * QUERIES, h});
   }
   const int64_t queries = query_bounds[segments];
   const bool worth = tasks.size() > 1 && queries * heads * head_dim * KEYS > MIN_PARALLEL_WORK;
   parallel_region(worth ? threads : 1, [&](Team& team) {
-    Scratch scratch(ForwardRoom::floats(s));
-    const ForwardRoom room(s, scratch);
+    Scratch scratch(ForwardBuffers::floats(s));
+    const ForwardBuffers buf(s, scratch);
     for (int64_t i; (i = team.next()) < (int64_t)tasks.size();)
       attend(s, o, Segment(query_bounds, key_bounds, tasks[i].segment), tasks[i].query,
-             tasks[i].kv_head, room, y, sums, queries);
+             tasks[i].kv_head, buf, y, sums, queries);
   });
 }
 
@@ -275,10 +278,10 @@ void attention_backward(const float* q, const float* k, const float* v, const in
       longest = query_bounds[i + 1] - query_bounds[i];
   const bool worth = queries * heads * head_dim * KEYS > MIN_PARALLEL_WORK;
   parallel_region(worth ? threads : 1, [&](Team& team) {
-    Scratch scratch(BackwardRoom::floats(s, longest));
-    const BackwardRoom room(s, longest, scratch);
+    Scratch scratch(BackwardBuffers::floats(s, longest));
+    const BackwardBuffers buf(s, longest, scratch);
     for (int64_t i; (i = team.next()) < segments * kv_heads;)
-      attend_back(s, o, g, Segment(query_bounds, key_bounds, i / kv_heads), i % kv_heads, room);
+      attend_back(s, o, g, Segment(query_bounds, key_bounds, i / kv_heads), i % kv_heads, buf);
   });
 }
 }

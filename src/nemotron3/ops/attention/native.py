@@ -1,6 +1,7 @@
-"""Attention of whole sequences in C++, block by block (native.cpp says how).
+"""Attention of whole sequences in C++, block by block (see native.cpp).
 
-The backward pass keeps the operands, the result and a number for each row of scores.
+For the backward pass the forward pass keeps the operands, the result, and one number for each row
+of scores.
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ def attention_native(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """As C++ reads it: only the stride of tokens is free, as slices have it."""
+    """`t` in the layout that C++ reads: only the token stride is free, so a slice is not copied."""
     return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 

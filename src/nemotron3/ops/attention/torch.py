@@ -1,12 +1,12 @@
 """Attention through PyTorch's fused kernel, one call for all segments of one shape.
 
-A stream of equal sequences, the usual training batch and the usual decoding batch, is one call; a
-packed one is a call per distinct shape, which keeps every segment's arithmetic free of its
-neighbours where a block-diagonal mask over the stream would cost the square of its whole length.
+A stream of equal sequences, the usual training batch and the usual decoding batch, is one call. A
+packed stream is one call per distinct shape, so a segment's result does not depend on the others. A
+block-diagonal mask over the stream would cost the square of the stream's length.
 
-Queries behind remembered keys (a prompt read in chunks) need a mask whose corner is the last query
-and the last key. Flash attention knows it without being shown; elsewhere it is written out for as
-many queries at a time as keeps the memory of a long prompt bounded.
+Where a sequence has cached keys (a prompt that is prefilled in chunks), the causal mask is aligned
+to the lower right: the last query sees the last key. Flash attention supports this directly;
+elsewhere the mask is written out, for so many queries at a time that memory stays bounded.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ from nemotron3.ops.segments import Segments
 
 _FLASH = Kernel("nemotron3.ops.attention.torch_flash", "attend_behind_flash")
 _MAX_SCORES = 1 << 28
-"""Scores that a masked call may make: a gigabyte, where they are made at all."""
+"""Most scores of one masked call: a gigabyte in float32, if the kernel stores them."""
 
 
 def attention_torch(
@@ -67,7 +67,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_behind(q: Tensor, k: Tensor, v: Tensor, *, is_grouped: bool) -> Tensor:
-    """For several queries and more keys than queries, [row, head, length, head_dim]."""
+    """Attend with several queries and more keys than queries, [row, head, length, head_dim]."""
     (rows, heads, n_queries, _), n_keys = q.shape, k.shape[2]
     if can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, is_grouped)):
         return _FLASH.loaded(q, k, v, is_grouped=is_grouped)

@@ -26,9 +26,9 @@ from nemotron3.ops.segments import Segments
 
 
 def _widened(conv: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`conv` in float32 at least; kernels widen operands as they read, and need no copies.
+    """`conv` with operands cast to float32 at least. Kernels cast as they read, without copies.
 
-    A rounding per tap is a fifth of all that bfloat16 costs a stack of Mamba layers
+    Rounding after every tap causes a fifth of the total bfloat16 error of a stack of Mamba layers
     (docs/lab-notes/bf16.md).
     """
 
@@ -69,9 +69,9 @@ def causal_conv(
 ) -> tuple[Float[Tensor, "tokens channel"], Float[Tensor, "segment tap-1 channel"]]:
     """Depthwise causal convolution and SiLU over packed sequences.
 
-    `conv_states` holds the last `tap - 1` inputs before each segment (zeros where omitted: new
-    sequences). Returns the outputs and the states to hand to the next call, both in the dtype of
-    `x`; taps are summed in float32 at least, whatever the operands are.
+    `conv_states` holds the last `tap - 1` inputs before each segment; without it they are zero, as
+    for new sequences. Returns the outputs and the states for the next call, both in the dtype of
+    `x`. Taps are summed in float32 at least, whatever the dtype of the operands.
     """
     _check("conv", x, weight, bias)
     check_segments("conv", "segments", segments, len(x))
@@ -96,18 +96,19 @@ def causal_conv_steps(
     intermediate_states: Float[Tensor, "sequence step tap-1 channel"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens channel"]:
-    """The same for the same few tokens of each sequence, without gradients.
+    """The convolution of a decoding step: a few tokens of each sequence, the same number for each.
 
-    Sequence i goes on from row `slots[i]` of `conv_states`, which is written in place. With
-    `intermediate_states` they stay as they are, and what they would be after each token goes there.
+    Sequence i continues from row `slots[i]` of `conv_states`, which is updated in place. With
+    `intermediate_states`, `conv_states` is not changed, and the state after each token is written
+    there instead. There are no gradients.
 
-    The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
-    memory is touched for it.
+    The GPU kernels treat a sequence in slot -1 as padding: its outputs are zero, and they read and
+    write no memory for it.
     """
     name = "conv_steps"
     _check(name, x, weight, bias)
     check_no_gradients(name, x, weight, bias)
-    check_axes(name, "conv_states", conv_states, "slot tail channel")
+    check_axes(name, "conv_states", conv_states, "slot tap-1 channel")
     conv_state = (weight.shape[1] - 1, x.shape[1])
     check_operand(
         name, "conv_states", conv_states, (len(conv_states), *conv_state), x, same_dtype=False

@@ -1,8 +1,8 @@
-"""The convolution for a few tokens that continue states in a pool.
+"""The convolution of a decoding step, which continues states in a pool.
 
-The history of a sequence is its state, the last inputs, and its new tokens; the state after each
-token is a window of that. Without `intermediate_states` the pool is updated; with them it is not,
-and they get every window.
+The history of a sequence is its state (the last inputs) followed by its new tokens, and the state
+after each token is a window of that history. Without `intermediate_states` the pool is updated;
+with them the pool stays unchanged, and every window is written to them.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def causal_conv_steps_native(
     slots: Tensor,
     intermediate_states: Tensor | None,
 ) -> Tensor:
-    """The same in C++ (decode_native.cpp says how)."""
+    """The same in C++ (see decode_native.cpp)."""
     (channels, taps), rows = weight.shape, len(slots)
     if taps > _MAX_TAPS:
         raise BackendUnavailableError(

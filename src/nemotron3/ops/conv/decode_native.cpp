@@ -1,7 +1,8 @@
-// The convolution with SiLU for a few tokens behind states that lie in a pool.
+// The convolution with SiLU for a few tokens that continue states in a pool.
 //
-// A thread takes whole vectors of channels and walks each sequence with them: what the taps look back
-// at stays in registers. Taps are summed in the order of native.cpp, so both give the same bits.
+// A thread handles whole vectors of channels and goes over each sequence with them: the previous
+// inputs that the taps need stay in registers. Taps are summed in the order of native.cpp, so both
+// give the same bits.
 #include "simd.h"
 #include "team.h"
 
@@ -15,7 +16,7 @@ struct Shape {
 INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
 INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
-// Channels c, c + 1, ... of every row. TAPS is their number, or 0 where it is known at run time only.
+// Channels c, c + 1, ... of every row. TAPS is the number of taps, or 0 if only known at run time.
 template <int TAPS>
 void convolve(const Shape& s, int64_t c, const float* x, const float* weight, const float* bias,
               float* conv_states, const int64_t* slots, float* intermediate, float* y) {
@@ -47,8 +48,9 @@ void convolve(const Shape& s, int64_t c, const float* x, const float* weight, co
 }
 
 // y [rows * length, channels]; x has rows of ldx elements, weight is [channels, taps], bias may be
-// null. Sequence r goes on from conv_states[slots[r]] [taps - 1, channels], written in place unless
-// there is `intermediate` [rows, length, taps - 1, channels], with ld_intermediate between its rows.
+// null. Sequence r continues from conv_states[slots[r]] [taps - 1, channels], which is updated in
+// place unless there is `intermediate` [rows, length, taps - 1, channels], whose rows are
+// ld_intermediate elements apart: it then gets the state after each token.
 void steps(Team& team, const float* x, const float* weight, const float* bias, float* conv_states,
            const int64_t* slots, float* intermediate, float* y, int64_t rows, int64_t length, int64_t taps,
            int64_t channels, int64_t ldx, int64_t ld_intermediate) {

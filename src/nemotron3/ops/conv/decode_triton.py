@@ -1,9 +1,9 @@
 """Decoding steps of the convolution as a Triton kernel: states are read once and written in place.
 
-A program takes all new tokens of one sequence for a block of channels. What a tap reaches is
-either one of the new tokens or a place of the state, and which one is known when the kernel is
-compiled, since tokens and taps are few. A state moves towards its own beginning, so a program that
-writes its places in order overwrites nothing that it has yet to read.
+A program computes all new tokens of one sequence for a block of channels. A tap reads either a new
+token or an entry of the state, and which of the two is known when the kernel is compiled, since
+tokens and taps are few. The entries of a state move towards its start, so a program that writes
+them in order overwrites none that it has yet to read.
 """
 
 # ruff: noqa: ANN001, ANN202, PLR0913
@@ -17,14 +17,14 @@ from torch import Tensor
 from nemotron3.ops.kernels import contiguous_rows, require_kernel_dtypes
 
 _STEPS = {"BLOCK": 256, "num_warps": 4}
-"""Channels of a program."""
+"""BLOCK is the number of channels of a program."""
 
 
 @triton.jit
 def _before(
     x, conv_state, place: tl.constexpr, channel, exists, channels, stride_x, STATE_LEN: tl.constexpr
 ):  # fmt: skip
-    """Place `place` of a sequence's history: its state, then its new tokens."""
+    """Entry `place` of a sequence's history: its state, then its new tokens."""
     at = conv_state + place * channels if place < STATE_LEN else x + (place - STATE_LEN) * stride_x
     return tl.load(at + channel, mask=exists, other=0.0)
 
@@ -36,7 +36,7 @@ def _steps_kernel(
     LENGTH: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LENGTH tokens of one sequence for BLOCK channels."""
+    """Convolve LENGTH tokens of one sequence, in BLOCK channels."""
     STATE_LEN: tl.constexpr = TAPS - 1
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

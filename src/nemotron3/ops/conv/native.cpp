@@ -1,12 +1,12 @@
 // The causal convolution with SiLU, and its gradients, each in one pass over memory.
 //
-// A task is a span of one segment's tokens. It walks them with all channels, a few tokens at a time,
-// so that memory is read in order and the rows that taps look back at are still in the cache. The
-// backward pass convolves again, which costs a few multiply-adds and spares a stored tensor. It
-// walks a span from its last token to its first and keeps the gradients of the last preactivations
-// that taps reach; those of the tokens after its span it makes once more. Spans are cut by their
-// segment alone, and their parts of the weight's gradient added in order, so no bit depends on
-// threads or neighbours.
+// A task is a span of one segment's tokens. It handles all channels of a few tokens at a time, so
+// that memory is read in order and the previous rows that the taps need are still in the cache. The
+// backward pass recomputes the convolution, which costs a few multiply-adds and saves a stored
+// tensor. It goes over a span from its last token to its first and keeps the gradients of the
+// preactivations that taps reach; it recomputes those of the tokens after its span. Spans depend on
+// their own segment only, and their parts of the weight's gradient are added in order, so no bit
+// depends on the number of threads or on other segments.
 #include <memory>
 #include <vector>
 
@@ -14,7 +14,7 @@
 #include "team.h"
 
 namespace {
-constexpr int64_t SPAN = 32, SPAN_BACK = 128;  // longer where each has a part of dW to add
+constexpr int64_t SPAN = 32, SPAN_BACK = 128;  // longer backward: each adds a part of dW
 constexpr int64_t GROUP = 4;                   // tokens that share what is loaded
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
@@ -25,7 +25,7 @@ INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store
 struct Conv {
   const float *x, *conv_states;
   int64_t taps, channels, ldx;
-  int64_t pitch;               // of rows of scratch: whole vectors
+  int64_t pitch;               // distance of rows of scratch: whole vectors
   std::vector<float> weights;  // [taps, pitch], then the bias
 
   Conv(const float* x, const float* weight, const float* bias, const float* conv_states, int64_t taps,
@@ -36,7 +36,7 @@ struct Conv {
     if (bias) memcpy(weights.data() + taps * pitch, bias, 4 * channels);
   }
 
-  // The input at a position of a segment; before the first stands the state.
+  // The input at a position of a segment; negative positions are in the state.
   const float* input(int64_t segment, int64_t first, int64_t position) const {
     if (position >= 0) return x + (first + position) * ldx;
     return conv_states + (segment * (taps - 1) + taps - 1 + position) * channels;
@@ -59,7 +59,7 @@ std::vector<Span> spans_of(const int64_t* bounds, int64_t segments, int64_t size
   return spans;
 }
 
-// TAPS is their number, or 0 where it is known at run time only.
+// TAPS is the number of taps, or 0 if only known at run time.
 template <int TAPS>
 INLINE vec preactivation(const Conv& c, const float* const* rows, int64_t channel, int64_t n) {
   const float* weights = c.weights.data() + channel;
@@ -70,7 +70,7 @@ INLINE vec preactivation(const Conv& c, const float* const* rows, int64_t channe
   return z;
 }
 
-// Some tokens at a time: each weight and each input is loaded once for all that it is part of.
+// COUNT tokens at a time: each weight and each input is loaded once for all of them.
 template <int TAPS, int COUNT>
 void convolve_some(const Conv& c, const float* const* rows, float* to) {
   for (int64_t i = 0; i < c.channels; i += LANES) {
@@ -103,19 +103,20 @@ struct Gradients {
   float *dx, *d_conv_states;
 };
 
-// Some tokens of the backward pass, one after another. Rows and dy may be null, which is where no
-// token is: before a segment, whose inputs are the state's. `added` may hold null.
+// COUNT consecutive tokens of the backward pass. Rows and dy are null where there is no token:
+// before a segment, whose inputs are in the state. `added` may contain null.
 template <int COUNT>
 struct Some {
-  const float* const* rows;  // inputs, from the first that the first token's taps look at
+  const float* const* rows;  // inputs, from the first that the first token's taps reach
   const float* dy[COUNT];
   const float* added[COUNT];
-  float* dx[COUNT];  // all null where nobody wants them
+  float* dx[COUNT];  // all null if not needed
 };
 
-// dz = dy SiLU'(z) of each, whose shares of the gradients of weight and bias are added to `parts`
-// (laid out as `Conv::weights`) where it is given; and dx, from these and from `later`, the dz of
-// the taps - 1 tokens behind them [taps - 1, pitch], in whose place those of the first come.
+// Compute dz = dy SiLU'(z) of each token, and add its part of the gradients of weight and bias to
+// `parts` (laid out as `Conv::weights`) if not null. Compute dx from these dz and from `later`
+// [taps - 1, pitch], the dz of the taps - 1 tokens after them, which is replaced by the dz of the
+// first tokens.
 template <int TAPS, int COUNT>
 void convolve_back_some(const Conv& c, const Some<COUNT>& some, float* later, float* parts) {
   const int64_t taps = TAPS ? TAPS : c.taps;
@@ -168,11 +169,11 @@ void convolve_back_at(const Conv& c, const Gradients& g, const Span& span, int64
   for (int64_t j = 0; j < before + COUNT && t >= 0; j++)
     rows[j] = c.input(span.segment, span.first, t - before + j);
   for (int64_t k = 0; k < COUNT; k++) {
-    const int64_t at = t + k, in_tail = at - (span.length - before);  // row of the new conv_state
+    const int64_t at = t + k, state_row = at - (span.length - before);  // row of the new conv_state
     if (t >= 0) some.dy[k] = g.dy + (span.first + at) * g.lddy;
     if (at >= span.end) continue;
-    if (g.d_new_conv_states && in_tail >= 0)
-      some.added[k] = g.d_new_conv_states + (span.segment * before + in_tail) * c.channels;
+    if (g.d_new_conv_states && state_row >= 0)
+      some.added[k] = g.d_new_conv_states + (span.segment * before + state_row) * c.channels;
     if (t >= 0 && g.dx) some.dx[k] = g.dx + (span.first + at) * c.channels;
     if (t < 0 && g.d_conv_states)
       some.dx[k] = g.d_conv_states + (span.segment * before + before + at) * c.channels;
@@ -183,7 +184,7 @@ void convolve_back_at(const Conv& c, const Gradients& g, const Span& span, int64
 template <int TAPS>
 void convolve_back(const Conv& c, const Gradients& g, const Span& span, float* parts) {
   const int64_t before = (TAPS ? TAPS : c.taps) - 1;
-  std::vector<float> later(before * c.pitch);  // zero behind the segment
+  std::vector<float> later(before * c.pitch);  // zero after the segment
   int64_t t = smaller(span.end + before, span.length);
   while (t > span.end) convolve_back_at<TAPS, 1>(c, g, span, --t, later.data(), parts);
   while (t - GROUP >= span.begin) {
@@ -194,7 +195,7 @@ void convolve_back(const Conv& c, const Gradients& g, const Span& span, float* p
   while (t > start) convolve_back_at<TAPS, 1>(c, g, span, --t, later.data(), parts);
 }
 
-// [taps + 1, pitch] of each span, added up in order: to dw [channels, taps] and db [channels].
+// Sum the parts [taps + 1, pitch] of all spans in order, to dw [channels, taps] and db [channels].
 void add_parts(const Conv& c, const float* parts, int64_t spans, float* dw, float* db) {
   const int64_t size = (c.taps + 1) * c.pitch;
   std::vector<float> total(parts, parts + size);

@@ -1,6 +1,6 @@
-"""The causal convolution in C++ (native.cpp says how).
+"""The causal convolution in C++ (see native.cpp).
 
-The backward pass keeps nothing but the inputs: it convolves again.
+The forward pass keeps only the inputs: the backward pass recomputes the convolution.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The short causal convolution, one output at a time.
 
-y_t = SiLU(bias + sum_j weight_j x_{t - (K - 1) + j}), each channel by itself; before a segment's
-first token stand the K - 1 inputs of its state, zeros for a new sequence.
+y_t = SiLU(bias + sum_j weight_j x_{t - (K - 1) + j}), each channel by itself. The K - 1 inputs
+before a segment's first token are those of its state, which is zero for a new sequence.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The short causal convolution as a sum of shifted copies of the whole stream.
 
-With four taps a convolution is four multiply-adds over memory; the library's general convolution
-wants channels first and loses more in the two transposes than it gains. Each segment is preceded by
-its state, so that no tap reaches into a neighbour.
+With four taps a convolution is four multiply-adds over memory. PyTorch's convolution needs the
+channels first, and its two transposes cost more than it gains. Each segment is preceded by its
+state, so that no tap reaches into another segment.
 """
 
 import torch

@@ -1,17 +1,16 @@
 """The short causal convolution and its SiLU in one pass over memory.
 
-The sum of shifted copies reads and writes the stream once per tap; here a program reads a block of
-tokens and channels, reaches the tokens before it through the cache, and writes only the result. The
-backward pass recomputes the convolution, which costs a few multiply-adds and spares a stored
-tensor: it reads inputs and gradients once and writes the gradient of the inputs once.
+The sum of shifted copies reads and writes the stream once per tap. Here a program reads a block of
+tokens and channels, finds the tokens before it in the cache, and writes only the result. The
+backward pass recomputes the convolution, which costs a few multiply-adds and saves a stored tensor:
+it reads inputs and gradients once and writes the gradient of the inputs once.
 
 Boundaries come from the index of each token's segment; a tap that reaches before a segment's first
-token reads the segment's state. Gradients of weight and bias are summed by each program over its
-own span of tokens, and over programs in a fixed order, so that no sum depends on timing.
+token reads the segment's state. Each program sums the gradients of weight and bias over its own
+span of tokens, and the programs' sums are added in a fixed order, so no sum depends on timing.
 """
 
-# Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
-# many as it takes.
+# A Triton kernel takes pointers and numbers without annotations, and often many of them.
 # ruff: noqa: ANN001, ANN202, PLR0913
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
@@ -27,11 +26,11 @@ from nemotron3.ops.kernels import contiguous_rows, require_kernel_dtypes
 from nemotron3.ops.segments import Segments
 
 jit: Any = triton.jit
-# Tokens, channels and warps of a program. Compiled for compute capability 9.0 neither spills; at 32
-# tokens and 128 channels the backward kernel keeps 2 KB a thread in memory.
+# Tokens, channels and warps of a program. On compute capability 9.0 neither kernel spills; with 32
+# tokens and 128 channels the backward kernel would spill 2 KB per thread.
 _FORWARD = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 128, "num_warps": 4}
 _BACKWARD = {"BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 64, "num_warps": 8}
-_TAILS = {"BLOCK_CHANNELS": 128, "num_warps": 4}
+_STATES = {"BLOCK_CHANNELS": 128, "num_warps": 4}
 _PROGRAMS = 2048
 """Programs that fill a large GPU a few times over; more would only make more partial sums."""
 
@@ -66,9 +65,9 @@ class _CausalConv(torch.autograd.Function):
             total, channels, x.stride(0), **taps, **_FORWARD,
         )  # fmt: skip
         if conv_states.numel():
-            _conv_states_kernel[_grid(len(segments), channels, _TAILS)](
+            _conv_states_kernel[_grid(len(segments), channels, _STATES)](
                 x, conv_states, starts, new_conv_states,
-                channels, x.stride(0), ROWS=_tail_rows(weight), TAPS=taps["TAPS"], **_TAILS,
+                channels, x.stride(0), ROWS=_state_rows(weight), TAPS=taps["TAPS"], **_STATES,
             )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, conv_states)
         ctx.segments = segments
@@ -97,17 +96,17 @@ class _CausalConv(torch.autograd.Function):
             x, weight, bias, conv_states, ids, starts, grad, conv_states_grad, dx, d_weights,
             d_biases,
             total, channels, span, x.stride(0), grad.stride(0),
-            HAS_TAILS_GRAD=conv_states_grad is not None,
+            HAS_STATES_GRAD=conv_states_grad is not None,
             ROWS=triton.next_power_of_2(taps["TAPS"]), **taps, **_BACKWARD,
         )  # fmt: skip
         d_conv_states = None
         if ctx.needs_input_grad[3] and conv_states.numel():
             d_conv_states = torch.empty_like(conv_states)
-            _conv_states_backward_kernel[_grid(len(segments), channels, _TAILS)](
+            _conv_states_backward_kernel[_grid(len(segments), channels, _STATES)](
                 x, weight, bias, conv_states, starts, grad, conv_states_grad, d_conv_states,
                 channels, x.stride(0), grad.stride(0),
-                HAS_TAILS_GRAD=conv_states_grad is not None, ROWS=_tail_rows(weight),
-                **taps, **_TAILS,
+                HAS_STATES_GRAD=conv_states_grad is not None, ROWS=_state_rows(weight),
+                **taps, **_STATES,
             )  # fmt: skip
         d_weight = d_weights.sum(0).to(weight.dtype)
         d_bias = None if bias is None else d_biases.sum(0).to(bias.dtype)
@@ -126,7 +125,7 @@ def _taps(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
     return {"TAPS": weight.shape[1], "HAS_BIAS": bias is not None}
 
 
-def _tail_rows(weight: Tensor) -> int:
+def _state_rows(weight: Tensor) -> int:
     return int(triton.next_power_of_2(weight.shape[1] - 1))
 
 
@@ -135,7 +134,7 @@ def _input_at(
     x_ptr, conv_states_ptr, start, position, segment, channel, mask, channels, stride_x,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """x at `position` of its segment, [token, channel]: the stream from 0 on, the state before."""
+    """x at `position` of its segment, [token, channel]; positions below 0 are the state's."""
     column = channel[None, :]
     token = start + position
     kept = segment * (TAPS - 1) + (TAPS - 1) + position
@@ -199,12 +198,13 @@ def _preactivation_gradient(
 def _gradient_from_later(
     x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, conv_states_grad_ptr,
     start, position, segment, length, channel, mask, channels, stride_x, stride_grad,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATES_GRAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """What an input gets from the K - 1 outputs after its own, and from the new state.
+    """The gradient of an input from the K - 1 outputs after its own, and from the new state.
 
-    sum_{o >= 1} weight_{K - 1 - o} dz_{t + o} within the segment, + d_tail where x_t is kept.
+    sum_{o >= 1} weight_{K - 1 - o} dz_{t + o} within the segment, plus the gradient of the new
+    state where x_t is part of it.
     """
     dx = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
     for ahead in tl.static_range(1, TAPS):
@@ -215,7 +215,7 @@ def _gradient_from_later(
             channels, stride_x, stride_grad, TAPS, HAS_BIAS, BLOCK_TOKENS, BLOCK_CHANNELS,
         )  # fmt: skip
         dx += _tap(weight_ptr, TAPS - 1 - ahead, channel, channels, TAPS) * dz
-    if HAS_TAILS_GRAD:
+    if HAS_STATES_GRAD:
         row = position - length + (TAPS - 1)
         at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
         kept = (mask & (row >= 0))[:, None] & (channel < channels)[None, :]
@@ -251,7 +251,7 @@ def _conv_states_kernel(
     x_ptr, conv_states_ptr, starts_ptr, new_conv_states_ptr, channels, stride_x,
     ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The last K - 1 inputs of one segment; a short one keeps the end of its old state."""
+    """The last K - 1 inputs of one segment; a shorter one keeps the end of its old state."""
     row = tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     segment = tl.program_id(0).to(tl.int64)
@@ -271,7 +271,7 @@ def _backward_kernel(
     x_ptr, weight_ptr, bias_ptr, conv_states_ptr, ids_ptr, starts_ptr, grad_ptr,
     conv_states_grad_ptr,
     dx_ptr, d_weights_ptr, d_biases_ptr, total, channels, span, stride_x, stride_grad,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATES_GRAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx of `span` blocks of tokens, and their sums of dw_j = dz_t x_{t - (K - 1) + j}, db = dz."""
@@ -296,7 +296,7 @@ def _backward_kernel(
         dx += _gradient_from_later(
             x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, conv_states_grad_ptr,
             start, position, segment, length, channel, mask, channels, stride_x, stride_grad,
-            TAPS, HAS_BIAS, HAS_TAILS_GRAD, BLOCK_TOKENS, BLOCK_CHANNELS,
+            TAPS, HAS_BIAS, HAS_STATES_GRAD, BLOCK_TOKENS, BLOCK_CHANNELS,
         )  # fmt: skip
         at = token[:, None] * channels + channel[None, :]
         inside = mask[:, None] & (channel < channels)[None, :]
@@ -319,7 +319,7 @@ def _conv_states_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, conv_states_ptr, starts_ptr, grad_ptr, conv_states_grad_ptr,
     d_conv_states_ptr,
     channels, stride_x, stride_grad,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAILS_GRAD: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATES_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one segment's state: of inputs at the positions -(K - 1) to -1."""
@@ -329,11 +329,11 @@ def _conv_states_backward_kernel(
     start = tl.load(starts_ptr + segment)
     length = tl.load(starts_ptr + segment + 1) - start
     mask = row < TAPS - 1
-    d_tail = _gradient_from_later(
+    d_state = _gradient_from_later(
         x_ptr, weight_ptr, bias_ptr, conv_states_ptr, grad_ptr, conv_states_grad_ptr,
         start, row - (TAPS - 1), segment, length, channel, mask, channels, stride_x, stride_grad,
-        TAPS, HAS_BIAS, HAS_TAILS_GRAD, ROWS, BLOCK_CHANNELS,
+        TAPS, HAS_BIAS, HAS_STATES_GRAD, ROWS, BLOCK_CHANNELS,
     )  # fmt: skip
     at = (segment * (TAPS - 1) + row)[:, None] * channels + channel[None, :]
     inside = mask[:, None] & (channel < channels)[None, :]
-    tl.store(d_conv_states_ptr + at, d_tail.to(d_conv_states_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_conv_states_ptr + at, d_state.to(d_conv_states_ptr.dtype.element_ty), mask=inside)

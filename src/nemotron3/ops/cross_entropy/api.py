@@ -1,4 +1,4 @@
-"""The entry point of the losses of the output layer."""
+"""The entry points of the output layer's losses."""
 
 import math
 from typing import NamedTuple
@@ -36,7 +36,7 @@ _LOGPROBS = {
 
 
 class TokenLosses(NamedTuple):
-    """What the output layer says of a stream of tokens."""
+    """The losses of a stream of tokens at the output layer."""
 
     total: Float[Tensor, ""]
     """Sum of loss times token weight, in nats: the part that carries gradients."""
@@ -57,12 +57,12 @@ def linear_cross_entropy(
 ) -> TokenLosses:
     """Cross-entropy of softmax(hidden weight^T) against `targets`, each token with its own weight.
 
-    `weight` is [vocab, d_model]; a quantized one is dequantized first and has no gradient.
-    A token that should not count has weight 0 and any target of the vocabulary: no target, not even
-    PyTorch's -100, means that a token is left out. A target outside the vocabulary is an
-    OperandIndexError on the CPU; on a GPU, where nobody waits to look at it, kernels give it a loss
-    of NaN. At most `max_logits` logits exist at a time; None leaves the number to the backend: what
-    a CPU's cache holds, or a small share of a GPU's memory. `token_weights` carries no gradient.
+    `weight` is [vocab, d_model]; a quantized one is dequantized first and gets no gradient.
+    A token that should not count has weight 0 and any valid target: there is no ignore index, not
+    even PyTorch's -100. A target outside the vocabulary raises OperandIndexError on the CPU; on a
+    GPU, where the check would wait for the device, its loss is NaN. At most `max_logits` logits
+    exist at a time; with None the backend chooses: as many as fit a CPU's cache, or a small share
+    of a GPU's memory. `token_weights` gets no gradient.
     """
     weight = dequantized(weight, hidden.dtype)
     targets = _check("cross_entropy", hidden, weight, targets, max_logits)
@@ -87,12 +87,11 @@ def token_logprobs(
 ) -> Float[Tensor, " tokens"]:
     """Log-probability of each target under softmax(hidden weight^T / temperature), in nats.
 
-    In float32 at least, with gradients of `hidden` and `weight` for any gradient of each token:
-    what policy gradients and preference losses are made of. The matrix of logits never exists, and
-    is made twice, a part at a time, where there is a backward pass; `linear_cross_entropy` needs it
-    once, for a sum whose weights are known beforehand. `weight`, `targets` and `max_logits` are as
-    there.
-    Raises ValueError unless `temperature` is above 0.
+    The result is float32 at least and differentiable in `hidden` and `weight`: policy gradients and
+    preference losses are built on it. The whole matrix of logits never exists. Its parts are
+    computed once in the forward pass and again in the backward pass; `linear_cross_entropy`, which
+    knows the weight of each token beforehand, computes them once. `weight`, `targets` and
+    `max_logits` are as in `linear_cross_entropy`. Raises ValueError unless `temperature` > 0.
     """
     weight = dequantized(weight, hidden.dtype)
     targets = _check("token_logprobs", hidden, weight, targets, max_logits)

@@ -1,13 +1,13 @@
-"""Gradients of the output layer: made on the way where the weights are known, else made later.
+"""Gradients of the output layer, computed in the forward pass where the token weights are known.
 
-A backend is one function, a `Score`: it makes the logits of some tokens at a time and turns them
-into each token's loss and, where a weight for each loss is given, into the gradients of the
-weighted sum. Both operations are made of it:
+A backend is one function, a `Score`. It computes the logits of some tokens at a time and turns them
+into each token's loss and, given a weight for each loss, into the gradients of the weighted sum.
+Both operations are built on it:
 
-* The cross-entropy knows its weights beforehand, so its forward pass makes the gradients as well:
+* The cross-entropy knows its weights beforehand, so its forward pass computes the gradients too:
   three products in all.
-* Log-probabilities get a gradient for each token from above, which is known in the backward pass
-  only. That makes the logits again and takes those gradients for the weights: four products.
+* Log-probabilities receive a gradient for each token in the backward pass. It recomputes the logits
+  and uses these gradients as the weights: four products.
 """
 
 from collections.abc import Callable
@@ -19,33 +19,33 @@ from torch.autograd.function import once_differentiable
 
 
 class Scored(NamedTuple):
-    """What a backend makes of the logits."""
+    """Losses and gradients that a backend computes from the logits."""
 
     losses: Tensor
     """-log softmax(scale hidden weight^T) at each target, in float32 at least, [tokens]."""
     correct: Tensor
     """Whether the target had the largest logit, [tokens]."""
     d_hidden: Tensor | None
-    """Gradient of the weighted sum of losses, in the dtype of `hidden`, where it was wanted."""
+    """Gradient of the weighted sum of losses, in the dtype of `hidden`; None if not requested."""
     d_weight: Tensor | None
     """Likewise, summed in float32 at least."""
 
 
 class Request(NamedTuple):
-    """What is asked of a backend, beside the operands."""
+    """Options of a `Score` besides its tensors."""
 
     token_weights: Tensor | None
-    """Weight of each loss in the sum, in float32 at least; None where no gradient is wanted."""
+    """Weight of each loss in the sum, in float32 at least; None if no gradient is needed."""
     wants_hidden: bool
     wants_weight: bool
     scale: float
     """Factor of all logits: the inverse of a temperature."""
     max_logits: int | None
-    """Logits that may exist at a time."""
+    """Most logits that may exist at a time."""
 
 
 Score = Callable[[Tensor, Tensor, Tensor, Request], Scored]
-"""Of `hidden` [tokens, d], `weight` [vocab, d] of the same dtype, and `targets` [tokens]."""
+"""Takes `hidden` [tokens, d], `weight` [vocab, d] of the same dtype, and `targets` [tokens]."""
 
 
 def fused_cross_entropy(
@@ -56,8 +56,8 @@ def fused_cross_entropy(
     token_weights: Tensor,
     max_logits: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of losses, each token's loss, and whether its best guess was right."""
-    hidden, weight = _wanting(hidden, weight)
+    """Weighted sum of losses, each token's loss, and whether its most probable token was right."""
+    hidden, weight = _detach_unneeded(hidden, weight)
     return _CrossEntropy.apply(score, hidden, weight, targets, token_weights, max_logits)
 
 
@@ -70,12 +70,12 @@ def recomputed_logprobs(
     max_logits: int | None,
 ) -> Tensor:
     """Log-probability of each target."""
-    hidden, weight = _wanting(hidden, weight)
+    hidden, weight = _detach_unneeded(hidden, weight)
     return _TokenLogprobs.apply(score, hidden, weight, targets, 1 / temperature, max_logits)
 
 
-def _wanting(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Inside a Function gradients are always off; only here is known whether anyone wants them."""
+def _detach_unneeded(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Detach operands that need no gradient. Inside a Function, grad mode is always off."""
     return (hidden, weight) if torch.is_grad_enabled() else (hidden.detach(), weight.detach())
 
 
@@ -103,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        # A loss is most often differentiated itself, and then there is nothing to multiply by.
+        # Usually the loss itself is differentiated; its gradient is then 1.
         if not grad.is_cpu or grad != 1:
             d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
             d_weight = None if d_weight is None else d_weight * grad

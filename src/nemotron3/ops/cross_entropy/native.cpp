@@ -1,4 +1,4 @@
-// The softmax of cross-entropy: rows of logits to losses and, in place, to their gradients.
+// The softmax of cross-entropy: from rows of logits to losses and, in place, to gradients.
 #include "simd.h"
 #include "team.h"
 
@@ -9,7 +9,7 @@ struct Largest {
 };
 
 Largest largest(const float* row, int64_t n) {
-  // Four runs at a time, since each waits for its own last comparison.
+  // Four independent runs, since each comparison waits for the previous one of its run.
   constexpr int64_t RUNS = 4;
   vec most[RUNS];
   for (int64_t i = 0; i < RUNS; i++) most[i] = splat(-__builtin_inff());
@@ -27,7 +27,7 @@ Largest largest(const float* row, int64_t n) {
   return {value, index};
 }
 
-// Each element becomes e^(element - shift); returns their sum.
+// Replace each element by e^(element - shift), and return the sum.
 float exponentials(float* row, int64_t n, float shift) {
   constexpr int64_t RUNS = 4;
   vec total[RUNS]{};

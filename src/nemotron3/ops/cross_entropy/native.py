@@ -1,4 +1,4 @@
-"""Losses over chunks of tokens with compiled products and softmax (see torch.py)."""
+"""Losses over chunks of tokens, with products and softmax in C++ (see torch.py)."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Losses of a linear output layer with all logits at once."""
+"""Losses of a linear output layer, computed from all logits at once."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def linear_cross_entropy_reference(
     token_weights: Tensor,
     max_logits: int | None,  # noqa: ARG001 - the reference holds every logit; every backend is called alike
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of losses, each token's loss, and whether its best guess was right."""
+    """Weighted sum of losses, each token's loss, and whether its most probable token was right."""
     logits = _logits(hidden, weight)
     losses = F.cross_entropy(logits, targets, reduction="none")
     return (losses * token_weights).sum(), losses.detach(), logits.argmax(-1) == targets

@@ -1,12 +1,12 @@
-"""Losses of a linear output layer over chunks of tokens, gradients made on the way.
+"""Losses of a linear output layer over chunks of tokens, with gradients in the same pass.
 
-At a vocabulary of 131,072 the logits of one token are half a megabyte, so the matrix of logits
-never exists: a chunk's logits are made, turned into losses and at once into gradients, and dropped
-(the idea of Liger Kernel's fused loss, arXiv 2410.10989).
+With a vocabulary of 131,072 the logits of one token take half a megabyte, so the whole matrix of
+logits never exists: a chunk's logits are computed, turned into losses and then into gradients in
+place, and freed (the idea of Liger Kernel's fused loss, arXiv 2410.10989).
 
-The gradient of the output matrix is summed in float32 whatever the products run in: summed in
-bfloat16, the small contributions of the MTP losses vanish, which is what made Nemotron 3 Ultra
-diverge at 8T tokens.
+The gradient of the output matrix is summed in float32 whatever the dtype of the products. In a
+bfloat16 sum the small contributions of the MTP losses vanish, which is why Nemotron 3 Ultra
+diverged at 8T tokens.
 """
 
 from functools import partial

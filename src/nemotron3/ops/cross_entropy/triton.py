@@ -1,21 +1,19 @@
-"""Cross-entropy over chunks of tokens, a chunk's logits turned into gradients where they lie.
+"""Cross-entropy over chunks of tokens; a chunk's logits are replaced by their gradients in place.
 
-The plan is that of `torch.py`: a chunk's logits are made, turned into losses and at once into
-gradients, and dropped. The three products stay with the matrix library. Between them stood half a
-dozen passes over the logits in float32; here one program takes one token's row, reads it for the
-normalizer and again, mostly from cache, to write the gradient in its place. Logits stay in the
-dtype of the product, half the memory in bfloat16, while every sum is float32.
+The algorithm is that of `torch.py`, and cuBLAS computes the three products. Between them `torch.py`
+makes half a dozen passes over the logits in float32. Here one program handles one token's row: it
+reads the row for the normaliser and again, mostly from cache, to write the gradient in its place.
+Logits keep the dtype of the product, half the memory in bfloat16, while every sum is float32.
 
-Every chunk passes over the whole gradient of the output matrix once more, which at 131,072 entries
-takes as long as the products of some hundred tokens. So chunks are as large as a small share of the
-device's memory allows, and of equal size.
+Every chunk makes one more pass over the gradient of the whole output matrix, which with 131,072
+entries takes as long as the products of some hundred tokens. So chunks are as large as a small
+share of the device's memory allows, and of equal size.
 
-Whether the best guess was right needs no search for the best guess: it was unless some logit beats
-the target's, ties going to the earlier entry. The output matrix's gradient is summed in float32
-whatever the products run in, for the reason that `torch.py` gives.
+A token counts as correct if no logit exceeds the target's, and no earlier entry equals it; that
+needs no argmax. The output matrix's gradient is summed in float32, for the reason in `torch.py`.
 """
 
-# Triton reads a kernel's arguments its own way: pointers and numbers without annotation.
+# A Triton kernel takes pointers and numbers without annotations.
 # ruff: noqa: ANN001, ANN202
 # pyright: reportOperatorIssue=false
 
@@ -38,7 +36,7 @@ from nemotron3.ops.kernels import require_kernel_dtypes
 
 jit: Any = triton.jit
 _SHARE_OF_MEMORY = 1 / 64
-"""What a chunk's logits may take of the device: 1.3 GB of 80, 4,800 tokens of the large models."""
+"""Share of device memory for a chunk's logits: 1.3 GB of 80, 4,800 tokens of the large models."""
 _BLOCK = 4096
 """Entries of the vocabulary that a program reads at a time."""
 _ENTRIES_PER_WARP = 256
@@ -49,7 +47,7 @@ def _score(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) ->
     (tokens, _), vocab = hidden.shape, len(weight)
     given = request.token_weights
     has_weights = given is not None
-    # Where there are none the kernel is compiled without them, and their place is never read.
+    # Without weights the kernel never reads this pointer.
     given = given.contiguous() if has_weights else targets
     d_hidden = torch.empty_like(hidden) if request.wants_hidden else None
     d_weight = None
@@ -89,7 +87,7 @@ def _logits_with_room(hidden: Tensor) -> int:
 
 
 def _chunk(tokens: int, most: int) -> int:
-    """Tokens per chunk, so that all chunks but the last are of one size and the last nearly."""
+    """Tokens per chunk: all chunks but the last have the same size, and the last nearly so."""
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
 
@@ -99,7 +97,7 @@ def _row_kernel(  # noqa: PLR0913
     logits_ptr, targets_ptr, token_weights_ptr, losses_ptr, correct_ptr, vocab, scale,
     MAKE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one token: loss = log sum_v exp(l_v) - l_y, and l_v <- w (softmax(l)_v - [v = y]).
+    """For one token: loss = log sum_v exp(l_v) - l_y, and l_v <- w (softmax(l)_v - [v = y]).
 
     `scale` multiplies all logits as they are read.
     """
@@ -109,8 +107,8 @@ def _row_kernel(  # noqa: PLR0913
     exists = (target >= 0) & (target < vocab)
     target_logit = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
     target_logit *= scale
-    # The target's own logit is a maximum to start from: it is finite, and the first rescaling of an
-    # empty sum is then harmless.
+    # The running maximum starts from the target's logit: it is finite, so rescaling the empty sum
+    # gives no NaN.
     highest = target_logit
     total = 0.0
     beaten = 0

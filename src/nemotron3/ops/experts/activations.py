@@ -1,8 +1,8 @@
 """The two activations of expert and dense feed-forward layers, with their derivatives.
 
-Squared ReLU (So et al., arXiv 2109.08668) is what Nemotron uses, between two matrices; SwiGLU
-(Shazeer, arXiv 2002.05202) is what the transformer it is compared with uses, and takes the gate and
-the value from the two halves of a first matrix that is twice as tall.
+Nemotron uses squared ReLU (So et al., arXiv 2109.08668) between two matrices. The transformer that
+it is compared with uses SwiGLU (Shazeer, arXiv 2002.05202), whose first matrix has twice as many
+rows: the first half gives the gate and the second half the value.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The entry point of the routed experts."""
+"""The entry points of the routed experts and their activations."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -60,10 +60,10 @@ def routed_experts(
     """Weighted sum of each token's chosen experts, `down act(up x)`.
 
     `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
-    format, or both of the dtype of `x`.
-    With `swiglu` the first matrix holds the gate's rows and then the value's, so `up_width` is
-    twice `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token at
-    all.
+    format, or both have the dtype of `x`. With `swiglu`, `up` holds the gate's rows and then the
+    value's, so `up_width` is twice `width`. `weights` is cast to the dtype of `x`. An expert may be
+    chosen by no token. Raises OperandError for operands that do not fit and, on the CPU,
+    OperandIndexError for an expert out of range.
     """
     check_axes("experts", "x", x, "tokens d_in")
     check_weight("experts", "down", down, "expert d_in width", x)

@@ -1,4 +1,4 @@
-"""Routed experts with quantized weights, by those with the matrices that they stand for."""
+"""Routed experts with quantized weights, which are dequantized before the products."""
 
 from torch import Tensor
 

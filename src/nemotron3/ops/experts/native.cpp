@@ -1,11 +1,11 @@
 // Routed experts: y_t = sum over choices i of w_ti down_i act(up_i x_t), and its gradients.
 //
-// Rows (a token's choices) are ordered by expert, and one thread does all of an expert: gather the
-// tokens, first product, activation times the router's weight, second product, a block of rows at a
-// time so that everything between the two products stays in the cache. A token's results are then
-// added up in the order of its choices. No sum depends on threads, and none on how many tokens an
-// expert has; only a call that brings few rows for each, which rows.h serves, sums in another order
-// than others.
+// Rows (a token's choices) are ordered by expert, and one thread does all work of an expert: gather
+// the tokens, first product, activation times the router's weight, second product. It handles a
+// block of rows at a time, so that the values between the two products stay in the cache. A token's
+// results are then added in the order of its choices. No sum depends on the number of threads or on
+// how many tokens an expert has, except that a call with few rows per expert, which uses rows.h,
+// sums in another order than a call with many.
 #include <cmath>
 
 #include "gemm.h"
@@ -19,12 +19,12 @@ constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second
 enum Activation { RELU2, SWIGLU };
 
 struct Shape {
-  int64_t tokens, choices, experts, width, hidden;  // hidden: units of an expert
+  int64_t tokens, choices, experts, width, hidden;  // hidden: hidden units of an expert
   int64_t activation;
   int64_t up_rows() const { return activation == SWIGLU ? 2 * hidden : hidden; }
 };
 
-// Rows in the order of their experts: where each expert's begin, and the (token, choice) of each.
+// Rows in the order of their experts: each expert's first row, and each row's (token, choice).
 struct Order {
   int64_t* bounds;   // [experts + 1]
   int64_t* sources;  // [rows]: token * choices + choice
@@ -37,7 +37,7 @@ void gather(const float* from, int64_t ld, const int64_t* sources, int64_t choic
     memcpy(to + r * ld_to, from + sources[r] / choices * ld, 4 * width);
 }
 
-// to[t] = sum of a token's rows, in the order of its choices, in some columns.
+// to[t] = sum of token t's rows in the order of its choices, for a range of columns.
 void combine(const float* rows, const int64_t* places, int64_t choices, int64_t width,
              Range columns, int64_t t, float* to) {
   for (int64_t d = columns.first; d < columns.last; d += LANES) {
@@ -52,7 +52,8 @@ void combine(const float* rows, const int64_t* places, int64_t choices, int64_t 
   }
 }
 
-// a [units] = act(h) * weight. `a` may be `h`; with SwiGLU the values are `hidden` behind the gates.
+// a [units] = act(h) * weight. `a` may be `h`; with SwiGLU the values are `hidden` elements after
+// the gates.
 INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t activation,
                      float weight, float* a) {
   for (int64_t j = 0; j < units; j += LANES) {
@@ -60,7 +61,7 @@ INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t acti
     const vec first = n == LANES ? load(h + j) : load_part(h + j, n);
     vec u;
     if (activation == RELU2) {
-      // Not max(0, h): a NaN has to get through.
+      // Not max(0, h), which would drop a NaN.
       u = first < 0.0f ? vec{} : first * first;
     } else {
       const float* value = h + hidden + j;
@@ -71,7 +72,7 @@ INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t acti
   }
 }
 
-// From h and da = dL/d(a): a = act(h) * weight, dh in the place of h, and dL/d(weight).
+// From h and da = dL/d(a): compute a = act(h) * weight, replace h by dh, and return dL/d(weight).
 INLINE float activate_backward(float* h, const float* da, int64_t hidden, int64_t activation,
                                float weight, float* a) {
   vec total{};
@@ -97,51 +98,51 @@ INLINE float activate_backward(float* h, const float* da, int64_t hidden, int64_
   return sum(total);
 }
 
-// Room for a block of rows: the tokens, and what is between the products.
-struct ForwardRoom {
+// Scratch memory for a block of rows: the tokens, and the values between the products.
+struct ForwardBuffers {
   int64_t ldx, ldh;
   float *xs, *h;
   int64_t row() const { return ldx + ldh; }
   int64_t floats() const { return most_rows(row()) * row(); }
-  explicit ForwardRoom(const Shape& s) : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {}
+  explicit ForwardBuffers(const Shape& s) : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {}
   void take(Scratch& scratch) {
     xs = scratch.take(most_rows(row()), ldx);
     h = scratch.take(most_rows(row()), ldh);
   }
 };
 
-// All rows of one expert, by one thread. `kept` [rows, up_rows] gets the results of the first
-// product where it is not null.
+// All rows of one expert, by one thread. The results of the first product are written to `kept`
+// [rows, up_rows] if it is not null.
 template <class W>
 void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                     int64_t ldx, const float* weights, W up, W down,
-                    const ForwardRoom& room, float* kept, float* outputs) {
+                    const ForwardBuffers& buf, float* kept, float* outputs) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
-  const int64_t up_rows = s.up_rows(), block = block_rows(end - begin, room.row());
+  const int64_t up_rows = s.up_rows(), block = block_rows(end - begin, buf.row());
   for (int64_t first = begin; first < end; first += block) {
     const int64_t rows = end - first < block ? end - first : block;
     const int64_t* sources = order.sources + first;
-    gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
-    gemm_turned(rows, up_rows, s.width, room.xs, room.ldx, 1, up, s.width, room.h, room.ldh, false,
+    gather(x, ldx, sources, s.choices, rows, s.width, buf.xs, buf.ldx);
+    gemm_turned(rows, up_rows, s.width, buf.xs, buf.ldx, 1, up, s.width, buf.h, buf.ldh, false,
                 down);
     for (int64_t r = 0; r < rows; r++) {
-      float* h = room.h + r * room.ldh;
+      float* h = buf.h + r * buf.ldh;
       if (kept) memcpy(kept + (first + r) * up_rows, h, 4 * up_rows);
       activate(h, s.hidden, s.hidden, s.activation, weights[sources[r]], h);
     }
-    gemm_turned(rows, s.width, s.hidden, room.h, room.ldh, 1, down, s.hidden,
+    gemm_turned(rows, s.width, s.hidden, buf.h, buf.ldh, 1, down, s.hidden,
                 outputs + first * s.width, s.width);
   }
 }
 
-// Few rows for each expert: bound by the reading of matrices, of which every thread takes its part
-// of each. `units` [rows, up_rows] is room for what is between the products.
+// Few rows for each expert: the time goes into reading the matrices, so every thread reads a part
+// of each. `units` [rows, up_rows] is scratch memory for the values between the products.
 template <class W>
 void forward_few(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
                  const float* weights, W up, W down, float* units, float* outputs, float* y) {
   const int64_t up_rows = s.up_rows();
   const Range hidden = team.share(s.hidden, LANES), columns = team.share(s.width, LANES);
-  const int64_t most = s.tokens * s.choices;  // rows of an expert: a token may choose it twice
+  const int64_t most = s.tokens * s.choices;  // of one expert: a token may choose it twice
   Scratch scratch(most * s.width);
   float* xs = scratch.take(most, s.width);
   for (int64_t e = 0; e < s.experts; e++) {
@@ -172,25 +173,25 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
 template <class W>
 void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
                   const float* weights, W up, W down, float* kept, float* outputs, float* y) {
-  ForwardRoom room(s);
-  Scratch scratch(room.floats());
-  room.take(scratch);
+  ForwardBuffers buf(s);
+  Scratch scratch(buf.floats());
+  buf.take(scratch);
   for (int64_t e; (e = team.next()) < s.experts;)
     if (order.bounds[e] < order.bounds[e + 1])
       forward_expert(s, order, e, x, ldx, weights, from_row(up, e * s.up_rows(), s.width),
-                     from_row(down, e * s.width, s.hidden), room, kept, outputs);
+                     from_row(down, e * s.width, s.hidden), buf, kept, outputs);
   team.wait();
   const Range tokens = team.share(s.tokens);
   for (int64_t t = tokens.first; t < tokens.last; t++)
     combine(outputs, order.places, s.choices, s.width, {0, s.width}, t, y);
 }
 
-struct BackwardRoom {
+struct BackwardBuffers {
   int64_t ldx, ldu, ldh;
   float *xs, *dy, *h, *a, *da;
   int64_t row() const { return 2 * ldx + ldu + 2 * ldh; }
   int64_t floats() const { return most_rows(row()) * row(); }
-  explicit BackwardRoom(const Shape& s)
+  explicit BackwardBuffers(const Shape& s)
       : ldx(pitch(s.width)), ldu(pitch(s.up_rows())), ldh(pitch(s.hidden)) {}
   void take(Scratch& scratch) {
     const int64_t rows = most_rows(row());
@@ -205,7 +206,7 @@ struct BackwardRoom {
 void backward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                      int64_t ldx, const float* weights, const float* up, const float* down,
                      const float* kept, const float* grad, int64_t ldgrad, float* dxs,
-                     float* d_weights, float* d_up, float* d_down, const BackwardRoom& room) {
+                     float* d_weights, float* d_up, float* d_down, const BackwardBuffers& buf) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows();
   if (begin == end) {
@@ -213,26 +214,26 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
     if (d_down) memset(d_down, 0, 4 * s.hidden * s.width);
     return;
   }
-  const int64_t block = block_rows(end - begin, room.row());
+  const int64_t block = block_rows(end - begin, buf.row());
   for (int64_t first = begin; first < end; first += block) {
     const int64_t rows = end - first < block ? end - first : block;
     const int64_t* sources = order.sources + first;
     const bool add = first > begin;
-    gather(x, ldx, sources, s.choices, rows, s.width, room.xs, room.ldx);
-    gather(grad, ldgrad, sources, s.choices, rows, s.width, room.dy, room.ldx);
+    gather(x, ldx, sources, s.choices, rows, s.width, buf.xs, buf.ldx);
+    gather(grad, ldgrad, sources, s.choices, rows, s.width, buf.dy, buf.ldx);
     for (int64_t r = 0; r < rows; r++)
-      memcpy(room.h + r * room.ldu, kept + (first + r) * up_rows, 4 * up_rows);
-    gemm(rows, s.hidden, s.width, room.dy, room.ldx, 1, down, s.hidden, room.da, room.ldh);
+      memcpy(buf.h + r * buf.ldu, kept + (first + r) * up_rows, 4 * up_rows);
+    gemm(rows, s.hidden, s.width, buf.dy, buf.ldx, 1, down, s.hidden, buf.da, buf.ldh);
     for (int64_t r = 0; r < rows; r++)
       d_weights[sources[r]] =
-          activate_backward(room.h + r * room.ldu, room.da + r * room.ldh, s.hidden, s.activation,
-                            weights[sources[r]], room.a + r * room.ldh);
+          activate_backward(buf.h + r * buf.ldu, buf.da + r * buf.ldh, s.hidden, s.activation,
+                            weights[sources[r]], buf.a + r * buf.ldh);
     if (d_down)
-      gemm(s.width, s.hidden, rows, room.dy, 1, room.ldx, room.a, room.ldh, d_down, s.hidden, add);
+      gemm(s.width, s.hidden, rows, buf.dy, 1, buf.ldx, buf.a, buf.ldh, d_down, s.hidden, add);
     if (d_up)
-      gemm(up_rows, s.width, rows, room.h, 1, room.ldu, room.xs, room.ldx, d_up, s.width, add);
+      gemm(up_rows, s.width, rows, buf.h, 1, buf.ldu, buf.xs, buf.ldx, d_up, s.width, add);
     if (dxs)
-      gemm(rows, s.width, up_rows, room.h, room.ldu, 1, up, s.width, dxs + first * s.width,
+      gemm(rows, s.width, up_rows, buf.h, buf.ldu, 1, up, s.width, dxs + first * s.width,
            s.width);
   }
 }
@@ -253,9 +254,9 @@ void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* so
   bounds[0] = 0;
 }
 
-// y [tokens, width]; `outputs` [rows, width] is room for the experts' results. Few rows come with
-// room for hidden `units` [rows, up_rows], many with null; those may be asked to keep what the
-// backward pass wants.
+// y [tokens, width]; `outputs` [rows, width] is scratch memory for the experts' results. A call
+// with few rows passes scratch memory for the hidden `units` [rows, up_rows]; one with many passes
+// null, and may pass `kept` for the backward pass.
 template <class W>
 void mixture(Team& team, const float* x, const float* weights, W up, W down, int64_t* bounds,
              int64_t* sources, int64_t* places, float* units, float* kept, float* outputs, float* y,
@@ -302,8 +303,8 @@ PARALLEL_KERNEL(activate_forward, activate_rows)
 
 extern "C" {
 
-// Gradients, from what the forward pass kept; `dxs` [rows, width] is room for those of single rows.
-// dx with dxs, d_up and d_down may be null.
+// Gradients, from what the forward pass kept; `dxs` [rows, width] is scratch memory for the
+// gradients of single rows. dx and dxs, d_up, and d_down may be null.
 void experts_backward(const float* x, const float* weights, const float* up, const float* down,
                       int64_t* bounds, int64_t* sources, int64_t* places, const float* kept,
                       const float* grad, float* dxs, float* dx, float* d_weights, float* d_up,
@@ -314,14 +315,14 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   const Order order{bounds, sources, places};
   const int64_t up_rows = s.up_rows();
   parallel_region(threads, [&](Team& team) {
-    BackwardRoom room(s);
-    Scratch scratch(room.floats());
-    room.take(scratch);
+    BackwardBuffers buf(s);
+    Scratch scratch(buf.floats());
+    buf.take(scratch);
     for (int64_t e; (e = team.next()) < experts;)
       backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
                       down + e * hidden * width, kept, grad, ldgrad, dxs, d_weights,
                       d_up ? d_up + e * up_rows * width : nullptr,
-                      d_down ? d_down + e * hidden * width : nullptr, room);
+                      d_down ? d_down + e * hidden * width : nullptr, buf);
     if (!dx) return;
     team.wait();
     const Range part = team.share(tokens);
@@ -330,8 +331,8 @@ void experts_backward(const float* x, const float* weights, const float* up, con
   });
 }
 
-// dh of act(h), given the gradient of its result and what was kept: h of SwiGLU, and the result of a
-// squared ReLU, whose root is exactly relu(h).
+// dh of act(h), from the gradient of its result and the kept tensor: h for SwiGLU, and the result
+// for a squared ReLU, whose root is exactly relu(h).
 void activate_backward_rows(const float* kept, const float* grad, float* dh, int64_t rows,
                             int64_t hidden, int64_t activation, int64_t threads) {
   parallel_region(rows * hidden > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {

@@ -1,8 +1,8 @@
-"""Routed experts in C++ (native.cpp says how).
+"""Routed experts in C++ (see native.cpp).
 
 Training keeps the result of the first product, a row of hidden units for each token and choice:
-to make it again is a sixth of the arithmetic. `recompute` of whole blocks is for who lacks the
-memory.
+recomputing it would cost a sixth of the arithmetic. The `recompute` of whole blocks is for machines
+without the memory.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii"
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 
 _FEW_ROWS = 12
-"""Of an expert, on average: up to which turning its matrices costs more than it gains."""
+"""Average rows per expert up to which transposing the matrices costs more than it gains."""
 
 _Operands = tuple[Tensor, Tensor, Weight, Weight]
 """x, weights, up and down."""
@@ -48,7 +48,7 @@ def routed_experts_int8_native(
     down: Int8Weight,
     activation: Activation,
 ) -> Tensor:
-    """The same for 8-bit codes, which are read as they lie; gradients dequantize all of them."""
+    """The same for 8-bit codes, which are read without dequantizing; gradients dequantize them."""
     return _routed(x, indices, weights, up, down, activation)
 
 
@@ -63,7 +63,7 @@ def _routed(
 
 
 def _order_rows(indices: Tensor, experts: int) -> _Order:
-    """Where each expert's rows begin, the (token, choice) of each row, and the row of each."""
+    """Each expert's first row, each row's (token, choice), and each (token, choice)'s row."""
     bounds = indices.new_empty(experts + 1)
     sources, places = torch.empty_like(indices), torch.empty_like(indices)
     _order(indices, bounds, sources, places, indices.numel(), experts, work=0)
@@ -78,7 +78,7 @@ def _sizes(weights: Tensor, down: Weight, activation: Activation) -> tuple[int, 
 def _apply(
     operands: _Operands, order: _Order, activation: Activation, kept: Tensor | None = None
 ) -> Tensor:
-    """All experts; `kept` [rows, up_width] gets the results of the first product."""
+    """Apply all experts; the first product's result is written to `kept` [rows, up_width]."""
     x, weights, up, down = operands
     outputs = x.new_empty(weights.numel(), x.shape[1])
     y = x.new_empty(x.shape)
@@ -93,7 +93,7 @@ def _apply(
 
 
 def _memory(weight: Weight) -> tuple[Tensor, ...]:
-    """What native.cpp reads a weight from."""
+    """The tensors from which native.cpp reads a weight."""
     if isinstance(weight, Tensor):
         return (weight,)
     assert isinstance(weight, Int8Weight), "other formats have kernels of their own"
@@ -114,7 +114,7 @@ class _RoutedExperts(torch.autograd.Function):
         kept = x.new_empty(weights.numel(), up.shape[1])
         is_plain = isinstance(up, Tensor)
         ctx.save_for_backward(x, weights, *((up, down) if is_plain else (None, None)), kept, *order)
-        ctx.quantized = None if is_plain else (up, down)  # no graph may hold on to its own leaves
+        ctx.quantized = None if is_plain else (up, down)  # tensors are saved above
         ctx.activation = activation
         return _apply((x, weights, up, down), order, activation, kept)
 
@@ -158,7 +158,7 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
         a = _hidden_units(h, activation)
-        # The result of a squared ReLU tells all of h that counts, and the next product keeps it.
+        # The gradient of a squared ReLU follows from its result, which the next product keeps.
         ctx.save_for_backward(a if activation == "relu2" else h)
         ctx.activation = activation
         return a

@@ -1,16 +1,15 @@
 """Routed experts as one matrix product per expert over the tokens that chose it.
 
-Tokens are gathered in the order of their experts, so that each expert reads a contiguous block, and
-three decisions shape the rest:
+Tokens are gathered in the order of their experts, so that each expert reads a contiguous block.
+Three decisions determine the rest:
 
-* The router's weight multiplies the activation, as Megatron does it, not the output. The result is
-  the same, and the backward pass then needs neither the outputs nor a second product for the
-  weight.
-* Gathers everywhere. Both directions move rows by index and add up a token's k results in the order
-  of its slots, so there is no scatter-add, and the sum never depends on thread timing.
+* The router's weight multiplies the activation, not the output, as in Megatron. The result is the
+  same, and the backward pass then needs neither the outputs nor a second product for the weight.
+* Both directions gather rows by index and add a token's k results in the order of its slots. There
+  is no scatter-add, so the sum never depends on thread timing.
 * Every block is padded to a multiple of `ROW_TILE` rows. Matrix libraries switch kernels, and with
-  them the order of summation, at one, two or three rows; padded, a token's result does not depend
-  on how many others chose the same expert, and one document cannot change another's last bit.
+  them the order of summation, at one, two or three rows. With padding a token's result does not
+  depend on how many others chose the same expert, bit for bit.
 """
 
 from itertools import pairwise
@@ -27,7 +26,7 @@ ROW_TILE = 4
 def routed_experts_torch(
     x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
-    """Apply all experts by group; shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    """Apply one expert after another; shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     slot, bounds = _assign_slots(indices, up.shape[0])
     return _RoutedExperts.apply(x, weights, up, down, slot, bounds, activation)
 
@@ -56,7 +55,7 @@ def _product(rows: Tensor, matrices: Tensor, bounds: list[int]) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, rows: Tensor, bounds: list[int]) -> Tensor:
-    """grad[block e]^T rows[block e] for every expert e, zero where no token came."""
+    """grad[block e]^T rows[block e] for every expert e; zero for an expert without tokens."""
     out = grad.new_empty(len(bounds) - 1, grad.shape[1], rows.shape[1])
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if end > start:

@@ -1,26 +1,25 @@
-"""Routed experts as grouped products whose edges are fused: gather, activation, router's weight.
+"""Routed experts as grouped products fused with the gather, the activation and the router's weight.
 
-Rows are sorted by expert, never moved: the first product reads each row of `x` through its index,
-and a table of tiles, made on the device, tells every program its expert and its rows. A block that
-does not fill its last tile is masked, not padded, and the host waits for nothing.
+Rows are sorted by expert without moving them: the first product reads each row of `x` through its
+index, and a table of tiles, computed on the device, gives every program its expert and its rows. A
+block that does not fill its last tile is masked, not padded, and the host never waits.
 
-* Forward, `up x`, then relu(h)^2 times the router's weight before it leaves registers, then `down`.
-  With the weight in the activation the backward pass needs no output of `down`.
-* Backward, one product makes the activation's gradient, and its end makes the rest while the tile
-  is in registers: the gradient of h, the weighted activation again (so that it is not kept), and
+* Forward: `up x`, then relu(h)^2 times the router's weight while the tile is in registers, then
+  `down`. With the weight in the activation, the backward pass does not need the output of `down`.
+* Backward: one product computes the activation's gradient, and its epilogue the rest while the tile
+  is in registers: the gradient of h, the weighted activation again (so that it is not stored), and
   each row's part of the router weight's gradient.
 * An expert's weight gradients are one product over its rows, summed by one program per tile.
-* A token's k results are added by a gather in the order of its slots.
+* A token's k results are gathered and added in the order of its slots.
 
-So no number is written by two programs and no sum depends on timing. Tiles have one size per dtype
-rather than the best for each shape: a token's result depends on nothing but its own row. Decoding
-has a second one, for so few rows that reading the experts is all there is to it: low tiles, and
-narrow, so that there are enough of them to keep the memory busy. SwiGLU takes the same products,
-with its activation between them in PyTorch.
+So no number is written by two programs and no sum depends on timing. Tile sizes depend on the dtype
+and not on the shape, so a token's result depends on its own row only. Decoding has a second tile
+size, for so few rows that reading the experts' matrices takes all the time: short, narrow tiles,
+enough of them to keep the memory busy. SwiGLU uses the same products, with its activation between
+them in PyTorch.
 """
 
-# Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
-# many as it takes.
+# A Triton kernel takes pointers and numbers without annotations, and often many of them.
 # ruff: noqa: ANN001, ANN202, PLR0913
 # pyright: reportOperatorIssue=false
 
@@ -38,7 +37,7 @@ from nemotron3.ops.kernels import INTERPRETED, contiguous_rows, require_kernel_d
 jit: Any = triton.jit
 _COMBINE_BLOCK = 1024
 
-# What a product does with a tile before it leaves registers.
+# Epilogues: what a product does with a tile while it is in registers.
 _PLAIN, _ACTIVATE, _ACTIVATE_BACKWARD = 0, 1, 2
 
 
@@ -64,13 +63,14 @@ class _Plan(NamedTuple):
     bounds: Tensor
     """Where each expert's rows begin, [expert + 1]."""
     tiles: Tensor
-    """Expert, first row and end of each tile, [3, tile]; tiles to spare have no rows."""
+    """Expert, first row and end of each tile, [3, tile]; unused tiles have no rows."""
 
 
 def routed_experts_triton(
     x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
-    """Apply all experts by group; shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    """Apply all experts with grouped products; shapes as in
+    `nemotron3.ops.experts.api.routed_experts`."""
     require_kernel_dtypes("experts", x, up, down)
     if not torch.is_grad_enabled():
         x, weights, up, down = (t.detach() for t in (x, weights, up, down))
@@ -115,6 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row_weights, up, down, h, *rest = ctx.saved_tensors
         plan, grad = _Plan(*rest), contiguous_rows(grad)
+        _, _, needs_up, needs_down, *_ = ctx.needs_input_grad
         dh = torch.empty_like(h)
         if ctx.activation == "relu2":
             a = torch.empty_like(h)
@@ -134,21 +135,24 @@ class _RoutedExperts(torch.autograd.Function):
             a = a * column
             dh = activation_backward(h, da * column, ctx.activation)
         d_weights = d_row_weights.sum(1)[plan.slot].to(x.dtype).view(ctx.choices)
-        d_down = torch.empty_like(down, memory_format=torch.contiguous_format)
-        _weight_gradient(grad, a, d_down, plan, gather_left=True)
-        d_up = torch.empty_like(up, memory_format=torch.contiguous_format)
-        _weight_gradient(dh, x, d_up, plan, gather_right=True)
+        d_down = d_up = None
+        if needs_down:
+            d_down = torch.empty_like(down, memory_format=torch.contiguous_format)
+            _weight_gradient(grad, a, d_down, plan, gather_left=True)
+        if needs_up:
+            d_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+            _weight_gradient(dh, x, d_up, plan, gather_right=True)
         d_rows = x.new_empty(len(h), x.shape[1])
         _product(dh, up, d_rows, plan)
         return _combine(d_rows, plan.slot, len(x)), d_weights, d_up, d_down, None, None
 
 
-# What `python -m benchmarks.gpu --tune` searches, for half precision.
+# `python -m benchmarks.gpu --tune` searches these sizes, for half precision.
 _PRODUCT = _Blocks(128, 128, 64, 8, 3)
 _WEIGHT_GRADIENT = _Blocks(128, 128, 64, 8, 3)
 _FEW_ROWS = _Blocks(16, 64, 128, 4, 4)
 _MOST_OF_FEW = 8
-"""Rows for each expert, on average, up to which there are few: hardly anyone has a second tile."""
+"""Average rows per expert up to which `_FEW_ROWS` is used: few experts then need a second tile."""
 
 
 def _blocks(dtype: torch.dtype, half: _Blocks) -> _Blocks:
@@ -165,8 +169,8 @@ def _product_blocks(dtype: torch.dtype, rows: int, experts: int) -> _Blocks:
 def _sort_by_expert(indices: Tensor, num_experts: int, block: int) -> _Plan:
     """Sort (token, choice) pairs by expert and cover each expert's rows with tiles of `block`.
 
-    Shapes come from the sizes alone, so nothing is read back from the device: each expert that
-    has rows has at most one tile that is not full.
+    The number of tiles is bounded from the sizes alone, so nothing is read back from the device:
+    each expert with rows has at most one tile that is not full.
     """
     device = indices.device
     expert, order = indices.flatten().sort(stable=True)
@@ -224,7 +228,7 @@ def _weight_gradient(
     gather_left: bool = False,
     gather_right: bool = False,
 ) -> None:
-    """out[e] = left[rows of e]^T right[rows of e], zero where no token came."""
+    """out[e] = left[rows of e]^T right[rows of e]; zero for an expert without tokens."""
     blocks = _blocks(left.dtype, _WEIGHT_GRADIENT)
     experts, height, width = out.shape
     down, across = triton.cdiv(height, blocks.rows), triton.cdiv(width, blocks.columns)
@@ -260,9 +264,10 @@ def _product_kernel(
 ):  # fmt: skip
     """One tile of left @ matrices[expert]; tiles of the same rows run side by side.
 
-    EPILOGUE 1, the tile being h: also a = w relu(h)^2.
-    EPILOGUE 2, the tile being the gradient g of relu(h)^2 w: writes dh = 2 w relu(h) g in its
-    place, a = w relu(h)^2, and each row's sum of g relu(h)^2, the part of dw from these columns.
+    EPILOGUE 1: the tile is h; the kernel also writes a = w relu(h)^2.
+    EPILOGUE 2: the tile is the gradient g of relu(h)^2 w. The kernel writes dh = 2 w relu(h) g in
+    its place, a = w relu(h)^2, and each row's sum of g relu(h)^2, the part of dw from these
+    columns.
     """
     tile = tl.program_id(0) // column_tiles
     column_tile = tl.program_id(0) % column_tiles

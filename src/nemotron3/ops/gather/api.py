@@ -25,10 +25,10 @@ def copy_rows(
     *,
     backend: Backend = "auto",
 ) -> None:
-    """For each pair of tensors let row `to[i]` of the target be row `places[i]` of the source.
+    """For each pair of tensors, copy row `places[i]` of the source to row `to[i]` of the target.
 
-    All are contiguous, and a target has the dtype of its source and rows of its shape; no two of
-    `to` are the same. Without gradients.
+    All tensors are contiguous. A target has the dtype of its source and rows of the same shape. The
+    indices in `to` are distinct. There are no gradients.
     """
     if len(targets) != len(sources):
         raise OperandError(f"copy_rows: {len(targets)} targets for {len(sources)} sources")

@@ -1,4 +1,4 @@
-// Rows of many tensors, copied by a team: each thread takes its part of every row.
+// Copy rows of many tensors: each thread copies its part of every row.
 #include <cstring>
 
 #include "team.h"

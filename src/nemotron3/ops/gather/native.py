@@ -1,4 +1,4 @@
-"""Copying rows of many tensors in one call of C++: a decoding step would make dozens."""
+"""Copying rows of many tensors in one C++ call, where PyTorch would need one call per tensor."""
 
 from collections.abc import Sequence
 from pathlib import Path

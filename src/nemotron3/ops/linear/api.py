@@ -1,4 +1,4 @@
-"""The entry point of dense products."""
+"""The entry points of dense products."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,7 +40,7 @@ def linear(
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d_out"]:
-    """x W^T for a weight [d_out, d_in]: quantized, or of the dtype of `x`."""
+    """x W^T for a weight [d_out, d_in], which is quantized or has the dtype of `x`."""
     _check(x, weight)
     products = weight.linear if isinstance(weight, QuantizedWeight) else _PRODUCTS
     return resolve("linear", backend, products, x)(x, weight)
@@ -53,7 +53,7 @@ def linear_parts(
     *,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "*batch d_part"], ...]:
-    """x W^T, taken apart into columns of `sizes`: a split whose gradients need no joining."""
+    """x W^T, split into columns of `sizes`; the gradients of the parts are never concatenated."""
     _check(x, weight)
     if sum(sizes) != weight.shape[0] or min(sizes, default=0) < 0:
         raise OperandError(
@@ -74,7 +74,7 @@ def _check(x: Tensor, weight: Weight) -> None:
 
 
 def _are_right(x: Tensor, weight: Tensor) -> bool:
-    """All checks of two tensors at once: this operation is called more than any other."""
+    """All checks of two tensors at once, since this operation is called more than any other."""
     return (
         x.dim() > 0
         and weight.dim() == 2

@@ -1,4 +1,4 @@
-"""Products with a quantized weight, by those with the matrix that it stands for."""
+"""Products with a quantized weight, which is dequantized before the product."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def linear_dequantized_torch(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the quantized weight for the backward pass, not the matrix."""
+    """A product that keeps the quantized weight for the backward pass, not the dequantized one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:

@@ -1,9 +1,9 @@
 // Dense products with a weight matrix [out, in]: y = x W^T, and its two gradients.
 //
-// Many rows go through gemm.h in blocks, each of which belongs to one thread and has as many rows as
-// its second cache holds: the other operand is then brought near seldom. The forward pass turns
-// strips of W, so that its vectors run along the outputs; the gradients need no turning. A few rows
-// (decoding) go through rows.h, which reads W once, as it lies.
+// Many rows go through gemm.h in blocks. A block belongs to one thread and has as many rows as its
+// L2 cache holds, so that the other operand is loaded seldom. The forward pass transposes strips of
+// W, so that its vectors run along the outputs; the gradients need no transposing. A few rows
+// (decoding) go through rows.h, which reads W once, without transposing.
 #include <algorithm>
 
 #include "gemm.h"
@@ -15,8 +15,8 @@ namespace {
 using std::min;
 constexpr int64_t STRIP = detail::WIDTH;
 constexpr int64_t DEPTH = detail::DEPTH;
-constexpr int64_t SLICE = 512;    // inputs that a block of x brings, where there are many
-constexpr int64_t COLUMNS = 512;  // of the result, which a block goes over while it is near
+constexpr int64_t SLICE = 512;    // most inputs of a block of x
+constexpr int64_t COLUMNS = 512;  // of the result that a block computes while it is cached
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more
 
 // y [rows, outputs] = x [rows, inputs] W^T.
@@ -28,7 +28,7 @@ void product(Team& team, const float* x, W w, float* y, int64_t rows, int64_t ou
     few_rows(rows, x, ldx, w, part.first, part.last, inputs, y, outputs);
     return;
   }
-  // Blocks and strips are dealt out together: one block serves all threads where rows are few.
+  // Pairs of blocks and strips are distributed: with few rows, all threads share one block.
   const int64_t slice = rows <= most_rows(inputs) ? inputs : min(inputs, SLICE);
   const int64_t block = block_rows(rows, slice), blocks = (rows + block - 1) / block;
   const int64_t strips = (outputs + STRIP - 1) / STRIP;
@@ -55,13 +55,13 @@ void forward_int8(Team& team, const float* x, const int8_t* codes, const float* 
   product(team, x, Int8Rows{codes, scales}, y, rows, outputs, inputs, ldx);
 }
 
-// Columns of a matrix that lie in another place than those beside them.
+// Columns of a matrix, stored apart from its other columns.
 struct Part {
   const float* at;
   int64_t ld, columns;
 };
 
-// Bring some lines of some columns together, which may lie in several parts.
+// Pack some lines of some columns, which may be in several parts.
 void copy_lines(const Part* part, int64_t line, int64_t lines, int64_t column, int64_t columns,
                 float* to, int64_t ld_to) {
   for (; column >= part->columns; part++) column -= part->columns;
@@ -74,9 +74,9 @@ void copy_lines(const Part* part, int64_t line, int64_t lines, int64_t column, i
   }
 }
 
-// C [rows, columns] = A B, added to C where `add`. A is a matrix in parts or, where it is `turned`,
-// the transpose of one. A block of it is brought together, since lines that lie as far apart as
-// those of a wide matrix fall into a few lines of the cache.
+// C [rows, columns] = A B, added to C if `add`. A is a matrix in parts or, if `turned`, the
+// transpose of one. Its blocks are packed, since the lines of a wide matrix would map to a few
+// cache sets.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool turned,
               const float* b, int64_t ldb, float* c, bool add, int64_t threads) {
   const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
@@ -112,7 +112,7 @@ void linear_backward_input(const Part* dy, const float* w, float* dx, int64_t ro
   multiply(rows, inputs, outputs, dy, false, w, inputs, dx, false, threads);
 }
 
-// dW [outputs, inputs] = dy^T x, added to dW where `add`; dy in parts.
+// dW [outputs, inputs] = dy^T x, added to dW if `add`; dy in parts.
 void linear_backward_weight(const Part* dy, const float* x, float* dw, int64_t rows,
                             int64_t outputs, int64_t inputs, int64_t ldx, int64_t add,
                             int64_t threads) {

@@ -1,4 +1,4 @@
-"""Dense products in C++ (native.cpp says how)."""
+"""Dense products in C++ (see native.cpp)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def linear_parts_native(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tupl
 
 
 def linear_int8_native(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x W^T for 8-bit codes, which are read as they lie."""
+    """x W^T for 8-bit codes, which are read without dequantizing the matrix."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if torch.is_grad_enabled() and x.requires_grad:
         y = _Int8Linear.apply(rows, weight)
@@ -56,7 +56,7 @@ def _int8_product(x: Tensor, weight: Int8Weight) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
-    """x [rows, d_in] W^T, for a contiguous W [d_out, d_in]; written `into` where it is given."""
+    """x [rows, d_in] W^T, for a contiguous W [d_out, d_in]; written to `into` if given."""
     x = contiguous_rows(x)
     outputs, inputs = weight.shape
     y = x.new_empty(x.shape[0], outputs) if into is None else into
@@ -67,9 +67,9 @@ def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def input_gradient(*dy: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
-    """dy [rows, d_out] W, for a contiguous W [d_out, d_in]; written `into` where it is given.
+    """dy [rows, d_out] W, for a contiguous W [d_out, d_in]; written to `into` if given.
 
-    `dy` may come in parts, which are its columns side by side.
+    `dy` may be several tensors, whose columns are concatenated.
     """
     dy = tuple(map(contiguous_rows, dy))
     rows, (outputs, inputs) = len(dy[0]), weight.shape
@@ -79,7 +79,7 @@ def input_gradient(*dy: Tensor, weight: Tensor, into: Tensor | None = None) -> T
 
 
 def weight_gradient(*dy: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """dy^T x [d_out, d_in], added to `add_to` where it is given; `dy` may come in parts."""
+    """dy^T x [d_out, d_in], added to `add_to` if given; `dy` may be several tensors."""
     dy, x = tuple(map(contiguous_rows, dy)), contiguous_rows(x)
     rows, inputs = x.shape
     outputs = sum(part.shape[1] for part in dy)
@@ -90,7 +90,7 @@ def weight_gradient(*dy: Tensor, x: Tensor, add_to: Tensor | None = None) -> Ten
 
 
 def _places(parts: Sequence[Tensor]) -> Tensor:
-    """Where the parts of a matrix lie, as native.cpp reads it."""
+    """Addresses, strides and widths of a matrix's parts, as native.cpp reads them."""
     return torch.tensor([(part.data_ptr(), part.stride(0), part.shape[1]) for part in parts])
 
 
@@ -99,7 +99,7 @@ def _split(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """A product whose columns are taken apart; their gradients are never put together."""
+    """A product that is split into columns; the gradients of the parts are never concatenated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -117,7 +117,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Int8Linear(torch.autograd.Function):
-    """A product whose gradient dequantizes the whole weight: training is not bound by that."""
+    """A product whose gradient dequantizes the whole weight: its time in training is small."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight) -> Tensor:

@@ -1,9 +1,10 @@
 """Operations in C++, compiled on the machine that runs them.
 
-PyTorch does each elementary operation in a pass of its own over memory, at several microseconds of
-overhead. On a CPU that is what training and decoding of small models are held by, so the operations
-the model spends its time in have a third implementation beside `reference` and `torch`: a file
-`native.cpp` in the operation's folder, without headers of PyTorch, called through ctypes.
+PyTorch makes a pass over memory for each elementary operation, with an overhead of several
+microseconds. On a CPU this limits the training and decoding of small models. The operations in
+which the model spends its time therefore have a third implementation besides `reference` and
+`torch`: a file `native.cpp` in the operation's folder, without PyTorch's headers, called through
+ctypes.
 """
 
 from nemotron3.ops.native.build import available

@@ -1,9 +1,10 @@
-"""Compiling the C++ sources of operations, once per machine.
+"""Compile the C++ sources of operations, once per machine.
 
-The compiler is that of the system (`CXX`, else c++, g++ or clang++), the target its own processor.
-Libraries are kept under ~/.cache/nemotron3 (XDG_CACHE_HOME), named by a digest of the sources, the
-command, the compiler and the processor, so that none is ever used that was made from or for
-something else. Without a compiler, or with NEMOTRON3_NATIVE=0, `auto` takes PyTorch's operations.
+The compiler is the system's (`CXX`, else c++, g++ or clang++), and the target is the machine's own
+processor. Libraries are kept under ~/.cache/nemotron3 (XDG_CACHE_HOME). Their names contain a
+digest of the sources, the command, the compiler and the processor, so a library is never used after
+one of these has changed. Without a compiler, or with NEMOTRON3_NATIVE=0, `auto` takes PyTorch's
+operations.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ from nemotron3.runtime.processors import fit_pytorch
 
 HEADERS = Path(__file__).parent
 TEAMS = HEADERS / "team.cpp"
-"""The source of the library that all others have their threads from."""
+"""The source of the library that provides the threads of all others."""
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -41,7 +42,7 @@ FLAGS = (
 
 _log = logging.getLogger(__name__)
 _compiling = threading.Lock()
-"""Threads that need the same library first wait for one of them to compile it."""
+"""Held while compiling: threads that need the same library wait for the first of them."""
 
 
 @functools.cache
@@ -54,7 +55,10 @@ def available() -> bool:
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
-    """The library of a C++ source, compiled where that has not been done yet."""
+    """The library of a C++ source, compiled on first use.
+
+    Raises BackendUnavailableError without a compiler, or where the source does not compile.
+    """
     compiler = _compiler()
     if compiler is None:
         raise BackendUnavailableError(
@@ -74,7 +78,7 @@ def library(source: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
-    """Compile into a temporary file first: processes that start together do not disturb another."""
+    """Compile into a temporary file and rename it: several processes may compile one source."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
@@ -96,7 +100,7 @@ def _compiler() -> str | None:
 
 @functools.cache
 def _cache() -> Path:
-    """A folder that can be written: the user's cache, else one that lives as long as the system."""
+    """A writable folder: the user's cache, else one below the system's temporary folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron3"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,7 @@ def _version(compiler: str) -> str:
 
 @functools.cache
 def _processor() -> str:
-    """What `-march=native` looks at: the model and the abilities of the processor."""
+    """What `-march=native` depends on: the model and the features of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]

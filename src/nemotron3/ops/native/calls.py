@@ -1,4 +1,4 @@
-"""Calling the compiled functions with tensors."""
+"""Calling compiled functions with tensors."""
 
 import ctypes
 import struct
@@ -16,15 +16,15 @@ from torch import Tensor
 from nemotron3.ops.native.build import library
 
 MIN_PARALLEL_WORK = 1 << 15
-"""Multiply-adds below which the start of a second thread costs more than it gains."""
+"""Multiply-adds below which starting a second thread costs more than it gains."""
 WORK_PER_THREAD = 3 << 19
-"""Multiply-adds of a program for which its team has one thread more."""
+"""Multiply-adds of a program per thread of its team."""
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _WORDS = {"p": "q", "i": "q", "f": "d"}
 
 _num_threads = torch.get_num_threads
-"""Of a team where processors are idle; team.cpp gives it fewer where they are not."""
+"""Threads of a team on idle processors; team.cpp uses fewer when processors are contended."""
 
 Argument = Tensor | int | float | None
 
@@ -32,9 +32,10 @@ Argument = Tensor | int | float | None
 class NativeFunction:
     """A function of a C++ source, compiled and loaded when it is first called.
 
-    `signature` has a letter per argument: p for a tensor (its first element; None is null), i for
-    an integer, f for a float; blanks are for the reader. The number of threads follows as a last
-    integer by itself. The function trusts what it is given: callers see to shapes and strides.
+    `signature` has a letter per argument: p for a tensor (the address of its first element; null
+    for None), i for an integer, f for a float; blanks only separate. The number of threads is
+    appended as the last integer. The function does not check its arguments: callers are responsible
+    for dtypes, shapes and strides.
     """
 
     def __init__(self, source: Path, name: str, signature: str) -> None:
@@ -61,9 +62,9 @@ _PROGRAM = Path(__file__).with_name("program.cpp")
 
 
 class ParallelKernel:
-    """A compiled function that all threads of a team call (team.h): it can be recorded.
+    """A compiled function that all threads of a team call (team.h), and that can be recorded.
 
-    `signature` as that of `NativeFunction`.
+    `signature` is as for `NativeFunction`.
     """
 
     def __init__(self, source: Path, name: str, signature: str) -> None:
@@ -72,7 +73,7 @@ class ParallelKernel:
         self._words = struct.Struct("".join(_WORDS[letter] for letter in letters))
 
     def __call__(self, *arguments: Argument, work: int) -> None:
-        """Run it; `work`, in multiply-adds, says whether more than one thread is worth it."""
+        """Run it; `work` in multiply-adds decides whether to use more than one thread."""
         words = self._words.pack(
             *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
         )
@@ -98,19 +99,19 @@ class GraphNode:
     """A call of a `ParallelKernel` that a program can repeat."""
 
     function: int
-    """Address of what a thread of the team calls."""
+    """Address of the function that each thread of the team calls."""
     words: bytes
     operands: tuple[Tensor, ...]
-    """They have to stay alive."""
+    """Tensors that must stay alive, since `words` holds their addresses."""
     work: int
     """Multiply-adds."""
 
 
 class _Thread(threading.local):
-    """What belongs to the calling thread alone, as PyTorch's dispatch modes do.
+    """State of the calling thread, like PyTorch's dispatch modes.
 
-    Engines and trainers of one process compute in threads of their own; a list that they shared
-    would have the calls of one replayed by another.
+    Engines and trainers of one process compute in threads of their own. With a shared list, one
+    would replay the calls of another.
     """
 
     recording: list[Any] | None = None
@@ -121,7 +122,7 @@ _thread = _Thread()
 
 @contextmanager
 def recording(calls: list[Any]) -> Iterator[None]:
-    """Append every compiled call that this thread makes within to `calls`, as a `GraphNode`."""
+    """Append each compiled call of this thread in the `with` block to `calls`, as a `GraphNode`."""
     outer = _thread.recording
     _thread.recording = calls
     try:
@@ -131,17 +132,17 @@ def recording(calls: list[Any]) -> Iterator[None]:
 
 
 class Program:
-    """Calls of compiled functions, done one after another by one team of threads.
+    """Calls of compiled functions that one team of threads runs one after another.
 
-    The team is as large as its work is worth. A step of a very small model is left to one thread:
-    two spend at their barriers what they save, and take a processor from whoever brings its tokens
-    to the clients.
+    The size of the team follows from the work. A step of a very small model runs on one thread: two
+    threads would lose at barriers what they gain, and would take a processor from the process that
+    sends the tokens to clients.
     """
 
     def __init__(self, calls: list[GraphNode]) -> None:
         self._calls = calls
         self.num_threads = max(1, sum(call.work for call in calls) // WORK_PER_THREAD)
-        """Threads of its team, where there are so many."""
+        """Threads of its team, at most those that PyTorch uses."""
         self._words = [ctypes.create_string_buffer(call.words, len(call.words)) for call in calls]
         self._table = (ctypes.c_int64 * (2 * len(calls)))()
         for i, (call, words) in enumerate(zip(calls, self._words, strict=True)):
@@ -151,7 +152,7 @@ class Program:
         self._run.restype = None
 
     def __call__(self) -> None:
-        """Do all of it."""
+        """Run all calls."""
         self._run(self._table, len(self._calls), min(self.num_threads, _num_threads()))
 
 

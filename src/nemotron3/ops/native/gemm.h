@@ -1,26 +1,26 @@
 // Small matrix products on one thread: C = A B, for operands that stay in the cache.
 //
 // B is read in vectors along its rows and A an element at a time, so A may have any strides: a
-// transposed A costs nothing, a transposed B is turned (`gemm_turned`), a strip at a time. For many
-// rows of A, a strip of B that lies the right way is copied together too, since rows that are a
-// power of two apart would all fall into a few lines of the cache. Every element of C is summed over
-// t in the same order whatever the shapes around it, so a row's result does not depend on how many
-// rows there are.
+// transposed A costs nothing, and a transposed B is transposed back a strip at a time
+// (`gemm_turned`). For many rows of A, a strip of B is packed even if its layout is right, since
+// rows that are a power of two apart would all map to a few cache sets. Every element of C is
+// summed over t in the same order for all shapes, so a row's result does not depend on the number
+// of rows.
 #pragma once
 #include "simd.h"
 #include "weights.h"
 
 namespace detail {
-constexpr int ROWS = LANES == 8 ? 3 : 6;  // with VECTORS, what the registers hold
+constexpr int ROWS = LANES == 8 ? 3 : 6;  // ROWS x VECTORS sums fit in the registers
 constexpr int VECTORS = 4;
 constexpr int64_t WIDTH = VECTORS * LANES;  // of a strip of B
-constexpr int64_t DEPTH = 128;  // of B, so many rows of a strip stay in the first cache
-constexpr int64_t WORTH_PACKING = 64;  // rows of A from which it pays to bring those together
+constexpr int64_t DEPTH = 128;  // rows of a strip of B that stay in the L1 cache
+constexpr int64_t WORTH_PACKING = 64;  // rows of A from which packing them pays off
 
-constexpr int64_t LINE = 16;  // elements that memory brings at once
+constexpr int64_t LINE = 16;  // elements of a cache line
 
-// R rows and V vectors of C; `tail` is the number of elements in the last vector. What lies `ahead`
-// is asked for meanwhile, a line at each step, unless it is null.
+// R rows and V vectors of C; `tail` is the number of elements in the last vector. The memory at
+// `ahead` is prefetched meanwhile, a cache line at each step, unless it is null.
 template <int R, int V, bool ADD>
 INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
                  int64_t ldb, float* c, int64_t ldc, int64_t tail, const float* ahead) {
@@ -67,7 +67,7 @@ template <int V, bool ADD>
 static void strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                   const float* b, int64_t ldb, float* c, int64_t ldc, int64_t tail,
                   const float* ahead) {
-  constexpr int64_t ASKING = WIDTH / LINE * ROWS;  // rows after which a strip has been asked for
+  constexpr int64_t ASKING = WIDTH / LINE * ROWS;  // rows after which a strip is prefetched
   int64_t r = 0;
   for (; r + ROWS <= rows; r += ROWS) {
     tile<ROWS, V, ADD>(depth, a + r * a_row, a_row, a_depth, b, ldb, c + r * ldc, ldc, tail, ahead);
@@ -84,7 +84,7 @@ static void strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, in
   }
 }
 
-// `depth` rows of B, `width` elements of each, side by side.
+// Pack `depth` rows of B, `width` elements of each.
 INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, float* to) {
   for (int64_t t = 0; t < depth; t++, b += ldb, to += WIDTH) {
     if (width < WIDTH) {
@@ -99,7 +99,7 @@ INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, floa
   }
 }
 
-// `width` rows of a weight, `depth` elements of each, turned.
+// Pack `width` rows of a weight, `depth` elements of each, transposed.
 INLINE void turn(const float* b, int64_t ldb, int64_t depth, int64_t width, float* to) {
   transpose(b, ldb, width, depth, to, WIDTH);
 }
@@ -156,16 +156,16 @@ INLINE void blocks(int64_t rows, int64_t columns, int64_t depth, const float* a,
 
 constexpr int64_t TILE_ROWS = detail::ROWS;
 
-// C[m][n] = sum over t of A[m * a_row + t * a_depth] * B[t * ldb + n], added to C where `add`.
+// C[m][n] = sum over t of A[m * a_row + t * a_depth] * B[t * ldb + n], added to C if `add`.
 static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                         int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
                         bool add = false) {
   detail::blocks<false>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }
 
-// The same with B[n * ldb + t], a strip of columns after the other. With few rows it is held by the
-// reading of B; where strips lie one after the other, the next is asked for while one is multiplied,
-// and after the last what comes `next`.
+// The same with B[n * ldb + t], one strip of columns after another. With few rows the time goes
+// into reading B: where strips are adjacent in memory, the next is prefetched while one is
+// multiplied, and with the last one the memory at `next`.
 static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
                                float* c, int64_t ldc, bool add = false,
@@ -180,15 +180,15 @@ static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, con
   }
 }
 
-// The same with codes, which are so few bytes that nothing is asked for ahead.
+// The same with int8 codes, which are so few bytes that prefetching does not pay off.
 static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                int64_t a_row, int64_t a_depth, Int8Rows b, int64_t ldb, float* c,
                                int64_t ldc, bool add = false, Int8Rows = {}) {
   detail::blocks<true>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }
 
-// Most rows of A to take at a time where each brings `width` elements to memory: as many as half of
-// a second cache holds, since every block of them brings B near again.
+// Most rows of A in a block, if each row has `width` elements: as many as half of an L2 cache
+// holds, since every block loads B again.
 constexpr int64_t most_rows(int64_t width) {
   constexpr int64_t CACHED = 1 << 17;  // elements: half of a megabyte
   constexpr int64_t FEWEST = 120, MOST = 480;  // whole tiles; with fewer rows B costs too much
@@ -196,16 +196,16 @@ constexpr int64_t most_rows(int64_t width) {
   return fit < FEWEST ? FEWEST : fit < MOST ? fit : MOST;
 }
 
-// Height of the blocks in which so many rows are taken: all the same but for rounding to tiles, and
-// at least one block for each of `parts`.
+// Rows of a block if `rows` are split into blocks: equal blocks up to rounding to tiles, and at
+// least one for each of `parts`.
 constexpr int64_t block_rows(int64_t rows, int64_t width, int64_t parts = 1) {
   if (rows == 0) return TILE_ROWS;
   const int64_t most = most_rows(width) * parts, blocks = (rows + most - 1) / most * parts;
   return (rows + blocks * TILE_ROWS - 1) / (blocks * TILE_ROWS) * TILE_ROWS;
 }
 
-// Products with a lower triangle, a tile of rows at a time: where the triangle is read, the rows of a
-// tile have to be zero beyond the diagonal up to the tile's end.
+// Products with a lower triangle, a tile of rows at a time. Where the triangle is an operand, the
+// rows of a tile must be zero beyond the diagonal up to the tile's end.
 
 // C = A B for a lower triangle A [rows, rows].
 static inline void gemm_lower(int64_t rows, int64_t columns, const float* a, int64_t lda,
@@ -227,8 +227,8 @@ static inline void gemm_lower_turned(int64_t rows, int64_t columns, const float*
   }
 }
 
-// The lower triangle of C [rows, rows] = A B, and of what is beyond it whatever whole vectors
-// bring: rows of B and C have to have room for them.
+// The lower triangle of C [rows, rows] = A B. Whole vectors are written, so some elements beyond it
+// change, and rows of B and C must be padded to whole vectors.
 static inline void gemm_to_lower(int64_t rows, int64_t depth, const float* a, int64_t lda,
                                  const float* b, int64_t ldb, float* c, int64_t ldc) {
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {

@@ -1,11 +1,12 @@
 // PyTorch's threads on Linux, which are those of GCC's OpenMP runtime (libgomp).
 //
-// An idle thread of that runtime spins for milliseconds before it sleeps. On idle processors this is
-// what makes the next operation start within a microsecond, so teams take the same threads: helpers
-// of their own would fight with them for the processors. Where other programs want the processors,
-// it is ruinous. The runtime reads how long to spin from the environment when it is loaded, which is
-// before us; but it spins briefly as long as its threads are more than the processors. So there is a
-// team of that many, which sleeps, for as long as processors are contended.
+// An idle thread of that runtime spins for milliseconds before it sleeps. On idle processors the
+// next operation therefore starts within a microsecond, so teams use the same threads: helper
+// threads of their own would compete with them for the processors. Where other programs need the
+// processors, the spinning costs most of the speed. The runtime reads the spin time from the
+// environment when it is loaded, which is before this library; but it spins only briefly while it
+// has more threads than there are processors. So while processors are contended, a thread keeps an
+// OpenMP team of that size alive, which sleeps.
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
@@ -17,7 +18,7 @@
 #include <cstdint>
 #include <type_traits>
 
-// Threads that start meanwhile get no signals: those are for threads that know what to do with them.
+// Threads that are started while this object lives get no signals, which other threads handle.
 class NoSignals {
  public:
   NoSignals() {
@@ -33,14 +34,15 @@ class NoSignals {
 
 class OpenMP {
  public:
-  // The runtime that PyTorch has loaded; null where it has another.
+  // The libgomp that PyTorch has loaded; null if it uses another runtime.
   static OpenMP* loaded() {
     static OpenMP runtime;
     return runtime.region ? &runtime : nullptr;
   }
 
-  // Have `body` called by all threads that PyTorch's operations have, and by `threads` at least
-  // unless the system refuses. Another number than PyTorch's would end threads and start others.
+  // Call `body` on as many threads as PyTorch's operations use, and on at least `threads` unless
+  // the system refuses. With another number than PyTorch's, the runtime would end and restart
+  // threads.
   void parallel(int64_t threads, void (*body)(void*), void* context) const {
     region(body, context, std::max<unsigned>(threads, most_threads()), 0);
   }
@@ -48,7 +50,7 @@ class OpenMP {
   int64_t thread() const { return thread_number(); }
   int64_t threads() const { return thread_count(); }
 
-  // Have idle threads sleep until that time, of the monotonic clock in nanoseconds.
+  // Make idle threads sleep, without spinning, until `time` of the monotonic clock in nanoseconds.
   void sleep_until(int64_t time) {
     quiet_at.store(time, std::memory_order_relaxed);
     if (is_calm.exchange(true)) return;
@@ -73,7 +75,7 @@ class OpenMP {
       find(region, "GOMP_parallel");
   }
 
-  // The team ends with the thread that started it.
+  // An OpenMP team ends with the thread that started it.
   static void* keep_idle_team(void* self) {
     OpenMP& runtime = *(OpenMP*)self;
     runtime.region([](void*) {}, nullptr, runtime.processors() + 1, 0);

@@ -1,5 +1,5 @@
-// A list of operations, done one after another by one team of threads, and the operations of
-// PyTorch that programs need a compiled form of.
+// A list of operations that one team of threads runs one after another, and compiled versions of
+// the PyTorch operations that such programs need.
 #include "simd.h"
 #include "team.h"
 
@@ -12,7 +12,7 @@ void add(Team& team, const float* a, const float* b, float* to, int64_t n) {
   for (; i < part.last; i++) to[i] = a[i] + b[i];
 }
 
-// to [rows, width] = the rows of `table` that `indices` names.
+// to [rows, width] = the rows of `table` at `indices`.
 void embedding(Team& team, const float* table, const int64_t* indices, float* to, int64_t rows,
                int64_t width) {
   const Range part = team.share(rows);

@@ -1,18 +1,18 @@
 // Products of a few rows with a matrix [out, in] that is read from memory: y = x W^T.
 //
-// These are bound by the reading of W, so W is read once and as it lies, one output after the other
-// along its inputs, for as many rows as registers hold; more rows find it in the nearest cache. A
-// processor brings such a stream by itself while rows are few; with more it looks less far ahead, so
-// it is asked for. An output is summed in the same order for any number of rows.
+// The time goes into reading W, so W is read once and in order, one output after another along its
+// inputs, for as many rows as the registers hold; further rows find it in the L1 cache. With few
+// rows the processor prefetches such a stream by itself; with more it looks less far ahead, so the
+// code prefetches. An output is summed in the same order for any number of rows.
 #pragma once
 #include "simd.h"
 #include "weights.h"
 
-constexpr int64_t FEW_ROWS = 8;  // up to which turning W for gemm.h costs more than it gains
+constexpr int64_t FEW_ROWS = 8;  // up to which transposing W for gemm.h costs more than it gains
 
 namespace detail {
 constexpr int64_t MOST = 4;     // rows at a time
-constexpr int64_t AHEAD = 2048;  // bytes: about what memory brings while a row is being added up
+constexpr int64_t AHEAD = 2048;  // bytes: about what memory delivers while a row is summed
 
 // `vectors[i]` summed over its lanes, for LANES vectors at once.
 INLINE vec sums(vec (&vectors)[LANES]) {
@@ -32,11 +32,11 @@ INLINE void multiply(const float* x, int64_t ldx, const T* w, int64_t n, vec (&t
     to[m] += weights * (n == LANES ? load(x + m * ldx) : load_part(x + m * ldx, n));
 }
 
-// An output of M rows, not yet summed over lanes.
+// One output for M rows, not yet summed over lanes.
 template <int M, bool ASK, class T>
 INLINE void dots(const float* x, int64_t ldx, const T* w, int64_t depth, vec* total) {
   constexpr int64_t ahead = AHEAD / sizeof(T);
-  vec even[M]{}, odd[M]{};  // a sum waits for the one before
+  vec even[M]{}, odd[M]{};  // two chains: a sum waits for the one before
   int64_t t = 0;
   for (; t + 2 * LANES <= depth; t += 2 * LANES) {
     if (ASK) __builtin_prefetch(w + t + ahead);
@@ -53,7 +53,7 @@ INLINE void dots(const float* x, int64_t ldx, const T* w, int64_t depth, vec* to
   for (int m = 0; m < M; m++) total[m] = even[m] + odd[m];
 }
 
-// `outputs` of M rows, so few that their sums fit one vector.
+// `outputs` for M rows, so few that their sums fit in one vector.
 template <int M, bool ASK, class W>
 static void few_rows(const float* x, int64_t ldx, W w, int64_t outputs, int64_t depth, float* y,
                      int64_t ldy) {
@@ -77,7 +77,7 @@ static void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t out
 }
 }  // namespace detail
 
-// y [rows, first..last) for any number of rows; columns of y are outputs of W.
+// y [rows, first..last) for any number of rows; the columns of y are the outputs of W.
 template <class W>
 static inline void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t first,
                             int64_t last, int64_t depth, float* y, int64_t ldy) {

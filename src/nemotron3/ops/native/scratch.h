@@ -1,13 +1,13 @@
-// Memory of one thread for operands that are brought together, and how far apart their rows lie.
+// Scratch memory of one thread for packed operands, and the distance between their rows.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
 
 // Floats in a row of scratch: whole cache lines, an odd number of them, so that equal columns of
-// consecutive rows fall into different sets of the cache.
+// consecutive rows map to different cache sets.
 constexpr int64_t pitch(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
-// Handed out a piece at a time.
+// An allocation that is handed out piece by piece.
 class Scratch {
  public:
   explicit Scratch(int64_t floats)

@@ -14,7 +14,7 @@ constexpr int LANES = 4;
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-// The same in memory: aligned to an element only.
+// The same in memory, aligned to an element only.
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -39,7 +39,7 @@ template <int STEP, int... I>
 INLINE vec turned(vec v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, ((I + STEP) % LANES)...);
 }
-// All lanes brought together by `join`, half onto half.
+// Reduce all lanes by `join`, half onto half.
 template <int STEP = LANES / 2, class Join>
 INLINE float folded(vec v, Join join) {
   if constexpr (STEP == 0) return v[0];
@@ -54,8 +54,8 @@ INLINE float largest(vec v) {
   return detail::folded(v, [](vec a, vec b) { return max(a, b); });
 }
 
-// e^x to 1e-7 of its value: x = n ln 2 + r, e^r by its series. NaN stays NaN; beyond the range of
-// float32 it is 0 or the largest power of two.
+// e^x with a relative error of 1e-7: x = n ln 2 + r, and e^r by its series. NaN stays NaN; beyond
+// the range of float32 the result is 0 or the largest power of two.
 INLINE vec exp(vec x) {
   x = x < -87.3f ? splat(-87.3f) : x;
   x = x > 88.3f ? splat(88.3f) : x;
@@ -97,7 +97,7 @@ INLINE void exchange(vec (&rows)[LANES]) {
 }
 }  // namespace detail
 
-// A square of LANES rows in place.
+// Transpose a square of LANES rows in place.
 INLINE void transpose(vec (&rows)[LANES]) {
   detail::exchange<1>(rows);
   detail::exchange<2>(rows);

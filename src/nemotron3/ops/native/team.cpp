@@ -1,17 +1,17 @@
-// The threads of teams: who they are, how they wait, and how many an operation gets.
+// The threads of teams: where they come from, how they wait, and how many an operation uses.
 //
-// On idle processors they are PyTorch's own threads for this caller (openmp.h). Where processors are
-// contended, or PyTorch has another runtime, a thread that calls operations has helpers of its own,
-// which it starts when it first needs them and which end with it; so callers share nothing, and a
-// forked child, which has no threads but its own, starts others. Waiting is a short spin, then sleep:
-// whoever waits for long has lost its partner's processor to another program, which then at least
-// gets the one of the waiter.
+// On idle processors a team uses PyTorch's own threads for this caller (openmp.h). Where processors
+// are contended, or PyTorch uses another runtime, each calling thread has its own helper threads.
+// It starts them when it first needs them, and they end with it; so callers share nothing, and a
+// forked child, which does not inherit the threads, starts others. A thread waits by spinning
+// briefly and then sleeping: if it waits for long, another program has the processor of the thread
+// it waits for, and its own processor should be free for that program.
 //
-// Where processors are contended, threads that wait for each other lose more than they gain: each
-// piece of work takes as long as its unluckiest thread. So a team measures what it gets, the work
-// done per time in processors' worth, and where threads are kept from running it tries fewer and
-// keeps what does more; later it tries more again (class Size). Results do not depend on it: an
-// operation's bits are the same for any number of threads.
+// On contended processors a team may lose more by waiting than it gains, since each operation takes
+// as long as its slowest thread. So a team measures its work per time, in units of one processor's.
+// If its threads are kept from running it tries fewer threads, and keeps the number that does more
+// work; later it tries more threads again (class Size). Results do not depend on it: an operation
+// gives the same bits for any number of threads.
 #include "team.h"
 
 #include <linux/futex.h>
@@ -38,12 +38,12 @@ inline void relax() { asm volatile("" ::: "memory"); }
 #endif
 
 constexpr int64_t MICROSECOND = 1000, MILLISECOND = 1000 * MICROSECOND;  // of nanoseconds
-// How long to spin for others of a team: on contended processors, and on idle ones, where to wake
-// somebody costs more than there is to win by sleeping.
+// How long to spin for the other threads of a team: on contended processors, and on idle ones,
+// where waking a thread costs more than its sleep gains.
 constexpr int64_t SPIN_CONTENDED = 50 * MICROSECOND, SPIN_IDLE = 2 * MILLISECOND;
-constexpr int64_t SPIN_FOR_WORK = 200 * MICROSECOND;  // of a helper of our own
-constexpr int64_t SPINS_A_LOOK = 16;  // at the clock
-constexpr int64_t PROMPT = 100 * MICROSECOND;  // to wake within is no sign of contention
+constexpr int64_t SPIN_FOR_WORK = 200 * MICROSECOND;  // of a helper thread
+constexpr int64_t SPINS_A_LOOK = 16;  // between two looks at the clock
+constexpr int64_t PROMPT = 100 * MICROSECOND;  // waking up faster is no sign of contention
 
 int64_t now(clockid_t clock = CLOCK_MONOTONIC) {
   timespec t;
@@ -58,7 +58,7 @@ void raise(Signal& signal) {
   syscall(SYS_futex, &signal.count, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
 
-// Return when `count` is reached; counts go round.
+// Return when `count` is reached; counts wrap around.
 void await(Signal& signal, uint32_t count, int64_t spin, Waiting& waiting) {
   const auto reached = [&](uint32_t seen) { return (int32_t)(seen - count) >= 0; };
   const int64_t start = now();
@@ -79,7 +79,7 @@ void await(Signal& signal, uint32_t count, int64_t spin, Waiting& waiting) {
   waiting.slept += (late ? raised : woken) - end;
 }
 
-// What an operation got of the processors.
+// Processor time of an operation, in nanoseconds.
 struct Share {
   int64_t lasted = 0;  // from its start to its end
   int64_t worked = 0;  // of all threads
@@ -89,7 +89,8 @@ struct Share {
 // Time of one thread in an operation.
 class Stopwatch {
  public:
-  // The slower clock is read outside of the other's time, or reading it would seem contention.
+  // The slower clock is read outside the interval of the other: reading it would look like
+  // contention.
   Stopwatch() : used(now(CLOCK_THREAD_CPUTIME_ID)), start(now()) {}
   void stop(const Waiting& waiting, Share& share) const {
     const int64_t lasted = now() - start, on_processor = now(CLOCK_THREAD_CPUTIME_ID) - used;
@@ -101,7 +102,7 @@ class Stopwatch {
 
 std::atomic<int64_t> forks{0};
 
-// Whether other programs want the processors of this process, or several of its callers each other's.
+// Whether other programs, or several callers of this process, compete for its processors.
 class Contention {
  public:
   static bool lasts() { return now() < until.load(std::memory_order_relaxed); }
@@ -119,7 +120,8 @@ class Contention {
 
 int64_t spin_in_team() { return Contention::lasts() ? SPIN_CONTENDED : SPIN_IDLE; }
 
-// How many threads the teams of one caller have, where `wanted` would be worth it on idle processors.
+// How many threads the teams of one caller use if `wanted` threads would be best on idle
+// processors.
 class Size {
  public:
   explicit Size(int64_t wanted) : wanted(wanted), most(wanted) {}
@@ -137,10 +139,10 @@ class Size {
   }
 
  private:
-  static constexpr int64_t MEASURED = 5;  // one operation in so many
-  static constexpr int64_t ENOUGH = 12 * MILLISECOND;  // some turns of a scheduler
+  static constexpr int64_t MEASURED = 5;  // one operation in five
+  static constexpr int64_t ENOUGH = 12 * MILLISECOND;  // some time slices of the scheduler
   static constexpr int64_t FIRST_PAUSE = 50 * MILLISECOND, LAST_PAUSE = 2000 * MILLISECOND;
-  static constexpr double CONTENDED = 0.05;  // of its time that a thread is kept out
+  static constexpr double CONTENDED = 0.05;  // share of its time in which a thread is kept from running
   static constexpr double BETTER = 1.1;
 
   void decide(int64_t time) {
@@ -150,7 +152,7 @@ class Size {
     const bool is_contended = lost > CONTENDED * most;
     if (is_contended || most < wanted) Contention::note(time);
     if (is_trial) {
-      // More threads have to be better by something, or they would be tried for nothing.
+      // More threads must be better by some margin, or the number would change with the noise.
       const bool stays = most > before ? power > BETTER * power_before : BETTER * power > power_before;
       is_trial = false;
       pause = stays ? FIRST_PAUSE : std::min(2 * pause, LAST_PAUSE);
@@ -178,7 +180,7 @@ class Size {
   Share seen;
 };
 
-// The helpers of one calling thread.
+// The helper threads of one calling thread.
 class Helpers {
  public:
   ~Helpers() {
@@ -224,15 +226,15 @@ class Helpers {
     std::thread thread;
   };
 
-  // What a thread of OpenMP does, which may have brought more than are wanted, or fewer. The end of
-  // the region is where all wait for each other.
+  // The part of an OpenMP thread. OpenMP may provide more threads than requested, or fewer. All
+  // wait for each other at the end of the region.
   void take_part() {
     const OpenMP& openmp = *OpenMP::loaded();
     const int64_t thread = openmp.thread(), count = std::min(threads, openmp.threads());
     if (thread < count) work(thread, count, [](Team&) {});
   }
 
-  // What the caller does with helpers of our own: its part, and to wait for the others.
+  // The caller's part with helper threads: its share of the work, then waiting for the helpers.
   void lead() {
     work(0, threads, [&](Team& team) {
       if (threads > 1 && all_ended.count.load(std::memory_order_acquire) != ++operations)
@@ -240,14 +242,14 @@ class Helpers {
     });
   }
 
-  // What each of those does.
+  // The part of each helper thread.
   void help(int64_t thread) {
-    const int64_t others = threads - 1;  // once all have ended, the next operation may have fewer
+    const int64_t others = threads - 1;  // read first: when all have ended, `threads` may change
     work(thread, threads, [](Team&) {});
     if (ended.fetch_add(1, std::memory_order_acq_rel) == others - 1) raise(all_ended);
   }
 
-  // A thread's part of the operation, and what it does then, measured if this one is.
+  // A thread's share of the operation, then `then`; timed if this operation is measured.
   template <class Then>
   void work(int64_t thread, int64_t count, const Then& then) {
     Team team(thread, count, barrier);
@@ -263,7 +265,7 @@ class Helpers {
     watch.stop(team.waiting, share);
   }
 
-  // So many threads, or as many as the system lets there be.
+  // Start helpers for a team of `threads`; returns its size, which the system may limit.
   int64_t present(int64_t threads) {
     while ((int64_t)helpers.size() < threads - 1) {
       auto helper = std::make_unique<Helper>();
@@ -291,22 +293,23 @@ class Helpers {
   }
 
   std::vector<std::unique_ptr<Helper>> helpers;
-  std::vector<Size> sizes;  // by the number of threads that is wanted
+  std::vector<Size> sizes;  // by the number of wanted threads
   bool is_over = false;
-  // The operation that runs.
+  // The running operation.
   TeamBody body = nullptr;
   void* context = nullptr;
   int64_t threads = 0;
   bool is_measured = false;
   int64_t began = 0;
-  std::vector<Share> shares;  // by thread, where it is measured
+  std::vector<Share> shares;  // by thread, if the operation is measured
   Barrier barrier;
   alignas(64) std::atomic<int64_t> ended{0};  // threads other than the caller
   Signal all_ended;
   uint32_t operations = 0;  // of more than one thread
 };
 
-// A caller's helpers; those of the process that it was forked from are not there.
+// A caller's helpers. After a fork the child abandons the parent's, whose threads do not exist
+// there.
 struct Caller {
   std::unique_ptr<Helpers> helpers;
   int64_t forked = 0;
@@ -338,7 +341,7 @@ void nemotron3_await(Signal& signal, uint32_t count, Waiting& waiting) {
   await(signal, count, spin_in_team(), waiting);
 }
 
-void nemotron3_together(int64_t threads, TeamBody body, void* context) {
+void nemotron3_parallel_region(int64_t threads, TeamBody body, void* context) {
   caller.present().run(threads, body, context);
 }
 }

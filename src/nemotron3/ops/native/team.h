@@ -1,10 +1,10 @@
-// Threads that do an operation as a team, with a barrier at its end.
+// Threads that run an operation as a team, with a barrier at its end.
 //
-// An operation is a function that every thread of a team calls with the same arguments; it takes its
-// own part of the work from `share` or `next`. One operation may have a team to itself
-// (`parallel_region`), and many may be done one after another by the same team (program.cpp): that is
-// what makes a decoding step of a hundred small operations cheap, since a barrier takes a fraction of
-// the time in which threads are started. What a thread writes before `wait` all threads see after it.
+// An operation is a function that every thread of a team calls with the same arguments; each thread
+// gets its part of the work from `share` or `next`. A team runs one operation (`parallel_region`),
+// or many one after another (program.cpp). The latter makes a decoding step of a hundred small
+// operations cheap, since a barrier takes a fraction of the time of starting a team. Writes of a
+// thread before `wait` are visible to all threads after it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -16,34 +16,34 @@ struct Range {
   int64_t first, last;
 };
 
-// A number that only grows, and that threads wait for.
+// A counter that threads wait for; it only grows.
 struct alignas(64) Signal {
   std::atomic<uint32_t> count{0};
   std::atomic<uint32_t> sleepers{0};
-  std::atomic<int64_t> raised_at{0};  // when somebody slept
+  std::atomic<int64_t> raised_at{0};  // set only if a thread slept
 };
 
-// Where the threads of a team wait for each other, and the next piece of work that is free.
+// The barrier of a team, and the next piece of work that no thread has taken.
 struct Barrier {
-  Signal held;  // times that all have come
+  Signal held;  // how often all threads have arrived
   alignas(64) std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int64_t> taken{0};
 };
 
-// What a thread did with its time in an operation, in nanoseconds, beside its work.
+// The time in nanoseconds that a thread waited in an operation.
 struct Waiting {
-  int64_t spun = 0;   // on a processor, looking
-  int64_t slept = 0;  // without one, until what it waited for had come
+  int64_t spun = 0;   // spinning on a processor
+  int64_t slept = 0;  // asleep, until the event happened
 };
 
 class Team;
 typedef void (*TeamBody)(void* context, Team& team);
 
-// team.cpp has them, in a library that all others share.
+// Defined in team.cpp, in a library that all others share.
 extern "C" {
 void nemotron3_raise(Signal& signal);
 void nemotron3_await(Signal& signal, uint32_t count, Waiting& waiting);
-void nemotron3_together(int64_t threads, TeamBody body, void* context);
+void nemotron3_parallel_region(int64_t threads, TeamBody body, void* context);
 }
 
 class Team {
@@ -59,10 +59,11 @@ class Team {
     return {first, last < n ? last : n};
   }
 
-  // The next piece that nobody has begun, counted from the last wait: for unequal work.
+  // The next piece that no thread has begun, counted from the last wait: for pieces of unequal
+  // work.
   int64_t next() { return barrier.taken.fetch_add(1, std::memory_order_relaxed); }
 
-  // Go on when all have come here.
+  // Return when all threads of the team have called it.
   void wait() {
     if (threads == 1) {
       barrier.taken.store(0, std::memory_order_relaxed);
@@ -87,7 +88,7 @@ class Team {
   uint32_t held;
 };
 
-// Give a piece of work a team of so many threads, or fewer: `body` asks the team how many it has.
+// Run `body` on a team of `threads` threads or fewer; the team knows the actual number.
 template <class Body>
 static void parallel_region(int64_t threads, const Body& body) {
   if (threads == 1) {
@@ -96,11 +97,11 @@ static void parallel_region(int64_t threads, const Body& body) {
     body(team);
     return;
   }
-  nemotron3_together(
+  nemotron3_parallel_region(
       threads, [](void* context, Team& team) { (*(const Body*)context)(team); }, (void*)&body);
 }
 
-// An argument as it comes from Python: eight bytes, a floating-point number as a double.
+// Decode an argument from Python: eight bytes, a floating-point number as a double.
 template <class T>
 static T argument(int64_t word) {
   if constexpr (std::is_pointer_v<T>) {
@@ -125,8 +126,7 @@ static void call(void (*body)(Team&, T...), Team& team, const int64_t* words) {
   call(body, team, words, std::index_sequence_for<T...>{});
 }
 
-// Make `body(Team&, ...)` known to Python: NAME as an operation of its own, NAME_node as one of a
-// program.
+// Export `body(Team&, ...)` to Python: NAME is a single operation, NAME_node one of a program.
 #define PARALLEL_KERNEL(NAME, body)                                                    \
   extern "C" void NAME##_node(Team* team, const int64_t* words) {           \
     call(body, *team, words);                                                 \

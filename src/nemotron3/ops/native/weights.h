@@ -1,6 +1,6 @@
-// What products read a weight matrix [out, in] from: plain floats, or codes with a scale per output.
+// The formats of a weight matrix [out, in]: plain floats, or int8 codes with a scale per output.
 //
-// Kernels that multiply with a weight are templates over these, and ask by the functions below.
+// Kernels that multiply with a weight are templates over these types and use the functions below.
 #pragma once
 #include "simd.h"
 #if defined(__AVX2__)
@@ -15,7 +15,7 @@ struct Int8Rows {
 
 INLINE vec load(const int8_t* p) {
 #if defined(__AVX512F__)
-  // With a mask of all: GCC 12 warns of what the plain form leaves undefined.
+  // The masked form with a full mask: GCC 12 warns of undefined values in the plain form.
   const __m512i wide = _mm512_maskz_cvtepi8_epi32(-1, _mm_loadu_si128((const __m128i*)p));
   return (vec)_mm512_maskz_cvtepi32_ps(-1, wide);
 #elif defined(__AVX2__)
@@ -32,7 +32,7 @@ INLINE vec load_part(const int8_t* p, int64_t n) {
   return load(whole);
 }
 
-// The matrix from row n on, of rows that lie `ld` elements apart, and from column t on.
+// The matrix from row n on, with rows `ld` elements apart, and from column t on.
 INLINE const float* from_row(const float* w, int64_t n, int64_t ld) { return w + n * ld; }
 INLINE Int8Rows from_row(Int8Rows w, int64_t n, int64_t ld) {
   return {w.codes + n * ld, w.scales + n};
@@ -40,7 +40,7 @@ INLINE Int8Rows from_row(Int8Rows w, int64_t n, int64_t ld) {
 INLINE const float* from_column(const float* w, int64_t t) { return w + t; }
 INLINE Int8Rows from_column(Int8Rows w, int64_t t) { return {w.codes + t, w.scales}; }
 
-// What lies in memory, and what its row n is multiplied by.
+// The elements in memory, and the scale of row n.
 INLINE const float* elements(const float* w) { return w; }
 INLINE const int8_t* elements(Int8Rows w) { return w.codes; }
 INLINE float scaled(const float*, int64_t, float x) { return x; }

@@ -1,4 +1,4 @@
-"""The entry point of the norms."""
+"""The entry points of the norms."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,7 +29,7 @@ def rms_norm(
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d"]:
-    """Root-mean-square norm over the last axis, in float32 inside, in the dtype of `x` outside."""
+    """Root-mean-square norm over the last axis, computed in float32, in the dtype of `x`."""
     _check("rms_norm", x, weight)
     return resolve("rms_norm", backend, _NORMS, x, weight)(x, weight, eps)
 

@@ -1,10 +1,10 @@
-// Both norms, and their gradients, each in one pass over memory: a row's second reading, which the
-// mean makes necessary, is from the cache. The plain norm is the gated one without a gate and with
-// one group.
+// Both norms and their gradients, each in one pass over memory: a row is read twice because of the
+// mean, the second time from the cache. The plain norm is the gated one without a gate and with one
+// group.
 //
-// The backward pass computes the scale of a row again instead of keeping it. Rows are cut into
-// spans, and the spans' parts of the weight's gradient added in order, so no bit depends on
-// threads; a row's own results depend on nothing but the row.
+// The backward pass recomputes the scale of a row. Rows are cut into spans, and the spans' parts of
+// the weight's gradient are added in order, so no bit depends on the number of threads; a row's
+// results depend on that row only.
 #include <cmath>
 #include <memory>
 
@@ -54,7 +54,7 @@ void norm_row(const Shape& s, const float* x, const float* gate, const float* we
 }
 
 // With n = u r and g = w dy: du = r (g - n mean(g n)), dx = du SiLU(gate) and, with the sigmoid s,
-// dgate = du x s (1 + gate (1 - s)). dw = dy n is added to `d_weight`. `u` is room for a group.
+// dgate = du x s (1 + gate (1 - s)). dw = dy n is added to `d_weight`. `u` is scratch for a group.
 template <bool GATED>
 void norm_row_back(const Shape& s, const float* x, const float* gate, const float* weight,
                    const float* dy, float* dx, float* d_gate, float* d_weight, float* u) {

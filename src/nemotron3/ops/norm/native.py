@@ -1,4 +1,4 @@
-"""Both norms in C++ (native.cpp says how)."""
+"""Both norms in C++ (see native.cpp)."""
 
 from pathlib import Path
 from typing import Any

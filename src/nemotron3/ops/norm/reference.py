@@ -1,9 +1,10 @@
 """The two norms of the family, written out.
 
 RMS norm (Zhang & Sennrich, arXiv 1910.07467): y = w x / sqrt(mean(x^2) + eps), computed in float32
-and multiplied by the weight before it is cast back, as the published checkpoints were trained.
-The gated form multiplies by SiLU(gate) first (`norm_before_gate=False`) and takes the mean within
-groups of channels, so that a group's norm never depends on another tensor-parallel rank.
+and multiplied by the weight before it is cast back, as in the training of the published
+checkpoints. The gated norm multiplies by SiLU(gate) first (`norm_before_gate=False`) and takes the
+mean within groups of channels, so that a group's norm never depends on another tensor-parallel
+rank.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The norms through PyTorch's own RMS norm, which keeps fewer intermediates."""
+"""The norms through `torch.nn.functional.rms_norm`, which keeps fewer intermediates."""
 
 import torch
 from torch import Tensor

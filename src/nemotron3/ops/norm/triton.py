@@ -1,18 +1,17 @@
 """Both norms as one kernel forward and one backward, each a single pass over memory.
 
-A norm does a handful of operations per element it moves, so all that counts is how often the rows
-cross the memory bus. Gate, square, mean and weight happen in registers: forward reads the operands
-and writes the result, backward reads operands and gradient and writes the gradients. The plain norm
-is the gated one without a gate and with one group.
+A norm does a handful of operations per element, so its time is that of reading and writing the
+rows. Gate, square, mean and weight are applied in registers: the forward pass reads the operands
+and writes the result, the backward pass reads operands and gradient and writes the gradients. The
+plain norm is the gated one without a gate and with one group.
 
-A program owns whole groups of rows, for a mean needs all of a group. In the backward pass it walks
-over a span of rows and keeps the sum of the weight's gradient in registers; the programs' sums are
-added in a fixed order, so that the result never depends on timing. Which rows share a program
-changes no row's result.
+A program handles whole groups of rows, because a mean needs all of a group. In the backward pass it
+goes over a span of rows and keeps the sum of the weight's gradient in registers. The programs' sums
+are added in a fixed order, so that the result never depends on timing. A row's result does not
+depend on the other rows of its program.
 """
 
-# Triton reads a kernel's arguments its own way: pointers and numbers without annotation, and as
-# many as it takes.
+# A Triton kernel takes pointers and numbers without annotations, and often many of them.
 # ruff: noqa: ANN001, ANN202, PLR0913
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
@@ -27,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from nemotron3.ops.kernels import contiguous_rows, require_kernel_dtypes
 
 _TILE = 2048
-"""Elements that a program holds at a time, where one group is not larger by itself. With twice as
-many the gated backward kernel runs out of registers (compute capability 9.0)."""
+"""Elements that a program holds at a time, unless one group is larger. With twice as many the gated
+backward kernel would spill registers (compute capability 9.0)."""
 _COLUMNS_PER_WARP = 512
 _PROGRAMS = 1024
 """Programs that fill a large GPU a few times over; more would only make more partial sums."""

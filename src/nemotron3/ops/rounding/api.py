@@ -1,9 +1,10 @@
-"""The entry point of rounding: values computed in float32 and stored in fewer bits.
+"""The entry points of rounding: states that are computed in float32 and stored in fewer bits.
 
-A state that is rounded to the nearest after every token drifts: its decay is within a step of one,
-so the rounding brings it back to where it was, again and again in the same direction. Rounded up or
-down at random, in proportion to what is lost, it is right on the average, and errors add up like a
-random walk (Super report, section 4.3). Without `bits` the rounding is to the nearest, to compare.
+A state that is rounded to nearest after every token drifts. Where a decay changes the state by less
+than half a step, rounding undoes the change every time, always in the same direction. Stochastic
+rounding rounds up with a probability equal to the fraction of a step, so it is right on average and
+errors grow like a random walk (Super report, section 4.3). Without `bits` the rounding is to
+nearest, for comparison.
 """
 
 import torch
@@ -50,7 +51,7 @@ def to_float16(
     *,
     backend: Backend = "auto",
 ) -> Float16[Tensor, "row ..."]:
-    """States in float16, at most its largest number; `positions` are the tokens each has read."""
+    """States in float16, saturating; `positions` is the number of tokens that each has read."""
     if x.dim() < 2 or not x.is_floating_point():
         check_axes("to_float16", "x", x, "row element")
     positions = check_integers("to_float16", "positions", positions, x.shape[:1], x)
@@ -68,7 +69,10 @@ def to_int8(
     *,
     backend: Backend = "auto",
 ) -> tuple[Int8[Tensor, "row *unit d_state"], Float32[Tensor, "row *unit block"]]:
-    """States as numbers of steps, and the step of each block of 128 along the last axis."""
+    """States as int8 codes, and the step of each block of 128 along the last axis.
+
+    A value is its code times the step of its block; `positions` is as in `to_float16`.
+    """
     if x.dim() < 3 or not x.is_floating_point():
         check_axes("to_int8", "x", x, "row unit d_state")
     check_positive("to_int8", d_state=x.shape[-1])
@@ -85,7 +89,7 @@ def to_int8(
 def from_int8(
     codes: Int8[Tensor, "*unit d_state"], steps: Float32[Tensor, "*unit block"]
 ) -> Float32[Tensor, "*unit d_state"]:
-    """The states that `to_int8` kept."""
+    """The states from the codes and steps of `to_int8`."""
     if codes.dim() == 0:
         raise OperandError("from_int8: codes has shape []; expected [unit, d_state]")
     blocks = -(-codes.shape[-1] // BLOCK)

@@ -1,18 +1,19 @@
-"""Random bits that are a function only of the place where they are used.
+"""Random bits that are a function of layer, element and position only.
 
-A generator with a state would give a sequence other bits in another batch. A counter-based one has
-none: Philox4x32 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011) turns 128
-bits of counter and 64 of key into 128 random bits. The key is the seed and the stream (a layer),
-the counter an element of the state and the position in the sequence. So the same tokens are rounded
-alike in any slot, in any batch, again after a preemption, and when they were drafted.
+With a stateful generator, a sequence would get other bits in another batch. A counter-based one has
+no state: Philox4x32 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011) turns
+128 bits of counter and 64 of key into 128 random bits. The key is the seed and the stream (a
+layer); the counter is an element of the state and the position in the sequence. So the same tokens
+are rounded alike in any slot and batch, after a preemption, and as drafts.
 
 Element and position are the first and the third word of the counter, which the first round
 multiplies. With the position in the second word, five rounds leave a correlation of 0.06 between
-one position and the next, which a slowly decaying state would sum up; so placed they leave less
-than 0.01 (docs/lab-notes/state-precision.md).
+consecutive positions, which a slowly decaying state would accumulate; in the third word they leave
+less than 0.01 (docs/lab-notes/state-precision.md).
 
-Each element takes 16 bits, so a counter serves eight. Which eight follows from vectors of 16 lanes:
-of 128 elements in a row, counter i has those at i, 16 + i, ..., 112 + i, low half of a word first.
+Each element takes 16 bits, so a counter serves eight elements. They are chosen for vectors of 16
+lanes: of 128 consecutive elements, counter i serves i, 16 + i, ..., 112 + i, the low half of a word
+first.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 BLOCK = 128
-"""Elements that 16 counters serve; also those that share a scale in int8."""
+"""Elements that 16 counters serve, and elements that share a scale in int8."""
 LANES = 16
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -31,9 +32,10 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class RandomBits:
-    """Whence the bits come: a seed, a stream of its bits, and Philox's number of rounds.
+    """The source of random bits: a seed, a stream (a layer), and the number of Philox rounds.
 
-    Ten rounds are Philox's own choice, seven pass all tests of randomness; rounding wants less.
+    Philox's authors recommend ten rounds, and seven pass all tests of randomness; rounding needs
+    fewer.
     """
 
     seed: int
@@ -49,7 +51,7 @@ class RandomBits:
 
 
 def philox(counter: list[Tensor], key: tuple[int, int], rounds: int) -> list[Tensor]:
-    """The four words after so many rounds; words are int64 tensors of values below 2^32."""
+    """The four words after `rounds` rounds; words are int64 tensors of values below 2^32."""
     a, b, c, d = counter
     key_a, key_b = key
     for _ in range(rounds):
@@ -63,7 +65,7 @@ def philox(counter: list[Tensor], key: tuple[int, int], rounds: int) -> list[Ten
 def sixteen_bits(
     size: int, positions: Int[Tensor, " row"], bits: RandomBits
 ) -> Int[Tensor, "row {size}"]:
-    """16 bits for each of `size` elements, at each position, as int64."""
+    """16 random bits for each of `size` elements at each position, as int64."""
     counters = -(-size // BLOCK) * LANES
     element, position = torch.broadcast_tensors(
         torch.arange(counters, device=positions.device), positions.unsqueeze(1) & _WORD
@@ -76,7 +78,7 @@ def sixteen_bits(
 
 
 def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Both halves of a product of 64 bits, which int64 alone could not hold."""
+    """The high and low 32 bits of an unsigned 64-bit product, which would overflow int64."""
     low_part = word * (multiplier & 0xFFFF)
     middle = word * (multiplier >> 16) + (low_part >> 16)
     return middle >> 16, (middle << 16 | low_part & 0xFFFF) & _WORD

@@ -1,7 +1,8 @@
-// Stochastic rounding (reference.py says what is meant): 128 elements take 16 counters of Philox4x32,
-// whose four words are eight numbers of 16 bits for each of 16 lanes.
+// Stochastic rounding as defined by reference.py: 128 elements take 16 counters of Philox4x32,
+// whose four words are eight 16-bit numbers for each of 16 lanes.
 //
-// The bits must be the reference's, so a product and a sum are not to be joined into one operation.
+// The bits must equal the reference's, so the compiler may not fuse a multiplication and an
+// addition.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #else
@@ -28,7 +29,7 @@ INLINE pairs times(pairs a, uint32_t b) {
 #endif
 }
 
-// The upper halves of products of 64 bits, from those of every second lane.
+// The upper halves of 64-bit products, which are computed for every second lane at a time.
 INLINE uvec high(uvec a, uint32_t b) {
   const pairs even = times((pairs)a, b) >> 32, odd = times((pairs)a >> 32, b);
   return (uvec)(even | (odd & 0xFFFFFFFF00000000));
@@ -81,7 +82,7 @@ INLINE uint16_t half_of(float x, int32_t random) {
 
 INLINE int8_t steps_of(float x, float inverse, int32_t random) {
   float steps = std::floor(x * inverse + (float)random * (1.0f / 65536));
-  if (steps != steps) return 0;  // the block's step says it
+  if (steps != steps) return 0;  // NaN: the block's step is NaN
   steps = steps < 127.0f ? steps : 127.0f;
   return (int8_t)(steps > -127.0f ? steps : -127.0f);
 }
@@ -119,7 +120,7 @@ void to_steps(Team& team, const float* x, const int64_t* positions, int8_t* code
     int8_t* to = codes + row * units * d_state;
     for (int64_t g = 0; g < groups; g++) {
       const int64_t start = first + g * BLOCK, end = first + smaller((g + 1) * BLOCK, d_state);
-      // Compared as integers, NaN is the largest of all.
+      // Compared as integers, NaN is the largest.
       int32_t most = 0;
       for (int64_t e = start; e < end; e++) {
         const int32_t magnitude = bits_of(ours[e]) & 0x7FFFFFFF;

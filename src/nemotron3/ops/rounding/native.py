@@ -1,4 +1,4 @@
-"""Stochastic rounding in C++ (native.cpp says how)."""
+"""Stochastic rounding in C++ (see native.cpp)."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 _to_float16 = ParallelKernel(_SOURCE, "to_float16", "ppp iiiii")
 _to_int8 = ParallelKernel(_SOURCE, "to_int8", "pppp iiiiii")
 _WORK = 8
-"""What an element costs, in multiply-adds."""
+"""Cost of an element, in multiply-adds."""
 
 
 def to_float16_native(x: Tensor, positions: Tensor, bits: RandomBits) -> Tensor:

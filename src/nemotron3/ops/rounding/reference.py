@@ -1,13 +1,14 @@
-"""The definition of rounding, on integers where that is clearer.
+"""The definition of stochastic rounding, on integers where that is clearer.
 
-To float16: the lower 13 of float32's 23 bits of mantissa go. A random number below 2^13 is added to
-them first, so that the carry into the bits that stay comes as often as they are large. Below 2^-14
-float16 has a fixed step of 2^-24, so there a random fraction is added to the number of such steps.
-To int8: a block's largest magnitude is 127 steps, and of a number of steps the whole part stays
-after a random fraction was added.
+To float16: the lower 13 of float32's 23 mantissa bits are dropped. A random number below 2^13 is
+added to them first, so that the probability of a carry equals the dropped fraction. Below 2^-14
+float16 has a fixed step of 2^-24; there a random fraction is added to the value in steps before it
+is rounded down.
+To int8: a block's largest magnitude is 127 steps. A random fraction is added to each value in steps
+before it is rounded down.
 
-Values beyond float16's range become its largest number, as in Transformer Engine's and the
-processors' saturating conversions: an infinite state would stay for good, a large one decays. NaN
+Values beyond float16's range become its largest number, as in the saturating conversions of
+Transformer Engine and of processors: an infinite state would stay infinite, a large one decays. NaN
 stays NaN.
 """
 
@@ -24,7 +25,7 @@ _INFINITY = 0x7F800000
 _NORMAL = 0x38800000  # 2^-14
 _REBIAS = (127 - 15) << 23
 _SMALLEST_BLOCK = 2.0**-100
-"""Blocks whose largest magnitude is below become zero: 127 divided by it is no number any more."""
+"""Blocks whose largest magnitude is below this become zero: 127 divided by it could overflow."""
 
 
 def to_float16_reference(
@@ -52,14 +53,14 @@ def to_int8_reference(
 
 
 def scales(x: Float[Tensor, "*row d_state"]) -> tuple[Tensor, Tensor]:
-    """The step of each block of the last axis, and how often it goes into one."""
+    """The step of each block of the last axis, and its inverse."""
     padded = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     largest = padded.abs().amax(-1)
     is_zero = largest < _SMALLEST_BLOCK
-    most = torch.full_like(largest, 127.0)  # a number would be divided by as by its reciprocal
+    most = torch.full_like(largest, 127.0)  # PyTorch divides by a scalar through its reciprocal
     return torch.where(is_zero, 0.0, largest / most), torch.where(is_zero, 0.0, most / largest)
 
 
 def spread(of_blocks: Tensor, d_state: int) -> Tensor:
-    """A number for each element, from one for each block."""
+    """Repeat each block's number for all elements of the block."""
     return of_blocks.repeat_interleave(BLOCK, dim=-1)[..., :d_state]

@@ -1,9 +1,10 @@
 """Stochastic rounding as Triton kernels.
 
-Triton's own Philox is the reference's, words and order of counters included; only its seed is one
-number of 64 bits, with our stream in the upper half. A program of `to_float16` takes some blocks of
-128 elements as tiles of 16 lanes, one for each half of Philox's four words; one of `to_int8` takes
-a row of a state, whose elements may lie in any blocks, and draws for each by itself.
+Triton's own Philox equals the reference's, including the order of words and counters; only its seed
+is one 64-bit number, with our stream in the upper half. A program of `to_float16` handles some
+blocks of 128 elements as tiles of 16 lanes, one for each half of Philox's four words. A program of
+`to_int8` handles a row of a state, whose elements may be in any blocks, and draws for each element
+separately.
 """
 
 # ruff: noqa: ANN001, ANN202, PLR0913
@@ -17,7 +18,7 @@ from torch import Tensor
 from nemotron3.ops.rounding.bits import BLOCK, RandomBits
 
 _BLOCKS = 8
-"""Blocks of a program, 1024 elements."""
+"""Blocks of 128 elements in a program."""
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def to_int8_triton(x: Tensor, positions: Tensor, bits: RandomBits) -> tuple[Tens
     steps = x.new_empty(rows, units, groups)
     _to_int8_kernel[(rows * units, groups)](
         x, positions, codes, steps, units, groups, d_state, _seed(bits), ROUNDS=bits.rounds,
-        enable_fp_fusion=False,  # a product and a sum joined into one would be rounded once
+        enable_fp_fusion=False,  # a fused multiply-add would round once, not twice
     )  # fmt: skip
     return codes, steps
 

@@ -1,4 +1,4 @@
-"""The entry point of the choice of experts."""
+"""The entry point of routing: the choice of experts for each token."""
 
 import torch
 from jaxtyping import Float, Int
@@ -31,10 +31,11 @@ def route(
 ) -> tuple[
     Int[Tensor, "tokens choice"], Float[Tensor, "tokens choice"], Float[Tensor, "tokens expert"]
 ]:
-    """Each token's `choices` experts, their weights, and the scores of all.
+    """Each token's `choices` experts, their weights, and the scores of all experts.
 
-    `bias` only selects. With `normalise` the weights of a token add up to `scale`. With `indices`
-    the experts are those, in their order, and weights and gradients follow from these logits.
+    `bias` affects only which experts are chosen. With `normalise` the weights of a token add up to
+    `scale`. With `indices` these experts are used, in this order; their weights and gradients still
+    follow from `logits`.
     """
     check_axes("route", "logits", logits, "tokens expert")
     experts = logits.shape[1]

@@ -1,7 +1,8 @@
-// Choosing experts, a token at a time: scores, the largest of them with the bias, their weights.
+// Choosing experts, a token at a time: scores, the largest of scores plus bias, and their weights.
 //
-// The largest are found one by one, a pass over the scores each; there are a few dozen at most. Of
-// equal ones the first counts. A NaN is taken for the largest, as PyTorch does, so that it arrives.
+// The largest are found one by one, each in a pass over the scores; there are a few dozen at most.
+// Of equal scores the first wins. A NaN counts as the largest, as in PyTorch, so that it reaches
+// the output.
 #include <cmath>
 #include <memory>
 
@@ -47,7 +48,7 @@ int64_t take_largest(float* values, int64_t n) {
 }
 
 // indices, weights [tokens, choices] and scores [tokens, experts]; logits have rows of ldlogits.
-// Where the indices are given they are read, and written otherwise.
+// Given indices are read; otherwise they are written.
 void route(Team& team, const float* logits, const float* bias, int64_t* indices, float* weights,
            float* scores, int64_t tokens, int64_t experts, int64_t choices, int64_t ldlogits,
            int64_t given, int64_t softmax, int64_t normalise, float scale) {
@@ -71,7 +72,7 @@ void route(Team& team, const float* logits, const float* bias, int64_t* indices,
   }
 }
 
-// From ds = dL/d(scores) to dL/d(logits), in its place.
+// Replace ds = dL/d(scores) by dL/d(logits).
 void score_backward(const float* scores, float* ds, int64_t n, bool softmax) {
   float mean = 0.0f;
   if (softmax)
@@ -85,8 +86,8 @@ PARALLEL_KERNEL(route, route)
 
 extern "C" {
 
-// d_logits [tokens, experts] from what `route` gave, the gradient of the weights, and that of the
-// scores, which lies in d_logits already.
+// d_logits [tokens, experts] from the results of `route` and the gradients of weights and scores;
+// on entry d_logits holds the gradient of the scores.
 void route_backward(const int64_t* indices, const float* scores, const float* d_weights,
                     float* d_logits, int64_t tokens, int64_t experts, int64_t choices,
                     int64_t softmax, int64_t normalise, float scale, int64_t threads) {
@@ -96,7 +97,7 @@ void route_backward(const int64_t* indices, const float* scores, const float* d_
       const int64_t* chosen = indices + t * choices;
       const float *s = scores + t * experts, *dw = d_weights + t * choices;
       float *ds = d_logits + t * experts, total = 1.0f, mean = 0.0f;
-      if (normalise) {  // w_i = scale s_i / total, so each score pulls at all weights
+      if (normalise) {  // w_i = scale s_i / total: each score affects all weights
         total = 1e-20f;
         for (int64_t i = 0; i < choices; i++) total += s[chosen[i]];
         for (int64_t i = 0; i < choices; i++) mean += dw[i] * s[chosen[i]] / total;

@@ -1,4 +1,4 @@
-"""Choosing experts in C++ (native.cpp says how)."""
+"""Choosing experts in C++ (see native.cpp)."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _Routed = tuple[Tensor, Tensor, Tensor]
 
 
 class _Rule(NamedTuple):
-    """How scores become weights, as the compiled functions take it."""
+    """How scores become weights, as arguments of the compiled functions."""
 
     is_softmax: int
     normalise: int

@@ -1,8 +1,8 @@
-"""Choosing experts, written out (white paper, section 2.2; Qwen's form has softmax scores).
+"""Choosing experts, written out (white paper, section 2.2; Qwen uses softmax scores).
 
-s   = sigmoid(logits), or their softmax
-T   = the k experts with the largest s + bias, or those that are given
-g_i = scale * s_i / sum over T of s             (the sum only where it is normalised)
+s   = sigmoid(logits), or softmax(logits)
+T   = the k experts with the largest s + bias, or the given ones
+g_i = scale * s_i / sum over T of s             (without `normalise`: scale * s_i)
 """
 
 from typing import Literal

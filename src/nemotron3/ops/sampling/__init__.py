@@ -1,4 +1,4 @@
-"""Sampling from a softmax, with noise that is a function of the place where it is used."""
+"""Sampling from a softmax, with noise that is a function of request, position and token."""
 
 from nemotron3.ops.sampling.api import gumbel_argmax
 

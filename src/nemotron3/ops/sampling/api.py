@@ -18,10 +18,10 @@ _DRAWS = {
 def gumbel_argmax(
     logits: Float[Tensor, "rows vocab"], keys: Int64[Tensor, " rows"], *, backend: Backend = "auto"
 ) -> Int64[Tensor, " rows"]:
-    """The token of each row with the largest sum of logit and noise: a draw from their softmax.
+    """The token of each row with the largest sum of logit and noise: a draw from the softmax.
 
-    The noise is that of `noise.gumbel` under the row's key. Tokens at minus infinity are not drawn;
-    the result is -1 where a row has nothing else, or has a NaN.
+    The noise is `noise.gumbel` under the row's key. Tokens whose logit is minus infinity are never
+    drawn. A row with no other tokens, or with a NaN, gives -1.
     """
     check_axes("gumbel_argmax", "logits", logits, "rows vocab")
     check_positive("gumbel_argmax", vocab=logits.shape[1])

@@ -1,8 +1,8 @@
-// Draws: for each row the token whose logit and noise add up to most (noise.py says what noise).
+// Sampling: for each row the token with the largest sum of logit and noise (see noise.py).
 //
-// Exact noise takes two logarithms in 64 bits, so it is made for the few tokens that can win. The
-// noise of u = (bits + 1/2) / 2^52 is at most -log u, so a token is behind the best one so far where
-// u > e^(logit - best): one exponential in 32 bits, and a hash that vectors share.
+// Exact noise takes two float64 logarithms, so it is computed only for the few tokens that can win.
+// The noise of u = (bits + 1/2) / 2^52 is at most -log u, so a token loses against the best one so
+// far if u > e^(logit - best): one float32 exponential and a hash, both vectorised.
 #include <cmath>
 
 #include "simd.h"
@@ -10,7 +10,7 @@
 
 namespace {
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 15;  // elements below which a second thread costs more
-constexpr float ROUNDING = 1.0001f;         // more than 32 bits lose in the comparison
+constexpr float ROUNDING = 1.0001f;         // bounds the float32 error of the comparison
 constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
 
 typedef uint64_t words __attribute__((vector_size(8 * LANES)));

@@ -1,4 +1,4 @@
-"""Draws in C++ (native.cpp says how)."""
+"""Sampling in C++ (see native.cpp)."""
 
 from pathlib import Path
 

@@ -1,14 +1,14 @@
-"""Random numbers that depend only on the place where they are used.
+"""Random numbers that depend only on request, position and token.
 
-A generator that is advanced draw by draw gives a request other tokens whenever its neighbours, its
-chunks or its drafts change how often it is asked. Here the noise of a token is a hash of the
-request's seed, the answer's index, the position in the answer and the token itself. What is chosen
-at a position is then a function of the logits there: the same in any batch, with and without
-speculation, before and after preemption, and the same on every device.
+With a stateful generator, the tokens of a request would depend on everything that changes the
+number of draws: other requests in the batch, prefill chunks, drafts. Here the noise of a token is a
+hash of the request's seed, the answer's index, the position in the answer and the token itself. The
+token chosen at a position is then a function of the logits there: the same in any batch, with and
+without speculation, before and after preemption, and on every device.
 
-The hash is the output function of SplitMix64 (Steele, Lea & Flood, 2014) over a stream that starts
-where another round of it puts the position. Only tokens that can still be chosen need noise, so a
-draw of 20 candidates from a vocabulary of 131,072 costs 20 hashes.
+The hash is the output function of SplitMix64 (Steele, Lea & Flood, 2014) over a stream whose start
+is the hash of the position. Only tokens that can still be chosen need noise, so a draw among 20
+candidates of a vocabulary of 131,072 costs 20 hashes.
 """
 
 import torch
@@ -22,7 +22,7 @@ _SHIFTS = (30, 27, 31)
 
 
 def position_key(seed: int, index: int, position: int) -> int:
-    """Where the noise of one position of one answer starts: a signed word of 64 bits."""
+    """The key of the noise at one position of one answer: a signed 64-bit integer."""
     word = 0
     for part in (seed, index, position):
         word = _hash((word ^ part) + _STEP & _WORD)
@@ -34,10 +34,10 @@ def gumbel(
 ) -> Float64[Tensor, "*shape"]:
     """Standard Gumbel noise of each token under the key beside it.
 
-    The argmax of logits plus this noise is a draw from their softmax. It is computed in 64 bits, so
-    that a vector unit's and a scalar unit's logarithm cannot differ where it would be seen, and
-    from the side of small exponentials, where the winner is: -log(1 - u) keeps every bit of a small
-    u, while -log(u) near 1 would give improbable tokens a handful of values.
+    The argmax of logits plus this noise is a draw from their softmax. It is computed in float64, so
+    that differences between vector and scalar logarithms do not show. It uses -log(1 - u) instead
+    of -log(u): large noise, which decides the draw, then comes from a small u, whose bits float64
+    keeps all, and not from a u near 1, where only a handful of values exist.
     """
     uniform = (random_bits(keys, tokens).double() + 0.5) * 2.0**-52  # in (0, 1), ends excluded
     return -torch.log(-torch.log1p(-uniform))
@@ -46,21 +46,21 @@ def gumbel(
 def gumbel_bound(
     keys: Int64[Tensor, "*shape"], tokens: Int64[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """A quick upper bound of `gumbel`, to within `ROUNDING`: -log(u), in 32 bits.
+    """A fast upper bound of `gumbel`, up to `ROUNDING`: -log(u) in float32.
 
-    It is close to the noise where that is large, so it finds the few tokens that may win.
+    It is close to the noise where the noise is large, so it finds the few tokens that may win.
     """
     return -(random_bits(keys, tokens).float() * 2.0**-52).log_()
 
 
 ROUNDING = 1e-4
-"""More than 32-bit numbers below 100 lose in a logarithm and a sum."""
+"""Bound of the float32 rounding error of a logarithm and a sum, for values below 100."""
 
 
 def random_bits(
     keys: Int64[Tensor, "*shape"], tokens: Int64[Tensor, "*shape"]
 ) -> Int64[Tensor, "*shape"]:
-    """52 random bits of each token under the key beside it."""
+    """52 random bits for each token under the key beside it."""
     word = keys + (tokens + 1) * _signed(_STEP)  # wraps around
     for shift, factor in zip(_SHIFTS[:2], _MIX, strict=True):
         word.bitwise_xor_(_shift_right(word, shift)).mul_(_signed(factor))
@@ -68,7 +68,7 @@ def random_bits(
 
 
 def _shift_right(word: Tensor, bits: int) -> Tensor:
-    return (word >> bits).bitwise_and_(_WORD >> bits)  # the sign must not follow
+    return (word >> bits).bitwise_and_(_WORD >> bits)  # clears the sign's copies
 
 
 def _hash(word: int) -> int:

@@ -1,4 +1,4 @@
-"""A draw that makes exact noise only for the tokens that can still win."""
+"""Sampling that computes exact noise only for the tokens that can still win."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from nemotron3.ops.sampling.noise import ROUNDING, gumbel, gumbel_bound
 
 _MANY = 2**13
-"""Tokens for which exact noise costs more than to find out who can win."""
+"""From this number of tokens on, finding those that can win pays off."""
 
 
 def gumbel_argmax_torch(logits: Tensor, keys: Tensor) -> Tensor:
@@ -20,11 +20,11 @@ def gumbel_argmax_torch(logits: Tensor, keys: Tensor) -> Tensor:
     wins = scores == best[rows]
     result = torch.full_like(keys, -1)
     result[rows[wins]] = tokens[wins]
-    return result.masked_fill(~(logits.amax(-1) > -torch.inf), -1)  # NaN is the largest
+    return result.masked_fill(~(logits.amax(-1) > -torch.inf), -1)  # amax is NaN if any is
 
 
 def _likely(logits: Tensor, keys: Tensor) -> Tensor:
-    """Tokens whose score can be the best of their row; the best is among them."""
+    """A mask of tokens that may have the best score of their row; it contains the best one."""
     tokens = torch.arange(logits.shape[1], device=logits.device)
     logits = logits - logits.amax(-1, keepdim=True)
     bound = gumbel_bound(keys[:, None], tokens).add_(logits)

@@ -1,4 +1,4 @@
-"""State-space duality: the scan at the heart of Mamba-2."""
+"""State-space duality (SSD): the scan of Mamba-2."""
 
 from nemotron3.ops.ssd.api import ssd, ssd_rates, ssd_steps
 

@@ -1,4 +1,4 @@
-"""The entry point of the state-space scan."""
+"""The entry points of the state-space scan."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ from nemotron3.ops.ssd.torch import ssd_torch
 
 
 def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`scan` in the dtype of its steps; kernels widen operands as they read, and need no copies."""
+    """`scan` with operands cast to the dtype of `dt`. Kernels cast as they read, without copies."""
 
     def widened(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any
@@ -81,7 +81,7 @@ def ssd_rates(
 ) -> tuple[Float[Tensor, "tokens head"], Float[Tensor, " head"]]:
     """Step sizes softplus(dt + dt_bias) and decay rates -e^A_log: `dt` and `A` of the scan.
 
-    In float32 at least: they accumulate over the whole sequence.
+    Both are float32 at least, because they accumulate over the whole sequence.
     """
     check_axes("ssd_rates", "dt", dt, "tokens head")
     heads = dt.shape[1:]
@@ -107,9 +107,9 @@ def ssd(
 ) -> tuple[Float[Tensor, "tokens head head_dim"], Float[Tensor, "segment head head_dim d_state"]]:
     """Mamba-2's selective scan over packed sequences; returns the outputs and each final state.
 
-    `dt` is the step after softplus, `A` is negative. Without `initial_states` every segment starts
-    from zero. `A`, `D` and states are taken in the dtype of `dt` (float32 in the model), whatever
-    that of `x` is.
+    `dt` is the step size after softplus, and `A` is negative. Without `initial_states` every
+    segment starts from zero. `A`, `D` and the states are cast to the dtype of `dt` (float32 in the
+    model), whatever the dtype of `x`. The recurrence is in `reference.py`.
     """
     _check("ssd", x, dt, A, B, C, D)
     check_segments("ssd", "segments", segments, len(x))
@@ -142,13 +142,14 @@ def ssd_steps(
     intermediate_states: Float[Tensor, "sequence step head head_dim d_state"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens head head_dim"]:
-    """The same for the same few tokens of each sequence, without gradients.
+    """The scan of a decoding step: a few tokens of each sequence, the same number for each.
 
-    Sequence i goes on from row `slots[i]` of `ssm_states`, which is written in place. With
-    `intermediate_states` they stay as they are, and what they would be after each token goes there.
+    Sequence i continues from row `slots[i]` of `ssm_states`, which is updated in place. With
+    `intermediate_states`, `ssm_states` is not changed, and the state after each token is written
+    there instead. There are no gradients.
 
-    The kernels on a GPU take a sequence in slot -1 for padding: its outputs are zero, and no
-    memory is touched for it.
+    The GPU kernels treat a sequence in slot -1 as padding: its outputs are zero, and they read and
+    write no memory for it.
     """
     name = "ssd_steps"
     _check(name, x, dt, A, B, C, D)

@@ -1,7 +1,7 @@
 """The scan for a few tokens of each sequence: decoding, and the verification of drafts.
 
-Few tokens against a large carried state are bound by the memory that the state takes, so the plain
-recurrence over time, vectorised over sequences and heads, is the right algorithm here.
+With few tokens the time goes into reading and writing the states, so the plain recurrence over
+time, vectorised over sequences and heads, is the right algorithm.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Decoding steps of the scan as a Triton kernel: the state is read once, advanced, written once.
 
-A few tokens against a carried state cost what moving the state costs, so a program keeps a slice of
-one head's state in registers while it takes all k tokens of a sequence. Drafts may be
-rejected: with `intermediate_states` the state after each token is written there and the pool stays,
-and after a rejected draft the caller takes the one after the last accepted token.
+With few tokens the time goes into reading and writing the states, so a program keeps a slice of one
+head's state in registers while it goes over all k tokens of a sequence. Drafts may be rejected:
+with `intermediate_states` the state after each token is written there and the pool stays unchanged,
+and the caller continues from the state after the last accepted token.
 
     h <- exp(dt_t A) h + dt_t x_t B_t^T,    y_t = h C_t + D x_t
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from nemotron3.ops.kernels import require_kernel_dtypes
 
 _STEPS = {"BLOCK_P": 16, "num_warps": 4}
-"""Rows of a head's state in a program: few, so that one sequence alone fills a large GPU."""
+"""BLOCK_P rows of a head's state per program: few, so that one sequence fills a large GPU."""
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _steps_kernel(
     LENGTH: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, EVERY: tl.constexpr,
     BLOCK_P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """LENGTH tokens of one sequence for BLOCK_P rows of one head's state."""
+    """Advance BLOCK_P rows of one head's state by LENGTH tokens of one sequence."""
     segment = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group

@@ -1,16 +1,15 @@
 // The state-space scan in chunks (see torch.py for the mathematics), its gradients, and the
 // recurrence for a few tokens.
 //
-// One thread does all of a unit: a segment, a group and a block of the heads that share it. It
-// walks the segment's chunks with the carried state in its cache, and everything of a chunk
-// (operands, scores, decayed scores) stays there too. Chunks are shorter than on other backends:
-// what is quadratic in their length then costs little, so the matrix of decays is formed for each
-// head, and nothing has to be scaled by factors that may overflow.
+// One thread does all work of a unit: a segment, a group and a block of the heads that share it. It
+// goes over the segment's chunks with the carried state in its cache, and all data of a chunk
+// (operands, scores, decayed scores) stays there too. Chunks are shorter than on other backends, so
+// the work that is quadratic in their length is small. The matrix of decays is therefore computed
+// for each head, and no scaling factors are needed that could overflow.
 //
-// Operands of a chunk are copied into rows that lie close together: rows of the projection that x,
-// B and C are slices of are often a power of two apart, and would all fall into a few lines of the
-// cache. Units are cut by shapes alone, and a segment's never see another's, so no bit depends on
-// threads or neighbours.
+// Operands of a chunk are packed: rows of the projection that x, B and C are slices of are often a
+// power of two apart, and would all map to a few cache sets. Units follow from shapes alone and
+// never contain two segments, so no bit depends on the number of threads or on other segments.
 #include <vector>
 
 #include "gemm.h"
@@ -20,14 +19,14 @@
 
 namespace {
 constexpr int64_t CHUNK = 48;  // tokens: whole tiles, and whole vectors
-constexpr int64_t BLOCK = 256;  // columns of a block of heads: so much state stays in the cache
+constexpr int64_t BLOCK = 256;  // columns of a block of heads, whose state stays in the cache
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 17;  // elements of states, times tokens, from which a second
                                             // thread saves more than it costs
-constexpr int STEP_ROWS = LANES < 8 ? LANES : 8;  // whose sums are in flight together
+constexpr int STEP_ROWS = LANES < 8 ? LANES : 8;  // rows whose sums are computed together
 constexpr float GENTLE = 40.0f;  // log decay of a chunk up to which factors are exact and finite
-constexpr double FORGOTTEN = -128.0;  // log decay of a step that leaves nothing: sums of such stay
-                                      // exact enough for the small steps beside them
-constexpr float GONE = -80.0f;  // what has decayed further is zero, not a denormal number
+constexpr double FORGOTTEN = -128.0;  // smallest log decay of a step: its exponential is zero, and
+                                      // sums stay exact enough for the small steps beside it
+constexpr float GONE = -80.0f;  // smaller log decays give zero, not a denormal number
 
 constexpr int64_t SQUARE = pitch(CHUNK);  // of a row of scores
 
@@ -37,7 +36,7 @@ INLINE vec decayed(vec log_decay) { return log_decay < GONE ? vec{} : exp(log_de
 struct Shape {
   int64_t heads, head_dim, groups, d_state;
   int64_t per_group() const { return heads / groups; }
-  // Heads of a block. Where there is one group, it is cut in two, to have work for two threads.
+  // Heads of a block. A single group is cut in two, to have work for two threads.
   int64_t block() const {
     const int64_t fit = BLOCK / head_dim > 1 ? BLOCK / head_dim : 1;
     const int64_t most = groups == 1 ? (heads + 1) / 2 : per_group();
@@ -51,7 +50,7 @@ struct Operands {
   int64_t ldx, lddt, ldB, ldC;
 };
 
-// What one thread does from a segment's first token to its last (or back).
+// The work of one thread from a segment's first token to its last (or back).
 struct Unit {
   int64_t segment, group, block, head, heads, first, tokens;
   Unit(const Shape& s, const int64_t* bounds, int64_t index) {
@@ -65,8 +64,8 @@ struct Unit {
   }
 };
 
-// One head's decays over one chunk, from the running sum a of dt A: the sums themselves in two
-// parts, since differences of large sums have to be as exact as the steps they consist of.
+// One head's decays over one chunk, from the running sum a of dt A. The sums are stored in two
+// parts, since differences of large sums must be as exact as the steps between them.
 struct Decay {
   float step[CHUNK];                 // dt
   float high[CHUNK], low[CHUNK];     // a
@@ -102,14 +101,14 @@ void decay_of(const float* dt, int64_t lddt, float A, int64_t n, Decay& d) {
   }
 }
 
-// e^(a_l - a_s) for s and the tokens after it: any finite number where s is after l.
+// e^(a_l - a_s) for LANES tokens s, s + 1, ...: any finite number for those after l.
 template <bool STEEP>
 INLINE vec decay_between(const Decay& d, int64_t l, int64_t s) {
   if (!STEEP) return d.grow[l] * load(d.shrink + s);
   return decayed((d.high[l] - load(d.high + s)) + (d.low[l] - load(d.low + s)));
 }
 
-// `value` where s, s + 1, ... are not after l, and zero elsewhere.
+// `value` for those of s, s + 1, ... that are not after l, and zero for the others.
 INLINE vec until(int64_t l, int64_t s, vec value) {
   ivec lane;
 #pragma GCC unroll 16
@@ -117,7 +116,7 @@ INLINE vec until(int64_t l, int64_t s, vec value) {
   return lane <= (int32_t)(l - s) ? value : vec{};
 }
 
-// Decayed scores: what token l takes of x_s, and of its own through D.
+// Decayed scores: the weight of x_s in y_l, which for s = l includes D.
 template <bool STEEP>
 void weigh(int64_t n, const float* scores, const Decay& d, float D, float* weights) {
   for (int64_t l = 0; l < n; l++) {
@@ -144,15 +143,15 @@ INLINE void scale(const float* from, float factor, int64_t n, float* to) {
 
 bool is_zero(const float* from, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r++) {
-    bool other = false;  // looked at once a row, so that the loop is one of vectors
+    bool other = false;  // tested once per row, so that the loop vectorises
     for (int64_t i = 0; i < columns; i++) other |= from[r * columns + i] != 0;
     if (other) return false;
   }
   return true;
 }
 
-// Room for the forward pass of one unit, for blocks of `width` columns.
-struct ForwardRoom {
+// Scratch memory for the forward pass of one unit, for blocks of `width` columns.
+struct ForwardBuffers {
   int64_t ldw, ldn;
   float *x, *late_x, *state, *B, *C, *B_turned, *scores, *weights;
   Decay* decays;
@@ -161,7 +160,7 @@ struct ForwardRoom {
     return 2 * CHUNK * ldw + s.d_state * (ldw + SQUARE) + 2 * CHUNK * (ldn + SQUARE) +
            s.block() * (int64_t)sizeof(Decay) / 4;
   }
-  ForwardRoom(const Shape& s, Scratch& scratch)
+  ForwardBuffers(const Shape& s, Scratch& scratch)
       : ldw(pitch(s.block() * s.head_dim)), ldn(pitch(s.d_state)) {
     x = scratch.take(CHUNK, ldw);
     late_x = scratch.take(CHUNK, ldw);
@@ -175,47 +174,47 @@ struct ForwardRoom {
   }
 };
 
-// The state is kept as [d_state, columns of all heads], as products with C and B^T want it.
-void scan(const Shape& s, const Operands& o, const Unit& u, const ForwardRoom& room, float* y,
+// The state is [d_state, columns of all heads], the layout for products with C and B^T.
+void scan(const Shape& s, const Operands& o, const Unit& u, const ForwardBuffers& buf, float* y,
           float* final) {
   const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, ldy = s.heads * P;
   const int64_t at_state = (u.segment * s.heads + u.head) * P * N;
   bool carries = !is_zero(o.initial + at_state, width, N);
-  transpose(o.initial + at_state, N, width, N, room.state, room.ldw);
+  transpose(o.initial + at_state, N, width, N, buf.state, buf.ldw);
   for (int64_t first = u.first; first < u.first + u.tokens; first += CHUNK) {
     const int64_t n = smaller(CHUNK, u.first + u.tokens - first);
     const float* x = o.x + first * o.ldx + u.head * P;
     float* out = y + first * ldy + u.head * P;
-    copy_rows(o.B + first * o.ldB + u.group * N, o.ldB, n, N, room.B, room.ldn);
-    copy_rows(o.C + first * o.ldC + u.group * N, o.ldC, n, N, room.C, room.ldn);
-    copy_rows(x, o.ldx, n, width, room.x, room.ldw);
-    transpose(room.B, room.ldn, n, N, room.B_turned, SQUARE);
-    gemm_to_lower(n, N, room.C, room.ldn, room.B_turned, SQUARE, room.scores, SQUARE);
-    if (carries) gemm(n, width, N, room.C, room.ldn, 1, room.state, room.ldw, out, ldy);
+    copy_rows(o.B + first * o.ldB + u.group * N, o.ldB, n, N, buf.B, buf.ldn);
+    copy_rows(o.C + first * o.ldC + u.group * N, o.ldC, n, N, buf.C, buf.ldn);
+    copy_rows(x, o.ldx, n, width, buf.x, buf.ldw);
+    transpose(buf.B, buf.ldn, n, N, buf.B_turned, SQUARE);
+    gemm_to_lower(n, N, buf.C, buf.ldn, buf.B_turned, SQUARE, buf.scores, SQUARE);
+    if (carries) gemm(n, width, N, buf.C, buf.ldn, 1, buf.state, buf.ldw, out, ldy);
     for (int64_t h = 0; h < u.heads; h++) {
-      Decay& d = room.decays[h];
+      Decay& d = buf.decays[h];
       decay_of(o.dt + first * o.lddt + u.head + h, o.lddt, o.A[u.head + h], n, d);
       if (carries)
         for (int64_t l = 0; l < n; l++)
           scale(out + l * ldy + h * P, d.since_start[l], P, out + l * ldy + h * P);
-      (d.steep ? weigh<true> : weigh<false>)(n, room.scores, d, o.D[u.head + h], room.weights);
-      gemm_lower(n, P, room.weights, SQUARE, room.x + h * P, room.ldw, out + h * P, ldy, carries);
+      (d.steep ? weigh<true> : weigh<false>)(n, buf.scores, d, o.D[u.head + h], buf.weights);
+      gemm_lower(n, P, buf.weights, SQUARE, buf.x + h * P, buf.ldw, out + h * P, ldy, carries);
       for (int64_t l = 0; l < n; l++)
-        scale(room.x + l * room.ldw + h * P, d.step[l] * d.to_end[l], P,
-              room.late_x + l * room.ldw + h * P);
+        scale(buf.x + l * buf.ldw + h * P, d.step[l] * d.to_end[l], P,
+              buf.late_x + l * buf.ldw + h * P);
     }
     for (int64_t i = 0; i < N && carries; i++)
       for (int64_t h = 0; h < u.heads; h++) {
-        float* row = room.state + i * room.ldw + h * P;
-        scale(row, room.decays[h].whole, P, row);
+        float* row = buf.state + i * buf.ldw + h * P;
+        scale(row, buf.decays[h].whole, P, row);
       }
-    gemm(N, width, n, room.B, 1, room.ldn, room.late_x, room.ldw, room.state, room.ldw, carries);
+    gemm(N, width, n, buf.B, 1, buf.ldn, buf.late_x, buf.ldw, buf.state, buf.ldw, carries);
     carries = true;
   }
-  transpose(room.state, room.ldw, N, width, final + at_state, N);
+  transpose(buf.state, buf.ldw, N, width, final + at_state, N);
 }
 
-// out[r] = the products of row r of a with row r of b, summed.
+// out[r] = the dot product of row r of a and row r of b.
 void row_dots(int64_t rows, int64_t columns, const float* a, int64_t lda, const float* b,
               int64_t ldb, float* out) {
   for (int64_t first = 0; first < rows; first += LANES) {
@@ -238,12 +237,12 @@ INLINE void add_scaled(const float* from, float factor, int64_t n, float* to) {
   for (; i < n; i++) to[i] += from[i] * factor;
 }
 
-// What a head's decayed scores become, and their gradients from `products` (dy_l . x_s). The
-// diagonal does not decay, so it is left out of the gradients of decays, where it would cancel.
+// Sums of the gradients of a head's decayed scores, from `products` (dy_l . x_s). The diagonal does
+// not decay: its terms would cancel in the gradients of the decays and are left out.
 struct Changes {
-  float rows[CHUNK];      // of a_l, from what token l takes of earlier ones
-  float columns[CHUNK];   // of dt_s (times dt_s: of -a_s), from what later tokens take of s
-  float diagonal[CHUNK];  // of dt_l, from what token l takes of itself
+  float rows[CHUNK];      // gradient of a_l, from the earlier tokens in y_l
+  float columns[CHUNK];   // of dt_s (times dt_s: of -a_s), from token s in later y_l
+  float diagonal[CHUNK];  // of dt_l, from token l in y_l
 };
 
 template <bool STEEP>
@@ -275,20 +274,20 @@ void differentiate(int64_t n, const float* scores, const float* products, const 
 }
 
 struct Gradients {
-  const float *dy, *dfinal;  // dfinal may be null, which is zero
+  const float *dy, *dfinal;  // a null dfinal is zero
   int64_t lddy;
-  float *dx, *ddt, *dB, *dC, *dinitial;  // all but ddt may be null, for what is not wanted
+  float *dx, *ddt, *dB, *dC, *dinitial;  // all but ddt may be null if not needed
   double *dA, *dD;                       // [segments, heads]
-  int64_t tokens, ldB;  // of dB and dC, which have a plane of all tokens for each block
+  int64_t tokens, ldB;  // of dB and dC, which have one plane of all tokens per block
 };
 
-struct BackwardRoom {
+struct BackwardBuffers {
   int64_t ldw, ldn;
   float *x, *late_x, *dy, *early_dy, *late_dx;     // [CHUNK, ldw]
   float *B, *C, *dC, *from_state;                  // [CHUNK, ldn]
   float *scores, *d_scores, *products, *weights;   // [CHUNK, SQUARE]
   float *x_turned, *B_turned;                      // [head_dim and d_state, SQUARE]
-  float *later, *later_turned;                     // gradient of the state: [width, ldn] and turned
+  float *later, *later_turned;                     // d(state): [width, ldn], and transposed
   float* states;                                   // before each chunk: [chunks, width, ldn]
   Decay* decays;
   static int64_t floats(const Shape& s, int64_t chunks) {
@@ -296,7 +295,7 @@ struct BackwardRoom {
     return CHUNK * (5 * ldw + 4 * ldn + 4 * SQUARE) + (s.head_dim + s.d_state) * SQUARE +
            (chunks + 1) * width * ldn + s.d_state * ldw + s.block() * (int64_t)sizeof(Decay) / 4;
   }
-  BackwardRoom(const Shape& s, int64_t chunks, Scratch& scratch)
+  BackwardBuffers(const Shape& s, int64_t chunks, Scratch& scratch)
       : ldw(pitch(s.block() * s.head_dim)), ldn(pitch(s.d_state)) {
     for (float** piece : {&x, &late_x, &dy, &early_dy, &late_dx}) *piece = scratch.take(CHUNK, ldw);
     for (float** piece : {&B, &C, &dC, &from_state}) *piece = scratch.take(CHUNK, ldn);
@@ -312,100 +311,100 @@ struct BackwardRoom {
   }
 };
 
-// A chunk's tokens, from its place in a segment.
+// The tokens of a chunk.
 struct Span {
   int64_t first, n;
   Span(const Unit& u, int64_t chunk)
       : first(u.first + chunk * CHUNK), n(smaller(CHUNK, u.tokens - chunk * CHUNK)) {}
 };
 
-// to = factor_h * from for the rows of each head h; of a state, with heads along the rows.
-void decay_state(const Shape& s, const Unit& u, const BackwardRoom& room, const float* from,
+// to = factor_h * from for the rows of each head h of a state [rows of all heads, d_state].
+void decay_state(const Shape& s, const Unit& u, const BackwardBuffers& buf, const float* from,
                  float* to) {
   for (int64_t h = 0; h < u.heads; h++)
     for (int64_t p = h * s.head_dim; p < (h + 1) * s.head_dim; p++)
-      scale(from + p * room.ldn, room.decays[h].whole, s.d_state, to + p * room.ldn);
+      scale(from + p * buf.ldn, buf.decays[h].whole, s.d_state, to + p * buf.ldn);
 }
 
-// The state before each chunk, again: as [columns of all heads, d_state]. Returns whether the first
-// is other than zero.
-bool rescan(const Shape& s, const Operands& o, const Unit& u, const BackwardRoom& room,
+// Recompute the state before each chunk, as [columns of all heads, d_state]. Returns whether the
+// first one is nonzero.
+bool rescan(const Shape& s, const Operands& o, const Unit& u, const BackwardBuffers& buf,
             int64_t chunks) {
-  const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, size = width * room.ldn;
+  const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, size = width * buf.ldn;
   const float* initial = o.initial + (u.segment * s.heads + u.head) * P * N;
   const bool continues = !is_zero(initial, width, N);
-  copy_rows(initial, N, width, N, room.states, room.ldn);
+  copy_rows(initial, N, width, N, buf.states, buf.ldn);
   for (int64_t c = 0; c + 1 < chunks; c++) {
     const Span span(u, c);
-    copy_rows(o.B + span.first * o.ldB + u.group * N, o.ldB, span.n, N, room.B, room.ldn);
+    copy_rows(o.B + span.first * o.ldB + u.group * N, o.ldB, span.n, N, buf.B, buf.ldn);
     for (int64_t h = 0; h < u.heads; h++) {
-      Decay& d = room.decays[h];
+      Decay& d = buf.decays[h];
       const int64_t head = u.head + h;
       decay_of(o.dt + span.first * o.lddt + head, o.lddt, o.A[head], span.n, d);
       for (int64_t l = 0; l < span.n; l++)
         scale(o.x + (span.first + l) * o.ldx + head * P, d.step[l] * d.to_end[l], P,
-              room.late_x + l * room.ldw + h * P);
+              buf.late_x + l * buf.ldw + h * P);
     }
-    float *before = room.states + c * size, *after = before + size;
+    float *before = buf.states + c * size, *after = before + size;
     const bool add = c || continues;
-    if (add) decay_state(s, u, room, before, after);
-    gemm(width, N, span.n, room.late_x, 1, room.ldw, room.B, room.ldn, after, room.ldn, add);
+    if (add) decay_state(s, u, buf, before, after);
+    gemm(width, N, span.n, buf.late_x, 1, buf.ldw, buf.B, buf.ldn, after, buf.ldn, add);
   }
   return continues;
 }
 
-// One head of one chunk. `early`: the state before the chunk is not zero; `late`: the gradient of
-// the state after it is not.
+// Gradients of one head of one chunk. `early`: the state before the chunk is nonzero; `late`: the
+// gradient of the state after it is nonzero.
 void scan_back_head(const Shape& s, const Operands& o, const Gradients& g, const Unit& u,
-                    const BackwardRoom& room, const Span& span, int64_t h, const float* state,
+                    const BackwardBuffers& buf, const Span& span, int64_t h, const float* state,
                     bool early, bool late) {
-  const int64_t P = s.head_dim, N = s.d_state, n = span.n, head = u.head + h, ldw = room.ldw;
-  const float *x = room.x + h * P, *dy = room.dy + h * P, *late_dx = room.late_dx + h * P;
-  const Decay& d = room.decays[h];
+  const int64_t P = s.head_dim, N = s.d_state, n = span.n, head = u.head + h, ldw = buf.ldw;
+  const float *x = buf.x + h * P, *dy = buf.dy + h * P, *late_dx = buf.late_dx + h * P;
+  const Decay& d = buf.decays[h];
   float early_change[CHUNK]{}, late_change[CHUNK]{};
   Changes changes;
-  transpose(x, ldw, n, P, room.x_turned, SQUARE);
-  gemm_to_lower(n, P, dy, ldw, room.x_turned, SQUARE, room.products, SQUARE);
+  transpose(x, ldw, n, P, buf.x_turned, SQUARE);
+  gemm_to_lower(n, P, dy, ldw, buf.x_turned, SQUARE, buf.products, SQUARE);
   (d.steep ? differentiate<true> : differentiate<false>)(
-      n, room.scores, room.products, d, o.D[head], h > 0, room.weights, room.d_scores, changes);
+      n, buf.scores, buf.products, d, o.D[head], h > 0, buf.weights, buf.d_scores, changes);
   float* dx = g.dx ? g.dx + span.first * s.heads * P + head * P : nullptr;
-  if (dx) gemm_lower_turned(n, P, room.weights, SQUARE, dy, ldw, dx, s.heads * P);
+  if (dx) gemm_lower_turned(n, P, buf.weights, SQUARE, dy, ldw, dx, s.heads * P);
   if (late) row_dots(n, P, x, ldw, late_dx, ldw, late_change);
   for (int64_t l = 0; l < n; l++) {
     const float late_weight = d.step[l] * d.to_end[l];
-    scale(x + l * ldw, late_weight, P, room.late_x + l * ldw + h * P);
-    scale(dy + l * ldw, d.since_start[l], P, room.early_dy + l * ldw + h * P);
+    scale(x + l * ldw, late_weight, P, buf.late_x + l * ldw + h * P);
+    scale(dy + l * ldw, d.since_start[l], P, buf.early_dy + l * ldw + h * P);
     if (late && dx) add_scaled(late_dx + l * ldw, late_weight, P, dx + l * s.heads * P);
   }
   double at_end = 0;  // gradient of a_end
   if (early) {
-    state += h * P * room.ldn;
-    gemm(n, N, P, room.early_dy + h * P, ldw, 1, state, room.ldn, room.from_state, room.ldn);
-    row_dots(n, N, room.from_state, room.ldn, room.C, room.ldn, early_change);
+    state += h * P * buf.ldn;
+    gemm(n, N, P, buf.early_dy + h * P, ldw, 1, state, buf.ldn, buf.from_state, buf.ldn);
+    row_dots(n, N, buf.from_state, buf.ldn, buf.C, buf.ldn, early_change);
     for (int64_t l = 0; l < n && g.dC; l++)
-      add_scaled(room.from_state + l * room.ldn, 1.0f, N, room.dC + l * room.ldn);
+      add_scaled(buf.from_state + l * buf.ldn, 1.0f, N, buf.dC + l * buf.ldn);
     if (late)
       for (int64_t p = 0; p < P; p += CHUNK) {
         float sums[CHUNK];
         const int64_t rows = smaller(CHUNK, P - p);
-        row_dots(rows, N, state + p * room.ldn, room.ldn, room.later + (h * P + p) * room.ldn,
-                 room.ldn, sums);
+        row_dots(rows, N, state + p * buf.ldn, buf.ldn, buf.later + (h * P + p) * buf.ldn,
+                 buf.ldn, sums);
         for (int64_t r = 0; r < rows; r++) at_end += d.whole * sums[r];
       }
   }
   for (int64_t l = 0; l < n; l++) at_end += d.step[l] * d.to_end[l] * late_change[l];
-  // The step of token l moves the running sum of this token and all after it.
+  // The step of token l enters the running sum of this token and all after it.
   double sum = at_end, dA = 0, dD = 0;
   float* ddt = g.ddt + span.first * s.heads + head;
   for (int64_t l = n - 1; l >= 0; l--) {
     const float late_dt = d.to_end[l] * late_change[l];
     const float earlier = changes.rows[l] + early_change[l];
     sum += (double)earlier - (double)(d.step[l] * (changes.columns[l] + late_dt));
-    if (d.step[l] * o.A[head] < GONE) sum = 0;  // nothing passed this step: the rest is rounding
+    if (d.step[l] * o.A[head] < GONE) sum = 0;  // the decay is zero: the sum is rounding error
     ddt[l * s.heads] =
         (float)(sum * o.A[head] + changes.columns[l] + changes.diagonal[l] + late_dt);
     dA += sum * d.step[l];
-    dD += room.products[l * SQUARE + l];
+    dD += buf.products[l * SQUARE + l];
   }
   g.dA[u.segment * s.heads + head] += dA;
   g.dD[u.segment * s.heads + head] += dD;
@@ -413,52 +412,52 @@ void scan_back_head(const Shape& s, const Operands& o, const Gradients& g, const
 
 // All gradients of a unit, chunk by chunk from the last to the first.
 void scan_back(const Shape& s, const Operands& o, const Gradients& g, const Unit& u,
-               const BackwardRoom& room) {
+               const BackwardBuffers& buf) {
   const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P;
   const int64_t chunks = (u.tokens + CHUNK - 1) / CHUNK;
   const int64_t at_state = (u.segment * s.heads + u.head) * P * N;
-  const bool continues = rescan(s, o, u, room, chunks);
-  if (g.dfinal) copy_rows(g.dfinal + at_state, N, width, N, room.later, room.ldn);
+  const bool continues = rescan(s, o, u, buf, chunks);
+  if (g.dfinal) copy_rows(g.dfinal + at_state, N, width, N, buf.later, buf.ldn);
   bool late = g.dfinal;
   for (int64_t c = chunks - 1; c >= 0; c--) {
     const Span span(u, c);
     const int64_t n = span.n;
     const bool early = c || continues;
-    const float* state = room.states + c * width * room.ldn;
-    copy_rows(o.B + span.first * o.ldB + u.group * N, o.ldB, n, N, room.B, room.ldn);
-    copy_rows(o.C + span.first * o.ldC + u.group * N, o.ldC, n, N, room.C, room.ldn);
-    copy_rows(o.x + span.first * o.ldx + u.head * P, o.ldx, n, width, room.x, room.ldw);
-    copy_rows(g.dy + span.first * g.lddy + u.head * P, g.lddy, n, width, room.dy, room.ldw);
-    transpose(room.B, room.ldn, n, N, room.B_turned, SQUARE);
-    gemm_to_lower(n, N, room.C, room.ldn, room.B_turned, SQUARE, room.scores, SQUARE);
+    const float* state = buf.states + c * width * buf.ldn;
+    copy_rows(o.B + span.first * o.ldB + u.group * N, o.ldB, n, N, buf.B, buf.ldn);
+    copy_rows(o.C + span.first * o.ldC + u.group * N, o.ldC, n, N, buf.C, buf.ldn);
+    copy_rows(o.x + span.first * o.ldx + u.head * P, o.ldx, n, width, buf.x, buf.ldw);
+    copy_rows(g.dy + span.first * g.lddy + u.head * P, g.lddy, n, width, buf.dy, buf.ldw);
+    transpose(buf.B, buf.ldn, n, N, buf.B_turned, SQUARE);
+    gemm_to_lower(n, N, buf.C, buf.ldn, buf.B_turned, SQUARE, buf.scores, SQUARE);
     if (late) {
-      transpose(room.later, room.ldn, width, N, room.later_turned, room.ldw);
-      gemm(n, width, N, room.B, room.ldn, 1, room.later_turned, room.ldw, room.late_dx, room.ldw);
+      transpose(buf.later, buf.ldn, width, N, buf.later_turned, buf.ldw);
+      gemm(n, width, N, buf.B, buf.ldn, 1, buf.later_turned, buf.ldw, buf.late_dx, buf.ldw);
     }
-    memset(room.dC, 0, 4 * n * room.ldn);
+    memset(buf.dC, 0, 4 * n * buf.ldn);
     for (int64_t h = 0; h < u.heads; h++) {
       const int64_t head = u.head + h;
-      decay_of(o.dt + span.first * o.lddt + head, o.lddt, o.A[head], n, room.decays[h]);
-      scan_back_head(s, o, g, u, room, span, h, state, early, late);
+      decay_of(o.dt + span.first * o.lddt + head, o.lddt, o.A[head], n, buf.decays[h]);
+      scan_back_head(s, o, g, u, buf, span, h, state, early, late);
     }
     const int64_t at_group = (u.block * g.tokens + span.first) * g.ldB + u.group * N;
     if (g.dC) {
-      gemm_lower(n, N, room.d_scores, SQUARE, room.B, room.ldn, room.dC, room.ldn, true);
-      copy_rows(room.dC, room.ldn, n, N, g.dC + at_group, g.ldB);
+      gemm_lower(n, N, buf.d_scores, SQUARE, buf.B, buf.ldn, buf.dC, buf.ldn, true);
+      copy_rows(buf.dC, buf.ldn, n, N, g.dC + at_group, g.ldB);
     }
     if (g.dB) {
       float* dB = g.dB + at_group;
       if (late)
-        gemm(n, N, width, room.late_x, room.ldw, 1, room.later, room.ldn, dB, g.ldB);
-      gemm_lower_turned(n, N, room.d_scores, SQUARE, room.C, room.ldn, dB, g.ldB, late);
+        gemm(n, N, width, buf.late_x, buf.ldw, 1, buf.later, buf.ldn, dB, g.ldB);
+      gemm_lower_turned(n, N, buf.d_scores, SQUARE, buf.C, buf.ldn, dB, g.ldB, late);
     }
     if (c || g.dinitial) {
-      if (late) decay_state(s, u, room, room.later, room.later);
-      gemm(width, N, n, room.early_dy, 1, room.ldw, room.C, room.ldn, room.later, room.ldn, late);
+      if (late) decay_state(s, u, buf, buf.later, buf.later);
+      gemm(width, N, n, buf.early_dy, 1, buf.ldw, buf.C, buf.ldn, buf.later, buf.ldn, late);
       late = true;
     }
   }
-  if (g.dinitial) copy_rows(room.later, room.ldn, width, N, g.dinitial + at_state, N);
+  if (g.dinitial) copy_rows(buf.later, buf.ldn, width, N, g.dinitial + at_state, N);
 }
 
 // to [n] = the sum of `planes` rows of n.
@@ -501,16 +500,17 @@ INLINE void step_rows(int64_t N, const float* h, float* to, float decay, float d
   for (int r = 0; r < R; r++) y[r] = sums[r] + D * x[r];
 }
 
-// Where the states of a sequence's tokens are: the first reads `from`, each writes `to` and the next
-// reads that; `stride` lies between the places of two tokens (0 where each replaces the last).
+// Where the states of a sequence's tokens are: the first token reads `from`, each writes `to`, and
+// the next reads that. `stride` is the distance between two tokens' states (0 if each replaces the
+// last).
 struct Intermediate {
   const float* from;
   float* to;
   int64_t stride;
 };
 
-// The recurrence, token by token; only the first reads what is far away, the others find in the cache
-// what the one before has written.
+// The recurrence, token by token. Only the first token reads the state from memory; the others find
+// it in the cache.
 void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head,
                    const Intermediate& intermediate, float* y) {
   const int64_t P = s.head_dim, N = s.d_state, group = head / s.per_group();
@@ -530,9 +530,10 @@ void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t lengt
   }
 }
 
-// As ssd_forward, for `length` tokens of each of `rows` sequences, which go on from states[slots[r]]
-// [heads, head_dim, d_state]. Those are written in place, unless there is `intermediate`
-// [rows, length, ...], with `ld_intermediate` between its rows, for the states after each token.
+// As ssd_forward, for `length` tokens of each of `rows` sequences, which continue from
+// states[slots[r]] [heads, head_dim, d_state]. The states are updated in place unless there is
+// `intermediate` [rows, length, ...], whose rows are `ld_intermediate` elements apart: it then gets
+// the state after each token.
 void steps(Team& team, const float* x, const float* dt, const float* A, const float* B,
            const float* C, const float* D, float* states, const int64_t* slots, float* intermediate,
            float* y, int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
@@ -566,9 +567,9 @@ void ssd_forward(const float* x, const float* dt, const float* A, const float* B
   const int64_t units = segments * groups * s.blocks();
   const bool worth = units > 1 && bounds[segments] * heads * head_dim * d_state > MIN_PARALLEL_WORK;
   parallel_region(worth ? threads : 1, [&](Team& team) {
-    Scratch scratch(ForwardRoom::floats(s));
-    const ForwardRoom room(s, scratch);
-    for (int64_t i; (i = team.next()) < units;) scan(s, o, Unit(s, bounds, i), room, y, final);
+    Scratch scratch(ForwardBuffers::floats(s));
+    const ForwardBuffers buf(s, scratch);
+    for (int64_t i; (i = team.next()) < units;) scan(s, o, Unit(s, bounds, i), buf, y, final);
   });
 }
 
@@ -605,9 +606,9 @@ void ssd_backward(const float* x, const float* dt, const float* A, const float* 
   const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
   const bool worth = units > 1 && tokens * heads * head_dim * d_state > MIN_PARALLEL_WORK;
   parallel_region(worth ? threads : 1, [&](Team& team) {
-    Scratch scratch(BackwardRoom::floats(s, chunks));
-    const BackwardRoom room(s, chunks, scratch);
-    for (int64_t i; (i = team.next()) < units;) scan_back(s, o, g, Unit(s, bounds, i), room);
+    Scratch scratch(BackwardBuffers::floats(s, chunks));
+    const BackwardBuffers buf(s, chunks, scratch);
+    for (int64_t i; (i = team.next()) < units;) scan_back(s, o, g, Unit(s, bounds, i), buf);
   });
   if (planes && dB) add_planes(g.dB, s.blocks(), tokens * width, dB, threads);
   if (planes && dC) add_planes(g.dC, s.blocks(), tokens * width, dC, threads);

@@ -1,7 +1,7 @@
-"""The scan in C++ (native.cpp says how).
+"""The scan in C++ (see native.cpp).
 
-The backward pass keeps nothing but the inputs: it carries the states through the chunks again, a
-seventh of the arithmetic, instead of holding them all.
+The forward pass keeps only the inputs. The backward pass recomputes the states between chunks, a
+seventh of the arithmetic, instead of storing all of them.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def ssd_native(
     *,
     segments: Segments,
     initial_states: Tensor,
-    chunk_size: int,  # noqa: ARG001 - how long its chunks are, the processor's cache decides
+    chunk_size: int,  # noqa: ARG001 - the processor's cache determines the chunk size
 ) -> tuple[Tensor, Tensor]:
     """Scan each segment; shapes as in `nemotron3.ops.ssd.api.ssd`."""
     operands = _laid_out(x, dt, A, B, C, D, initial_states)
@@ -67,7 +67,7 @@ def ssd_steps_native(
 def _laid_out(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor
 ) -> _Operands:
-    """The operands as C++ reads them: only the stride of tokens is free, as slices have it."""
+    """The operands as C++ reads them: only the token stride is free, so slices are not copied."""
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
     rest = (A.contiguous(), _rows(B), _rows(C), D.contiguous(), initial.contiguous())
     return (_rows(x), dt, *rest)

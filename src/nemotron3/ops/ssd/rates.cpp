@@ -5,10 +5,11 @@
 #include "team.h"
 
 namespace {
-// As PyTorch has it: beyond 20 the difference from x is below float32's resolution.
+// As in PyTorch: beyond 20 the difference from x is below float32's resolution.
 float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
-// steps [tokens, heads] = softplus(dt + bias), decay [heads] = -e^A_log; dt has rows of lddt elements.
+// steps [tokens, heads] = softplus(dt + bias), decay [heads] = -e^A_log; dt has rows of lddt
+// elements.
 void rates(Team& team, const float* dt, const float* bias, const float* A_log, float* steps,
            float* decay, int64_t tokens, int64_t heads, int64_t lddt) {
   const Range part = team.share(heads);

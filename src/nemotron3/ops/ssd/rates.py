@@ -18,7 +18,7 @@ def ssd_rates_torch(dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor,
 
 
 def ssd_rates_native(dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in one call; gradients are PyTorch's."""
+    """The same in one C++ call; with gradients, PyTorch's operations."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (dt, dt_bias, A_log)):
         return ssd_rates_torch(dt, dt_bias, A_log)
     dt = contiguous_rows(dt)

@@ -1,30 +1,30 @@
 """The scan in chunks: quadratic within a chunk, a recurrence of states between chunks.
 
 Dao & Gu, *Transformers are SSMs* (arXiv 2405.21060), section 6. Within a chunk of L tokens the scan
-is a masked matrix product, which is what processors are good at; between chunks only one state per
-segment and head is carried on. With a_l the log decay from the chunk's start to token l:
+is a masked matrix product, which processors compute fast; between chunks only one state per segment
+and head is carried. With a_l the log decay from the chunk's start to token l:
 
     scores = C B^T                              within a chunk, once per group
     y_l    = sum_s scores_ls e^(a_l - a_s) dt_s x_s    each token from its own chunk
     local  = sum_s e^(a_L - a_s) dt_s x_s B_s^T        what a chunk adds to the state
     y_l   += e^(a_l) C_l state                         each token from all earlier chunks
 
-Written so, the decay is a matrix per head and costs more than the products. But e^(a_l - a_s) is
-e^(a_l - m) e^(m - a_s) for any m, which scales the rows of x before the product and those of y
-after it: one product serves all heads of a group, and B and C are never expanded to heads. With m
-in the middle of the chunk's range the factors are at most e^40 while the whole range is below 80.
-Where a head forgets faster than that, or where x, B and C are so large that a scaled product could
-be infinite, its chunk is computed with the matrix, and the choice is made for each chunk and head
-by itself. The common product has zeros there: what is infinite and then replaced would still turn
-its gradients into NaN.
+In this form the decay is a matrix per head and costs more than the products. But e^(a_l - a_s) is
+e^(a_l - m) e^(m - a_s) for any m. These factors scale the rows of x before the product and the rows
+of y after it, so one product serves all heads of a group, and B and C are never expanded to heads.
+With m in the middle of the chunk's range of a, the factors are at most e^40 as long as the range is
+below 80. Where a head decays faster, or where x, B and C are so large that a scaled product could
+overflow, the decay matrix is used. The choice is made for each chunk and head separately. The
+inputs of such a pair are zero in the shared product, because an infinity that is replaced
+afterwards would still make its gradients NaN.
 
-A step that forgets everything is as steep as any: log decays end where the exponential is zero, so
-that no sum of them is infinite and the steps beside it keep their digits.
+Log decays are clamped where the exponential is zero, so that no sum of them is infinite, and a very
+large one does not absorb the digits of the steps beside it.
 
-Every segment starts a chunk of its own, and a segment's last chunk is padded with dt = 0, which is
-a step that changes nothing. So no product ever sees two segments, and what one segment holds cannot
-change a single bit of another's output: masks over a shared chunk would have left the rounding of
-the running sum of dt A in common.
+Every segment starts a chunk of its own, and a segment's last chunk is padded with dt = 0, which
+leaves the state unchanged. So no product contains two segments, and one segment cannot change a
+single bit of another's output. If segments shared a chunk with a mask, the rounding of the running
+sum of dt A would depend on the other segment.
 """
 
 import math
@@ -38,13 +38,13 @@ from torch.nn import functional as F
 from nemotron3.ops.segments import Segments
 
 _EXPONENT = 40.0
-"""Largest exponent of a factor."""
+"""Largest exponent of a scaling factor."""
 _LARGEST = 1e28
-"""Largest term of a scaled product: a chunk of them, and their gradients, are finite in float32."""
+"""Largest term of a scaled product: its sums and gradients over a chunk stay finite in float32."""
 
 
 class _Chunks(NamedTuple):
-    """How a stream is cut: chunks per segment, and how tokens get into them and out."""
+    """How a stream is cut: the chunks per segment, and the functions that split and join it."""
 
     size: int
     counts: tuple[int, ...]
@@ -107,7 +107,7 @@ def ssd_torch(
     Bc = chunks.split(B).transpose(1, 2)  # c g l n
     Cc = chunks.split(C).transpose(1, 2)
 
-    steps = (dtc * A.view(groups, 1, per_group)).clamp(min=_gone(dt.dtype))  # log decays
+    steps = (dtc * A.view(groups, 1, per_group)).clamp(min=_least_log_decay(dt.dtype))  # log decays
     total = torch.cumsum(steps, dim=2)  # since the chunk's start
     scores = (Cc @ Bc.transpose(-1, -2)).tril()  # c g l s
 
@@ -139,18 +139,18 @@ def ssd_torch(
     return torch.addcmul(y, x, D.unsqueeze(-1)), final
 
 
-def _gone(dtype: torch.dtype) -> float:
-    """A logarithm whose exponential is zero."""
+def _least_log_decay(dtype: torch.dtype) -> float:
+    """A log decay whose exponential is zero in this dtype."""
     info = torch.finfo(dtype)
     return math.log(info.tiny) + math.log(info.eps) - 1
 
 
 @torch.no_grad()
 def _steep_pairs(x: Tensor, dt: Tensor, total: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The (chunk, head) pairs that factors are not for, [c, g, 1, r]; x is [c, l, h, p].
+    """The (chunk, head) pairs that need the decay matrix, [c, g, 1, r]; x is [c, l, h, p].
 
-    Norms of whole chunks are bounds of their elements that cost one pass over memory, and know
-    nothing of other segments. An infinite or undefined one is no reason to scale.
+    Norms of whole chunks bound their elements, cost one pass over memory, and do not depend on
+    other segments. A pair with an infinite or NaN norm counts as steep.
     """
     range_ = -total[:, :, -1:]
     size = torch.linalg.vector_norm(x, dim=(1, 2, 3))[:, None, None, None]
@@ -166,8 +166,8 @@ def _steep(
     """Output within the chunk and addition to the state, for (chunk, head) pairs of steep decay.
 
     x [pair, l, p], dt and steps [pair, l], B [pair, l, n], scores [pair, l, s]. The log decay from
-    s to l is the sum of the steps between them, not the difference of two sums, in which a small
-    step beside a large one would be lost.
+    s to l is the sum of the steps between them. A difference of two running sums would lose a small
+    step beside a large one.
     """
     length = x.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
@@ -183,7 +183,7 @@ def _pass_states(
 ) -> tuple[Tensor, Tensor]:
     """The state before each chunk [chunks, head, head_dim, d_state], and after each segment's last.
 
-    Walks over chunk positions and carries all segments that reach so far at once.
+    Goes over the chunk positions and advances all segments that have a chunk there at once.
     """
     decay = decay[..., None, None]
     if len(set(counts)) == 1:
@@ -197,8 +197,8 @@ def _pass_states(
             state = torch.addcmul(added, state, kept)
         return torch.stack(before, dim=1).flatten(0, 1), state
 
-    # Longest segments first, so that those still running are always a prefix; and chunks by their
-    # position, so that what a step needs lies together.
+    # Longest segments first, so that those with chunks left are always a prefix; and chunks sorted
+    # by position, so that the chunks of one step are contiguous.
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
     first = [sum(counts[:i]) for i in range(len(counts))]
     running = [sum(count > step for count in counts) for step in range(max(counts))]

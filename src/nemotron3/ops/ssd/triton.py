@@ -7,19 +7,20 @@ chunk, with T the running sum of dt A, E its last value and h the state before t
     y_t    = sum_{s<=t} (C_t . B_s) exp(T_t - T_s) dt_s x_s  +  exp(T_t) h C_t  +  D x_t
     h_next = exp(E) h  +  sum_s exp(E - T_s) dt_s x_s B_s^T
 
-1. `_decay_kernel` writes T, and dt beside it, with time running fastest.
-2. `_states_kernel` walks a segment's chunks with the state in registers and writes h before each.
-   Fusing what a chunk adds with the walk moves a quarter of the bytes that two kernels would.
-3. `_scan_kernel` owns a chunk of a group: it makes C B^T once and walks the heads that share it.
+1. `_decay_kernel` writes T and dt, with time as the innermost axis.
+2. `_states_kernel` loops over a segment's chunks, with the state in registers, and writes h before
+   each. Fusing a chunk's contribution with this loop moves a quarter of the bytes of two kernels.
+3. `_scan_kernel` handles a chunk of a group: it computes C B^T once and loops over the heads.
 
-Backward repeats 1 and 2 rather than keep their results. The gradient of the states obeys the same
-recurrence with time reversed, so kernel 2 runs again with its arrow turned, after which
-`_scan_backward_kernel` has all it needs for a chunk of a group. A program sums over its group's
-heads in order and no two programs write one number, so results repeat bit for bit.
+The backward pass recomputes 1 and 2 instead of keeping their results. The gradient of the states
+obeys the same recurrence with time reversed, so kernel 2 runs again in reverse; then
+`_scan_backward_kernel` computes all gradients of a chunk of a group. A program sums over its
+group's heads in order and no two programs write one number, so results repeat bit for bit.
 
-A chunk is a tile: a power of two, never across two segments, its tail masked rather than padded.
-Operands of products are rounded to the dtype of `x`; sums and carried states are float32, and
-float64 is refused. Tiles are shorter where operands are float32, to fit in shared memory.
+A chunk is a tile: its length is a power of two, it never contains two segments, and its unused rows
+are masked rather than padded. Operands of products are rounded to the dtype of `x`; sums and
+carried states are float32, and float64 is refused. Tiles are shorter for float32 operands, to fit
+in shared memory.
 """
 
 # ruff: noqa: ANN001, ANN202
@@ -40,24 +41,24 @@ from nemotron3.ops.segments import Segments
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _NARROW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# What `python -m benchmarks.gpu --tune` searches.
-_FORWARD_TILE, _BACKWARD_TILE = 128, 64  # tokens of a chunk; half as many where x is float32
+# `python -m benchmarks.gpu --tune` searches these sizes.
+_FORWARD_TILE, _BACKWARD_TILE = 128, 64  # tokens of a chunk; half for float32
 _STATES = {"num_warps": 4, "num_stages": 3}
 _SCAN = {"num_warps": 8, "num_stages": 2}
 _SCAN_BACKWARD = {"num_warps": 8, "num_stages": 2}
 _ENOUGH_PROGRAMS = 264
-"""Twice the multiprocessors of an H100: below this, work is cut finer."""
+"""Twice the multiprocessors of an H100: with fewer programs, the work is split further."""
 
 
 @triton.jit
 def _product(a, b, NARROW: tl.constexpr):
-    """The matrix product in float32 of operands rounded to the dtype that the inputs came in.
+    """The matrix product, summed in float32, of operands rounded to the dtype of the inputs.
 
-    Float32 operands are split in three for the matrix units, which is exact to about 1e-6.
+    Float32 operands are split into three TF32 products, which are exact to about 1e-6.
     """
     a = a.to(NARROW)
     b = b.to(NARROW)
-    if _INTERPRETED:  # whose dot misreads bfloat16
+    if _INTERPRETED:  # the interpreter's dot misreads bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
@@ -69,7 +70,7 @@ def _decay_kernel(
     stride_dt, tokens, heads,
     L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """total[head, t] = sum over s <= t of the chunk of dt_s A, and dt with time running fastest."""
+    """total[head, t] = sum over s <= t of the chunk of dt_s A, and dt as [head, t]."""
     start = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     length = tl.load(chunks + 2 * tl.program_id(0) + 1)
     t = tl.arange(0, L)
@@ -80,7 +81,7 @@ def _decay_kernel(
     step = step.to(tl.float32)
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
     decay = step * rate[None, :]
-    # Beyond it the exponential is zero; a sum of larger ones would swallow the steps beside them.
+    # Below -104 the exponential is zero; larger magnitudes would absorb the small steps in the sum.
     decay = tl.where(decay < -104.0, -104.0, decay)
     running = tl.cumsum(decay, axis=0)
     where = head.to(tl.int64)[None, :] * tokens + token[:, None]
@@ -273,20 +274,20 @@ def _scan_backward_kernel(  # noqa: PLR0915
         later = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
         later += from_start * tl.sum(wide_dy * _product(C_, tl.trans(state), NARROW), axis=1)
         kept = tl.zeros((P,), dtype=tl.float32)
-        for some in tl.static_range(0, N, 16):  # whole tiles would not fit in registers
+        for some in tl.static_range(0, N, 16):  # a whole tile would not fit in registers
             piece = cell_16 + some
             here = exists_16 & (some + n_16 < D_STATE)[None, :]
             old = tl.load(states + whole + piece, mask=here, other=0.0).to(tl.float32)
             new = tl.load(gradients + whole + piece, mask=here, other=0.0).to(tl.float32)
             kept += tl.sum(old * new, axis=1)
-        # Running sums, the first taken from the end.
+        # Running sums, the first of them from the end.
         slope = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(out, axis=0) - out
         slope += tl.exp(last) * tl.sum(kept, axis=0)
         ddt_ = tl.sum(wide_x * u, axis=1) + tl.load(A + h).to(tl.float32) * slope
         tl.store(ddt + by_head + t, ddt_, mask=inside)
         tl.store(dA + chunk * heads + h, tl.sum(step * slope, axis=0))
 
-    # A second walk, because the sums of both walks would not fit in registers at once.
+    # A second loop, because the sums of both loops would not fit in registers at once.
     dC_ = _product(dscores, B_, NARROW)
     dB_ = _product(tl.trans(dscores), C_, NARROW)
     for h in range(group * per_group, group * per_group + per_group):
@@ -343,7 +344,7 @@ def _tile(size: int) -> int:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """`t` with only its token stride free, so that a slice of a wider projection is not copied."""
+    """`t` in a layout with a free token stride only, so a slice of a projection is not copied."""
     dense = t.stride(-1) == 1 and (t.dim() == 2 or t.stride(1) == t.shape[2])
     return t if dense else t.contiguous()
 
@@ -362,7 +363,7 @@ def _states(
     plan: _Plan, a: Tensor, b: Tensor, decays: tuple[Tensor, Tensor], initial: Tensor,
     *, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The carried state before each chunk, in the operands' dtype, and the last, in float32."""
+    """The state before each chunk, in the operands' dtype, and the final ones, in float32."""
     (tokens, heads, head_dim), (_, groups, d_state) = a.shape, b.shape
     states = a.new_empty(plan.count, heads, head_dim, d_state)
     final = torch.empty_like(initial, dtype=torch.float32)
@@ -384,7 +385,7 @@ def _scan(
 ) -> Tensor:  # fmt: skip
     (tokens, heads, head_dim), (_, groups, d_state) = x.shape, B.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # A shorter chunk has less for a warp to do.
+    # A shorter chunk needs fewer warps.
     options = _SCAN | {"num_warps": min(_SCAN["num_warps"], max(4, plan.L // 16))}
     per_program = heads // groups
     while per_program % 2 == 0 and plan.count * heads // per_program < _ENOUGH_PROGRAMS:
@@ -450,8 +451,8 @@ def ssd_triton(
 ) -> tuple[Tensor, Tensor]:
     """Scan each segment in tiles; shapes as in `nemotron3.ops.ssd.api.ssd`.
 
-    `chunk_size` is an upper bound, rounded up to a power of two; the kernels have bounds of their
-    own. `x`, `B` and `C` share a dtype, which is that of `y`; final states are float32.
+    `chunk_size` is an upper bound and rounded up to a power of two; the kernels limit it further.
+    `x`, `B`, `C` and `y` have the same dtype; final states are float32.
     """
     require_kernel_dtypes("ssd", x, dt, A, B, C, D, initial_states)
     x, B, C = (_rows(t) for t in (x, B.to(x.dtype), C.to(x.dtype)))

@@ -1,4 +1,4 @@
-"""Weights of products: plain tensors, and those that are kept in a narrower number format."""
+"""Weights of products: plain tensors, and weights in a narrower number format."""
 
 from nemotron3.ops.weights.formats import FORMATS, WeightFormat
 from nemotron3.ops.weights.int8 import Int8Weight

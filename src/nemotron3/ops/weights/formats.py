@@ -7,4 +7,4 @@ from nemotron3.ops.weights.quantized import QuantizedWeight
 
 WeightFormat = Literal["int8"]
 FORMATS: dict[str, type[QuantizedWeight]] = {Int8Weight.format: Int8Weight}
-"""Every format by its name. A further one is a class, its kernels, and its line here."""
+"""Every format by its name. To add one, write its class and kernels and add a line here."""

@@ -1,7 +1,7 @@
 """Weights as 8-bit integers, with a scale for each output: w[n, k] = scales[n] codes[n, k].
 
-Activations stay as they are, and sums are float32's. Codes are symmetric, -127 to 127, and a row's
-scale is its largest magnitude over 127, so an element is at most half a scale off.
+Activations are not quantized, and sums are float32. Codes are symmetric, -127 to 127, and a row's
+scale is its largest magnitude divided by 127, so the error of an element is at most half a scale.
 """
 
 from types import MappingProxyType
@@ -45,28 +45,28 @@ class Int8Weight(QuantizedWeight):
 
     @classmethod
     def empty(cls, shape: torch.Size) -> Self:
-        """A weight of this shape without values, on PyTorch's default device."""
+        """An uninitialized weight of this shape, on PyTorch's default device."""
         return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
 
     @classmethod
     def quantize(cls, weight: Tensor) -> Self:
-        """The nearest weight in this format to a matrix [out, in], or one for each expert."""
+        """Quantize a matrix [out, in], or one for each expert, by rounding to nearest."""
         with weight.device:
             return cls.empty(weight.shape).copy_(weight)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the matrix, or matrices, that it stands for."""
+        """Shape of the dequantized weight."""
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix itself, computed in float32 at least and then rounded to `dtype`."""
+        """The dequantized weight, computed in float32 at least and then rounded to `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
         return (self.codes.to(wide) * self.scales.to(wide).unsqueeze(-1)).to(dtype)
 
     @torch.no_grad()
     def copy_(self, values: Weight) -> Self:
-        """Take the values of a tensor, rounded, or those of another weight of the format.
+        """Copy the values of a tensor, quantizing them, or of another weight of this format.
 
         Raises OperandError where a value is not finite.
         """
@@ -87,9 +87,9 @@ class Int8Weight(QuantizedWeight):
         return self
 
     def parts(self) -> dict[str, Tensor]:
-        """Codes under the weight's own name and scales beside it."""
+        """The codes, under the weight's own name, and the scales."""
         return {"": self.codes, "_scale": self.scales}
 
     def __getitem__(self, index: Any) -> Self:
-        """Part of it, in the same memory; `index` is for the axes before the last."""
+        """A view of a part; `index` applies to the axes before the last."""
         return type(self)(self.codes[index], self.scales[index])

@@ -1,4 +1,4 @@
-"""The message that answers a chat, whole or in chunks.
+"""The message that answers a chat, complete or in chunks.
 
 A message contains its reasoning twice, as `reasoning` (vLLM's name) and as `reasoning_content`
 (DeepSeek's name, which most clients read). The content of an empty answer is ""; it is null only in
@@ -23,7 +23,7 @@ from nemotron3.text import CallDelta, ContentDelta, ReasoningDelta
 
 
 class ChatAnswer:
-    """One request's answer, whole or as a stream."""
+    """One request's answer, complete or as a stream."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a body of /v1/chat/completions asks for."""
+"""From a body of /v1/chat/completions to messages, tools and sampling parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ from nemotron3.server.http.errors import invalid_request
 def plan_chat(
     body: ChatBody, tool_call_end: int, defaults: Mapping[str, Any] = NO_DEFAULTS
 ) -> ChatPlan:
-    """What the body asks for; the model's defaults hold where it says nothing."""
+    """The plan of a body; fields that are not given have the model's defaults."""
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     word = None if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     tools = tool_use(body.tools, word, named=named, is_parallel=body.parallel_tool_calls)

@@ -1,4 +1,4 @@
-"""The texts that continue prompts, whole or as a stream.
+"""The texts that continue prompts, complete or as a stream.
 
 Each prompt is a request of its own in the engine, and they run concurrently. A choice's `index`
 counts the answers over all prompts.
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class CompletionAnswer:
-    """The answers to all prompts of one request, whole or as a stream."""
+    """The answers to all prompts of one request, complete or as a stream."""
 
     def __init__(
         self,

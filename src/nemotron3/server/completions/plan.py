@@ -1,4 +1,4 @@
-"""What a body of /v1/completions asks for.
+"""From a body of /v1/completions to prompts and sampling parameters.
 
 `echo` puts the prompt before the answer, with its log-probabilities if `logprobs` is set. With
 `max_tokens: 0` only the prompt is returned: evaluation harnesses score texts by it.
@@ -23,7 +23,7 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def plan_completion(
     body: CompletionBody, defaults: Mapping[str, Any] = NO_DEFAULTS
 ) -> SamplingParams:
-    """What the body asks for; the model's defaults hold where it says nothing."""
+    """The sampling parameters of a body; fields that are not given have the model's defaults."""
     if body.stream_options is not None and not body.stream:
         raise invalid_request("stream_options is for streams; send stream: true", "stream_options")
     if body.stream and (body.echo or body.prompt_logprobs is not None):
@@ -50,7 +50,7 @@ def plan_completion(
 
 
 async def completion_prompts(serving: ServingContext, body: CompletionBody) -> list[Prompt]:
-    """Tokenize the prompts; raises for one that does not fit."""
+    """Tokenize the prompts; raises APIError for one that does not fit the context."""
     given = _prompts_of(body.prompt)
     prompts: list[Prompt] = []
     for one in given:

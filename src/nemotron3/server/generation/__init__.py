@@ -1,1 +1,1 @@
-"""What the endpoints that generate share: from fields of a body to the engine and back."""
+"""Shared code of the endpoints that generate: from fields of a body to the engine and back."""

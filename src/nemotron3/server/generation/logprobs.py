@@ -74,7 +74,7 @@ class CompletionLogprobs:
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        # The sampled token is always listed, also when it is not among the most probable.
+        # The sampled token is always listed, even if it is not among the most probable.
         shown = (*logprob.top, (logprob.token, logprob.logprob))
         return {self._spelled(token): value for token, value in shown}
 

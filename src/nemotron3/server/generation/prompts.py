@@ -12,12 +12,12 @@ from nemotron3.server.http.errors import APIError, client_names, invalid_request
 from nemotron3.text import Tool
 
 _MAX_BYTES_PER_TOKEN = 256
-"""Entries of a vocabulary stand for less text, other than runs of spaces and signs."""
+"""Upper bound of a token's bytes, except for runs of spaces and punctuation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPlan:
-    """What a conversation asks for, at any endpoint: messages, tools, and sampling parameters."""
+    """A request for a conversation, at any endpoint: messages, tools, and sampling parameters."""
 
     messages: Sequence[Any]
     options: Mapping[str, Any]
@@ -26,7 +26,7 @@ class ChatPlan:
     tools: tuple[Tool, ...] = ()
     is_single_call: bool = False
     names: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The request's names for fields that the package calls otherwise, for errors."""
+    """The request's names of fields that have other names in the package, for errors."""
 
 
 async def prepare_chat(llm: AsyncLLM, plan: ChatPlan) -> Prompt:
@@ -66,7 +66,7 @@ async def prepare_text(llm: AsyncLLM, text: str) -> Prompt:
 
 
 def assert_not_hopeless(texts: Iterable[str], max_model_len: int, where: str) -> None:
-    """Refuse texts that are too long however they are tokenized, without tokenizing them."""
+    """Refuse texts that are too long for any tokenization, without tokenizing them."""
     characters = sum(len(text) for text in texts)
     if characters > _MAX_BYTES_PER_TOKEN * max_model_len:
         raise _too_long(f"{where} has {characters:,} characters", max_model_len, where)

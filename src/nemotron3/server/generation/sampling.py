@@ -1,6 +1,6 @@
-"""Sampling: the fields that all endpoints have in common, and `SamplingParams` made of them.
+"""Sampling: the fields that all endpoints have in common, and their conversion to `SamplingParams`.
 
-The names are OpenAI's where it has one, and vLLM's where it has none.
+The names are OpenAI's, and vLLM's for parameters that OpenAI does not have.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ _SAME_NAME = (
 )
 
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
-"""Defaults of a model whose directory has none."""
+"""The defaults of a model whose directory has none."""
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
-"""Names of an endpoint whose fields are called as in `SamplingParams`."""
+"""The names of an endpoint whose fields have the names of `SamplingParams`."""
 
 _NOT_HERE = {
     "use_beam_search": Unsupported("ask for several answers with `n`", (False,)),
@@ -136,7 +136,7 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
 def one_of(spellings: Mapping[str, Any]) -> tuple[str, Any]:
     """The value of a setting that has several names, and the name that the request uses.
 
-    Names that are given must agree; where none is, it is the first with None.
+    The given names must agree; if none is given, the result is the first name with None.
     """
     said = {name: value for name, value in spellings.items() if value is not None}
     name, value = next(iter(said.items()), (next(iter(spellings)), None))

@@ -20,7 +20,7 @@ Notes = MutableMapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ServingContext:
-    """The engine, its metrics, and what requests of all endpoints need to know."""
+    """The engine, its metrics, and the settings that requests of all endpoints share."""
 
     llm: AsyncLLM
     metrics: ServerMetrics
@@ -42,8 +42,8 @@ class ServingContext:
     async def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "RequestHandle":
         """Submit a request to the engine; raises if its queue is full or the request is invalid.
 
-        A grammar is compiled in another thread. An answer without `max_tokens` has that of the
-        model's directory. `notes` become part of the log record of the HTTP request.
+        A grammar is compiled in another thread. Without `max_tokens`, the default of the model's
+        directory is used. `notes` become part of the log record of the HTTP request.
         """
         params = self.llm.with_default_length(prompt, params)
         wanted = params.structured
@@ -75,7 +75,7 @@ class ServingContext:
 
 
 class RequestHandle:
-    """One request in the engine: its answers delta by delta, then as a whole."""
+    """One request in the engine: its deltas, then its complete output."""
 
     def __init__(
         self,
@@ -143,14 +143,14 @@ class RequestHandle:
         self._notes["completion_tokens"] = self._notes.get("completion_tokens", 0) + num_tokens
 
     async def whole(self) -> RequestOutput:
-        """Wait for the end and return the whole output."""
+        """Wait for the end and return the complete output."""
         async with aclosing(self.deltas()) as deltas:
             async for _ in deltas:
                 pass
         return self.output()
 
     def output(self) -> RequestOutput:
-        """The whole output, once all deltas have been read."""
+        """The complete output, after all deltas have been read."""
         return self._stream.output()
 
     async def stop(self) -> None:
@@ -161,7 +161,7 @@ class RequestHandle:
 def finish_of(reason: FinishReason | None, arguments: Sequence[str]) -> str:
     """OpenAI's `finish_reason` of an answer; `arguments` are those of its calls.
 
-    It is `tool_calls` only if all arguments are whole JSON: a call that was cut off cannot be
+    It is `tool_calls` only if all arguments are complete JSON: a call that was cut off cannot be
     executed.
     """
     if reason is FinishReason.STOP and arguments and all(map(is_whole_json, arguments)):

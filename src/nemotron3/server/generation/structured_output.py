@@ -1,4 +1,4 @@
-"""Structured output that a request asks for: a JSON schema, regex, choice or grammar."""
+"""The structured output of a request: a JSON schema, regex, choice or grammar."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from nemotron3.server.http.errors import invalid_request
 class StructuredOutputsBody(Body):
     """vLLM's `structured_outputs`: exactly one of these fields is given."""
 
-    # A field called `json` would hide a method of the class above.
+    # A field called `json` would hide a method of the base class.
     json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
@@ -33,7 +33,7 @@ class StructuredOutputsBody(Body):
 
 
 def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | None:
-    """The one output that vLLM's `structured_outputs` asks for."""
+    """The structured output of vLLM's `structured_outputs`."""
     if body is None:
         return None
     said: dict[GrammarKind, Any] = {
@@ -62,7 +62,7 @@ def structured_output(body: StructuredOutputsBody | None) -> StructuredOutput | 
 def select_structured_output(
     tools: ToolUse, *outputs: StructuredOutput | None
 ) -> StructuredOutput | None:
-    """The one structured output that a request asks for, in whichever of its fields."""
+    """The structured output of a request from any of its fields; raises if there are several."""
     given = [output for output in outputs if output is not None]
     if not given:
         return tools.structured

@@ -1,8 +1,8 @@
-"""What a request says of reasoning: whether, how hard, and for how many tokens the model thinks.
+"""The reasoning settings of a request: whether to reason, the effort, and the token budget.
 
 A reasoning budget has three names: `reasoning_budget` (NVIDIA's), `thinking_token_budget` (vLLM's),
-and either of them inside `chat_template_kwargs`. They are one setting. Two of them that differ are
-an error, because whichever was taken, the client would not get what the other one says.
+and either of them inside `chat_template_kwargs`. They are one setting, so different values are an
+error.
 """
 
 from collections.abc import Mapping
@@ -37,20 +37,20 @@ class ChatTemplateKwargs(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Thinking:
-    """What a request says of reasoning, by whichever fields."""
+    """The reasoning settings of a request, from all of its fields."""
 
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Keyword arguments of `AsyncLLM.prepare_chat`."""
     budget: int | None = None
     """Most tokens of reasoning; None for no limit."""
     names: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The request's names for the budget and for the options, where they differ."""
+    """The request's names of the budget and of the options, if they differ from this package's."""
 
 
 def reasoning_budget(
     body: SamplingBody, template: ChatTemplateKwargs | None = None
 ) -> tuple[str, int | None]:
-    """The reasoning budget of a request, and the name of the field that says it."""
+    """The name of the field with the reasoning budget of a request, and the budget."""
     spellings = {
         "reasoning_budget": body.reasoning_budget,
         "thinking_token_budget": body.thinking_token_budget,
@@ -70,11 +70,11 @@ def resolve_thinking(
     *,
     effort_field: str = "reasoning_effort",
 ) -> Thinking:
-    """Join the reasoning effort, `chat_template_kwargs` and the budget.
+    """Combine the reasoning effort, `chat_template_kwargs` and the budget.
 
-    The effort `none` is a closed `<think></think>`; `high` is how the models think unless told
-    otherwise; `low` and `medium` are hints that Super and Ultra were trained with, and an error for
-    other models. `effort_field` is the endpoint's name for `effort`.
+    The effort `none` is a closed `<think></think>`; `high` is the default of the models; `low` and
+    `medium` are hints with which Super and Ultra were trained, and an error for other models.
+    `effort_field` is the endpoint's name for `effort`.
     """
     budget_name, budget = reasoning_budget(body, template)
     template = template or ChatTemplateKwargs()

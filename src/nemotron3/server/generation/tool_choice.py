@@ -35,7 +35,7 @@ def tool_use(
     named: str | None = None,
     is_parallel: bool | None = None,
 ) -> ToolUse:
-    """Read `tools`, `tool_choice` (a word, or a function's name) and `parallel_tool_calls`."""
+    """Read `tools`, `tool_choice` (a mode, or a function's name) and `parallel_tool_calls`."""
     parsed = parse_tools(tools)
     if len({tool.name for tool in parsed}) < len(parsed):
         raise invalid_request(

@@ -1,9 +1,9 @@
 """Bodies of requests: JSON objects that are strict and closed.
 
-Types are not converted ("0.5" is no number), unknown names are refused, and names that other
-servers know but that do nothing here are refused with what to do instead, unless their value asks
-for what happens anyway (`Unsupported.harmless`). Ranges are not checked here: `SamplingParams`
-does, for every way in.
+Types are not converted ("0.5" is not a number), and unknown names are refused. Parameters of other
+servers that are not supported are refused with an alternative, unless their value asks for the
+default behaviour (`Unsupported.harmless`). Ranges are not checked here but in `SamplingParams`, for
+all entry points.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A parameter of other servers: what to do instead, and values of it that change nothing."""
+    """An unsupported parameter of other servers: the alternative, and values without effect."""
 
     remedy: str
     harmless: tuple[Any, ...] = ()

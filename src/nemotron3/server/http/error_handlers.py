@@ -88,8 +88,8 @@ def _validation_error(error: RequestValidationError) -> APIError:
 def _place(parts: Sequence[str | int], body: Any, *, is_missing: bool) -> str | None:
     """The dotted name of the field that pydantic refused; None for the whole body.
 
-    Where a field may be of several types, pydantic adds the type that it tried to the place. Such a
-    part leads nowhere in the body and is left out.
+    If a field may have several types, pydantic adds the type that it tried to the path. Such a part
+    does not exist in the body and is omitted.
     """
     name, value = "", body
     for i, part in enumerate(parts):

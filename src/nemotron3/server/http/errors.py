@@ -51,7 +51,7 @@ class APIError(Exception):
 
 @contextmanager
 def client_names(names: Mapping[str, str]) -> Generator[None, None, None]:
-    """Raise errors of fields under the names that the client has for them.
+    """Re-raise errors of fields under the client's names of these fields.
 
     `names` maps the package's names to the client's.
     """

@@ -1,7 +1,7 @@
 """Metrics for Prometheus at /metrics: requests, latencies, and the counters of the engine.
 
-The registry belongs to one server, so two in one process keep their counts apart. The engine's
-counts are read when they are asked for. Names are `nemotron3_` and a quantity with its unit.
+The registry belongs to one server, so two servers in one process have separate counts. The engine's
+counts are read at each scrape. Names are `nemotron3_` and a quantity with its unit.
 """
 
 from collections.abc import Callable, Iterable

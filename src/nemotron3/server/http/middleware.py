@@ -1,9 +1,9 @@
 """The middleware around the application; every request passes it before its handler.
 
-It is plain ASGI and does what concerns all requests: the request id (`x-request-id`, taken from the
-request or made, and always returned), one log record and one count, the API key, the limit of the
-body, and a check that the body is JSON. It reads the whole body, because the size and the syntax
-decide whether the handler runs. An unexpected exception becomes a 500 with the request id here.
+It is plain ASGI and handles what concerns all requests: the request id (`x-request-id`, taken from
+the request or generated, and always returned), one log record and one count, the API key, the limit
+of the body's size, and a check that the body is JSON. It reads the whole body before the handler
+runs. It turns an unexpected exception into a 500 with the request id.
 
 A request must declare its body as JSON in `Content-Type`. Browsers send bodies of other types to
 any address without a preflight request, so every page that a user visits could start generation.
@@ -38,7 +38,7 @@ _OPEN_PATHS = frozenset({"/", "/health"})  # the page and the probe need no key
 _ALWAYS_PATHS = frozenset({"/", "/health", "/metrics"})  # answered while draining too
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _JSON = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
-_CLIENT_GONE = 499
+_CLIENT_CLOSED_REQUEST = 499
 _BODY_TIMEOUT_S = 60.0
 """Seconds for a body to arrive; a client that stalls would block a graceful shutdown."""
 
@@ -131,7 +131,7 @@ class RequestMiddleware:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ClientGoneError
+                raise ClientDisconnectedError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._max_body_bytes:
@@ -140,7 +140,7 @@ class RequestMiddleware:
                 break
         body = b"".join(parts)
         try:
-            # Stricter than the standard library: no NaN, no half of a surrogate pair.
+            # Stricter than the standard library: no NaN, no unpaired surrogate.
             from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise invalid_request(f"the body is not JSON: {error}", code="invalid_json") from error
@@ -171,11 +171,11 @@ class RequestMiddleware:
         access_log.info("request", extra={"fields": fields})
 
 
-class ClientGoneError(APIError):
+class ClientDisconnectedError(APIError):
     """The client has disconnected; the status is for the log only."""
 
     def __init__(self) -> None:
-        super().__init__(_CLIENT_GONE, "the client went away", code="client_gone")
+        super().__init__(_CLIENT_CLOSED_REQUEST, "the client went away", code="client_gone")
 
 
 class RequestContext:
@@ -186,7 +186,7 @@ class RequestContext:
         given = headers.get(b"x-request-id", b"")
         is_usable = _REQUEST_ID.fullmatch(given) is not None
         self.request_id = given.decode("ascii") if is_usable else uuid.uuid4().hex
-        self.status = _CLIENT_GONE
+        self.status = _CLIENT_CLOSED_REQUEST
         self.notes: dict[str, Any] = {}
         self._send = send
         self._has_started = False
@@ -218,7 +218,7 @@ class RequestContext:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body that was read, and then what the client sends next."""
+    """A `receive` that first returns the body that was read, then the client's next messages."""
     waiting = [body]
 
     async def replayed() -> Message:

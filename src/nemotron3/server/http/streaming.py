@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
 
-from nemotron3.server.http.middleware import ClientGoneError, Receive, Scope, Send
+from nemotron3.server.http.middleware import ClientDisconnectedError, Receive, Scope, Send
 
 T = TypeVar("T")
 Stop = Callable[[], Awaitable[None]]
@@ -45,8 +45,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         try:
-            await unless_gone(receive, self._write(send), self._stop)
-        except ClientGoneError:
+            await cancel_on_disconnect(receive, self._write(send), self._stop)
+        except ClientDisconnectedError:
             # The response has started, so no error can be sent.
             scope["state"]["notes"]["client_left"] = True
 
@@ -60,8 +60,8 @@ class EventStream(Response):
 
 
 async def submitted(request: Request, job: Coroutine[Any, Any, T]) -> T:
-    """The result of a submission; cancelled if the client disconnects while its grammar waits."""
-    return await unless_gone(request.receive, job, _nothing)
+    """The result of a submission; cancelled if the client disconnects before it is done."""
+    return await cancel_on_disconnect(request.receive, job, _nothing)
 
 
 async def _nothing() -> None:
@@ -70,28 +70,29 @@ async def _nothing() -> None:
 
 async def answered(request: Request, job: Coroutine[Any, Any, T], stop: Stop) -> T:
     """The result of a job; cancelled, and `stop` called, if the client disconnects."""
-    return await unless_gone(request.receive, job, stop)
+    return await cancel_on_disconnect(request.receive, job, stop)
 
 
-async def unless_gone(receive: Receive, job: Coroutine[Any, Any, T], stop: Stop) -> T:
-    """Run a job to its end, or cancel it and raise `ClientGoneError` if the client disconnects.
+async def cancel_on_disconnect(receive: Receive, job: Coroutine[Any, Any, T], stop: Stop) -> T:
+    """Run a job to its end; cancel it and raise ClientDisconnectedError if the client disconnects.
 
-    `stop` is called in any case: a job that was cancelled before it began cleans up nothing.
+    `stop` is called in any case, because a job that is cancelled before it begins does not clean
+    up.
     """
     working = asyncio.ensure_future(job)
-    leaving = asyncio.ensure_future(_leaves(receive))
+    disconnected = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGoneError
+            raise ClientDisconnectedError
         return working.result()
     finally:
-        for task in (working, leaving):
+        for task in (working, disconnected):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, disconnected, return_exceptions=True)
         await stop()
 
 
-async def _leaves(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The response to items, whole or as a stream of events."""
+"""The response to items, complete or as a stream of events."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -19,7 +19,7 @@ from nemotron3.server.responses.store import ResponseStore
 
 
 class ResponseAnswer:
-    """One request's answer, whole or as a stream of events."""
+    """One request's answer, complete or as a stream of events."""
 
     def __init__(
         self,

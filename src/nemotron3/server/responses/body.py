@@ -54,8 +54,8 @@ class NamedFunctionTool(Body):
 class ResponsesBody(SamplingBody):
     """Items to answer, alone or after a stored response.
 
-    `include: ["reasoning.encrypted_content"]` has no effect: it asks for reasoning that can be sent
-    back, and all reasoning is returned as plain text that can be.
+    `include: ["reasoning.encrypted_content"]` has no effect: it asks for reasoning that the client
+    can send back, and all reasoning is returned as plain text, which it can send back.
     """
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {

@@ -1,7 +1,7 @@
-"""The events that build up the items of a response.
+"""The events that build the items of a response.
 
 An item begins with `output_item.added`, grows by deltas, and ends with `output_item.done`, which
-has its whole content. Items do not overlap: one ends when a delta of another kind arrives.
+has its complete content. Items do not overlap: one ends when a delta of another kind arrives.
 """
 
 from typing import Any
@@ -136,7 +136,7 @@ class ItemEvents:
             events.append(
                 self._at("response.function_call_arguments.done", name=name, arguments=text)
             )
-            # A call may be cut off by the start of another one.
+            # The start of another call may cut off a call.
             is_whole = is_whole_json(text)
             item = {
                 **opened,

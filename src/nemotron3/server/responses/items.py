@@ -29,10 +29,10 @@ def items_of(given: str | Sequence[Item]) -> list[Item]:
 def messages_of(
     items: Sequence[Item], instructions: str | None, *, num_stored: int = 0
 ) -> list[dict[str, Any]]:
-    """The conversation as the chat template takes it.
+    """The conversation as messages for the chat template.
 
     The first `num_stored` items come from the previous response, the others are the request's
-    `input`. Raises `DataError` with the place of what is wrong.
+    `input`. Raises `DataError` with the place of the mistake.
     """
     turns = _Turns()
     if instructions is not None:
@@ -50,7 +50,7 @@ def messages_of(
 
 
 class _Turns:
-    """The messages so far, and the turn of the assistant that items are joined to."""
+    """The messages so far, and the assistant's turn to which items are added."""
 
     def __init__(self) -> None:
         self._messages: list[dict[str, Any]] = []

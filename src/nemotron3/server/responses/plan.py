@@ -1,4 +1,4 @@
-"""What a body of /v1/responses asks for."""
+"""From a body of /v1/responses to messages, tools and sampling parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def plan_response(
     tool_call_end: int,
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> ChatPlan:
-    """What the body asks for; the model's defaults hold where it says nothing.
+    """The plan of a body; fields that are not given have the model's defaults.
 
     `items` are those of `conversation`.
     """

@@ -1,0 +1,1 @@
+"""Measuring models: environments, held-out text, public tasks, and the statistics to compare."""

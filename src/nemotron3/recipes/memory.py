@@ -1,0 +1,131 @@
+"""The memory of a run: planned before it begins, said in a line, refused where it cannot fit.
+
+A GPU's memory is the run's alone, so what forward and backward pass keep counts, by half of its
+upper bound. The host can swap, and frees what others hold, so
+there only what is certain counts: weights, gradients and optimizer moments.
+"""
+
+import torch
+
+from nemotron3.checkpoint import ShardedReader
+from nemotron3.errors import ConfigError
+from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.engine.memory import engine_parts
+from nemotron3.models import huggingface
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.rl import RLRun
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.sft import SFTRun
+from nemotron3.runtime.devices import has_memory_of_its_own
+from nemotron3.runtime.memory import (
+    MemoryPart,
+    MemoryPlan,
+    in_units,
+    plan_of,
+    usable_memory_bytes,
+)
+from nemotron3.training.memory_plan import (
+    LowRankPlan,
+    least_bytes,
+    merged_copy_bytes,
+    training_parts,
+)
+from nemotron3.training.trainer import TrainingConfig
+
+_NAMED = 3
+
+
+def announce_memory(
+    run: PretrainRun | SFTRun | RLRun, device: torch.device, callback: RunCallback
+) -> None:
+    """Say what a run will keep in memory; ConfigError where the device cannot hold it."""
+    plan, usable = run_plan(run, device), usable_memory_bytes(device)
+    check_memory(plan, device, usable)
+    of = "" if usable is None else f" of {in_units(usable)}"
+    callback.stage(f"Memory, at most about {in_units(plan.total)}{of}: {plan.line()}")
+
+
+def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryPlan:
+    """What a run keeps in the memory of its device at its highest point."""
+    config = run.model if isinstance(run, PretrainRun) else huggingface.read_config(run.model)
+    depths = config.pattern.num_mtp_depths if run.loss.mtp_loss_scaling else 0
+    if not isinstance(run, RLRun):
+        return memory_plan(config, run.training, device, mtp_depths=depths)
+    engine = EngineConfig(
+        max_num_seqs=run.max_num_seqs,
+        max_model_len=run.rollouts.max_context,
+        max_draft_tokens=0,
+        return_routed_experts=run.replays_routes,
+    )
+    reference = ShardedReader(run.model).total_bytes if run.loss.kl else 0
+    return memory_plan(
+        config,
+        run.training,
+        device,
+        mtp_depths=depths,
+        engine=engine,
+        reference_bytes=reference,
+    )
+
+
+def memory_plan(
+    config: ModelConfig,
+    training: TrainingConfig,
+    device: torch.device,
+    *,
+    mtp_depths: int = 0,
+    low_rank: LowRankPlan | None = None,
+    engine: EngineConfig | None = None,
+    reference_bytes: int = 0,
+    device_bytes: int | None = None,
+) -> MemoryPlan:
+    """What training keeps, with an engine beside it that plays rollouts, and a frozen reference.
+
+    `device_bytes` is the memory of a GPU that this machine need not have.
+    """
+    gpu_bytes = None
+    if has_memory_of_its_own(device):
+        gpu_bytes = device_bytes or usable_memory_bytes(device)
+    parts = training_parts(
+        config, training, mtp_depths=mtp_depths, low_rank=low_rank, gpu_bytes=gpu_bytes
+    )
+    if engine is not None:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        length = engine.max_model_len or config.max_position_embeddings
+        parts += engine_parts(model, engine, device, length)
+        # An engine's model has merged copies of the weights that an adapter changes.
+        copies = 0 if low_rank is None else merged_copy_bytes(config, low_rank)
+        parts.append(MemoryPart(name="engine merged weights", num_bytes=copies))
+    parts.append(MemoryPart(name="reference model", num_bytes=reference_bytes))
+    return plan_of(parts)
+
+
+def needed_bytes(plan: MemoryPlan, device: torch.device) -> int:
+    """What a device must have at least: nothing that fits is refused."""
+    if not has_memory_of_its_own(device):
+        return plan.certain
+    return least_bytes(plan)
+
+
+def check_memory(plan: MemoryPlan, device: torch.device, usable: int | None) -> None:
+    """Raise ConfigError where a device cannot hold a plan; it names the largest parts."""
+    needed = needed_bytes(plan, device)
+    if usable is None or needed <= usable:
+        return
+    largest = ", ".join(f"{part.name} {in_units(part.num_bytes)}" for part in plan.largest[:_NAMED])
+    remedies = ["take a smaller model", "or a device with more memory"]
+    if plan.certain <= usable:
+        remedies = [
+            "set training.microbatch_size or training.seq_len to less",
+            "training.recompute to true",
+            "or training.precision.activations to bfloat16",
+        ]
+    elif not any(part.name == "adapter" for part in plan.parts):
+        remedies.insert(0, "train an adapter (LoRA) instead of all parameters")
+    raise ConfigError(
+        f"the run needs {in_units(needed)} of memory at least and {device.type} has "
+        f"{in_units(usable)} ({largest}); {', '.join(remedies)}"
+    )

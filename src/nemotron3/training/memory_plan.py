@@ -1,0 +1,290 @@
+"""What training keeps in memory, part by part, computed on a model without memory.
+
+Weights, gradients and optimizer moments are counted exactly. What forward and backward pass keep is
+an upper bound, from what each mixer declares (`MixerConfig.kept_activations`), for the Triton and
+the compiled CPU kernels. The sum of all parts is above the highest point of any update: with one
+microbatch per update, gradients grow while activations go, and the sum of both is never reached.
+Memory of the process itself, its libraries and the gaps between tensors come on top.
+
+Products run in the dtype of their activations. A weight of another dtype is cast for that, and the
+copy is kept for the backward pass; likewise the sum W + B A of a weight with a low-rank change.
+With `recompute` there are the copies and activations of one block at a time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from nemotron3.models.block import Block
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.parameter import ParameterSpec, parameter_specs
+from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
+from nemotron3.runtime.memory import MemoryPart, MemoryPlan
+from nemotron3.training.optimizers import AdamWConfig, OptimizerConfig, SGDConfig
+from nemotron3.training.parameter_groups import group_of_parameters
+from nemotron3.training.trainer import TrainingConfig
+
+WEIGHTS, ADAPTER = "weights", "adapter"
+GRADIENTS, MOMENTS = "gradients", "optimizer moments"
+COPIES, ACTIVATIONS, LOSS, BACKWARD = (
+    "cast or merged weights",
+    "activations",
+    "output layer and loss",
+    "backward pass",
+)
+_LEAST_OF_ESTIMATE = 0.5
+"""Of the upper bounds; in updates of small models it was 0.55 or more."""
+_TOKENS_OF_SEQUENCE = 512
+"""Of packed sequences, which each keep an initial state: assumed to be no shorter on average."""
+_SHARE_FOR_LOGITS = 1 / 64
+"""Of a GPU's memory (ops/cross_entropy/triton.py)."""
+_OUTPUT_LAYER, _MTP = "lm_head", "mtp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankPlan:
+    """A low-rank change of some products, with everything else frozen."""
+
+    rank: int
+    is_adapted: Callable[[str], bool]
+    """Whether the product of a name, such as `backbone.layers.0.mixer.in_proj`, has a change."""
+    frozen_dtype: torch.dtype = torch.float32
+    """In which the frozen weights are kept."""
+
+
+def adapted_products(*targets: str) -> Callable[[str], bool]:
+    """Whether a product is named by one of the targets; without any, those of all layers are.
+
+    A target is a name or its end, such as `in_proj`; `*` is anything. Without targets, Mamba's
+    `out_proj` is left out, which PEFT refuses for this family.
+    """
+
+    def is_adapted(name: str) -> bool:
+        if not targets:
+            return name != _OUTPUT_LAYER and not name.endswith(".out_proj")
+        return any(fnmatchcase(name, t) or fnmatchcase(name, f"*.{t}") for t in targets)
+
+    return is_adapted
+
+
+def training_parts(
+    config: ModelConfig,
+    training: TrainingConfig,
+    *,
+    mtp_depths: int,
+    low_rank: LowRankPlan | None = None,
+    gpu_bytes: int | None = None,
+) -> list[MemoryPart]:
+    """The parts of training a model; `gpu_bytes` is a GPU's whole memory, None for a CPU.
+
+    `mtp_depths` is the number of MTP depths in the loss, `Objective.mtp_depths`.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    parameters = _Parameters(model, training, low_rank)
+    tokens = training.microbatch_size * training.seq_len
+    sequences = max(training.microbatch_size, -(-tokens // _TOKENS_OF_SEQUENCE))
+    dtype = training.precision.dtype
+    passes = _passes(model, mtp_depths)
+    kept = [block.kept_bytes(tokens, sequences, dtype) for block in passes]
+    copies = [parameters.copied_bytes(block, dtype) for block in passes]
+    inputs = [block.input_bytes(tokens, dtype) for block in passes]
+    final = 2 * tokens * config.hidden_size * dtype.itemsize  # the last norm's input and result
+    held = sum(inputs) + max(kept) if training.recompute else sum(inputs) + sum(kept)
+    held_copies = max(copies) if training.recompute else sum(copies)
+    loss = _loss_bytes(parameters, tokens, 1 + mtp_depths, dtype, gpu_bytes)
+    backward = max(kept) + parameters.backward_bytes(dtype)
+    return [
+        MemoryPart(name=WEIGHTS, num_bytes=parameters.weight_bytes),
+        MemoryPart(name=ADAPTER, num_bytes=parameters.adapter_bytes),
+        MemoryPart(name=GRADIENTS, num_bytes=4 * parameters.num_trained),
+        MemoryPart(name=MOMENTS, num_bytes=parameters.moment_bytes(training.optimizer)),
+        MemoryPart(name=COPIES, num_bytes=held_copies, is_estimate=True),
+        MemoryPart(name=ACTIVATIONS, num_bytes=held + final, is_estimate=True),
+        MemoryPart(name=LOSS, num_bytes=loss, is_estimate=True),
+        MemoryPart(name=BACKWARD, num_bytes=backward, is_estimate=True),
+    ]
+
+
+def least_bytes(plan: MemoryPlan) -> int:
+    """What training that is planned so needs at least, by half of the upper bounds.
+
+    With one microbatch per update, the first gradient comes when most activations have gone.
+    """
+    gradients = sum(part.num_bytes for part in plan.parts if part.name == GRADIENTS)
+    estimates = plan.total - plan.certain
+    return max(plan.certain, plan.certain - gradients + int(_LEAST_OF_ESTIMATE * estimates))
+
+
+def merged_copy_bytes(config: ModelConfig, low_rank: LowRankPlan) -> int:
+    """Of copies of all adapted weights with their changes, in the dtype of the frozen ones."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    specs = parameter_specs(model)
+    return sum(
+        parameter.numel() * low_rank.frozen_dtype.itemsize
+        for name, parameter in model.named_parameters()
+        if specs[name].quantizes and low_rank.is_adapted(_product(name))
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One block of the backbone, or the MTP block at one depth, in a forward pass."""
+
+    prefix: str
+    """Of its parameters' names."""
+    blocks: Sequence[Block]
+    width: int
+    """Of the residual stream."""
+    own_width: int
+    """Of what it keeps beside its blocks: the norms and the projection of an MTP depth."""
+    input_width: int
+
+    def input_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        return tokens * self.input_width * dtype.itemsize
+
+    def kept_bytes(self, tokens: int, sequences: int, dtype: torch.dtype) -> int:
+        total = tokens * self.own_width * dtype.itemsize
+        for block in self.blocks:
+            kept = block.kind.kept_activations(self.width, dtype)
+            total += tokens * kept.per_token + sequences * kept.per_sequence
+        return total
+
+
+def _passes(model: LanguageModel, mtp_depths: int) -> list[_Pass]:
+    width = model.config.hidden_size
+    passes = [
+        _Pass(f"backbone.layers.{index}.", [block], width, 0, width)
+        for index, block in enumerate(_blocks(model.backbone.layers))
+    ]
+    if model.mtp is not None and mtp_depths:
+        blocks = _blocks(model.mtp.layers)
+        # Both halves joined, each block's input, and the final norm's; the halves come from before.
+        own = (2 + len(blocks) + 1) * width
+        passes += [_Pass(f"{_MTP}.", blocks, width, own, 2 * width)] * mtp_depths
+    return passes
+
+
+def _blocks(layers: nn.ModuleList) -> list[Block]:
+    return [layer for layer in layers if isinstance(layer, Block)]
+
+
+class _Parameters:
+    """The parameters of a run: what is trained, and in which dtype the rest is kept."""
+
+    def __init__(
+        self, model: LanguageModel, training: TrainingConfig, low_rank: LowRankPlan | None
+    ) -> None:
+        self.specs = parameter_specs(model)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.buffer_bytes = sum(4 * b.numel() for b in model.buffers())
+        self.low_rank = low_rank
+        members = group_of_parameters(model, training.parameter_groups)
+        frozen = {name for name in self.shapes if name in members and members[name].is_frozen}
+        self.trained = [] if low_rank else [name for name in self.shapes if name not in frozen]
+        self.adapted = {
+            name
+            for name, spec in self.specs.items()
+            if low_rank and spec.quantizes and low_rank.is_adapted(_product(name))
+        }
+        self.output = "backbone.embeddings.weight"
+        if f"{_OUTPUT_LAYER}.weight" in self.shapes:
+            self.output = f"{_OUTPUT_LAYER}.weight"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the model's own parameters and buffers."""
+        trained = set(self.trained)
+        parts = (
+            shape.numel() * (4 if name in trained else self._dtype(name).itemsize)
+            for name, shape in self.shapes.items()
+        )
+        return sum(parts) + self.buffer_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the changes of adapted products, in float32."""
+        return 4 * sum(sum(part.numel() for part in self._changes(name)) for name in self.adapted)
+
+    @property
+    def num_trained(self) -> int:
+        """Elements with a gradient."""
+        return sum(self.shapes[name].numel() for name in self.trained) + self.adapter_bytes // 4
+
+    def moment_bytes(self, optimizer: OptimizerConfig) -> int:
+        """Of the optimizer's state: float32, and AdamW's counter of steps for each tensor."""
+        tensors = len(self.trained) + 2 * len(self.adapted)
+        match optimizer:
+            case AdamWConfig():
+                return 2 * 4 * self.num_trained + 4 * tensors
+            case SGDConfig(momentum=momentum):
+                return 4 * self.num_trained if momentum else 0
+
+    def copied_bytes(self, block: _Pass, dtype: torch.dtype) -> int:
+        """Of products' weights that a pass computes and keeps: cast, or with a change added."""
+        return sum(
+            self.shapes[name].numel() * dtype.itemsize
+            for name in self._products(block.prefix)
+            if name in self.adapted or self._dtype(name) != dtype
+        )
+
+    def backward_bytes(self, dtype: torch.dtype) -> int:
+        """Most bytes of gradients on their way: a new one beside the sum, and its narrow form.
+
+        An adapted weight has the float32 sum or its gradient, and its base in float32, instead.
+        """
+        narrow = dtype.itemsize if dtype.itemsize < 4 else 0
+        largest = max((self.shapes[name].numel() for name in self.trained), default=0)
+        adapted = max((self.shapes[name].numel() for name in self.adapted), default=0)
+        base = 4 if self.low_rank and self.low_rank.frozen_dtype.itemsize < 4 else 0
+        return max(largest * (4 + narrow), adapted * (4 + base + narrow))
+
+    @property
+    def is_output_trained(self) -> bool:
+        """Whether the output layer has a gradient."""
+        return self.output in self.trained or self.output in self.adapted
+
+    def dtype_of_output(self) -> torch.dtype:
+        return self._dtype(self.output)
+
+    def _products(self, prefix: str) -> Iterable[str]:
+        return (n for n, spec in self.specs.items() if spec.quantizes and n.startswith(prefix))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if self.low_rank is None:
+            return torch.float32
+        spec: ParameterSpec = self.specs[name]
+        return spec.dtype(self.low_rank.frozen_dtype)
+
+    def _changes(self, name: str) -> tuple[torch.Size, torch.Size]:
+        assert self.low_rank is not None
+        *experts, d_out, d_in = self.shapes[name]
+        rank = self.low_rank.rank
+        return torch.Size((*experts, rank, d_in)), torch.Size((*experts, d_out, rank))
+
+
+def _product(name: str) -> str:
+    """A product's name from its parameter's: that of stacked experts is the parameter's own."""
+    return name.removesuffix(".weight")
+
+
+def _loss_bytes(
+    parameters: _Parameters, tokens: int, heads: int, dtype: torch.dtype, gpu_bytes: int | None
+) -> int:
+    """Gradients that a loss makes on its way, of hidden states and output layer, and its logits."""
+    vocab, width = parameters.shapes[parameters.output]
+    d_weight = 4 * vocab * width if parameters.is_output_trained else 0
+    d_hidden = tokens * width * dtype.itemsize
+    if gpu_bytes is None:
+        logits = 4 * min(tokens * vocab, max(CACHED_LOGITS, vocab))
+    else:
+        logits = min(tokens * vocab * dtype.itemsize, int(gpu_bytes * _SHARE_FOR_LOGITS))
+    narrow = vocab * width * dtype.itemsize
+    cast = narrow if parameters.dtype_of_output() != dtype else 0
+    product = narrow if d_weight and dtype.itemsize < 4 else 0
+    return heads * (d_weight + d_hidden) + logits + cast + product

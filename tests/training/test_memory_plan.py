@@ -1,0 +1,274 @@
+"""A plan's bytes are those of real tensors, and its upper bounds are bounds."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import PrecisionConfig
+from nemotron3.ops import native
+from nemotron3.runtime.memory import plan_of
+from nemotron3.training.memory_plan import (
+    ACTIVATIONS,
+    ADAPTER,
+    COPIES,
+    GRADIENTS,
+    LOSS,
+    MOMENTS,
+    WEIGHTS,
+    LowRankPlan,
+    adapted_products,
+    least_bytes,
+    merged_copy_bytes,
+    training_parts,
+)
+from nemotron3.training.optimizers import (
+    AdamWConfig,
+    SGDConfig,
+    build_optimizer,
+    optimizer_tensors,
+)
+from nemotron3.training.parameter_groups import ParameterGroupConfig, freeze_parameters
+from nemotron3.training.schedules import Constant
+from nemotron3.training.step import TrainingStep
+from nemotron3.training.trainer import TrainingConfig
+from tests.tiny import qwen_config, tiny_config
+from tests.training.batches import documents, forward, pack, pretraining
+
+MODELS = {
+    "every mixer": tiny_config("MEM*E-/*E/*E"),
+    "tied": tiny_config("ME*-", tie_word_embeddings=True),
+    "qwen": qwen_config(),
+    "tiny": ModelConfig.preset("tiny"),
+}
+every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+TOLERANCE = 1.4
+"""How far an upper bound may be above what a small model keeps."""
+
+
+def training_config(**changes):
+    fields = {
+        "steps": 1,
+        "batch_size": 2,
+        "microbatch_size": 2,
+        "seq_len": 128,
+        "optimizer": AdamWConfig(lr=1e-3),
+        "schedule": Constant(),
+    }
+    return TrainingConfig(**(fields | changes))
+
+
+def planned(config, training=None, *, mtp_depths=0, **options):
+    training = training or training_config()
+    parts = training_parts(config, training, mtp_depths=mtp_depths, **options)
+    return {part.name: part.num_bytes for part in parts}
+
+
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def updated(config, training):
+    """A real model and its optimizer, after an update whose gradients are all there."""
+    model = LanguageModel.from_config(config)
+    freeze_parameters(model, training.parameter_groups)
+    optimizer = build_optimizer(model, training.optimizer, training.parameter_groups)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+@every_model
+@pytest.mark.parametrize(
+    "optimizer", [AdamWConfig(lr=1e-3), SGDConfig(lr=1e-3), SGDConfig(lr=1e-3, momentum=0.0)]
+)
+@pytest.mark.parametrize("frozen", [(), ("*.norm.weight", "backbone.layers.0.*")])
+def test_weights_gradients_and_moments_are_exact(config, optimizer, frozen):
+    groups = ()
+    if frozen:
+        groups = (ParameterGroupConfig(name="some", parameters=frozen, is_frozen=True),)
+    training = training_config(optimizer=optimizer, parameter_groups=groups)
+    model, made = updated(config, training)
+    plan = planned(config, training)
+    assert plan[WEIGHTS] == nbytes(model.state_dict(keep_vars=True).values())
+    assert plan[GRADIENTS] == nbytes(p.grad for p in model.parameters() if p.grad is not None)
+    assert plan[MOMENTS] == nbytes(optimizer_tensors(made, model).values())
+
+
+@every_model
+def test_frozen_weights_beside_an_adapter_are_exact(config):
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = planned(
+            config,
+            low_rank=LowRankPlan(rank=4, is_adapted=adapted_products(), frozen_dtype=dtype),
+        )
+        model = LanguageModel.from_config(config, dtype=dtype)
+        assert plan[WEIGHTS] == nbytes(model.state_dict().values())
+        assert plan[GRADIENTS] == plan[ADAPTER]
+        assert plan[MOMENTS] >= 2 * plan[ADAPTER]
+
+
+def test_an_adapter_is_a_pair_of_matrices_for_each_product():
+    config = tiny_config("M*E")
+    width, rank, experts = config.hidden_size, 5, config.moe.n_routed_experts
+    names = {"q_proj": 4 * 20 + width, "experts.up_proj": experts * (24 + 32)}
+    for target, elements in names.items():
+        low_rank = LowRankPlan(rank=rank, is_adapted=adapted_products(target))
+        plan = planned(config, low_rank=low_rank)
+        assert plan[ADAPTER] == 4 * rank * elements
+    assert merged_copy_bytes(config, low_rank) == 4 * experts * 24 * 32
+    assert planned(config, low_rank=replace(low_rank, is_adapted=lambda _: False))[ADAPTER] == 0
+    assert not adapted_products()("backbone.layers.0.mixer.out_proj")
+    assert adapted_products("out_proj")("backbone.layers.0.mixer.out_proj")
+
+
+def kept_bytes(config, training, *, mtp_depths):
+    """What a forward pass keeps for the backward pass, each memory once, without parameters."""
+    model = LanguageModel.from_config(config)
+    model.activation_dtype = training.precision.dtype
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no place is reused
+        return tensor
+
+    objective = pretraining(model, mtp_loss_scaling=0.3 if mtp_depths else 0.0)
+    lengths = [training.seq_len] * training.microbatch_size
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = forward(model, pack(documents(*lengths)), objective)
+    assert terms.total.requires_grad
+    return sum(size for size, _ in held.values())
+
+
+@every_model
+@pytest.mark.skipif(not native.available(), reason="without C++ other operations keep more")
+def test_what_a_forward_pass_keeps_is_within_its_bound(config):
+    for depths in {0, config.pattern.num_mtp_depths}:
+        training = training_config(seq_len=192)
+        plan = planned(config, training, mtp_depths=depths)
+        assert plan[COPIES] == 0
+        tokens, width = training.microbatch_size * training.seq_len, config.hidden_size
+        of_heads = (1 + depths) * 4 * width * (config.vocab_size + tokens)
+        assert of_heads < plan[LOSS]  # the rest are logits, which go within the pass
+        bound = plan[ACTIVATIONS] + of_heads
+        assert bound / TOLERANCE <= kept_bytes(config, training, mtp_depths=depths) <= bound
+
+
+def test_copies_in_bfloat16_are_those_of_products():
+    """With PyTorch's own operations, which keep more of activations and the same of weights."""
+    config = tiny_config("-*")
+    precision = PrecisionConfig(activations="bfloat16")
+    few, more = (training_config(seq_len=n, precision=precision) for n in (1, 2))
+    model = LanguageModel.from_config(config)
+    products = [p for n, p in model.named_parameters() if "proj" in n]
+    assert planned(config, few)[COPIES] == sum(2 * p.numel() for p in products)
+    # A difference of token counts has no weights, so twice the smaller less the larger has all.
+    alone = 2 * kept_bytes(config, few, mtp_depths=0) - kept_bytes(config, more, mtp_depths=0)
+    d_output = 4 * config.vocab_size * config.hidden_size
+    assert alone - d_output == pytest.approx(planned(config, few)[COPIES], rel=0.05)
+
+
+def highest_point(config, training, *, mtp_depths):
+    """Bytes of all tensors at the highest point of an update, as PyTorch's allocator tells."""
+    model = LanguageModel.from_config(config)
+    optimizer = build_optimizer(model, training.optimizer)
+    objective = pretraining(model, mtp_loss_scaling=0.3 if mtp_depths else 0.0)
+    step = TrainingStep(
+        model, optimizer, objective, clip_grad_norm=1.0, recompute=training.recompute
+    )
+    lengths = [training.seq_len] * training.microbatch_size
+    passes = training.batch_size // training.microbatch_size
+    batches = [pack(documents(*lengths, seed=seed)) for seed in range(passes)]
+    step(batches, learning_rate=1e-3)  # makes the moments
+    model.zero_grad(set_to_none=True)
+    held = nbytes(model.state_dict(keep_vars=True).values())
+    held += nbytes(optimizer_tensors(optimizer, model).values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(batches, learning_rate=1e-3)
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return held + max(accumulate(change for _, change in changes))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="without C++ other operations keep more")
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "every mixer"])
+def test_the_sum_is_above_the_highest_point_and_the_least_below(name, recompute, passes):
+    config = MODELS[name]
+    training = training_config(
+        batch_size=4 * passes, microbatch_size=4, seq_len=256, recompute=recompute
+    )
+    depths = config.pattern.num_mtp_depths
+    plan = plan_of(training_parts(config, training, mtp_depths=depths))
+    assert least_bytes(plan) <= highest_point(config, training, mtp_depths=depths) <= plan.total
+
+
+def test_recomputing_keeps_one_block_at_a_time():
+    config = MODELS["tiny"]
+    whole = planned(config, training_config())
+    parts = planned(config, training_config(recompute=True))
+    assert parts[ACTIVATIONS] < 0.3 * whole[ACTIVATIONS]
+    exact = (WEIGHTS, GRADIENTS, MOMENTS)
+    assert [parts[name] for name in exact] == [whole[name] for name in exact]
+
+
+def test_a_frozen_weight_in_the_activations_dtype_is_not_copied():
+    config = tiny_config("M*E")
+    precision = PrecisionConfig(activations="bfloat16")
+    none = LowRankPlan(rank=4, is_adapted=lambda _: False, frozen_dtype=torch.bfloat16)
+    training = training_config(precision=precision)
+    assert planned(config, training, low_rank=none)[COPIES] == 0
+    assert planned(config, training, low_rank=replace(none, frozen_dtype=torch.float32))[COPIES]
+
+
+sizes = st.integers(1, 600)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 6),
+    seq_len=sizes,
+    more_batch=st.integers(0, 3),
+    more_tokens=st.integers(0, 300),
+    recompute=st.booleans(),
+    activations=st.sampled_from(["float32", "bfloat16"]),
+    gpu_bytes=st.sampled_from([None, 80 * 10**9]),
+    rank=st.sampled_from([None, 1, 8]),
+)
+def test_a_longer_or_larger_batch_never_needs_less(
+    batch, seq_len, more_batch, more_tokens, recompute, activations, gpu_bytes, rank
+):
+    def plan(batch, seq_len):
+        training = training_config(
+            batch_size=batch,
+            microbatch_size=batch,
+            seq_len=seq_len,
+            recompute=recompute,
+            precision=PrecisionConfig(activations=activations),
+        )
+        low_rank = None if rank is None else LowRankPlan(rank=rank, is_adapted=adapted_products())
+        options = {"mtp_depths": 2, "low_rank": low_rank, "gpu_bytes": gpu_bytes}
+        return training_parts(MODELS["every mixer"], training, **options)
+
+    small, large = plan(batch, seq_len), plan(batch + more_batch, seq_len + more_tokens)
+    for one, other in zip(small, large, strict=True):
+        assert one.name == other.name
+        assert 0 <= one.num_bytes <= other.num_bytes
+        assert one.is_estimate or one.num_bytes == other.num_bytes
+    if more_batch or more_tokens:
+        assert plan_of(small).total < plan_of(large).total
+    assert plan_of(small).certain == plan_of(large).certain
