@@ -1,14 +1,17 @@
 """Reinforcement learning runs whose engine plays ahead of the trainer."""
 
 import json
+import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nemotron3.errors import DataError
 from nemotron3.recipes import rl_ahead, run_rl
+from nemotron3.recipes.memory import run_plan
 from nemotron3.recipes.rl_ahead import dropped_rollouts
 from nemotron3.recipes.rl_player import RLPlayer
 from nemotron3.recipes.run_folder import RunCallback
@@ -133,6 +136,17 @@ def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(
     assert [logged[step]["policy/current"] for step in (1, 3)] == [1.0, 1.0]
 
 
+def test_the_second_engine_is_in_the_memory_plan(policy, letter):
+    by_turns = small(policy, letter)
+    ahead = replace(by_turns, asynchronous=AsyncConfig())
+    ours, theirs = (run_plan(run, torch.device("cpu")) for run in (ahead, by_turns))
+    sizes = {part.name: part.num_bytes for part in ours.parts}
+    assert sizes["published weights"] == sizes["second engine's weights"] == sizes["weights"]
+    assert sizes["second engine states"] == sizes["engine states"]
+    engine = sum(part.num_bytes for part in theirs.parts if part.name.startswith("engine"))
+    assert ours.total == theirs.total + engine + 2 * sizes["weights"]
+
+
 def test_what_was_played_in_vain_is_told_by_the_updates_that_come_again(tmp_path):
     file = tmp_path / "buffer.jsonl"
     assert dropped_rollouts(file, 0) == 0
@@ -160,6 +174,46 @@ def test_an_engine_that_dies_is_replaced(policy, letter, tmp_path, monkeypatch):
     assert logged[3]["async/restarts"] == 1
     assert logged[3]["async/dropped"] == 0
     assert calls == [0, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_an_engine_s_process_that_is_killed_is_replaced(policy, letter, tmp_path, monkeypatch):
+    taken, killed = watched(monkeypatch), []
+    take = rl_ahead.RolloutsAhead.take
+
+    def kill_first(self, step, *, say):
+        found = take(self, step, say=say)
+        if step == 1:
+            killed.append(self._generator._player.process)
+            killed[0].kill()
+        return found
+
+    monkeypatch.setattr(rl_ahead.RolloutsAhead, "take", kill_first)
+    run = small(policy, letter, steps=5, asynchronous=AsyncConfig(engine="process"))
+    rl(run, runs=tmp_path / "runs")
+    assert not killed[0].is_alive()
+    assert not multiprocessing.active_children()
+    logged = metrics_of(tmp_path / "runs/small")
+    assert logged[5]["async/restarts"] == 1
+    assert max(m["policy/logprob_error_current"] for m in logged.values()) < 1e-5
+    file = tmp_path / "runs/small/buffer.jsonl"
+    played = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [each["update"] for each in played] == [0, 1, 2, 3, 4]
+    assert [each["rollouts"] for each in played] == [len(taken[n].played) for n in range(5)]
+
+
+@pytest.mark.slow
+def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(
+    policy, letter, tmp_path, monkeypatch
+):
+    listener = Listener()
+    curriculum = CurriculumConfig(pool=12, samples=3)
+    run = small(policy, letter, curriculum=curriculum, asynchronous=AsyncConfig(engine="process"))
+    die_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        rl(run, runs=tmp_path / "runs", callback=listener)
+    assert "Measuring pass rates before update 1" in listener.said
+    assert not multiprocessing.active_children()
 
 
 def test_weights_that_did_not_arrive_end_the_run(policy, letter, tmp_path, monkeypatch):

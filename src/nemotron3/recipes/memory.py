@@ -5,6 +5,8 @@ upper bound. The host can swap, and frees what others hold, so
 there only what is certain counts: weights, gradients and optimizer moments.
 """
 
+from dataclasses import replace
+
 import torch
 
 from nemotron3.checkpoint import ShardedReader
@@ -27,6 +29,7 @@ from nemotron3.runtime.memory import (
     usable_memory_bytes,
 )
 from nemotron3.training.memory_plan import (
+    WEIGHTS,
     LowRankPlan,
     least_bytes,
     merged_copy_bytes,
@@ -60,7 +63,7 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         return_routed_experts=run.replays_routes,
     )
     reference = ShardedReader(run.model).total_bytes if run.loss.kl else 0
-    return memory_plan(
+    plan = memory_plan(
         config,
         run.training,
         device,
@@ -68,6 +71,20 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=engine,
         reference_bytes=reference,
     )
+    return plan if run.asynchronous is None else plan_of([*plan.parts, *_ahead_parts(plan)])
+
+
+def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:
+    """A second engine with a model of its own, and the copy of the weights on their way to it."""
+    sizes = {part.name: part.num_bytes for part in plan.parts}
+    parts = [
+        replace(part, name=f"second {part.name}")
+        for part in plan.parts
+        if part.name.startswith("engine ")
+    ]
+    for name in ("second engine's weights", "published weights"):
+        parts.append(MemoryPart(name=name, num_bytes=sizes[WEIGHTS]))
+    return parts
 
 
 def memory_plan(

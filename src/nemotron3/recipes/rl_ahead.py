@@ -16,6 +16,7 @@ import torch
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_player import own_player
+from nemotron3.recipes.rl_process import ProcessPlayer
 from nemotron3.recipes.run_folder import RunFolder
 from nemotron3.rl.generator import AsyncConfig, Player, RolloutGenerator
 from nemotron3.rl.groups import UpdateRollouts
@@ -30,6 +31,7 @@ class RolloutsAhead:
     def __init__(self, run: RLRun, config: AsyncConfig, folder: RunFolder[RLRun]) -> None:
         self._run, self._config, self._folder = run, config, folder
         self._threads_before: int | None = None
+        self._weights: PublishedWeights | None = None
         self._generator: RolloutGenerator | None = None
         self._dropped = 0
 
@@ -68,9 +70,10 @@ class RolloutsAhead:
     def _begin(self, model: LanguageModel, first: int) -> RolloutGenerator:
         file = self._folder.path / _BUFFER_FILE
         self._dropped = dropped_rollouts(file, first)
+        self._weights = PublishedWeights(model)
         generator = RolloutGenerator(
             self._player,
-            PublishedWeights(model),
+            self._weights,
             self._config,
             first=first,
             last=self._run.training.steps,
@@ -81,6 +84,18 @@ class RolloutsAhead:
 
     def _player(self, on_step: Callable[[], None], say: Callable[[str], None]) -> Player:
         run, device, folder = self._run, self._folder.device, self._folder.path
+        if self._config.engine == "process":
+            threads = self._config.threads()[0]
+            assert self._weights is not None
+            return ProcessPlayer(
+                run,
+                self._weights,
+                device=device,
+                folder=folder,
+                threads=threads,
+                on_step=on_step,
+                say=say,
+            )
         return own_player(run, device=device, folder=folder, on_step=on_step, say=say)
 
 

@@ -26,7 +26,7 @@ from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.rollouts import Rollout, RolloutDriver
 from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
-from nemotron3.rl.weight_sync import PublishedWeights, weights_checksum
+from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights, weights_checksum
 from nemotron3.text import Tokenizer
 
 _PASS_RATES_FILE = "pass_rates.json"
@@ -128,7 +128,9 @@ class RLPlayer:
         if version > self._llm.weight_version:
             self._llm.invalidate_caches(version=version, running=running)
 
-    def install(self, weights: PublishedWeights, *, running: RunningRequests) -> tuple[int, int]:
+    def install(
+        self, weights: PublishedWeights | SharedWeights, *, running: RunningRequests
+    ) -> tuple[int, int]:
         """Take up the newest weights; returns their version and the engine's own checksum."""
         version = weights.write_into(self.model)
         self.renew(version, running=running)

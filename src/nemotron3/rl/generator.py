@@ -126,7 +126,7 @@ class RolloutGenerator:
         self._ready: dict[int, UpdateRollouts] = {}
         self._messages: deque[str] = deque()
         self._error: BaseException | None = None
-        self._is_closing = False
+        self._is_closing = self._is_installing = False
         self._player: Player | None = None
         self._installed = -1
         self._checksums: dict[int, int] = {}
@@ -247,7 +247,7 @@ class RolloutGenerator:
         if self._is_closing:
             raise _ClosedError
         running = self._config.in_flight_updates
-        if running != "off" and self._weights.version > self._installed:
+        if running != "off" and not self._is_installing:
             self._install(running)
 
     def _say(self, message: str) -> None:
@@ -258,7 +258,11 @@ class RolloutGenerator:
     def _install(self, running: RunningRequests) -> None:
         if self._player is None or self._weights.version <= self._installed:
             return
-        self._installed, checksum = self._player.install(self._weights, running=running)
+        self._is_installing = True  # a player may call `_between_steps` meanwhile
+        try:
+            self._installed, checksum = self._player.install(self._weights, running=running)
+        finally:
+            self._is_installing = False
         self._checksums[self._installed] = checksum
 
     def _with_checksums(self, played: UpdateRollouts) -> UpdateRollouts:

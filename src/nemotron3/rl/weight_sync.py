@@ -69,14 +69,36 @@ class PublishedWeights:
                 del self.checksums[min(self.checksums)]
             self.version = version
 
-    @torch.no_grad()
     def write_into(self, model: nn.Module) -> int:
         """Copy the newest weights into the tensors of an engine's model; returns their version."""
-        state = model.state_dict()
         with self.lock:
-            for name, tensor in self.tensors.items():
-                state[name].copy_(tensor)
+            _write(self.tensors, model)
             return self.version
+
+
+class SharedWeights:
+    """The same in memory that another process shares, which one of the two uses at a time."""
+
+    def __init__(self, weights: PublishedWeights) -> None:
+        self.tensors = {
+            name: torch.empty_like(tensor, device="cpu").share_memory_()
+            for name, tensor in weights.tensors.items()
+        }
+        self.version = -1
+        """Of what `tensors` contain."""
+
+    def copy(self, weights: PublishedWeights) -> int:
+        """Copy the newest weights there; returns their version."""
+        with weights.lock:
+            for name, tensor in self.tensors.items():
+                tensor.copy_(weights.tensors[name])
+            self.version = weights.version
+        return self.version
+
+    def write_into(self, model: nn.Module) -> int:
+        """Copy them into the tensors of an engine's model; returns their version."""
+        _write(self.tensors, model)
+        return self.version
 
 
 def check_rollouts(
@@ -108,6 +130,13 @@ def check_rollouts(
                     f"{used} whose checksum in the engine is {_hex(theirs)}, and in the trainer "
                     f"{_hex(ours)}: the engine has other weights than it says"
                 )
+
+
+@torch.no_grad()
+def _write(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
 
 
 def _hex(checksum: int | None) -> str:
