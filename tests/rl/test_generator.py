@@ -45,7 +45,7 @@ class FakePlayer:
         self.model, self.version = Policy(), 0
         self.on_step, self.say = on_step, say
         self.pauses, self.dies_at, self.corrupts = pauses, dies_at, corrupts
-        self.is_closed = False
+        self.is_closed, self.threads = False, []
 
     def install(self, weights, *, running):
         self.version, self.running = weights.write_into(self.model), running
@@ -69,6 +69,9 @@ class FakePlayer:
                 versions.append(self.version)
             rollouts.append(rollout(versions))
         return UpdateRollouts(trained=rollouts, advantages=[1.0] * 4, played=rollouts)
+
+    def use_threads(self, count):
+        self.threads.append(count)
 
     def close(self):
         self.is_closed = True
@@ -157,6 +160,39 @@ def test_the_next_rollouts_are_played_while_the_trainer_is_busy():
         assert sorted(generator._ready) == [1, 2]  # update 3 has to wait for version 1
         assert {v for u in generator._ready.values() for r in u.played for v in r.versions} == {0}
     finally:
+        generator.close()
+
+
+def test_whoever_works_alone_has_all_processors():
+    goes_on, model = threading.Semaphore(0), Policy()
+
+    class Slow(FakePlayer):
+        def play(self, step):
+            if step:
+                assert goes_on.acquire(timeout=30)  # the trainer has taken the last one
+            return super().play(step)
+
+    players = []
+    generator = RolloutGenerator(
+        lambda *given: players.append(Slow(*given)) or players[-1],
+        PublishedWeights(model),
+        AsyncConfig(engine_threads=3),
+        first=0,
+        last=3,
+        threads=8,
+    )
+    try:
+        generator.publish(model, 0)
+        generator.take(0)
+        assert generator.trainer_threads() == 5
+        goes_on.release()
+        deadline = time.monotonic() + 30
+        while generator.trainer_threads() != 8 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert generator.trainer_threads() == 8  # the engine waits for version 1
+        assert players[0].threads == [8, 3]  # the trainer waited at first, and then worked
+    finally:
+        goes_on.release(2)
         generator.close()
 
 
@@ -286,6 +322,14 @@ def test_rollouts_of_other_weights_are_refused(versions, checksums, said):
     with pytest.raises(DataError, match=said):
         check_rollouts(rollouts, version=4, max_staleness=1, checksums={2: 7, 3: 7, 4: 7})
     check_rollouts(rollouts[:1], version=4, max_staleness=0)
+
+
+def test_processors_are_shared_and_both_sides_have_one_at_least():
+    assert AsyncConfig().threads(1) == (1, 1)
+    assert AsyncConfig().threads(2) == (1, 1)
+    assert AsyncConfig().threads(7) == (3, 4)
+    assert AsyncConfig(engine_threads=6).threads(8) == (6, 2)
+    assert AsyncConfig(engine_threads=9).threads(8) == (8, 1)
 
 
 @pytest.mark.parametrize(

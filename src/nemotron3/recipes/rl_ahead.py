@@ -30,13 +30,13 @@ class RolloutsAhead:
 
     def __init__(self, run: RLRun, config: AsyncConfig, folder: RunFolder[RLRun]) -> None:
         self._run, self._config, self._folder = run, config, folder
-        self._threads_before: int | None = None
+        self._threads = self._threads_before = torch.get_num_threads()
         self._weights: PublishedWeights | None = None
         self._generator: RolloutGenerator | None = None
         self._dropped = 0
 
     def __enter__(self) -> "RolloutsAhead":
-        self._threads_before = torch.get_num_threads()
+        self._threads = self._threads_before = torch.get_num_threads()
         return self
 
     def __exit__(
@@ -48,7 +48,6 @@ class RolloutsAhead:
         if self._generator is not None:
             self._generator.close()
             self._generator = None
-        assert self._threads_before is not None
         torch.set_num_threads(self._threads_before)
 
     def publish(self, model: LanguageModel, version: int) -> None:
@@ -62,6 +61,15 @@ class RolloutsAhead:
         assert self._generator is not None, "weights are published first"
         return self._generator.take(step, say=say)
 
+    def share_processors(self, *_: object) -> None:
+        """Give the calling thread, the trainer's, the processors that the engine does not use."""
+        if self._generator is None:
+            return
+        threads = self._generator.trainer_threads()
+        if threads != self._threads:
+            self._threads = threads
+            torch.set_num_threads(threads)
+
     def metrics(self) -> dict[str, float]:
         """Waiting, restarts, and the rollouts of this run that interruptions have lost."""
         assert self._generator is not None, "rollouts are taken first"
@@ -71,28 +79,25 @@ class RolloutsAhead:
         file = self._folder.path / _BUFFER_FILE
         self._dropped = dropped_rollouts(file, first)
         self._weights = PublishedWeights(model)
-        generator = RolloutGenerator(
+        return RolloutGenerator(
             self._player,
             self._weights,
             self._config,
             first=first,
             last=self._run.training.steps,
+            threads=self._threads_before,
             on_played=partial(_note_played, file),
         )
-        torch.set_num_threads(self._config.threads()[1])
-        return generator
 
     def _player(self, on_step: Callable[[], None], say: Callable[[str], None]) -> Player:
         run, device, folder = self._run, self._folder.device, self._folder.path
         if self._config.engine == "process":
-            threads = self._config.threads()[0]
             assert self._weights is not None
             return ProcessPlayer(
                 run,
                 self._weights,
                 device=device,
                 folder=folder,
-                threads=threads,
                 on_step=on_step,
                 say=say,
             )

@@ -136,6 +136,10 @@ class RLPlayer:
         self.renew(version, running=running)
         return version, weights_checksum(self.model)
 
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads from the next step on; they are the calling thread's."""
+        torch.set_num_threads(count)
+
     def close(self) -> None:
         """Nothing goes on when `play` has ended."""
 

@@ -43,11 +43,10 @@ class ProcessPlayer:
         *,
         device: torch.device,
         folder: Path,
-        threads: int,
         on_step: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        """Arguments as those of `own_player`; `threads` are those of the process."""
+        """Arguments as those of `own_player`; `weights` are those that `install` will be given."""
         self._on_step, self._say = on_step, say
         self._shared = SharedWeights(weights)
         self._results: dict[str, Any] = {}
@@ -55,7 +54,7 @@ class ProcessPlayer:
         self._socket, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve,
-            args=(theirs, to_record(run), str(device), folder, threads, self._shared),
+            args=(theirs, to_record(run), str(device), folder, self._shared),
             name="rollouts",
         )
         self.process.start()
@@ -71,6 +70,10 @@ class ProcessPlayer:
         version = self._shared.copy(weights)
         _send(self._socket, "install", (version, running))
         return self._result("installed")
+
+    def use_threads(self, count: int) -> None:
+        """Have the process compute with so many threads from the next step on."""
+        _send(self._socket, "threads", count)
 
     def close(self) -> None:
         """End the process."""
@@ -125,17 +128,18 @@ class _Served:
         kind, content = _receive(self._socket)
         if kind == "play":
             _send(self._socket, "played", self.player.play(content))
+        elif kind == "threads":
+            self.player.use_threads(content)
         else:
             self._shared.version, running = content
             _send(self._socket, "installed", self.player.install(self._shared, running=running))
 
 
 def _serve(
-    socket: Connection, record: Any, device: str, folder: Path, threads: int, shared: SharedWeights
+    socket: Connection, record: Any, device: str, folder: Path, shared: SharedWeights
 ) -> None:
     """What the process does, until the socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which ends this
-    torch.set_num_threads(threads)
     served = _Served(socket, shared)
     try:
         served.player = own_player(

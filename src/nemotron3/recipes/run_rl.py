@@ -99,11 +99,19 @@ class _Training:
             if run.loss.kl
             else None
         )
-        self._player = RLPlayer(run, self.model, folder=folder.path, say=callback.stage)
-        self._alarms = Alarms(run.alarms, callback.stage)
         self._ahead: RolloutsAhead | None = None
         if run.asynchronous is not None:
             self._ahead = RolloutsAhead(run, run.asynchronous, folder)
+            # Before each forward pass, and between steps of the engine of held-out tasks.
+            self.model.register_forward_pre_hook(self._ahead.share_processors)
+        self._player = RLPlayer(
+            run,
+            self.model,
+            folder=folder.path,
+            say=callback.stage,
+            on_step=None if self._ahead is None else self._ahead.share_processors,
+        )
+        self._alarms = Alarms(run.alarms, callback.stage)
         self._step = 0
         self._update = UpdateRollouts()
 

@@ -26,14 +26,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import nn
 
 from nemotron3.errors import ConfigError, DataError, Nemotron3Error
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.weight_sync import PublishedWeights, check_rollouts
-from nemotron3.runtime.processors import processors
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +49,8 @@ class AsyncConfig:
     engine: Literal["thread", "process"] = "thread"
     """Where the engine runs; in a process it does not share Python's lock with the trainer."""
     engine_threads: int | None = None
-    """Processors of the engine; the trainer has the others. null for half of them."""
+    """Processors of the engine while both work, null for half of them; the trainer has the others.
+    Whoever works while the other one waits has all."""
     max_restarts: int = 3
     """How often a failed engine is replaced for one update."""
 
@@ -72,10 +71,9 @@ class AsyncConfig:
                     field=f"asynchronous.{name}",
                 )
 
-    def threads(self) -> tuple[int, int]:
-        """Threads of the engine and of the trainer."""
-        every = processors()
-        engine = self.engine_threads or max(1, every // 2)
+    def threads(self, every: int) -> tuple[int, int]:
+        """Threads of the engine and of the trainer while both work, of so many in all."""
+        engine = min(self.engine_threads or max(1, every // 2), every)
         return engine, max(1, every - engine)
 
 
@@ -88,6 +86,10 @@ class Player(Protocol):
 
     def install(self, weights: PublishedWeights, *, running: RunningRequests) -> tuple[int, int]:
         """Take up the newest weights; returns their version and the engine's own checksum."""
+        ...
+
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads from the next step on."""
         ...
 
     def close(self) -> None:
@@ -115,9 +117,13 @@ class RolloutGenerator:
         *,
         first: int,
         last: int,
+        threads: int = 1,
         on_played: Callable[[int, UpdateRollouts], None] = lambda *_: None,
     ) -> None:
-        """`on_played` is called with what was played for an update, before it can be taken."""
+        """`threads` are those of engine and trainer together.
+
+        `on_played` is called with what was played for an update, before it can be taken.
+        """
         self.num_restarts = 0
         """Players that failed and were replaced."""
         self._make_player, self._weights, self._config = make_player, weights, config
@@ -131,6 +137,8 @@ class RolloutGenerator:
         self._installed = -1
         self._checksums: dict[int, int] = {}
         self._trainer_waited_s = self._engine_waited_s = 0.0
+        self._trainer_waits, self._engine_waits = True, False
+        self._every, self._threads = threads, 0  # all, and those that the player was given
         self._thread = threading.Thread(target=self._work, name="rollouts", daemon=True)
         self._thread.start()
 
@@ -149,11 +157,12 @@ class RolloutGenerator:
         that are not those of the trainer.
         """
         start = time.perf_counter()
-        found = None
+        found, self._trainer_waits = None, True
         while found is None:
             found = self._next(step)
             while self._messages:
                 say(self._messages.popleft())
+        self._trainer_waits = False
         self._trainer_waited_s = time.perf_counter() - start
         check_rollouts(
             found.played,
@@ -162,6 +171,11 @@ class RolloutGenerator:
             checksums=self._weights.checksums,
         )
         return found
+
+    def trainer_threads(self) -> int:
+        """Threads of the trainer at this moment: all of them where the engine has nothing to do."""
+        is_alone = self._engine_waits or not self._thread.is_alive()
+        return self._every if is_alone else self._config.threads(self._every)[1]
 
     def metrics(self) -> dict[str, float]:
         """Waiting since the last update, in seconds, and restarts so far."""
@@ -194,7 +208,6 @@ class RolloutGenerator:
 
     def _work(self) -> None:
         """The generator's thread."""
-        torch.set_num_threads(self._config.threads()[0])  # this thread's own
         try:
             for step in range(self._first, self._last):
                 self._await_version(step - self._config.max_staleness)
@@ -216,7 +229,9 @@ class RolloutGenerator:
         start = time.perf_counter()
         with self._changed:
             while self._weights.version < max(version, 0) and not self._is_closing:
+                self._engine_waits = True
                 self._changed.wait()
+            self._engine_waits = False
             self._engine_waited_s += time.perf_counter() - start
             if self._is_closing:
                 raise _ClosedError
@@ -227,6 +242,7 @@ class RolloutGenerator:
             try:
                 if self._player is None:
                     self._player = self._make_player(self._between_steps, self._say)
+                self._share_processors()
                 self._install("recompute")
                 return self._with_checksums(self._player.play(step))
             except (Nemotron3Error, _ClosedError):
@@ -246,9 +262,16 @@ class RolloutGenerator:
     def _between_steps(self) -> None:
         if self._is_closing:
             raise _ClosedError
+        self._share_processors()
         running = self._config.in_flight_updates
         if running != "off" and not self._is_installing:
             self._install(running)
+
+    def _share_processors(self) -> None:
+        threads = self._every if self._trainer_waits else self._config.threads(self._every)[0]
+        if threads != self._threads and self._player is not None:
+            self._threads = threads
+            self._player.use_threads(threads)
 
     def _say(self, message: str) -> None:
         with self._changed:
@@ -275,4 +298,4 @@ class RolloutGenerator:
     def _end_player(self) -> None:
         if self._player is not None:
             self._player.close()
-        self._player, self._installed = None, -1
+        self._player, self._installed, self._threads = None, -1, 0
