@@ -30,9 +30,9 @@ from nemotron3.training.trainer import StepReport
 RESULTS = Path(__file__).parent / "results"
 BY_TURNS = "by turns"
 WAYS = {
-    BY_TURNS: None,
-    "ahead, in a thread": AsyncConfig(engine="thread"),
-    "ahead, in a process": AsyncConfig(engine="process"),
+    BY_TURNS: AsyncConfig(),
+    "ahead, in a thread": AsyncConfig(max_staleness=1, engine="thread"),
+    "ahead, in a process": AsyncConfig(max_staleness=1, engine="process"),
 }
 
 
@@ -49,7 +49,7 @@ class Clock(RunCallback):
         self.last = report
 
 
-def run_of(model: Path, asynchronous: AsyncConfig | None, *, steps: int, prompts: int) -> RLRun:
+def run_of(model: Path, asynchronous: AsyncConfig, *, steps: int, prompts: int) -> RLRun:
     """`tiny-rl` with a few updates and as good as no held-out tasks."""
     run = tiny_rl()
     training = replace(

@@ -86,7 +86,7 @@ def test_rewards_grow_and_tokens_of_the_current_weights_agree(
         group_size=8,
         final_held_out_tasks=40,
         max_num_seqs=16,  # some answers begin after the update
-        asynchronous=AsyncConfig(in_flight_updates=in_flight),
+        asynchronous=AsyncConfig(max_staleness=1, in_flight_updates=in_flight),
     )
     summary = rl(run, runs=tmp_path / "runs")
     assert summary.reward["letter"] > summary.reward_before["letter"] + 0.2
@@ -138,7 +138,7 @@ def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(
 
 def test_the_second_engine_is_in_the_memory_plan(policy, letter):
     by_turns = small(policy, letter)
-    ahead = replace(by_turns, asynchronous=AsyncConfig())
+    ahead = replace(by_turns, asynchronous=AsyncConfig(max_staleness=1))
     ours, theirs = (run_plan(run, torch.device("cpu")) for run in (ahead, by_turns))
     sizes = {part.name: part.num_bytes for part in ours.parts}
     assert sizes["published weights"] == sizes["second engine's weights"] == sizes["weights"]
@@ -169,7 +169,10 @@ def test_an_engine_that_dies_is_replaced(policy, letter, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(RLPlayer, "play", dies)
-    rl(small(policy, letter, steps=3, asynchronous=AsyncConfig()), runs=tmp_path / "runs")
+    rl(
+        small(policy, letter, steps=3, asynchronous=AsyncConfig(max_staleness=1)),
+        runs=tmp_path / "runs",
+    )
     logged = metrics_of(tmp_path / "runs/small")
     assert logged[3]["async/restarts"] == 1
     assert logged[3]["async/dropped"] == 0
@@ -189,7 +192,9 @@ def test_an_engine_s_process_that_is_killed_is_replaced(policy, letter, tmp_path
         return found
 
     monkeypatch.setattr(rl_ahead.RolloutsAhead, "take", kill_first)
-    run = small(policy, letter, steps=5, asynchronous=AsyncConfig(engine="process"))
+    run = small(
+        policy, letter, steps=5, asynchronous=AsyncConfig(max_staleness=1, engine="process")
+    )
     rl(run, runs=tmp_path / "runs")
     assert not killed[0].is_alive()
     assert not multiprocessing.active_children()
@@ -208,7 +213,12 @@ def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(
 ):
     listener = Listener()
     curriculum = CurriculumConfig(pool=12, samples=3)
-    run = small(policy, letter, curriculum=curriculum, asynchronous=AsyncConfig(engine="process"))
+    run = small(
+        policy,
+        letter,
+        curriculum=curriculum,
+        asynchronous=AsyncConfig(max_staleness=1, engine="process"),
+    )
     die_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         rl(run, runs=tmp_path / "runs", callback=listener)
@@ -232,13 +242,18 @@ def test_weights_that_did_not_arrive_end_the_run(policy, letter, tmp_path, monke
 
     monkeypatch.setattr(rl_ahead, "own_player", forgetful)
     with pytest.raises(DataError, match="version 0 whose checksum in the engine is"):
-        rl(small(policy, letter, asynchronous=AsyncConfig()), runs=tmp_path / "runs")
+        rl(small(policy, letter, asynchronous=AsyncConfig(max_staleness=1)), runs=tmp_path / "runs")
 
 
 def test_two_runs_in_one_process(policy, letter, tmp_path):
     runs = [
-        small(policy, letter, steps=3, asynchronous=AsyncConfig(engine_threads=1)),
-        small(policy, letter, steps=3, asynchronous=AsyncConfig(in_flight_updates="off")),
+        small(policy, letter, steps=3, asynchronous=AsyncConfig(max_staleness=1, engine_threads=1)),
+        small(
+            policy,
+            letter,
+            steps=3,
+            asynchronous=AsyncConfig(max_staleness=1, in_flight_updates="off"),
+        ),
     ]
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(rl, run, runs=tmp_path / str(place)) for place, run in enumerate(runs)]
@@ -251,7 +266,9 @@ def test_two_runs_in_one_process(policy, letter, tmp_path):
 def test_a_curriculum_is_measured_by_the_engine_that_plays_ahead(policy, letter, tmp_path):
     listener = Listener()
     curriculum = CurriculumConfig(pool=12, samples=3, profile_every_steps=2)
-    run = small(policy, letter, steps=3, curriculum=curriculum, asynchronous=AsyncConfig())
+    run = small(
+        policy, letter, steps=3, curriculum=curriculum, asynchronous=AsyncConfig(max_staleness=1)
+    )
     rl(run, runs=tmp_path / "runs", callback=listener)
     rates = json.loads((tmp_path / "runs/small/pass_rates.json").read_text())
     assert rates.keys() == {"0", "2"}
@@ -261,7 +278,7 @@ def test_a_curriculum_is_measured_by_the_engine_that_plays_ahead(policy, letter,
     ]
 
 
-@pytest.mark.parametrize("asynchronous", [None, AsyncConfig()])
+@pytest.mark.parametrize("asynchronous", [AsyncConfig(), AsyncConfig(max_staleness=1)])
 def test_alarms_are_said_once(policy, letter, tmp_path, asynchronous):
     listener = Listener()
     alarms = AlarmConfig(max_logprob_error=1e-12)

@@ -176,7 +176,7 @@ def test_whoever_works_alone_has_all_processors():
     generator = RolloutGenerator(
         lambda *given: players.append(Slow(*given)) or players[-1],
         PublishedWeights(model),
-        AsyncConfig(engine_threads=3),
+        AsyncConfig(max_staleness=1, engine_threads=3),
         first=0,
         last=3,
         threads=8,
@@ -212,7 +212,11 @@ def test_answers_take_up_new_weights_in_flight():
             return super().play(step)
 
     generator = RolloutGenerator(
-        Waiting, PublishedWeights(model), AsyncConfig(in_flight_updates="keep"), first=0, last=2
+        Waiting,
+        PublishedWeights(model),
+        AsyncConfig(max_staleness=1, in_flight_updates="keep"),
+        first=0,
+        last=2,
     )
     try:
         generator.publish(model, 0)
@@ -229,7 +233,7 @@ def test_answers_take_up_new_weights_in_flight():
 
 def test_a_player_that_dies_is_replaced_and_nothing_is_counted_twice():
     players = Players({"dies_at": (2, 3)}, {"dies_at": (2, 0)})
-    taken, metrics = run(players, AsyncConfig())
+    taken, metrics = run(players, AsyncConfig(max_staleness=1))
     assert metrics["async/restarts"] == 2
     assert [len(update.played) for update in taken] == [4] * 6
     assert [player.is_closed for player in players.made] == [True] * 3
@@ -237,7 +241,7 @@ def test_a_player_that_dies_is_replaced_and_nothing_is_counted_twice():
 
 def test_a_player_that_dies_again_and_again_ends_the_run():
     with pytest.raises(DataError, match=r"update 2 failed 2 times, at last with RuntimeError: kil"):
-        run(Players(dies_at=(1, 0)), AsyncConfig(max_restarts=1))
+        run(Players(dies_at=(1, 0)), AsyncConfig(max_staleness=1, max_restarts=1))
     assert not any(thread.name == "rollouts" for thread in threading.enumerate())
 
 
@@ -246,18 +250,22 @@ def test_what_a_user_has_to_change_is_not_tried_again():
         raise ConfigError("no environment 'maths'")
 
     with pytest.raises(ConfigError, match="maths"):
-        run(refuse, AsyncConfig())
+        run(refuse, AsyncConfig(max_staleness=1))
 
 
 def test_other_weights_than_the_trainer_s_are_noticed():
     with pytest.raises(DataError, match=r"version 0 whose checksum in the engine is (\w{8}), and"):
-        run(Players(corrupts=True), AsyncConfig())
+        run(Players(corrupts=True), AsyncConfig(max_staleness=1))
 
 
 def test_closing_ends_a_play_in_the_middle():
     model = Policy()
     generator = RolloutGenerator(
-        Players(pauses=[0.01]), PublishedWeights(model), AsyncConfig(), first=0, last=10**6
+        Players(pauses=[0.01]),
+        PublishedWeights(model),
+        AsyncConfig(max_staleness=1),
+        first=0,
+        last=10**6,
     )
     generator.publish(model, 0)
     generator.close()
@@ -270,14 +278,14 @@ def test_an_interruption_of_a_waiting_trainer_ends_the_thread():
 
     players = Players(pauses=[0.01])
     with pytest.raises(KeyboardInterrupt):
-        run(players, AsyncConfig(), say=interrupt)
+        run(players, AsyncConfig(max_staleness=1), say=interrupt)
     assert players.made[0].is_closed
     assert not any(thread.name == "rollouts" for thread in threading.enumerate())
 
 
 def test_messages_of_the_player_reach_the_trainer():
     heard = []
-    run(Players(pauses=[0.005]), AsyncConfig(), last=3, say=heard.append)
+    run(Players(pauses=[0.005]), AsyncConfig(max_staleness=1), last=3, say=heard.append)
     assert heard == [f"playing {step}" for step in range(len(heard))]
     assert heard
 
@@ -325,17 +333,18 @@ def test_rollouts_of_other_weights_are_refused(versions, checksums, said):
 
 
 def test_processors_are_shared_and_both_sides_have_one_at_least():
-    assert AsyncConfig().threads(1) == (1, 1)
-    assert AsyncConfig().threads(2) == (1, 1)
-    assert AsyncConfig().threads(7) == (3, 4)
-    assert AsyncConfig(engine_threads=6).threads(8) == (6, 2)
-    assert AsyncConfig(engine_threads=9).threads(8) == (8, 1)
+    assert AsyncConfig(max_staleness=1).threads(1) == (1, 1)
+    assert AsyncConfig(max_staleness=1).threads(2) == (1, 1)
+    assert AsyncConfig(max_staleness=1).threads(7) == (3, 4)
+    assert AsyncConfig(max_staleness=1, engine_threads=6).threads(8) == (6, 2)
+    assert AsyncConfig(max_staleness=1, engine_threads=9).threads(8) == (8, 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_staleness": 0}, "asynchronous.max_staleness is 0; it must be 1"),
+        ({"max_staleness": -1}, "asynchronous.max_staleness is -1; it must be 0"),
+        ({"max_staleness": 0, "engine": "process"}, "max_staleness is 0: .* take turns, and not"),
         ({"engine_threads": 0}, "asynchronous.engine_threads is 0"),
         ({"max_restarts": -1}, "asynchronous.max_restarts is -1"),
         ({"in_flight_updates": "yes"}, "in_flight_updates is 'yes'; it must be one of recompute"),
@@ -344,4 +353,4 @@ def test_processors_are_shared_and_both_sides_have_one_at_least():
 )
 def test_settings_are_checked(changes, said):
     with pytest.raises(ConfigError, match=said):
-        AsyncConfig(**changes)
+        AsyncConfig(**{"max_staleness": 1} | changes)

@@ -71,7 +71,7 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=engine,
         reference_bytes=reference,
     )
-    return plan if run.asynchronous is None else plan_of([*plan.parts, *_ahead_parts(plan)])
+    return plan_of([*plan.parts, *_ahead_parts(plan)]) if run.asynchronous.is_ahead else plan
 
 
 def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:

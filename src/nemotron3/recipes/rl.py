@@ -54,8 +54,8 @@ class RLRun(RunConfig):
     """The policy's loss."""
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     """From where a metric is a warning."""
-    asynchronous: AsyncConfig | None = None
-    """How the engine runs ahead of the trainer; null has them take turns, and resume exactly."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """How far the engine plays ahead of the trainer; by turns a run resumes exactly."""
     held_out_tasks: int = 100
     """Held-out tasks of each environment that are looked at during training."""
     final_held_out_tasks: int = 300

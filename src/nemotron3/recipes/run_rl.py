@@ -4,7 +4,7 @@ By turns, engine and trainer share one model in memory: after an update the engi
 old weights computed, and nothing is copied. An update's rollouts follow from its step, the seed and
 the weights, so a run that was interrupted goes on to the same losses.
 
-With `RLRun.asynchronous` a second engine plays the rollouts of the next updates meanwhile
+With `asynchronous.max_staleness` a second engine plays the rollouts of the next updates meanwhile
 (`rl_ahead.py`); the first one still plays held-out tasks.
 """
 
@@ -100,7 +100,7 @@ class _Training:
             else None
         )
         self._ahead: RolloutsAhead | None = None
-        if run.asynchronous is not None:
+        if run.asynchronous.is_ahead:
             self._ahead = RolloutsAhead(run, run.asynchronous, folder)
             # Before each forward pass, and between steps of the engine of held-out tasks.
             self.model.register_forward_pre_hook(self._ahead.share_processors)

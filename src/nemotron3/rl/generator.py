@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 from torch import nn
@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 class AsyncConfig:
     """How the engine runs ahead of the trainer."""
 
-    max_staleness: int = 1
-    """Updates that the weights of a token may lie behind those that it trains; 1 in the reports
-    (`max_trajectory_age_steps`)."""
+    max_staleness: int = 0
+    """Updates that the weights of a token may lie behind those that it trains: 0 has engine and
+    trainer take turns; 1 is that of the reports (`max_trajectory_age_steps`)."""
     in_flight_updates: Literal["recompute", "keep", "off"] = "recompute"
     """What new weights do to answers that are being sampled. They compute the states anew, or keep
     them (the reports); "off" has them wait until an update's rollouts are complete."""
@@ -55,7 +55,7 @@ class AsyncConfig:
     """How often a failed engine is replaced for one update."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_staleness", 1), ("engine_threads", 1), ("max_restarts", 0)):
+        for name, least in (("max_staleness", 0), ("engine_threads", 1), ("max_restarts", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(
@@ -70,6 +70,20 @@ class AsyncConfig:
                     f"is {getattr(self, name)!r}; it must be one of {', '.join(choices)}",
                     field=f"asynchronous.{name}",
                 )
+
+        if not self.is_ahead and any(
+            getattr(self, field.name) != field.default for field in fields(self)
+        ):
+            raise ConfigError(
+                "is 0: engine and trainer take turns, and nothing else of `asynchronous` has an "
+                "effect; set it to 1 or more",
+                field="asynchronous.max_staleness",
+            )
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the engine plays ahead of the trainer."""
+        return self.max_staleness > 0
 
     def threads(self, every: int) -> tuple[int, int]:
         """Threads of the engine and of the trainer while both work, of so many in all."""
@@ -124,6 +138,7 @@ class RolloutGenerator:
 
         `on_played` is called with what was played for an update, before it can be taken.
         """
+        assert config.is_ahead, "without staleness there is nothing to play ahead"
         self.num_restarts = 0
         """Players that failed and were replaced."""
         self._make_player, self._weights, self._config = make_player, weights, config
