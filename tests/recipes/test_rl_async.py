@@ -284,6 +284,6 @@ def test_alarms_are_said_once(policy, letter, tmp_path, asynchronous):
     alarms = AlarmConfig(max_logprob_error=1e-12)
     run = small(policy, letter, steps=3, alarms=alarms, asynchronous=asynchronous)
     rl(run, runs=tmp_path / "runs", callback=listener)
-    (warning,) = [message for message in listener.said if message.startswith("Warning")]
-    assert "at update 1" in warning
+    (warning,) = [message for message in listener.said if "max_logprob_error" in message]
+    assert warning.startswith("Warning at update 1: ")
     assert metrics_of(tmp_path / "runs/small")[1]["alarm/logprob_error"] == 1
