@@ -309,6 +309,7 @@ def test_only_what_training_may_change_is_copied():
     weights.publish(Policy().update(), 1)
     assert weights.write_into(other) == 1
     assert weights_checksum(other) == weights.checksums[1]
+    assert set(PublishedWeights(Policy(), ["frozen"]).tensors) == {"frozen"}
 
 
 @pytest.mark.parametrize(

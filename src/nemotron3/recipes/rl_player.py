@@ -21,6 +21,7 @@ from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.chat_model import chat_template_for
+from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
@@ -81,6 +82,7 @@ class RLPlayer:
                 max_model_len=run.rollouts.max_context,
                 max_draft_tokens=0,
                 return_routed_experts=run.replays_routes,
+                kv_cache_bytes=bytes_for_keys(run, model.device),
             ),
         )
         self._driver = RolloutDriver(

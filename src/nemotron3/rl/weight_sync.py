@@ -11,7 +11,7 @@ metric looked well. So both sides compute a checksum of all weights they hold, i
 
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +38,20 @@ def weights_checksum(model: nn.Module) -> int:
 class PublishedWeights:
     """The newest weights of a trainer, for an engine to copy when it has the time.
 
-    It holds copies of the tensors that training may change: trainable parameters, and buffers. The
-    trainer writes its next update while the engine still reads, so neither waits for the other
-    longer than a copy takes.
+    It holds copies of the tensors that training may change. The trainer writes its next update
+    while the engine still reads, so neither waits for the other longer than a copy takes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """`model` is the trainer's, after its frozen parameters were marked as such."""
+    def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """`names` are the tensors of `state_dict` that training may change.
+
+        None stands for the trainable parameters of `model`, the trainer's, and its buffers.
+        """
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        state = model.state_dict()
         self.tensors: dict[str, Tensor] = {
-            name: tensor.detach().clone()
-            for name, tensor in model.state_dict().items()
-            if name not in frozen
+            name: state[name].detach().clone()
+            for name in (state.keys() - frozen if names is None else names)
         }
         self.lock = threading.Lock()
         """Held by whoever reads or writes `tensors`."""
