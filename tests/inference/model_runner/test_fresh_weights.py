@@ -4,6 +4,8 @@ Engines elsewhere have kept what was derived from old weights: packed or quantiz
 steps, -exp(A_log). So one tensor at a time is changed, and everything is compared.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from nemotron3.inference.config import EngineConfig
@@ -21,9 +23,7 @@ CONFIGS = {
     "tied": tiny_config("M*-/*E", tie_word_embeddings=True),
     "rotary": qwen_config(),
 }
-PARAMS = SamplingParams(
-    max_tokens=6, temperature=0.0, logprobs=0, prompt_logprobs=0, ignore_eos=True
-)
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=0, ignore_eos=True)
 
 
 def engine_for(model):
@@ -38,7 +38,9 @@ def observed(engine, name):
     config = engine.model.config
     for index in range(3):
         prompt = tuple(tokens_for(config, 5 + 6 * index, seed=index).tolist())
-        engine.add(EngineRequest(request_id=f"{name}{index}", prompt=prompt, params=PARAMS))
+        # Only prompts without log-probabilities begin with cached prefixes.
+        params = replace(PARAMS, prompt_logprobs=None if index else 0)
+        engine.add(EngineRequest(request_id=f"{name}{index}", prompt=prompt, params=params))
     scores, drafts = [], []
     while engine.has_work:
         for delta in engine.step():
