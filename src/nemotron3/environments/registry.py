@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from nemotron3.environments.calculator import Calculator
 from nemotron3.environments.calendar_scheduling import CalendarScheduling
+from nemotron3.environments.code import Code
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.guess_number import GuessNumber
 from nemotron3.environments.instruction_following import InstructionFollowing
@@ -19,6 +20,7 @@ from nemotron3.environments.math_problems import MathProblems
 from nemotron3.environments.multiple_choice import MultipleChoice
 from nemotron3.environments.over_refusal import OverRefusal
 from nemotron3.environments.prompt_injection import PromptInjection
+from nemotron3.environments.reasoning_gym import PREFIX, reasoning_gym
 from nemotron3.environments.structured_output import StructuredOutput
 from nemotron3.environments.workplace import Workplace
 from nemotron3.errors import ConfigError
@@ -31,6 +33,7 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
             MultipleChoice,
             InstructionFollowing,
             StructuredOutput,
+            Code,
             Calculator,
             Workplace,
             CalendarScheduling,
@@ -65,7 +68,9 @@ def load_environment(name: str, *, difficulty: float | None = None) -> Environme
 
 
 def environment_class(name: str) -> type[Environment]:
-    """The class of an environment, by name or in a Python file."""
+    """The class of an environment, by name or in a Python file; `reasoning_gym:TASK` is one."""
+    if name.startswith(PREFIX):
+        return reasoning_gym(name)
     return BUILT_IN[name] if name in BUILT_IN else _from_file(name)
 
 

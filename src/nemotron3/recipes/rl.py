@@ -103,7 +103,7 @@ class RLRun(RunConfig):
 
 def tiny_rl() -> RLRun:
     """The result of tiny-sft, rewarded in nine environments at once: minutes on two cores."""
-    steps = 150
+    steps = 200
     routers = ParameterGroupConfig(
         name="routers", parameters=("backbone.*.gate.weight",), is_frozen=True
     )
@@ -121,8 +121,8 @@ def tiny_rl() -> RLRun:
             batch_size=36 * 8,
             microbatch_size=16,
             seq_len=256,
-            optimizer=AdamWConfig(lr=4e-4, betas=(0.9, 0.99), weight_decay=0.0),
-            schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5),
+            optimizer=AdamWConfig(lr=7e-4, betas=(0.9, 0.99), weight_decay=0.0),
+            schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5, decay="linear"),
             parameter_groups=(routers, mtp),
             evaluate_every_steps=50,
             checkpoint_every_steps=50,

@@ -25,7 +25,11 @@ from torch import Tensor
 
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.engine.auxiliary_outputs import record_prompt_logprobs, record_routes
+from nemotron3.inference.engine.auxiliary_outputs import (
+    answer_logprobs,
+    record_prompt_logprobs,
+    record_routes,
+)
 from nemotron3.inference.engine.memory import batched_tokens, longest_sequence, num_pages
 from nemotron3.inference.engine.prefix_cache import PrefixCache
 from nemotron3.inference.engine.scheduler import Scheduler
@@ -41,7 +45,7 @@ from nemotron3.inference.model_runner.weights import (
     prepared_weights,
 )
 from nemotron3.inference.requests import FinishReason, PromptReport, TokenDelta, TokenLogprob
-from nemotron3.inference.sampling.sampler import TokenChooser, choose, token_logprobs
+from nemotron3.inference.sampling.sampler import TokenChooser, choose
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
@@ -376,8 +380,9 @@ class Engine:
         deltas: list[TokenDelta] = []
         num_accepted = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
         open_rows: list[int] = []
+        scores = answer_logprobs(sequences, accepted, logits, weight_version=self.weight_version)
         for row, (sequence, new_tokens) in enumerate(zip(sequences, accepted, strict=True)):
-            deltas.append(self._append(sequence, new_tokens, num_accepted[row], logits[row]))
+            deltas.append(self._append(sequence, new_tokens, num_accepted[row], scores[row]))
             if sequence.finish_reason is None:
                 open_rows.append(row)
         if after is not None and open_rows:
@@ -400,7 +405,11 @@ class Engine:
             self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
     def _append(
-        self, sequence: Sequence, new_tokens: Many[int], num_accepted: int, logits: Tensor
+        self,
+        sequence: Sequence,
+        new_tokens: Many[int],
+        num_accepted: int,
+        scores: Many[TokenLogprob],
     ) -> TokenDelta:
         """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts."""
         taken: list[int] = []
@@ -418,12 +427,6 @@ class Engine:
             if reason is not None:
                 break
         self._count(sequence, len(taken), accepted=min(num_accepted, len(taken)))
-        top = sequence.request.params.logprobs
-        logprobs: list[TokenLogprob] = []
-        if top is not None:
-            logprobs = token_logprobs(
-                logits[: len(taken)], taken, top, weight_version=self.weight_version
-            )
         report = None
         if not sequence.is_reported:
             sequence.is_reported = True
@@ -437,7 +440,7 @@ class Engine:
             request_id=sequence.request_id,
             index=sequence.index,
             tokens=tuple(taken),
-            logprobs=tuple(logprobs),
+            logprobs=tuple(scores[: len(taken)]),
             finish_reason=reason,
             stop_token=stop_token,
             prompt=report,

@@ -1,4 +1,4 @@
-"""Counts of an engine's work."""
+"""What an engine counts."""
 
 from dataclasses import dataclass
 
