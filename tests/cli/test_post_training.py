@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nemotron3.cli.main import main
+from nemotron3.cli.tuning import weighted
 from nemotron3.data.conversations import parse_conversation
 from tests.rl.playground import save_policy
 
@@ -95,3 +96,12 @@ def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys):
 def test_rows_are_json_lines(chats):
     rows = [json.loads(line) for line in chats.read_text().splitlines()]
     assert {message["role"] for row in rows for message in row["messages"]} == {"user", "assistant"}
+
+
+def test_weights_of_environments_follow_their_names():
+    assert weighted("math") == ("math", 1.0)
+    assert weighted("math=2") == ("math", 2.0)
+    address = "rows.jsonl@http://127.0.0.1:8001"
+    assert weighted(f"{address}=0.5") == (address, 0.5)
+    assert weighted(f"{address}?max_turns=8") == (f"{address}?max_turns=8", 1.0)
+    assert weighted(f"{address}?agent=a&max_turns=8=3") == (f"{address}?agent=a&max_turns=8", 3.0)

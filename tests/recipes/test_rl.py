@@ -159,6 +159,7 @@ def test_settings_that_cannot_be_are_refused(policy, letter):
         ({"group_size": 1}, "group_size is 1"),
         ({"group_size": 3}, "training.batch_size is 8; it must be a multiple of group_size 3"),
         ({"max_rounds": 0}, "max_rounds is 0"),
+        ({"rollouts": RolloutConfig(temperature=0)}, "rollouts.temperature is 0"),
         ({"rollouts": RolloutConfig(max_context=100_000)}, "rollouts.max_context is 100000"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -139,6 +139,7 @@ def engine_config(known: argparse.Namespace) -> "EngineConfig":
     ):
         size = getattr(known, option)
         given[name] = None if size is None else size * _MIB
+    given["return_routed_experts"] = getattr(known, "enable_return_routed_experts", None)
     given["state"] = StatePrecision(**_given(state))
     return EngineConfig(**_given(given))
 

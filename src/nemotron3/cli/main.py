@@ -6,15 +6,18 @@ where PyTorch is not installed yet.
 
 import argparse
 import errno
-import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
+from nemotron3.cli.environment_options import add_environment_verb
+from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
 from nemotron3.cli.memory_options import add_memory_options
+from nemotron3.cli.option_types import seconds
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -40,6 +43,22 @@ Everything else is in the guide, docs/serving.md.
 _POSITIONAL = {"verb", "model", "recipe", "path", "prompt", "run", "out"}
 _OTHER_OPTIONS = {"reasoning_budget": "--budget", "weights_folder": "--enable-weight-updates"}
 """Options that are not called as the value is in the package."""
+
+_FUNCTIONS = {
+    "info": "info.info",
+    "pretrain": "pretrain.pretrain_command",
+    "sft": "sft.sft_command",
+    "rl": "rl.rl_command",
+    "show": "recipes.show",
+    "generate": "generate.generate_command",
+    "serve": "serve.serve_command",
+    "chat": "chat.chat_command",
+    "merge": "merge.merge_command",
+    "env": "environments.env_command",
+    "eval": "evaluate.eval_command",
+    "compare": "compare.compare_command",
+}
+"""What runs a verb, by module and name; the module is imported when its verb runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,56 +109,14 @@ def _by_option(error: Nemotron3Error, known: argparse.Namespace) -> Nemotron3Err
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    module, _, name = _FUNCTIONS[known.verb].partition(".")
+    function = getattr(import_module(f"nemotron3.cli.{module}"), name)
     match known.verb:
-        case "info":
-            from nemotron3.cli.info import info
-
-            return info(known)
-        case "pretrain":
-            from nemotron3.cli.pretrain import pretrain_command
-
-            return pretrain_command(known, rest)
-        case "sft":
-            from nemotron3.cli.sft import sft_command
-
-            return sft_command(known, rest)
-        case "rl":
-            from nemotron3.cli.rl import rl_command
-
-            return rl_command(known, rest)
         case "show":
-            from nemotron3.cli.recipes import show
-
-            return show(known.recipe)
-        case "generate":
-            from nemotron3.cli.generate import generate_command
-
-            return generate_command(known)
-        case "serve":
-            from nemotron3.cli.serve import serve_command
-
-            return serve_command(known)
-        case "chat":
-            from nemotron3.cli.chat import chat_command
-
-            return chat_command(known)
-        case "merge":
-            from nemotron3.cli.merge import merge_command
-
-            return merge_command(known)
-        case "env":
-            from nemotron3.cli.environments import env_command
-
-            return env_command(known)
-    raise AssertionError(f"no verb {known.verb}")
-
-
-def seconds(text: str) -> float:
-    """A time to wait, as an option has it."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds, 0 or more")
-    return value
+            return function(known.recipe)
+        case "pretrain" | "sft" | "rl":
+            return function(known, rest)
+    return function(known)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_chat(verbs)
     _add_merge(verbs)
-    _add_env(verbs)
+    add_environment_verb(verbs)
+    add_eval_verb(verbs)
+    add_compare_verb(verbs)
     return parser
 
 
@@ -284,8 +263,9 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         help="train a model by the rewards of environments",
         description="Reinforcement learning (GRPO) in one or many environments at once. MODEL is a "
         "directory of a model that answers, such as the result of `sft`; NAME a built-in "
-        "environment or your own, a Python file with a class that extends Environment; RECIPE a "
-        "Python file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
+        "environment, your own (a Python file with a class that extends Environment), or "
+        "ROWS@URL, rows and the resources server of NeMo Gym that verifies them; RECIPE a Python "
+        "file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
         "command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
         "`nemotron3 rl MODEL --environment NAME --help` lists them.",
@@ -352,6 +332,12 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="N",
         help="tokens beyond a request's reasoning budget in which a line end is waited for, where "
         "the request does not say; 500 is the model card's rule (default 0: budgets are exact)",
+    )
+    serve.add_argument(
+        "--enable-return-routed-experts",
+        action="store_true",
+        help="record the experts of every token, for requests with return_routed_experts; prompts "
+        "then do not use the prefix cache",
     )
     http = serve.add_argument_group("http")
     http.add_argument(
@@ -433,43 +419,6 @@ def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--window-steps", type=int, help="steps before the last checkpoint (default: all kept)"
     )
     merge.add_argument("--kind", choices=("minus_sqrt", "linear", "uniform"), default="minus_sqrt")
-
-
-def _add_env(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    env = verbs.add_parser(
-        "env",
-        help="environments for reinforcement learning: list, show, check",
-        description="Environments for reinforcement learning: tasks, tools and rewards. NAME is a "
-        "built-in one, or a Python file with your own.",
-    )
-    actions = env.add_subparsers(dest="action", metavar="action", required=True)
-    actions.add_parser("list", help="the built-in environments")
-    show = actions.add_parser("show", help="a few tasks, with a right solution of each")
-    check = actions.add_parser(
-        "check",
-        help="play solutions and hacks, and count prompts and answers",
-        description="Look an environment over before a model trains on it: are its own solutions "
-        "rewarded, and hacks not; are there prompts enough; can the answer be guessed? Ends with "
-        "status 1 where a solution is not rewarded.",
-    )
-    solved = actions.add_parser(
-        "demonstrations",
-        help="solved tasks as conversations, for `nemotron3 sft --data`",
-        description="Print solved tasks as JSON lines of conversations, which "
-        "`nemotron3 sft MODEL --data FILE` trains on.",
-    )
-    for action, num_tasks in ((show, 3), (check, 300), (solved, 1000)):
-        action.add_argument("name", metavar="NAME", help="such as math, or my_env.py")
-        action.add_argument("--difficulty", type=float, metavar="D", help="0 to 1 (default 0.5)")
-        action.add_argument("--seed", type=int, default=0, help="default 0")
-        action.add_argument(
-            "--num-tasks", type=int, default=num_tasks, metavar="N", help=f"default {num_tasks}"
-        )
-    solved.add_argument(
-        "--with-tools", action="store_true", help="describe the tools in every conversation"
-    )
-    for action in (show, solved):
-        action.add_argument("--split", default="train", help="train or held_out (default train)")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def serve_command(known: argparse.Namespace) -> int:
     )
     log = logging.getLogger("nemotron3.server")
     with written_logs(known.log_format), bind(known.host, known.port) as bound:
-        if key is None and not _is_loopback(known.host):
+        if key is None and not is_loopback(known.host):
             log.warning(
                 "anyone who reaches %s can use this server; set %s to ask for a key",
                 known.host,
@@ -72,7 +72,8 @@ def serve_command(known: argparse.Namespace) -> int:
     return 0
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -6,6 +6,7 @@ that does nothing for what was named is an error.
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,12 +81,20 @@ def watched(execute: Callable[[RunCallback], SummaryT]) -> SummaryT:
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """NAME or NAME=WEIGHT; what follows an equals sign and is no number belongs to the name."""
-    name, equals, weight = text.rpartition("=")
+    """NAME or NAME=WEIGHT."""
+    name, weight = with_number(text)
+    return name, 1.0 if weight is None else weight
+
+
+def with_number(text: str) -> tuple[str, float | None]:
+    """NAME or NAME=NUMBER; what follows an equals sign and is no number belongs to the name."""
+    name, equals, number = text.rpartition("=")
+    if "?" in name and "=" not in re.split("[?&]", name)[-1]:
+        return text, None  # the value of an option of a server's address
     try:
-        return (name, float(weight)) if equals else (text, 1.0)
+        return (name, float(number)) if equals else (text, None)
     except ValueError:
-        return text, 1.0
+        return text, None
 
 
 def ending(folder: Path) -> list[str]:

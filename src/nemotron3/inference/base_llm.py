@@ -109,3 +109,8 @@ class BaseLLM:
     def max_model_len(self) -> int:
         """Most tokens of prompt and answer together."""
         return self._engine.max_model_len
+
+    @property
+    def returns_routed_experts(self) -> bool:
+        """Whether answers have the experts that were chosen for their tokens."""
+        return self._engine.config.return_routed_experts

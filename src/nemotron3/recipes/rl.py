@@ -84,6 +84,11 @@ class RLRun(RunConfig):
                 f"group_size {self.group_size}",
                 field="training.batch_size",
             )
+        if self.rollouts.temperature == 0:
+            raise ConfigError(
+                "is 0; it must be above 0, since the rollouts of a prompt would be alike",
+                field="rollouts.temperature",
+            )
         if self.rollouts.max_context > self.training.seq_len * self.training.microbatch_size + 1:
             raise ConfigError(
                 f"is {self.rollouts.max_context}, more than a forward pass of "

@@ -16,6 +16,7 @@ from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError
+from nemotron3.evaluation.environments import held_out_tasks, play_tasks
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
@@ -25,13 +26,13 @@ from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
+from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import Rollout, RolloutDriver
 from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
 from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights, weights_checksum
 from nemotron3.text import Tokenizer
 
 _PASS_RATES_FILE = "pass_rates.json"
-_HELD_OUT_SEED = 0x5EED
 
 
 class RLPlayer:
@@ -118,12 +119,10 @@ class RLPlayer:
             shaping=run.shaping,
         )
 
-    def look(self, num_tasks: int) -> list[Rollout]:
+    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        rows: list[Row] = []
-        for environment in self.environments.values():
-            rows += environment.distinct_tasks(num_tasks, split="held_out", seed=_HELD_OUT_SEED)
-        return self._driver.play(rows, seed=_HELD_OUT_SEED)
+        every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
+        return play_tasks(self._driver, [row for rows in every for row in rows], when=when)
 
     def renew(self, version: int, *, running: RunningRequests = "recompute") -> None:
         """Have the engine forget what the weights of earlier versions computed."""

@@ -4,6 +4,8 @@
     checkpoints/        weights, optimizer and step; an interrupted run resumes from the newest
     metrics.jsonl       the metrics of every step; tensorboard/ has them too
     model/              the result, as a model directory
+    before.json         of rl: held-out tasks played before training
+    rollouts.jsonl      of rl: those tasks before and after, and some rollouts between
     summary.json        the result; it is written last, so a run with one is finished
 
 A folder belongs to one configuration. Another one is refused there: its checkpoints would be
@@ -26,6 +28,7 @@ from nemotron3.training.trainer import StepReport, Trainer
 
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+BEFORE_FILE, ROLLOUTS_FILE = "before.json", "rollouts.jsonl"
 MODEL_FOLDER = "model"
 TOKENIZER_FOLDER = "tokenizer"
 """What any model of the run needs beside its weights."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nemotron3.config import from_record, to_record, write_json
+from nemotron3.environments.registry import environment_files
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
@@ -34,18 +35,23 @@ from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
 from nemotron3.recipes.rl_player import RLPlayer
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
-from nemotron3.recipes.run_folder import RunCallback, RunFolder
+from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
 from nemotron3.rl.alarms import Alarms
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
-from nemotron3.rl.records import RolloutRecord, means_by_environment, rollout_record
+from nemotron3.rl.records import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    RolloutRecord,
+    means_by_environment,
+    rollout_record,
+)
 from nemotron3.rl.rollouts import failure_of
 from nemotron3.rl.weight_sync import check_rollouts
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.training.trainer import Trainer
 
-ROLLOUTS_FILE, _BEFORE_FILE = "rollouts.jsonl", "before.json"
 _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
 
@@ -59,7 +65,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         callback.stage(f"{folder.path} is finished; this is what it showed")
         return finished
 
-    own = [Path(config.name) for config in run.environments if config.name.endswith(".py")]
+    own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
     training = _Training(folder, run, callback)
     record_input_files(folder.path, [*model_files(run.model), *own])
@@ -117,11 +123,11 @@ class _Training:
 
     def before(self) -> list[RolloutRecord]:
         """Held-out tasks played by the model that training starts from."""
-        file = self.folder.path / _BEFORE_FILE
+        file = self.folder.path / BEFORE_FILE
         if file.exists():
             return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
-        played = self.look(self.run.final_held_out_tasks, when="held-out tasks before training")
+        played = self.look(self.run.final_held_out_tasks, when=BEFORE_TRAINING)
         self._keep(played)
         write_json(file, played)
         return played
@@ -129,13 +135,13 @@ class _Training:
     def after(self) -> list[RolloutRecord]:
         """The same tasks played by the result."""
         self.callback.stage("Playing held-out tasks")
-        played = self.look(self.run.final_held_out_tasks, when="held-out tasks after training")
+        played = self.look(self.run.final_held_out_tasks, when=AFTER_TRAINING)
         self._keep(played)
         return played
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        return [rollout_record(rollout, when=when) for rollout in self._player.look(num_tasks)]
+        return self._player.look(num_tasks, when=when)
 
     def fit(self) -> None:
         """Train to the last step."""

@@ -28,6 +28,7 @@ from nemotron3.server.completions.body import CompletionBody
 from nemotron3.server.completions.plan import completion_prompts, plan_completion
 from nemotron3.server.generation.prompts import prepare_chat
 from nemotron3.server.generation.serving import ServingContext
+from nemotron3.server.generation.token_ids import assert_routes
 from nemotron3.server.http.cors import assert_origins, with_cors
 from nemotron3.server.http.drain import InFlightRequests
 from nemotron3.server.http.error_handlers import ERROR_RESPONSES, add_error_handlers
@@ -92,6 +93,10 @@ class Server:
     in_flight: InFlightRequests
     llm: AsyncLLM
     api: FastAPI
+
+    def close(self) -> None:
+        """Abort what is unfinished, and end the engine."""
+        self.llm.close()
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
@@ -181,7 +186,7 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
     @api.post("/v1/chat/completions", responses=ERROR_RESPONSES)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        serving.assert_serves(body.model)
+        _assert_servable(serving, body)
         plan = plan_chat(body, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
         prompt = await prepare_chat(serving.llm, plan)
         job = serving.submit(prompt, plan.params, request.state.notes)
@@ -194,7 +199,7 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
     @api.post("/v1/completions", responses=ERROR_RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
-        serving.assert_serves(body.model)
+        _assert_servable(serving, body)
         params = plan_completion(body, serving.defaults)
         prompts = await completion_prompts(serving, body)
         job = serving.submit_all(prompts, params, request.state.notes)
@@ -217,13 +222,25 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
         return JSONResponse(detokenize(serving, body))
 
 
+def _assert_servable(
+    serving: ServingContext, body: ChatBody | CompletionBody | ResponsesBody
+) -> None:
+    """Refuse another model, and what this server does not record."""
+    serving.assert_serves(body.model)
+    assert_routes(
+        is_wanted=body.return_routed_experts,
+        are_recorded=serving.llm.returns_routed_experts,
+        is_stream=body.stream,
+    )
+
+
 def _add_responses(api: FastAPI, serving: ServingContext) -> None:
     store = ResponseStore()
 
     @api.post("/v1/responses", responses=ERROR_RESPONSES)
     async def create(body: ResponsesBody, request: Request) -> Response:
         """Answer a list of items."""
-        serving.assert_serves(body.model)
+        _assert_servable(serving, body)
         items = conversation(body, store)
         plan = plan_response(body, items, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
         prompt = await prepare_chat(serving.llm, plan)

@@ -7,9 +7,10 @@
         result.results                          # ((2,), (3,))
 
 A jail is a process that is started once, at the first program, and forks each program, which costs
-milliseconds; `python -m benchmarks.sandbox` says how many. What is expected of a program never enters the jail: outputs are
-compared by the caller. A program's own crash, timeout or flood of output is a result. A jail that
-fails is a `RolloutFailedError`, which is no verdict on the program; the next one gets a new jail.
+milliseconds; `python -m benchmarks.sandbox` says how many. What is expected of a program never
+enters the jail: outputs are compared by the caller. A program's own crash, timeout or flood of
+output is a result. A jail that fails is a `RolloutFailedError`, which is no verdict on the program;
+the next one gets a new jail.
 """
 
 import asyncio

@@ -258,7 +258,7 @@ def token_logprobs(
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = _tokens((logprobs >= chosen).sum(-1))
-    scores: list[float] = chosen.squeeze(-1).tolist()
+    scores = _numbers(chosen.squeeze(-1))
     others: Iterable[tuple[tuple[int, float], ...]] = repeat((), len(tokens))
     if top:
         best: Any = logprobs.topk(min(top, logprobs.shape[-1]))
@@ -315,6 +315,10 @@ def _most_probable(logits: Tensor) -> list[int]:
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     # `max` returns NaN if there is one, and NaN is not above -inf.
     return [token if largest > -inf else -1 for token, largest in pairs]
+
+
+def _numbers(values: Any) -> list[float]:
+    return values.tolist()
 
 
 def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` has no element type

@@ -44,12 +44,11 @@ _COUNTERS = {
 }
 
 
-class ServerMetrics:
-    """Metrics of one server."""
+class RequestMetrics:
+    """Metrics of one server: the requests that it has answered."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
         self._requests = Counter(
             "nemotron3_http_requests",
             "Requests answered.",
@@ -63,6 +62,23 @@ class ServerMetrics:
             buckets=_LATENCIES_S,
             registry=self._registry,
         )
+
+    def count_request(self, path: str, status: int, duration_s: float) -> None:
+        """Count an HTTP request; `path` is that of the route, which limits the number of labels."""
+        self._requests.labels(path, str(status)).inc()
+        self._durations.labels(path).observe(duration_s)
+
+    def page(self) -> bytes:
+        """All metrics, in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+class ServerMetrics(RequestMetrics):
+    """Metrics of one server of a model: requests, latencies of answers, counters of the engine."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        super().__init__()
+        self._registry.register(_EngineCollector(stats))
         self._first_token = Histogram(
             "nemotron3_time_to_first_token_seconds",
             "From a prompt's submission to its first token.",
@@ -76,20 +92,11 @@ class ServerMetrics:
             registry=self._registry,
         )
 
-    def count_request(self, path: str, status: int, duration_s: float) -> None:
-        """Count an HTTP request; `path` is that of the route, which limits the number of labels."""
-        self._requests.labels(path, str(status)).inc()
-        self._durations.labels(path).observe(duration_s)
-
     def count_answer(self, first_token_s: float, total_s: float, num_tokens: int) -> None:
         """Record the latencies of one request of the engine."""
         self._first_token.observe(first_token_s)
         if num_tokens > 1:
             self._per_token.observe((total_s - first_token_s) / (num_tokens - 1))
-
-    def page(self) -> bytes:
-        """All metrics, in the text format of Prometheus."""
-        return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):
