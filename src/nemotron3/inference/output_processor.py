@@ -99,6 +99,8 @@ class CompletionOutput:
     """Tokens that the model generated between the tags of its reasoning, without the tokens that a
     budget forced."""
     acceptance: DraftStats
+    continues_old_states: bool = False
+    """Whether an update with `running="keep"` left tokens of it with states of earlier weights."""
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
     """The experts of every token of prompt and answer except the last, which was never an input of
     the model; only with `EngineConfig(return_routed_experts=True)`."""
@@ -141,6 +143,7 @@ class OutputProcessor:
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
     _tokens: list[int] = field(default_factory=list[int])
     _versions: list[int] = field(default_factory=list[int])
+    _continues_old_states: bool = False
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _num_read: int = 0  # tokens that are certain to precede a stop string
@@ -181,6 +184,7 @@ class OutputProcessor:
         self._tokens += delta.tokens
         versions = (delta.weight_version,) * len(delta.tokens)
         self._versions += versions
+        self._continues_old_states |= delta.continues_old_states
         self._logprobs += delta.logprobs
         self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
         self.finish_reason = delta.finish_reason
@@ -223,6 +227,7 @@ class OutputProcessor:
             text=text,
             token_ids=tuple(self._tokens),
             weight_versions=tuple(self._versions),
+            continues_old_states=self._continues_old_states,
             logprobs=tuple(self._logprobs),
             content_logprobs=tuple(self._content_logprobs),
             finish_reason=self.finish_reason,

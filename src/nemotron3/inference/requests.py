@@ -224,6 +224,8 @@ class TokenDelta:
     """Accepted drafts that are part of the answer so far."""
     weight_version: int = 0
     """Version of the weights with which the tokens were sampled."""
+    continues_old_states: bool = False
+    """Whether the tokens were sampled from states that earlier weights have computed a part of."""
     routed_experts: Int16[Tensor, "tokens layer choice"] | None = None
     """The experts of prompt and answer without the last token, which was never an input of the
     model. Only in the last delta, with `EngineConfig(return_routed_experts=True)`."""

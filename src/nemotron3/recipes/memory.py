@@ -5,6 +5,8 @@ upper bound. The host can swap, and frees what others hold, so there only what i
 weights, gradients and optimizer moments.
 """
 
+from dataclasses import replace
+
 import torch
 
 from nemotron3.checkpoint import ShardedReader
@@ -30,6 +32,7 @@ from nemotron3.runtime.memory import (
 )
 from nemotron3.training.memory_plan import (
     ADAPTER,
+    WEIGHTS,
     LowRankPlan,
     least_bytes,
     merged_copy_bytes,
@@ -68,7 +71,7 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
     # Beside an adapter, the reference is the frozen model itself.
     has_own = run.loss.kl and low_rank is None
     reference = ShardedReader(run.model).total_bytes if has_own else 0
-    return memory_plan(
+    plan = memory_plan(
         config,
         run.training,
         device,
@@ -77,6 +80,20 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=engine,
         reference_bytes=reference,
     )
+    return plan_of([*plan.parts, *_ahead_parts(plan)]) if run.asynchronous.is_ahead else plan
+
+
+def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:
+    """A second engine with a model of its own, and the copy of the weights on their way to it."""
+    sizes = {part.name: part.num_bytes for part in plan.parts}
+    parts = [
+        replace(part, name=f"second {part.name}")
+        for part in plan.parts
+        if part.name.startswith("engine ")
+    ]
+    for name in ("second engine's weights", "published weights"):
+        parts.append(MemoryPart(name=name, num_bytes=sizes[WEIGHTS]))
+    return parts
 
 
 def _low_rank(config: ModelConfig, lora: LoRAConfig | None) -> LowRankPlan | None:
@@ -99,7 +116,8 @@ def bytes_for_keys(run: RLRun, device: torch.device) -> int | None:
     wanted = sum(part.num_bytes for part in plan.parts if part.name == KEYS_AND_VALUES)
     if not wanted:
         return None
-    left = int(_GPU_SHARE * usable) - (plan.total - wanted)
+    engines = 2 if run.asynchronous.is_ahead else 1
+    left = (int(_GPU_SHARE * usable) - (plan.total - engines * wanted)) // engines
     return min(wanted, max(left, int(_LEAST_GPU_SHARE * usable)))
 
 

@@ -9,7 +9,9 @@ from nemotron3.recipes.adapters import check_adapter_training
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.sft import TINY_ENVIRONMENTS
 from nemotron3.rl.advantages import AdvantageConfig
+from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.reward_shaping import RewardShapingConfig
 from nemotron3.rl.rollouts import RolloutConfig
@@ -54,6 +56,10 @@ class RLRun(RunConfig):
     """What is changed of rewards and advantages: length, form, what was cut off."""
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     """The policy's loss."""
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    """From where a metric is a warning."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """How far the engine plays ahead of the trainer; by turns a run resumes exactly."""
     held_out_tasks: int = 100
     """Held-out tasks of each environment that are looked at during training."""
     final_held_out_tasks: int = 300

@@ -1,8 +1,11 @@
 """Executes a reinforcement learning run: rollouts, updates, held-out rewards and a report.
 
-Engine and trainer take turns in one process and share one model in memory: after an update the
-engine forgets what the old weights computed, and nothing is copied. An update's rollouts follow
-from its step, the seed and the weights, so a run that was interrupted goes on to the same losses.
+By turns, engine and trainer share one model in memory: after an update the engine forgets what the
+old weights computed, and nothing is copied. An update's rollouts follow from its step, the seed and
+the weights, so a run that was interrupted goes on to the same losses.
+
+With `asynchronous.max_staleness` a second engine plays the rollouts of the next updates meanwhile
+(`rl_ahead.py`); the first one still plays held-out tasks.
 
 With an adapter, the engine's model shares all tensors with the trained one but for those that the
 adapter changes: of them it has merged copies, which are written again after each update.
@@ -10,21 +13,16 @@ adapter changes: of them it has merged copies, which are written again after eac
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nemotron3.config import from_record, to_record, write_json
-from nemotron3.data.chat_tokens import check_chat_tokens
-from nemotron3.environments.environment import Environment
-from nemotron3.environments.registry import environment_files, load_environment
-from nemotron3.environments.rows import Row
-from nemotron3.errors import ConfigError, DataError
-from nemotron3.evaluation.environments import held_out_tasks, play_tasks
-from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.llm import LLM
+from nemotron3.environments.registry import environment_files
+from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.lora import merge_into, shared_model
@@ -35,15 +33,17 @@ from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
 from nemotron3.recipes.adapters import model_to_train
-from nemotron3.recipes.chat_model import chat_template_for, save_chat_adapter, save_chat_model
+from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
-from nemotron3.recipes.memory import announce_memory, bytes_for_keys
+from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
+from nemotron3.recipes.rl_ahead import RolloutsAhead
+from nemotron3.recipes.rl_player import RLPlayer
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
 from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
+from nemotron3.rl.alarms import Alarms
 from nemotron3.rl.batches import policy_batches
-from nemotron3.rl.curriculum import Curriculum
-from nemotron3.rl.groups import UpdateRollouts, collect
+from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
 from nemotron3.rl.records import (
     AFTER_TRAINING,
@@ -52,14 +52,12 @@ from nemotron3.rl.records import (
     means_by_environment,
     rollout_record,
 )
-from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
-from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
+from nemotron3.rl.rollouts import failure_of
+from nemotron3.rl.weight_sync import check_rollouts
 from nemotron3.runtime.devices import describe_device, measure_product_rate
-from nemotron3.text import Tokenizer
 from nemotron3.training.trained_parameters import trained_text
 from nemotron3.training.trainer import Trainer
 
-_PASS_RATES_FILE = "pass_rates.json"
 _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
 
@@ -100,67 +98,30 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
 
 
 class _Training:
-    """Engine and trainer of one run."""
+    """Trainer and engine of one run."""
 
     def __init__(self, folder: RunFolder[RLRun], run: RLRun, callback: RunCallback) -> None:
         self.folder, self.run, self.callback = folder, run, callback
         callback.stage(f"Reading {run.model}")
-        self.tokenizer = Tokenizer.from_directory(run.model)
-        self.template = chat_template_for(run.chat_style, self.tokenizer, run.model)
         self.model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
         self._played = self.model if run.lora is None else shared_model(self.model)
         """The model that plays: in the same memory, or with merged copies of adapted weights."""
+        self._merged: int | None = None  # updates after which the copies were written
         self._reference = self._load_reference()
-        self.environments: dict[str, Environment] = {}
-        weights: dict[str, float] = {}
-        for config in run.environments:
-            environment = load_environment(config.name, difficulty=config.difficulty)
-            if environment.name in self.environments:
-                raise ConfigError(
-                    f"environments has two named {environment.name!r}; a batch has each once"
-                )
-            self.environments[environment.name] = environment
-            weights[environment.name] = config.weight
-        has_tools = any(environment.tools for environment in self.environments.values())
-        check_chat_tokens(self.tokenizer, with_tools=has_tools)
-        plan = SamplingPlan(
-            self.environments,
-            weights,
-            prompts=run.training.batch_size // run.group_size,
-            rounds=run.max_rounds,
-            seed=run.seed,
-        )
-        self._pools: dict[str, list[Row]] = {}
-        self._curriculum: Curriculum | None = None
-        if run.curriculum is not None:
-            size, seed = run.curriculum.pool, run.seed
-            self._pools = {
-                name: environment.distinct_tasks(size, split="train", seed=seed)
-                for name, environment in self.environments.items()
-            }
-            self._curriculum = Curriculum(
-                run.curriculum, plan.quotas, self._pools, steps=run.training.steps, seed=seed
-            )
-        self._plan: TaskPlan = self._curriculum or plan
-        self._profiled: int | None = None
-        self._llm = LLM(
+        self._ahead: RolloutsAhead | None = None
+        if run.asynchronous.is_ahead:
+            self._ahead = RolloutsAhead(run, run.asynchronous, folder)
+            # Before each forward pass, and between steps of the engine of held-out tasks.
+            self.model.register_forward_pre_hook(self._ahead.share_processors)
+        self._player = RLPlayer(
+            run,
             self._played,
-            tokenizer=self.tokenizer,
-            config=EngineConfig(
-                max_num_seqs=run.max_num_seqs,
-                max_model_len=run.rollouts.max_context,
-                max_draft_tokens=0,
-                return_routed_experts=run.replays_routes,
-                kv_cache_bytes=bytes_for_keys(run, folder.device),
-            ),
+            folder=folder.path,
+            say=callback.stage,
+            on_step=None if self._ahead is None else self._ahead.share_processors,
         )
-        self._driver = RolloutDriver(
-            self._llm,
-            self.tokenizer,
-            self.template,
-            self.environments,
-            run.rollouts,
-        )
+        self._alarms = Alarms(run.alarms, callback.stage)
+        self._step = 0
         self._update = UpdateRollouts()
 
     def before(self) -> list[RolloutRecord]:
@@ -183,8 +144,7 @@ class _Training:
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
-        return play_tasks(self._driver, [row for rows in every for row in rows], when=when)
+        return self._player.look(num_tasks, when=when)
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -199,26 +159,28 @@ class _Training:
             evaluation=lambda _: self._held_out_metrics(trainer.step),
             store=self.folder.checkpoints(),
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
-            data_metrics=lambda: self._update.metrics(),
+            data_metrics=self._metrics,
         )
         self._played.activation_dtype = self.model.activation_dtype  # the trainer has set it
         self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
-        self.folder.fit(trainer, self.callback)
-        self._renew_engine(trainer.step)
+        with self._ahead or nullcontext():
+            self.folder.fit(trainer, self.callback)
+        self._renew_player(trainer.step)
 
     def save(self) -> None:
         """Write the result, with the tokenizer and template that it was trained with."""
+        player = self._player
         if self.run.lora is not None:
             save_chat_adapter(
                 self.model,
                 self.run.lora,
-                self.tokenizer,
-                self.template,
+                player.tokenizer,
+                player.template,
                 self.folder.adapter,
                 base=self.run.model,
             )
-        save_chat_model(self._played, self.tokenizer, self.template, self.folder.model)
+        save_chat_model(self._played, player.tokenizer, player.template, self.folder.model)
 
     def _load_reference(self) -> LanguageModel | None:
         """The frozen model that the policy is held to, where the loss has a KL."""
@@ -229,28 +191,13 @@ class _Training:
         return LanguageModel.from_pretrained(self.run.model, device=self.folder.device).eval()
 
     def _batches(self, step: int) -> Sequence[PolicyBatch]:
-        self._renew_engine(step)
-        self._renew_pass_rates(step)
-        self._llm.reset_prefix_cache()  # a run that goes on from here has none either
-        run = self.run
-
-        def play(rows: Sequence[Row], round_: int) -> list[Rollout]:
-            seed = run.seed * 2**32 + step * run.max_rounds + round_
-            return self._driver.play(
-                rows,
-                group_size=run.group_size,
-                seed=seed,
-                effort_fraction=run.rollouts.effort_fraction,
-            )
-
-        self._update = collect(
-            self._plan,
-            play,
-            step,
-            rounds=run.max_rounds,
-            config=run.advantages,
-            shaping=run.shaping,
-        )
+        run, self._step = self.run, step
+        self._renew(step)
+        if self._ahead is not None:
+            self._update = self._ahead.take(step, say=self.callback.stage)
+        else:
+            self._update = self._player.play(step)
+            check_rollouts(self._update.played, version=step, max_staleness=0)
         if step % run.log_rollouts_every_steps == 0:
             self._log_rollouts(step)
         batches = policy_batches(
@@ -258,6 +205,7 @@ class _Training:
             self._update.advantages,
             max_tokens=run.training.seq_len * run.training.microbatch_size,
             shaping=run.shaping,
+            version=step,
             device=self.model.device,
         )
         if not batches:
@@ -274,40 +222,24 @@ class _Training:
             )
         return [self._with_reference(batch) for batch in batches]
 
-    def _renew_pass_rates(self, step: int) -> None:
-        """Measure the pass rates of a curriculum, unless an earlier part of this run has."""
-        curriculum = self._curriculum
-        if curriculum is None or self._profiled == (due := curriculum.config.profile_step(step)):
-            return
-        file = self.folder.path / _PASS_RATES_FILE
-        kept: dict[str, dict[str, list[float]]] = (
-            json.loads(file.read_text("utf-8")) if file.exists() else {}
-        )
-        if str(due) not in kept:
-            self.callback.stage(f"Measuring pass rates before update {step + 1}")
-            rates = {name: self._pass_rates(rows, seed=due) for name, rows in self._pools.items()}
-            kept[str(due)] = rates
-            write_json(file, kept)
-        curriculum.use(kept[str(due)])
-        self._profiled = due
+    def _renew(self, step: int) -> None:
+        """Have the engines take up the weights after so many updates, which are their version."""
+        self._renew_player(step)
+        if self._ahead is not None:
+            self._ahead.publish(self._played, step)
 
-    def _pass_rates(self, rows: Sequence[Row], *, seed: int) -> list[float]:
-        """Mean reward of each task; 0 where every rollout failed."""
-        assert self.run.curriculum is not None
-        samples = self.run.curriculum.samples
-        rewards: dict[int, list[float]] = {}
-        for rollout in self._driver.play(rows, group_size=samples, seed=seed):
-            if rollout.reward is not None:
-                rewards.setdefault(rollout.group, []).append(rollout.reward)
-        means = {group: sum(found) / len(found) for group, found in rewards.items()}
-        return [means.get(group, 0.0) for group in range(len(rows))]
+    def _renew_player(self, step: int) -> None:
+        if self._played is not self.model and step != self._merged:
+            merge_into(self._played, self.model)
+            self._merged = step
+        self._player.renew(step)
 
-    def _renew_engine(self, step: int) -> None:
-        """Have the engine forget what other weights computed; its version is the updates made."""
-        if step > self._llm.weight_version:
-            if self._played is not self.model:
-                merge_into(self._played, self.model)
-            self._llm.invalidate_caches(version=step)
+    def _metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What there is to say of the rollouts of an update with these metrics."""
+        found = self._update.metrics()
+        if self._ahead is not None:
+            found |= self._ahead.metrics()
+        return found | self._alarms.check({**metrics, **found}, update=self._step + 1)
 
     @torch.inference_mode()
     def _with_reference(self, batch: PolicyBatch) -> PolicyBatch:
@@ -321,7 +253,7 @@ class _Training:
         return replace(batch, reference_logprobs=found)
 
     def _held_out_metrics(self, step: int) -> dict[str, float]:
-        self._renew_engine(step)
+        self._renew(step)
         played = self.look(self.run.held_out_tasks, when=f"held-out tasks at step {step}")
         rewards = means_by_environment(played, lambda record: record.reward)
         return {f"eval/reward{'' if n == 'all' else '/' + n}": v for n, v in rewards.items()}

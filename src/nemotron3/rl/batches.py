@@ -19,11 +19,13 @@ def policy_batches(
     *,
     max_tokens: int,
     shaping: RewardShapingConfig | None = None,
+    version: int | None = None,
     device: torch.device | str = "cpu",
 ) -> list[PolicyBatch]:
     """Rollouts in packed streams of at most `max_tokens` tokens, each a segment of its own.
 
     Every sampled token of a rollout has its advantage, but for the turns that `shaping` penalizes.
+    `version` is that of the weights that are trained; without it, all tokens count as theirs.
     """
     shaping = shaping or RewardShapingConfig()
     trained = [
@@ -32,11 +34,13 @@ def policy_batches(
         if rollout.num_sampled
     ]
     rows = pack_best_fit([len(rollout.ids) - 1 for rollout, _ in trained], max_tokens)
-    return [_batch([trained[index] for index in row], device) for row in rows]
+    return [_batch([trained[index] for index in row], version, device) for row in rows]
 
 
 def _batch(
-    rollouts: Sequence[tuple[Rollout, Sequence[float]]], device: torch.device | str
+    rollouts: Sequence[tuple[Rollout, Sequence[float]]],
+    version: int | None,
+    device: torch.device | str,
 ) -> PolicyBatch:
     def joined(parts: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         return torch.tensor([x for part in parts for x in part], dtype=dtype, device=device)
@@ -44,6 +48,7 @@ def _batch(
     each = [rollout for rollout, _ in rollouts]
     mask = joined([rollout.is_sampled[1:] for rollout in each], torch.float32)
     spread = [advantages[1:] for _, advantages in rollouts]
+    current = [_is_current(rollout, version) for rollout in each]
     return PolicyBatch(
         tokens=joined([rollout.ids[:-1] for rollout in each], torch.int64),
         targets=joined([rollout.ids[1:] for rollout in each], torch.int64),
@@ -51,8 +56,17 @@ def _batch(
         weights=joined(spread, torch.float32),
         sampled_logprobs=joined([rollout.logprobs[1:] for rollout in each], torch.float32),
         segments=Segments([len(rollout.ids) - 1 for rollout in each]),
+        is_current=joined(current, torch.float32),
         routes=_routes(each, device),
     )
+
+
+def _is_current(rollout: Rollout, version: int | None) -> list[bool]:
+    """Which tokens but the first a forward pass with the weights of `version` scores alike."""
+    if version is None:
+        return [True] * (len(rollout.ids) - 1)
+    is_whole = not rollout.continues_old_states
+    return [is_whole and used == version for used in rollout.weight_versions[1:]]
 
 
 def _routes(rollouts: Sequence[Rollout], device: torch.device | str) -> RecordedRoutes | None:

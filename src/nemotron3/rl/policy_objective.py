@@ -82,6 +82,14 @@ class PolicyBatch(TrainBatch):
     mask is 0."""
     reference_logprobs: Tensor | None = None
     """Those of the reference; None where the loss has no KL."""
+    is_current: Tensor | None = None
+    """1 for targets that the weights in training have sampled, float32 [tokens], 0 for others:
+    there engine and training must agree. None where all sampled tokens are."""
+
+    @property
+    def current(self) -> Tensor:
+        """`is_current`, 0 where the mask is 0."""
+        return self.mask if self.is_current is None else self.mask * self.is_current
 
 
 class PolicyObjective:
@@ -100,8 +108,9 @@ class PolicyObjective:
         self.mtp_depths = num_mtp_depths if config.mtp_loss_scaling else 0
 
     def counts(self, batch: PolicyBatch) -> dict[str, float]:
-        """Sampled tokens, and those that each depth can predict."""
-        return {"tokens": float(batch.mask.sum())} | {
+        """Sampled tokens, those of the current weights, and those that each depth can predict."""
+        sampled = {"tokens": batch.mask, "current": batch.current}
+        return {name: float(mask.sum()) for name, mask in sampled.items()} | {
             f"targets_mtp_{depth}": float(batch.at_depth(depth).mask.sum())
             for depth in range(1, self.mtp_depths + 1)
         }
@@ -113,6 +122,8 @@ class PolicyObjective:
 
         Metrics are means over sampled tokens: `policy/entropy` estimates the entropy from the
         sampled log-probabilities, `policy/kl_engine` is k3 between engine and training.
+        `policy/logprob_error_current` is the mean over tokens of the current weights alone, and
+        `policy/current` their share.
         """
         assert batch.weights is not None
         count = max(counts["tokens"], 1.0)
@@ -123,10 +134,14 @@ class PolicyObjective:
         weights = self._importance(difference) * self._agreement(difference, batch, at)
         ratio = (logprobs - now).exp()
         total = -(weights * batch.weights[at] * ratio).sum() / count
+        current = batch.current[at]
         metrics = {
             "policy/entropy": -now.sum() / count,
             "policy/kl_engine": (difference.neg().expm1() + difference).sum() / count,
             "policy/logprob_error": difference.abs().sum() / count,
+            "policy/logprob_error_current": (difference.abs() * current).sum()
+            / max(counts["current"], 1.0),
+            "policy/current": current.sum() / count,
             "policy/kept": (weights != 0).sum() / count,
         }
         if self.config.kl:

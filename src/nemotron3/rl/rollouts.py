@@ -11,7 +11,7 @@ What fails without the policy's fault (a judge, a tool, the engine) is tried aga
 import asyncio
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from nemotron3.environments.verification import (
 )
 from nemotron3.errors import ConfigError
 from nemotron3.inference.llm import LLM
-from nemotron3.inference.output_processor import CompletionOutput, Prompt
+from nemotron3.inference.output_processor import CompletionOutput, Prompt, RequestOutput
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.text import (
     AssistantMessage,
@@ -111,6 +111,11 @@ class Rollout:
     """Log-probability of each when it was sampled; 0 for the others."""
     weight_versions: list[int]
     """Of the weights that each was sampled with; 0 for the others."""
+    weight_checksums: dict[int, int] = field(default_factory=dict[int, int])
+    """Checksums of these weights in an engine with a copy of its own, by version."""
+    continues_old_states: bool = False
+    """Whether tokens were sampled from states of earlier weights than their own, as after an update
+    with `running="keep"`: no forward pass of one version has their log-probabilities."""
     messages: list[Message] = field(default_factory=list[Message])
     """What followed the prompt."""
     routes: Tensor | None = None
@@ -145,6 +150,12 @@ class Rollout:
         return sum(self.is_sampled)
 
     @property
+    def versions(self) -> set[int]:
+        """Of the weights that sampled its tokens."""
+        sampled = zip(self.weight_versions, self.is_sampled, strict=True)
+        return {version for version, is_sampled in sampled if is_sampled}
+
+    @property
     def response(self) -> TaskResponse:
         """What verifiers read."""
         return TaskResponse(messages=tuple(self.messages), is_complete=not self.is_cut)
@@ -171,10 +182,17 @@ class RolloutDriver:
         template: ChatTemplate,
         environments: Mapping[str, Environment],
         config: RolloutConfig,
+        *,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
-        """`environments` are those that tasks are of, by name."""
+        """`environments` are those that tasks are of, by name.
+
+        `on_step` is called after steps of the engine, and before each turn; it may replace the
+        engine's weights, or raise to end the play.
+        """
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
         self._environments, self._config = environments, config
+        self._on_step = on_step
 
     def play(
         self,
@@ -266,7 +284,7 @@ class RolloutDriver:
             alike = _with_equal_prompts(active)
             prompts = [cast(Prompt, each[0].next_prompt) for each in alike]
             params = [self._params(each[0], n=len(each)) for each in alike]
-            found = self._llm.generate(prompts, params)
+            found = self._generate(prompts, params)
             answers = [
                 (each, answer)
                 for some, output in zip(alike, found, strict=True)
@@ -274,6 +292,15 @@ class RolloutDriver:
             ]
             # Environments elsewhere answer at the same time.
             await asyncio.gather(*(self._after_turn(each, answer) for each, answer in answers))
+
+    def _generate(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        on_step = self._on_step
+        if on_step is None:
+            return self._llm.generate(prompts, params)
+        on_step()
+        return self._llm.generate(prompts, params, on_delta=lambda *_: on_step())
 
     def _params(self, playing: _Playing, *, n: int) -> SamplingParams:
         config = self._config
@@ -392,6 +419,7 @@ def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
     rollout.is_sampled += [True] * len(output.token_ids)
     rollout.logprobs += [entry.logprob for entry in output.logprobs]
     rollout.weight_versions += output.weight_versions
+    rollout.continues_old_states |= output.continues_old_states
     rollout.routes = output.routed_experts  # of the whole sequence, earlier turns too
 
 

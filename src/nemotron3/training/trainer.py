@@ -7,7 +7,7 @@ resumed is bit for bit the same as an uninterrupted one. Data and evaluation com
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -121,11 +121,12 @@ class Trainer(Generic[BatchT]):
         evaluation: Evaluation,
         store: CheckpointStore,
         peak_flops: float,
-        data_metrics: Callable[[], dict[str, float]] = dict,
+        data_metrics: Callable[[Mapping[str, float]], dict[str, float]] = dict,
     ) -> None:
         """`batches(n)` returns the microbatches of the update that follows n updates.
 
-        `data_metrics` returns metrics of the last of them, such as the rewards of rollouts.
+        `data_metrics` returns metrics of the last of them, such as the rewards of rollouts; its
+        argument are the metrics of the update.
 
         `peak_flops` is the machine's peak FLOP/s, the denominator of `perf/peak_fraction`.
         """
@@ -175,7 +176,8 @@ class Trainer(Generic[BatchT]):
         """Train to the last step, with logging, evaluations and checkpoints."""
         config = self.config
         while self.step < config.steps:
-            metrics = self._timed_step() | self._data_metrics()
+            metrics = self._timed_step()
+            metrics |= self._data_metrics(metrics)
             self.step += 1
             is_last = self.step == config.steps
             if is_last or self.step % config.evaluate_every_steps == 0:

@@ -102,6 +102,8 @@ def test_an_answer_over_an_update_is_scored_by_the_weights_it_names(pattern, run
     answer, versions, entries, scores = told(steps)
     assert len(answer) == 24
     assert versions == [0] * before + [1] * (24 - before)
+    mixed = [step.continues_old_states for step in steps for _ in step.tokens]
+    assert mixed == [False] * before + [running == "keep"] * (24 - before)
     whole = [*prompt, *answer]
     by_old = forward(old, whole)
     if running == "recompute":

@@ -449,6 +449,7 @@ class Engine:
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
             weight_version=self.weight_version,
+            continues_old_states=sequence.is_stale,
             routed_experts=None if reason is None else sequence.routed_experts(),
         )
 
