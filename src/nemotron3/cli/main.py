@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nemotron3.cli.engine_options import add_engine_options
 from nemotron3.cli.memory_options import add_memory_options
+from nemotron3.cli.study_options import add_study_options
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -74,10 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint"
-        print(
-            f"\nnemotron3: interrupted{goes_on if known.verb in ('pretrain', 'sft', 'rl') else ''}",
-            file=sys.stderr,
-        )
+        resumes = known.verb in ("pretrain", "sft", "rl", "study")
+        print(f"\nnemotron3: interrupted{goes_on if resumes else ''}", file=sys.stderr)
         return 130
 
 
@@ -131,6 +130,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             from nemotron3.cli.environments import env_command
 
             return env_command(known)
+        case "study":
+            from nemotron3.cli.study import study_command
+
+            return study_command(known)
     raise AssertionError(f"no verb {known.verb}")
 
 
@@ -162,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(verbs)
     _add_merge(verbs)
     _add_env(verbs)
+    add_study_options(verbs)
     return parser
 
 
