@@ -4,8 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from benchmarks.studies import filled
+from benchmarks.drawing import BLUE, GREEN
+from benchmarks.studies import draw, filled, read_result
 
+from nemotron3.config import write_json
 from nemotron3.recipes.rl import tiny_rl
 from nemotron3.studies.simultaneous_rl.arms import Arm, Cell
 from nemotron3.studies.simultaneous_rl.cell import CellResult
@@ -201,3 +203,19 @@ def test_the_documentation_s_page_is_filled_between_its_marks():
     text = "# T\n\n<!-- result -->\nNot measured yet.\n<!-- /result -->\nend\n"
     assert "### The claim" in filled(text, result)
     assert filled(filled(text, result), None) == text
+
+
+def test_a_result_is_read_again_and_drawn(tmp_path):
+    cells = sweep((0.9, 0.8), (0.7, 0.75))
+    result = published(cells, study_of(num_seeds=2))
+    write_json(tmp_path / "result.json", result)
+    assert read_result(tmp_path / "result.json") == result
+    failed = [
+        replace(done, failure="DivergenceError: nan") if done.cell.arm is Arm.REPLAY else done
+        for done in cells
+    ]
+    for some, is_drawn in ((cells, True), (failed, False)):
+        draw(published(some, study_of(num_seeds=2)), tmp_path / "drawing.svg")
+        drawn = (tmp_path / "drawing.svg").read_text()
+        assert BLUE in drawn
+        assert (GREEN in drawn) == is_drawn  # the colour of the arm with replay

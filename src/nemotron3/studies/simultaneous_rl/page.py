@@ -204,6 +204,19 @@ def cell_rows(cells: Sequence[CellResult]) -> Rows:
     return rows
 
 
+def curves(result: StudyResult, rate: float, value: Callable[[Evaluation], float]) -> list[Series]:
+    """A number of every evaluation by updates, an arm each: the mean over finished cells."""
+    found: list[Series] = []
+    for arm in Arm:
+        cells = _finished(result, rate, arm)
+        if cells:
+            updates = [float(evaluation.updates) for evaluation in cells[0].evaluations]
+            values = [[value(evaluation) for evaluation in done.evaluations] for done in cells]
+            means = np.mean(values, axis=0)
+            found.append(Series(label=arm.value, steps=np.array(updates), values=means))
+    return found
+
+
 def verdicts(result: StudyResult) -> list[str]:
     """The claim at each learning rate, a line each, for a terminal."""
     return [
@@ -251,17 +264,8 @@ def _figures(result: StudyResult, rate: float) -> list[str]:
 def _curves(
     result: StudyResult, rate: float, value: Callable[[Evaluation], float]
 ) -> Figure | None:
-    series: list[Series] = []
-    for arm in Arm:
-        cells = _finished(result, rate, arm)
-        if not cells:
-            continue
-        updates = [float(evaluation.updates) for evaluation in cells[0].evaluations]
-        values = [[value(evaluation) for evaluation in cell.evaluations] for cell in cells]
-        series.append(
-            Series(label=arm.value, steps=np.array(updates), values=np.mean(values, axis=0))
-        )
-    return lines(series, y_label="reward", is_smoothed=False)
+    found = curves(result, rate, value)
+    return lines(found, y_label="reward", is_smoothed=False)
 
 
 def _paragraphs(heading: str, texts: Sequence[str]) -> str:
