@@ -5,13 +5,20 @@ from pathlib import Path
 
 _EPILOG = """\
 A study is many short trainings, its cells. Each is finished once: the command that was interrupted
-goes on where it was, and with more --seeds or --learning-rates it adds the cells that are missing.
+goes on where it was, and with more --seeds or --learning-rates it adds the cells that are missing
+(not with --quick, where they decide how many updates fit).
 The number of cells, how long they take on this machine, and the smallest effect that so many seeds
 can show are said before the first one begins.
 
   nemotron3 study simultaneous-rl --quick         under 20 minutes on two cores
   nemotron3 study simultaneous-rl                 the whole sweep: hours
   nemotron3 study simultaneous-rl --seeds 5       two more seeds of a study that has three
+"""
+
+_SIMULTANEOUS_RL = """\
+Is it better to learn from all environments at once than from one after another? Trains the same
+model at once, at once with a curriculum, in stages in two orders, and in stages with replay, all
+with equal updates and rollouts, and compares reward, forgetting, stability and signs of hacking.
 """
 
 
@@ -29,9 +36,7 @@ def add_study_options(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     one = studies.add_parser(
         "simultaneous-rl",
         help="reinforcement learning in all environments at once, or in stages",
-        description="Is it better to learn from all environments at once than from one after "
-        "another? Trains the same model at once, at once with a curriculum, in stages in two "
-        "orders, and in stages with replay, and compares reward, forgetting and stability.",
+        description=_SIMULTANEOUS_RL,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
