@@ -83,6 +83,7 @@ def test_no_two_trainings_share_their_tasks():
 def test_named_studies_are_sound():
     full, quick = full_study("model"), quick_study("model")
     assert (full.num_stages, full.num_seeds, len(full.learning_rates)) == (9, 3, 3)
+    assert (full.steps, full.prompts, quick.prompts) == (144, 36, 16)
     assert (quick.num_stages, quick.num_seeds, quick.steps) == (4, 2, None)
 
 

@@ -174,7 +174,7 @@ def test_what_seeds_can_show_is_said_beforehand():
     )
     assert three.at_least == pytest.approx(three.deviations * three.sampling_deviation)
     said = " ".join(statement(study_of(), TIMING, make_plan(study_of(), TIMING)))
-    assert "15 cells: 5 arms x 1 learning rates (0.001) x 3 seeds, each 2 updates" in said
+    assert "15 cells: 5 arms x 1 learning rate (0.001) x 3 seeds, each 2 updates" in said
     assert f"{three.at_least:.3f} in mean reward" in said
 
 

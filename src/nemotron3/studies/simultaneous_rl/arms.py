@@ -101,7 +101,13 @@ def run_of(
     base = study.run
     by_name = {environment.name: environment for environment in base.environments}
     warmup = min(max(1, part.steps // 16), part.steps - 1)
-    schedule = WSD(total_steps=part.steps, warmup_steps=warmup, decay_steps=part.steps - warmup)
+    lengths = {"total_steps": part.steps, "warmup_steps": warmup}
+    decay_steps = part.steps - warmup
+    schedule = base.training.schedule
+    if isinstance(schedule, WSD):  # with its shape and end
+        schedule = replace(schedule, decay_steps=decay_steps, **lengths)
+    else:
+        schedule = WSD(decay_steps=decay_steps, **lengths)
     training = replace(
         base.training,
         steps=part.steps,

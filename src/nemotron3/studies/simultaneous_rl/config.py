@@ -8,6 +8,7 @@ the order differs.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from nemotron3.errors import ConfigError
@@ -30,7 +31,7 @@ class SimultaneousRL:
     """What is trained in every cell. A cell sets steps, schedule, learning rate, seed, and the
     environments of each batch, and plays every task once (`max_rounds` 1), so that all arms have
     the same number of rollouts."""
-    steps: int | None = 144
+    steps: int | None
     """Updates of a cell, a multiple of the number of environments; null for what fits in
     `budget_s`."""
     budget_s: float | None = None
@@ -103,17 +104,15 @@ class SimultaneousRL:
 
 def full_study(model: str) -> SimultaneousRL:
     """All environments of the tiny model, three learning rates, three seeds: hours on two cores."""
-    return SimultaneousRL(run=replace(tiny_rl(), model=model))
+    run = _with_environments(tiny_rl(), model, {each.name for each in tiny_rl().environments})
+    return SimultaneousRL(run=run, steps=16 * len(run.environments))
 
 
 def quick_study(model: str) -> SimultaneousRL:
     """Four environments, one learning rate, two seeds, as many updates as fit: under 20 minutes."""
-    run = replace(tiny_rl(), model=model)
-    chosen = tuple(each for each in run.environments if each.name in QUICK_ENVIRONMENTS)
-    training = replace(run.training, batch_size=4 * len(chosen) * run.group_size)
     return SimultaneousRL(
         name="simultaneous-rl-quick",
-        run=replace(run, environments=chosen, training=training),
+        run=_with_environments(tiny_rl(), model, {*QUICK_ENVIRONMENTS}),
         steps=None,
         budget_s=QUICK_BUDGET_S,
         learning_rates=(4e-4,),
@@ -121,3 +120,10 @@ def quick_study(model: str) -> SimultaneousRL:
         curriculum=CurriculumConfig(pool=64, samples=4),
         held_out_tasks=60,
     )
+
+
+def _with_environments(run: RLRun, model: str, names: Collection[str]) -> RLRun:
+    """A run of a model in these environments, with four prompts of each in a batch."""
+    chosen = tuple(each for each in run.environments if each.name in names)
+    training = replace(run.training, batch_size=4 * len(chosen) * run.group_size)
+    return replace(run, model=model, environments=chosen, training=training)

@@ -132,8 +132,9 @@ def statement(study: SimultaneousRL, timing: Timing, plan: Plan) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     batch = study.run.training.batch_size
     lines = [
-        f"{cells} cells: {len(Arm)} arms x {len(study.learning_rates)} learning rates ({rates}) x "
-        f"{plan.num_seeds} seeds, each {plan.steps} updates of {batch} rollouts in "
+        f"{cells} cells: {len(Arm)} arms x {_count(len(study.learning_rates), 'learning rate')} "
+        f"({rates}) x {_count(plan.num_seeds, 'seed')}, each {plan.steps} updates of {batch} "
+        f"rollouts in "
         f"{study.num_stages} environments",
         f"Held-out reward of {study.run.model}: {timing.start.mean:.3f}",
         f"An update takes {timing.update_s:.1f} s here, an evaluation {timing.evaluation_s:.1f} s, "
@@ -161,3 +162,7 @@ def seen(plan: Plan) -> str:
         f"{effect.deviations:.1f} standard deviations of the difference over seeds; the sampling "
         f"of held-out tasks alone makes that about {effect.at_least:.3f} in mean reward"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
