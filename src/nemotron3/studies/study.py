@@ -121,6 +121,11 @@ class Stopwatch:
         write_json(self._file, self.seconds)
 
 
+def counted(number: int, what: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """A time in words: 40 s, 12 min, 3 h 5 min."""
     if seconds < 90:

@@ -20,7 +20,7 @@ from nemotron3.studies.simultaneous_rl.cell import CellResult, Evaluation, Score
 from nemotron3.studies.simultaneous_rl.findings import Finding, measures_of
 from nemotron3.studies.simultaneous_rl.plan import seen
 from nemotron3.studies.simultaneous_rl.result import StudyResult
-from nemotron3.studies.study import duration
+from nemotron3.studies.study import counted, duration
 
 Rows = list[list[str]]
 """A table; the first row names the columns."""
@@ -33,7 +33,7 @@ _MEASURES = {
     "most_common_rise": "rise of the most common answer",
     "max_grad_norm": "largest gradient norm",
 }
-_WORDS = {"measure", "of", "against", "better", "at least as good", "arm", "ended", "learning rate"}
+_WORDS = {"learning rate", "measure", "arm", "compared with", "better", "at least as good", "ended"}
 """Columns that are read as words."""
 
 
@@ -78,7 +78,7 @@ def origin(result: StudyResult) -> str:
     return (
         f"{result.date}, commit {result.commit[:7]}: {study.run.model}, {len(result.cells)} cells "
         f"of {plan.steps} updates of {study.run.training.batch_size} rollouts in "
-        f"{study.num_stages} environments, {plan.num_seeds} seeds. {result.device}, "
+        f"{study.num_stages} environments, {counted(plan.num_seeds, 'seed')}. {result.device}, "
         f"{duration(taken)}."
     )
 
@@ -130,7 +130,7 @@ def tables(result: StudyResult) -> list[tuple[str, str, Rows]]:
 
 def finding_rows(findings: Sequence[Finding]) -> Rows:
     """Comparisons, a row each."""
-    head = ["learning rate", "measure", "of", "against", "seeds", "of it", "against it"]
+    head = ["learning rate", "measure", "arm", "compared with", "seeds", "arm's", "the other's"]
     head += ["difference", "p (Holm)", "better", "at least as good"]
     return [
         head,
@@ -141,8 +141,8 @@ def finding_rows(findings: Sequence[Finding]) -> Rows:
                 found.second,
                 found.first,
                 str(found.num_seeds),
-                f"{found.second_mean:.3f}",
-                f"{found.first_mean:.3f}",
+                f"{found.second_mean:z.3f}",
+                f"{found.first_mean:z.3f}",
                 _interval(found),
                 f"{found.p_value:.2g}",
                 found.better,
@@ -182,9 +182,9 @@ def cell_rows(cells: Sequence[CellResult]) -> Rows:
             largest = f"{found.max_grad_norm:.2f}"
             measured = [
                 f"{found.reward:.3f}",
-                f"{found.worst_change:+.3f}",
+                f"{found.worst_change:+z.3f}",
                 f"{found.forgetting:.3f}",
-                f"{found.most_common_rise:+.3f}",
+                f"{found.most_common_rise:+z.3f}",
             ]
         rows.append(
             [
@@ -221,7 +221,7 @@ def verdicts(result: StudyResult) -> list[str]:
     """The claim at each learning rate, a line each, for a terminal."""
     return [
         f"learning rate {found.learning_rate:g}, {_MEASURES[found.measure]}: "
-        f"{found.second_mean:.3f} against {found.first_mean:.3f}, {_interval(found)}; "
+        f"{found.second_mean:z.3f} against {found.first_mean:z.3f}, {_interval(found)}; "
         f"better: {found.better}; at least as good: {found.at_least_as_good}"
         for found in result.findings
         if found.is_primary
@@ -230,8 +230,8 @@ def verdicts(result: StudyResult) -> list[str]:
 
 def _interval(found: Finding) -> str:
     if math.isinf(found.low):
-        return f"{found.difference:+.3f}"
-    return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+        return f"{found.difference:+z.3f}"
+    return f"{found.difference:+z.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def _finished(result: StudyResult, rate: float, arm: Arm) -> list[CellResult]:

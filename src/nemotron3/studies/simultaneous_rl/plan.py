@@ -11,7 +11,7 @@ from nemotron3.studies.simultaneous_rl.arms import Arm, Cell, parts_of, profilin
 from nemotron3.studies.simultaneous_rl.cell import Evaluation, HeldOut
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
 from nemotron3.studies.simultaneous_rl.findings import SmallestEffect, smallest_effect
-from nemotron3.studies.study import duration
+from nemotron3.studies.study import counted, duration
 from nemotron3.training.trainer import StepReport
 
 _TIMED_UPDATES = 4
@@ -132,8 +132,8 @@ def statement(study: SimultaneousRL, timing: Timing, plan: Plan) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     batch = study.run.training.batch_size
     lines = [
-        f"{cells} cells: {len(Arm)} arms x {_count(len(study.learning_rates), 'learning rate')} "
-        f"({rates}) x {_count(plan.num_seeds, 'seed')}, each {plan.steps} updates of {batch} "
+        f"{cells} cells: {len(Arm)} arms x {counted(len(study.learning_rates), 'learning rate')} "
+        f"({rates}) x {counted(plan.num_seeds, 'seed')}, each {plan.steps} updates of {batch} "
         f"rollouts in "
         f"{study.num_stages} environments",
         f"Held-out reward of {study.run.model}: {timing.start.mean:.3f}",
@@ -162,7 +162,3 @@ def seen(plan: Plan) -> str:
         f"{effect.deviations:.1f} standard deviations of the difference over seeds; the sampling "
         f"of held-out tasks alone makes that about {effect.at_least:.3f} in mean reward"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
