@@ -101,13 +101,15 @@ def run_of(
     base = study.run
     by_name = {environment.name: environment for environment in base.environments}
     warmup = min(max(1, part.steps // 16), part.steps - 1)
-    lengths = {"total_steps": part.steps, "warmup_steps": warmup}
-    decay_steps = part.steps - warmup
-    schedule = base.training.schedule
-    if isinstance(schedule, WSD):  # with its shape and end
-        schedule = replace(schedule, decay_steps=decay_steps, **lengths)
-    else:
-        schedule = WSD(decay_steps=decay_steps, **lengths)
+    shape = base.training.schedule
+    if not isinstance(shape, WSD):
+        shape = WSD(total_steps=1, warmup_steps=0, decay_steps=1)
+    schedule = replace(
+        shape,
+        total_steps=part.steps,
+        warmup_steps=warmup,
+        decay_steps=part.steps - warmup,
+    )
     training = replace(
         base.training,
         steps=part.steps,
