@@ -55,8 +55,9 @@ def draw(result: StudyResult, out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set(fontsize=10, fontweight="bold")
     panels[0][0].set(ylabel="held-out reward")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside right center")
+    drawn = [axes.get_legend_handles_labels() for axes in panels[0]]
+    named = {label: handle for some in drawn for handle, label in zip(*some, strict=True)}
+    figure.legend(named.values(), named.keys(), frameon=False, loc="outside right center")
     figure.savefig(out, format="svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
 
