@@ -21,6 +21,7 @@ _PACKAGES = (
         "server",
         "training",
         "rl",
+        "evaluation",
         "environments",
         "data",
         "checkpoint",

@@ -1,9 +1,14 @@
-"""`nemotron3 env`: list, show, check."""
+"""`nemotron3 env`: list, show, check, tasks, serve."""
+
+import json
 
 import pytest
 
 from nemotron3.cli.main import main
-from nemotron3.environments import BUILT_IN
+from nemotron3.environments import BUILT_IN, load_environment
+from nemotron3.environments.gym_protocol import gym_row
+from nemotron3.server import running
+from tests.environments.fake_gym import Answer, fake_server
 from tests.environments.test_registry import GOOD
 
 
@@ -82,3 +87,70 @@ def test_an_action_is_needed(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["env"])
     assert "required: action" in capsys.readouterr().err
+
+
+def test_tasks_are_rows_of_nemo_gym(capsys, tmp_path):
+    options = ("calculator", "--difficulty", "0.2", "--num-tasks", "3", "--seed", "5")
+    status, printed = run(capsys, "tasks", *options)
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    environment = load_environment("calculator", difficulty=0.2)
+    assert status == 0
+    assert rows == [gym_row(environment.task(index, seed=5)) for index in range(3)]
+    assert rows[0]["responses_create_params"]["tools"][0]["strict"] is False
+    file = tmp_path / "folder" / "rows.jsonl"
+    more = (
+        "--output",
+        str(file),
+        "--agent",
+        "calculator_agent",
+        "--distinct",
+        "--split",
+        "held_out",
+    )
+    status, printed = run(capsys, "tasks", *options, *more)
+    assert (status, printed.out) == (0, f"3 rows of calculator in {file}\n")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    prompts = [row["responses_create_params"]["input"][0]["content"] for row in rows]
+    held_out = environment.distinct_tasks(3, seed=5)
+    assert prompts == [row["responses_create_params"]["input"][0]["content"] for row in held_out]
+    assert {row["agent_ref"]["name"] for row in rows} == {"calculator_agent"}
+
+
+def test_tasks_of_a_server_are_shown(capsys, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    run(capsys, "tasks", "math", "--num-tasks", "5", "--output", str(file))
+    with fake_server(lambda _: Answer({"reward": 0.25})) as url:
+        status, printed = run(capsys, "show", f"{file}@{url}", "--num-tasks", "1")
+        assert status == 0
+        assert "[user] " in printed.out
+        assert "[no demonstration]" in printed.out
+        run(capsys, "tasks", "math", "--num-tasks", "60", "--output", str(file))
+        held_out = f"{file}@{url}?held_out={file}.held_out"
+        options = ("--num-tasks", "9", "--split", "held_out", "--output", f"{file}.held_out")
+        run(capsys, "tasks", "math", *options)
+        status, printed = run(capsys, "check", held_out, "--num-tasks", "9")
+    assert status == 0
+    assert "  no demonstrations\n" in printed.out
+    assert "    empty answer     0.250\n" in printed.out
+    with fake_server(lambda _: Answer({})) as url:  # a verification without a reward
+        held_out = f"{file}@{url}?held_out={file}.held_out"
+        assert run(capsys, "check", held_out, "--num-tasks", "2")[0] == 1
+
+
+def test_serve_waits_with_the_environment_and_its_limits(capsys, monkeypatch):
+    served = []
+    monkeypatch.setattr(
+        running, "serve", lambda server, *_, **options: served.append((server, options))
+    )
+    limits = ("--max-sessions", "2", "--session-expiry", "7", "--drain-timeout", "3")
+    status, printed = run(
+        capsys, "serve", "calculator", "--difficulty", "0.1", "--port", "0", *limits
+    )
+    assert status == 0
+    ((server, options),) = served
+    assert (server.sessions._max_sessions, server.sessions._expiry_s) == (2, 7.0)
+    assert options == {"drain_timeout_s": 3.0}
+    assert "calculator at difficulty 0.1: http://127.0.0.1:" in printed.err
+    assert run(capsys, "serve", "calculator", "--max-sessions", "0")[0] == 2
+    status, printed = run(capsys, "serve", "guess_number")
+    assert (status, "after a turn that calls no tool" in printed.err) == (2, True)

@@ -1,11 +1,17 @@
 """`nemotron3 env demonstrations`, `sft` and `rl`, as they are typed."""
 
+import io
 import json
 
 import pytest
 
 from nemotron3.cli.main import main
+from nemotron3.cli.tuning import weighted
+from nemotron3.config import read_run
 from nemotron3.data.conversations import parse_conversation
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.own_conversations import own_conversations
+from nemotron3.recipes.sft import SFTRun
 from tests.rl.playground import save_policy
 
 
@@ -51,6 +57,45 @@ def test_a_model_is_tuned_on_ones_own_file_and_then_by_rewards(policy, chats, tm
     assert (tmp_path / "runs" / "two" / "model" / "chat_template.jinja").exists()
 
 
+def test_an_adapter_is_trained_merged_and_used(policy, chats, tmp_path, capsys, monkeypatch):
+    runs = ["--runs", str(tmp_path / "runs")]
+    short = ["--epochs", "0.5", "--sampling.max-tokens", "4", "--name", "one"]
+    lora = ["--lora.rank", "2", "--lora.alpha", "4", "--lora.targets", "in_proj", "experts.up_proj"]
+    assert main(["sft", str(policy), "--data", str(chats), *runs, *short, *lora]) == 0
+    said = capsys.readouterr().out
+    folder = tmp_path / "runs" / "one"
+    for expected in ("Trained are", "routed experts", "frozen of", f"adapter  {folder}/adapter"):
+        assert expected in said
+    run = read_run(folder, SFTRun)
+    assert run.lora == LoRAConfig(rank=2, alpha=4.0, targets=("in_proj", "experts.up_proj"))
+    full = own_conversations(policy, run.data)
+    assert run.training.optimizer.lr == 10 * full.training.optimizer.lr
+
+    out = tmp_path / "merged"
+    assert main(["merge-adapter", str(policy), str(folder / "adapter"), str(out)]) == 0
+    assert f"products of {policy}: {out}" in capsys.readouterr().out
+    greedy = ["user", "--max-tokens", "8", "--temperature", "0", "--device", "cpu"]
+    texts = []
+    for model in ([str(out)], [str(policy), "--lora", str(folder / "adapter")]):
+        assert main(["generate", model[0], *greedy, *model[1:]]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("say up\n"))
+    talk = ["--lora", str(folder / "adapter"), "--max-tokens", "4", "--max-model-len", "128"]
+    assert main(["chat", str(policy), *talk]) == 0
+    assert "4 tokens" in capsys.readouterr().out
+
+
+def test_an_adapter_is_trained_by_rewards(policy, tmp_path, capsys):
+    options = ["--steps", "1", "--runs", str(tmp_path / "runs"), "--name", "two"]
+    options += ["--training.batch-size", "16", "--rollouts.max-tokens", "4", "--lora.rank", "2"]
+    options += ["--held-out-tasks", "2", "--final-held-out-tasks", "2"]
+    assert main(["rl", str(policy), "--environment", "letter_counting", *options]) == 0
+    said = capsys.readouterr().out
+    assert "Trained are" in said
+    assert (tmp_path / "runs/two/adapter/adapter_config.json").exists()
+
+
 def test_a_preview_colours_what_is_trained(policy, chats, capsys, tmp_path):
     runs = ["--runs", str(tmp_path / "runs")]
     assert main(["sft", str(policy), "--data", str(chats), "--preview", "1", *runs]) == 0
@@ -72,7 +117,8 @@ def test_without_a_model_there_is_help(arguments, said, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys):
+def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a run that gets as far as a folder leaves it
     folder = tmp_path / "empty"
     folder.mkdir()
     for arguments, said in (
@@ -87,11 +133,33 @@ def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys):
         (["sft", "--from", "run.json", "--data", str(chats)], "--data goes with a model"),
         (["rl", str(folder)], "give a model directory"),
         (["rl", "--environment", "math"], "no model; name it first"),
+        (["sft", str(policy), "--data", str(chats), "--lora.targets", "inproj"], "are in_proj"),
+        (["merge-adapter", str(policy), str(folder), str(tmp_path / "o")], "adapter_config.json"),
+        (["generate", str(policy), "x", "--lora", str(folder)], "adapter_config.json"),
+        (["serve", str(policy), "--lora", "adapter"], "give a name and the adapter's directory"),
+        (["serve", str(policy), "--lora", "a=b", "--lora", "a=c"], "two adapters named 'a'"),
+        (["serve", str(policy), "--lora", "base=b", "--served-model-name", "base"], "is the model"),
     ):
         assert main(arguments) == 2, arguments
+        assert said in capsys.readouterr().err
+
+
+def test_a_wrong_value_of_an_adapter_is_named(policy, chats, capsys):
+    for option, value, said in (("rank", "0", "rank is 0"), ("alpha", "-1", "alpha is -1.0")):
+        with pytest.raises(SystemExit):
+            main(["sft", str(policy), "--data", str(chats), f"--lora.{option}", value])
         assert said in capsys.readouterr().err
 
 
 def test_rows_are_json_lines(chats):
     rows = [json.loads(line) for line in chats.read_text().splitlines()]
     assert {message["role"] for row in rows for message in row["messages"]} == {"user", "assistant"}
+
+
+def test_weights_of_environments_follow_their_names():
+    assert weighted("math") == ("math", 1.0)
+    assert weighted("math=2") == ("math", 2.0)
+    address = "rows.jsonl@http://127.0.0.1:8001"
+    assert weighted(f"{address}=0.5") == (address, 0.5)
+    assert weighted(f"{address}?max_turns=8") == (f"{address}?max_turns=8", 1.0)
+    assert weighted(f"{address}?agent=a&max_turns=8=3") == (f"{address}?agent=a&max_turns=8", 3.0)

@@ -74,12 +74,14 @@ def test_failures_are_in_no_mean():
     assert math.isnan(report.demonstration_reward)
 
 
-def test_a_check_needs_solutions():
+def test_a_check_without_solutions():
     class Silent(Naive):
         solve = Environment.solve
 
-    with pytest.raises(DataError, match="naive has no demonstrations"):
-        asyncio.run(check_environment(Silent()))
+    report = asyncio.run(check_environment(Silent(), num_tasks=9))  # what needs none is played
+    assert report.hack_rewards.keys() == {"empty answer", "prompt repeated"}
+    assert math.isnan(report.demonstration_reward)
+    assert (report.top_answer_share, report.num_turns, report.num_failures) == (0.0, 0, 0)
 
     class Empty(Naive):
         def solve(self, row):

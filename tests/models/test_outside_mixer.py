@@ -29,6 +29,7 @@ from nemotron3.models.costs import (
     model_costs,
     state_bytes_per_sequence,
 )
+from nemotron3.models.lora import LoRAConfig, adapter_of, add_lora, shared_model
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
 from nemotron3.training.batch import TrainBatch
@@ -36,6 +37,7 @@ from nemotron3.training.optimizers import AdamWConfig, build_optimizer, paramete
 from nemotron3.training.step import TrainingStep
 from tests.contracts import test_one_forward as contract
 from tests.models.cache.test_hybrid_cache import Verbs
+from tests.models.lora.adapted import with_change
 from tests.tiny import ATTENTION, MAMBA, MOE, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE, FLOAT32, FLOAT64
 from tests.training.batches import pretraining
@@ -274,3 +276,17 @@ def test_what_is_declared_is_what_is_carried(request, which):
         assert sum(rows[0].numel() for rows in state.rows) == mixer.state_size.per_sequence
         entries = sum(page[0, 0].numel() for page in state.pages)
         assert entries == mixer.state_size.per_token
+
+
+@torch.no_grad()
+def test_its_products_take_an_adapter(config):
+    model = tiny_model(config)
+    tokens = tokens_for(config, 1, 9)
+    before = model(tokens)
+    add_lora(model, LoRAConfig(rank=2), seed=0)
+    assert torch.equal(model(tokens), before)
+    names = adapter_of(model)
+    assert any(name.startswith("backbone.layers.0.mixer.") for name in names)
+    with_change(model)
+    assert (model(tokens) - before).abs().max() > 0.01
+    assert torch.equal(shared_model(model)(tokens), model(tokens))

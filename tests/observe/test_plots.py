@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron3.observe.plots import MAX_POINTS, Series, bars, depth_lines, heat_map, lines, thin
+from nemotron3.observe.plots import (
+    MAX_POINTS,
+    Range,
+    Series,
+    bars,
+    depth_lines,
+    heat_map,
+    lines,
+    ranges,
+    thin,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -130,3 +140,13 @@ def test_without_matplotlib_the_install_line_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'nemotron3\[train\]'"):
         lines([series([1.0])], y_label="nats")
+
+
+def test_ranges_are_drawn_where_they_are_finite():
+    one = Range(label="<a>", value=0.1, low=-0.1, high=0.3, is_strong=True)
+    endless = Range(label="b", value=0.0, low=-math.inf, high=math.inf, is_strong=False)
+    figure = ranges([one, endless], x_label="difference")
+    assert_is_svg(figure.svg)
+    assert "&lt;a&gt;" in figure.svg
+    assert ">b<" not in figure.svg
+    assert ranges([endless], x_label="difference") is None

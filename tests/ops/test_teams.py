@@ -216,7 +216,7 @@ def in_teams(monkeypatch):
 def test_training_has_the_same_bits_in_teams_of_any_size(model, in_teams):
     """Every operation of a training step, forward and backward."""
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batch = pack(documents(300, 1, 130, seed=1, vocabulary=4000))
+    batch = pack(documents(300, 1, 130, seed=1, vocabulary=model.config.vocab_size))
 
     def train():
         model.load_state_dict(start)

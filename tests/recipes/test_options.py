@@ -18,6 +18,7 @@ CHANGES = {
     "corpus.tokenizer.vocab_size": 310,
     "corpus.tokenizer.num_special_tokens": 40,
     "corpus.tokenizer.sample_bytes": 2000,
+    "corpus.tokenizer.words": ("sailor", "clock"),
     "corpus.held_out_fraction": 0.3,
     "training.steps": 5,
     "training.batch_size": 2,

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.errors import ConfigError, DataError
+from nemotron3.models.lora import LoRAConfig, merge_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes import run_rl
@@ -119,6 +121,58 @@ def test_rewards_grow(policy, letter, tmp_path):
     assert rl(run, runs=tmp_path / "runs") == summary
 
 
+def test_an_adapter_learns_and_the_engine_follows_it(policy, letter, tmp_path):
+    """Every update's rollouts are sampled by the adapter of that update, to rounding."""
+    run = small(
+        policy,
+        letter,
+        steps=12,
+        prompts=4,
+        group_size=8,
+        final_held_out_tasks=30,
+        lora=LoRAConfig(rank=8, alpha=16.0, targets=("all-linear", "out_proj", "lm_head")),
+        training={"bias_update_rate": 0.0, "checkpoint_every_steps": 6},
+        loss=PolicyLossConfig(kl=1e-4),
+    )
+    summary = rl(run, runs=tmp_path / "runs")
+    folder = tmp_path / "runs" / "small"
+    assert summary.reward["letter"] > summary.reward_before["letter"] + 0.1
+    logged = metrics_of(folder)
+    assert len(logged) == 12
+    assert max(m["policy/logprob_error"] for m in logged.values()) < 1e-5
+    base, result = (LanguageModel.from_pretrained(path) for path in (policy, folder / "model"))
+    merge_adapter(base, read_adapter(folder / "adapter", base))
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, result.state_dict()[name]), name
+    saved = CheckpointStore(folder / "checkpoints").load().tensors
+    assert all(name.endswith((".A", ".B")) for name in saved)
+
+
+def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
+    policy, letter, tmp_path, monkeypatch
+):
+    lora = LoRAConfig(rank=2, targets=("in_proj", "experts.up_proj"))
+    training = {"bias_update_rate": 0.0, "checkpoint_every_steps": 1}
+    run = small(policy, letter, steps=3, lora=lora, training=training)
+    whole = rl(run, runs=tmp_path / "whole")
+    save = CheckpointStore.save
+
+    def save_and_die(self, step, **content):
+        save(self, step, **content)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        rl(run, runs=tmp_path / "cut")
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    cut = rl(run, runs=tmp_path / "cut")
+    assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
+    for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        one, other = (tmp_path / name / "small" / part for name in ("cut", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+
+
 def test_many_environments_share_every_batch(policy, letter, tmp_path):
     run = small(policy, letter, "math", "multiple_choice", prompts=6, training={"steps": 2})
     summary = rl(run, runs=tmp_path / "runs")
@@ -159,6 +213,7 @@ def test_settings_that_cannot_be_are_refused(policy, letter):
         ({"group_size": 1}, "group_size is 1"),
         ({"group_size": 3}, "training.batch_size is 8; it must be a multiple of group_size 3"),
         ({"max_rounds": 0}, "max_rounds is 0"),
+        ({"rollouts": RolloutConfig(temperature=0)}, "rollouts.temperature is 0"),
         ({"rollouts": RolloutConfig(max_context=100_000)}, "rollouts.max_context is 100000"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -231,10 +231,13 @@ def test_fewer_prompts_than_environments_is_an_error():
         quotas({"a": 1, "b": 1}, 1)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "max_context", "max_attempts", "temperature"])
-def test_settings_are_checked(name):
-    with pytest.raises(ConfigError, match=f"rollouts.{name} is 0"):
-        RolloutConfig(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_tokens", 0), ("max_context", 0), ("max_attempts", 0), ("temperature", -1)],
+)
+def test_settings_are_checked(name, value):
+    with pytest.raises(ConfigError, match=f"rollouts.{name} is {value}"):
+        RolloutConfig(**{name: value})
 
 
 @pytest.mark.parametrize("engine", [{}, {"max_draft_tokens": 0}, {"max_num_batched_tokens": 7}])

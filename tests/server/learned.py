@@ -62,7 +62,7 @@ def write_learned_model(folder: Path) -> Path:
     samples = [r.tokens(tokenizer) for r in rendered]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(MAX_STEPS):
-        losses = torch.stack([_loss(model, s.ids, s.loss_mask) for s in samples])
+        losses = torch.stack([loss_of(model, s.ids, s.loss_mask) for s in samples])
         if losses.max() < 0.01:
             break
         optimizer.zero_grad()
@@ -73,7 +73,8 @@ def write_learned_model(folder: Path) -> Path:
     return folder
 
 
-def _loss(model: LanguageModel, ids: list[int], mask: list[bool]) -> torch.Tensor:
+def loss_of(model: LanguageModel, ids: list[int], mask: list[bool]) -> torch.Tensor:
+    """Cross-entropy of the tokens that are trained."""
     logits = model(torch.tensor([ids[:-1]]))[0]
     targets = torch.where(torch.tensor(mask[1:]), torch.tensor(ids[1:]), -100)
     return torch.nn.functional.cross_entropy(logits, targets)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import uvicorn
 
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.config import EngineConfig
+from nemotron3.inference.served_adapters import load_served
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.server.app import Server, ServerSettings, create_app
 from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer
@@ -73,10 +74,11 @@ def running(
     allowed_origins: tuple[str, ...] = (),
     reasoning_grace: int = 0,
     weights_folder: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
     **limits: Any,
 ) -> Iterator[Running]:
-    """Serve a model directory."""
-    llm = AsyncLLM(folder, config=EngineConfig(**limits), device="cpu")
+    """Serve a model directory, and adapters for it."""
+    llm, served = load_served(folder, adapters or {}, config=EngineConfig(**limits), device="cpu")
     settings = ServerSettings(
         served_model_name=MODEL,
         api_key=api_key,
@@ -84,7 +86,7 @@ def running(
         reasoning_grace=reasoning_grace,
         weights_folder=weights_folder,
     )
-    server = create_app(llm, settings)
+    server = create_app(llm, settings, served)
     config = uvicorn.Config(server.app, port=0, log_config=None, access_log=False, ws="none")
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, daemon=True)
@@ -98,4 +100,4 @@ def running(
     finally:
         runner.should_exit = True
         thread.join(30)
-        llm.close()
+        server.close()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.rl import tiny_rl
 from nemotron3.rl.sampling_plan import EnvironmentConfig
 from nemotron3.studies.simultaneous_rl.arms import Arm, Cell, parts_of, run_of
@@ -113,6 +114,9 @@ def test_one_environment_or_uneven_shares_are_refused():
     study = study_of(3, 2, 0.2)
     with pytest.raises(ConfigError, match="compares orders, so it needs 2"):
         replace(study, run=replace(study.run, environments=study.run.environments[:1]))
+    whole = replace(study.run.training, bias_update_rate=0.0, parameter_groups=())
+    with pytest.raises(ConfigError, match=r"run.lora is set; the study trains whole models"):
+        replace(study, run=replace(study.run, training=whole, lora=LoRAConfig()))
     training = replace(study.run.training, batch_size=64)
     with pytest.raises(ConfigError, match=r"training.batch_size is 64; its 8 prompts"):
         replace(study, run=replace(study.run, training=training))

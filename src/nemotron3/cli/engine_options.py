@@ -1,12 +1,16 @@
 """Options of the verbs that run an engine, and the engine that they describe."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemotron3.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemotron3.inference.async_llm import AsyncLLM
     from nemotron3.inference.config import EngineConfig
+    from nemotron3.inference.served_adapters import ServedModels
 
 _MIB = 2**20
 
@@ -95,21 +99,67 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_engine(known: argparse.Namespace) -> "AsyncLLM":
-    """The engine that the options describe."""
-    import torch
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """A LoRA adapter."""
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="DIR",
+        help="a LoRA adapter for the model, such as runs/tiny-sft/adapter",
+    )
 
+
+def add_adapters_option(parser: argparse.ArgumentParser) -> None:
+    """LoRA adapters by name."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="NAME=DIR",
+        help="a LoRA adapter that clients choose by NAME in `model` (may be repeated); each has an "
+        "engine of its own, with the limits above, and merged copies of the weights it changes",
+    )
+
+
+def load_engine(known: argparse.Namespace) -> "AsyncLLM":
+    """The engine that the options describe, with the adapter of `--lora DIR`."""
     from nemotron3.inference.async_llm import AsyncLLM
 
-    dtype = None if known.dtype == "auto" else getattr(torch, known.dtype)
-    return AsyncLLM(
-        known.path,
-        config=engine_config(known),
-        device=known.device,
-        dtype=dtype,
-        weights=None if known.weights == "auto" else known.weights,
-        generation_config=known.generation_config,
-    )
+    return AsyncLLM(known.path, lora=known.lora, **_load_options(known))
+
+
+def load_engines(known: argparse.Namespace) -> "ServedModels":
+    """The engines that the options describe: the model's, and one for each `--lora NAME=DIR`."""
+    from nemotron3.inference.served_adapters import load_served
+
+    return load_served(known.path, named_adapters(known.lora or ()), **_load_options(known))
+
+
+def named_adapters(options: Sequence[str]) -> dict[str, Path]:
+    """Directories of adapters by name, from NAME=DIR of each."""
+    adapters: dict[str, Path] = {}
+    for option in options:
+        name, equals, directory = option.partition("=")
+        if not (name and equals and directory):
+            raise ConfigError(
+                f"--lora is {option!r}; give a name and the adapter's directory, as in: "
+                "--lora chat=runs/tiny-sft/adapter"
+            )
+        if name in adapters:
+            raise ConfigError(f"--lora has two adapters named {name!r}; name each its own way")
+        adapters[name] = Path(directory)
+    return adapters
+
+
+def _load_options(known: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {
+        "config": engine_config(known),
+        "device": known.device,
+        "dtype": None if known.dtype == "auto" else getattr(torch, known.dtype),
+        "weights": None if known.weights == "auto" else known.weights,
+        "generation_config": known.generation_config,
+    }
 
 
 def engine_config(known: argparse.Namespace) -> "EngineConfig":
@@ -139,6 +189,7 @@ def engine_config(known: argparse.Namespace) -> "EngineConfig":
     ):
         size = getattr(known, option)
         given[name] = None if size is None else size * _MIB
+    given["return_routed_experts"] = getattr(known, "enable_return_routed_experts", None)
     given["state"] = StatePrecision(**_given(state))
     return EngineConfig(**_given(given))
 

@@ -21,7 +21,8 @@ def generate_command(known: argparse.Namespace) -> int:
         top_k=known.top_k,
         seed=known.seed,
     )
-    llm = LLM(known.path, device=device.type, config=EngineConfig(max_num_seqs=1))
+    config = EngineConfig(max_num_seqs=1)
+    llm = LLM(known.path, device=device.type, config=config, lora=known.lora)
     is_begun = False
 
     def show(_: int, delta: AnswerDelta) -> None:

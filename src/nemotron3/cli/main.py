@@ -6,16 +6,23 @@ where PyTorch is not installed yet.
 
 import argparse
 import errno
-import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from nemotron3.cli.engine_options import add_engine_options
+from nemotron3.cli.engine_options import (
+    add_adapter_option,
+    add_adapters_option,
+    add_engine_options,
+)
+from nemotron3.cli.environment_options import add_environment_verb
+from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
 from nemotron3.cli.memory_options import add_memory_options
-from nemotron3.cli.study_options import add_study_options
+from nemotron3.cli.option_types import seconds
+from nemotron3.cli.study_options import add_study_verb
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -38,9 +45,27 @@ SIGTERM: no more requests are taken (503), the running ones are finished, then t
 Everything else is in the guide, docs/serving.md.
 """
 
-_POSITIONAL = {"verb", "model", "recipe", "path", "prompt", "run", "out"}
+_POSITIONAL = {"verb", "model", "adapter", "recipe", "path", "prompt", "run", "out"}
 _OTHER_OPTIONS = {"reasoning_budget": "--budget", "weights_folder": "--enable-weight-updates"}
 """Options that are not called as the value is in the package."""
+
+_FUNCTIONS = {
+    "info": "info.info",
+    "pretrain": "pretrain.pretrain_command",
+    "sft": "sft.sft_command",
+    "rl": "rl.rl_command",
+    "show": "recipes.show",
+    "generate": "generate.generate_command",
+    "serve": "serve.serve_command",
+    "chat": "chat.chat_command",
+    "merge": "merge.merge_command",
+    "merge-adapter": "merge.merge_adapter_command",
+    "env": "environments.env_command",
+    "eval": "evaluate.eval_command",
+    "compare": "compare.compare_command",
+    "study": "study.study_command",
+}
+"""What runs a verb, by module and name; the module is imported when its verb runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,60 +114,14 @@ def _by_option(error: Nemotron3Error, known: argparse.Namespace) -> Nemotron3Err
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    module, _, name = _FUNCTIONS[known.verb].partition(".")
+    function = getattr(import_module(f"nemotron3.cli.{module}"), name)
     match known.verb:
-        case "info":
-            from nemotron3.cli.info import info
-
-            return info(known)
-        case "pretrain":
-            from nemotron3.cli.pretrain import pretrain_command
-
-            return pretrain_command(known, rest)
-        case "sft":
-            from nemotron3.cli.sft import sft_command
-
-            return sft_command(known, rest)
-        case "rl":
-            from nemotron3.cli.rl import rl_command
-
-            return rl_command(known, rest)
         case "show":
-            from nemotron3.cli.recipes import show
-
-            return show(known.recipe)
-        case "generate":
-            from nemotron3.cli.generate import generate_command
-
-            return generate_command(known)
-        case "serve":
-            from nemotron3.cli.serve import serve_command
-
-            return serve_command(known)
-        case "chat":
-            from nemotron3.cli.chat import chat_command
-
-            return chat_command(known)
-        case "merge":
-            from nemotron3.cli.merge import merge_command
-
-            return merge_command(known)
-        case "env":
-            from nemotron3.cli.environments import env_command
-
-            return env_command(known)
-        case "study":
-            from nemotron3.cli.study import study_command
-
-            return study_command(known)
-    raise AssertionError(f"no verb {known.verb}")
-
-
-def seconds(text: str) -> float:
-    """A time to wait, as an option has it."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds, 0 or more")
-    return value
+            return function(known.recipe)
+        case "pretrain" | "sft" | "rl":
+            return function(known, rest)
+    return function(known)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,8 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_chat(verbs)
     _add_merge(verbs)
-    _add_env(verbs)
-    add_study_options(verbs)
+    _add_merge_adapter(verbs)
+    add_environment_verb(verbs)
+    add_eval_verb(verbs)
+    add_compare_verb(verbs)
+    add_study_verb(verbs)
     return parser
 
 
@@ -254,6 +236,7 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "runs/tiny/model; RECIPE a Python file whose function `recipe` returns an SFTRun. An "
         "interrupted run goes on when the command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-3; "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
         "`nemotron3 sft MODEL --data CHATS.JSONL --help` lists them.",
     )
     sft.add_argument(
@@ -288,10 +271,12 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         help="train a model by the rewards of environments",
         description="Reinforcement learning (GRPO) in one or many environments at once. MODEL is a "
         "directory of a model that answers, such as the result of `sft`; NAME a built-in "
-        "environment or your own, a Python file with a class that extends Environment; RECIPE a "
-        "Python file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
+        "environment, your own (a Python file with a class that extends Environment), or "
+        "ROWS@URL, rows and the resources server of NeMo Gym that verifies them; RECIPE a Python "
+        "file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
         "command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
         "`nemotron3 rl MODEL --environment NAME --help` lists them.",
     )
     rl.add_argument(
@@ -331,6 +316,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     generate.add_argument("--top-k", type=int, default=0, help="default 0: all tokens")
     generate.add_argument("--seed", type=int, default=0, help="default 0")
     generate.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_adapter_option(generate)
 
 
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -343,6 +329,7 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_engine_options(serve)
+    add_adapters_option(serve)
     serve.add_argument(
         "--max-num-waiting",
         type=int,
@@ -356,6 +343,12 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="N",
         help="tokens beyond a request's reasoning budget in which a line end is waited for, where "
         "the request does not say; 500 is the model card's rule (default 0: budgets are exact)",
+    )
+    serve.add_argument(
+        "--enable-return-routed-experts",
+        action="store_true",
+        help="record the experts of every token, for requests with return_routed_experts; prompts "
+        "then do not use the prefix cache",
     )
     http = serve.add_argument_group("http")
     http.add_argument(
@@ -408,6 +401,7 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "change it while you talk, /help lists the commands.",
     )
     add_engine_options(chat)
+    add_adapter_option(chat)
     chat.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
     chat.add_argument(
         "--budget", type=int, metavar="N", help="most tokens of thinking (default: no limit)"
@@ -439,41 +433,17 @@ def _add_merge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     merge.add_argument("--kind", choices=("minus_sqrt", "linear", "uniform"), default="minus_sqrt")
 
 
-def _add_env(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    env = verbs.add_parser(
-        "env",
-        help="environments for reinforcement learning: list, show, check",
-        description="Environments for reinforcement learning: tasks, tools and rewards. NAME is a "
-        "built-in one, or a Python file with your own.",
+def _add_merge_adapter(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    merge = verbs.add_parser(
+        "merge-adapter",
+        help="write a model with a LoRA adapter merged into its weights",
+        description="Merge a LoRA adapter, by `nemotron3 sft` or in PEFT's layout from elsewhere, "
+        "into the model that it was trained on. Template, generation defaults and all other files "
+        "of the model are kept, or are the adapter's where it has its own.",
     )
-    actions = env.add_subparsers(dest="action", metavar="action", required=True)
-    actions.add_parser("list", help="the built-in environments")
-    show = actions.add_parser("show", help="a few tasks, with a right solution of each")
-    check = actions.add_parser(
-        "check",
-        help="play solutions and hacks, and count prompts and answers",
-        description="Look an environment over before a model trains on it: are its own solutions "
-        "rewarded, and hacks not; are there prompts enough; can the answer be guessed? Ends with "
-        "status 1 where a solution is not rewarded.",
-    )
-    solved = actions.add_parser(
-        "demonstrations",
-        help="solved tasks as conversations, for `nemotron3 sft --data`",
-        description="Print solved tasks as JSON lines of conversations, which "
-        "`nemotron3 sft MODEL --data FILE` trains on.",
-    )
-    for action, num_tasks in ((show, 3), (check, 300), (solved, 1000)):
-        action.add_argument("name", metavar="NAME", help="such as math, or my_env.py")
-        action.add_argument("--difficulty", type=float, metavar="D", help="0 to 1 (default 0.5)")
-        action.add_argument("--seed", type=int, default=0, help="default 0")
-        action.add_argument(
-            "--num-tasks", type=int, default=num_tasks, metavar="N", help=f"default {num_tasks}"
-        )
-    solved.add_argument(
-        "--with-tools", action="store_true", help="describe the tools in every conversation"
-    )
-    for action in (show, solved):
-        action.add_argument("--split", default="train", help="train or held_out (default train)")
+    merge.add_argument("model", type=Path, help="the model directory that the adapter is for")
+    merge.add_argument("adapter", type=Path, help="its directory, such as runs/tiny-sft/adapter")
+    merge.add_argument("out", type=Path, help="model directory to write; it must not exist")
 
 
 if __name__ == "__main__":

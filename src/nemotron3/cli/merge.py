@@ -1,7 +1,8 @@
-"""`nemotron3 merge`: one model from a window of checkpoints."""
+"""`nemotron3 merge` and `merge-adapter`: one model of checkpoints, or of a model and an adapter."""
 
 import argparse
 
+from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.merging import merge_run
 
 
@@ -9,4 +10,11 @@ def merge_command(known: argparse.Namespace) -> int:
     """Merge and say what was merged."""
     steps = merge_run(known.run, known.out, window_steps=known.window_steps, kind=known.kind)
     print(f"merged the checkpoints of steps {', '.join(map(str, steps))} into {known.out}")
+    return 0
+
+
+def merge_adapter_command(known: argparse.Namespace) -> int:
+    """Merge and say how much was changed."""
+    changed = merge_adapter_directory(known.model, known.adapter, known.out)
+    print(f"merged {known.adapter} into {changed} products of {known.model}: {known.out}")
     return 0

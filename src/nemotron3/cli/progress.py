@@ -61,10 +61,11 @@ class LogCallback(RunCallback):
         if now - self._shown < _LOG_EVERY_S and report.step != report.steps:
             return
         self._shown = now
-        done = report.step - self._first_step
-        left = (now - self._started) / done * (report.steps - report.step) if done else 0.0
         line = f"  step {report.step:>6}/{report.steps}  {status(self._window.averages())}"
-        print(f"{line}  {_duration(left)} left", flush=True)
+        if done := report.step - self._first_step:  # the first step alone tells no pace
+            left = (now - self._started) / done * (report.steps - report.step)
+            line += f"  {_duration(left)} left"
+        print(line, flush=True)
 
 
 class TerminalCallback(RunCallback):

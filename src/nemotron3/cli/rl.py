@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nemotron3.cli.recipes import with_recipes
-from nemotron3.cli.tuning import chosen_run, ending, watched, weighted
+from nemotron3.cli.tuning import chosen_run, ending, lora_of, watched, weighted
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.rl import RLRun
@@ -24,7 +24,7 @@ def rl_command(known: argparse.Namespace, rest: list[str]) -> int:
             for name, weight in map(weighted, known.environment)
         ]
         options = {} if known.steps is None else {"steps": known.steps}
-        return own_environments(model, environments, **options)
+        return own_environments(model, environments, lora=lora_of(rest), **options)
 
     own = {
         "--environment": known.environment,

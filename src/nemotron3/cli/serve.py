@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import os
 
-from nemotron3.cli.engine_options import load_engine
+from nemotron3.cli.engine_options import load_engines, named_adapters
 from nemotron3.errors import ConfigError, DependencyMissingError
 
 _KEY_VARIABLE = "NEMOTRON3_API_KEY"
@@ -15,7 +15,8 @@ _MIB = 2**20
 def serve_command(known: argparse.Namespace) -> int:
     """Load a model and serve it until SIGTERM or Ctrl-C."""
     try:
-        from nemotron3.server.app import ServerSettings, create_app
+        from nemotron3.inference.base_llm import name_of
+        from nemotron3.server.app import ServerSettings, check_adapters, create_app
         from nemotron3.server.http.logs import written_logs
         from nemotron3.server.running import bind, serve
     except ImportError as error:
@@ -30,17 +31,19 @@ def serve_command(known: argparse.Namespace) -> int:
             f"--enable-weight-updates lets clients replace the model, so it takes a key; set "
             f"{_KEY_VARIABLE}"
         )
+    name = known.served_model_name or name_of(known.path)
     settings = ServerSettings(
-        served_model_name=known.served_model_name,
+        served_model_name=name,
         api_key=key,
         max_body_bytes=known.max_body_mib * _MIB,
         allowed_origins=tuple(filter(None, map(str.strip, known.allowed_origins.split(",")))),
         reasoning_grace=known.reasoning_grace,
         weights_folder=known.enable_weight_updates,
     )
+    check_adapters(name, settings, named_adapters(known.lora or ()))
     log = logging.getLogger("nemotron3.server")
     with written_logs(known.log_format), bind(known.host, known.port) as bound:
-        if key is None and not _is_loopback(known.host):
+        if key is None and not is_loopback(known.host):
             log.warning(
                 "anyone who reaches %s can use this server; set %s to ask for a key",
                 known.host,
@@ -52,18 +55,26 @@ def serve_command(known: argparse.Namespace) -> int:
                 "name the pages in --allowed-origins",
                 _KEY_VARIABLE,
             )
-        llm = load_engine(known)
+        served = load_engines(known)
+        llm = served.base
         try:
             llm.prepare_grammars()
         except DependencyMissingError as error:
             log.warning("structured outputs will be refused: %s", error)
         if defaults := llm.defaults.described():
             log.info("the model's generation_config.json gives defaults: %s", defaults)
-        server = create_app(llm, settings)
+        server = create_app(llm, settings, served.adapters)
+        for each, adapter in served.adapters.items():
+            log.info(
+                "%s: %s, with %.1f MiB of merged weights beside the model's",
+                each,
+                adapter.directory,
+                adapter.merged_bytes / _MIB,
+            )
         address = f"http://{known.host}:{bound.getsockname()[1]}"
         log.info(
             "%s, %s tokens of context: chat at %s/ and clients at %s/v1",
-            settings.served_model_name or llm.model_name,
+            name,
             f"{llm.max_model_len:,}",
             address,
             address,
@@ -72,7 +83,8 @@ def serve_command(known: argparse.Namespace) -> int:
     return 0
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotron3.cli.recipes import with_recipes
-from nemotron3.cli.tuning import chosen_run, ending, watched, weighted
+from nemotron3.cli.tuning import chosen_run, ending, lora_of, watched, weighted
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.own_conversations import own_conversations
@@ -31,7 +31,7 @@ def sft_command(known: argparse.Namespace, rest: list[str]) -> int:
             for path, weight in map(weighted, known.data)
         ]
         options = {} if known.epochs is None else {"epochs": known.epochs}
-        return own_conversations(model, sources, **options)
+        return own_conversations(model, sources, lora=lora_of(rest), **options)
 
     own = {"--data": known.data, "--epochs": known.epochs}
     run = chosen_run(known, rest, SFTRun, of_model=of_model, of_model_only=own)

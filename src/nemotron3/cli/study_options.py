@@ -22,7 +22,7 @@ with equal updates and rollouts, and compares reward, forgetting, stability and 
 """
 
 
-def add_study_options(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_study_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The verb, with one action for each study."""
     study = verbs.add_parser(
         "study",

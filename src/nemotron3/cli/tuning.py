@@ -6,7 +6,8 @@ that does nothing for what was named is an error.
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,10 @@ from nemotron3.cli.progress import watch
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
 from nemotron3.models.huggingface.companions import CONFIG_FILE
+from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.run_config import RunConfig
-from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_folder import ADAPTER_FOLDER, RunCallback
 
 RunT = TypeVar("RunT", bound=RunConfig)
 SummaryT = TypeVar("SummaryT")
@@ -64,12 +66,23 @@ def chosen_run(
     else:
         run = load_recipe(str(what), kind)
     options = [*rest, "--help"] if known.help else rest
+    if getattr(run, "lora", None) is None and lora_of(rest) is not None:
+        raise ConfigError(
+            f"--lora goes with a model directory, and {what or replay} is a run that trains all "
+            "parameters; set `lora` in its recipe"
+        )
     return override(
         run,
         options,
         prog=f"nemotron3 {known.verb} {what or '--from RUN.JSON'}",
         other_options=of_model_only,
     )
+
+
+def lora_of(rest: Sequence[str]) -> LoRAConfig | None:
+    """The adapter whose values a line gives, such as `--lora.rank 16`, before they are applied."""
+    is_given = any(option.startswith("--lora.") for option in rest)
+    return LoRAConfig() if is_given else None
 
 
 def watched(execute: Callable[[RunCallback], SummaryT]) -> SummaryT:
@@ -80,18 +93,28 @@ def watched(execute: Callable[[RunCallback], SummaryT]) -> SummaryT:
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """NAME or NAME=WEIGHT; what follows an equals sign and is no number belongs to the name."""
-    name, equals, weight = text.rpartition("=")
+    """NAME or NAME=WEIGHT."""
+    name, weight = with_number(text)
+    return name, 1.0 if weight is None else weight
+
+
+def with_number(text: str) -> tuple[str, float | None]:
+    """NAME or NAME=NUMBER; what follows an equals sign and is no number belongs to the name."""
+    name, equals, number = text.rpartition("=")
+    if "?" in name and "=" not in re.split("[?&]", name)[-1]:
+        return text, None  # the value of an option of a server's address
     try:
-        return (name, float(weight)) if equals else (text, 1.0)
+        return (name, float(number)) if equals else (text, None)
     except ValueError:
-        return text, 1.0
+        return text, None
 
 
 def ending(folder: Path) -> list[str]:
     """Where a finished run has its parts."""
+    adapter = folder / ADAPTER_FOLDER
     return [
         f"  model    {folder / 'model'}",
+        *([f"  adapter  {adapter}"] if adapter.exists() else []),
         f"  report   {folder / 'report.html'}",
         "",
         f"try: nemotron3 chat {folder / 'model'}",

@@ -2,6 +2,7 @@
 
 from nemotron3.environments.checks import EnvironmentReport, check_environment
 from nemotron3.environments.environment import Environment
+from nemotron3.environments.gym_server import GymServerEnvironment
 from nemotron3.environments.registry import BUILT_IN, environment_class, load_environment
 from nemotron3.environments.response import TaskResponse, from_items, to_dict, to_items
 from nemotron3.environments.rows import (
@@ -15,6 +16,7 @@ from nemotron3.environments.rows import (
     split_of,
     tools_of,
 )
+from nemotron3.environments.tool_classes import ToolClassEnvironment
 from nemotron3.environments.verification import (
     Failure,
     FailureKind,
@@ -28,10 +30,12 @@ __all__ = [
     "EnvironmentReport",
     "Failure",
     "FailureKind",
+    "GymServerEnvironment",
     "RolloutFailedError",
     "Row",
     "Split",
     "TaskResponse",
+    "ToolClassEnvironment",
     "Verification",
     "check_environment",
     "environment_class",

@@ -37,10 +37,11 @@ class EnvironmentReport:
     longest_prompt: int
     """Characters."""
     num_turns: int
-    """Turns of the longest demonstration."""
+    """Turns of the longest demonstration; 0 where there are none."""
     num_failures: int
     """Verifications that failed; they are in no mean."""
     demonstration_reward: float
+    """The mean; NaN where there are none, or all failed."""
     top_answer: str
     top_answer_share: float
     hack_rewards: Mapping[str, float]
@@ -65,6 +66,7 @@ HACKS: Mapping[str, Callable[[Turns, Row], Turns]] = MappingProxyType(
     }
 )
 """Ways to be rewarded without doing the task, by what they make of a demonstration's turns."""
+_NEED_NO_SOLUTION = ("empty answer", "prompt repeated")
 
 
 async def check_environment(
@@ -72,23 +74,25 @@ async def check_environment(
 ) -> EnvironmentReport:
     """Play demonstrations and hacks on held-out tasks.
 
-    Raises `DataError` for an environment without demonstrations.
+    Of an environment without demonstrations, such as one on another server, only hacks that need
+    no solution are played.
     """
     rows = [environment.task(index, split=Split.HELD_OUT, seed=seed) for index in range(num_tasks)]
     answers: Counter[str] = Counter()
     rewards: defaultdict[str, list[float | None]] = defaultdict(list)
-    num_turns = 0
+    num_turns, is_solved = 0, environment.has_demonstrations
     for row in rows:
-        turns = environment.solve(row)
+        turns = environment.solve(row) if is_solved else [AssistantMessage()]
         if not turns:
             raise DataError(f"{environment.name}: `solve` gives no turns; give the last at least")
-        num_turns = max(num_turns, len(turns))
-        answers[turns[-1].content] += 1
-        rewards[_SOLUTION].append(await _reward(environment, row, turns))
-        rewards["answer cut off"].append(await _reward(environment, row, turns, is_cut=True))
-        for name, hack in HACKS.items():
-            rewards[name].append(await _reward(environment, row, hack(turns, row)))
-    top, count = answers.most_common(1)[0]
+        if is_solved:
+            num_turns = max(num_turns, len(turns))
+            answers[turns[-1].content] += 1
+            rewards[_SOLUTION].append(await _reward(environment, row, turns))
+            rewards["answer cut off"].append(await _reward(environment, row, turns, is_cut=True))
+        for name in HACKS if is_solved else _NEED_NO_SOLUTION:
+            rewards[name].append(await _reward(environment, row, HACKS[name](turns, row)))
+    top, count = answers.most_common(1)[0] if answers else ("", 0)
     return EnvironmentReport(
         num_tasks=num_tasks,
         num_distinct_prompts=len({prompt_text(row) for row in rows}),
@@ -97,7 +101,7 @@ async def check_environment(
         num_failures=sum(given.count(None) for given in rewards.values()),
         top_answer=top,
         top_answer_share=count / num_tasks,
-        demonstration_reward=_mean(rewards.pop(_SOLUTION)),
+        demonstration_reward=_mean(rewards.pop(_SOLUTION, ())),
         hack_rewards={name: _mean(given) for name, given in rewards.items()},
     )
 

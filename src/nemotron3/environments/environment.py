@@ -23,12 +23,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from random import Random
-from typing import Any, ClassVar
+from typing import Any
 
 from nemotron3.environments.json_schema import schema_error
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, Split, make_row, prompt_text, split_of
-from nemotron3.environments.verification import Verification
+from nemotron3.environments.verification import RolloutFailedError, Verification
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.text import AssistantMessage, Message, Tool, ToolMessage, UserMessage
 
@@ -46,8 +46,8 @@ class Environment(ABC):
     reads 200 tokens, 1 is meant for real ones.
     """
 
-    name: ClassVar[str]
-    """How people and rows call it."""
+    name: str
+    """How people and rows call it; of the class, unless its tasks come from elsewhere."""
     tools: Sequence[Tool] = ()
     """What a policy may call."""
     max_turns: int = 1
@@ -99,15 +99,8 @@ class Environment(ABC):
 
         Raises `RolloutFailedError` where the tool itself is out of order.
         """
-        wrong = self.call_problem(name, arguments)
+        wrong = call_problem(self.tools, name, arguments)
         return f"{ERROR}{wrong}" if wrong else await self.run_tool(session, name, arguments)
-
-    def call_problem(self, name: str, arguments: Mapping[str, Any]) -> str | None:
-        """Why no tool takes a call; None where one does."""
-        tool = next((tool for tool in self.tools if tool.name == name), None)
-        if tool is None:
-            return f"there is no tool {name[:40]}"
-        return schema_error(dict(arguments), tool.parameters or {"type": "object"}, "the call")
 
     async def step(self, session: Any, turn: AssistantMessage) -> str | None:
         """What the user says after a turn that calls no tool; None where the rollout ends."""
@@ -117,9 +110,19 @@ class Environment(ABC):
     async def verify_group(
         self, row: Row, responses: Sequence[TaskResponse], sessions: Sequence[Any]
     ) -> list[Verification]:
-        """Judge the responses of one task together, for rewards that compare them."""
+        """Judge the responses of one task together, for rewards that compare them.
+
+        Each is judged by itself unless this is overridden, and where one fails the others count.
+        """
+
+        async def judged(response: TaskResponse, session: Any) -> Verification:
+            try:
+                return await self.verify(row, response, session)
+            except RolloutFailedError as error:
+                return Verification(failure=error.failure)
+
         pairs = zip(responses, sessions, strict=True)
-        return await asyncio.gather(*(self.verify(row, *pair) for pair in pairs))
+        return await asyncio.gather(*(judged(*pair) for pair in pairs))
 
     def row(
         self,
@@ -197,3 +200,11 @@ class Environment(ABC):
         """A right solution with the answers of tools and user, as supervised training wants it."""
         response, _ = await self.play(row, self.solve(row))
         return response
+
+
+def call_problem(tools: Sequence[Tool], name: str, arguments: Mapping[str, Any]) -> str | None:
+    """Why none of the tools takes a call; None where one does."""
+    tool = next((tool for tool in tools if tool.name == name), None)
+    if tool is None:
+        return f"there is no tool {name[:40]}"
+    return schema_error(dict(arguments), tool.parameters or {"type": "object"}, "the call")

@@ -1,4 +1,4 @@
-"""Finding an environment: a built-in one by name, or a user's own in a Python file."""
+"""Finding an environment: a built-in one by name, one in a Python file, one of a server."""
 
 import inspect
 import runpy
@@ -9,8 +9,10 @@ from types import MappingProxyType
 
 from nemotron3.environments.calculator import Calculator
 from nemotron3.environments.calendar_scheduling import CalendarScheduling
+from nemotron3.environments.code import Code
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.guess_number import GuessNumber
+from nemotron3.environments.gym_server import environment_at, files_at, is_address
 from nemotron3.environments.instruction_following import InstructionFollowing
 from nemotron3.environments.letter_counting import LetterCounting
 from nemotron3.environments.list_operations import ListOperations
@@ -19,6 +21,7 @@ from nemotron3.environments.math_problems import MathProblems
 from nemotron3.environments.multiple_choice import MultipleChoice
 from nemotron3.environments.over_refusal import OverRefusal
 from nemotron3.environments.prompt_injection import PromptInjection
+from nemotron3.environments.reasoning_gym import PREFIX, reasoning_gym
 from nemotron3.environments.structured_output import StructuredOutput
 from nemotron3.environments.workplace import Workplace
 from nemotron3.errors import ConfigError
@@ -31,6 +34,7 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
             MultipleChoice,
             InstructionFollowing,
             StructuredOutput,
+            Code,
             Calculator,
             Workplace,
             CalendarScheduling,
@@ -49,9 +53,17 @@ BUILT_IN: Mapping[str, type[Environment]] = MappingProxyType(
 def load_environment(name: str, *, difficulty: float | None = None) -> Environment:
     """The environment of a name; `my.py` stands for the one that is defined in that file.
 
-    Without a `difficulty` it has its own default. Raises `ConfigError` where there is none, or
-    where it cannot be built.
+    `rows.jsonl@http://host:port` stands for those rows and the server that verifies them
+    (`environment_at`). Without a `difficulty` it has its own default. Raises `ConfigError` where
+    there is none, or where it cannot be built.
     """
+    if is_address(name):
+        if difficulty is not None:
+            raise ConfigError(
+                f"environment {name} takes its tasks from rows, which are as difficult as they "
+                "are; leave difficulty out"
+            )
+        return environment_at(name)
     kind = environment_class(name)
     given = {} if difficulty is None else {"difficulty": difficulty}
     try:
@@ -65,8 +77,17 @@ def load_environment(name: str, *, difficulty: float | None = None) -> Environme
 
 
 def environment_class(name: str) -> type[Environment]:
-    """The class of an environment, by name or in a Python file."""
+    """The class of an environment, by name or in a Python file; `reasoning_gym:TASK` is one."""
+    if name.startswith(PREFIX):
+        return reasoning_gym(name)
     return BUILT_IN[name] if name in BUILT_IN else _from_file(name)
+
+
+def environment_files(name: str) -> list[Path]:
+    """The files that decide what an environment does, by its name; none for a built-in one."""
+    if is_address(name):
+        return files_at(name)
+    return [Path(name)] if name.endswith(".py") else []
 
 
 def _from_file(name: str) -> type[Environment]:
@@ -75,7 +96,7 @@ def _from_file(name: str) -> type[Environment]:
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(
             f"no environment {name!r}{hint}; there are {', '.join(BUILT_IN)}, or name a Python "
-            "file with a class that extends Environment"
+            "file with a class that extends Environment, or ROWS@URL"
         )
     path = Path(name)
     if not path.is_file():

@@ -14,6 +14,7 @@ file years ago is still on the same side.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, cast
 
@@ -80,8 +81,16 @@ def prompt_text(row: Mapping[str, Any]) -> str:
 
 
 def tools_of(row: Mapping[str, Any]) -> tuple[Tool, ...]:
-    """The tools that a policy may call; raises `DataError` for one that cannot be read."""
-    return parse_tools(_params(row).get("tools"))
+    """The tools that a policy may call; raises `DataError` for one that cannot be read.
+
+    Whether a tool is `strict` is for OpenAI's servers: NeMo Gym requires it in rows, and leaves it
+    out of what a policy reads.
+    """
+    tools = parse_tools(_params(row).get("tools"))
+    return tuple(
+        replace(tool, extra={k: v for k, v in tool.extra.items() if k != "strict"})
+        for tool in tools
+    )
 
 
 def environment_of(row: Mapping[str, Any]) -> str:

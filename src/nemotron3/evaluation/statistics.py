@@ -238,12 +238,12 @@ def judge(
     an improvement of `smallest_effect`: state the smallest improvement that would matter before
     looking. All else "cannot be told". `over_seeds` compares runs instead of tasks.
     """
-    if not pairs:
-        return {}
     if not 0 < alpha < 1:
         raise ConfigError(f"is {alpha}; it must be between 0 and 1", field="alpha")
     if not smallest_effect > 0:
         raise ConfigError(f"is {smallest_effect}; it must be above 0", field="smallest_effect")
+    if not pairs:
+        return {}
     compare = compare_seeds if over_seeds else compare_paired
     level = 1 - alpha / len(pairs)
     found = {name: compare(a, b, level=level) for name, (a, b) in pairs.items()}

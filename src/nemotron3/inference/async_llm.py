@@ -143,6 +143,7 @@ class AsyncLLM(BaseLLM):
         dtype: torch.dtype | None = None,
         weights: WeightFormat | None = None,
         generation_config: Source = "auto",
+        lora: str | Path | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -152,6 +153,7 @@ class AsyncLLM(BaseLLM):
             dtype=dtype,
             weights=weights,
             generation_config=generation_config,
+            lora=lora,
         )
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], Sequence[TokenDelta]]] = deque()

@@ -12,7 +12,10 @@ from nemotron3.inference.frontend import Frontend
 from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.lora import merge_adapter, read_adapter, shared_model
+from nemotron3.models.lora.peft import companions_with_adapter
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import convert_weights
 from nemotron3.ops.weights import WeightFormat
 from nemotron3.runtime.devices import resolve_device
 from nemotron3.text import ChatTemplate, Tokenizer
@@ -24,6 +27,44 @@ def name_of(path: Path) -> str:
     if resolved.name == "model" and resolved.parent.name:
         return resolved.parent.name
     return resolved.name
+
+
+def load_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    weights: WeightFormat | None = None,
+    lora: str | Path | None = None,
+) -> LanguageModel:
+    """The model in a directory, with an adapter merged before its weights are quantized."""
+    place = resolve_device(device)
+    if lora is None:
+        return LanguageModel.from_pretrained(path, device=place, dtype=dtype, weights=weights)
+    model = LanguageModel.from_pretrained(path, device=place, dtype=dtype)
+    merge_adapter(model, read_adapter(lora, model))
+    if weights is not None:
+        model = convert_weights(model, weights)
+    _take_companions(model, lora)
+    return model
+
+
+def with_adapter(model: LanguageModel, lora: str | Path) -> LanguageModel:
+    """A model with an adapter merged, which shares all other tensors with `model`."""
+    adapted = shared_model(model, read_adapter(lora, model))
+    _take_companions(adapted, lora)
+    return adapted
+
+
+def tokenizer_directory(path: Path, lora: str | Path | None) -> Path:
+    """Where the tokenizer is read from: the adapter's directory, if it has one."""
+    own = None if lora is None else Path(lora)
+    return own if own is not None and (own / "tokenizer.json").is_file() else path
+
+
+def _take_companions(model: LanguageModel, lora: str | Path) -> None:
+    if model.companions is not None:
+        model.companions = companions_with_adapter(model.companions, lora)
 
 
 class BaseLLM:
@@ -39,6 +80,7 @@ class BaseLLM:
         dtype: torch.dtype | None = None,
         weights: WeightFormat | None = None,
         generation_config: Source = "auto",
+        lora: str | Path | None = None,
     ) -> None:
         """`model` is a directory in the published layout, or a model in memory.
 
@@ -49,15 +91,20 @@ class BaseLLM:
 
         With `generation_config` "auto" the sampling defaults of the model's directory are used,
         with "none" they are not.
+
+        `lora` is the directory of an adapter in PEFT's layout. It is merged when it is read; a
+        model in memory stays as it is, and its unchanged tensors are shared. The adapter's
+        tokenizer and generation_config.json, where it has them, take the place of the model's.
         """
-        name = "model"
-        if not isinstance(model, LanguageModel):
+        if isinstance(model, LanguageModel):
+            name = "model"
+            if lora is not None:
+                model = with_adapter(model, lora)
+        else:
             path = Path(model)
             name = name_of(path)
-            tokenizer = tokenizer or Tokenizer.from_directory(path)
-            model = LanguageModel.from_pretrained(
-                path, device=resolve_device(device), dtype=dtype, weights=weights
-            )
+            tokenizer = tokenizer or Tokenizer.from_directory(tokenizer_directory(path, lora))
+            model = load_model(path, device=device, dtype=dtype, weights=weights, lora=lora)
         vocab_size = model.config.vocab_size
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise ConfigError(
@@ -109,3 +156,8 @@ class BaseLLM:
     def max_model_len(self) -> int:
         """Most tokens of prompt and answer together."""
         return self._engine.max_model_len
+
+    @property
+    def returns_routed_experts(self) -> bool:
+        """Whether answers have the experts that were chosen for their tokens."""
+        return self._engine.config.return_routed_experts

@@ -18,10 +18,10 @@ from nemotron3.inference.sampling.stop_strings import StopStrings
 from nemotron3.inference.sampling.thinking_budget import BudgetIds, ThinkingBudget, budget_ids
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.inference.structured_output.grammar_compiler import GrammarCompiler
-from nemotron3.text import CHAT_STYLES, ChatStyle, ChatTemplate, Tokenizer
+from nemotron3.text import CHAT_STYLES, AssistantMessage, ChatStyle, ChatTemplate, Tokenizer
 from nemotron3.text.chat_style import style_of_template
 from nemotron3.text.jinja_render import render_jinja
-from nemotron3.text.messages import parse_tools
+from nemotron3.text.messages import parse_messages, parse_tools
 from nemotron3.text.vocabulary import IM_START, THINK_END, THINK_START
 
 _KEPT_BOUNDARIES = 2
@@ -66,14 +66,26 @@ class Frontend:
         *,
         tools: Sequence[Any] | None = None,
         force_nonempty_content: bool = False,
+        prefix_ids: Sequence[int] = (),
+        num_prefix_messages: int = 0,
         **options: Any,
     ) -> Prompt:
-        """Render a conversation; `options` are those of `ChatTemplate.render`."""
+        """Render a conversation; `options` are those of `ChatTemplate.render`.
+
+        With `prefix_ids` the first `num_prefix_messages` messages, the last of which is the
+        assistant's, are these ids, and only what follows is rendered.
+        """
         if self.tokenizer.token_to_id(IM_START) is None:
             raise ConfigError(
                 f": the vocabulary of {self.model_name} has no {IM_START}, which opens a turn of a "
                 "chat; continue a text instead",
                 field="messages",
+            )
+        if prefix_ids and self._jinja is not None:
+            raise ConfigError(
+                "continues token ids by the family's chat template, and the model has another one; "
+                "leave the ids out",
+                field="prefix_ids",
             )
         if self._jinja is not None:
             settings = {name: value for name, value in options.items() if value is not None}
@@ -85,6 +97,16 @@ class Frontend:
             )
             ids = self.tokenizer.encode(text)
             is_open = text.rstrip().endswith(THINK_START)
+        elif prefix_ids:
+            # What the ids stand for is not read: a call that was cut off is no message, for one.
+            unread = [AssistantMessage()] * num_prefix_messages
+            said = parse_messages([*unread, *messages[num_prefix_messages:]])
+            following = said[num_prefix_messages:]
+            rendered = self.template.continuation(
+                following, self.tokenizer, after_token=prefix_ids[-1], **options
+            )
+            ids = [*prefix_ids, *rendered.tokens(self.tokenizer).ids]
+            is_open = rendered.is_reasoning_open
         else:
             rendered = self.template.render(messages, tools=tools, **options)
             ids = rendered.tokens(self.tokenizer).ids

@@ -32,7 +32,7 @@ from nemotron3.ops.experts import Activation
 from nemotron3.ops.experts.activations import up_factor
 from nemotron3.ops.products import dense, grouped
 from nemotron3.ops.routing import route
-from nemotron3.ops.weights import QuantizedWeight
+from nemotron3.ops.weights import ComputedWeight, QuantizedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,8 @@ class Router(DeclaredModule):
 class RoutedExperts(DeclaredModule):
     """The experts' matrices, stacked."""
 
-    up_proj: nn.Parameter | QuantizedWeight
-    down_proj: nn.Parameter | QuantizedWeight
+    up_proj: nn.Parameter | QuantizedWeight | ComputedWeight
+    down_proj: nn.Parameter | QuantizedWeight | ComputedWeight
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()

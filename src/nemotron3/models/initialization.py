@@ -12,6 +12,7 @@ values of the one in float32.
 """
 
 import math
+from collections.abc import Container
 from itertools import chain
 
 import torch
@@ -27,14 +28,18 @@ _CHUNK = 1 << 18
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Write the initial value of every parameter and buffer of `model`.
+def initialize(
+    model: nn.Module, config: ModelConfig, seed: int, *, names: Container[str] | None = None
+) -> None:
+    """Write the initial value of every parameter and buffer of `model`, or of those in `names`.
 
     Raises ConfigError for one that its module does not declare.
     """
     scale = InitialScale(config.init_std, config.init_std / math.sqrt(config.num_layers))
     specs = parameter_specs(model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if names is not None and name not in names:
+            continue
         if name not in specs:
             raise ConfigError(
                 f"parameter {name!r} has no declared initial value; make it by "

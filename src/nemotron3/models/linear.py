@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from nemotron3.models.initial_values import Normal
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.products import dense
-from nemotron3.ops.weights import QuantizedWeight
+from nemotron3.ops.weights import ComputedWeight, QuantizedWeight
 
 
 class Linear(DeclaredModule):
     """A product with a weight matrix, without bias: no layer of the family has one."""
 
-    weight: nn.Parameter | QuantizedWeight
+    weight: nn.Parameter | QuantizedWeight | ComputedWeight
 
     def __init__(
         self, in_features: int, out_features: int, *, writes_residual: bool = False

@@ -36,7 +36,7 @@ from nemotron3.models.norm import RMSNorm
 from nemotron3.models.parameter import use_weight_format
 from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.products import dense
-from nemotron3.ops.weights import Weight, WeightFormat
+from nemotron3.ops.weights import ComputedWeight, Weight, WeightFormat
 
 T = TypeVar("T")
 
@@ -215,7 +215,13 @@ class LanguageModel(nn.Module):
         of config.json and generation_config.json that this package does not read, the tokenizer and
         the chat template. Quantized weights are written as codes and scales, in this package's own
         layout; for a published layout convert the model first (`models.precision.convert_weights`).
+        A model with an adapter is merged first (`models.lora.shared_model`).
         """
+        if any(isinstance(module, ComputedWeight) for module in self.modules()):
+            raise ConfigError(
+                "the model has an adapter beside its weights, which a model directory cannot hold; "
+                "save shared_model(model), or the adapter by write_adapter"
+            )
         huggingface.write_model(
             self,
             self.config,
@@ -227,7 +233,10 @@ class LanguageModel(nn.Module):
     @property
     def output_weight(self) -> Weight:
         """The output layer's matrix [vocab, d_model]."""
-        return self.backbone.embeddings.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is None:
+            return self.backbone.embeddings.weight
+        weight = self.lm_head.weight
+        return weight.value() if isinstance(weight, ComputedWeight) else weight
 
     @property
     def routers(self) -> list[Router]:
@@ -242,7 +251,7 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return self.output_weight.device
+        return self.backbone.embeddings.weight.device
 
     def embed(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
         """Embeddings, in the dtype of activations."""

@@ -39,7 +39,8 @@ class ParameterSpec:
     keep_float32: bool
     """Whether it is float32 or wider in any model, because its rounding errors would accumulate."""
     quantizes: bool = False
-    """Whether it may have a narrower number format, because it is used in products only."""
+    """Whether it may have a narrower number format, or an adapter, because it is used in products
+    only."""
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Its dtype in a model of `dtype`."""

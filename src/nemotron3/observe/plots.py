@@ -53,6 +53,18 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Range:
+    """A number with an interval around it."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    is_strong: bool
+    """Whether it is drawn in colour."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Thinned:
     """A series reduced to the resolution of a screen."""
 
@@ -217,6 +229,28 @@ def bars(values: Mapping[str, float], *, highlighted: str) -> Figure | None:
     return Figure(svg=svg)
 
 
+def ranges(values: Sequence[Range], *, x_label: str) -> Figure | None:
+    """Intervals below each other, beside a line at 0; those that are not finite are left out."""
+    drawn = [one for one in values if np.isfinite([one.low, one.value, one.high]).all()]
+    if not drawn:
+        return None
+    with _canvas(height=max(1.4, 0.7 + 0.3 * len(drawn))) as (figure, axes):
+        axes.axvline(0, color=_STAND_INS["muted"], linewidth=1, dashes=(4, 3))
+        for row, one in enumerate(reversed(drawn)):
+            colour = _STAND_INS["c1" if one.is_strong else "muted"]
+            axes.plot([one.low, one.high], [row, row], color=colour, linewidth=2)
+            axes.plot([one.value], [row], color=colour, marker="o", markersize=5)
+        axes.set_yticks(range(len(drawn)), [one.label for one in reversed(drawn)])
+        axes.set_ylim(-0.6, len(drawn) - 0.4)
+        axes.set_xlabel(x_label)
+        axes.tick_params(axis="y", labelcolor=_STAND_INS["ink"])
+        for name, spine in axes.spines.items():
+            spine.set_visible(name == "bottom")
+        axes.tick_params(length=0)
+        svg = _to_svg(figure)
+    return Figure(svg=svg)
+
+
 def _curve(axes: Any, one: Series, colour: str, *, is_smoothed: bool) -> None:
     """A line over the band that it summarises, and ticks where it is not finite."""
     thinned = thin(one.steps, one.values)
@@ -295,8 +329,8 @@ def _cycle(count: int) -> list[str]:
 
 
 @contextmanager
-def _canvas() -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes, in the report's style."""
+def _canvas(*, height: float = 3.1) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes in the report's style; `height` is in inches, of 6.6 in width."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
         figures: Any = importlib.import_module("matplotlib.figure")
@@ -319,7 +353,7 @@ def _canvas() -> Iterator[tuple[Any, Any]]:
         "lines.solid_capstyle": "round",
     }
     with matplotlib.rc_context(style):
-        figure = figures.Figure(figsize=(6.6, 3.1), layout="constrained")
+        figure = figures.Figure(figsize=(6.6, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 

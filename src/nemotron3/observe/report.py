@@ -11,14 +11,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemotron3.observe.metrics import read_metrics
-from nemotron3.observe.plots import Figure, Series, bars, depth_lines, heat_map, lines
+from nemotron3.observe.page import captioned, section, table, write_page
+from nemotron3.observe.plots import Series, bars, depth_lines, heat_map, lines
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
@@ -67,11 +67,13 @@ class ReportSummary:
 def write_report(run_dir: Path, *, summary: ReportSummary) -> Path:
     """Write `report.html` beside `metrics.jsonl`, and return its path."""
     metrics = load_series(run_dir / METRICS_FILE)
-    path = run_dir / REPORT_FILE
-    partial = path.with_suffix(".html.tmp")
-    partial.write_text(_page(metrics, summary), encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_page(
+        run_dir / REPORT_FILE,
+        title=summary.title,
+        lead=summary.lead,
+        body=_body(metrics, summary),
+        footer=f"Written by nemotron3 from {METRICS_FILE}.",
+    )
 
 
 def load_series(path: Path) -> Metrics:
@@ -91,30 +93,20 @@ def load_series(path: Path) -> Metrics:
     }
 
 
-def _page(metrics: Metrics, summary: ReportSummary) -> str:
-    style = resources.files("nemotron3.observe").joinpath("report.css").read_text(encoding="utf-8")
-    title = html.escape(summary.title)
-    lead = f"<p>{html.escape(summary.lead)}</p>" if summary.lead else ""
-    sections = "".join(
+def _body(metrics: Metrics, summary: ReportSummary) -> str:
+    return "".join(
         [
             _tiles(metrics, summary),
-            _section("Quality", _quality(metrics, summary)),
-            _section("Rewards", _rewards(metrics)),
-            _section("Optimisation", _optimisation(metrics)),
-            _section("Inside the model", _inside(metrics)),
-            _section("Speed", _speed(metrics)),
+            section("Quality", _quality(metrics, summary)),
+            section("Rewards", _rewards(metrics)),
+            section("Optimisation", _optimisation(metrics)),
+            section("Inside the model", _inside(metrics)),
+            section("Speed", _speed(metrics)),
             *(_rows(heading, rows) for heading, rows in summary.tables.items()),
             _samples(summary.samples),
             _rows("Corpus", summary.sources),
             _run(summary),
         ]
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{title}</h1>{lead}</header>\n{sections}"
-        f"<footer>Written by nemotron3 from {METRICS_FILE}.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -130,29 +122,29 @@ def _quality(metrics: Metrics, summary: ReportSummary) -> list[str]:
     losses = _below(metrics, "eval/loss/")
     accuracy = _numbered(metrics, r"train/mtp_accuracy_(\d+)", "{} further ahead")
     return [
-        _figure(
+        captioned(
             "Training loss",
             "Cross-entropy in nats per token: of the next token, and of the tokens after it that "
             "the multi-token prediction heads guess.",
             lines([*main, *mtp], y_label="nats per token", scale="log"),
         ),
-        _figure(
+        captioned(
             "Held-out text, bits per byte",
             "How many bits the model needs for a byte of text it was not trained on; less is "
             "better, and the tokenizer does not matter.",
             bars(compared, highlighted=summary.model_name),
         ),
-        _figure(
+        captioned(
             "Held-out bits per byte while training",
             "The dashed line is the best baseline.",
             lines(held_out, y_label="bits per byte", reference=best, is_smoothed=False),
         ),
-        _figure(
+        captioned(
             "Held-out loss while training, by source",
             "Cross-entropy in nats per trained token of conversations that are only looked at.",
             lines(losses, y_label="nats per token", is_smoothed=False),
         ),
-        _figure(
+        captioned(
             "Multi-token prediction accuracy",
             "How often the first choice of each depth is the token that came; this is what a "
             "draft for speculative decoding lives on.",
@@ -163,27 +155,27 @@ def _quality(metrics: Metrics, summary: ReportSummary) -> list[str]:
 
 def _rewards(metrics: Metrics) -> list[str]:
     return [
-        _figure(
+        captioned(
             "Reward of rollouts, by environment",
             "Mean reward of all rollouts of an update, those of refilled groups included.",
             lines(_below(metrics, "reward/mean/"), y_label="reward"),
         ),
-        _figure(
+        captioned(
             "Reward on held-out tasks, by environment",
             "One sampled rollout of each of the same tasks, at temperature 1.",
             lines(_below(metrics, "eval/reward/"), y_label="reward", is_smoothed=False),
         ),
-        _figure(
+        captioned(
             "Tokens of a rollout, by environment",
             "Sampled tokens; growth without reward is verbosity.",
             lines(_below(metrics, "rollouts/tokens/"), y_label="tokens"),
         ),
-        _figure(
+        captioned(
             "Rollouts that are trained on",
             "Those of groups whose rewards differ; the rest teaches nothing.",
             lines(_below(metrics, "rollouts/trained/"), y_label="rollouts"),
         ),
-        _figure(
+        captioned(
             "Engine and training apart",
             "Mean difference of log-probabilities between the engine that sampled and the forward "
             "pass that trains.",
@@ -193,7 +185,7 @@ def _rewards(metrics: Metrics) -> list[str]:
                 scale="log",
             ),
         ),
-        _figure(
+        captioned(
             "Entropy",
             "Estimated from the log-probabilities of sampled tokens.",
             lines(_named(metrics, {"policy/entropy": "entropy"}), y_label="nats per token"),
@@ -212,7 +204,7 @@ def _below(metrics: Metrics, prefix: str) -> list[Series]:
 
 def _optimisation(metrics: Metrics) -> list[str]:
     return [
-        _figure(
+        captioned(
             "Learning rate",
             "Warm-up, plateau and decay as they were applied.",
             lines(
@@ -221,7 +213,7 @@ def _optimisation(metrics: Metrics) -> list[str]:
                 is_smoothed=False,
             ),
         ),
-        _figure(
+        captioned(
             "Gradient norm",
             "Before clipping; spikes here come before spikes of the loss.",
             lines(
@@ -243,24 +235,24 @@ def _inside(metrics: Metrics) -> list[str]:
     violation = _numbered(metrics, r"moe/max_vio_layer_(\d+)", "layer {}")
     residual = _numbered(metrics, r"model/residual_norm_layer_(\d+)", "layer {}")
     return [
-        _figure(
+        captioned(
             "Expert imbalance by layer (MaxVio)",
             "By how much the busiest expert exceeds an even share of tokens: 0 is balanced, 1 is "
             "twice its share. A stronger shade is more; the router's bias should fade it out.",
             heat_map(violation, value_label="MaxVio"),
         ),
-        _figure(
+        captioned(
             "Expert imbalance, worst layer",
             "The same number of the layer where it is largest, the MTP block's included.",
             lines(_named(metrics, {"moe/max_vio": "MaxVio"}), y_label="MaxVio"),
         ),
-        _figure(
+        captioned(
             "Residual stream by layer",
             "Norm of what each layer leaves in the residual stream; later layers are drawn "
             "stronger. Growth without end foretells divergence.",
             depth_lines(residual, y_label="norm"),
         ),
-        _figure(
+        captioned(
             "Auxiliary balance loss",
             "The sequence-level term that keeps every expert in use.",
             lines(_named(metrics, {"train/aux_loss": "auxiliary loss"}), y_label="loss"),
@@ -278,12 +270,12 @@ def _speed(metrics: Metrics) -> list[str]:
             f"{peak / 1e9:,.0f} GFLOP/s."
         )
     return [
-        _figure(
+        captioned(
             "Tokens per second",
             "Training tokens through forward, backward and update.",
             lines(_named(metrics, {"perf/tokens_per_s": "tokens/s"}), y_label="tokens per second"),
         ),
-        _figure(
+        captioned(
             "Achieved arithmetic",
             f"Floating-point operations per second that the model needs.{share}",
             lines(_named(metrics, {"perf/flops_per_s": "FLOP/s"}), y_label="FLOP per second"),
@@ -309,26 +301,6 @@ def _tiles(metrics: Metrics, summary: ReportSummary) -> str:
     return f'<div class="tiles">{cells}</div>\n' if cells else ""
 
 
-def _section(title: str, figures: Sequence[str]) -> str:
-    body = "".join(figures)
-    return f'<section><h2>{title}</h2><div class="figures">{body}</div></section>\n' if body else ""
-
-
-def _figure(title: str, caption: str, figure: Figure | None) -> str:
-    if figure is None:
-        return ""
-    legend = "".join(
-        f'<span><i style="background:var(--{colour})"></i>{html.escape(label)}</span>'
-        for colour, label in figure.legend
-    )
-    legend = f'<div class="legend">{legend}</div>' if legend else ""
-    text = f"{caption} {figure.note}".strip()
-    return (
-        f"<figure><figcaption><h3>{title}</h3><p>{html.escape(text)}</p></figcaption>"
-        f"{legend}{figure.svg}</figure>\n"
-    )
-
-
 def _samples(samples: Sequence[TextSample]) -> str:
     if not samples:
         return ""
@@ -345,8 +317,8 @@ def _rows(heading: str, records: Sequence[Mapping[str, str | int | float]]) -> s
     if not records:
         return ""
     rows = [[record.get(column, "") for column in records[0]] for record in records]
-    table = _table(list(records[0]), rows)
-    return f"<section><h2>{html.escape(heading)}</h2>{table}</section>\n"
+    shown = table(list(records[0]), rows)
+    return f"<section><h2>{html.escape(heading)}</h2>{shown}</section>\n"
 
 
 def _run(summary: ReportSummary) -> str:
@@ -354,29 +326,11 @@ def _run(summary: ReportSummary) -> str:
     config = ""
     if summary.config:
         rows = [[path, json.dumps(value)] for path, value in _leaves(summary.config)]
-        table = _table(["setting", "value"], rows)
-        config = f"<details><summary>Configuration, {len(rows)} settings</summary>{table}</details>"
+        listed = table(["setting", "value"], rows)
+        config = (
+            f"<details><summary>Configuration, {len(rows)} settings</summary>{listed}</details>"
+        )
     return f"<section><h2>Run it again</h2>{command}{config}</section>\n"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
-    def cell(tag: str, value: str | int | float, *, is_number: bool) -> str:
-        text = value if isinstance(value, str) else f"{value:,}"
-        kind = ' class="number"' if is_number else ""
-        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
-
-    numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))]
-    head = "".join(cell("th", c, is_number=n) for c, n in zip(columns, numeric, strict=True))
-    body = "".join(
-        "<tr>"
-        + "".join(cell("td", v, is_number=n) for v, n in zip(row, numeric, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="table"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _leaves(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

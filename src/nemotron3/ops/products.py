@@ -2,7 +2,8 @@
 
 All dense and grouped products go through here, those of the router and the output layer included,
 in forward passes, backward passes and recorded steps. A weight is a tensor, cast to the dtype of
-the activations, or a `QuantizedWeight`, which names its own kernels (ops/weights).
+the activations, or a `QuantizedWeight`, which names its own kernels (ops/weights). Of a
+`ComputedWeight`, such as one with an adapter, they take the value.
 """
 
 from collections.abc import Sequence
@@ -14,38 +15,42 @@ from torch import Tensor
 
 from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.linear import linear, linear_parts
-from nemotron3.ops.weights import Weight
+from nemotron3.ops.weights import ComputedWeight, Weight
+
+AnyWeight = Weight | ComputedWeight
 
 
 @overload
-def dense(x: Tensor, weight: Weight) -> Tensor: ...
+def dense(x: Tensor, weight: AnyWeight) -> Tensor: ...
 
 
 @overload
-def dense(x: Tensor, weight: Weight, sizes: Sequence[int]) -> tuple[Tensor, ...]: ...
+def dense(x: Tensor, weight: AnyWeight, sizes: Sequence[int]) -> tuple[Tensor, ...]: ...
 
 
 def dense(
-    x: Float[Tensor, "*batch d_in"], weight: Weight, sizes: Sequence[int] | None = None
+    x: Float[Tensor, "*batch d_in"], weight: AnyWeight, sizes: Sequence[int] | None = None
 ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T in the dtype of `x`; with `sizes`, split into parts of these numbers of columns."""
-    weight = _operand(weight, x.dtype)
-    return linear(x, weight) if sizes is None else linear_parts(x, weight, sizes)
+    operand = _operand(weight, x.dtype)
+    return linear(x, operand) if sizes is None else linear_parts(x, operand, sizes)
 
 
 def grouped(
     x: Float[Tensor, "tokens d_in"],
     indices: Int[Tensor, "tokens choice"],
     weights: Float[Tensor, "tokens choice"],
-    up: Weight,
-    down: Weight,
+    up: AnyWeight,
+    down: AnyWeight,
     *,
     activation: Activation,
 ) -> Float[Tensor, "tokens d_in"]:
     """Weighted sum of each token's experts, in the dtype of `x` (`ops.experts`)."""
-    up, down = _operand(up, x.dtype), _operand(down, x.dtype)
-    return routed_experts(x, indices, weights, up, down, activation=activation)
+    matrices = _operand(up, x.dtype), _operand(down, x.dtype)
+    return routed_experts(x, indices, weights, *matrices, activation=activation)
 
 
-def _operand(weight: Weight, dtype: torch.dtype) -> Weight:
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight
+def _operand(weight: AnyWeight, dtype: torch.dtype) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    return weight.value().to(dtype) if isinstance(weight, ComputedWeight) else weight

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemotron3.data.conversations import Conversation
 from nemotron3.environments.environment import Environment
-from nemotron3.environments.registry import load_environment
+from nemotron3.environments.registry import environment_files, load_environment
 from nemotron3.environments.rows import Row, prompt_of, tools_of
 from nemotron3.errors import ConfigError
 
@@ -48,7 +48,7 @@ class DemonstrationsConfig:
     @property
     def files(self) -> list[Path]:
         """What the demonstrations depend on besides the package: a user's own file."""
-        return [Path(self.environment)] if self.environment.endswith(".py") else []
+        return environment_files(self.environment)
 
 
 def demonstrations(config: DemonstrationsConfig) -> list[Conversation]:

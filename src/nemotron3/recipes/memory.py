@@ -1,8 +1,8 @@
 """The memory of a run: planned before it begins, said in a line, refused where it cannot fit.
 
 A GPU's memory is the run's alone, so what forward and backward pass keep counts, by half of its
-upper bound. The host can swap, and frees what others hold, so
-there only what is certain counts: weights, gradients and optimizer moments.
+upper bound. The host can swap, and frees what others hold, so there only what is certain counts:
+weights, gradients and optimizer moments.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from nemotron3.checkpoint import ShardedReader
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.engine.memory import engine_parts
+from nemotron3.inference.engine.memory import KEYS_AND_VALUES, engine_parts
 from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
@@ -27,6 +27,7 @@ from nemotron3.runtime.memory import (
     usable_memory_bytes,
 )
 from nemotron3.training.memory_plan import (
+    ADAPTER,
     LowRankPlan,
     least_bytes,
     merged_copy_bytes,
@@ -34,6 +35,8 @@ from nemotron3.training.memory_plan import (
 )
 from nemotron3.training.trainer import TrainingConfig
 
+_GPU_SHARE, _LEAST_GPU_SHARE = 0.9, 0.05
+"""Of a GPU's memory, what a plan may fill, and what keys and values have at least."""
 _NAMED = 3
 
 
@@ -42,7 +45,7 @@ def announce_memory(
 ) -> None:
     """Say what a run will keep in memory; ConfigError where the device cannot hold it."""
     plan, usable = run_plan(run, device), usable_memory_bytes(device)
-    check_memory(plan, device, usable)
+    check_memory(plan, device, usable, may_adapt=not isinstance(run, PretrainRun))
     of = "" if usable is None else f" of {in_units(usable)}"
     callback.stage(f"Memory, at most about {in_units(plan.total)}{of}: {plan.line()}")
 
@@ -68,6 +71,22 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=engine,
         reference_bytes=reference,
     )
+
+
+def bytes_for_keys(run: RLRun, device: torch.device) -> int | None:
+    """What an engine may take for keys and values; None where it may decide by what is free.
+
+    It is made before the trainer has gradients and moments, so on a GPU the plan leaves them room.
+    """
+    if not has_memory_of_its_own(device):
+        return None
+    plan, usable = run_plan(run, device), usable_memory_bytes(device)
+    assert usable is not None
+    wanted = sum(part.num_bytes for part in plan.parts if part.name == KEYS_AND_VALUES)
+    if not wanted:
+        return None
+    left = int(_GPU_SHARE * usable) - (plan.total - wanted)
+    return min(wanted, max(left, int(_LEAST_GPU_SHARE * usable)))
 
 
 def memory_plan(
@@ -110,8 +129,13 @@ def needed_bytes(plan: MemoryPlan, device: torch.device) -> int:
     return least_bytes(plan)
 
 
-def check_memory(plan: MemoryPlan, device: torch.device, usable: int | None) -> None:
-    """Raise ConfigError where a device cannot hold a plan; it names the largest parts."""
+def check_memory(
+    plan: MemoryPlan, device: torch.device, usable: int | None, *, may_adapt: bool
+) -> None:
+    """Raise ConfigError where a device cannot hold a plan; it names the largest parts.
+
+    `may_adapt` is whether an adapter could be trained instead.
+    """
     needed = needed_bytes(plan, device)
     if usable is None or needed <= usable:
         return
@@ -123,7 +147,7 @@ def check_memory(plan: MemoryPlan, device: torch.device, usable: int | None) -> 
             "training.recompute to true",
             "or training.precision.activations to bfloat16",
         ]
-    elif not any(part.name == "adapter" for part in plan.parts):
+    elif may_adapt and not any(part.name == ADAPTER for part in plan.parts):
         remedies.insert(0, "train an adapter (LoRA) instead of all parameters")
     raise ConfigError(
         f"the run needs {in_units(needed)} of memory at least and {device.type} has "

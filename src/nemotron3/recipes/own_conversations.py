@@ -11,6 +11,8 @@ from pathlib import Path
 
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.models import huggingface
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.adapters import LEARNING_RATE_FACTOR, bias_update_rate
 from nemotron3.recipes.sft import SFTRun
 from nemotron3.recipes.sft_data import prepare_sft_data
 from nemotron3.training.optimizers import AdamWConfig
@@ -29,19 +31,23 @@ def own_conversations(
     batch_size: int = 8,
     max_seq_len: int = 4096,
     learning_rate: float | None = None,
+    lora: LoRAConfig | None = None,
 ) -> SFTRun:
     """A run over `epochs` of own conversations, with the reports' settings at the model's width.
 
     The data are read to find how long rows have to be and how many steps there are. The learning
-    rate is that of Nano, 5e-5 at a width of 2,688, in inverse proportion to the width.
+    rate is that of Nano, 5e-5 at a width of 2,688, in inverse proportion to the width; an adapter's
+    is ten times that.
     """
     config = huggingface.read_config(model)
-    peak = learning_rate or _NANO_LEARNING_RATE * _NANO_WIDTH / config.hidden_size
+    usual = _NANO_LEARNING_RATE * _NANO_WIDTH / config.hidden_size
+    peak = learning_rate or usual * (1.0 if lora is None else LEARNING_RATE_FACTOR)
     run = SFTRun(
         name=name or f"{run_name(Path(model))}-{data[0].title}",
         model=str(model),
         data=tuple(data),
-        training=_training(1, batch_size, max_seq_len, peak),
+        training=_training(1, batch_size, max_seq_len, peak, lora),
+        lora=lora,
     )
     found = prepare_sft_data(run)
     longest = max(len(c) for source in found.train.values() for c in source.conversations)
@@ -49,10 +55,12 @@ def own_conversations(
     rows = found.loader(seq_len=seq_len, batch_size=batch_size, seed=run.seed).rows_of_epoch()
     batch_size = min(batch_size, rows)
     steps = max(1, math.ceil(epochs * rows / batch_size))
-    return replace(run, training=_training(steps, batch_size, seq_len, peak))
+    return replace(run, training=_training(steps, batch_size, seq_len, peak, lora))
 
 
-def _training(steps: int, batch_size: int, seq_len: int, peak: float) -> TrainingConfig:
+def _training(
+    steps: int, batch_size: int, seq_len: int, peak: float, lora: LoRAConfig | None
+) -> TrainingConfig:
     return TrainingConfig(
         steps=steps,
         batch_size=batch_size,
@@ -62,6 +70,7 @@ def _training(steps: int, batch_size: int, seq_len: int, peak: float) -> Trainin
         schedule=WSD(
             total_steps=steps, warmup_steps=steps // 20, decay_steps=max(1, (2 * steps) // 5)
         ),
+        bias_update_rate=bias_update_rate(lora),
         evaluate_every_steps=max(1, steps // 10),
         checkpoint_every_steps=max(1, steps // 10),
     )

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron3.models import huggingface
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.adapters import LEARNING_RATE_FACTOR, bias_update_rate
 from nemotron3.recipes.own_conversations import run_name
 from nemotron3.recipes.rl import RLRun
 from nemotron3.rl.rollouts import RolloutConfig
@@ -25,14 +27,16 @@ def own_environments(
     group_size: int = 8,
     max_context: int = 1024,
     learning_rate: float | None = None,
+    lora: LoRAConfig | None = None,
 ) -> RLRun:
     """A run with the reports' settings, at the model's width and eight prompts an environment.
 
     The learning rate is that of Super, 3e-6 at a width of 4,096, in inverse proportion to the
-    width. Routers are frozen, as in the reports.
+    width; an adapter's is ten times that. Routers are frozen, as in the reports.
     """
     config = huggingface.read_config(model)
-    peak = learning_rate or _SUPER_LEARNING_RATE * _SUPER_WIDTH / config.hidden_size
+    usual = _SUPER_LEARNING_RATE * _SUPER_WIDTH / config.hidden_size
+    peak = learning_rate or usual * (1.0 if lora is None else LEARNING_RATE_FACTOR)
     batch_size = 8 * group_size * len(environments)
     routers = ParameterGroupConfig(name="routers", parameters=("*.gate.weight",), is_frozen=True)
     return RLRun(
@@ -40,6 +44,7 @@ def own_environments(
         model=str(model),
         environments=tuple(environments),
         group_size=group_size,
+        lora=lora,
         rollouts=RolloutConfig(max_context=max_context),
         training=TrainingConfig(
             steps=steps,
@@ -51,6 +56,7 @@ def own_environments(
                 total_steps=steps, warmup_steps=min(10, steps // 4), decay_steps=max(1, steps // 4)
             ),
             parameter_groups=(routers,) if any(m.has_router for m in config.layers) else (),
+            bias_update_rate=bias_update_rate(lora),
             evaluate_every_steps=max(1, steps // 5),
             checkpoint_every_steps=max(1, steps // 5),
         ),

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemotron3.errors import ConfigError
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.adapters import check_adapter_training
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.sft import TINY_ENVIRONMENTS
 from nemotron3.rl.advantages import AdvantageConfig
@@ -33,6 +35,8 @@ class RLRun(RunConfig):
     """What it learns, all at once."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule."""
+    lora: LoRAConfig | None = None
+    """The adapter that is trained; null trains the model's own parameters."""
     group_size: int = 8
     """Rollouts of each prompt, whose rewards are compared."""
     curriculum: CurriculumConfig | None = None
@@ -64,6 +68,7 @@ class RLRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_adapter_training(self.lora, self.training)
         if not self.environments:
             raise ConfigError("is empty; name one", field="environments")
         if self.group_size < 2:
@@ -77,6 +82,11 @@ class RLRun(RunConfig):
                 f"is {self.training.batch_size}; it must be a multiple of "
                 f"group_size {self.group_size}",
                 field="training.batch_size",
+            )
+        if self.rollouts.temperature == 0:
+            raise ConfigError(
+                "is 0; it must be above 0, since the rollouts of a prompt would be alike",
+                field="rollouts.temperature",
             )
         if self.rollouts.max_context > self.training.seq_len * self.training.microbatch_size + 1:
             raise ConfigError(
@@ -97,7 +107,7 @@ class RLRun(RunConfig):
 
 def tiny_rl() -> RLRun:
     """The result of tiny-sft, rewarded in nine environments at once: minutes on two cores."""
-    steps = 150
+    steps = 200
     routers = ParameterGroupConfig(
         name="routers", parameters=("backbone.*.gate.weight",), is_frozen=True
     )
@@ -115,8 +125,8 @@ def tiny_rl() -> RLRun:
             batch_size=36 * 8,
             microbatch_size=16,
             seq_len=256,
-            optimizer=AdamWConfig(lr=4e-4, betas=(0.9, 0.99), weight_decay=0.0),
-            schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5),
+            optimizer=AdamWConfig(lr=7e-4, betas=(0.9, 0.99), weight_decay=0.0),
+            schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5, decay="linear"),
             parameter_groups=(routers, mtp),
             evaluate_every_steps=50,
             checkpoint_every_steps=50,

@@ -4,6 +4,9 @@
     checkpoints/        weights, optimizer and step; an interrupted run resumes from the newest
     metrics.jsonl       the metrics of every step; tensorboard/ has them too
     model/              the result, as a model directory
+    before.json         of rl: held-out tasks played before training
+    rollouts.jsonl      of rl: those tasks before and after, and some rollouts between
+    adapter/            the result of training an adapter; model/ has it merged
     summary.json        the result; it is written last, so a run with one is finished
 
 A folder belongs to one configuration. Another one is refused there: its checkpoints would be
@@ -26,7 +29,9 @@ from nemotron3.training.trainer import StepReport, Trainer
 
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+BEFORE_FILE, ROLLOUTS_FILE = "before.json", "rollouts.jsonl"
 MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
 TOKENIZER_FOLDER = "tokenizer"
 """What any model of the run needs beside its weights."""
 
@@ -61,6 +66,11 @@ class RunFolder(Generic[RunT]):
     def model(self) -> Path:
         """Where the result is written."""
         return self.path / MODEL_FOLDER
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter is written, if one is trained."""
+        return self.path / ADAPTER_FOLDER
 
     @property
     def tokenizer(self) -> Path:

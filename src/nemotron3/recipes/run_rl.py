@@ -3,6 +3,9 @@
 Engine and trainer take turns in one process and share one model in memory: after an update the
 engine forgets what the old weights computed, and nothing is copied. An update's rollouts follow
 from its step, the seed and the weights, so a run that was interrupted goes on to the same losses.
+
+With an adapter, the engine's model shares all tensors with the trained one but for those that the
+adapter changes: of them it has merged copies, which are written again after each update.
 """
 
 import json
@@ -16,38 +19,47 @@ import torch
 from nemotron3.config import from_record, to_record, write_json
 from nemotron3.data.chat_tokens import check_chat_tokens
 from nemotron3.environments.environment import Environment
-from nemotron3.environments.registry import load_environment
+from nemotron3.environments.registry import environment_files, load_environment
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError, DataError
+from nemotron3.evaluation.environments import held_out_tasks, play_tasks
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
+from nemotron3.models.lora import merge_into, shared_model
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
 from nemotron3.observe.report import write_report
 from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
-from nemotron3.recipes.chat_model import chat_template_for, save_chat_model
+from nemotron3.recipes.adapters import model_to_train
+from nemotron3.recipes.chat_model import chat_template_for, save_chat_adapter, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
-from nemotron3.recipes.memory import announce_memory
+from nemotron3.recipes.memory import announce_memory, bytes_for_keys
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
-from nemotron3.recipes.run_folder import RunCallback, RunFolder
+from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.policy_objective import PolicyBatch, PolicyObjective
-from nemotron3.rl.records import RolloutRecord, means_by_environment, rollout_record
+from nemotron3.rl.records import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    RolloutRecord,
+    means_by_environment,
+    rollout_record,
+)
 from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
 from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.text import Tokenizer
+from nemotron3.training.trained_parameters import trained_text
 from nemotron3.training.trainer import Trainer
 
-ROLLOUTS_FILE, _BEFORE_FILE, _PASS_RATES_FILE = "rollouts.jsonl", "before.json", "pass_rates.json"
-_HELD_OUT_SEED = 0x5EED
+_PASS_RATES_FILE = "pass_rates.json"
 _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
 
@@ -61,7 +73,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         callback.stage(f"{folder.path} is finished; this is what it showed")
         return finished
 
-    own = [Path(config.name) for config in run.environments if config.name.endswith(".py")]
+    own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
     training = _Training(folder, run, callback)
     record_input_files(folder.path, [*model_files(run.model), *own])
@@ -95,14 +107,10 @@ class _Training:
         callback.stage(f"Reading {run.model}")
         self.tokenizer = Tokenizer.from_directory(run.model)
         self.template = chat_template_for(run.chat_style, self.tokenizer, run.model)
-        self.model = LanguageModel.from_pretrained(
-            run.model, device=folder.device, dtype=torch.float32
-        )
-        self._reference = (
-            LanguageModel.from_pretrained(run.model, device=folder.device).eval()
-            if run.loss.kl
-            else None
-        )
+        self.model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
+        self._played = self.model if run.lora is None else shared_model(self.model)
+        """The model that plays: in the same memory, or with merged copies of adapted weights."""
+        self._reference = self._load_reference()
         self.environments: dict[str, Environment] = {}
         weights: dict[str, float] = {}
         for config in run.environments:
@@ -136,13 +144,14 @@ class _Training:
         self._plan: TaskPlan = self._curriculum or plan
         self._profiled: int | None = None
         self._llm = LLM(
-            self.model,
+            self._played,
             tokenizer=self.tokenizer,
             config=EngineConfig(
                 max_num_seqs=run.max_num_seqs,
                 max_model_len=run.rollouts.max_context,
                 max_draft_tokens=0,
                 return_routed_experts=run.replays_routes,
+                kv_cache_bytes=bytes_for_keys(run, folder.device),
             ),
         )
         self._driver = RolloutDriver(
@@ -156,11 +165,11 @@ class _Training:
 
     def before(self) -> list[RolloutRecord]:
         """Held-out tasks played by the model that training starts from."""
-        file = self.folder.path / _BEFORE_FILE
+        file = self.folder.path / BEFORE_FILE
         if file.exists():
             return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
-        played = self.look(self.run.final_held_out_tasks, when="held-out tasks before training")
+        played = self.look(self.run.final_held_out_tasks, when=BEFORE_TRAINING)
         self._keep(played)
         write_json(file, played)
         return played
@@ -168,17 +177,14 @@ class _Training:
     def after(self) -> list[RolloutRecord]:
         """The same tasks played by the result."""
         self.callback.stage("Playing held-out tasks")
-        played = self.look(self.run.final_held_out_tasks, when="held-out tasks after training")
+        played = self.look(self.run.final_held_out_tasks, when=AFTER_TRAINING)
         self._keep(played)
         return played
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        rows: list[Row] = []
-        for environment in self.environments.values():
-            rows += environment.distinct_tasks(num_tasks, split="held_out", seed=_HELD_OUT_SEED)
-        rollouts = self._driver.play(rows, seed=_HELD_OUT_SEED)
-        return [rollout_record(rollout, when=when) for rollout in rollouts]
+        every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
+        return play_tasks(self._driver, [row for rows in every for row in rows], when=when)
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -195,13 +201,32 @@ class _Training:
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
             data_metrics=lambda: self._update.metrics(),
         )
+        self._played.activation_dtype = self.model.activation_dtype  # the trainer has set it
+        self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
         self.folder.fit(trainer, self.callback)
         self._renew_engine(trainer.step)
 
     def save(self) -> None:
         """Write the result, with the tokenizer and template that it was trained with."""
-        save_chat_model(self.model, self.tokenizer, self.template, self.folder.model)
+        if self.run.lora is not None:
+            save_chat_adapter(
+                self.model,
+                self.run.lora,
+                self.tokenizer,
+                self.template,
+                self.folder.adapter,
+                base=self.run.model,
+            )
+        save_chat_model(self._played, self.tokenizer, self.template, self.folder.model)
+
+    def _load_reference(self) -> LanguageModel | None:
+        """The frozen model that the policy is held to, where the loss has a KL."""
+        if not self.run.loss.kl:
+            return None
+        if self.run.lora is not None:
+            return shared_model(self.model, {}).eval()
+        return LanguageModel.from_pretrained(self.run.model, device=self.folder.device).eval()
 
     def _batches(self, step: int) -> Sequence[PolicyBatch]:
         self._renew_engine(step)
@@ -280,6 +305,8 @@ class _Training:
     def _renew_engine(self, step: int) -> None:
         """Have the engine forget what other weights computed; its version is the updates made."""
         if step > self._llm.weight_version:
+            if self._played is not self.model:
+                merge_into(self._played, self.model)
             self._llm.invalidate_caches(version=step)
 
     @torch.inference_mode()

@@ -3,6 +3,9 @@
 The result, `model/` in the run's folder, is the model whose loss on held-out conversations was
 lowest, with tokenizer, chat template and stop tokens. While training goes on it is kept in `best/`,
 named by `best.json`. Training resumes from its last checkpoint.
+
+With an adapter, `best/` and checkpoints hold the adapter alone. The result is `adapter/`, and
+`model/` is the base model with it merged.
 """
 
 import json
@@ -23,12 +26,14 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.models.costs import model_costs
+from nemotron3.models.lora import load_adapter, read_adapter, shared_model
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
-from nemotron3.recipes.chat_model import save_chat_model
+from nemotron3.recipes.adapters import model_to_train
+from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
 from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
@@ -39,6 +44,7 @@ from nemotron3.text import AssistantMessage
 from nemotron3.training.evaluation import evaluate
 from nemotron3.training.sft_objective import SFTBatch, SFTObjective
 from nemotron3.training.token_objective import Normalisation
+from nemotron3.training.trained_parameters import trained_text
 from nemotron3.training.trainer import Trainer
 
 _BEST_FILE, _BEST_FOLDER = "best.json", "best"
@@ -88,7 +94,7 @@ def sft(
     own = [file for config in run.demonstrations for file in config.files]
     record_input_files(folder.path, [*model_files(run.model), *conversations, *own])
     announce_memory(run, folder.device, callback)
-    model = LanguageModel.from_pretrained(run.model, device=folder.device, dtype=torch.float32)
+    model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
     folder.record({})
     training = _Training(folder, run, data, model, callback)
     with recorded_backends() as backends:
@@ -153,6 +159,7 @@ class _Training:
         )
         if self.best is None:
             self._keep(0, self.held_out_metrics(self.model))
+        self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
         self.folder.fit(trainer, self.callback)
         self._move_best()
@@ -198,7 +205,12 @@ class _Training:
         """Make this the best model; the one before goes when the new one is complete."""
         folder = self.folder.path / _BEST_FOLDER / f"step-{step}"
         shutil.rmtree(folder, ignore_errors=True)
-        save_chat_model(self.model, self.data.tokenizer, self.data.template, folder)
+        tokenizer, template, lora = self.data.tokenizer, self.data.template, self.run.lora
+        if lora is None:
+            save_chat_model(self.model, tokenizer, template, folder)
+        else:
+            base = self.run.model
+            save_chat_adapter(self.model, lora, tokenizer, template, folder, base=base)
         before = metrics if self.best is None else self.best.before
         write_json(self.folder.path / _BEST_FILE, _Best(step=step, metrics=metrics, before=before))
         for other in folder.parent.iterdir():
@@ -209,9 +221,15 @@ class _Training:
         """Make the best model the result."""
         assert self.best is not None
         source = self.folder.path / _BEST_FOLDER / f"step-{self.best.step}"
+        result = self.folder.model if self.run.lora is None else self.folder.adapter
         if source.exists():  # else it was moved before an interruption
-            source.rename(self.folder.model)
+            source.rename(result)
             source.parent.rmdir()
+        if self.run.lora is not None:
+            self.callback.stage("Merging the adapter")
+            load_adapter(self.model, read_adapter(result, self.model))
+            merged = shared_model(self.model)
+            save_chat_model(merged, self.data.tokenizer, self.data.template, self.folder.model)
 
     def _batches(self, step: int) -> list[SFTBatch]:
         config = self.run.training

@@ -6,6 +6,8 @@ from typing import Literal
 from nemotron3.data.chat_tokens import ReasoningControlConfig
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.errors import ConfigError
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.adapters import check_adapter_training
 from nemotron3.recipes.demonstrations import DemonstrationsConfig
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.samples import SampleConfig
@@ -31,6 +33,8 @@ class SFTRun(RunConfig):
     """Solved tasks of environments, each another source."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule."""
+    lora: LoRAConfig | None = None
+    """The adapter that is trained; null trains the model's own parameters."""
     held_out: tuple[ConversationsConfig, ...] = ()
     """Conversations that are only looked at; empty takes a part of each source."""
     held_out_fraction: float = 0.05
@@ -51,6 +55,7 @@ class SFTRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_adapter_training(self.lora, self.training)
         if not self.data and not self.demonstrations:
             raise ConfigError(
                 "is empty, and so is demonstrations; name a file of conversations", field="data"

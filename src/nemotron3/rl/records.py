@@ -3,11 +3,17 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from nemotron3.config import from_record
 from nemotron3.environments.response import to_dict
 from nemotron3.environments.rows import prompt_of, prompt_text
+from nemotron3.errors import DataError
 from nemotron3.rl.rollouts import Rollout, failure_of
+
+BEFORE_TRAINING = "held-out tasks before training"
+AFTER_TRAINING = "held-out tasks after training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,28 @@ def rollout_record(rollout: Rollout, *, when: str, advantage: float | None = Non
         tokens=rollout.num_sampled,
         is_cut=rollout.is_cut,
     )
+
+
+def read_records(file: Path, *, when: str) -> list[RolloutRecord]:
+    """The records of one moment in a file of JSON lines.
+
+    Raises `DataError` for a file of something else; a half-written last line is left out.
+    """
+    found: list[RolloutRecord] = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+                if record["when"] == when:
+                    found.append(from_record(RolloutRecord, record))
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{file}, line {number} is no rollout of this version ({error!r}); delete the "
+                    "run's folder, and repeat its command"
+                ) from error
+    return found
 
 
 def means_by_environment(

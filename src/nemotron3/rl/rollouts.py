@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from nemotron3.environments.environment import Environment
+from nemotron3.environments.environment import Environment, call_problem
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, environment_of, prompt_of, tools_of
 from nemotron3.environments.verification import (
@@ -51,7 +51,7 @@ class RolloutConfig:
     max_context: int = 1024
     """Most tokens of a whole rollout, prompt included."""
     temperature: float = 1.0
-    """Of the sampling; training assumes 1."""
+    """Of the sampling; training assumes 1, and 0 takes the most probable tokens."""
     lists_tools: bool = True
     """Whether prompts describe the tools; a small model that was trained without knows them."""
     enable_thinking: bool = True
@@ -77,9 +77,9 @@ class RolloutConfig:
                 f"is {self.effort_fraction}; it must be from 0 to 1",
                 field="rollouts.effort_fraction",
             )
-        if not self.temperature > 0:
+        if not self.temperature >= 0:
             raise ConfigError(
-                f"is {self.temperature}; it must be above 0",
+                f"is {self.temperature}; it must be 0 or more",
                 field="rollouts.temperature",
             )
 
@@ -202,12 +202,13 @@ class RolloutDriver:
         finished: dict[int, Rollout] = {}
         open_places = list(range(len(wanted)))
         for attempt in range(1, self._config.max_attempts + 1):
-            playing = {
-                place: await self._begin(
-                    *wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt
+            begun = await asyncio.gather(
+                *(
+                    self._begin(*wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt)
+                    for place in open_places
                 )
-                for place in open_places
-            }
+            )
+            playing = dict(zip(open_places, begun, strict=True))
             await self._until_ended(list(playing.values()))
             await self._verify(list(playing.values()))
             finished |= {place: each.rollout for place, each in playing.items()}
@@ -266,10 +267,13 @@ class RolloutDriver:
             prompts = [cast(Prompt, each[0].next_prompt) for each in alike]
             params = [self._params(each[0], n=len(each)) for each in alike]
             found = self._llm.generate(prompts, params)
-            for some, output in zip(alike, found, strict=True):
-                for each, answer in zip(some, output.outputs, strict=True):
-                    each.next_prompt = None
-                    await self._after_turn(each, answer)
+            answers = [
+                (each, answer)
+                for some, output in zip(alike, found, strict=True)
+                for each, answer in zip(some, output.outputs, strict=True)
+            ]
+            # Environments elsewhere answer at the same time.
+            await asyncio.gather(*(self._after_turn(each, answer) for each, answer in answers))
 
     def _params(self, playing: _Playing, *, n: int) -> SamplingParams:
         config = self._config
@@ -287,6 +291,7 @@ class RolloutDriver:
 
     async def _after_turn(self, playing: _Playing, output: CompletionOutput) -> None:
         rollout = playing.rollout
+        playing.next_prompt = None
         if output.failure is not None or output.error is not None:
             rollout.verification = Verification.failed(
                 FailureKind.GENERATION, output.error or str(output.failure)
@@ -310,7 +315,13 @@ class RolloutDriver:
         if rollout.num_turns >= playing.environment.max_turns:
             rollout.is_cut = True
             return
-        rendered = self._continuation(rollout, said)
+        # From the end of the policy's turn to the beginning of its next one.
+        rendered = self._template.continuation(
+            said,
+            self._tokenizer,
+            after_token=rollout.ids[-1],
+            enable_thinking=self._config.enable_thinking,
+        )
         ids = rendered.tokens(self._tokenizer).ids
         rollout.ids += ids
         rollout.is_sampled += [False] * len(ids)
@@ -324,12 +335,12 @@ class RolloutDriver:
         start, ids = len(playing.rollout.ids), output.token_ids
         opened = ids.count(self._tokenizer.think_start_id)
         closed = ids.count(self._tokenizer.think_end_id)
-        problem = playing.environment.call_problem
+        tools = tools_of(playing.rollout.row)
         return SampledTurn(
             start=start,
             end=start + len(ids),
             has_invalid_call=any(not call.is_complete for call in output.tool_calls)
-            or any(problem(call.name, call.arguments) for call in turn.tool_calls),
+            or any(call_problem(tools, call.name, call.arguments) for call in turn.tool_calls),
             is_malformed=(opened, closed) != (0, int(self._config.enable_thinking)),
         )
 
@@ -346,22 +357,6 @@ class RolloutDriver:
             ]
         said = await environment.step(session, turn)
         return [] if said is None else [UserMessage(content=said)]
-
-    def _continuation(self, rollout: Rollout, said: Sequence[Message]) -> RenderedChat:
-        """The text from the end of the policy's turn to the beginning of its next one.
-
-        It is what the template writes behind the end token of an assistant's turn.
-        """
-        rendered = self._template.render(
-            [UserMessage(content=""), AssistantMessage(content="."), *said],
-            enable_thinking=self._config.enable_thinking,
-            truncate_history_thinking=False,
-        )
-        last = max(i for i, piece in enumerate(rendered.pieces) if piece.is_trained)
-        ended = rollout.ids[-1] == self._tokenizer.im_end_id
-        return RenderedChat(
-            rendered.pieces[last + 1 if ended else last :], rendered.is_reasoning_open
-        )
 
     async def _verify(self, playing: Sequence[_Playing]) -> None:
         """Judge those that nothing has failed for, group by group."""

@@ -18,7 +18,7 @@ class EnvironmentConfig:
     """An environment of a run."""
 
     name: str
-    """A built-in one, or a Python file with one."""
+    """A built-in one, a Python file with one, or ROWS@URL."""
     weight: float = 1.0
     """Its share of every batch, relative to the others."""
     difficulty: float | None = None

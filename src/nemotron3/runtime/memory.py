@@ -20,6 +20,8 @@ class MemoryPart:
     num_bytes: int
     is_estimate: bool = False
     """Whether the bytes are an upper bound; otherwise they are exact."""
+    is_elastic: bool = False
+    """Whether the part is made smaller where memory is short, at the cost of speed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class MemoryPlan:
     def certain(self) -> int:
         """Bytes of the parts that are exact."""
         return sum(part.num_bytes for part in self.parts if not part.is_estimate)
+
+    @property
+    def elastic(self) -> int:
+        """Bytes of the parts that are made smaller where memory is short."""
+        return sum(part.num_bytes for part in self.parts if part.is_elastic)
 
     @property
     def largest(self) -> list[MemoryPart]:

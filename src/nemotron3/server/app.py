@@ -9,10 +9,11 @@ first two steps or when it is submitted to the engine. The client therefore gets
 instead of an error event in a stream.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -20,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from nemotron3.errors import ConfigError
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.inference.served_adapters import ServedAdapter
 from nemotron3.server.chat.answer import ChatAnswer
 from nemotron3.server.chat.body import ChatBody
 from nemotron3.server.chat.plan import plan_chat
@@ -27,7 +29,8 @@ from nemotron3.server.completions.answer import CompletionAnswer
 from nemotron3.server.completions.body import CompletionBody
 from nemotron3.server.completions.plan import completion_prompts, plan_completion
 from nemotron3.server.generation.prompts import prepare_chat
-from nemotron3.server.generation.serving import ServingContext
+from nemotron3.server.generation.serving import ServedContexts, ServingContext
+from nemotron3.server.generation.token_ids import assert_routes
 from nemotron3.server.http.cors import assert_origins, with_cors
 from nemotron3.server.http.drain import InFlightRequests
 from nemotron3.server.http.error_handlers import ERROR_RESPONSES, add_error_handlers
@@ -91,19 +94,50 @@ class Server:
     app: App
     in_flight: InFlightRequests
     llm: AsyncLLM
+    """The engine of the base model."""
+    adapters: Mapping[str, ServedAdapter]
     api: FastAPI
 
+    def close(self) -> None:
+        """Abort what is unfinished, and end all engines."""
+        for llm in _engines(self.llm, self.adapters):
+            llm.close()
 
-def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
-    """Build the server around an engine; raises ConfigError if the engine has no tokenizer."""
-    _ = llm.tokenizer
+
+def create_app(
+    llm: AsyncLLM, settings: ServerSettings, adapters: Mapping[str, ServedAdapter] | None = None
+) -> Server:
+    """Build the server around an engine, and around those of adapters of its model.
+
+    Raises ConfigError if an engine has no tokenizer, two models have one name, or clients may
+    replace weights that adapters share.
+    """
+    adapters = adapters or {}
+    name = settings.served_model_name or llm.model_name
+    check_adapters(name, settings, adapters)
+    engines = _engines(llm, adapters)
+    _ = [engine.tokenizer for engine in engines]
     in_flight = InFlightRequests()
-    metrics = ServerMetrics(llm.stats)
-    serving = ServingContext(
-        llm=llm,
-        metrics=metrics,
-        model_name=settings.served_model_name or llm.model_name,
-        defaults={"reasoning_grace": settings.reasoning_grace, **llm.defaults.sampling},
+    metrics = ServerMetrics(*(engine.stats for engine in engines))
+
+    def context(
+        engine: AsyncLLM, name: str, root: str, parent: str | None = None
+    ) -> ServingContext:
+        return ServingContext(
+            llm=engine,
+            metrics=metrics,
+            model_name=name,
+            defaults={"reasoning_grace": settings.reasoning_grace, **engine.defaults.sampling},
+            root=root,
+            parent=parent,
+        )
+
+    serving = ServedContexts(
+        context(llm, name, name),
+        [
+            context(adapter.llm, each, str(adapter.directory), name)
+            for each, adapter in adapters.items()
+        ],
     )
     api = FastAPI(
         title="nemotron3",
@@ -126,10 +160,29 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Server:
         max_body_bytes=settings.max_body_bytes,
     )
     app = with_cors(app, settings.allowed_origins)
-    return Server(app=app, in_flight=in_flight, llm=llm, api=api)
+    return Server(app=app, in_flight=in_flight, llm=llm, adapters=adapters, api=api)
 
 
-def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequests) -> None:
+def _engines(llm: AsyncLLM, adapters: Mapping[str, ServedAdapter]) -> list[AsyncLLM]:
+    return [llm, *(adapter.llm for adapter in adapters.values())]
+
+
+def check_adapters(name: str, settings: ServerSettings, adapters: Collection[str]) -> None:
+    """Raise ConfigError for adapters that cannot be served beside a model of this `name`."""
+    if name in adapters:
+        raise ConfigError(
+            f"has an adapter named {name!r}, and so is the model; give one of them another name",
+            field="lora",
+        )
+    if adapters and settings.weights_folder is not None:
+        raise ConfigError(
+            f"is {str(settings.weights_folder)!r} and there are adapters, which share the model's "
+            "weights: replacing these would change them too; serve without one of the two",
+            field="weights_folder",
+        )
+
+
+def _add_pages(api: FastAPI, serving: ServedContexts, in_flight: InFlightRequests) -> None:
     page = (files("nemotron3.server") / "page.html").read_text(encoding="utf-8")
 
     @api.get("/", include_in_schema=False)
@@ -141,7 +194,7 @@ def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequest
     @api.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         """200 while requests are accepted, 503 while draining or after a failure."""
-        if not serving.llm.is_alive:
+        if not all(context.llm.is_alive for context in serving.all):
             return JSONResponse({"status": "failed"}, 503)
         if not in_flight.is_accepting:
             return JSONResponse({"status": "draining"}, 503, headers={"Retry-After": "5"})
@@ -150,43 +203,32 @@ def _add_pages(api: FastAPI, serving: ServingContext, in_flight: InFlightRequest
     @api.get("/metrics")
     async def metrics() -> Response:
         """Metrics in the text format of Prometheus."""
-        return Response(serving.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(serving.all[0].metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _add_models(api: FastAPI, serving: ServingContext) -> None:
-    def card() -> dict[str, Any]:
-        return {
-            "id": serving.model_name,
-            "object": "model",
-            "created": serving.created,
-            "owned_by": "nemotron3",
-            "root": serving.model_name,
-            "parent": None,
-            "max_model_len": serving.llm.max_model_len,
-        }
-
+def _add_models(api: FastAPI, serving: ServedContexts) -> None:
     @api.get("/v1/models")
     async def models() -> JSONResponse:
-        """List the one model of this server."""
-        return JSONResponse({"object": "list", "data": [card()]})
+        """List the model of this server and its adapters."""
+        cards = [context.card() for context in serving.all]
+        return JSONResponse({"object": "list", "data": cards})
 
     @api.get("/v1/models/{model:path}", responses=ERROR_RESPONSES)
     async def model(model: str) -> JSONResponse:
         """Describe a model by its name."""
-        serving.assert_serves(model)
-        return JSONResponse(card())
+        return JSONResponse(serving.named(model).card())
 
 
-def _add_generation(api: FastAPI, serving: ServingContext) -> None:
+def _add_generation(api: FastAPI, serving: ServedContexts) -> None:
     @api.post("/v1/chat/completions", responses=ERROR_RESPONSES)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        serving.assert_serves(body.model)
-        plan = plan_chat(body, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
-        prompt = await prepare_chat(serving.llm, plan)
-        job = serving.submit(prompt, plan.params, request.state.notes)
+        served = _served(serving, body)
+        plan = plan_chat(body, served.llm.tokenizer.tool_call_end_id, served.defaults)
+        prompt = await prepare_chat(served.llm, plan)
+        job = served.submit(prompt, plan.params, request.state.notes)
         handle = await submitted(request, job)
-        answer = ChatAnswer(serving, body, plan, prompt, handle)
+        answer = ChatAnswer(served, body, plan, prompt, handle)
         if body.stream:
             return EventStream(answer.events(), handle.stop)
         return JSONResponse(await answered(request, answer.whole(), handle.stop))
@@ -194,12 +236,12 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
     @api.post("/v1/completions", responses=ERROR_RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
-        serving.assert_serves(body.model)
-        params = plan_completion(body, serving.defaults)
-        prompts = await completion_prompts(serving, body)
-        job = serving.submit_all(prompts, params, request.state.notes)
+        served = _served(serving, body)
+        params = plan_completion(body, served.defaults)
+        prompts = await completion_prompts(served, body)
+        job = served.submit_all(prompts, params, request.state.notes)
         handles = await submitted(request, job)
-        answer = CompletionAnswer(serving, body, params, handles)
+        answer = CompletionAnswer(served, body, params, handles)
         if body.stream:
             return EventStream(answer.events(), answer.stop)
         return JSONResponse(await answered(request, answer.whole(), answer.stop))
@@ -207,29 +249,42 @@ def _add_generation(api: FastAPI, serving: ServingContext) -> None:
     @api.post("/tokenize", responses=ERROR_RESPONSES)
     async def to_tokens(body: TokenizeBody) -> JSONResponse:
         """Tokenize a text or a conversation."""
-        serving.assert_serves(body.model)
-        return JSONResponse(await tokenize(serving, body))
+        served = serving.named(body.model)
+        return JSONResponse(await tokenize(served, body))
 
     @api.post("/detokenize", responses=ERROR_RESPONSES)
     async def to_text(body: DetokenizeBody) -> JSONResponse:
         """Decode token ids into text."""
-        serving.assert_serves(body.model)
-        return JSONResponse(detokenize(serving, body))
+        served = serving.named(body.model)
+        return JSONResponse(detokenize(served, body))
 
 
-def _add_responses(api: FastAPI, serving: ServingContext) -> None:
+def _served(
+    serving: ServedContexts, body: ChatBody | CompletionBody | ResponsesBody
+) -> ServingContext:
+    """The model that a request names; refuse another one, and what this server does not record."""
+    served = serving.named(body.model)
+    assert_routes(
+        is_wanted=body.return_routed_experts,
+        are_recorded=served.llm.returns_routed_experts,
+        is_stream=body.stream,
+    )
+    return served
+
+
+def _add_responses(api: FastAPI, serving: ServedContexts) -> None:
     store = ResponseStore()
 
     @api.post("/v1/responses", responses=ERROR_RESPONSES)
     async def create(body: ResponsesBody, request: Request) -> Response:
         """Answer a list of items."""
-        serving.assert_serves(body.model)
+        served = _served(serving, body)
         items = conversation(body, store)
-        plan = plan_response(body, items, serving.llm.tokenizer.tool_call_end_id, serving.defaults)
-        prompt = await prepare_chat(serving.llm, plan)
-        job = serving.submit(prompt, plan.params, request.state.notes)
+        plan = plan_response(body, items, served.llm.tokenizer.tool_call_end_id, served.defaults)
+        prompt = await prepare_chat(served.llm, plan)
+        job = served.submit(prompt, plan.params, request.state.notes)
         handle = await submitted(request, job)
-        answer = ResponseAnswer(serving, body, plan, items, handle, store)
+        answer = ResponseAnswer(served, body, plan, items, handle, store)
         if body.stream:
             return EventStream(answer.events(), handle.stop)
         return JSONResponse(await answered(request, answer.whole(), handle.stop))

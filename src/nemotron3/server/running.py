@@ -12,16 +12,36 @@ import logging
 import signal
 import socket
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 
 from nemotron3.errors import ConfigError
-from nemotron3.server.app import Server
+from nemotron3.server.http.drain import InFlightRequests
+from nemotron3.server.http.middleware import App
 
 log = logging.getLogger("nemotron3.server")
 
 _ABORT_TIMEOUT_S = 2
 """Seconds to send errors to requests that are aborted."""
+
+
+class Server(Protocol):
+    """What can be served: an application, and what a graceful shutdown needs of it."""
+
+    @property
+    def app(self) -> App:
+        """The application, for ASGI."""
+        ...
+
+    @property
+    def in_flight(self) -> InFlightRequests:
+        """Its requests."""
+        ...
+
+    def close(self) -> None:
+        """Abort what is unfinished."""
+        ...
 
 
 class _Uvicorn(uvicorn.Server):
@@ -62,7 +82,7 @@ class _Uvicorn(uvicorn.Server):
                 in_flight.count,
                 self._drain_timeout_s,
             )
-            await asyncio.to_thread(self._server.llm.close)
+            await asyncio.to_thread(self._server.close)
             await in_flight.wait_empty(_ABORT_TIMEOUT_S)
         self.should_exit = True
 
@@ -89,7 +109,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve until a signal arrives; then close the engine."""
+    """Serve until a signal arrives; then close the server."""
     config = uvicorn.Config(
         server.app,  # pyright: ignore[reportArgumentType]
         log_config=None,
@@ -105,4 +125,4 @@ def serve(server: Server, bound: socket.socket, *, drain_timeout_s: float) -> No
     try:
         _Uvicorn(config, server, drain_timeout_s).run([bound])
     finally:
-        server.llm.close()
+        server.close()

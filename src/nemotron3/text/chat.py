@@ -213,6 +213,36 @@ class ChatTemplate:
             is_open = enable_thinking
         return RenderedChat(tuple(pieces.written), is_open)
 
+    def continuation(
+        self,
+        messages: Sequence[Any],
+        tokenizer: Tokenizer,
+        *,
+        after_token: int,
+        **options: Any,
+    ) -> RenderedChat:
+        """What follows a turn of the assistant that is there as ids: its end, then `messages`.
+
+        `after_token` is the last id of that turn. One that did not end by itself (at a limit of
+        tokens, or behind a call) is ended as the template would. `options` are those of `render`;
+        what precedes stays as it is, reasoning included.
+        """
+        given: dict[str, Any] = {**options, "truncate_history_thinking": False}
+        head = (UserMessage(content=""), AssistantMessage(content="."))
+        rendered = self.render([*head, *messages], **given)
+        end = next(
+            i
+            for i, piece in enumerate(rendered.pieces)
+            if piece.is_trained and piece.text == IM_END
+        )
+        if after_token == tokenizer.im_end_id:
+            rest = rendered.pieces[end + 1 :]
+        elif after_token == tokenizer.token_to_id(TOOL_CALL_END):
+            rest = (Piece("\n", is_template=True), *rendered.pieces[end:])
+        else:
+            rest = rendered.pieces[end:]
+        return RenderedChat(rest, rendered.is_reasoning_open)
+
     def _assistant(
         self,
         pieces: "_Pieces",

@@ -1,7 +1,7 @@
 """The loss on held-out text, evaluated during training."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -14,13 +14,18 @@ from nemotron3.training.batch import TrainBatch
 
 @torch.inference_mode()
 def evaluate(
-    model: LanguageModel, batches: Iterable[TrainBatch], token_bytes: torch.Tensor
+    model: LanguageModel,
+    batches: Iterable[TrainBatch],
+    token_bytes: torch.Tensor,
+    *,
+    on_losses: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> dict[str, float]:
     """Mean loss in nats per token, accuracy, and bits per byte of the text.
 
     `token_bytes` [vocab] is the length in bytes of each token. Only targets whose mask is 1 count,
     in both the bits and the bytes. The first token of a sequence is never a target, so it counts in
-    neither.
+    neither. `on_losses` is given the loss of every target of each batch,
+    [tokens], in nats.
     """
     nats = count = num_bytes = correct = 0.0
     for batch in batches:
@@ -30,6 +35,7 @@ def evaluate(
             return linear_cross_entropy(hidden, output.output_weight, batch.targets, batch.mask)
 
         scored = model(batch.tokens, layout=SequenceLayout(batch.segments), head=head)
+        on_losses(scored.per_token)
         nats += scored.total.item()
         count += batch.mask.sum().item()
         num_bytes += (token_bytes[batch.targets] * batch.mask).sum().item()

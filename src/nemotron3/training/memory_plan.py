@@ -113,10 +113,11 @@ def training_parts(
 def least_bytes(plan: MemoryPlan) -> int:
     """What training that is planned so needs at least, by half of the upper bounds.
 
+    Parts that are made smaller where memory is short count nothing.
     With one microbatch per update, the first gradient comes when most activations have gone.
     """
     gradients = sum(part.num_bytes for part in plan.parts if part.name == GRADIENTS)
-    estimates = plan.total - plan.certain
+    estimates = plan.total - plan.certain - plan.elastic
     return max(plan.certain, plan.certain - gradients + int(_LEAST_OF_ESTIMATE * estimates))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from nemotron3.checkpoint.store import Checkpoint, CheckpointStore
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.costs import forward_flops_per_token
+from nemotron3.models.lora import is_adapted, trained_tensors
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
 from nemotron3.observe.metrics import MetricLog
@@ -137,6 +138,12 @@ class Trainer(Generic[BatchT]):
         self._store = store
         self._peak_flops = peak_flops
         self._objective = objective
+        if config.bias_update_rate and is_adapted(model):
+            raise ConfigError(
+                f"is {config.bias_update_rate}, and the model has an adapter, which holds no "
+                "selection biases; set it to 0",
+                field="bias_update_rate",
+            )
         apply_precision(model, config.precision)
         freeze_parameters(model, config.parameter_groups)
         self._optimizer = build_optimizer(model, config.optimizer, config.parameter_groups)
@@ -179,8 +186,11 @@ class Trainer(Generic[BatchT]):
             on_step(StepReport(step=self.step, steps=config.steps, metrics=metrics))
 
     def save(self) -> None:
-        """Write a checkpoint of the current step: weights, optimizer, and the objective's state."""
-        tensors = {_MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
+        """Write a checkpoint of the current step: weights, optimizer, and the objective's state.
+
+        Of a model with an adapter, the weights are those of the adapter: no others change.
+        """
+        tensors = {_MODEL + name: t for name, t in trained_tensors(self.model).items()}
         moments = optimizer_tensors(self._optimizer, self.model)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in moments.items()}
         if isinstance(self._objective, Stateful):
@@ -200,7 +210,7 @@ class Trainer(Generic[BatchT]):
             self._objective.load_state_dict(saved)
 
     def _load_weights(self, saved: dict[str, Tensor]) -> None:
-        ours = self.model.state_dict()
+        ours = trained_tensors(self.model)
         differing = sorted(
             name
             for name in saved.keys() | ours.keys()
@@ -212,7 +222,7 @@ class Trainer(Generic[BatchT]):
                 f"tensors differ, first {differing[0]!r}); name another run, or train with the "
                 "configuration that made it"
             )
-        self.model.load_state_dict(saved)
+        self.model.load_state_dict(saved, strict=False)  # the names were compared
 
     def _timed_step(self) -> dict[str, float]:
         config = self.config

@@ -1,7 +1,7 @@
-"""Outputs of the forward pass besides the next token: prompt log-probabilities, routed experts.
+"""Outputs of the forward pass besides the next token: log-probabilities, routed experts.
 
-Both are collected together with a sequence's state. If the sequence is preempted, they are dropped
-with the state and collected again (`Sequence.begin`).
+Those of prompts are collected together with a sequence's state. If the sequence is preempted, they
+are dropped with the state and collected again (`Sequence.begin`).
 """
 
 from collections.abc import Sequence as Many
@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.inference.requests import TokenLogprob
 from nemotron3.inference.sampling.sampler import token_logprobs
 from nemotron3.inference.sequences import Sequence
 from nemotron3.models.nemotron_h import LanguageModel
 
 _LOGIT_ROWS = 256
-"""Rows of logits computed at a time for a prompt's log-probabilities: a bound on memory."""
+"""Rows of logits that are scored at a time: a bound on memory."""
 
 
 def record_prompt_logprobs(
@@ -39,6 +40,37 @@ def record_prompt_logprobs(
         sequence.prompt_logprobs += token_logprobs(
             logits, tokens, top, weight_version=weight_version
         )
+
+
+def answer_logprobs(
+    sequences: Many[Sequence],
+    accepted: Many[Many[int]],
+    logits: Float[Tensor, "sequence step vocab"],
+    *,
+    weight_version: int,
+) -> list[list[TokenLogprob]]:
+    """The log-probabilities of the accepted tokens of each sequence; none where none are wanted.
+
+    Sequences that want the same number of alternatives are scored together.
+    """
+    found: list[list[TokenLogprob]] = [[] for _ in sequences]
+    by_top: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        if (top := sequence.request.params.logprobs) is not None:
+            by_top.setdefault(top, []).append(row)
+    steps = logits.shape[1]
+    for top, rows in by_top.items():
+        places = [(row, step) for row in rows for step in range(len(accepted[row]))]
+        for first in range(0, len(places), _LOGIT_ROWS):
+            part = places[first : first + _LOGIT_ROWS]
+            at = torch.tensor([row * steps + step for row, step in part], device=logits.device)
+            tokens = [accepted[row][step] for row, step in part]
+            scores = token_logprobs(
+                logits.flatten(0, 1)[at], tokens, top, weight_version=weight_version
+            )
+            for (row, _), score in zip(part, scores, strict=True):
+                found[row].append(score)
+    return found
 
 
 def record_routes(

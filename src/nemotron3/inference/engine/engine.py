@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -25,10 +25,15 @@ from torch import Tensor
 
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.config import EngineConfig
-from nemotron3.inference.engine.auxiliary_outputs import record_prompt_logprobs, record_routes
+from nemotron3.inference.engine.auxiliary_outputs import (
+    answer_logprobs,
+    record_prompt_logprobs,
+    record_routes,
+)
 from nemotron3.inference.engine.memory import batched_tokens, longest_sequence, num_pages
 from nemotron3.inference.engine.prefix_cache import PrefixCache
 from nemotron3.inference.engine.scheduler import Scheduler
+from nemotron3.inference.engine.stats import EngineStats
 from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.inference.model_runner.draft_length import DraftLength
 from nemotron3.inference.model_runner.speculative import Drafter, most_drafts
@@ -40,35 +45,12 @@ from nemotron3.inference.model_runner.weights import (
     prepared_weights,
 )
 from nemotron3.inference.requests import FinishReason, PromptReport, TokenDelta, TokenLogprob
-from nemotron3.inference.sampling.sampler import TokenChooser, choose, token_logprobs
+from nemotron3.inference.sampling.sampler import TokenChooser, choose
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.malloc import retain_freed_memory
-
-
-@dataclass
-class EngineStats:
-    """Counts of an engine's work so far, and its current load."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_usage: float = 0.0
-    """Share of the pages that running sequences use; pages of the prefix cache count as free."""
-    prefix_bytes: int = 0
-    prefix_queries: int = 0
-    """Prompt tokens looked up in the prefix cache."""
-    prefix_hits: int = 0
-    """Prompt tokens found in the prefix cache."""
-    prompt_tokens: int = 0
-    """Prompt tokens prefilled, without those found in the prefix cache."""
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    draft_length: int = 0
 
 
 class Engine:
@@ -398,8 +380,9 @@ class Engine:
         deltas: list[TokenDelta] = []
         num_accepted = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
         open_rows: list[int] = []
+        scores = answer_logprobs(sequences, accepted, logits, weight_version=self.weight_version)
         for row, (sequence, new_tokens) in enumerate(zip(sequences, accepted, strict=True)):
-            deltas.append(self._append(sequence, new_tokens, num_accepted[row], logits[row]))
+            deltas.append(self._append(sequence, new_tokens, num_accepted[row], scores[row]))
             if sequence.finish_reason is None:
                 open_rows.append(row)
         if after is not None and open_rows:
@@ -422,7 +405,11 @@ class Engine:
             self._drafter.write(chosen, hidden[with_room], logits[with_room], count)
 
     def _append(
-        self, sequence: Sequence, new_tokens: Many[int], num_accepted: int, logits: Tensor
+        self,
+        sequence: Sequence,
+        new_tokens: Many[int],
+        num_accepted: int,
+        scores: Many[TokenLogprob],
     ) -> TokenDelta:
         """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts."""
         taken: list[int] = []
@@ -440,12 +427,6 @@ class Engine:
             if reason is not None:
                 break
         self._count(sequence, len(taken), accepted=min(num_accepted, len(taken)))
-        top = sequence.request.params.logprobs
-        logprobs: list[TokenLogprob] = []
-        if top is not None:
-            logprobs = token_logprobs(
-                logits[: len(taken)], taken, top, weight_version=self.weight_version
-            )
         report = None
         if not sequence.is_reported:
             sequence.is_reported = True
@@ -459,7 +440,7 @@ class Engine:
             request_id=sequence.request_id,
             index=sequence.index,
             tokens=tuple(taken),
-            logprobs=tuple(logprobs),
+            logprobs=tuple(scores[: len(taken)]),
             finish_reason=reason,
             stop_token=stop_token,
             prompt=report,

@@ -18,6 +18,7 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.runtime.devices import free_memory_bytes, has_memory_of_its_own
 from nemotron3.runtime.memory import MemoryPart
 
+KEYS_AND_VALUES = "engine keys and values"
 _SHARE, _GPU_SHARE = 0.25, 0.9
 """Largest share of the free memory that is used if `kv_cache_bytes` is not given."""
 _BATCHED_TOKENS, _GPU_BATCHED_TOKENS = 2048, 8192
@@ -32,9 +33,11 @@ def batched_tokens(config: EngineConfig, device: torch.device) -> int:
     return _GPU_BATCHED_TOKENS if has_memory_of_its_own(device) else _BATCHED_TOKENS
 
 
-def cache_bytes(model: LanguageModel, config: EngineConfig, device: torch.device) -> int:
-    """Bytes for keys and values if `kv_cache_bytes` is not given."""
-    free = free_memory_bytes(device)
+def cache_bytes(
+    model: LanguageModel, config: EngineConfig, device: torch.device, *, engines: int = 1
+) -> int:
+    """Bytes for keys and values where `kv_cache_bytes` is not given, of each of some `engines`."""
+    free = free_memory_bytes(device) // engines
     least = int(free * _SHARE)
     if not has_memory_of_its_own(device):
         return least
@@ -94,7 +97,8 @@ def engine_parts(
 ) -> list[MemoryPart]:
     """Upper bounds of what an engine on `device` keeps beside the weights; `model` needs no memory.
 
-    A prompt's step counts where the device's memory is its own, as for `cache_bytes`.
+    Keys and values are those of `max_num_seqs` sequences of the greatest length; an engine makes do
+    with fewer. A prompt's step counts where the device's memory is its own, as for `cache_bytes`.
     """
     longest = -(-(max_model_len + MAX_STEPS) // config.page_size) + 1
     pages = config.max_num_seqs * longest * page_bytes(model, config)
@@ -104,11 +108,15 @@ def engine_parts(
     step = prompts * _STEP_BYTES_PER_TOKEN if has_memory_of_its_own(device) else 0
     sizes = {
         "engine states": _state_bytes(model, config),
-        "engine keys and values": pages,
+        KEYS_AND_VALUES: pages,
         "engine prefix cache": config.prefix_cache_bytes if config.keeps_states else 0,
         "engine prompt step": step,
     }
-    return [MemoryPart(name=name, num_bytes=size, is_estimate=True) for name, size in sizes.items()]
+    elastic = {KEYS_AND_VALUES, "engine prefix cache"}
+    return [
+        MemoryPart(name=name, num_bytes=size, is_estimate=True, is_elastic=name in elastic)
+        for name, size in sizes.items()
+    ]
 
 
 def longest_sequence(config: EngineConfig, wanted: int, pages: int) -> int:

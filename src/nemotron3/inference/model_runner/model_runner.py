@@ -12,7 +12,9 @@ such as the tokens after a chat's last message, is recorded as well, because Pyt
 of its time. On a GPU it is not: prompts have too many shapes to capture.
 
 Where batches are padded, decoding steps have few sizes, each at most an eighth larger than the
-number of sequences. Padding has slot -1, which kernels ignore.
+number of sequences. Padding has slot -1, which kernels ignore. On a CPU a step of a size that does
+not last is made of two smaller ones: as the last answers of a large batch end, every step has
+another size, and recording each would take longer than the steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +32,12 @@ from nemotron3.models.layout import MAX_STEPS, DeviceLayout, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
 from nemotron3.runtime.cuda_graph import cuda_graph_pool
+
+_PART = 16
+"""Sizes of decoding steps up to this one have a graph each; larger ones that do not last are a
+multiple of it, and the rest."""
+_LASTING = 16
+"""Steps of the same size after which it is recorded as a whole."""
 
 
 class StepOutput(NamedTuple):
@@ -80,6 +88,8 @@ class ModelRunner:
         # a decoding step are still needed.
         self._graphs = GraphCache(cache, make_pool(cache.device))
         self._draft_graphs = GraphCache(cache, make_pool(cache.device))
+        self._last_shape: _Shape | None = None
+        self._num_alike = 0  # steps of that shape, one after another
 
     def prefill(
         self,
@@ -132,19 +142,58 @@ class ModelRunner:
         self.cache.check(layout)
         padded = padded_rows(rows) if self._graphs.pads_batch else rows
         shape = _Shape(padded, length, is_verification)
-        inputs = _decode_inputs(shape, _packed(tokens), layout)
-        step = self._decode_step(shape)
-        if self._graphs.is_supported:
-            outputs = self._graphs.run(
-                shape, (inputs,), step, padding_inputs=lambda: (_decode_inputs(shape, [], None),)
-            )
+        packed = _packed(tokens)
+        if self._splits(shape):
+            most = rows // _PART * _PART
+            parts = [
+                self._run_decode(
+                    _Shape(stop - start, length, is_verification),
+                    packed[start * length : stop * length],
+                    layout.slots[start:stop],
+                    layout.cached_lengths[start:stop],
+                )
+                for start, stop in ((0, most), (most, rows))
+            ]
+            outputs = tuple(torch.cat(both) for both in zip(*parts, strict=True))
         else:
-            outputs = step(inputs.to(self.cache.device))
+            outputs = self._run_decode(shape, packed, layout.slots, layout.cached_lengths)
         self.cache.advance(layout)
         if padded > rows:
             outputs = tuple(output[:rows] for output in outputs)
         hidden, logits, *routes = outputs
         return StepOutput(hidden, logits, layout, tuple(routes))
+
+    def _splits(self, shape: _Shape) -> bool:
+        """Whether a step is made of two, because its size has no graph and may not last."""
+        self._num_alike = self._num_alike + 1 if shape == self._last_shape else 1
+        self._last_shape = shape
+        return (
+            self._graphs.is_supported
+            and not self._graphs.pads_batch
+            and not shape.is_verification  # its states are accepted for all sequences at once
+            and shape.rows > _PART
+            and shape.rows % _PART != 0
+            and self._num_alike < _LASTING
+            and not self._graphs.has(shape)
+        )
+
+    def _run_decode(
+        self,
+        shape: _Shape,
+        tokens: list[int],
+        slots: Sequence[int],
+        cached_lengths: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        inputs = _decode_inputs(shape, tokens, slots, cached_lengths)
+        step = self._decode_step(shape)
+        if not self._graphs.is_supported:
+            return step(inputs.to(self.cache.device))
+        return self._graphs.run(
+            shape,
+            (inputs,),
+            step,
+            padding_inputs=lambda: (_decode_inputs(shape, [], (), ()),),
+        )
 
     def read_drafts(
         self,
@@ -283,9 +332,10 @@ def _step_layout(
     )
 
 
-def _decode_inputs(shape: _Shape, tokens: list[int], layout: SequenceLayout | None) -> Tensor:
+def _decode_inputs(
+    shape: _Shape, tokens: list[int], slots: Sequence[int], cached_lengths: Sequence[int]
+) -> Tensor:
     """Tokens, slots and cached lengths, padded up to the rows of the shape."""
-    slots, cached_lengths = ((), ()) if layout is None else (layout.slots, layout.cached_lengths)
     if missing := shape.rows - len(slots):
         tokens = [*tokens, *[0] * (missing * shape.length)]
         slots, cached_lengths = (*slots, *[-1] * missing), (*cached_lengths, *[0] * missing)

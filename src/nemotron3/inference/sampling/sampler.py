@@ -14,9 +14,9 @@ often, and would make tokens depend on drafts: decision 0012).
     choose([chooser], logits, [[4, 8]])      # logits [3, V]: [[4, 9]] if 8 is rejected
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from math import inf
 from typing import Any
 
@@ -29,7 +29,7 @@ from nemotron3.inference.requests import FailureKind, SamplingParams, TokenConst
 from nemotron3.inference.sampling.candidates import Draw, draw
 from nemotron3.inference.sampling.logit_rules import LogitRules
 from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
-from nemotron3.ops.sampling.noise import position_key
+from nemotron3.ops.sampling.noise import key_in_stream, stream_key
 
 COLDEST = 1e-5
 """Below this temperature the most probable token is chosen: a division could overflow."""
@@ -61,7 +61,7 @@ class TokenChooser:
         self.error: str | None = None
         """Why no token could be chosen; None while the answer can continue."""
         self.failure: FailureKind | None = None
-        self._seed, self._index = seed, index
+        self._stream = stream_key(seed, index)
         self._here = _TokenStates(budget, constraint)
         self._ahead: list[tuple[int, _TokenStates]] = []  # after each of the last drafts
         self._rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids, vocab_size=vocab_size)
@@ -140,7 +140,7 @@ class TokenChooser:
             return _Row(changed=changed)
         params = self.params
         how = Draw(
-            key=position_key(self._seed, self._index, position),
+            key=key_in_stream(self._stream, position),
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
@@ -258,13 +258,16 @@ def token_logprobs(
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = _tokens((logprobs >= chosen).sum(-1))
-    best = logprobs.topk(min(top, logprobs.shape[-1]))
-    result: list[TokenLogprob] = []
-    for row, token in enumerate(tokens):
-        others = zip(_tokens(best.indices[row]), map(float, best.values[row]), strict=True)
-        logprob = float(chosen[row])
-        result.append(TokenLogprob(token, logprob, ranks[row], tuple(others), weight_version))
-    return result
+    scores = _numbers(chosen.squeeze(-1))
+    others: Iterable[tuple[tuple[int, float], ...]] = repeat((), len(tokens))
+    if top:
+        best: Any = logprobs.topk(min(top, logprobs.shape[-1]))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        others = (tuple(zip(ids, values, strict=True)) for ids, values in pairs)
+    return [
+        TokenLogprob(token, score, rank, alternatives, weight_version)
+        for token, score, rank, alternatives in zip(tokens, scores, ranks, others, strict=True)
+    ]
 
 
 def _may_be(token: int, forced: int | None, mask: Tensor | None, stop_ids: frozenset[int]) -> bool:
@@ -312,6 +315,10 @@ def _most_probable(logits: Tensor) -> list[int]:
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     # `max` returns NaN if there is one, and NaN is not above -inf.
     return [token if largest > -inf else -1 for token, largest in pairs]
+
+
+def _numbers(values: Any) -> list[float]:
+    return values.tolist()
 
 
 def _tokens(ids: Any) -> list[int]:  # a Tensor, whose `tolist` has no element type

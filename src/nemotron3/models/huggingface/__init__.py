@@ -2,6 +2,7 @@
 
 from nemotron3.models.huggingface.companions import Companions
 from nemotron3.models.huggingface.directory import (
+    dialect_of,
     prepared_weights,
     read_config,
     read_directory,
@@ -12,6 +13,7 @@ from nemotron3.models.huggingface.directory import (
 
 __all__ = [
     "Companions",
+    "dialect_of",
     "prepared_weights",
     "read_config",
     "read_directory",

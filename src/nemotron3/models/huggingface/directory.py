@@ -88,6 +88,15 @@ def write_model(
     write_companions(Path(path), config, companions)
 
 
+def dialect_of(
+    model: nn.Module, config: ModelConfig, companions: Companions | None = None
+) -> ModuleType:
+    """The layout that a model was read in, or that it would be written in."""
+    if companions is not None:
+        return _dialect_of(companions.fields)
+    return _dialect_to_write(model, config, companions)
+
+
 def _dialect_to_write(
     model: nn.Module, config: ModelConfig, companions: Companions | None
 ) -> ModuleType:

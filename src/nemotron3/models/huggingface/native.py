@@ -13,7 +13,11 @@ from torch import nn
 from nemotron3.config.record import from_record, to_record
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface.fields import Aliases, Fields
-from nemotron3.models.huggingface.nemotron_h import our_spelling, published_views
+from nemotron3.models.huggingface.nemotron_h import (
+    our_spelling,
+    published_product,
+    published_views,
+)
 
 __all__ = [
     "ALIASES",
@@ -21,6 +25,7 @@ __all__ = [
     "config_from",
     "config_to",
     "our_spelling",
+    "published_product",
     "published_views",
     "unsupported",
 ]

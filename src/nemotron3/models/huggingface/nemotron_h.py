@@ -188,6 +188,11 @@ def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str
             yield published, tensor
 
 
+def published_product(name: str) -> str:
+    """The published name of the module, or of the stacked parameter, of a product."""
+    return name.replace("mtp.input.", "mtp.layers.0.")
+
+
 def our_spelling(name: str) -> str:
     """A stored tensor's name as this package writes it, without the prefixes of wrappers."""
     name = name.removeprefix("language_model.")

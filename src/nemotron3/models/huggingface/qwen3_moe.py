@@ -176,6 +176,16 @@ def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str
                     yield prefix + "down_proj.weight", matrix
 
 
+def published_product(name: str) -> str:
+    """The published name of the module, or of the stacked parameter, of a product."""
+    if not name.startswith("backbone.layers."):
+        return name
+    index, _, rest = name.removeprefix("backbone.layers.").partition(".")
+    layer, is_mixture = divmod(int(index), 2)
+    rest = rest.replace("mixer.", "mlp." if is_mixture else "self_attn.")
+    return f"model.layers.{layer}.{rest.replace('experts.up_proj', 'experts.gate_up_proj')}"
+
+
 _OUTSIDE = {
     "backbone.embeddings.weight": "model.embed_tokens.weight",
     "backbone.norm_f.weight": "model.norm.weight",

@@ -21,12 +21,19 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
 
 
+def stream_key(seed: int, index: int) -> int:
+    """The key of the noise of one answer: an unsigned 64-bit integer."""
+    return _hash((_hash(seed + _STEP & _WORD) ^ index) + _STEP & _WORD)
+
+
+def key_in_stream(stream: int, position: int) -> int:
+    """The key of the noise at one position of an answer: a signed 64-bit integer."""
+    return _signed(_hash((stream ^ position) + _STEP & _WORD))
+
+
 def position_key(seed: int, index: int, position: int) -> int:
-    """The key of the noise at one position of one answer: a signed 64-bit integer."""
-    word = 0
-    for part in (seed, index, position):
-        word = _hash((word ^ part) + _STEP & _WORD)
-    return _signed(word)
+    """The key of the noise at one position of one answer, from its request's seed."""
+    return key_in_stream(stream_key(seed, index), position)
 
 
 def gumbel(

@@ -16,6 +16,7 @@ from nemotron3.server.chat.body import ChatBody
 from nemotron3.server.generation.logprobs import chat_logprobs, prompt_logprobs
 from nemotron3.server.generation.prompts import ChatPlan
 from nemotron3.server.generation.serving import RequestHandle, ServingContext, finish_of, new_id
+from nemotron3.server.generation.token_ids import token_fields
 from nemotron3.server.generation.usage import usage_of
 from nemotron3.server.http.errors import APIError
 from nemotron3.server.http.streaming import DONE, event
@@ -120,6 +121,9 @@ class ChatAnswer:
         if self._body.return_token_ids:
             choice["token_ids"] = list(answer.token_ids)
             choice["weight_versions"] = list(answer.weight_versions)
+        if self._body.returns_ids:
+            with_routes = self._body.return_routed_experts
+            message |= token_fields(self._prompt, answer, with_routes=with_routes)
         return choice
 
     def _stop_reason(self, reason: str | int | None) -> str | int | None:
@@ -132,7 +136,8 @@ class ChatAnswer:
     def _logprobs(self, logprobs: Sequence[Any]) -> dict[str, Any] | None:
         if not self._shows_logprobs:
             return None
-        return {"content": chat_logprobs(self._tokenizer, logprobs), "refusal": None}
+        by_id = bool(self._body.return_tokens_as_token_ids)
+        return {"content": chat_logprobs(self._tokenizer, logprobs, by_id=by_id), "refusal": None}
 
     def _chunk(self, index: int, delta: dict[str, Any], with_usage: bool) -> dict[str, Any]:  # noqa: FBT001
         chunk: dict[str, Any] = {

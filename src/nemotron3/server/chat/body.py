@@ -83,3 +83,13 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_routed_experts: bool | None = None
+    required_prefix_token_ids: list[int] | None = None
+
+    @property
+    def returns_ids(self) -> bool:
+        """Whether messages have the ids of their tokens; NeMo Gym asks by the second name."""
+        return bool(
+            self.return_token_ids or self.return_tokens_as_token_ids or self.return_routed_experts
+        )

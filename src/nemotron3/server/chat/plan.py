@@ -13,6 +13,7 @@ from nemotron3.server.generation.structured_output import (
     structured_output,
 )
 from nemotron3.server.generation.thinking import resolve_thinking
+from nemotron3.server.generation.token_ids import token_prefix, without_token_fields
 from nemotron3.server.generation.tool_choice import ending_with_call, tool_use
 from nemotron3.server.http.errors import invalid_request
 
@@ -50,7 +51,8 @@ def plan_chat(
     }
     said = {name: value for name, value in ends.items() if value is not None}
     return ChatPlan(
-        messages=body.messages,
+        messages=[without_token_fields(message) for message in body.messages],
+        prefix=token_prefix(body.messages, body.required_prefix_token_ids),
         tools=tools.listed,
         options={**thinking.template_options, **said},
         params=ending_with_call(params, tools, tool_call_end),
@@ -70,6 +72,8 @@ def _response_format(body: ChatBody) -> StructuredOutput | None:
 def _logprobs(body: ChatBody) -> int | None:
     if body.logprobs:
         return body.top_logprobs or 0
+    if body.returns_ids and not body.top_logprobs:
+        return 0
     if body.top_logprobs:
         raise invalid_request("top_logprobs needs logprobs: true", "top_logprobs")
     return None

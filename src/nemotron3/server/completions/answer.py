@@ -16,6 +16,7 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.server.completions.body import CompletionBody
 from nemotron3.server.generation.logprobs import CompletionLogprobs, prompt_logprobs
 from nemotron3.server.generation.serving import RequestHandle, ServingContext, finish_of
+from nemotron3.server.generation.token_ids import routed_experts
 from nemotron3.server.generation.usage import Usage, usage_of
 from nemotron3.server.http.errors import APIError
 from nemotron3.server.http.streaming import DONE, event
@@ -134,6 +135,8 @@ class CompletionAnswer:
                 "weight_versions": list(answer.weight_versions[: len(ids)]),
                 "prompt_token_ids": list(output.prompt.ids),
             }
+        if self._body.return_routed_experts:
+            choice["routed_experts"] = routed_experts(answer)
         return choice
 
     def _chunk(self, index: int, delta: AnswerDelta) -> dict[str, Any] | None:

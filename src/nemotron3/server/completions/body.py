@@ -14,6 +14,7 @@ class CompletionBody(SamplingBody):
         **SamplingBody.unsupported,
         "suffix": Unsupported("the model writes from left to right", ("",)),
         "prompt_embeds": Unsupported("give a text or token ids"),
+        "return_tokens_as_token_ids": Unsupported("ask for `return_token_ids`", (False,)),
         "response_format": Unsupported("write `structured_outputs`"),
     }
 
@@ -25,3 +26,4 @@ class CompletionBody(SamplingBody):
     echo: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_routed_experts: bool | None = None

@@ -17,12 +17,22 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
-    """`logprobs.content` of a chat, and `logprobs` of an output text of responses."""
+def chat_logprobs(
+    tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob], *, by_id: bool = False
+) -> list[dict[str, Any]]:
+    """`logprobs.content` of a chat, and `logprobs` of an output text of responses.
+
+    `by_id` writes vLLM's `token_id:42` for the text of a token.
+    """
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        named = {"token": f"token_id:{token}"} if by_id else {}
+        return _entry(tokenizer, token, value) | named
+
     return [
         {
-            **_entry(tokenizer, logprob.token, logprob.logprob),
-            "top_logprobs": [_entry(tokenizer, token, value) for token, value in logprob.top],
+            **entry(logprob.token, logprob.logprob),
+            "top_logprobs": [entry(token, value) for token, value in logprob.top],
         }
         for logprob in logprobs
     ]

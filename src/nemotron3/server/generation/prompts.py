@@ -8,6 +8,7 @@ from typing import Any, cast
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.server.generation.token_ids import TokenPrefix
 from nemotron3.server.http.errors import APIError, client_names, invalid_request
 from nemotron3.text import Tool
 
@@ -24,6 +25,8 @@ class ChatPlan:
     """Keyword arguments of `AsyncLLM.prepare_chat`."""
     params: SamplingParams
     tools: tuple[Tool, ...] = ()
+    prefix: TokenPrefix | None = None
+    """The ids of the first messages, where earlier turns came back with theirs."""
     is_single_call: bool = False
     names: Mapping[str, str] = field(default_factory=dict[str, str])
     """The request's names of fields that have other names in the package, for errors."""
@@ -37,8 +40,17 @@ async def prepare_chat(llm: AsyncLLM, plan: ChatPlan) -> Prompt:
     where = plan.names.get("messages", "messages")
     if not plan.messages:
         raise invalid_request(f"{where} is empty; say something", where)
+    options, prefix = plan.options, plan.prefix
+    if prefix is not None:
+        # A prompt that cannot fit is refused here: its ids would be copied for nothing.
+        assert_fits(len(prefix.ids), None, llm.max_model_len, where, where)
+        options = {
+            **options,
+            "prefix_ids": prefix.ids,
+            "num_prefix_messages": prefix.num_messages,
+        }
     prompt = await render_chat(
-        llm, plan.messages, tools=plan.tools or None, options=plan.options, names=plan.names
+        llm, plan.messages, tools=plan.tools or None, options=options, names=plan.names
     )
     limit = plan.names.get("max_tokens", "max_tokens")
     assert_fits(len(prompt.ids), plan.params.max_tokens, llm.max_model_len, where, limit)
@@ -83,7 +95,7 @@ def assert_fits(
     if max_tokens is not None and num_tokens + max_tokens > max_model_len:
         raise invalid_request(
             f"{limit} is {max_tokens:,} and {where} has {num_tokens:,} tokens: together "
-            f"more than the context of {max_model_len:,}; ask for at most "
+            f"more than the context length of {max_model_len:,}; ask for at most "
             f"{max_model_len - num_tokens:,}",
             limit,
             "context_length_exceeded",
@@ -104,8 +116,8 @@ def texts_in(value: Any) -> Iterable[str]:
 
 def _too_long(found: str, max_model_len: int, where: str) -> APIError:
     return invalid_request(
-        f"{found}, and the context of this model is {max_model_len:,} tokens, prompt and answer "
-        f"together; shorten it",
+        f"{found}, and the context length of this model is {max_model_len:,} tokens, prompt and "
+        f"answer together; shorten it",
         where,
         "context_length_exceeded",
     )

@@ -48,7 +48,6 @@ _NOT_HERE = {
     "kv_transfer_params": Unsupported("one engine does both, prompt and answer"),
     "vllm_xargs": Unsupported("name the parameter itself"),
     "request_id": Unsupported("send the header x-request-id"),
-    "return_tokens_as_token_ids": Unsupported("ask for `return_token_ids`", (False,)),
     **{
         f"guided_{kind}": Unsupported(f"write structured_outputs: {{{kind!r}: …}}")
         for kind in ("json", "regex", "choice", "grammar")

@@ -27,17 +27,23 @@ class ServingContext:
     model_name: str
     defaults: Mapping[str, Any]
     """Values of `SamplingParams` for fields that a request does not give."""
+    root: str
+    """The model's name, or the directory of an adapter."""
+    parent: str | None = None
+    """The name of the base model, if this is an adapter."""
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def assert_serves(self, model: str | None) -> None:
-        """Refuse a model of another name."""
-        if model is not None and model != self.model_name:
-            raise APIError(
-                404,
-                f"model is {model!r}; this server has {self.model_name!r}",
-                "model",
-                "model_not_found",
-            )
+    def card(self) -> dict[str, Any]:
+        """The model's entry in the list of models."""
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nemotron3",
+            "root": self.root,
+            "parent": self.parent,
+            "max_model_len": self.llm.max_model_len,
+        }
 
     async def submit(self, prompt: Prompt, params: SamplingParams, notes: Notes) -> "RequestHandle":
         """Submit a request to the engine; raises if its queue is full or the request is invalid.
@@ -72,6 +78,28 @@ class ServingContext:
                 await handle.stop()
             raise
         return handles
+
+
+class ServedContexts:
+    """A base model and its adapters, by the names that clients send."""
+
+    def __init__(self, base: ServingContext, adapters: Sequence[ServingContext]) -> None:
+        self.all = (base, *adapters)
+        self._by_name = {context.model_name: context for context in self.all}
+
+    def named(self, model: str | None) -> ServingContext:
+        """The model of a request, the base model for None; refuses an unknown name."""
+        if model is None:
+            return self.all[0]
+        if model not in self._by_name:
+            names = ", ".join(map(repr, self._by_name))
+            raise APIError(
+                404,
+                f"model is {model!r}; this server has {names}",
+                "model",
+                "model_not_found",
+            )
+        return self._by_name[model]
 
 
 class RequestHandle:

@@ -1,10 +1,10 @@
 """Metrics for Prometheus at /metrics: requests, latencies, and the counters of the engine.
 
-The registry belongs to one server, so two servers in one process have separate counts. The engine's
-counts are read at each scrape. Names are `nemotron3_` and a quantity with its unit.
+The registry belongs to one server, so two servers in one process have separate counts. The counts
+of its engines are read at each scrape. Names are `nemotron3_` and a quantity with its unit.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -26,6 +26,8 @@ _GAUGES = {
     "prefix_bytes": ("prefix_cache_bytes", "Memory of the prefix cache."),
     "draft_length": ("draft_length_tokens", "Current number of draft tokens per step."),
 }
+_NOT_ADDED = {"kv_usage", "draft_length"}
+"""Of several engines, the largest."""
 _COUNTERS = {
     "prompt_tokens": (
         "prompt_tokens",
@@ -44,12 +46,11 @@ _COUNTERS = {
 }
 
 
-class ServerMetrics:
-    """Metrics of one server."""
+class RequestMetrics:
+    """Metrics of one server: the requests that it has answered."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
         self._requests = Counter(
             "nemotron3_http_requests",
             "Requests answered.",
@@ -63,6 +64,24 @@ class ServerMetrics:
             buckets=_LATENCIES_S,
             registry=self._registry,
         )
+
+    def count_request(self, path: str, status: int, duration_s: float) -> None:
+        """Count an HTTP request; `path` is that of the route, which limits the number of labels."""
+        self._requests.labels(path, str(status)).inc()
+        self._durations.labels(path).observe(duration_s)
+
+    def page(self) -> bytes:
+        """All metrics, in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+class ServerMetrics(RequestMetrics):
+    """Metrics of one server of a model: requests, latencies of answers, counters of the engine."""
+
+    def __init__(self, *stats: Callable[[], EngineStats]) -> None:
+        """`stats` are those of each engine."""
+        super().__init__()
+        self._registry.register(_EngineCollector(stats))
         self._first_token = Histogram(
             "nemotron3_time_to_first_token_seconds",
             "From a prompt's submission to its first token.",
@@ -76,31 +95,25 @@ class ServerMetrics:
             registry=self._registry,
         )
 
-    def count_request(self, path: str, status: int, duration_s: float) -> None:
-        """Count an HTTP request; `path` is that of the route, which limits the number of labels."""
-        self._requests.labels(path, str(status)).inc()
-        self._durations.labels(path).observe(duration_s)
-
     def count_answer(self, first_token_s: float, total_s: float, num_tokens: int) -> None:
         """Record the latencies of one request of the engine."""
         self._first_token.observe(first_token_s)
         if num_tokens > 1:
             self._per_token.observe((total_s - first_token_s) / (num_tokens - 1))
 
-    def page(self) -> bytes:
-        """All metrics, in the text format of Prometheus."""
-        return generate_latest(self._registry)
-
 
 class _EngineCollector(Collector):
-    """Reads the counters of the engine at each scrape."""
+    """Reads the counters of the engines at each scrape, and adds them up."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Sequence[Callable[[], EngineStats]]) -> None:
         self._stats = stats
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        stats = self._stats()
+        stats = [each() for each in self._stats]
         for field, (name, text) in _GAUGES.items():
-            yield GaugeMetricFamily(f"nemotron3_{name}", text, value=getattr(stats, field))
+            values = [getattr(each, field) for each in stats]
+            value = max(values) if field in _NOT_ADDED else sum(values)
+            yield GaugeMetricFamily(f"nemotron3_{name}", text, value=value)
         for field, (name, text) in _COUNTERS.items():
-            yield CounterMetricFamily(f"nemotron3_{name}", text, value=getattr(stats, field))
+            value = sum(getattr(each, field) for each in stats)
+            yield CounterMetricFamily(f"nemotron3_{name}", text, value=value)

@@ -23,7 +23,7 @@ from pydantic_core import from_json
 
 from nemotron3.server.http.drain import InFlightRequests
 from nemotron3.server.http.errors import APIError, internal_error, invalid_request, to_api_error
-from nemotron3.server.http.metrics import ServerMetrics
+from nemotron3.server.http.metrics import RequestMetrics
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -51,7 +51,7 @@ class RequestMiddleware:
         app: App,
         *,
         in_flight: InFlightRequests,
-        metrics: ServerMetrics,
+        metrics: RequestMetrics,
         api_key: str | None,
         max_body_bytes: int,
     ) -> None:

@@ -9,6 +9,7 @@ from nemotron3.inference.output_processor import RequestOutput
 from nemotron3.inference.requests import FinishReason
 from nemotron3.server.generation.prompts import ChatPlan
 from nemotron3.server.generation.serving import RequestHandle, ServingContext, new_id
+from nemotron3.server.generation.token_ids import token_fields
 from nemotron3.server.generation.usage import usage_of
 from nemotron3.server.http.errors import APIError
 from nemotron3.server.http.streaming import event
@@ -49,6 +50,7 @@ class ResponseAnswer:
             is_single=self._plan.is_single_call,
             with_logprobs=self._with_logprobs,
         )
+        said[-1] |= self._token_fields(output)
         return self._finished(output, said)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -80,7 +82,8 @@ class ResponseAnswer:
             return
         output = self._handle.output()
         is_whole = output.outputs[0].finish_reason is FinishReason.STOP
-        for kind, fields in items.finish(is_whole=is_whole):
+        of_turn = self._token_fields(output)
+        for kind, fields in items.finish(is_whole=is_whole, token_fields=of_turn):
             yield numbered(kind, fields)
         body = self._finished(output, items.items)
         yield numbered(f"response.{body['status']}", {"response": body})
@@ -95,6 +98,13 @@ class ResponseAnswer:
         if self._body.store is not False:
             self._store.put(body, [*self._items, *said])
         return body
+
+    def _token_fields(self, output: RequestOutput) -> Item:
+        """What the last item of the turn has for training."""
+        if not self._body.returns_ids:
+            return {}
+        with_routes = self._body.return_routed_experts
+        return token_fields(output.prompt, output.outputs[0], with_routes=with_routes)
 
     def _body_so_far(self, status: str, items: list[Item]) -> dict[str, Any]:
         asked = self._body

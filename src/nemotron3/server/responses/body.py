@@ -65,6 +65,7 @@ class ResponsesBody(SamplingBody):
         "prompt": Unsupported("there are no stored prompts; send the text"),
         "truncation": Unsupported("shorten the input", ("disabled",)),
         "max_tool_calls": Unsupported("it counts tools of the server, and there are none"),
+        "return_tokens_as_token_ids": Unsupported("ask for `return_token_ids`", (False,)),
         "context_management": Unsupported("shorten the input", ([],)),
         "service_tier": Unsupported("there is one", ("auto", "default")),
         "moderation": Unsupported("check the answer in the client"),
@@ -86,3 +87,11 @@ class ResponsesBody(SamplingBody):
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
+    return_token_ids: bool | None = None
+    return_routed_experts: bool | None = None
+    required_prefix_token_ids: list[int] | None = None
+
+    @property
+    def returns_ids(self) -> bool:
+        """Whether the last item of a turn has the ids of its tokens."""
+        return bool(self.return_token_ids or self.return_routed_experts)

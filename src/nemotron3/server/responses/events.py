@@ -51,13 +51,17 @@ class ItemEvents:
                     events += self._call(part)
         return events
 
-    def finish(self, *, is_whole: bool) -> list[Event]:
-        """End the current item; an answer without text and calls gets an empty message."""
+    def finish(self, *, is_whole: bool, token_fields: Item | None = None) -> list[Event]:
+        """End the current item; an answer without text and calls gets an empty message.
+
+        The last item has the `token_fields` of the turn.
+        """
         events = self._close(status="completed" if is_whole else "incomplete")
         if not any(item["type"] in ("message", "function_call") for item in self.items):
             events += self._begin(message_item(new_id("msg"), "", status="in_progress"))
             events += [self._at("response.content_part.added", content_index=0, part=text_part(""))]
             events += self._close(status="completed" if is_whole else "incomplete")
+        self.items[-1] |= token_fields or {}  # the event that ends it holds the same object
         return events
 
     def _reason(self, text: str) -> list[Event]:

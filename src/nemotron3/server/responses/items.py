@@ -11,6 +11,7 @@ from nemotron3.errors import DataError
 from nemotron3.inference.output_processor import CompletionOutput
 from nemotron3.server.generation.logprobs import chat_logprobs
 from nemotron3.server.generation.serving import new_id
+from nemotron3.server.generation.token_ids import ANSWER_IDS, PROMPT_IDS, history_ids
 from nemotron3.text import Tokenizer
 from nemotron3.text.messages import parse_call
 
@@ -35,17 +36,19 @@ def messages_of(
     `input`. Raises `DataError` with the place of the mistake.
     """
     turns = _Turns()
+    with_ids = [i for i, item in enumerate(items) if item.get(PROMPT_IDS) is not None]
+    num_known = with_ids[-1] + 1 if with_ids else 0
     if instructions is not None:
         turns.say({"role": "system", "content": instructions})
     for i, item in enumerate(items[:num_stored]):
         try:
-            turns.add(item, f"items[{i}]")
+            turns.add(item, f"items[{i}]", has_ids=i < num_known)
         except DataError as error:
             raise DataError(
                 f": that conversation cannot be continued; {error}", field="previous_response_id"
             ) from error
     for i, item in enumerate(items[num_stored:]):
-        turns.add(item, f"input[{i}]")
+        turns.add(item, f"input[{i}]", has_ids=num_stored + i < num_known)
     return turns.end()
 
 
@@ -61,8 +64,11 @@ class _Turns:
         self.end()
         self._messages.append(message)
 
-    def add(self, item: Item, where: str) -> None:
-        """Add an item of any type; `where` is its place in the request."""
+    def add(self, item: Item, where: str, *, has_ids: bool) -> None:
+        """Add an item of any type; `where` is its place in the request.
+
+        One that `has_ids`, or is before such a one, is not rendered. So its call may be cut off.
+        """
         kind = item.get("type", "message")
         match kind:
             case "message":
@@ -70,8 +76,10 @@ class _Turns:
             case "reasoning":
                 self.end()  # a turn of the assistant begins with its reasoning
                 self._turn["reasoning_content"] = _reasoning(item, where)
+                self._note_ids(item, where)
             case "function_call":
-                self._add_call(item, where)
+                self._add_call(item, where, is_read=not has_ids)
+                self._note_ids(item, where)
             case "function_call_output":
                 self._add_call_output(item, where)
             case _:
@@ -88,6 +96,7 @@ class _Turns:
             if "content" in self._turn or "tool_calls" in self._turn:
                 self.end()
             self._turn["content"] = text
+            self._note_ids(item, where)
         elif role in _PLAIN:
             self.say({"role": role, "content": text})
         else:
@@ -96,9 +105,15 @@ class _Turns:
                 field=f"{where}.role",
             )
 
-    def _add_call(self, item: Item, where: str) -> None:
+    def _note_ids(self, item: Item, where: str) -> None:
+        """Keep the ids of a turn, which its last item has."""
+        if history_ids(item, where) is not None:
+            self._turn |= {name: item[name] for name in (PROMPT_IDS, ANSWER_IDS)}
+
+    def _add_call(self, item: Item, where: str, *, is_read: bool) -> None:
         function = {key: item.get(key) for key in ("name", "arguments")}
-        parse_call(function, where)  # so that an error names the item and not the message
+        if is_read:
+            parse_call(function, where)  # so that an error names the item and not the message
         call = {"id": _call_id(item, where), "type": "function", "function": function}
         self._turn.setdefault("tool_calls", []).append(call)
 

@@ -12,6 +12,7 @@ from nemotron3.server.generation.structured_output import (
     structured_output,
 )
 from nemotron3.server.generation.thinking import resolve_thinking
+from nemotron3.server.generation.token_ids import token_prefix, without_token_fields
 from nemotron3.server.generation.tool_choice import ending_with_call, tool_use
 from nemotron3.server.http.errors import invalid_request
 from nemotron3.server.responses.body import LOGPROBS, NamedFunctionTool, ResponsesBody
@@ -66,13 +67,15 @@ def plan_response(
         defaults,
         names=names,
         max_tokens=body.max_output_tokens,
-        logprobs=(body.top_logprobs or 0) if with_logprobs else None,
+        logprobs=(body.top_logprobs or 0) if with_logprobs or body.returns_ids else None,
         reasoning_budget=thinking.budget,
         structured=structured,
     )
     num_stored = len(items) - len(items_of(body.input))
+    messages = messages_of(items, body.instructions, num_stored=num_stored)
     return ChatPlan(
-        messages=messages_of(items, body.instructions, num_stored=num_stored),
+        messages=[without_token_fields(message) for message in messages],
+        prefix=token_prefix(messages, body.required_prefix_token_ids),
         tools=tools.listed,
         options=thinking.template_options,
         params=ending_with_call(params, tools, tool_call_end),

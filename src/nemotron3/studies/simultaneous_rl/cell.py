@@ -1,7 +1,6 @@
 """A cell: one arm with one learning rate and one seed, trained and looked at after every stage."""
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,13 @@ from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.data.chat_tokens import check_chat_tokens
 from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
-from nemotron3.environments.rows import Row, Split
+from nemotron3.environments.rows import Row
 from nemotron3.errors import DataError, DivergenceError
+from nemotron3.evaluation.environments import (
+    held_out_tasks,
+    play_tasks,
+    results_by_environment,
+)
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.nemotron_h import LanguageModel
@@ -23,16 +27,14 @@ from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.run_folder import METRICS_FILE, MODEL_FOLDER, RunCallback
 from nemotron3.recipes.run_rl import rl
-from nemotron3.rl.rollouts import Rollout, RolloutDriver, failure_of
+from nemotron3.rl.records import RolloutRecord
+from nemotron3.rl.rollouts import RolloutDriver
 from nemotron3.runtime.devices import resolve_device
 from nemotron3.studies.simultaneous_rl.arms import Cell, parts_of, profiling_rollouts, run_of
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
 from nemotron3.studies.study import Stopwatch, kept
 from nemotron3.text import Tokenizer
 from nemotron3.training.trainer import model_weights
-
-HELD_OUT_SEED = 0x5EED
-"""Of the tasks and of the sampling: the same for every cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class HeldOut:
         for config in run.environments:
             one = load_environment(config.name, difficulty=config.difficulty)
             environments[one.name] = one
-            self._rows += one.distinct_tasks(num_tasks, split=Split.HELD_OUT, seed=HELD_OUT_SEED)
+            self._rows += held_out_tasks(one, num_tasks)
         has_tools = any(environment.tools for environment in environments.values())
         check_chat_tokens(tokenizer, with_tools=has_tools)
         self._llm = LLM(
@@ -118,36 +120,25 @@ class HeldOut:
             self._model.load_state_dict(weights)
             self._llm.invalidate_caches()
         self._llm.reset_prefix_cache()  # what was played before must not change the rounding
-        played: dict[str, list[Rollout]] = {}
-        for rollout in self._driver.play(self._rows, seed=HELD_OUT_SEED):
-            played.setdefault(rollout.environment, []).append(rollout)
-        return Evaluation(
-            updates=updates,
-            scores={name: score_of(name, rollouts) for name, rollouts in played.items()},
+        played = play_tasks(self._driver, self._rows, when=f"after {updates} updates")
+        return Evaluation(updates=updates, scores=scores_of(played))
+
+
+def scores_of(played: Sequence[RolloutRecord]) -> dict[str, Score]:
+    """The score of each environment; DataError where every rollout of one failed."""
+    scores: dict[str, Score] = {}
+    for name, found in results_by_environment(played).items():
+        if found.reward is None:
+            failure = next(each.failure for each in played if each.environment == name)
+            raise DataError(
+                f"all {found.num_failures} held-out tasks of {name} failed; the first: {failure}"
+            )
+        scores[name] = Score(
+            reward=found.reward.mean,
+            most_common=found.top_answer_share,
+            num_tasks=found.reward.n,
         )
-
-
-def score_of(name: str, rollouts: Sequence[Rollout]) -> Score:
-    """The score of one environment; DataError where every rollout failed."""
-    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    if not rewards:
-        failures = [failure.message for r in rollouts if (failure := failure_of(r)) is not None]
-        raise DataError(
-            f"all {len(rollouts)} held-out tasks of {name} failed; the first: {failures[0]}"
-        )
-    answers = Counter(_answer(rollout) for rollout in rollouts if rollout.reward is not None)
-    return Score(
-        reward=sum(rewards) / len(rewards),
-        most_common=max(answers.values()) / answers.total(),
-        num_tasks=len(rewards),
-    )
-
-
-def _answer(rollout: Rollout) -> str:
-    """What the verifier read as the answer, or the content of the last turn."""
-    info = {} if rollout.verification is None else rollout.verification.info
-    answer = info.get("answer")
-    return rollout.response.answer if answer is None else str(answer)
+    return scores
 
 
 def run_cell(

@@ -58,6 +58,8 @@ class SimultaneousRL:
                 f"has {count}; the study compares orders, so it needs 2 or more",
                 field="run.environments",
             )
+        if self.run.lora is not None:
+            raise ConfigError("is set; the study trains whole models", field="run.lora")
         if self.prompts % count:
             raise ConfigError(
                 f"is {self.run.training.batch_size}; its {self.prompts} prompts must be a multiple "

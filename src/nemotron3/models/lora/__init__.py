@@ -1,0 +1,30 @@
+"""LoRA: low-rank changes of a model's products, trained, merged, saved and read."""
+
+from nemotron3.models.lora.adapter import (
+    Adapter,
+    adapter_of,
+    add_lora,
+    is_adapted,
+    load_adapter,
+    merge_adapter,
+    merge_into,
+    shared_model,
+    trained_tensors,
+)
+from nemotron3.models.lora.config import LoRAConfig
+from nemotron3.models.lora.peft import read_adapter, write_adapter
+
+__all__ = [
+    "Adapter",
+    "LoRAConfig",
+    "adapter_of",
+    "add_lora",
+    "is_adapted",
+    "load_adapter",
+    "merge_adapter",
+    "merge_into",
+    "read_adapter",
+    "shared_model",
+    "trained_tensors",
+    "write_adapter",
+]

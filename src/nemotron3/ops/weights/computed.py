@@ -1,0 +1,23 @@
+"""A weight that is computed from others where a product needs it."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class ComputedWeight(nn.Module, ABC):
+    """A matrix [out, in], or one for each expert, as a function of other tensors.
+
+    Like a `QuantizedWeight` it stands in a module where the parameter would. Products take its
+    value, with gradients for what it is computed from.
+    """
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The matrix, or matrices."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Of the value."""

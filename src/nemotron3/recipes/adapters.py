@@ -1,0 +1,64 @@
+"""Adapters in runs: the model that they are trained in, and the directories that they become."""
+
+from pathlib import Path
+
+import torch
+
+from nemotron3.errors import ConfigError
+from nemotron3.models import huggingface
+from nemotron3.models.lora import LoRAConfig, add_lora, merge_adapter, read_adapter
+from nemotron3.models.lora.peft import companions_with_adapter
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.training.trainer import TrainingConfig
+
+LEARNING_RATE_FACTOR = 10.0
+"""Of an adapter's learning rate over that of all parameters: what Schulman et al., *LoRA Without
+Regret* (2025), found over models and data."""
+
+
+def model_to_train(
+    path: str, lora: LoRAConfig | None, *, device: torch.device, seed: int
+) -> LanguageModel:
+    """A model with float32 weights, and with an adapter if there is to be one."""
+    model = LanguageModel.from_pretrained(path, device=device, dtype=torch.float32)
+    if lora is not None:
+        add_lora(model, lora, seed=seed)
+    return model
+
+
+def bias_update_rate(lora: LoRAConfig | None) -> float:
+    """That of a run by default: an adapter leaves the biases of the frozen model alone."""
+    return TrainingConfig.bias_update_rate if lora is None else 0.0
+
+
+def check_adapter_training(lora: LoRAConfig | None, training: TrainingConfig) -> None:
+    """Raise ConfigError for training that changes what no adapter holds."""
+    if lora is not None and training.bias_update_rate:
+        raise ConfigError(
+            f"is {training.bias_update_rate} and {{other}} is set: selection biases belong to the "
+            "frozen model, and an adapter has none; set it to 0",
+            field="training.bias_update_rate",
+            other="lora",
+        )
+
+
+def merge_adapter_directory(model: Path, adapter: Path, out: Path) -> int:
+    """Write a model directory with an adapter merged; returns how many products it changed.
+
+    Weights keep their stored dtype. Template, generation defaults and all other files are those of
+    the model, or of the adapter where it has its own.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; name a new directory for the merged model")
+    if (held := huggingface.stored_weight_format(model)) is not None:
+        raise ConfigError(
+            f"{model} holds {held} weights, and an adapter is merged into plain ones; take the "
+            "plain model"
+        )
+    merged = LanguageModel.from_pretrained(model)
+    changes = read_adapter(adapter, merged)
+    merge_adapter(merged, changes)
+    assert merged.companions is not None
+    merged.companions = companions_with_adapter(merged.companions, adapter)
+    merged.save_pretrained(out)
+    return len(changes)

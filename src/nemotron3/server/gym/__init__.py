@@ -1,0 +1,1 @@
+"""An environment over HTTP, as a resources server of NeMo Gym."""
