@@ -26,7 +26,7 @@ _PACKAGES = (
         "data",
         "checkpoint",
     ),
-    *("text", "config", "observe", "runtime", "recipes", "cli"),
+    *("text", "config", "observe", "runtime", "recipes", "studies", "cli"),
 )
 _SOURCE_LINK = re.compile(r"\]\((?:\.\./)+src/nemotron3/([\w/]+?)(?:/__init__)?\.py\)")
 _OTHER_LINK = re.compile(

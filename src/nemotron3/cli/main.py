@@ -22,6 +22,7 @@ from nemotron3.cli.environment_options import add_environment_verb
 from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
 from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.cli.option_types import seconds
+from nemotron3.cli.study_options import add_study_verb
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
 
@@ -62,6 +63,7 @@ _FUNCTIONS = {
     "env": "environments.env_command",
     "eval": "evaluate.eval_command",
     "compare": "compare.compare_command",
+    "study": "study.study_command",
 }
 """What runs a verb, by module and name; the module is imported when its verb runs."""
 
@@ -98,10 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint"
-        print(
-            f"\nnemotron3: interrupted{goes_on if known.verb in ('pretrain', 'sft', 'rl') else ''}",
-            file=sys.stderr,
-        )
+        resumes = known.verb in ("pretrain", "sft", "rl", "study")
+        print(f"\nnemotron3: interrupted{goes_on if resumes else ''}", file=sys.stderr)
         return 130
 
 
@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add_environment_verb(verbs)
     add_eval_verb(verbs)
     add_compare_verb(verbs)
+    add_study_verb(verbs)
     return parser
 
 

@@ -1,0 +1,164 @@
+"""What is decided and said before the first cell: how many updates, the cost, what can be seen."""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_rl import rl
+from nemotron3.studies.simultaneous_rl.arms import Arm, Cell, parts_of, profiling_rollouts, run_of
+from nemotron3.studies.simultaneous_rl.cell import Evaluation, HeldOut
+from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
+from nemotron3.studies.simultaneous_rl.findings import SmallestEffect, smallest_effect
+from nemotron3.studies.study import counted, duration
+from nemotron3.training.trainer import StepReport
+
+_TIMED_UPDATES = 4
+_LEAST_STAGE = 4
+"""Updates of a stage below which one seed less is better than still shorter stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What this machine needs, measured before the first cell."""
+
+    start: Evaluation
+    """Of the model that every cell starts from."""
+    evaluation_s: float
+    """Held-out tasks of all environments."""
+    update_s: float
+    """An update with all environments, its rollouts included."""
+    run_s: float
+    """Start and end of an `rl` run: reading, its own held-out tasks, writing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What stays as it is when the study goes on."""
+
+    steps: int
+    """Updates of a cell."""
+    num_seeds: int
+    expected_s: float
+    """Wall time of all cells."""
+    smallest_effect: SmallestEffect
+
+
+class _Clock(RunCallback):
+    """Notes when updates end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def trained(self, report: StepReport) -> None:
+        del report
+        self.ends.append(time.perf_counter())
+
+
+def measure_timing(study: SimultaneousRL, held_out: HeldOut, work: Path) -> Timing:
+    """Play the held-out tasks once and make a few updates."""
+    started = time.perf_counter()
+    start = held_out.play(updates=0)
+    evaluation_s = time.perf_counter() - started
+    steps = _TIMED_UPDATES
+    # As many updates as there are environments make one stage of the simultaneous arm.
+    part = replace(parts_of(study, Arm.SIMULTANEOUS, study.num_stages)[0], steps=steps)
+    run = run_of(
+        study,
+        part,
+        0,
+        cell=Cell(arm=Arm.SIMULTANEOUS, learning_rate=min(study.learning_rates), seed=0),
+        model=study.run.model,
+        stage=steps,
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    clock = _Clock()
+    started = time.perf_counter()
+    rl(run, runs=work, callback=clock)
+    whole = time.perf_counter() - started
+    shutil.rmtree(work, ignore_errors=True)
+    # The first update is slower than the rest, and belongs to the start of a run.
+    update_s = (clock.ends[-1] - clock.ends[0]) / (steps - 1)
+    return Timing(
+        start=start,
+        evaluation_s=evaluation_s,
+        update_s=update_s,
+        run_s=max(0.0, whole - steps * update_s),
+    )
+
+
+def make_plan(study: SimultaneousRL, timing: Timing) -> Plan:
+    """Decide the number of updates, and of seeds where there is a budget."""
+    steps, num_seeds = study.steps, study.num_seeds
+    if steps is None:
+        steps, num_seeds = _fitting(study, timing)
+    return Plan(
+        steps=steps,
+        num_seeds=num_seeds,
+        expected_s=_study_s(study, timing, steps, num_seeds),
+        smallest_effect=smallest_effect(num_seeds, timing.start),
+    )
+
+
+def _fitting(study: SimultaneousRL, timing: Timing) -> tuple[int, int]:
+    """Updates and seeds that fit the budget: rather fewer seeds than stages of few updates."""
+    assert study.budget_s is not None
+    for num_seeds in range(study.num_seeds, 0, -1):
+        stage = 1
+        while _study_s(study, timing, (stage + 1) * study.num_stages, num_seeds) <= study.budget_s:
+            stage += 1
+        if stage >= _LEAST_STAGE:
+            return stage * study.num_stages, num_seeds
+    return stage * study.num_stages, 1
+
+
+def _study_s(study: SimultaneousRL, timing: Timing, steps: int, num_seeds: int) -> float:
+    arms = sum(cell_s(study, timing, arm, steps) for arm in Arm)
+    return arms * len(study.learning_rates) * num_seeds
+
+
+def cell_s(study: SimultaneousRL, timing: Timing, arm: Arm, steps: int) -> float:
+    """Seconds that a cell is expected to take."""
+    parts = parts_of(study, arm, steps)
+    updates = steps + profiling_rollouts(parts) / study.run.training.batch_size
+    evaluations = study.num_stages * timing.evaluation_s
+    return updates * timing.update_s + evaluations + len(parts) * timing.run_s
+
+
+def statement(study: SimultaneousRL, timing: Timing, plan: Plan) -> list[str]:
+    """The plan in words, with its cost and the smallest effect that it can show."""
+    cells = len(Arm) * len(study.learning_rates) * plan.num_seeds
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    batch = study.run.training.batch_size
+    lines = [
+        f"{cells} cells: {len(Arm)} arms x {counted(len(study.learning_rates), 'learning rate')} "
+        f"({rates}) x {counted(plan.num_seeds, 'seed')}, each {plan.steps} updates of {batch} "
+        f"rollouts in "
+        f"{study.num_stages} environments",
+        f"Held-out reward of {study.run.model}: {timing.start.mean:.3f}",
+        f"An update takes {timing.update_s:.1f} s here, an evaluation {timing.evaluation_s:.1f} s, "
+        f"a run's start and end {timing.run_s:.1f} s: about {duration(plan.expected_s)} in all",
+        seen(plan),
+    ]
+    if study.budget_s is not None and plan.expected_s > study.budget_s:
+        lines.append(
+            f"This machine is too slow for {duration(study.budget_s)}: the least that shows "
+            "anything is one seed and one update a stage"
+        )
+    return lines
+
+
+def seen(plan: Plan) -> str:
+    """What the plan's seeds can show, in words."""
+    effect = plan.smallest_effect
+    if effect.deviations is None or effect.at_least is None:
+        return (
+            "One seed shows what happened once; no claim can be told from it. Two or more are "
+            "compared by a test"
+        )
+    return (
+        f"With {plan.num_seeds} seeds a difference is found with probability 0.8 if it is "
+        f"{effect.deviations:.1f} standard deviations of the difference over seeds; the sampling "
+        f"of held-out tasks alone makes that about {effect.at_least:.3f} in mean reward"
+    )

@@ -1,0 +1,134 @@
+"""What all studies share: a folder, cells that are skipped where they stand, the time that is left.
+
+A study is many short trainings, its cells. They are interrupted, resumed and extended one by one:
+
+    runs/studies/NAME/
+      run.json          the settings of the study, the machine, the versions
+      cells/CELL.json   the result of a cell, written when the cell is finished
+      work/CELL/        what an unfinished cell has so far, deleted when it is finished
+
+A cell with a result is never executed again, so the command that was interrupted goes on when it is
+repeated, and a study with more seeds keeps those that it has.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemotron3.config import RUN_FILE, from_record, read_record, to_record, write_json, write_run
+from nemotron3.errors import ConfigError
+from nemotron3.recipes.run_folder import RunCallback, differences
+
+R = TypeVar("R")
+
+
+def open_study(config: Any, name: str, *, runs: Path, may_change: Collection[str] = ()) -> Path:
+    """The folder of a study, made where there is none.
+
+    Raises ConfigError where it holds a study with other settings. Fields in `may_change` say how
+    many cells there are, not what a cell does; they may differ.
+    """
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(
+            f"is {name!r}; it names a folder, so no slash or leading dot", field="name"
+        )
+    folder = runs / "studies" / name
+    if (folder / RUN_FILE).exists():
+        before = read_record(folder)["config"]
+        found = [
+            change
+            for change in sorted(differences(before, to_record(config)))
+            if change[0].partition(".")[0].partition("[")[0] not in may_change
+        ]
+        if found:
+            path, old, new = found[0]
+            raise ConfigError(
+                f"{folder} holds a study with other settings ({len(found)} differ, first {path}: "
+                f"{old} there, {new} now); give this one another --name, or delete the folder"
+            )
+    write_run(folder, config)
+    return folder
+
+
+def kept(file: Path, cls: type[R], make: Callable[[], R]) -> R:
+    """What a file holds; made and written there where it does not exist."""
+    if file.exists():
+        return from_record(cls, json.loads(file.read_text("utf-8")))
+    made = make()
+    write_json(file, made)
+    return made
+
+
+def result_file(folder: Path, cell: str) -> Path:
+    """Where the result of a cell is, once it is finished."""
+    return folder / "cells" / f"{cell}.json"
+
+
+def run_cells(
+    folder: Path,
+    cells: Mapping[str, float],
+    execute: Callable[[str, Path], R],
+    cls: type[R],
+    *,
+    callback: RunCallback,
+) -> dict[str, R]:
+    """The results of all cells; those without one are executed, in the order given.
+
+    `cells` are their names with the seconds that each is expected to take. `execute(name, work)`
+    may leave anything in the folder `work` to go on from after an interruption.
+    """
+    files = {name: result_file(folder, name) for name in cells}
+    left = [name for name in cells if not files[name].exists()]
+    for name in cells.keys() - {*left}:  # an end between the result and this deletion leaves it
+        shutil.rmtree(folder / "work" / name, ignore_errors=True)
+    if len(left) < len(cells):
+        callback.stage(f"{len(cells) - len(left)} of {len(cells)} cells are finished")
+    expected = taken = 0.0
+    for place, name in enumerate(left):
+        pace = taken / expected if expected else 1.0
+        rest = pace * sum(cells[other] for other in left[place:])
+        number = len(cells) - len(left) + place + 1
+        callback.stage(f"Cell {number} of {len(cells)}: {name}, about {duration(rest)} left")
+        started, work = time.perf_counter(), folder / "work" / name
+        write_json(files[name], execute(name, work))
+        shutil.rmtree(work, ignore_errors=True)
+        taken += time.perf_counter() - started
+        expected += cells[name]
+    return {name: from_record(cls, json.loads(f.read_text("utf-8"))) for name, f in files.items()}
+
+
+class Stopwatch:
+    """Seconds of several calls, kept in a file: an interrupted cell goes on counting."""
+
+    def __init__(self, file: Path) -> None:
+        """Continue what is in the file, if there is one."""
+        self._file = file
+        self._before: float = json.loads(file.read_text("utf-8")) if file.exists() else 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of all calls, this one included."""
+        return self._before + time.perf_counter() - self._started
+
+    def __enter__(self) -> "Stopwatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        write_json(self._file, self.seconds)
+
+
+def counted(number: int, what: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 40 s, 12 min, 3 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
