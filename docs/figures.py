@@ -1,10 +1,11 @@
-"""Put a finished run's picture and output into the documentation.
+"""Put the pictures and outputs of `make run` into the documentation.
 
-    .venv/bin/python -m docs.figures runs/tiny
+    .venv/bin/python -m docs.figures runs
 
-writes docs/assets/tiny-run.svg, and the text between the make-run-output marks: the whole output
-into docs/tutorial.md, one sample and the comparison into README.md. No other place in the
-documentation holds numbers of the run.
+writes docs/assets/tiny-run.svg, and the text between marks: of pre-training (make-run-output) the
+whole output into docs/tutorial.md, one sample and the comparison into README.md; of reinforcement
+learning (make-run-gains) the rewards before and after into README.md, and the whole output into
+docs/post-training.md. No other place in the documentation holds numbers of these runs.
 """
 
 import json
@@ -15,18 +16,22 @@ from pathlib import Path
 from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, pyplot
 
 from nemotron3.cli.pretrain import comparison_lines, result_text, sample_lines
+from nemotron3.cli.rl import gain_lines
+from nemotron3.cli.rl import result_text as rl_text
 from nemotron3.config import read_run
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.rl_summary import RLSummary
 from nemotron3.recipes.run_folder import read_summary
 from nemotron3.recipes.run_pretrain import PretrainSummary
+from nemotron3.recipes.run_sft import SFTSummary
 
 ROOT = Path(__file__).parent.parent
-MARKS = re.compile(r"(<!-- make-run-output -->\n).*?(\n?<!-- /make-run-output -->)", re.DOTALL)
 
 
-def main(folder: Path) -> None:
+def main(runs: Path) -> None:
     """Draw and write."""
+    folder = runs / "tiny"
     draw(folder, ROOT / "docs" / "assets" / "tiny-run.svg")
     run = read_run(folder, PretrainRun)
     summary = read_summary(folder, PretrainSummary)
@@ -36,14 +41,30 @@ def main(folder: Path) -> None:
     _replace_block(ROOT / "README.md", "\n".join(short), f"{machine}: {took}, without the set-up")
     whole = result_text(summary, run, Path("runs") / run.name).strip("\n")
     _replace_block(ROOT / "docs" / "tutorial.md", whole, f"{machine}, without the set-up")
+    write_gains(runs, machine)
 
 
-def _replace_block(page: Path, text: str, note: str) -> None:
+def write_gains(runs: Path, machine: str) -> None:
+    """The rewards before and after the last stage, and how long each stage took."""
+    summary = read_summary(runs / "tiny-rl", RLSummary)
+    tuned = read_summary(runs / "tiny-sft", SFTSummary)
+    took = (
+        f"{machine}: fine-tuning {tuned.seconds / 60:.1f} minutes, "
+        f"reinforcement learning {summary.seconds / 60:.1f}"
+    )
+    _replace_block(ROOT / "README.md", "\n".join(gain_lines(summary)), took, name="make-run-gains")
+    whole = rl_text(summary, Path("runs") / "tiny-rl").strip("\n")
+    page = ROOT / "docs" / "post-training.md"
+    _replace_block(page, whole, took, name="make-run-gains")
+
+
+def _replace_block(page: Path, text: str, note: str, *, name: str = "make-run-output") -> None:
     """Put the output of a run and a note below it between a page's marks."""
     content = page.read_text(encoding="utf-8")
-    assert MARKS.search(content), f"{page} has no make-run-output marks"
+    marks = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- /{name} -->)", re.DOTALL)
+    assert marks.search(content), f"{page} has no marks for {name}"
     block = f"```text\n{text}\n```\n\n({note}.)\n"
-    page.write_text(MARKS.sub(lambda m: m[1] + block + m[2], content), encoding="utf-8")
+    page.write_text(marks.sub(lambda m: m[1] + block + m[2], content), encoding="utf-8")
 
 
 def draw(folder: Path, out: Path) -> None:
@@ -88,4 +109,4 @@ def _smooth(values: list[float], half: int = 10) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))

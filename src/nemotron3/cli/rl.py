@@ -46,7 +46,18 @@ def result_text(summary: RLSummary, folder: Path) -> str:
     for sample in summary.samples:
         lines += [f"  {sample['environment']}: {line}" for line in sample["prompt"].splitlines()]
         lines += [*(f"  \u2502 {line}" for line in sample["text"].splitlines()), ""]
-    lines.append(f"reward on {summary.held_out_tasks} held-out tasks of each environment")
+    lines += [
+        *gain_lines(summary),
+        "",
+        f"{summary.parameters / 1e6:.1f}M parameters, {summary.seconds / 60:.1f} minutes",
+        *ending(folder),
+    ]
+    return "\n".join(lines)
+
+
+def gain_lines(summary: RLSummary) -> list[str]:
+    """Rewards before and after training, by environment, as a table."""
+    lines = [f"reward on {summary.held_out_tasks} held-out tasks of each environment"]
     lines.append(
         f"  {'environment':<24}{'before':>8}{'after':>8}  {'p (Holm)':<10}{'better':<16}"
         f"{'most common':>13}{'tokens':>10}"
@@ -60,10 +71,4 @@ def result_text(summary: RLSummary, folder: Path) -> str:
             f"{common:>13}{tokens:>10}"
         )
     before, after = summary.reward_before["all"], summary.reward["all"]
-    lines.append(f"  {'mean':<24}{before:8.3f}{after:8.3f}")
-    lines += [
-        "",
-        f"{summary.parameters / 1e6:.1f}M parameters, {summary.seconds / 60:.1f} minutes",
-        *ending(folder),
-    ]
-    return "\n".join(lines)
+    return [*lines, f"  {'mean':<24}{before:8.3f}{after:8.3f}"]
