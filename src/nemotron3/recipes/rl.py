@@ -113,7 +113,7 @@ class RLRun(RunConfig):
 
 def tiny_rl() -> RLRun:
     """The result of tiny-sft, rewarded in nine environments at once: minutes on two cores."""
-    steps = 200
+    steps = 250
     routers = ParameterGroupConfig(
         name="routers", parameters=("backbone.*.gate.weight",), is_frozen=True
     )
@@ -128,10 +128,10 @@ def tiny_rl() -> RLRun:
         rollouts=RolloutConfig(max_tokens=48, max_context=256, lists_tools=False),
         training=TrainingConfig(
             steps=steps,
-            batch_size=36 * 8,
+            batch_size=27 * 8,
             microbatch_size=16,
             seq_len=256,
-            optimizer=AdamWConfig(lr=7e-4, betas=(0.9, 0.99), weight_decay=0.0),
+            optimizer=AdamWConfig(lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0),
             schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5, decay="linear"),
             parameter_groups=(routers, mtp),
             evaluate_every_steps=50,

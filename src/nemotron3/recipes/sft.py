@@ -90,7 +90,7 @@ TINY_ENVIRONMENTS = (
 
 def tiny_sft() -> SFTRun:
     """The tiny model on solved tasks of nine environments: minutes on two cores."""
-    steps = 800
+    steps = 1800
     return SFTRun(
         name="tiny-sft",
         model="runs/tiny/model",
@@ -100,13 +100,13 @@ def tiny_sft() -> SFTRun:
         ),
         training=TrainingConfig(
             steps=steps,
-            batch_size=12,
-            microbatch_size=12,
+            batch_size=6,
+            microbatch_size=6,
             seq_len=256,
             optimizer=AdamWConfig(lr=4e-3, weight_decay=0.01),
             schedule=WSD(total_steps=steps, warmup_steps=30, decay_steps=2 * steps // 5),
-            evaluate_every_steps=200,
-            checkpoint_every_steps=200,
+            evaluate_every_steps=450,
+            checkpoint_every_steps=450,
         ),
         loss=SFTLossConfig(
             mtp_loss_scaling=0.0,
