@@ -129,7 +129,7 @@ def tiny_rl() -> RLRun:
         training=TrainingConfig(
             steps=steps,
             batch_size=27 * 8,
-            microbatch_size=16,
+            microbatch_size=18,
             seq_len=256,
             optimizer=AdamWConfig(lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0),
             schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5, decay="linear"),
