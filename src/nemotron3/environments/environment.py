@@ -50,6 +50,8 @@ class Environment(ABC):
     """How people and rows call it; of the class, unless its tasks come from elsewhere."""
     tools: Sequence[Tool] = ()
     """What a policy may call."""
+    compares_responses: bool = False
+    """Whether the reward of a response depends on the others to its task (`verify_group`)."""
     max_turns: int = 1
     """Turns of the assistant after which a rollout is cut."""
 
@@ -110,9 +112,10 @@ class Environment(ABC):
     async def verify_group(
         self, row: Row, responses: Sequence[TaskResponse], sessions: Sequence[Any]
     ) -> list[Verification]:
-        """Judge the responses of one task together, for rewards that compare them.
+        """Judge the responses of one task together.
 
         Each is judged by itself unless this is overridden, and where one fails the others count.
+        Rewards may compare the responses if the class says so in `compares_responses`.
         """
 
         async def judged(response: TaskResponse, session: Any) -> Verification:

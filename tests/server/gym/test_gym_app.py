@@ -373,8 +373,7 @@ def test_a_stateless_environment_verifies_without_a_session():
 
 def test_environments_that_agents_of_nemo_gym_cannot_play_are_refused():
     class Grouped(Counter):
-        async def verify_group(self, row, responses, sessions):
-            return [await self.verify(row, *each) for each in zip(responses, sessions, strict=True)]
+        compares_responses = True
 
     class Clashing(Counter):
         tools = (Tool(name="verify"),)

@@ -234,7 +234,7 @@ def _has_sessions(environment: Environment) -> bool:
 
 def _assert_servable(environment: Environment) -> None:
     kind = type(environment)
-    if kind.verify_group is not Environment.verify_group:
+    if environment.compares_responses:
         raise ConfigError(
             f"environment {environment.name} judges the responses of a task together, and NeMo "
             "Gym's agents send them one by one; it can be trained on, and not be served"
