@@ -19,7 +19,7 @@ def record(**changes):
     return {
         "when": "step 0",
         "environment": "math",
-        "group": 0,
+        "prompt": "2+2?",
         "messages": [PROMPT, turn],
         "reward": 1.0,
         "components": {"format": 1.0},

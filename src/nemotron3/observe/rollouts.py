@@ -21,7 +21,7 @@ _MOST_MOMENTS = 12
 """Most moments of training that are shown: the first, the last, and others evenly between."""
 
 Record = Mapping[str, Any]
-"""`when` (a label such as "step 10"), `environment`, `group`, `messages` (OpenAI's, with the
+"""`when` (a label such as "step 10"), `environment`, `prompt`, `messages` (OpenAI's, with the
 prompt's), `reward`, `components`, `advantage`, `failure`, `tokens`, `is_cut`."""
 
 
@@ -89,7 +89,7 @@ def _spread(items: list[Any], most: int) -> list[Any]:
 def _moment(when: str, records: Sequence[Record], *, is_open: bool) -> str:
     rewards = [record["reward"] for record in records if record["reward"] is not None]
     mean = f"mean reward {sum(rewards) / len(rewards):.2f}" if rewards else "no reward"
-    groups = list(_grouped(records, "group").values())
+    groups = list(_grouped(records, "prompt").values())
     singles = all(len(group) == 1 for group in groups)
     most = 4 * _MOST_PROMPTS if singles else _MOST_PROMPTS
     body = "".join(_group(group) for group in groups[:most])

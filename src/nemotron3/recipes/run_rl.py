@@ -22,6 +22,7 @@ import torch
 
 from nemotron3.config import from_record, to_record, write_json
 from nemotron3.environments.registry import environment_files
+from nemotron3.environments.rows import prompt_text
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
@@ -265,13 +266,13 @@ class _Training:
             id(rollout): advantage
             for rollout, advantage in zip(update.trained, update.advantages, strict=True)
         }
-        groups: dict[str, list[int]] = {}
+        prompts: dict[str, list[str]] = {}
         kept: list[RolloutRecord] = []
         for rollout in update.played:
-            first = groups.setdefault(rollout.environment, [])
-            if rollout.group not in first and len(first) < _LOGGED_GROUPS:
-                first.append(rollout.group)
-            if rollout.group in first:
+            first, prompt = prompts.setdefault(rollout.environment, []), prompt_text(rollout.row)
+            if prompt not in first and len(first) < _LOGGED_GROUPS:
+                first.append(prompt)
+            if prompt in first:
                 advantage = advantages.get(id(rollout))
                 kept.append(rollout_record(rollout, when=f"step {step}", advantage=advantage))
         self._keep(kept)

@@ -24,7 +24,7 @@ class RolloutRecord:
     """A moment of the run, such as "step 10"."""
     environment: str
     group: int
-    """Records of one moment with the same number are of the same task."""
+    """Number of the task in its round; a refill of groups is another round."""
     prompt: str
     """The text of the prompt; by it a task is recognized before and after training."""
     messages: tuple[dict[str, Any], ...]
