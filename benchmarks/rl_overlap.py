@@ -56,6 +56,7 @@ def run_of(model: Path, asynchronous: AsyncConfig, *, steps: int, prompts: int) 
         run.training,
         steps=steps,
         batch_size=prompts * run.group_size,
+        microbatch_size=run.group_size,
         evaluate_every_steps=steps,
         checkpoint_every_steps=steps,
     )

@@ -58,14 +58,14 @@ def work(kind: str) -> Callable[[], int]:
         return _training(model)
     rows, length, new = (1, 2048, 2) if kind == "prompts" else (8, 64, 64)
     config = EngineConfig(max_num_seqs=rows, max_model_len=4096, prefix_cache_bytes=0)
-    engine, numbers = Engine(model, config), itertools.count()
+    engine, numbers, vocab = Engine(model, config), itertools.count(), model.config.vocab_size
     params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
 
     def some() -> int:
         for _ in range(rows):
             number = next(numbers)
             draw = torch.Generator().manual_seed(number)
-            prompt = tuple(torch.randint(3, 4096, (length,), generator=draw).tolist())
+            prompt = tuple(torch.randint(3, vocab, (length,), generator=draw).tolist())
             engine.add(EngineRequest(request_id=str(number), prompt=prompt, params=params))
         while engine.has_work:
             engine.step()
@@ -76,7 +76,8 @@ def work(kind: str) -> Callable[[], int]:
 
 def _training(model: LanguageModel) -> Callable[[], int]:
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-4))
-    tokens = torch.randint(3, 4096, (2049,), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (2049,), generator=draw)
     batch = TrainBatch(
         tokens=tokens[:-1],
         targets=tokens[1:],
