@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.ops import native
@@ -24,8 +26,8 @@ from nemotron3.training.memory_plan import (
     MOMENTS,
     WEIGHTS,
     LowRankPlan,
-    adapted_products,
     least_bytes,
+    low_rank_plan,
     merged_copy_bytes,
     training_parts,
 )
@@ -109,7 +111,7 @@ def test_frozen_weights_beside_an_adapter_are_exact(config):
     for dtype in (torch.float32, torch.bfloat16):
         plan = planned(
             config,
-            low_rank=LowRankPlan(rank=4, is_adapted=adapted_products(), frozen_dtype=dtype),
+            low_rank=replace(low_rank_plan(config, LoRAConfig(rank=4)), frozen_dtype=dtype),
         )
         model = LanguageModel.from_config(config, dtype=dtype)
         assert plan[WEIGHTS] == nbytes(model.state_dict().values())
@@ -122,13 +124,13 @@ def test_an_adapter_is_a_pair_of_matrices_for_each_product():
     width, rank, experts = config.hidden_size, 5, config.moe.n_routed_experts
     names = {"q_proj": 4 * 20 + width, "experts.up_proj": experts * (24 + 32)}
     for target, elements in names.items():
-        low_rank = LowRankPlan(rank=rank, is_adapted=adapted_products(target))
+        low_rank = low_rank_plan(config, LoRAConfig(rank=rank, targets=(target,)))
         plan = planned(config, low_rank=low_rank)
         assert plan[ADAPTER] == 4 * rank * elements
     assert merged_copy_bytes(config, low_rank) == 4 * experts * 24 * 32
     assert planned(config, low_rank=replace(low_rank, is_adapted=lambda _: False))[ADAPTER] == 0
-    assert not adapted_products()("backbone.layers.0.mixer.out_proj")
-    assert adapted_products("out_proj")("backbone.layers.0.mixer.out_proj")
+    with pytest.raises(ConfigError, match="closest are up_proj"):
+        low_rank_plan(config, LoRAConfig(targets=("up_projj",)))
 
 
 def kept_bytes(config, training, *, mtp_depths):
@@ -260,7 +262,9 @@ def test_a_longer_or_larger_batch_never_needs_less(
             recompute=recompute,
             precision=PrecisionConfig(activations=activations),
         )
-        low_rank = None if rank is None else LowRankPlan(rank=rank, is_adapted=adapted_products())
+        low_rank = None
+        if rank is not None:
+            low_rank = low_rank_plan(MODELS["every mixer"], LoRAConfig(rank=rank))
         options = {"mtp_depths": 2, "low_rank": low_rank, "gpu_bytes": gpu_bytes}
         return training_parts(MODELS["every mixer"], training, **options)
 

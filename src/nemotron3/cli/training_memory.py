@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import model_costs
+from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.memory import memory_plan, needed_bytes
 from nemotron3.runtime.devices import GPU
 from nemotron3.runtime.memory import MemoryPlan, in_units
-from nemotron3.training.memory_plan import ADAPTER, LowRankPlan, adapted_products
+from nemotron3.training.memory_plan import LowRankPlan, low_rank_plan
 from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.schedules import Constant
 from nemotron3.training.trainer import TrainingConfig
@@ -25,13 +25,11 @@ _ROLLOUTS = 64
 
 def training_memory(config: ModelConfig, known: argparse.Namespace) -> dict[str, Any]:
     """The plan of training a model on a GPU as the options have it, as a record."""
-    low_rank = _low_rank(known)
+    low_rank = _low_rank(config, known)
     plan = _plan(config, known, low_rank)
     record = _record(plan, known.device_memory)
     if low_rank is None:
         return record
-    if not any(part.name == ADAPTER for part in plan.parts):
-        raise ConfigError(f"--lora-targets is {known.lora_targets}, which names no product")
     narrow = _plan(config, known, replace(low_rank, frozen_dtype=torch.bfloat16))
     return record | {"with_frozen_bfloat16": _record(narrow, known.device_memory)}
 
@@ -110,8 +108,10 @@ def _plan(
     )
 
 
-def _low_rank(known: argparse.Namespace) -> LowRankPlan | None:
+def _low_rank(config: ModelConfig, known: argparse.Namespace) -> LowRankPlan | None:
     if known.lora_rank is None:
         return None
-    targets = known.lora_targets.split(",") if known.lora_targets else []
-    return LowRankPlan(rank=known.lora_rank, is_adapted=adapted_products(*targets))
+    lora = LoRAConfig(rank=known.lora_rank)
+    if known.lora_targets:
+        lora = replace(lora, targets=tuple(known.lora_targets.split(",")))
+    return low_rank_plan(config, lora)

@@ -15,8 +15,6 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine.memory import KEYS_AND_VALUES, engine_parts
 from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.lora import LoRAConfig
-from nemotron3.models.lora.adapter import chosen_products
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.rl import RLRun
@@ -35,6 +33,7 @@ from nemotron3.training.memory_plan import (
     WEIGHTS,
     LowRankPlan,
     least_bytes,
+    low_rank_plan,
     merged_copy_bytes,
     training_parts,
 )
@@ -59,15 +58,10 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
     """What a run keeps in the memory of its device at its highest point."""
     config = run.model if isinstance(run, PretrainRun) else huggingface.read_config(run.model)
     depths = config.pattern.num_mtp_depths if run.loss.mtp_loss_scaling else 0
-    low_rank = None if isinstance(run, PretrainRun) else _low_rank(config, run.lora)
+    lora = None if isinstance(run, PretrainRun) else run.lora
+    low_rank = None if lora is None else low_rank_plan(config, lora)
     if not isinstance(run, RLRun):
         return memory_plan(config, run.training, device, mtp_depths=depths, low_rank=low_rank)
-    engine = EngineConfig(
-        max_num_seqs=run.max_num_seqs,
-        max_model_len=run.rollouts.max_context,
-        max_draft_tokens=0,
-        return_routed_experts=run.replays_routes,
-    )
     # Beside an adapter, the reference is the frozen model itself.
     has_own = run.loss.kl and low_rank is None
     reference = ShardedReader(run.model).total_bytes if has_own else 0
@@ -77,7 +71,7 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         device,
         mtp_depths=depths,
         low_rank=low_rank,
-        engine=engine,
+        engine=run.engine_config(),
         reference_bytes=reference,
     )
     return plan_of([*plan.parts, *_ahead_parts(plan)]) if run.asynchronous.is_ahead else plan
@@ -94,14 +88,6 @@ def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:
     for name in ("second engine's weights", "published weights"):
         parts.append(MemoryPart(name=name, num_bytes=sizes[WEIGHTS]))
     return parts
-
-
-def _low_rank(config: ModelConfig, lora: LoRAConfig | None) -> LowRankPlan | None:
-    if lora is None:
-        return None
-    with torch.device("meta"):
-        adapted = chosen_products(LanguageModel(config), lora.targets)
-    return LowRankPlan(rank=lora.rank, is_adapted=adapted.__contains__)
 
 
 def bytes_for_keys(run: RLRun, device: torch.device) -> int | None:

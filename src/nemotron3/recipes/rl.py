@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemotron3.errors import ConfigError
+from nemotron3.inference.config import EngineConfig
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.adapters import check_adapter_training
 from nemotron3.recipes.run_config import RunConfig
@@ -71,6 +72,16 @@ class RLRun(RunConfig):
     """Rollouts that are sampled at once."""
     log_rollouts_every_steps: int = 10
     """Updates between those whose first rollouts are kept for the viewer."""
+
+    def engine_config(self, *, kv_cache_bytes: int | None = None) -> EngineConfig:
+        """That of an engine which plays rollouts."""
+        return EngineConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.rollouts.max_context,
+            max_draft_tokens=0,
+            return_routed_experts=self.replays_routes,
+            kv_cache_bytes=kv_cache_bytes,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,6 @@ from nemotron3.environments.registry import load_environment
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError
 from nemotron3.evaluation.environments import held_out_tasks, play_tasks
-from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.models.nemotron_h import LanguageModel
@@ -78,13 +77,7 @@ class RLPlayer:
         self._llm = LLM(
             model,
             tokenizer=self.tokenizer,
-            config=EngineConfig(
-                max_num_seqs=run.max_num_seqs,
-                max_model_len=run.rollouts.max_context,
-                max_draft_tokens=0,
-                return_routed_experts=run.replays_routes,
-                kv_cache_bytes=bytes_for_keys(run, model.device),
-            ),
+            config=run.engine_config(kv_cache_bytes=bytes_for_keys(run, model.device)),
         )
         self._driver = RolloutDriver(
             self._llm,

@@ -13,13 +13,14 @@ With `recompute` there are the copies and activations of one block at a time.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from nemotron3.models.block import Block
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.models.lora.adapter import chosen_products
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import ParameterSpec, parameter_specs
 from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
@@ -56,19 +57,11 @@ class LowRankPlan:
     """In which the frozen weights are kept."""
 
 
-def adapted_products(*targets: str) -> Callable[[str], bool]:
-    """Whether a product is named by one of the targets; without any, those of all layers are.
-
-    A target is a name or its end, such as `in_proj`; `*` is anything. Without targets, Mamba's
-    `out_proj` is left out, which PEFT refuses for this family.
-    """
-
-    def is_adapted(name: str) -> bool:
-        if not targets:
-            return name != _OUTPUT_LAYER and not name.endswith(".out_proj")
-        return any(fnmatchcase(name, t) or fnmatchcase(name, f"*.{t}") for t in targets)
-
-    return is_adapted
+def low_rank_plan(config: ModelConfig, lora: LoRAConfig) -> LowRankPlan:
+    """That of an adapter; ConfigError for a target that names no product of the model."""
+    with torch.device("meta"):
+        adapted = chosen_products(LanguageModel(config), lora.targets)
+    return LowRankPlan(rank=lora.rank, is_adapted=adapted.__contains__)
 
 
 def training_parts(
