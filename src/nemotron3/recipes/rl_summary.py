@@ -7,13 +7,13 @@ share of the most common answer and the rewards by what the right answer was: a 
 """
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nemotron3.config import to_record
+from nemotron3.evaluation.environments import EnvironmentResult, results_by_environment
 from nemotron3.evaluation.statistics import judge
 from nemotron3.observe.report import ReportSummary, TextSample
 from nemotron3.recipes.rl import RLRun
@@ -22,8 +22,6 @@ from nemotron3.runtime.devices import describe_device
 
 SMALLEST_EFFECT = 0.05
 """The smallest gain in mean reward that matters."""
-_MOST_LABELS = 8
-"""A label with more values says nothing that a person could look over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +81,16 @@ def rl_summary(
 ) -> RLSummary:
     """What rollouts of the same tasks before and after training show."""
     firsts = {record.environment: record for record in reversed(after)}
+    results_before, results = results_by_environment(before), results_by_environment(after)
     return RLSummary(
         reward_before=means_by_environment(before, lambda record: record.reward),
         reward=means_by_environment(after, lambda record: record.reward),
         gains=_gains(before, after),
         tokens_before=means_by_environment(before, lambda record: float(record.tokens)),
         tokens=means_by_environment(after, lambda record: float(record.tokens)),
-        most_common_before=_most_common(before),
-        most_common=_most_common(after),
-        by_label=_by_label(before, after),
+        most_common_before={name: r.top_answer_share for name, r in results_before.items()},
+        most_common={name: r.top_answer_share for name, r in results.items()},
+        by_label={name: _by_label(results_before[name], r) for name, r in results.items()},
         held_out_tasks=held_out_tasks,
         seconds=seconds,
         samples=tuple(
@@ -102,25 +101,16 @@ def rl_summary(
     )
 
 
-def _pairs(
-    before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]
-) -> list[tuple[RolloutRecord, float, float]]:
-    """The tasks with a reward both times, and the rewards."""
-    rewards = {record.task: record.reward for record in before}
-    found: list[tuple[RolloutRecord, float, float]] = []
-    for record in after:
-        first = rewards.get(record.task)
-        if first is not None and record.reward is not None:
-            found.append((record, first, record.reward))
-    return found
-
-
 def _gains(before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]) -> dict[str, Gain]:
+    """By the tasks that have a reward both times."""
+    rewards_before = {record.task: record.reward for record in before}
     rewards: dict[str, tuple[list[float], list[float]]] = {}
-    for record, first, second in _pairs(before, after):
-        pair = rewards.setdefault(record.environment, ([], []))
-        pair[0].append(first)
-        pair[1].append(second)
+    for record in after:
+        first = rewards_before.get(record.task)
+        if first is not None and record.reward is not None:
+            pair = rewards.setdefault(record.environment, ([], []))
+            pair[0].append(first)
+            pair[1].append(record.reward)
     return {
         name: Gain(
             num_tasks=finding.comparison.n,
@@ -134,34 +124,15 @@ def _gains(before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]) -> d
     }
 
 
-def _most_common(records: Sequence[RolloutRecord]) -> dict[str, float]:
-    answers: dict[str, Counter[str]] = {}
-    for record in records:
-        answers.setdefault(record.environment, Counter())[record.answer] += 1
-    return {name: max(found.values()) / found.total() for name, found in answers.items()}
-
-
 def _by_label(
-    before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    values: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
-    for record, first, second in _pairs(before, after):
-        labels = values.setdefault(record.environment, {})
-        for label, value in record.labels.items():
-            labels.setdefault(label, {}).setdefault(value, []).append((first, second))
+    before: EnvironmentResult, after: EnvironmentResult
+) -> dict[str, tuple[float, float]]:
     return {
-        name: {
-            f"{label}: {value}": (_mean([a for a, _ in found]), _mean([b for _, b in found]))
-            for label, by_value in labels.items()
-            if 1 < len(by_value) <= _MOST_LABELS
-            for value, found in sorted(by_value.items())
-        }
-        for name, labels in values.items()
+        f"{label}: {value}": (first.mean, after.by_label[label][value].mean)
+        for label, values in before.by_label.items()
+        for value, first in values.items()
+        if value in after.by_label.get(label, {})
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def rl_report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSummary:
