@@ -13,6 +13,7 @@ from typing import Any
 from nemotron3.data import BaselinesConfig, CorpusConfig, FilesConfig, TrainTokenizerConfig
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
+from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.samples import SampleConfig
 from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.schedules import WSD
@@ -95,3 +96,18 @@ def with_leaf(config: Any, path: str, value: Any) -> Any:
     name, _, rest = path.partition(".")
     changed = with_leaf(getattr(config, name), rest, value) if rest else value
     return dataclasses.replace(config, **{name: changed})
+
+
+class StoppedError(Exception):
+    """A test's own interruption."""
+
+
+class StopAt(RunCallback):
+    """Interrupts a run when an update has been made."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def trained(self, report):
+        if report.step == self.step:
+            raise StoppedError

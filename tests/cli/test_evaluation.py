@@ -55,7 +55,7 @@ def test_environments_and_text_are_measured_and_recorded(policy, tmp_path, capsy
 
 
 def test_an_environment_of_ones_own_is_one_file(policy, tmp_path, capsys):
-    from tests.recipes.test_rl import LETTER  # noqa: PLC0415 - one definition of the file
+    from tests.recipes.small_rl import LETTER  # noqa: PLC0415 - one definition of the file
 
     file = tmp_path / "letter.py"
     file.write_text(LETTER)

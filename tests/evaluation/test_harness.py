@@ -12,6 +12,7 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.text import Tokenizer
+from tests.local_tasks import LOCAL_CHOICES
 from tests.rl.playground import save_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -22,18 +23,7 @@ CHOICES = [
     {"question": "user", "choices": [" say", " 8"], "answer": 1},
 ]
 TASKS = {
-    "local_choices": """
-task: local_choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-""",
+    "local_choices": LOCAL_CHOICES,
     "local_answers": """
 task: local_answers
 dataset_path: json

@@ -34,24 +34,19 @@ from nemotron3.recipes.merging import merge_run
 from nemotron3.recipes.run_folder import RunCallback, read_summary
 from nemotron3.recipes.run_pretrain import PretrainSummary, pretrain
 from nemotron3.text import Tokenizer
-from tests.small_run import VOCABULARY, lasting_metrics, small_run, with_leaf, write_text
+from tests.small_run import (
+    VOCABULARY,
+    StopAt,
+    StoppedError,
+    lasting_metrics,
+    small_run,
+    with_leaf,
+    write_text,
+)
 from tests.tiny import tiny_config
 
 TEMPLATE = "{{ messages[0].content }}"
 GENERATION = {"eos_token_id": [2, 11], "temperature": 0.6, "my_note": "kept"}
-
-
-class StoppedError(Exception):
-    """A test's own interruption."""
-
-
-class StopAt(RunCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def trained(self, report):
-        if report.step == self.step:
-            raise StoppedError
 
 
 @pytest.fixture(scope="module")

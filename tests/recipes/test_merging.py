@@ -11,25 +11,9 @@ from nemotron3.inference.llm import LLM
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.merging import merge_run
-from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_pretrain import pretrain
 from nemotron3.training.trainer import model_weights
-from tests.small_run import small_run, write_text
-
-
-class StoppedError(Exception):
-    """A test's own interruption."""
-
-
-class StopsAt(RunCallback):
-    """Interrupts a run."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def trained(self, report):
-        if report.step == self.step:
-            raise StoppedError
+from tests.small_run import StopAt, StoppedError, small_run, write_text
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +29,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("NEMOTRON3_CACHE", str(folder / "cache"))
         with pytest.raises(StoppedError):
-            pretrain(run, runs=folder, callback=StopsAt(8))
+            pretrain(run, runs=folder, callback=StopAt(8))
     return folder / "small"
 
 

@@ -12,92 +12,14 @@ from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.lora import LoRAConfig, merge_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes import run_rl
-from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.rollouts import RolloutConfig
 from nemotron3.rl.sampling_plan import EnvironmentConfig
-from tests.rl.playground import save_policy
-
-LETTER = '''
-from nemotron3.environments.environment import Environment
-from nemotron3.environments.verification import Verification
-
-
-class Letter(Environment):
-    """Rewards answers by their share of one letter."""
-
-    name = "letter"
-
-    def draw(self, random):
-        return self.row(f"say {random.randrange(10**6)}")
-
-    async def verify(self, row, response, session):
-        said = "".join(turn.content + (turn.reasoning or "") for turn in response.turns)
-        return Verification(reward=said.count("e") / max(len(said), 1), info={"answer": said})
-'''
-
-
-@pytest.fixture(autouse=True)
-def _without_plots(monkeypatch):
-    monkeypatch.setattr(
-        run_rl, "write_report", lambda folder, **_: (folder / "report.html").touch()
-    )
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy") / "model")
-
-
-@pytest.fixture
-def letter(tmp_path):
-    file = tmp_path / "letter.py"
-    file.write_text(LETTER, encoding="utf-8")
-    return str(file)
-
-
-def small(policy, *names, steps=2, group_size=4, prompts=2, lr=1e-2, **changes):
-    run = own_environments(
-        policy,
-        [EnvironmentConfig(name=name) for name in names],
-        name="small",
-        steps=steps,
-        group_size=group_size,
-        max_context=96,
-        learning_rate=lr,
-    )
-    training = {"batch_size": prompts * group_size} | changes.pop("training", {})
-    changes = {
-        "device": "cpu",
-        "rollouts": RolloutConfig(max_tokens=12, max_context=96, enable_thinking=False),
-        "held_out_tasks": 4,
-        "final_held_out_tasks": 6,
-        "max_num_seqs": 32,
-    } | changes
-    return replace(run, training=replace(run.training, **training), **changes)
-
-
-def die_after(monkeypatch, last):
-    """Runs are interrupted when the checkpoint of step `last` stands; None for never."""
-
-    def save_and_die(self, step, **content):
-        _SAVE(self, step, **content)
-        if step == last:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-
-
-_SAVE = CheckpointStore.save
-
-
-def metrics_of(folder):
-    return dict(read_metrics(folder / "metrics.jsonl"))
+from tests.recipes.small_rl import LETTER, die_after, metrics_of, small
 
 
 def test_rewards_grow(policy, letter, tmp_path):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nemotron3.errors import DataError
-from nemotron3.recipes import rl_ahead, run_rl
+from nemotron3.models.lora import LoRAConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.recipes import rl_ahead
 from nemotron3.recipes.memory import run_plan
 from nemotron3.recipes.rl_ahead import dropped_rollouts
 from nemotron3.recipes.rl_player import RLPlayer
@@ -18,17 +20,9 @@ from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
-from nemotron3.rl.generator import AsyncConfig
+from nemotron3.rl.generator import AsyncConfig, RolloutGenerator
 from nemotron3.rl.weight_sync import weights_checksum
-from tests.recipes.test_rl import LETTER, die_after, metrics_of, small
-from tests.rl.playground import save_policy
-
-
-@pytest.fixture(autouse=True)
-def _without_plots(monkeypatch):
-    monkeypatch.setattr(
-        run_rl, "write_report", lambda folder, **_: (folder / "report.html").touch()
-    )
+from tests.recipes.small_rl import die_after, metrics_of, small
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +31,6 @@ def _ends_its_threads():
     yield
     assert not any(thread.name == "rollouts" for thread in threading.enumerate())
     assert torch.get_num_threads() == threads
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy") / "model")
-
-
-@pytest.fixture
-def letter(tmp_path):
-    file = tmp_path / "letter.py"
-    file.write_text(LETTER, encoding="utf-8")
-    return str(file)
 
 
 class Listener(RunCallback):
@@ -72,12 +54,47 @@ def watched(monkeypatch):
     return taken
 
 
+def updates_arrive_in_the_middle(monkeypatch):
+    """Every update is made while the first answers of the next one are half sampled."""
+    published, published_version = threading.Condition(), 0
+    publish, play, make = RolloutGenerator.publish, RLPlayer.play, rl_ahead.own_player
+    playing = steps = 0
+
+    def tell(self, model, version):
+        nonlocal published_version
+        publish(self, model, version)
+        with published:
+            published_version = version
+            published.notify_all()
+
+    def count(self, step):
+        nonlocal playing, steps
+        playing, steps = step, 0
+        return play(self, step)
+
+    def own_player(run, *, on_step, **named):
+        def wait_in_the_middle():
+            nonlocal steps
+            steps += 1
+            if steps == 6:
+                with published:
+                    assert published.wait_for(lambda: published_version >= playing, timeout=60)
+            on_step()
+
+        return make(run, on_step=wait_in_the_middle, **named)
+
+    monkeypatch.setattr(RolloutGenerator, "publish", tell)
+    monkeypatch.setattr(RLPlayer, "play", count)
+    monkeypatch.setattr(rl_ahead, "own_player", own_player)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("in_flight", ["recompute", "keep"])
 def test_rewards_grow_and_tokens_of_the_current_weights_agree(
     policy, letter, tmp_path, monkeypatch, in_flight
 ):
     taken = watched(monkeypatch)
+    updates_arrive_in_the_middle(monkeypatch)
     run = small(
         policy,
         letter,
@@ -85,7 +102,7 @@ def test_rewards_grow_and_tokens_of_the_current_weights_agree(
         prompts=6,
         group_size=8,
         final_held_out_tasks=40,
-        max_num_seqs=16,  # some answers begin after the update
+        max_num_seqs=16,  # of 48 answers: some begin after the update
         asynchronous=AsyncConfig(max_staleness=1, in_flight_updates=in_flight),
     )
     summary = rl(run, runs=tmp_path / "runs")
@@ -98,14 +115,15 @@ def test_rewards_grow_and_tokens_of_the_current_weights_agree(
     assert min(m["policy/kept"] for m in logged.values()) > 0.8
     for step, update in taken.items():
         for rollout in update.played:
-            assert rollout.versions <= {step - 1, step}
+            assert rollout.versions <= {max(step - 1, 0), step}
             assert rollout.weight_checksums.keys() == rollout.versions
             tokens = zip(rollout.weight_versions, rollout.is_sampled, strict=True)
             sampled = [version for version, is_sampled in tokens if is_sampled]
             assert sampled == sorted(sampled)  # after an update every token is of its weights
-            assert in_flight == "keep" or not rollout.continues_old_states
-    if in_flight == "keep":
-        assert any(r.continues_old_states for u in taken.values() for r in u.played)
+        played_by = [rollout.versions for rollout in update.played]
+        assert step == 0 or ({step - 1, step} in played_by and {step} in played_by)
+        continue_old = [rollout.continues_old_states for rollout in update.played]
+        assert any(continue_old) == (step > 0 and in_flight == "keep")
     file = tmp_path / "runs/small/buffer.jsonl"
     assert dropped_rollouts(file, first=24) == 0
     assert len(file.read_text().splitlines()) == 24
@@ -287,3 +305,20 @@ def test_alarms_are_said_once(policy, letter, tmp_path, asynchronous):
     (warning,) = [message for message in listener.said if "max_logprob_error" in message]
     assert warning.startswith("Warning at update 1: ")
     assert metrics_of(tmp_path / "runs/small")[1]["alarm/logprob_error"] == 1
+
+
+@pytest.mark.parametrize("engine", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+def test_an_adapters_updates_reach_the_engine_that_plays_ahead(policy, letter, tmp_path, engine):
+    """Versions and checksums of all rollouts are checked: a stale copy would end the run."""
+    ahead = AsyncConfig(max_staleness=1, engine=engine)
+    training = {"bias_update_rate": 0.0}
+    run = small(
+        policy, letter, steps=3, lora=LoRAConfig(rank=2), asynchronous=ahead, training=training
+    )
+    rl(run, runs=tmp_path / "runs")
+    base, result = (
+        LanguageModel.from_pretrained(folder).state_dict()
+        for folder in (policy, tmp_path / "runs/small/model")
+    )
+    assert any(not torch.equal(tensor, base[name]) for name, tensor in result.items())
+    assert (tmp_path / "runs/small/adapter/adapter_config.json").exists()

@@ -10,6 +10,7 @@ import torch
 
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.text import Tokenizer
+from tests.local_tasks import LOCAL_CHOICES
 from tests.server.serving import MODEL
 
 QUESTIONS = [
@@ -25,18 +26,6 @@ QUESTIONS = [
         ]
     )
 ]
-TASK = """
-task: local_choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
 
 
 @torch.no_grad()
@@ -62,7 +51,7 @@ def test_the_harness_scores_what_the_model_says(served, model_folder, tmp_path, 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS), encoding="utf-8")
-    (tmp_path / "task.yaml").write_text(TASK.format(data=data), encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(LOCAL_CHOICES.format(data=data), encoding="utf-8")
     found = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
