@@ -9,8 +9,8 @@ the last item of the turn) has NeMo Gym's fields:
 - `generation_log_probs`: log-probability of each
 - `weight_versions`: of the weights that sampled each
 - `routed_experts`, with `return_routed_experts`: the experts of each token of prompt and answer,
-  `[tokens][mixtures][choices]`. No layer has read the last token; its row is 0, 1, 2, ..., with which
-  NeMo RL pads.
+  `[tokens][mixtures][choices]`. No layer has read the last token; its row is 0, 1, 2, ..., with
+  which NeMo RL pads.
 
 A client sends the messages back as they are. The ids of the last message that has them are then the
 beginning of the prompt, and only what was said since is rendered and tokenized.
