@@ -96,9 +96,7 @@ def test_what_cannot_be_measured_is_refused_at_once(policy, arguments, said, cap
 def test_a_path_that_is_no_model_is_refused(policy, capsys):
     run = policy.parent
     assert main(["eval", str(run), "--environment", "math"]) == 2
-    assert f"{run} holds no config.json; give a model directory, such as {policy}" in (
-        capsys.readouterr().err
-    )
+    assert f"{run} holds no config.json; give {policy}" in (capsys.readouterr().err)
 
 
 def pretrained(folder, *, loss=3.0, name="one", bits=1.5):

@@ -62,7 +62,7 @@ BAD_INPUT = {
     ),
     "targets that name nothing": (
         ["info", "nano", "--training", "rl", "--lora-rank", "8", "--lora-targets", "q_prj"],
-        ["--lora-targets is q_prj, which names no product"],
+        ["--lora-targets has 'q_prj', which names no product", "q_proj"],
     ),
     "a size that is none": (
         ["info", "nano", "--training", "sft", "--device-memory", "much"],
@@ -75,7 +75,15 @@ BAD_INPUT = {
     "no such model folder": (["info", "runs/none/model"], ["runs/none/model is no directory"]),
     "a folder without a model": (
         ["info", "{bad}/no-config"],
-        ["config.json does not exist", "name a directory"],
+        ["no-config holds no config.json", "give a model directory"],
+    ),
+    "no model of an earlier stage": (
+        ["rl", "tiny-rl", "--model", "{bad}/tiny-sft/model", "--name", "none"],
+        ["tiny-sft/model is no directory; `nemotron3 sft tiny-sft` makes it"],
+    ),
+    "no model to fine-tune": (
+        ["sft", "{bad}/none/model"],
+        ["none/model is no directory; give a model directory"],
     ),
     "unknown recipe": (["pretrain", "tinyy"], ["no recipe 'tinyy'", "did you mean 'tiny'"]),
     "unknown recipe to show": (["show", "tinyy"], ["no recipe 'tinyy'", "did you mean 'tiny'"]),
@@ -84,7 +92,7 @@ BAD_INPUT = {
     "no recipe with a model": (["pretrain", "--init-from", "x"], ["no recipe; name it first"]),
     "no such model to continue": (
         ["pretrain", "tiny", "--init-from", "{bad}/none"],
-        ["init_from is", "is no directory; give a model directory"],
+        ["none is no directory; give a model directory"],
     ),
     "recipe and record": (["pretrain", "tiny", "--from", "r.json"], ["'tiny'", "not both"]),
     "no such record": (["pretrain", "--from", "none.json"], ["none.json cannot be read"]),
@@ -138,7 +146,7 @@ BAD_INPUT = {
     ),
     "no model to write with": (
         ["generate", "{bad}/none", "Hi"],
-        ["is no directory", "the one of a model"],
+        ["none is no directory", "give a model directory"],
     ),
     "no model to serve": (["serve", "{bad}/none", "--port", "0"], ["is no directory"]),
     "no time to wait": (
@@ -442,4 +450,5 @@ def test_a_refused_text_is_not_shown(capsys, model_folder):
 def test_paths_in_errors_are_the_users(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
+    Path("here/config.json").write_text("{")
     assert "here/config.json" in fails(capsys, "info", "here")

@@ -304,7 +304,7 @@ def a_run(toy):
     for file in toy.iterdir():
         file.unlink()
     (toy.parent / "model").rename(toy / "model")
-    return CheckpointError, f"such as {toy}/model"
+    return CheckpointError, f"give {toy}/model"
 
 
 def no_weights(toy):

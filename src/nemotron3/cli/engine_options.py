@@ -123,15 +123,21 @@ def add_adapters_option(parser: argparse.ArgumentParser) -> None:
 def load_engine(known: argparse.Namespace) -> "AsyncLLM":
     """The engine that the options describe, with the adapter of `--lora DIR`."""
     from nemotron3.inference.async_llm import AsyncLLM
+    from nemotron3.recipes.input_files import check_model_directory
 
-    return AsyncLLM(known.path, lora=known.lora, **_load_options(known))
+    options = _load_options(known)
+    check_model_directory(known.path)
+    return AsyncLLM(known.path, lora=known.lora, **options)
 
 
 def load_engines(known: argparse.Namespace) -> "ServedModels":
     """The engines that the options describe: the model's, and one for each `--lora NAME=DIR`."""
     from nemotron3.inference.served_adapters import load_served
+    from nemotron3.recipes.input_files import check_model_directory
 
-    return load_served(known.path, named_adapters(known.lora or ()), **_load_options(known))
+    adapters, options = named_adapters(known.lora or ()), _load_options(known)
+    check_model_directory(known.path)
+    return load_served(known.path, adapters, **options)
 
 
 def named_adapters(options: Sequence[str]) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import AnswerDelta
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.runtime.devices import resolve_device
 from nemotron3.text import ContentDelta
 
@@ -22,6 +23,7 @@ def generate_command(known: argparse.Namespace) -> int:
         seed=known.seed,
     )
     config = EngineConfig(max_num_seqs=1)
+    check_model_directory(known.path)
     llm = LLM(known.path, device=device.type, config=config, lora=known.lora)
     is_begun = False
 

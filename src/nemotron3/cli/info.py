@@ -8,7 +8,7 @@ from typing import Any
 from nemotron3.checkpoint import ShardedReader
 from nemotron3.cli.memory_options import with_defaults
 from nemotron3.cli.training_memory import training_memory, training_page
-from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import (
     ModelCosts,
@@ -18,6 +18,7 @@ from nemotron3.models.costs import (
     state_bytes_per_sequence,
 )
 from nemotron3.models.huggingface import read_config, stored_weight_format
+from nemotron3.recipes.input_files import check_model_directory
 
 
 def info(known: argparse.Namespace) -> int:
@@ -27,8 +28,8 @@ def info(known: argparse.Namespace) -> int:
     if context < 1:
         raise ConfigError(f"--context is {context}; it must be 1 or more")
     path = Path(model)
-    if not path.is_dir() and (path.exists() or "/" in model):
-        raise CheckpointError(f"{model} is no directory; name a model's directory, or a preset")
+    if path.exists() or len(path.parts) > 1:
+        check_model_directory(path)
     config = read_config(path) if path.is_dir() else ModelConfig.preset(model)
     if known.training is not None:
         record = training_memory(config, known)

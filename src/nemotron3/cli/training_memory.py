@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import model_costs
@@ -114,4 +115,7 @@ def _low_rank(config: ModelConfig, known: argparse.Namespace) -> LowRankPlan | N
     lora = LoRAConfig(rank=known.lora_rank)
     if known.lora_targets:
         lora = replace(lora, targets=tuple(known.lora_targets.split(",")))
-    return low_rank_plan(config, lora)
+    try:
+        return low_rank_plan(config, lora)
+    except ConfigError as error:
+        raise error.renamed({"targets": "--lora-targets"}) from None

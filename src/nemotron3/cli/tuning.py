@@ -15,8 +15,8 @@ from nemotron3.cli.overrides import override
 from nemotron3.cli.progress import watch
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
-from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.models.lora import LoRAConfig
+from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.run_folder import ADAPTER_FOLDER, RunCallback
@@ -49,12 +49,9 @@ def chosen_run(
         return None
     if what is not None and replay is not None:
         raise ConfigError(f"give a recipe or model ({what!r}) or --from, not both")
-    if what is not None and (Path(what) / CONFIG_FILE).is_file():
+    if what is not None and _is_directory(what):
+        check_model_directory(what)
         run = of_model(what)
-    elif what is not None and Path(what).is_dir():
-        raise ConfigError(
-            f"{what} holds no {CONFIG_FILE}; give a model directory, such as {what}/model"
-        )
     elif given:
         named = what or f"--from {replay}"
         raise ConfigError(
@@ -119,3 +116,9 @@ def ending(folder: Path) -> list[str]:
         "",
         f"try: nemotron3 chat {folder / 'model'}",
     ]
+
+
+def _is_directory(named: str) -> bool:
+    """Whether this is, or was to be, a directory and not a recipe's name or file."""
+    path = Path(named)
+    return path.is_dir() or (len(path.parts) > 1 and path.suffix != ".py")

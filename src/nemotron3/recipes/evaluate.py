@@ -23,9 +23,9 @@ from nemotron3.evaluation.text import TextResult, evaluate_text
 from nemotron3.inference.base_llm import name_of
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
-from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.chat_model import chat_template_for
+from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import RolloutDriver
@@ -74,11 +74,7 @@ def evaluate_directory(
     environment without tasks enough, a vocabulary without the tokens of chats, a missing package.
     """
     callback = callback or RunCallback()
-    if not (path / CONFIG_FILE).is_file():
-        nearby = path / "model" if (path / "model" / CONFIG_FILE).is_file() else "runs/tiny/model"
-        raise ConfigError(
-            f"{path} holds no {CONFIG_FILE}; give a model directory, such as {nearby}"
-        )
+    check_model_directory(path)
     if not (plan.environments or plan.texts or plan.harness):
         raise ConfigError(
             "nothing to measure; name an environment (--environment math), text (--data held.txt) "

@@ -16,13 +16,13 @@ from nemotron3.data import (
     TekkenTokenizerConfig,
     TrainTokenizerConfig,
 )
-from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.recipes.pretrain import PretrainRun
-from nemotron3.recipes.run_folder import MODEL_FOLDER, differences
+from nemotron3.recipes.run_folder import differences
 from nemotron3.text import Tokenizer
 from nemotron3.text.tekken import tekken_tokenizer
 
@@ -83,15 +83,8 @@ def initial_model(run: PretrainRun, device: torch.device) -> LanguageModel:
 
 
 def _read_config(directory: str, config_class: type[ModelConfig]) -> ModelConfig:
-    path = Path(directory)
-    if not (path / CONFIG_FILE).is_file():
-        found = "holds no config.json" if path.is_dir() else "is no directory"
-        of_run = path / MODEL_FOLDER
-        where = str(of_run) if (of_run / CONFIG_FILE).is_file() else "runs/tiny/model"
-        raise CheckpointError(
-            f"init_from is {directory}, which {found}; give a model directory, such as {where}"
-        )
-    return huggingface.read_config(path, config_class)
+    check_model_directory(directory)
+    return huggingface.read_config(directory, config_class)
 
 
 def _check_same_model(run: PretrainRun, directory: str, config: ModelConfig) -> None:

@@ -35,7 +35,7 @@ from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
 from nemotron3.recipes.adapters import model_to_train
 from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
-from nemotron3.recipes.input_files import model_files, record_input_files
+from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
@@ -72,6 +72,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         callback.stage(f"{folder.path} is finished; this is what it showed")
         return finished
 
+    check_model_directory(run.model)
     own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
     training = _Training(folder, run, callback)

@@ -34,7 +34,7 @@ from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
 from nemotron3.recipes.adapters import model_to_train
 from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
-from nemotron3.recipes.input_files import model_files, record_input_files
+from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
 from nemotron3.recipes.sft import SFTRun
@@ -87,6 +87,7 @@ def sft(
         callback.stage(f"{folder.path} is finished; this is what it showed")
         return finished
 
+    check_model_directory(run.model)
     callback.stage("Reading conversations")
     data = prepare_sft_data(run)
     sources = (*run.data, *run.held_out)
