@@ -117,6 +117,6 @@ def test_one_environment_or_uneven_shares_are_refused():
     whole = replace(study.run.training, bias_update_rate=0.0, parameter_groups=())
     with pytest.raises(ConfigError, match=r"run.lora is set; the study trains whole models"):
         replace(study, run=replace(study.run, training=whole, lora=LoRAConfig()))
-    training = replace(study.run.training, batch_size=64)
+    training = replace(study.run.training, batch_size=64, microbatch_size=64)
     with pytest.raises(ConfigError, match=r"training.batch_size is 64; its 8 prompts"):
         replace(study, run=replace(study.run, training=training))

@@ -37,7 +37,9 @@ def result_of(*evaluations, arm=Arm.STAGED, seed=0, rate=1e-3, failure=None):
 
 def study_of(**changes):
     run = tiny_rl()
-    run = replace(run, environments=run.environments[:2])
+    batch = 36 * run.group_size
+    training = replace(run.training, batch_size=batch, microbatch_size=batch)
+    run = replace(run, environments=run.environments[:2], training=training)
     return SimultaneousRL(run=run, steps=2, learning_rates=(1e-3,), **changes)
 
 

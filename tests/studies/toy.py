@@ -39,7 +39,7 @@ def toy_settings(run, **changes):
     run = replace(
         run,
         device="cpu",
-        training=replace(run.training, batch_size=16),
+        training=replace(run.training, batch_size=16, microbatch_size=4),
         rollouts=RolloutConfig(max_tokens=6, max_context=64, enable_thinking=False),
         max_num_seqs=32,
     )

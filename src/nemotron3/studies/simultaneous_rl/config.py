@@ -127,5 +127,9 @@ def quick_study(model: str) -> SimultaneousRL:
 def _with_environments(run: RLRun, model: str, names: Collection[str]) -> RLRun:
     """A run of a model in these environments, with four prompts of each in a batch."""
     chosen = tuple(each for each in run.environments if each.name in names)
-    training = replace(run.training, batch_size=4 * len(chosen) * run.group_size)
+    training = replace(
+        run.training,
+        batch_size=4 * len(chosen) * run.group_size,
+        microbatch_size=4 * run.group_size,
+    )
     return replace(run, model=model, environments=chosen, training=training)
