@@ -26,6 +26,7 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 
 OnDelta = Callable[[int, AnswerDelta], None]
+OnStep = Callable[[], None]
 
 
 class LLM(BaseLLM):
@@ -49,7 +50,7 @@ class LLM(BaseLLM):
     ) -> int:
         """Replace the model's weights (`Engine.update_weights`); returns their version.
 
-        An `on_delta` callback may call it while answers are generated; `running` determines how
+        `on_delta` and `on_step` may call it while answers are generated; `running` determines how
         these continue.
         """
         return self._engine.update_weights(weights, version=version, running=running)
@@ -74,14 +75,16 @@ class LLM(BaseLLM):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_delta: OnDelta | None = None,
+        on_step: OnStep | None = None,
     ) -> list[RequestOutput]:
         """Continue texts or lists of token ids; results are in the order of the prompts.
 
         Without `params` the defaults of the model's directory apply. `on_delta(prompt_index,
-        delta)` is called with the parts of answers as they are generated.
+        delta)` is called with the parts of answers as they are generated, `on_step()` after each
+        step of the engine.
         """
         given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
-        return self._run([self._prompt(prompt) for prompt in given], params, on_delta)
+        return self._run([self._prompt(prompt) for prompt in given], params, on_delta, on_step)
 
     def chat(
         self,
@@ -117,6 +120,7 @@ class LLM(BaseLLM):
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_delta: OnDelta | None,
+        on_step: OnStep | None = None,
     ) -> list[RequestOutput]:
         if params is None:
             free = SamplingParams(**self.defaults.sampling)
@@ -139,9 +143,12 @@ class LLM(BaseLLM):
                     self._engine.add(waiting.popleft())
                 for token_delta in self._engine.step():
                     place = int(token_delta.request_id)
-                    delta = processors[place].push(token_delta)
-                    if on_delta is not None:
-                        on_delta(place, delta)
+                    if on_delta is None:
+                        processors[place].collect(token_delta)
+                    else:
+                        on_delta(place, processors[place].push(token_delta))
+                if on_step is not None:
+                    on_step()
         finally:
             for each in processors:  # for a call that was interrupted
                 self._engine.abort(each.request_id)

@@ -126,7 +126,11 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class OutputProcessor:
-    """Processes the tokens of one answer; without a tokenizer it collects ids only."""
+    """Processes the tokens of one answer; without a tokenizer it collects ids only.
+
+    Whoever streams calls `push` for each step, others `collect`: the answer is then read at its
+    end, in one go.
+    """
 
     prompt: Prompt
     params: SamplingParams
@@ -146,7 +150,9 @@ class OutputProcessor:
     _continues_old_states: bool = False
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    _unread: list[int] = field(default_factory=list[int])
     _num_read: int = 0  # tokens that are certain to precede a stop string
+    _is_ended: bool = False
     _text: list[str] = field(default_factory=list[str])
     _drafts: DraftStats = field(default_factory=DraftStats)
     _stop_reason: str | int | None = None
@@ -179,11 +185,10 @@ class OutputProcessor:
         """Reasoning tokens so far, without forced ones."""
         return self._counter.num_reasoning_tokens if self._counter is not None else 0
 
-    def push(self, delta: TokenDelta) -> AnswerDelta:
-        """Process the tokens of a step; returns the parts of the answer that can be shown."""
+    def collect(self, delta: TokenDelta) -> None:
+        """Take the tokens of a step, to be read later."""
         self._tokens += delta.tokens
-        versions = (delta.weight_version,) * len(delta.tokens)
-        self._versions += versions
+        self._versions += (delta.weight_version,) * len(delta.tokens)
         self._continues_old_states |= delta.continues_old_states
         self._logprobs += delta.logprobs
         self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
@@ -198,17 +203,18 @@ class OutputProcessor:
                 self._stop_reason = delta.stop_token
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]
+        self._unread += shown
+
+    def push(self, delta: TokenDelta) -> AnswerDelta:
+        """Process the tokens of a step; returns the parts of the answer that can be shown."""
+        self.collect(delta)
         num_before = len(self._content_logprobs)
-        parts: list[ResponseDelta] = []
-        if self._stop is not None:
-            parts = self._read(self._stop.push(shown))
-            if delta.finish_reason is not None:
-                parts += self._finish(self._stop)
+        parts = self._read_collected()
         return AnswerDelta(
             index=self.index,
             parts=tuple(parts),
             token_ids=delta.tokens,
-            weight_versions=versions,
+            weight_versions=(delta.weight_version,) * len(delta.tokens),
             logprobs=delta.logprobs,
             content_logprobs=tuple(self._content_logprobs[num_before:]),
             finish_reason=delta.finish_reason,
@@ -220,6 +226,7 @@ class OutputProcessor:
 
     def output(self) -> CompletionOutput:
         """The complete answer; to be called after it has finished."""
+        self._read_collected()
         text = "".join(self._text)
         response = self._parser.response() if self._parser is not None else None
         return CompletionOutput(
@@ -241,6 +248,16 @@ class OutputProcessor:
             error=self.error,
             failure=self.failure,
         )
+
+    def _read_collected(self) -> list[ResponseDelta]:
+        if self._stop is None:
+            return []
+        tokens, self._unread = self._unread, []
+        parts = self._read(self._stop.push(tokens))
+        if self.finish_reason is not None and not self._is_ended:
+            self._is_ended = True
+            parts += self._finish(self._stop)
+        return parts
 
     def _finish(self, stop: StopStrings) -> list[ResponseDelta]:
         parts = self._read(stop.finish())
@@ -318,11 +335,14 @@ class RequestOutputProcessor:
         """The report on the prompt; None before the first tokens."""
         return self.each[0].report
 
+    def collect(self, delta: TokenDelta) -> None:
+        """Take the tokens of a step for one of the answers, to be read later."""
+        self._note_time(delta)
+        self.each[delta.index].collect(delta)
+
     def push(self, delta: TokenDelta) -> AnswerDelta:
         """Process the tokens of a step for one of the answers."""
-        self._last_s = time.monotonic()
-        if delta.tokens and self._first_s is None:
-            self._first_s = self._last_s
+        self._note_time(delta)
         return self.each[delta.index].push(delta)
 
     def output(self) -> RequestOutput:
@@ -337,3 +357,8 @@ class RequestOutputProcessor:
             first_token_s=None if self._first_s is None else self._first_s - self._start_s,
             total_s=self._last_s - self._start_s,
         )
+
+    def _note_time(self, delta: TokenDelta) -> None:
+        self._last_s = time.monotonic()
+        if delta.tokens and self._first_s is None:
+            self._first_s = self._last_s

@@ -172,6 +172,17 @@ class _Playing:
     next_prompt: Prompt | None
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A task, rendered once for all rollouts of its group."""
+
+    row: Row
+    group: int
+    effort: str | None
+    prompt: RenderedChat
+    ids: list[int]
+
+
 class RolloutDriver:
     """Plays tasks with one engine."""
 
@@ -210,19 +221,27 @@ class RolloutDriver:
         """
         chance = random.Random(f"effort {seed}")
         efforts = [self._config.effort if chance.random() < effort_fraction else None for _ in rows]
-        tasks = list(zip(rows, range(len(rows)), efforts, strict=True))
+        tasks = [self._task(*each) for each in zip(rows, range(len(rows)), efforts, strict=True)]
         wanted = [task for task in tasks for _ in range(group_size)]
         return asyncio.run(self._play(wanted, seed=seed))
 
-    async def _play(
-        self, wanted: Sequence[tuple[Row, int, str | None]], *, seed: int
-    ) -> list[Rollout]:
+    def _task(self, row: Row, group: int, effort: str | None) -> _Task:
+        rendered = self._template.render(
+            prompt_of(row),
+            tools=tools_of(row) if self._config.lists_tools else None,
+            enable_thinking=self._config.enable_thinking,
+            truncate_history_thinking=False,
+            effort=effort,
+        )
+        return _Task(row, group, effort, rendered, rendered.tokens(self._tokenizer).ids)
+
+    async def _play(self, wanted: Sequence[_Task], *, seed: int) -> list[Rollout]:
         finished: dict[int, Rollout] = {}
         open_places = list(range(len(wanted)))
         for attempt in range(1, self._config.max_attempts + 1):
             begun = await asyncio.gather(
                 *(
-                    self._begin(*wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt)
+                    self._begin(wanted[place], seed=_mixed(seed, place, attempt), attempt=attempt)
                     for place in open_places
                 )
             )
@@ -235,35 +254,25 @@ class RolloutDriver:
                 break
         return [finished[place] for place in range(len(wanted))]
 
-    async def _begin(
-        self, row: Row, group: int, effort: str | None, *, seed: int, attempt: int
-    ) -> _Playing:
-        environment = self._environments[environment_of(row)]
-        rendered = self._template.render(
-            prompt_of(row),
-            tools=tools_of(row) if self._config.lists_tools else None,
-            enable_thinking=self._config.enable_thinking,
-            truncate_history_thinking=False,
-            effort=effort,
-        )
-        ids = rendered.tokens(self._tokenizer).ids
+    async def _begin(self, task: _Task, *, seed: int, attempt: int) -> _Playing:
+        environment = self._environments[environment_of(task.row)]
         rollout = Rollout(
-            row=row,
-            group=group,
-            ids=ids,
-            is_sampled=[False] * len(ids),
-            logprobs=[0.0] * len(ids),
-            weight_versions=[0] * len(ids),
+            row=task.row,
+            group=task.group,
+            ids=list(task.ids),
+            is_sampled=[False] * len(task.ids),
+            logprobs=[0.0] * len(task.ids),
+            weight_versions=[0] * len(task.ids),
             attempts=attempt,
-            effort=effort,
+            effort=task.effort,
         )
         playing = _Playing(rollout, environment, None, seed, None)
         try:
-            playing.session = await environment.seed_session(row)
+            playing.session = await environment.seed_session(task.row)
         except RolloutFailedError as error:
             rollout.verification = Verification(failure=error.failure)
             return playing
-        playing.next_prompt = self._prompt(rollout, rendered)
+        playing.next_prompt = self._prompt(rollout, task.prompt)
         return playing
 
     def _prompt(self, rollout: Rollout, rendered: RenderedChat) -> Prompt | None:
@@ -296,11 +305,9 @@ class RolloutDriver:
     def _generate(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
-        on_step = self._on_step
-        if on_step is None:
-            return self._llm.generate(prompts, params)
-        on_step()
-        return self._llm.generate(prompts, params, on_delta=lambda *_: on_step())
+        if self._on_step is not None:
+            self._on_step()
+        return self._llm.generate(prompts, params, on_step=self._on_step)
 
     def _params(self, playing: _Playing, *, n: int) -> SamplingParams:
         config = self._config

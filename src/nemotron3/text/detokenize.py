@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 from nemotron3.text.tokenizer import Tokenizer
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class IncrementalDetokenizer:
     """Decodes one stream of ids; one object per stream."""
@@ -19,7 +21,7 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = _Utf8Decoder("replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids; returns the text that they complete, which may be empty."""

@@ -415,6 +415,7 @@ class Engine:
         taken: list[int] = []
         reason = FinishReason.ERROR if sequence.chooser.error is not None else None
         stop_token = None
+        room = sequence.max_tokens - sequence.num_generated
         for token in new_tokens:
             sequence.tokens.append(token)
             taken.append(token)
@@ -422,7 +423,7 @@ class Engine:
                 reason, stop_token = FinishReason.STOP, token
             elif sequence.stop is not None and sequence.stop.ends_at(token):
                 reason = FinishReason.STOP
-            elif sequence.num_generated >= sequence.max_tokens:
+            elif len(taken) >= room:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 break

@@ -9,7 +9,7 @@ together, so top-p removes them all; tens or hundreds of 131,072 are left to be 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,8 +21,7 @@ _BLOCK = 2**17
 """Elements processed at a time on a CPU, so that they stay in its cache."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draw:
+class Draw(NamedTuple):
     """How one row is sampled; `key` is the key of its noise, from seed, answer and position."""
 
     key: int

@@ -65,18 +65,13 @@ class TokenChooser:
         self._here = _TokenStates(budget, constraint)
         self._ahead: list[tuple[int, _TokenStates]] = []  # after each of the last drafts
         self._rules = LogitRules(params, prompt=prompt, stop_ids=stop_ids, vocab_size=vocab_size)
+        self._is_greedy = params.temperature < COLDEST
+        self._truncation = (params.temperature, params.top_k, params.top_p, params.min_p)
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether the most probable token is chosen."""
-        return self.params.temperature < COLDEST
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every further token is the argmax of the model's logits."""
-        return (
-            self.is_greedy and not self._here.is_used and not self._rules.apply_at(self.num_tokens)
-        )
+    def is_free(self) -> bool:
+        """Whether every further token is chosen from the model's logits as they are."""
+        return not self._here.is_used and not self._rules.apply_at(self.num_tokens)
 
     @property
     def budget(self) -> ThinkingBudget | None:
@@ -93,13 +88,15 @@ class TokenChooser:
             self._ahead = []
             self._here.accept(token)
 
-    def rows(self, drafts: Sequence[int], logits: Float[Tensor, "rows vocab"]) -> "list[_Row]":
-        """How to choose the tokens after 0, 1, … drafts; `logits` has the last rows of these.
+    def decide(self, rows: "_Rows", at: int, drafts: Sequence[int], *, first: int = 0) -> None:
+        """Say how the tokens after `first`, `first` + 1, … drafts are chosen, in rows from `at`.
 
-        The list ends early after a draft that cannot be chosen: no later row is needed then.
+        Rows are left out after a draft that cannot be chosen: they are not needed then.
         """
-        first = len(drafts) + 1 - logits.shape[0]
-        rows: list[_Row] = []
+        if self.is_free:
+            for ahead in range(first, len(drafts) + 1):
+                self._choose_freely(rows, at + ahead - first, self.num_tokens + ahead)
+            return
         for ahead in range(len(drafts) + 1):
             here = self._after(drafts[:ahead])
             forced = here.forced()
@@ -109,11 +106,12 @@ class TokenChooser:
                 if ahead == 0:
                     self.error, self.failure = str(error), FailureKind.GRAMMAR
                 break
-            if ahead >= first:
-                rows.append(self._row(logits[ahead - first], drafts[:ahead], forced, mask))
+            if ahead >= first and forced is not None:
+                rows.forced[at + ahead - first] = forced
+            elif ahead >= first:
+                self._change(rows, at + ahead - first, drafts[:ahead], mask)
             if ahead == len(drafts) or not _may_be(drafts[ahead], forced, mask, self.stop_ids):
                 break
-        return rows
 
     def _after(self, drafts: Sequence[int]) -> "_TokenStates":
         """The states after drafts, where those after all but the last draft are computed."""
@@ -127,26 +125,19 @@ class TokenChooser:
             self._ahead.append((drafts[-1], states))
         return self._ahead[ahead][1]
 
-    def _row(
-        self, logits: Tensor, drafts: Sequence[int], forced: int | None, mask: Tensor | None
-    ) -> "_Row":
-        if forced is not None:
-            return _Row(forced=forced)
+    def _change(self, rows: "_Rows", row: int, drafts: Sequence[int], mask: Tensor | None) -> None:
         position = self.num_tokens + len(drafts)
-        changed = None
         if mask is not None or self._rules.apply_at(position):
-            changed = self._rules.apply(logits, position=position, drafts=drafts, mask=mask)
-        if self.is_greedy:
-            return _Row(changed=changed)
-        params = self.params
-        how = Draw(
-            key=key_in_stream(self._stream, position),
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-        )
-        return _Row(changed=changed, draw=how)
+            rows.changed[row] = self._rules.apply(
+                rows.logits[row], position=position, drafts=drafts, mask=mask
+            )
+        self._choose_freely(rows, row, position)
+
+    def _choose_freely(self, rows: "_Rows", row: int, position: int) -> None:
+        if self._is_greedy:
+            rows.greedy.append(row)
+        else:
+            rows.draws[row] = Draw(key_in_stream(self._stream, position), *self._truncation)
 
 
 @dataclass(frozen=True)
@@ -179,16 +170,40 @@ class _TokenStates:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """How the token of one row is chosen: forced, sampled, or by argmax.
+class _Rows:
+    """How the token of each row of logits is chosen: forced, sampled, or by argmax."""
 
-    `changed` are the row's logits after penalties and masks, if there are any.
-    """
+    def __init__(self, logits: Float[Tensor, "rows vocab"]) -> None:
+        self.logits = logits
+        self.forced: dict[int, int] = {}
+        self.greedy: list[int] = []
+        self.draws: dict[int, Draw] = {}
+        self.changed: dict[int, Tensor] = {}
+        """Rows of logits after penalties and masks."""
 
-    changed: Tensor | None = None
-    forced: int | None = None
-    draw: Draw | None = None
+    def tokens(self) -> list[int]:
+        """The token of each row; -1 if none can be chosen or the row is not needed."""
+        chosen = [-1] * len(self.logits)
+        for row, token in self.forced.items():
+            chosen[row] = token
+        if self.greedy:
+            for row, token in zip(self.greedy, _most_probable(self._of(self.greedy)), strict=True):
+                chosen[row] = token
+        if self.draws:
+            drawn = draw(self._of(list(self.draws)), list(self.draws.values()))
+            for row, token in zip(self.draws, _tokens(drawn), strict=True):
+                chosen[row] = token
+        return chosen
+
+    def _of(self, wanted: Sequence[int]) -> Tensor:
+        """The logits of some rows, in ascending order, after penalties and masks."""
+        if len(wanted) == len(self.logits) and not self.changed:
+            return self.logits
+        result = self.logits[torch.tensor(wanted, device=self.logits.device)]
+        for place, row in enumerate(wanted):
+            if (changed := self.changed.get(row)) is not None:
+                result[place] = changed
+        return result
 
 
 def choose(
@@ -205,18 +220,14 @@ def choose(
     """
     sizes = [len(drafts) + 1 for drafts in windows]
     assert logits.shape[0] == sum(sizes), f"{logits.shape[0]} rows for windows of {sizes}"
-    spans = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    if all(chooser.is_plain for chooser in choosers):
-        chosen = _most_probable(logits)
-    else:
-        rows: dict[int, _Row] = {}
-        for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
-            decided = chooser.rows(drafts, logits[span.start : span.stop])
-            rows |= zip(span, decided, strict=False)  # `rows` may return fewer
-        chosen = _decide(rows, logits)
+    starts = [0, *accumulate(sizes)]
+    rows = _Rows(logits)
+    for chooser, drafts, start in zip(choosers, windows, starts, strict=False):
+        chooser.decide(rows, start, drafts)
+    chosen = rows.tokens()
     accepted: list[list[int]] = []
-    for chooser, drafts, span in zip(choosers, windows, spans, strict=True):
-        new_tokens = _agreed(chosen[span.start : span.stop], drafts, chooser.stop_ids)
+    for chooser, drafts, start in zip(choosers, windows, starts, strict=False):
+        new_tokens = _agreed(chosen[start : start + len(drafts) + 1], drafts, chooser.stop_ids)
         for token in new_tokens:
             chooser.accept(token)
         if not new_tokens and chooser.error is None:
@@ -236,15 +247,12 @@ def draft(
     It is the token that `choose` would return if these were the model's logits, with the same rules
     and noise. The choosers are not advanced.
     """
-    if all(chooser.is_plain for chooser in choosers):
-        chosen = _most_probable(logits)
-    else:
-        rows: dict[int, _Row] = {}
-        for i, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
-            # There is no row after a draft that cannot be accepted; any draft will do there.
-            rows[i] = next(iter(chooser.rows(drafts, logits[i : i + 1])), _Row())
-        chosen = _decide(rows, logits)
-    return [max(token, 0) for token in chosen]  # if no token can be chosen, any draft will do
+    rows = _Rows(logits)
+    for row, (chooser, drafts) in enumerate(zip(choosers, windows, strict=True)):
+        chooser.decide(rows, row, drafts, first=len(drafts))
+    # No row may be needed, or no token possible, after a draft that cannot be accepted: then any
+    # draft will do.
+    return [max(token, 0) for token in rows.tokens()]
 
 
 def token_logprobs(
@@ -286,28 +294,6 @@ def _agreed(tokens: Sequence[int], drafts: Sequence[int], stop_ids: frozenset[in
         if token in stop_ids or i == len(drafts) or token != drafts[i]:
             break
     return new_tokens
-
-
-def _decide(rows: dict[int, _Row], logits: Tensor) -> list[int]:
-    """The token of each row of the logits; -1 if none can be chosen or the row is not needed."""
-    chosen = {i: row.forced for i, row in rows.items() if row.forced is not None}
-    greedy = [i for i, row in rows.items() if row.forced is None and row.draw is None]
-    if greedy:
-        chosen |= zip(greedy, _most_probable(_gathered(rows, greedy, logits)), strict=True)
-    drawn = {i: row.draw for i, row in rows.items() if row.draw is not None}
-    if drawn:
-        tokens = draw(_gathered(rows, list(drawn), logits), list(drawn.values()))
-        chosen |= zip(drawn, _tokens(tokens), strict=True)
-    return [chosen.get(i, -1) for i in range(logits.shape[0])]
-
-
-def _gathered(rows: dict[int, _Row], wanted: Sequence[int], logits: Tensor) -> Tensor:
-    """The logits of some rows, after penalties and masks."""
-    result = logits[torch.tensor(wanted, device=logits.device)]
-    for place, i in enumerate(wanted):
-        if (changed := rows[i].changed) is not None:
-            result[place] = changed
-    return result
 
 
 def _most_probable(logits: Tensor) -> list[int]:

@@ -104,6 +104,8 @@ class HybridCache:
             DraftState(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
         """The progress of the multi-token-prediction block, if it drafts."""
+        self._writable = [range(0)] * slots
+        """Positions of each slot that are known to be in pages of its own: most calls look here."""
         self._with_rows = [layer for layer in self.layers if layer is not None and layer.rows]
         self._with_pages = [layer for layer in states if layer is not None and layer.pages]
         if any(layer is not None and layer.rows for layer in self.draft_layers):
@@ -157,10 +159,16 @@ class HybridCache:
 
     def missing_pages(self, slot: int, new_tokens: int) -> int:
         """Number of pages that a slot needs for `new_tokens` more tokens."""
-        if not self._with_pages:
+        own, end = self._writable[slot], self.lengths[slot] + new_tokens
+        if (own.start <= self._first_written(slot) and end <= own.stop) or not self._with_pages:
             return 0
-        more = self.table.pages_for(self.lengths[slot] + new_tokens) - len(self.table.rows[slot])
-        return max(more, 0) + len(self._shared_places(slot))
+        more = self.table.pages_for(end) - len(self.table.rows[slot])
+        missing = max(more, 0) + len(self._shared_places(slot))
+        if not missing:
+            size = self.table.page_size
+            first = self._first_written(slot) // size * size
+            self._writable[slot] = range(first, len(self.table.rows[slot]) * size)
+        return missing
 
     def reserve(self, slot: int, new_tokens: int) -> None:
         """Allocate the pages for `new_tokens` more tokens of a slot, all or none."""
@@ -236,6 +244,7 @@ class HybridCache:
         """Empty a slot."""
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, [])
+        self._writable[slot] = range(0)
         self.lengths[slot] = 0
         if self.drafts is not None:
             self.drafts.clear(slot)
@@ -246,6 +255,7 @@ class HybridCache:
         """Copy the state of a slot; its pages are shared."""
         pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
         self.pool.share(pages)
+        self._writable[slot] = range(0)
         length = self.lengths[slot]
         return Snapshot(
             length,
@@ -259,6 +269,7 @@ class HybridCache:
         self.pool.share(snapshot.pages)
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, snapshot.pages)
+        self._writable[slot] = range(0)
         self.lengths[slot] = snapshot.length
         for layer, rows in zip(self._with_rows, snapshot.states, strict=True):
             layer.put(slot, rows)
@@ -278,12 +289,15 @@ class HybridCache:
 
     def _shared_places(self, slot: int) -> list[int]:
         """Indices of a slot's pages that the next call writes to although they are shared."""
-        start = self.lengths[slot]
-        if self.drafts is not None and self.draft_layers:
-            start = min(start, self.drafts.lengths[slot])
         row = self.table.rows[slot]
-        first = start // self.table.page_size
+        first = self._first_written(slot) // self.table.page_size
         return [place for place in range(first, len(row)) if self.pool.is_shared(row[place])]
+
+    def _first_written(self, slot: int) -> int:
+        """The first position of a slot that the next call may write to."""
+        if self.drafts is not None and self.draft_layers:
+            return min(self.lengths[slot], self.drafts.lengths[slot])
+        return self.lengths[slot]
 
 
 def _new_state(mixer: StatefulLayerConfig, memory: StateMemory) -> LayerState | None:
