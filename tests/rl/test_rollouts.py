@@ -178,6 +178,7 @@ def test_groups_without_variance_are_refilled_and_advantages_sum_to_nothing(poli
     assert sum(found.advantages) == pytest.approx(0, abs=1e-6)
     metrics = found.metrics()
     assert metrics["rollouts/played"] == len(found.played)
+    assert metrics["perf/rollouts_s"] > 0
     assert metrics["rollouts/trained/parity"] + metrics["rollouts/trained/odd"] == len(
         found.trained
     )

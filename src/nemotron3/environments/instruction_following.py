@@ -1,6 +1,7 @@
 """Texts that keep constraints which a program checks, combined at random.
 
-At difficulty 0 two to four constraints on a few words; at 1 up to six on a text of several lines.
+At difficulty 0 two to four constraints on a few words in lower case; at 1 up to six on a text of
+several lines.
 A task always asks for an exact quantity (words, sentences, lines, ...), so that a repeated or
 padded answer fails.
 
@@ -30,6 +31,9 @@ from nemotron3.errors import ConfigError, DataError
 from nemotron3.text import AssistantMessage
 
 GRADING_MODES = ("binary", "fraction")
+_EASY = 0.2
+"""Below this difficulty a task needs no knowledge of how the words are spelled."""
+_SPELLING = frozenset({"letters:frequency", "letters:first_letter", "words:sorted"})
 
 
 class InstructionFollowing(Environment):
@@ -104,7 +108,8 @@ def _choose(random: Random, text: str, difficulty: float) -> list[tuple[Constrai
     chosen = [random.choice([(each, k) for each, k in quantities if k is not None])]
     if DISTINCT.holds(text, {}):  # else one word again and again keeps most constraints
         chosen.append((DISTINCT, {}))
-    others = random.sample(OTHERS, len(OTHERS))
+    known = [each for each in OTHERS if difficulty >= _EASY or each.id not in _SPELLING]
+    others = random.sample(known, len(known))
     wanted = len(chosen) + random.randint(1, 2 + round(2 * difficulty))
     for constraint in others:
         if len(chosen) == wanted:
@@ -119,10 +124,10 @@ def draw_text(random: Random, difficulty: float) -> str:
     """Words with a layout, in a case, now and then with something common to all of them."""
     num_words = random.randint(2, 4 + round(8 * difficulty))
     found = _words(random, num_words, difficulty)
+    if difficulty < _EASY:
+        return " ".join(found)
     style = random.choice([str.lower, str.lower, str.upper, str.capitalize])
     found = [style(word) for word in found]
-    if difficulty < 0.2:
-        return " ".join(found)
     if random.random() < 0.15:
         place = random.randrange(len(found))
         found[place] = f"[{found[place]}]"
@@ -134,7 +139,7 @@ def draw_text(random: Random, difficulty: float) -> str:
 
 
 def _words(random: Random, num_words: int, difficulty: float) -> list[str]:
-    every = EASY_WORDS if difficulty < 0.2 else WORDS
+    every = EASY_WORDS if difficulty < _EASY else WORDS
     pool = every
     match random.randrange(4):
         case 0:

@@ -63,7 +63,7 @@ Question = tuple[str, list[str], int, str]
 
 
 def _number(random: Random, num_options: int, difficulty: float) -> Question:
-    largest = round(99 * 10 ** (2 * difficulty))
+    largest = round(9 * 10 ** (3 * difficulty))
     options = random.sample(range(largest + 1), num_options)
     word, best = random.choice([("largest", max(options)), ("smallest", min(options))])
     place = options.index(best)

@@ -129,11 +129,17 @@ def tiny_rl() -> RLRun:
         name="routers", parameters=("backbone.*.gate.weight",), is_frozen=True
     )
     mtp = ParameterGroupConfig(name="mtp", parameters=("mtp.*",), is_frozen=True)
+    # Its gain, about 1, scales all logits: it is the inverse of the policy's temperature, and the
+    # learning rate of matrices, whose weights are about 0.1, would hardly move it.
+    final_norm = ParameterGroupConfig(
+        name="final norm", parameters=("backbone.norm_f.weight",), lr_scale=60.0
+    )
     return RLRun(
         name="tiny-rl",
         model="runs/tiny-sft/model",
         environments=tuple(
-            EnvironmentConfig(name=name, difficulty=0.0) for name in TINY_ENVIRONMENTS
+            EnvironmentConfig(name=name, difficulty=difficulty)
+            for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
         group_size=8,
         rollouts=RolloutConfig(max_tokens=48, max_context=256, lists_tools=False),
@@ -144,7 +150,7 @@ def tiny_rl() -> RLRun:
             seq_len=256,
             optimizer=AdamWConfig(lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0),
             schedule=WSD(total_steps=steps, warmup_steps=5, decay_steps=steps - 5, decay="linear"),
-            parameter_groups=(routers, mtp),
+            parameter_groups=(routers, mtp, final_norm),
             evaluate_every_steps=50,
             checkpoint_every_steps=50,
         ),

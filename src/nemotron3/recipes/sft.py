@@ -1,6 +1,8 @@
 """Fine-tuning runs: from a model and conversations to a model that answers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from nemotron3.data.chat_tokens import ReasoningControlConfig
@@ -74,18 +76,21 @@ class SFTRun(RunConfig):
             )
 
 
-TINY_ENVIRONMENTS = (
-    "math",
-    "multiple_choice",
-    "instruction_following",
-    "structured_output",
-    "calculator",
-    "lookup",
-    "list_operations",
-    "letter_counting",
-    "over_refusal",
+TINY_ENVIRONMENTS: Mapping[str, float] = MappingProxyType(
+    {
+        "math": 0.0,
+        "multiple_choice": 0.0,
+        "instruction_following": 0.0,
+        "structured_output": 0.0,
+        "calculator": 0.2,
+        "lookup": 0.0,
+        "list_operations": 0.0,
+        "letter_counting": 0.0,
+        "over_refusal": 0.0,
+    }
 )
-"""What the tiny model is taught: the environments whose tasks fit into a hundred tokens."""
+"""What the tiny model is taught, and how difficult: environments whose tasks fit into a hundred
+tokens, so difficult that it solves some of them after fine-tuning and not all."""
 
 
 def tiny_sft() -> SFTRun:
@@ -95,8 +100,8 @@ def tiny_sft() -> SFTRun:
         name="tiny-sft",
         model="runs/tiny/model",
         demonstrations=tuple(
-            DemonstrationsConfig(environment=name, difficulty=0.0, num_tasks=2500)
-            for name in TINY_ENVIRONMENTS
+            DemonstrationsConfig(environment=name, difficulty=difficulty, num_tasks=2500)
+            for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
         training=TrainingConfig(
             steps=steps,

@@ -5,6 +5,7 @@ would shrink as the policy learns, and Adam would turn the small gradient of the
 of full size. So further tasks take their places, for a bounded number of rounds.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,13 +26,15 @@ class UpdateRollouts:
     trained: list[Rollout] = field(default_factory=list[Rollout])
     advantages: list[float] = field(default_factory=list[float])
     played: list[Rollout] = field(default_factory=list[Rollout])
+    seconds: float = 0.0
+    """How long the play took, with rewards."""
 
     def metrics(self) -> dict[str, float]:
         """Rewards and counts, over all and by environment."""
         by_environment: dict[str, list[Rollout]] = {}
         for rollout in self.played:
             by_environment.setdefault(rollout.environment, []).append(rollout)
-        metrics = _metrics(self.played, self.trained, "")
+        metrics = _metrics(self.played, self.trained, "") | {"perf/rollouts_s": self.seconds}
         for name, rollouts in by_environment.items():
             own = [rollout for rollout in self.trained if rollout.environment == name]
             metrics |= _metrics(rollouts, own, f"/{name}")
@@ -49,7 +52,7 @@ def collect(
 ) -> UpdateRollouts:
     """Play an update's tasks, and refill the groups that teach nothing."""
     shaping = shaping or RewardShapingConfig()
-    found, missing = UpdateRollouts(), dict(plan.quotas)
+    start, found, missing = time.perf_counter(), UpdateRollouts(), dict(plan.quotas)
     for round_ in range(rounds):
         rollouts = play(plan.tasks(step, round_=round_, missing=missing), round_)
         found.played += rollouts
@@ -71,6 +74,7 @@ def collect(
     if not found.trained:  # an update of zero gradient, so that the step has its place
         scored = [rollout for rollout in found.played if rollout.reward is not None][:1]
         found.trained, found.advantages = scored, [0.0] * len(scored)
+    found.seconds = time.perf_counter() - start
     return found
 
 
