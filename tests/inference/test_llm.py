@@ -151,6 +151,29 @@ def test_a_form_is_kept_after_the_reasoning(llm):
     assert answer.finish_reason is FinishReason.STOP
 
 
+def test_requests_can_be_added_while_others_are_answered(llm):
+    params = SamplingParams(max_tokens=6, temperature=0, n=2)
+    texts = ["To be", "or not", "to be"]
+    alone = [llm.generate(text, params)[0].outputs for text in texts]
+    ended = []
+    with llm.requests() as requests:
+        requests.add(llm._prompt(texts[0]), params)
+        while requests.has_work:
+            for place, answer in requests.step():
+                ended.append((place, answer.index))
+                if answer.index == 0 and place < 2:
+                    assert requests.add(llm._prompt(texts[place + 1]), params) == place + 1
+        found = [output.outputs for output in requests.outputs()]
+    assert [[a.token_ids for a in each] for each in found] == [
+        [a.token_ids for a in each] for each in alone
+    ]
+    assert sorted(ended) == [(place, index) for place in range(3) for index in range(2)]
+    with llm.requests() as requests:
+        requests.add(llm._prompt(texts[0]), params)
+        requests.step()
+    assert not llm.generate("x", SamplingParams(max_tokens=1))[0].outputs[0].error
+
+
 def test_a_second_turn_reuses_the_first(llm):
     first = llm.chat(TALK, GREEDY, enable_thinking=False)[0].outputs[0]
     more = [

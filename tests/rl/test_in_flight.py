@@ -1,10 +1,10 @@
 """Weights that change in the middle of rollouts: every token is scored by those that it names."""
 
-from itertools import groupby, product
+from itertools import accumulate, groupby, product
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from nemotron3 import LLM, EngineConfig
@@ -86,10 +86,12 @@ def read_by(models, ids, readers):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+# A failure is not shrunk: how many drafts are made follows the clock, so examples do not repeat.
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     running=st.sampled_from(["recompute", "keep"]),
-    moments=st.lists(st.integers(1, 70), min_size=1, max_size=VERSIONS - 1, unique=True),
+    # Far enough apart that not more than one comes while a prompt is read.
+    gaps=st.lists(st.integers(6, 40), min_size=1, max_size=VERSIONS - 1),
     seed=st.integers(0, 10**6),
     engine=st.sampled_from(
         [
@@ -101,15 +103,15 @@ def read_by(models, ids, readers):
     budget=st.sampled_from([None, 3]),
 )
 # After the first step, when a prompt's state is computed and no answer to it has begun.
-@example(running="keep", moments=[2, 12], seed=0, engine={"max_num_seqs": 3}, budget=3)
-def test_updates_in_flight_leave_no_mismatch(models, running, moments, seed, engine, budget):
+@example(running="keep", gaps=[2, 10], seed=0, engine={"max_num_seqs": 3}, budget=3)
+def test_updates_in_flight_leave_no_mismatch(models, running, gaps, seed, engine, budget):
     every, tokenizer = models
     model = LanguageModel.from_config(every[0].config)
     model.load_state_dict(every[0].state_dict())
     llm = LLM(
         model, tokenizer=tokenizer, config=EngineConfig(max_model_len=256, page_size=8, **engine)
     )
-    left, calls = sorted(moments), 0
+    left, calls = list(accumulate(gaps)), 0
 
     def on_step():
         nonlocal calls

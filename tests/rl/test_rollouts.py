@@ -118,6 +118,28 @@ def test_how_many_run_at_once_changes_nothing(policy):
     assert [rollout.ids for rollout in alone] == [rollout.ids for rollout in together]
 
 
+def test_an_environment_that_is_slow_to_answer_holds_up_no_other_rollout(policy):
+    is_ahead = asyncio.Event()
+
+    class Late(Chatter):
+        name = "late"
+
+        async def step(self, session, turn):
+            await asyncio.wait_for(is_ahead.wait(), timeout=60)
+            return await super().step(session, turn)
+
+    class Early(Chatter):
+        async def step(self, session, turn):
+            if len(session.turns) == 2:
+                is_ahead.set()
+            return await super().step(session, turn)
+
+    driver = driver_for(policy, Late(), Early())
+    late, early = driver.play([*tasks(Late(), 1), *tasks(Early(), 1)], seed=1)
+    assert (late.num_turns, early.num_turns) == (3, 3)
+    assert (late.reward, early.reward) == (3.0, 3.0)
+
+
 def test_a_rollout_without_room_is_cut_and_its_answer_is_none(policy):
     for limits in ({"max_tokens": 2}, {"max_context": 60, "max_tokens": 60}):
         driver = driver_for(policy, Parity(), **limits)

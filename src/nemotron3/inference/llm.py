@@ -14,10 +14,12 @@ from typing import Any
 
 from nemotron3.errors import ConfigError
 from nemotron3.inference.base_llm import BaseLLM
-from nemotron3.inference.engine import EngineStats
+from nemotron3.inference.engine import Engine, EngineStats
+from nemotron3.inference.frontend import Frontend
 from nemotron3.inference.model_runner.weights import RunningRequests, Weights
 from nemotron3.inference.output_processor import (
     AnswerDelta,
+    CompletionOutput,
     Prompt,
     RequestOutput,
     RequestOutputProcessor,
@@ -26,7 +28,6 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 
 OnDelta = Callable[[int, AnswerDelta], None]
-OnStep = Callable[[], None]
 
 
 class LLM(BaseLLM):
@@ -50,7 +51,7 @@ class LLM(BaseLLM):
     ) -> int:
         """Replace the model's weights (`Engine.update_weights`); returns their version.
 
-        `on_delta` and `on_step` may call it while answers are generated; `running` determines how
+        An `on_delta` callback may call it while answers are generated; `running` determines how
         these continue.
         """
         return self._engine.update_weights(weights, version=version, running=running)
@@ -75,16 +76,14 @@ class LLM(BaseLLM):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_delta: OnDelta | None = None,
-        on_step: OnStep | None = None,
     ) -> list[RequestOutput]:
         """Continue texts or lists of token ids; results are in the order of the prompts.
 
         Without `params` the defaults of the model's directory apply. `on_delta(prompt_index,
-        delta)` is called with the parts of answers as they are generated, `on_step()` after each
-        step of the engine.
+        delta)` is called with the parts of answers as they are generated.
         """
         given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
-        return self._run([self._prompt(prompt) for prompt in given], params, on_delta, on_step)
+        return self._run([self._prompt(prompt) for prompt in given], params, on_delta)
 
     def chat(
         self,
@@ -120,7 +119,6 @@ class LLM(BaseLLM):
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_delta: OnDelta | None,
-        on_step: OnStep | None = None,
     ) -> list[RequestOutput]:
         if params is None:
             free = SamplingParams(**self.defaults.sampling)
@@ -129,27 +127,72 @@ class LLM(BaseLLM):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts were given and {len(params)} params")
-        waiting: deque[EngineRequest] = deque()
-        processors: list[RequestOutputProcessor] = []
-        for place, (prompt, how) in enumerate(zip(prompts, params, strict=True)):
-            name = str(place)  # unique: no request of another call is left in the engine
-            request = self._frontend.request(prompt, how, name)
-            self._engine.check(request)
-            waiting.append(request)
-            processors.append(self._frontend.output_processor(prompt, how, name))
-        try:
-            while waiting or self._engine.has_work:
-                while waiting and self._engine.has_room(waiting[0]):
-                    self._engine.add(waiting.popleft())
-                for token_delta in self._engine.step():
-                    place = int(token_delta.request_id)
-                    if on_delta is None:
-                        processors[place].collect(token_delta)
-                    else:
-                        on_delta(place, processors[place].push(token_delta))
-                if on_step is not None:
-                    on_step()
-        finally:
-            for each in processors:  # for a call that was interrupted
-                self._engine.abort(each.request_id)
-        return [each.output() for each in processors]
+        with self.requests() as requests:
+            for prompt, how in zip(prompts, params, strict=True):
+                requests.add(prompt, how)
+            while requests.has_work:
+                requests.step(on_delta)
+            return requests.outputs()
+
+    def requests(self) -> "OpenRequests":
+        """Requests that are answered step by step, and that more can be added to meanwhile."""
+        return OpenRequests(self._engine, self._frontend)
+
+
+class OpenRequests:
+    """Requests of one caller; a context, at whose end those without an answer are aborted.
+
+    with llm.requests() as requests:
+        requests.add(prompt, params)
+        while requests.has_work:
+            for place, answer in requests.step():
+                ...  # may add others
+    """
+
+    def __init__(self, engine: Engine, frontend: Frontend) -> None:
+        self._engine, self._frontend = engine, frontend
+        self._waiting: deque[EngineRequest] = deque()
+        self._processors: list[RequestOutputProcessor] = []
+
+    def __enter__(self) -> "OpenRequests":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._processors:  # for a caller that was interrupted
+            self._engine.abort(each.request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is not answered yet."""
+        return bool(self._waiting) or self._engine.has_work
+
+    def add(self, prompt: Prompt, params: SamplingParams) -> int:
+        """Add a request; returns its place in the order of all."""
+        place = len(self._processors)
+        name = str(place)  # unique: no request of another caller is left in the engine
+        request = self._frontend.request(prompt, params, name)
+        self._engine.check(request)
+        self._waiting.append(request)
+        self._processors.append(self._frontend.output_processor(prompt, params, name))
+        return place
+
+    def step(self, on_delta: OnDelta | None = None) -> list[tuple[int, CompletionOutput]]:
+        """Execute one step of the engine; returns the answers that it has ended, with the places of
+        their requests."""
+        while self._waiting and self._engine.has_room(self._waiting[0]):
+            self._engine.add(self._waiting.popleft())
+        ended: list[tuple[int, CompletionOutput]] = []
+        for token_delta in self._engine.step():
+            place = int(token_delta.request_id)
+            processor = self._processors[place]
+            if on_delta is None:
+                processor.collect(token_delta)
+            else:
+                on_delta(place, processor.push(token_delta))
+            if token_delta.finish_reason is not None:
+                ended.append((place, processor.each[token_delta.index].output()))
+        return ended
+
+    def outputs(self) -> list[RequestOutput]:
+        """All answers to all requests; complete when there is no work left."""
+        return [each.output() for each in self._processors]

@@ -28,7 +28,7 @@ from nemotron3.environments.verification import (
 )
 from nemotron3.errors import ConfigError
 from nemotron3.inference.llm import LLM
-from nemotron3.inference.output_processor import CompletionOutput, Prompt, RequestOutput
+from nemotron3.inference.output_processor import CompletionOutput, Prompt
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.text import (
     AssistantMessage,
@@ -198,8 +198,8 @@ class RolloutDriver:
     ) -> None:
         """`environments` are those that tasks are of, by name.
 
-        `on_step` is called after steps of the engine, and before each turn; it may replace the
-        engine's weights, or raise to end the play.
+        `on_step` is called before steps of the engine; it may replace the engine's weights, or
+        raise to end the play.
         """
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
         self._environments, self._config = environments, config
@@ -288,26 +288,36 @@ class RolloutDriver:
         )
 
     async def _until_ended(self, playing: Sequence[_Playing]) -> None:
-        """Turn by turn, all that go on together."""
-        while active := [each for each in playing if each.next_prompt is not None]:
-            alike = _with_equal_prompts(active)
-            prompts = [cast(Prompt, each[0].next_prompt) for each in alike]
-            params = [self._params(each[0], n=len(each)) for each in alike]
-            found = self._generate(prompts, params)
-            answers = [
-                (each, answer)
-                for some, output in zip(alike, found, strict=True)
-                for each, answer in zip(some, output.outputs, strict=True)
-            ]
-            # Environments elsewhere answer at the same time.
-            await asyncio.gather(*(self._after_turn(each, answer) for each, answer in answers))
+        """Sample turn after turn; each goes on as soon as its environment has answered."""
+        with self._llm.requests() as requests:
+            asked: list[Sequence[_Playing]] = []
+            answering: list[asyncio.Task[_Playing]] = []
 
-    def _generate(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
-    ) -> list[RequestOutput]:
-        if self._on_step is not None:
-            self._on_step()
-        return self._llm.generate(prompts, params, on_step=self._on_step)
+            def ask(alike: Sequence[_Playing]) -> None:
+                prompt = cast(Prompt, alike[0].next_prompt)
+                requests.add(prompt, self._params(alike[0], n=len(alike)))
+                asked.append(alike)
+
+            for alike in _with_equal_prompts([each for each in playing if each.next_prompt]):
+                ask(alike)
+            try:
+                while requests.has_work or answering:
+                    if self._on_step is not None:
+                        self._on_step()
+                    if requests.has_work:
+                        for place, answer in requests.step():
+                            turn = self._after_turn(asked[place][answer.index], answer)
+                            answering.append(asyncio.create_task(turn))
+                        await asyncio.sleep(0)  # environments in this process answer at once
+                    else:
+                        await asyncio.wait(answering, return_when=asyncio.FIRST_COMPLETED)
+                    for each in [task.result() for task in answering if task.done()]:
+                        if each.next_prompt is not None:
+                            ask([each])
+                    answering = [task for task in answering if not task.done()]
+            finally:
+                for task in answering:
+                    task.cancel()
 
     def _params(self, playing: _Playing, *, n: int) -> SamplingParams:
         config = self._config
@@ -323,7 +333,11 @@ class RolloutDriver:
             reasoning_budget=config.reasoning_budget,
         )
 
-    async def _after_turn(self, playing: _Playing, output: CompletionOutput) -> None:
+    async def _after_turn(self, playing: _Playing, output: CompletionOutput) -> _Playing:
+        await self._take_turn(playing, output)
+        return playing
+
+    async def _take_turn(self, playing: _Playing, output: CompletionOutput) -> None:
         rollout = playing.rollout
         playing.next_prompt = None
         if output.failure is not None or output.error is not None:
