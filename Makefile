@@ -33,7 +33,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
 
 # Each stage continues what an interruption left, and shows what it made where it is finished.
 STAGE ?= rl
-run: $(VENV)/.train  ## pretrain, fine-tune and reward the tiny model (about 17 minutes on 2 cores); STAGE=pretrain or sft stops there
+run: $(VENV)/.train  ## pretrain, fine-tune and reward the tiny model (about 19 minutes on 2 cores); STAGE=pretrain or sft stops there
 	@case '$(STAGE)' in pretrain|sft|rl) ;; *) echo 'STAGE is "$(STAGE)"; it must be pretrain, sft or rl'; exit 2;; esac
 	@$(BIN)/nemotron3 pretrain tiny
 	@[ '$(STAGE)' = pretrain ] || $(BIN)/nemotron3 sft tiny-sft

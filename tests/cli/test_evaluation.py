@@ -10,13 +10,17 @@ from nemotron3.cli.main import main
 from nemotron3.config import to_record, write_json, write_run
 from nemotron3.environments import BUILT_IN
 from nemotron3.evaluation.results import read_evaluation
+from nemotron3.models.lora import LoRAConfig, add_lora, write_adapter
+from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.metrics import MetricLog
 from nemotron3.observe.sinks import JsonlSink
+from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.pretrain import tiny
 from nemotron3.recipes.run_folder import ROLLOUTS_FILE
 from nemotron3.rl.records import AFTER_TRAINING, RolloutRecord
 from nemotron3.rl.sampling_plan import EnvironmentConfig
+from tests.models.lora.adapted import with_change
 from tests.observe.test_report import checked
 from tests.rl.playground import save_policy
 
@@ -52,6 +56,20 @@ def test_environments_and_text_are_measured_and_recorded(policy, tmp_path, capsy
     greedy = evaluate(policy, tmp_path / "greedy.json", *options, "0.1", "--temperature", "0")
     assert [each.prompt for each in greedy.tasks] == [each.prompt for each in found.tasks]
     assert greedy.tasks != found.tasks
+
+
+def test_an_adapter_is_measured_as_its_merged_model(policy, tmp_path):
+    config = LoRAConfig(rank=2)
+    model = LanguageModel.from_pretrained(policy)
+    add_lora(model, config, seed=0)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    write_adapter(adapter, with_change(model), config, base=str(policy))
+    merge_adapter_directory(policy, adapter, merged)
+    options = ("--environment", "lookup=0")
+    found = evaluate(policy, tmp_path / "with.json", *options, "--lora", str(adapter))
+    assert found.name == str(adapter)
+    assert found.tasks == evaluate(merged, tmp_path / "merged.json", *options).tasks
+    assert found.tasks != evaluate(policy, tmp_path / "without.json", *options).tasks
 
 
 def test_an_environment_of_ones_own_is_one_file(policy, tmp_path, capsys):

@@ -78,6 +78,7 @@ def _plan(known: argparse.Namespace) -> EvaluationPlan:
         dtype=None if known.dtype == "auto" else getattr(torch, known.dtype),
         chat_style=known.chat_style,
         max_num_seqs=known.max_num_seqs,
+        lora=known.lora,
     )
 
 

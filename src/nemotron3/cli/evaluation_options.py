@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from nemotron3.cli.engine_options import add_adapter_option
+
 _EVAL_EPILOG = """\
 examples:
   nemotron3 eval runs/tiny-rl/model --environment math --environment lookup=0.2
@@ -40,6 +42,7 @@ def add_eval_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verb.add_argument(
         "--json", type=Path, metavar="OUT", help="write everything, every task's reward included"
     )
+    add_adapter_option(verb)
     verb.add_argument("--seed", type=int, help="of tasks and sampling (default: as in `rl`)")
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     verb.add_argument(

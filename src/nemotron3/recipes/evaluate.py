@@ -20,10 +20,9 @@ from nemotron3.evaluation.environments import (
 )
 from nemotron3.evaluation.results import Evaluation, EvaluationSettings, HarnessResult
 from nemotron3.evaluation.text import TextResult, evaluate_text
-from nemotron3.inference.base_llm import name_of
+from nemotron3.inference.base_llm import load_model, name_of, tokenizer_directory
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
-from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.recipes.run_folder import RunCallback
@@ -63,6 +62,8 @@ class EvaluationPlan:
     """The release whose chat template is used; None for the one in the model's directory."""
     max_num_seqs: int = 128
     """Answers that are sampled at once."""
+    lora: Path | None = None
+    """The directory of an adapter that is merged into the model."""
 
 
 def evaluate_directory(
@@ -89,14 +90,14 @@ def evaluate_directory(
         name: held_out_tasks(environment, settings.num_tasks, seed=settings.seed)
         for name, environment in plan.environments.items()
     }
-    tokenizer = Tokenizer.from_directory(path)
+    tokenizer = Tokenizer.from_directory(tokenizer_directory(path, plan.lora))
     template = None
     if rows:
         check_chat_tokens(tokenizer, with_tools=any(e.tools for e in plan.environments.values()))
         template = chat_template_for(plan.chat_style, tokenizer, str(path))
 
     callback.stage(f"Reading {path}")
-    model = LanguageModel.from_pretrained(path, device=device, dtype=plan.dtype).eval()
+    model = load_model(path, device=plan.device, dtype=plan.dtype, lora=plan.lora).eval()
     texts: dict[str, TextResult] = {}
     for files in plan.texts:
         callback.stage(f"Reading {files.path} with the model")
@@ -116,7 +117,7 @@ def evaluate_directory(
         callback.stage(f"Scoring {', '.join(plan.harness.names)}")
         found = score_tasks(LLM(model, tokenizer=tokenizer, config=config))
     return Evaluation(
-        name=name_of(path),
+        name=name_of(path) if plan.lora is None else str(plan.lora),
         model=str(path),
         command=" ".join(["nemotron3", *sys.argv[1:]]),
         device=describe_device(device),
