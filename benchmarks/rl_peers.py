@@ -1,0 +1,496 @@
+"""Reinforcement learning beside its peers: rollouts, and whole updates, in turns within one run.
+
+    python -m benchmarks.rl_peers runs/tiny-sft/model
+    python -m benchmarks.rl_peers runs/tiny-sft/model --trl-python trl/bin/python
+
+* Rollouts, 64 at once: ours beside transformers' `generate`. Tokens count to each answer's own end.
+* An update of 8 prompts with 8 answers each, from sampling through rewards and loss to AdamW: ours
+  beside TRL's `GRPOTrainer`. Both train on every answer, none is drawn again for groups without
+  variance, both clip the gradient's norm. The learning rate is so small that answers stay alike.
+
+Peers run two models: the same one in transformers' Nemotron-H, and a dense Qwen3 of the same active
+parameters with random weights, all of whose answers have the mean length of ours, so it pads none.
+Prompts, sampling, stop tokens, rewards, number of threads and float32 are the same. First the
+log-probabilities of a batch of rollouts must agree, or nothing is timed. What is compared are
+ratios of turns of one run.
+
+TRL is not among the dependencies; it runs in an environment of its own:
+
+    python -m venv trl
+    trl/bin/pip install -c constraints.txt ".[environments]" transformers trl==1.16.0
+
+Without --trl-python the updates are left out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.models import TOLERANCE
+from benchmarks.regression import HEAP, median_interval
+from benchmarks.timing import PAUSE_S, turns
+
+from benchmarks import machine
+from nemotron3.environments.registry import load_environment
+from nemotron3.environments.rows import Row, prompt_of
+from nemotron3.inference.llm import LLM
+from nemotron3.inference.output_processor import Prompt
+from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.config import ModelConfig
+from nemotron3.models.costs import model_costs
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.recipes.chat_model import chat_template_for
+from nemotron3.recipes.rl import tiny_rl
+from nemotron3.rl.advantages import group_advantages
+from nemotron3.rl.batches import policy_batches
+from nemotron3.rl.policy_objective import PolicyObjective
+from nemotron3.rl.rollouts import Rollout, RolloutDriver
+from nemotron3.runtime.malloc import retain_freed_memory
+from nemotron3.text import Tokenizer
+from nemotron3.training.optimizers import AdamWConfig, build_optimizer
+from nemotron3.training.step import TrainingStep
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+AT_ONCE = 64
+"""Rollouts that are sampled at once, and answers of an update."""
+LEARNING_RATE = 1e-7
+CLIP_GRAD_NORM = 1.0
+OURS, SAME, DENSE = "ours", "the same model", "dense Qwen3"
+ROLLOUTS, UPDATE = "rollouts", "update"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one contestant did in one turn."""
+
+    seconds: float
+    tokens: int
+    """Of all answers."""
+
+
+class Ours:
+    """Engine and trainer on one model, as a run that takes turns has them."""
+
+    def __init__(self, folder: Path, environments: Sequence[str]) -> None:
+        run = replace(tiny_rl(), max_num_seqs=AT_ONCE)
+        self._run, self.max_tokens, self.group = run, run.rollouts.max_tokens, run.group_size
+        self.prompts_per_step = AT_ONCE // self.group
+        self.model = LanguageModel.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = Tokenizer.from_directory(folder)
+        self._tokenizer, self._template = tokenizer, chat_template_for(None, tokenizer, str(folder))
+        self._environments = {
+            name: each
+            for name in environments
+            if (each := load_environment(name, difficulty=0.0)).max_turns == 1
+        }
+        self._llm = LLM(self.model, tokenizer=tokenizer, config=run.engine_config())
+        self._driver = RolloutDriver(
+            self._llm, tokenizer, self._template, self._environments, run.rollouts
+        )
+        self._update = TrainingStep(
+            self.model,
+            build_optimizer(self.model, AdamWConfig(lr=LEARNING_RATE, weight_decay=0.0)),
+            PolicyObjective(run.loss),
+            clip_grad_norm=CLIP_GRAD_NORM,
+            bias_update_rate=0.0,
+        )
+        self._version = 0
+
+    def tasks(self, count: int, *, seed: int) -> list[Row]:
+        """Different tasks of all environments in equal shares, as nearly as can be."""
+        each = list(self._environments.values())
+        drawn = [env.distinct_tasks(-(-count // len(each)), seed=seed) for env in each]
+        return [row for rows in zip(*drawn, strict=True) for row in rows][:count]
+
+    def rendered(self, row: Row) -> tuple[str, list[int]]:
+        """The prompt of a task as text and as ids."""
+        chat = self._template.render(
+            prompt_of(row), tools=None, enable_thinking=True, truncate_history_thinking=False
+        )
+        return chat.text, chat.tokens(self._tokenizer).ids
+
+    def rollouts(self, rows: Sequence[Row], *, seed: int) -> list[Rollout]:
+        """An answer to each task, with its reward."""
+        return self._driver.play(rows, seed=seed)
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Turn:
+        """Answer all prompts, with log-probabilities, as in a rollout."""
+        self._llm.reset_prefix_cache()
+        params = SamplingParams(
+            max_tokens=self.max_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=seed, logprobs=0
+        )
+        start = time.perf_counter()
+        given = [Prompt(ids=tuple(p), is_chat=True, is_reasoning_open=True) for p in prompts]
+        each = [replace(params, seed=seed + place) for place in range(len(given))]
+        found = self._llm.generate(given, each)
+        seconds = time.perf_counter() - start
+        return Turn(seconds, sum(len(output.outputs[0].token_ids) for output in found))
+
+    def update(self, rows: Sequence[Row], *, seed: int) -> Turn:
+        """A whole update, at the end of which the engine has the new weights."""
+        start, run = time.perf_counter(), self._run
+        rollouts = self._driver.play(rows, group_size=self.group, seed=seed)
+        rewards = [rollout.reward for rollout in rollouts]
+        assert None not in rewards, "no judge can fail here"
+        advantages: list[float] = []
+        for first in range(0, len(rewards), self.group):
+            group = [float(reward or 0.0) for reward in rewards[first : first + self.group]]
+            advantages += group_advantages(group, run.advantages).tolist()
+        size = run.training.seq_len * run.training.microbatch_size
+        batches = policy_batches(rollouts, advantages, max_tokens=size)
+        self._update(batches, learning_rate=LEARNING_RATE)
+        self._version += 1
+        self._llm.invalidate_caches(version=self._version)
+        seconds = time.perf_counter() - start
+        return Turn(seconds, sum(rollout.num_sampled for rollout in rollouts))
+
+
+class Worker:
+    """A peer in a process of its own; see `rl_peers_worker.py`."""
+
+    def __init__(self, python: Path, folder: Path, log: Path, dense: Mapping | None = None) -> None:
+        threads = str(torch.get_num_threads())
+        words = [python, "-m", "benchmarks.rl_peers_worker", folder.resolve(), threads]
+        words += [] if dense is None else [json.dumps(dense)]
+        self._log = log
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [str(word) for word in words],
+                cwd=ROOT,
+                env=os.environ
+                | HEAP
+                | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": threads},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                bufsize=1,
+            )
+        self.parameters = 0
+
+    def await_model(self) -> None:
+        """Wait until the model is loaded."""
+        self.parameters = self.receive()["parameters"]
+
+    def ask(self, what: str, **fields: Any) -> dict[str, Any]:
+        """The answer to a command."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": what, **fields}) + "\n")
+        return self.receive()
+
+    def receive(self) -> dict[str, Any]:
+        """The next answer; ends the program, with what the process said, where there is none."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            said = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise SystemExit(f"a peer has ended; the end of what it said:\n{said}")
+        return json.loads(line)
+
+    def turn(self, what: str, **fields: Any) -> Turn:
+        """One turn of a contestant."""
+        answer = self.ask(what, **fields)
+        return Turn(answer["seconds"], answer["tokens"])
+
+    def close(self) -> None:
+        """End the process."""
+        with self._process:  # closes its pipes and waits
+            self._process.kill()
+
+
+@contextmanager
+def workers(python: Path, folder: Path, dense: Mapping[str, Any]) -> Iterator[dict[str, Worker]]:
+    """Both peers, loaded."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as logs:
+        found: dict[str, Worker] = {}
+        for name, dimensions in ((SAME, None), (DENSE, dense)):
+            log = Path(logs) / f"{len(found)}.log"
+            found[name] = Worker(python, folder, log, dimensions)
+            stack.callback(found[name].close)
+        for worker in found.values():
+            worker.await_model()
+        yield found
+
+
+def dense_dimensions(config: ModelConfig) -> dict[str, Any]:
+    """A Qwen3 of the width and active parameters of a model, with as many layers as that has which
+    mix tokens, and with attention like its."""
+    attention, width = config.attention, config.hidden_size
+    assert attention is not None, "the peer takes its attention from the model, which has none"
+    layers = sum(config.hybrid_override_pattern.partition("/")[0].count(kind) for kind in "M*")
+    heads = attention.num_attention_heads + attention.num_key_value_heads
+    around = 2 * width * heads * attention.head_dim + 2 * width + 2 * attention.head_dim
+    output = config.vocab_size * width + width
+    left = (model_costs(config).total_active - output) / layers - around
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": attention.num_attention_heads,
+        "num_key_value_heads": attention.num_key_value_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": max(1, round(left / (3 * width))),
+        "tie_word_embeddings": False,
+    }
+
+
+def agreement(
+    peer: Worker, rollouts: Sequence[Rollout], *, stops: Sequence[int]
+) -> dict[str, float]:
+    """How far a peer with the same model is from our engine on the same answers.
+
+    The largest difference of a log-probability, and the number of answers rewarded otherwise.
+    """
+    starts = [rollout.is_sampled.index(True) for rollout in rollouts]
+    pairs = [*zip(rollouts, starts, strict=True)]
+    answers = [rollout.ids[start:] for rollout, start in pairs]
+    found = peer.ask(
+        "logprobs", prompts=[rollout.ids[:start] for rollout, start in pairs], answers=answers
+    )["logprobs"]
+    ours = [rollout.logprobs[start:] for rollout, start in pairs]
+    rows = [rollout.row for rollout in rollouts]
+    judged = peer.ask("judge", rows=rows, answers=answers, stops=stops)["rewards"]
+    return {
+        "logprobs": max(
+            abs(a - b) for x, y in zip(ours, found, strict=True) for a, b in zip(x, y, strict=True)
+        ),
+        "rewards": sum(r.reward != reward for r, reward in zip(rollouts, judged, strict=True)),
+    }
+
+
+Contestants = Mapping[str, Callable[[int], Turn]]
+"""Each does its turn of a round; round 0 warms up."""
+
+
+def alternate(contestants: Contestants, *, rounds: int) -> dict[str, list[Turn]]:
+    """The turns of all, in another order each round, after a round that does not count."""
+    for run in contestants.values():
+        run(0)
+    found: dict[str, list[Turn]] = {name: [] for name in contestants}
+    for number, order in enumerate(turns(list(contestants), rounds=rounds), start=1):
+        for name in order:
+            time.sleep(PAUSE_S)
+            found[name].append(contestants[name](number))
+    return found
+
+
+def as_figure(name: str, found: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
+    """Tokens per second of rollouts, or seconds of an update; ratios of the turns of a round.
+
+    A ratio above 1 says that ours is faster.
+    """
+
+    def value(turn: Turn) -> float:
+        return turn.tokens / turn.seconds if name == ROLLOUTS else turn.seconds
+
+    values = {who: [value(turn) for turn in each] for who, each in found.items()}
+    ratio, interval = {}, {}
+    for who in (name for name in found if name != OURS):
+        pairs = zip(values[OURS], values[who], strict=True)
+        ratios = [a / b if name == ROLLOUTS else b / a for a, b in pairs]
+        ratio[who], interval[who] = statistics.median(ratios), median_interval(ratios)
+    return {
+        "name": name,
+        "values": values,
+        "tokens": {w: statistics.mean(turn.tokens for turn in e) for w, e in found.items()},
+        "ratio": ratio,
+        "interval": interval,
+    }
+
+
+def measure_rollouts(
+    ours: Ours, peers: Mapping[str, Worker], *, stops: Sequence[int], length: int, rounds: int
+) -> dict[str, Any]:
+    """Answers to as many different prompts as are sampled at once."""
+    rows = ours.tasks(AT_ONCE * (rounds + 1), seed=1)
+    each = [ours.rendered(row)[1] for row in rows]
+
+    def prompts(number: int) -> list[list[int]]:
+        return each[AT_ONCE * number : AT_ONCE * (number + 1)]
+
+    contestants: Contestants = {
+        OURS: lambda number: ours.generate(prompts(number), seed=1000 * number),
+        SAME: lambda number: peers[SAME].turn(
+            "generate", prompts=prompts(number), max_tokens=ours.max_tokens, stops=stops
+        ),
+        DENSE: lambda number: peers[DENSE].turn(
+            "generate", prompts=prompts(number), max_tokens=length, stops=[]
+        ),
+    }
+    return as_figure(ROLLOUTS, alternate(contestants, rounds=rounds))
+
+
+def measure_updates(
+    ours: Ours, peers: Mapping[str, Worker], *, stops: Sequence[int], length: int, rounds: int
+) -> tuple[dict[str, Any], str]:
+    """Whole updates, and TRL's version."""
+    rows = ours.tasks(ours.prompts_per_step * (rounds + 1), seed=2)
+    rendered = [ours.rendered(row) for row in rows]
+    lengths = {SAME: (0, ours.max_tokens), DENSE: (length, length)}
+    started = {
+        name: peers[name].ask(
+            "train",
+            rows=rows,
+            texts=[text for text, _ in rendered],
+            prompts=[ids for _, ids in rendered],
+            stops=stops,
+            group=ours.group,
+            prompts_per_step=ours.prompts_per_step,
+            min_tokens=least,
+            max_tokens=most,
+            learning_rate=LEARNING_RATE,
+            clip_grad_norm=CLIP_GRAD_NORM,
+        )
+        for name, (least, most) in lengths.items()
+    }
+
+    def own(number: int) -> Turn:
+        first = ours.prompts_per_step * number
+        return ours.update(rows[first : first + ours.prompts_per_step], seed=number)
+
+    contestants: Contestants = {OURS: own} | {
+        name: lambda _, peer=peers[name]: peer.turn("step") for name in (SAME, DENSE)
+    }
+    return as_figure(UPDATE, alternate(contestants, rounds=rounds)), started[SAME]["trl"]
+
+
+def stop_tokens(folder: Path) -> list[int]:
+    """The tokens that end an answer."""
+    stops = json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+    return stops if isinstance(stops, list) else [stops]
+
+
+def measure(
+    folder: Path, environments: Sequence[str], *, trl_python: Path | None, rounds: int
+) -> dict[str, Any]:
+    """Models, agreement and figures as they are stored; no figures if the peers disagree."""
+    ours = Ours(folder, environments)
+    costs = model_costs(ours.model.config)
+    dense = dense_dimensions(ours.model.config)
+    stops, figures, trl = stop_tokens(folder), [], "left out"
+    with workers(trl_python or Path(sys.executable), folder, dense) as peers:
+        rollouts = ours.rollouts(ours.tasks(4 * AT_ONCE, seed=0), seed=0)
+        apart = agreement(peers[SAME], rollouts[:AT_ONCE], stops=stops)
+        length = round(statistics.mean(rollout.num_sampled for rollout in rollouts))
+        print(
+            f"log-probabilities differ by {apart['logprobs']:.1e} at most, {apart['rewards']} "
+            f"rewards of {AT_ONCE} differ; answers have {length} tokens"
+        )
+        if apart["logprobs"] <= TOLERANCE and not apart["rewards"]:
+            sizes: dict[str, Any] = {"stops": stops, "length": length, "rounds": rounds}
+            figures.append(measure_rollouts(ours, peers, **sizes))
+            print(figure_line(figures[-1]), flush=True)
+            if trl_python is not None:
+                figure, trl = measure_updates(ours, peers, **sizes)
+                figures.append(figure)
+                print(figure_line(figure))
+        else:
+            print("NOT COMPARED: the programs disagree")
+        parameters = {name: peer.parameters for name, peer in peers.items()}
+    return {
+        "trl": trl,
+        "active_parameters": costs.total_active,
+        "parameters": {OURS: costs.total + costs.mtp_parameters} | parameters,
+        "dense": dense,
+        "at_once": AT_ONCE,
+        "group": ours.group,
+        "mean_length": length,
+        "differences": apart,
+        "figures": figures,
+    }
+
+
+def figure_line(figure: Mapping[str, Any]) -> str:
+    """A figure as a line of text."""
+    unit = "tokens/s" if figure["name"] == ROLLOUTS else "s"
+    cells = [f"{who} {statistics.median(v):.4g} {unit}" for who, v in figure["values"].items()]
+    ratios = [
+        f"{ratio:.2f}x ({figure['interval'][who][0]:.2f} to {figure['interval'][who][1]:.2f}) {who}"
+        for who, ratio in figure["ratio"].items()
+    ]
+    return f"{figure['name']:10}{', '.join(cells)}   {', '.join(ratios)}"
+
+
+def peers_in_words(result: Mapping[str, Any]) -> str:
+    """Sizes and agreement, for the page."""
+    millions = {name: f"{count / 1e6:.2f}M" for name, count in result["parameters"].items()}
+    return (
+        f"{result['active_parameters'] / 1e6:.2f}M active parameters of {millions[OURS]} with MTP; "
+        f"the dense model has {millions[DENSE]} with its input table, and "
+        f"{result['dense']['num_hidden_layers']} layers. Answers have {result['mean_length']} "
+        f"tokens in the mean. Log-probabilities of a batch of rollouts differ by "
+        f"{result['differences']['logprobs']:.0e} at most, rewards by none. TRL {result['trl']}."
+    )
+
+
+def peers_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the table of the page; the first one is its header."""
+    names = (SAME, DENSE)
+    rows = [["", OURS, *names, *(f"against {name}" for name in names)]]
+    for figure in result["figures"]:
+        is_rate = figure["name"] == ROLLOUTS
+        label = (
+            f"rollouts, {result['at_once']} at once, tokens/s"
+            if is_rate
+            else f"an update, {result['at_once'] // result['group']} prompts x {result['group']}, s"
+        )
+        medians = [statistics.median(figure["values"][name]) for name in (OURS, *names)]
+        cells = [f"{x:,.0f}" if is_rate else f"{x:.2f}" for x in medians]
+        spans = [figure["interval"][name] for name in names]
+        ratios = [
+            f"{figure['ratio'][name]:.2f}x ({low:.2f} to {high:.2f})"
+            for name, (low, high) in zip(names, spans, strict=True)
+        ]
+        rows.append([label, *cells, *ratios])
+    return rows
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    environments: Sequence[str] = tuple(each.name for each in tiny_rl().environments),
+) -> None:
+    """Measure, print and write the result; environments of several turns are left out."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="a model directory that answers chats")
+    parser.add_argument("--trl-python", type=Path, metavar="PATH", help="a Python that has TRL")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    given = parser.parse_args(arguments)
+    if given.trl_python is None:
+        print("updates are left out: no --trl-python PATH to a Python that has TRL\n")
+    elif not given.trl_python.exists():
+        parser.error(f"{given.trl_python} does not exist")
+    before = machine.load_average()
+    machine.warn_if_busy(before)
+    retain_freed_memory()  # the peers' processes are started with the same
+    torch.set_num_threads(given.threads)
+    measured = measure(given.model, environments, trl_python=given.trl_python, rounds=given.rounds)
+    result = {
+        "date": date.today().isoformat(),
+        "command": machine.command("benchmarks.rl_peers", arguments),
+        "machine": machine.description()
+        | {"load_before": before, "load_after": machine.load_average()},
+        **measured,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    target = given.out / f"rl_peers-{machine.processor_name()}-{result['date']}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{target}")
+
+
+if __name__ == "__main__":
+    main()
