@@ -9,10 +9,11 @@
   variance, both clip the gradient's norm. The learning rate is so small that answers stay alike.
 
 Peers run two models: the same one in transformers' Nemotron-H, and a dense Qwen3 of the same active
-parameters with random weights, all of whose answers have the mean length of ours, so it pads none.
-Prompts, sampling, stop tokens, rewards, number of threads and float32 are the same. First the
-log-probabilities of a batch of rollouts must agree, or nothing is timed. What is compared are
-ratios of turns of one run.
+parameters with random weights. Its answers are ended at the lengths that ours have; in a further
+column all of them have the mean length, so that nothing is computed for padding. Prompts, sampling,
+rewards, number of threads and float32 are the same. First log-probabilities and rewards of a batch
+of rollouts must agree, or nothing is timed. A turn is done once without counting, and then counts.
+What is compared are ratios of turns of one run.
 
 TRL is not among the dependencies; it runs in an environment of its own:
 
@@ -23,8 +24,10 @@ Without --trl-python the updates are left out.
 """
 
 import argparse
+import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -68,7 +71,8 @@ AT_ONCE = 64
 """Rollouts that are sampled at once, and answers of an update."""
 LEARNING_RATE = 1e-7
 CLIP_GRAD_NORM = 1.0
-OURS, SAME, DENSE = "ours", "the same model", "dense Qwen3"
+OURS, SAME, DENSE, EVEN = "ours", "the same model", "dense Qwen3", "dense, even"
+PEERS = (SAME, DENSE, EVEN)
 ROLLOUTS, UPDATE = "rollouts", "update"
 
 
@@ -213,12 +217,12 @@ class Worker:
 
 @contextmanager
 def workers(python: Path, folder: Path, dense: Mapping[str, Any]) -> Iterator[dict[str, Worker]]:
-    """Both peers, loaded."""
+    """The peers, loaded."""
     with ExitStack() as stack, tempfile.TemporaryDirectory() as logs:
         found: dict[str, Worker] = {}
-        for name, dimensions in ((SAME, None), (DENSE, dense)):
+        for name in PEERS:
             log = Path(logs) / f"{len(found)}.log"
-            found[name] = Worker(python, folder, log, dimensions)
+            found[name] = Worker(python, folder, log, None if name == SAME else dense)
             stack.callback(found[name].close)
         for worker in found.values():
             worker.await_model()
@@ -271,19 +275,32 @@ def agreement(
     }
 
 
+def same_lengths(rollouts: Sequence[Rollout]) -> list[int]:
+    """Lengths of as many answers as are sampled at once, distributed as those of rollouts."""
+    ordered = sorted(rollout.num_sampled for rollout in rollouts)
+    step = len(ordered) / AT_ONCE
+    found = [ordered[int((place + 0.5) * step)] for place in range(AT_ONCE)]
+    return random.Random(0).sample(found, AT_ONCE)
+
+
 Contestants = Mapping[str, Callable[[int], Turn]]
-"""Each does its turn of a round; round 0 warms up."""
+"""Each does its turn of a round."""
 
 
 def alternate(contestants: Contestants, *, rounds: int) -> dict[str, list[Turn]]:
-    """The turns of all, in another order each round, after a round that does not count."""
-    for run in contestants.values():
-        run(0)
+    """The turns of all, in another order each round.
+
+    Each is done twice and counts the second time: after a pause, and after another's work, a
+    processor is slow, and an update follows another of its kind.
+    """
     found: dict[str, list[Turn]] = {name: [] for name in contestants}
-    for number, order in enumerate(turns(list(contestants), rounds=rounds), start=1):
+    for number, order in enumerate(turns(list(contestants), rounds=rounds)):
         for name in order:
             time.sleep(PAUSE_S)
+            contestants[name](number)
             found[name].append(contestants[name](number))
+        last = ", ".join(f"{name} {each[-1].seconds:.2f} s" for name, each in found.items())
+        print(f"  round {number + 1} of {rounds}: {last}", flush=True)
     return found
 
 
@@ -312,59 +329,54 @@ def as_figure(name: str, found: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
 
 
 def measure_rollouts(
-    ours: Ours, peers: Mapping[str, Worker], *, stops: Sequence[int], length: int, rounds: int
+    ours: Ours, peers: Mapping[str, Worker], answers: Mapping[str, Any], *, rounds: int
 ) -> dict[str, Any]:
     """Answers to as many different prompts as are sampled at once."""
-    rows = ours.tasks(AT_ONCE * (rounds + 1), seed=1)
+    rows = ours.tasks(AT_ONCE * rounds, seed=1)
     each = [ours.rendered(row)[1] for row in rows]
+    seeds = itertools.count()
 
     def prompts(number: int) -> list[list[int]]:
         return each[AT_ONCE * number : AT_ONCE * (number + 1)]
 
     contestants: Contestants = {
-        OURS: lambda number: ours.generate(prompts(number), seed=1000 * number),
-        SAME: lambda number: peers[SAME].turn(
-            "generate", prompts=prompts(number), max_tokens=ours.max_tokens, stops=stops
-        ),
-        DENSE: lambda number: peers[DENSE].turn(
-            "generate", prompts=prompts(number), max_tokens=length, stops=[]
-        ),
+        OURS: lambda number: ours.generate(prompts(number), seed=next(seeds))
+    } | {
+        name: lambda number, peer=peers[name], how=answers[name]: peer.turn(
+            "generate", prompts=prompts(number), **how
+        )
+        for name in PEERS
     }
     return as_figure(ROLLOUTS, alternate(contestants, rounds=rounds))
 
 
 def measure_updates(
-    ours: Ours, peers: Mapping[str, Worker], *, stops: Sequence[int], length: int, rounds: int
+    ours: Ours, peers: Mapping[str, Worker], answers: Mapping[str, Any], *, rounds: int
 ) -> tuple[dict[str, Any], str]:
     """Whole updates, and TRL's version."""
-    rows = ours.tasks(ours.prompts_per_step * (rounds + 1), seed=2)
-    rendered = [ours.rendered(row) for row in rows]
-    lengths = {SAME: (0, ours.max_tokens), DENSE: (length, length)}
-    started = {
-        name: peers[name].ask(
+    size = ours.prompts_per_step
+    rows = ours.tasks(size * rounds, seed=2)
+    twice = [row for at in range(0, len(rows), size) for row in rows[at : at + size] * 2]
+    rendered = [ours.rendered(row) for row in twice]
+    started = [
+        peers[name].ask(
             "train",
-            rows=rows,
+            rows=twice,
             texts=[text for text, _ in rendered],
             prompts=[ids for _, ids in rendered],
-            stops=stops,
             group=ours.group,
-            prompts_per_step=ours.prompts_per_step,
-            min_tokens=least,
-            max_tokens=most,
+            prompts_per_step=size,
             learning_rate=LEARNING_RATE,
             clip_grad_norm=CLIP_GRAD_NORM,
+            **answers[name],
         )
-        for name, (least, most) in lengths.items()
-    }
-
-    def own(number: int) -> Turn:
-        first = ours.prompts_per_step * number
-        return ours.update(rows[first : first + ours.prompts_per_step], seed=number)
-
-    contestants: Contestants = {OURS: own} | {
-        name: lambda _, peer=peers[name]: peer.turn("step") for name in (SAME, DENSE)
-    }
-    return as_figure(UPDATE, alternate(contestants, rounds=rounds)), started[SAME]["trl"]
+        for name in PEERS
+    ]
+    seeds = itertools.count()
+    contestants: Contestants = {
+        OURS: lambda number: ours.update(rows[size * number :][:size], seed=next(seeds))
+    } | {name: lambda _, peer=peers[name]: peer.turn("step") for name in PEERS}
+    return as_figure(UPDATE, alternate(contestants, rounds=rounds)), started[0]["trl"]
 
 
 def stop_tokens(folder: Path) -> list[int]:
@@ -385,16 +397,23 @@ def measure(
         rollouts = ours.rollouts(ours.tasks(4 * AT_ONCE, seed=0), seed=0)
         apart = agreement(peers[SAME], rollouts[:AT_ONCE], stops=stops)
         length = round(statistics.mean(rollout.num_sampled for rollout in rollouts))
+        answers = {
+            name: {"stops": stops, "min_tokens": least, "max_tokens": most, "lengths": lengths}
+            for name, least, most, lengths in (
+                (SAME, 0, ours.max_tokens, None),
+                (DENSE, 0, ours.max_tokens, same_lengths(rollouts)),
+                (EVEN, length, length, None),
+            )
+        }
         print(
             f"log-probabilities differ by {apart['logprobs']:.1e} at most, {apart['rewards']} "
             f"rewards of {AT_ONCE} differ; answers have {length} tokens"
         )
         if apart["logprobs"] <= TOLERANCE and not apart["rewards"]:
-            sizes: dict[str, Any] = {"stops": stops, "length": length, "rounds": rounds}
-            figures.append(measure_rollouts(ours, peers, **sizes))
+            figures.append(measure_rollouts(ours, peers, answers, rounds=rounds))
             print(figure_line(figures[-1]), flush=True)
             if trl_python is not None:
-                figure, trl = measure_updates(ours, peers, **sizes)
+                figure, trl = measure_updates(ours, peers, answers, rounds=rounds)
                 figures.append(figure)
                 print(figure_line(figure))
         else:
@@ -438,8 +457,7 @@ def peers_in_words(result: Mapping[str, Any]) -> str:
 
 def peers_table(result: Mapping[str, Any]) -> list[list[str]]:
     """The rows of the table of the page; the first one is its header."""
-    names = (SAME, DENSE)
-    rows = [["", OURS, *names, *(f"against {name}" for name in names)]]
+    rows = [["", OURS, *PEERS, *(f"against {name}" for name in PEERS)]]
     for figure in result["figures"]:
         is_rate = figure["name"] == ROLLOUTS
         label = (
@@ -447,12 +465,12 @@ def peers_table(result: Mapping[str, Any]) -> list[list[str]]:
             if is_rate
             else f"an update, {result['at_once'] // result['group']} prompts x {result['group']}, s"
         )
-        medians = [statistics.median(figure["values"][name]) for name in (OURS, *names)]
+        medians = [statistics.median(figure["values"][name]) for name in (OURS, *PEERS)]
         cells = [f"{x:,.0f}" if is_rate else f"{x:.2f}" for x in medians]
-        spans = [figure["interval"][name] for name in names]
+        spans = [figure["interval"][name] for name in PEERS]
         ratios = [
             f"{figure['ratio'][name]:.2f}x ({low:.2f} to {high:.2f})"
-            for name, (low, high) in zip(names, spans, strict=True)
+            for name, (low, high) in zip(PEERS, spans, strict=True)
         ]
         rows.append([label, *cells, *ratios])
     return rows

@@ -86,13 +86,42 @@ def logprobs(model: nn.Module, command: Command) -> dict[str, Any]:
     return {"logprobs": [row[:n].tolist() for row, n in zip(found, lengths, strict=True)]}
 
 
+class EndsAt:
+    """A logits processor that ends every answer of a batch at a length of its own."""
+
+    def __init__(self, prompt: int, lengths: Sequence[int], stops: Sequence[int]) -> None:
+        """`prompt` is the length of the padded prompts."""
+        self._prompt, self._lengths, self._stops = prompt, torch.tensor(lengths), list(stops)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Only a stop token where an answer ends, and none elsewhere."""
+        ends = self._lengths == ids.shape[1] - self._prompt + 1
+        scores[:, self._stops] = -torch.inf
+        scores[ends] = -torch.inf
+        scores[ends, self._stops[0]] = 0.0
+        return scores
+
+
+def fix_lengths(model: Any, lengths: Sequence[int], stops: Sequence[int]) -> None:
+    """Have `generate` give batches of these lengths, whoever calls it."""
+    plain = type(model).generate.__get__(model)
+
+    def generate(*args: Any, **options: Any) -> Tensor:
+        processor = EndsAt(options["input_ids"].shape[1], lengths, stops)
+        return plain(*args, logits_processor=[processor], **options)
+
+    model.generate = generate
+
+
 @torch.inference_mode()
 def generate(model: Any, command: Command) -> dict[str, Any]:
-    """Sample an answer to each prompt; without `stops` all have `max_tokens` tokens.
+    """Sample an answer to each prompt.
 
     An answer's tokens count to its own end, and the time until all have ended.
     """
-    stops = command["stops"] or None
+    stops = command["stops"]
+    if command["lengths"]:
+        fix_lengths(model, command["lengths"], stops)
     start = time.perf_counter()
     ids, mask = padded(command["prompts"], left=True)
     out = model.generate(
@@ -102,13 +131,14 @@ def generate(model: Any, command: Command) -> dict[str, Any]:
         temperature=1.0,
         top_p=1.0,
         top_k=0,
+        min_new_tokens=command["min_tokens"],
         max_new_tokens=command["max_tokens"],
         eos_token_id=stops,
         pad_token_id=0,
     )
     seconds = time.perf_counter() - start
     answers = out[:, ids.shape[1] :].tolist()
-    return {"seconds": seconds, "tokens": sum(_length(answer, stops or ()) for answer in answers)}
+    return {"seconds": seconds, "tokens": sum(_length(answer, stops) for answer in answers)}
 
 
 def _length(answer: Sequence[int], stops: Sequence[int]) -> int:
@@ -150,6 +180,8 @@ class Judge:
 
 def train(model: Any, folder: Path, socket: Socket, command: Command) -> None:
     """Have TRL's trainer make updates of the prompts, `group` answers each, one for each line."""
+    if command["lengths"]:
+        fix_lengths(model, command["lengths"], command["stops"])
     from datasets import Dataset  # noqa: PLC0415 - TRL is only where the worker trains
     from transformers import AutoTokenizer, TrainerCallback  # noqa: PLC0415
     from trl import GRPOConfig, GRPOTrainer  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
@@ -220,6 +252,19 @@ def train(model: Any, folder: Path, socket: Socket, command: Command) -> None:
         trainer.train()
 
 
+def answered(command: Command, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """The answer to a command that needs no TRL."""
+    match command["do"]:
+        case "logprobs":
+            return logprobs(model, command)
+        case "judge":
+            judge = Judge(folder, command["stops"])
+            return {"rewards": judge.rewards(command["answers"], command["rows"])}
+        case "generate":
+            return generate(model, command)
+    raise ValueError(f"command {command['do']!r} is none of logprobs, judge, generate, train")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Answer the lines of standard input until it ends."""
     socket, folder = Socket(), Path(arguments[0])
@@ -228,16 +273,10 @@ def main(arguments: Sequence[str]) -> None:
     model = load_theirs(folder) if dense is None else dense_model(dense)
     socket.send({"parameters": sum(p.numel() for p in model.parameters())})
     while (command := socket.receive()) is not None:
-        match command["do"]:
-            case "logprobs":
-                socket.send(logprobs(model, command))
-            case "generate":
-                socket.send(generate(model, command))
-            case "judge":
-                judge = Judge(folder, command["stops"])
-                socket.send({"rewards": judge.rewards(command["answers"], command["rows"])})
-            case "train":
-                train(model, folder, socket, command)
+        if command["do"] == "train":
+            train(model, folder, socket, command)
+        else:
+            socket.send(answered(command, model, folder))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The benchmark of reinforcement learning beside its peers, at toy size and without TRL."""
 
 import json
+import sys
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from benchmarks.rl_peers import DENSE, OURS, ROLLOUTS, SAME, UPDATE, Turn, as_figure
-from benchmarks.rl_peers_worker import Judge
+import torch
+from benchmarks.models import load_theirs
+from benchmarks.rl_peers import DENSE, EVEN, OURS, PEERS, ROLLOUTS, SAME, UPDATE, Turn, as_figure
+from benchmarks.rl_peers_worker import EndsAt, Judge, answered, dense_model
 
 from benchmarks import page, rl_peers, timing
 from nemotron3.environments.letter_counting import LetterCounting
@@ -22,10 +27,28 @@ def _at_once(monkeypatch):
     monkeypatch.setattr(rl_peers, "AT_ONCE", 8)
 
 
+class Here(rl_peers.Worker):
+    """A peer in this process, which starts at once."""
+
+    parameters = 1
+
+    def __init__(self, folder, dense=None):
+        self._folder = folder
+        self._model = load_theirs(folder) if dense is None else dense_model(dense)
+
+    def ask(self, what, **fields):
+        return json.loads(json.dumps(answered({"do": what, **fields}, self._model, self._folder)))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_at_once")
-def test_rollouts_are_compared_where_the_programs_agree(tmp_path, capsys):
+def test_rollouts_are_compared_where_the_programs_agree(tmp_path, capsys, monkeypatch):
     model = save_policy(tmp_path / "model")
+
+    def workers(_, folder, dense):
+        return nullcontext({n: Here(folder, None if n == SAME else dense) for n in PEERS})
+
+    monkeypatch.setattr(rl_peers, "workers", workers)
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 11]}')
     command = [str(model), "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
     rl_peers.main(command, environments=("letter_counting", "calculator"))
@@ -35,12 +58,21 @@ def test_rollouts_are_compared_where_the_programs_agree(tmp_path, capsys):
     assert result["differences"]["rewards"] == 0
     (figure,) = result["figures"]
     assert figure["name"] == ROLLOUTS
-    assert figure["tokens"][DENSE] == 8 * result["mean_length"]
+    assert figure["tokens"][EVEN] == 8 * result["mean_length"]
+    assert figure["tokens"][DENSE] == pytest.approx(figure["tokens"][EVEN], rel=0.2)
     assert 0 < figure["tokens"][SAME] <= 8 * 48
-    assert figure["ratio"].keys() == {SAME, DENSE}
+    assert figure["ratio"].keys() == {SAME, DENSE, EVEN}
     assert "updates are left out" in capsys.readouterr().out
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert "| rollouts, 8 at once, tokens/s |" in text
+
+
+@pytest.mark.slow
+def test_a_peer_that_ends_leaves_its_last_words(tmp_path):
+    worker = rl_peers.Worker(Path(sys.executable), tmp_path / "nothing", tmp_path / "log")
+    with pytest.raises(SystemExit, match=r"a peer has ended.*(?s:.)*nothing"):
+        worker.await_model()
+    worker.close()
 
 
 class Certain:
@@ -57,7 +89,7 @@ class Certain:
 @pytest.mark.usefixtures("_at_once")
 def test_nothing_is_timed_while_the_programs_disagree(tmp_path, capsys, monkeypatch):
     model = save_policy(tmp_path / "model")
-    peers = nullcontext({SAME: Certain(), DENSE: Certain()})
+    peers = nullcontext(dict.fromkeys(PEERS, Certain()))
     monkeypatch.setattr(rl_peers, "workers", lambda *_: peers)
     result = rl_peers.measure(model, ("letter_counting",), trl_python=None, rounds=1)
     assert result["figures"] == []
@@ -87,6 +119,24 @@ def test_the_peers_judge_wants_a_right_answer_that_has_ended(tmp_path):
     )
     judge = Judge(folder, [2, 11])
     assert judge.rewards([right, wrong, right[:-1]], [row] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_every_answer_ends_at_its_own_length():
+    ends = EndsAt(3, [1, 2, 2], [5, 2])
+    drawn = torch.zeros(3, 3 + 2, dtype=torch.int64)
+    for step in range(2):
+        scores = ends(drawn[:, : 3 + step], torch.zeros(3, 7))
+        drawn[:, 3 + step] = scores.argmax(-1)
+        assert torch.equal(scores.isfinite().sum(-1) == 1, ends._lengths == step + 1)
+    assert [row.index(5) - 2 for row in drawn.tolist()] == [1, 2, 2]
+
+
+def test_lengths_are_distributed_as_those_of_rollouts():
+    rollouts = [SimpleNamespace(num_sampled=n) for n in (*range(1, 129), *[48] * 128)]
+    found = rl_peers.same_lengths(rollouts)
+    assert len(found) == rl_peers.AT_ONCE
+    assert sum(found) / len(found) == pytest.approx((64.5 + 48) / 2, rel=0.02)
+    assert max(found) > 120
 
 
 def test_a_ratio_above_one_says_that_ours_is_faster():
