@@ -12,7 +12,7 @@ from benchmarks.models import load_theirs
 from benchmarks.rl_peers import DENSE, EVEN, OURS, PEERS, ROLLOUTS, SAME, UPDATE, Turn, as_figure
 from benchmarks.rl_peers_worker import EndsAt, Judge, answered, dense_model
 
-from benchmarks import page, rl_peers, timing
+from benchmarks import machine, page, rl_peers, timing
 from nemotron3.environments.letter_counting import LetterCounting
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import model_costs
@@ -100,7 +100,7 @@ def test_nothing_is_timed_while_the_programs_disagree(tmp_path, capsys, monkeypa
 @pytest.mark.usefixtures("_at_once")
 def test_an_update_is_made_of_every_answer(tmp_path):
     model = save_policy(tmp_path / "model")
-    ours = rl_peers.Ours(model, ("letter_counting",))
+    ours = rl_peers.Ours(model, ("letter_counting",), at_once=8)
     before = ours.model.lm_head.weight.detach().clone()
     turn = ours.update(ours.tasks(1, seed=0), seed=0)
     assert 8 <= turn.tokens <= 8 * 48
@@ -137,6 +137,22 @@ def test_lengths_are_distributed_as_those_of_rollouts():
     assert len(found) == rl_peers.AT_ONCE
     assert sum(found) / len(found) == pytest.approx((64.5 + 48) / 2, rel=0.02)
     assert max(found) > 120
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system says it in /proc")
+def test_own_work_is_not_that_of_others(monkeypatch):
+    busy, own = [100.0], [10.0]
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: busy[0])
+    monkeypatch.setattr(machine, "_own_seconds", lambda: own[0])
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: busy[0])
+    others = machine.OtherPrograms()
+    busy[0], own[0] = 110.0, 20.0
+    assert others.share() == 0.0
+    own[0] = 15.0
+    assert others.share() == 0.25
+    monkeypatch.undo()
+    assert machine._busy_seconds() > machine._own_seconds() > 0
 
 
 def test_a_ratio_above_one_says_that_ours_is_faster():
