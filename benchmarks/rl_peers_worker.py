@@ -204,7 +204,8 @@ def train(model: Any, folder: Path, socket: Socket, command: Command) -> None:
         started = 0.0
 
         def _await_line(self) -> None:
-            socket.receive()
+            if socket.receive() is None:
+                raise SystemExit("the benchmark has ended")
             self.started = time.perf_counter()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
