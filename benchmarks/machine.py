@@ -143,6 +143,44 @@ def warn_if_busy(load: float) -> None:
         print(f"WARNING: the load average is {load}; figures of a busy machine are noise\n")
 
 
+class OtherPrograms:
+    """Which share of the processors other programs take, from its creation on.
+
+    A comparison in which threads wait for each other says nothing while another program computes:
+    some waiting threads keep a processor busy, and the one they wait for does not get it.
+    """
+
+    def __init__(self) -> None:
+        self._start, self._busy, self._own = time.perf_counter(), _busy_seconds(), _own_seconds()
+
+    def share(self) -> float | None:
+        """The mean share so far, of all processors, with children that have ended counted as ours.
+
+        None where the system does not say.
+        """
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        seconds = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        others = busy - self._busy - (_own_seconds() - self._own)
+        return max(0.0, others / seconds)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds for which the processors have worked since the start of the system."""
+    file = Path("/proc/stat")
+    if not file.exists():
+        return None
+    ticks = [int(word) for word in file.read_text().split("\n")[0].split()[1:]]
+    user, nice, system, _idle, _wait, irq, softirq, stolen = ticks[:8]
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def _best_s(action: Callable[[], object], seconds: float) -> float:
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -21,6 +21,7 @@ from benchmarks.gpu.tuning import TUNING
 from benchmarks.machine import BUSY, limits_in_words
 from benchmarks.products import product_table
 from benchmarks.profile_layers import decoding_table, training_table
+from benchmarks.rl_peers import peers_in_words, peers_table
 from benchmarks.weights import weights_table
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,7 @@ def render(text: str, results: Path) -> str:
         "serving": "\n".join(_serving(path) for path in _newest_of_each(results, "serving")),
         "load": "\n".join(_load(path) for path in _newest(results, "load-*.json")),
         "sharing": "\n".join(_sharing(path) for path in _newest_of_each(results, "sharing")),
+        "rl_peers": "\n".join(_rl_peers(path) for path in _newest_of_each(results, "rl_peers")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
         "inference": "\n".join(
             _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
@@ -239,6 +241,12 @@ def _sharing(path: Path) -> str:
         spread = f"{line['share_min']:.0%} to {line['share_max']:.0%}"
         rows.append([name, f"{line['share']:.0%}", spread])
     return f"{_origin(result)}\n{table(rows)}"
+
+
+def _rl_peers(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = f"{table(peers_table(result))}" if result["figures"] else "Not compared.\n"
+    return f"{_origin(result)}\n{peers_in_words(result)}\n\n{rows}"
 
 
 def _origin(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from nemotron3.config import to_record
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.load import RECIPES
+from tests.readable_json import readable_json
 
 FOLDER = Path(__file__).parent
 _PROJECTIONS = "in_proj,q_proj,k_proj,v_proj,o_proj"
@@ -55,19 +56,5 @@ def read(name: str) -> Any:
 def write() -> None:
     """Write every file anew."""
     for name, record in golden_records().items():
-        text = json.dumps(record, indent=1, ensure_ascii=False)
         # Shapes and other lists of numbers on one line: a page of commas shows no difference.
-        text = _on_one_line(text)
-        (FOLDER / name).write_text(text + "\n", encoding="utf-8")
-
-
-def _on_one_line(text: str) -> str:
-    lines: list[str] = []
-    depth = 0
-    for line in text.splitlines():
-        if depth:
-            lines[-1] += line.strip() + (" " if line.endswith(",") else "")
-        else:
-            lines.append(line)
-        depth += line.rstrip().endswith("[") - line.strip().startswith("]")
-    return "\n".join(line.rstrip() for line in lines)
+        (FOLDER / name).write_text(readable_json(record), encoding="utf-8")
