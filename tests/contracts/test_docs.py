@@ -100,7 +100,11 @@ def test_commands_can_be_typed(line):
     if known.verb in ("sft", "rl"):  # their values depend on a model's directory
         assert rest
         assert not rest[0].startswith("-"), "a model or a recipe comes first"
-        assert known.data if known.verb == "sft" else known.environment
+        if rest[0] in RECIPES:
+            run = load_recipe(rest.pop(0))
+            assert override(run, rest, prog=line, other_options=[]) != run or not rest
+        else:
+            assert known.data if known.verb == "sft" else known.environment
         return
     if known.verb != "pretrain":
         assert not rest, f"unknown: {rest}"
