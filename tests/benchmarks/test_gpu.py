@@ -58,7 +58,7 @@ def timings(value):
     "name",
     [
         pytest.param(
-            name, marks=[pytest.mark.slow, pytest.mark.timeout(900)] * (name in TAKES_LONG)
+            name, marks=[pytest.mark.long, pytest.mark.timeout(900)] * (name in TAKES_LONG)
         )
         for name in [*NAMES, "tuning"]
     ],

@@ -8,7 +8,7 @@ from benchmarks import load
 from tests.inference.texts import text_model, tokenizer
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_storm_is_weathered_and_recorded(tmp_path, capsys):
     text_model().save_pretrained(tmp_path / "model")
     tokenizer().save(tmp_path / "model")

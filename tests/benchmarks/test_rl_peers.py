@@ -40,7 +40,7 @@ class Here(rl_peers.Worker):
         return json.loads(json.dumps(answered({"do": what, **fields}, self._model, self._folder)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_at_once")
 def test_rollouts_are_compared_where_the_programs_agree(tmp_path, capsys, monkeypatch):
     model = save_policy(tmp_path / "model")

@@ -15,7 +15,7 @@ def test_lines_have_medians_and_ranges():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_everything_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sharing, "BUSY", (1,))

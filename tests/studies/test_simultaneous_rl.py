@@ -123,7 +123,7 @@ def test_the_command_line_lists_explains_and_refuses(capsys):
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_study_is_resumed_extended_and_published(policy, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(policy, model)

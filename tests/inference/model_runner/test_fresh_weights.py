@@ -56,7 +56,7 @@ def plain_copy(model):
     return copy
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -94,7 +94,7 @@ def test_whatever_changes_is_used(name, how, tmp_path):
     assert moved_drafts or not config.pattern.num_mtp_depths
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("weights", FORMATS)
 def test_whatever_changes_is_quantized_anew(weights):
     config = CONFIGS["every layer"]

@@ -123,7 +123,7 @@ def test_steps_are_those_of_the_model(model, assert_close, device):
     assert (device.captures, device.replays) == (3, 5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("poisoned_memory")
 def test_rows_are_padded_and_padding_leaves_everyone_alone(model, assert_close, device):
     lengths = [3 + i % 5 for i in range(18)]
@@ -168,7 +168,7 @@ def test_the_comparison_transformer_too(assert_close, device):
         same(runner.decode(tokens, [1, 0]), plainly(model, caches[1], tokens, [1, 0]), assert_close)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_that_moves_is_captured_anew(model, assert_close, device):
     ours, theirs = fed(model, [60]), fed(model, [60])
     runner = ModelRunner(model, ours, make_pool=device.pool)
@@ -181,7 +181,7 @@ def test_memory_that_moves_is_captured_anew(model, assert_close, device):
     assert device.captures == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_the_engine_steps_by_graphs(drafts, device):
     """Both the model and the draft block use graphs."""
