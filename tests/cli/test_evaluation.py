@@ -46,6 +46,8 @@ def test_environments_and_text_are_measured_and_recorded(policy, tmp_path, capsy
     said = capsys.readouterr().out
     assert "12 different held-out tasks of each environment, sampled at temperature 1" in said
     assert "is_answerable = yes" in said
+    mean = sum(each.reward.mean for each in found.environments.values()) / 2
+    assert f"mean of environments       {mean:.3f}\n" in said
     assert "bits/byte" in said
     assert found.settings.difficulties == {"lookup": 0.0, "multiple_choice": 0.1}
     assert list(found.environments) == ["lookup", "multiple_choice"]
