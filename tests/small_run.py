@@ -111,3 +111,13 @@ class StopAt(RunCallback):
     def trained(self, report):
         if report.step == self.step:
             raise StoppedError
+
+
+class Listener(RunCallback):
+    """Hears what a run says."""
+
+    def __init__(self):
+        self.said = []
+
+    def stage(self, message):
+        self.said.append(message)

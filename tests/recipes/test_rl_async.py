@@ -16,13 +16,13 @@ from nemotron3.recipes import rl_ahead
 from nemotron3.recipes.memory import run_plan
 from nemotron3.recipes.rl_ahead import dropped_rollouts
 from nemotron3.recipes.rl_player import RLPlayer
-from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.generator import AsyncConfig, RolloutGenerator
 from nemotron3.rl.weight_sync import weights_checksum
 from tests.recipes.small_rl import die_after, metrics_of, small
+from tests.small_run import Listener
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,6 @@ def _ends_its_threads():
     yield
     assert not any(thread.name == "rollouts" for thread in threading.enumerate())
     assert torch.get_num_threads() == threads
-
-
-class Listener(RunCallback):
-    def __init__(self):
-        self.said = []
-
-    def stage(self, message):
-        self.said.append(message)
 
 
 def watched(monkeypatch):

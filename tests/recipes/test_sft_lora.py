@@ -14,11 +14,11 @@ from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.lora import LoRAConfig, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.adapters import merge_adapter_directory
-from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_sft import sft
 from nemotron3.recipes.sft import SFTRun
 from tests.recipes.test_sft import metrics_of, rows, small
 from tests.rl.playground import save_policy
+from tests.small_run import Listener
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 
@@ -40,14 +40,6 @@ def tuned(base, chats, runs, *, lora=LORA, callback=None, **training):
     return sft(run, runs=runs, callback=callback)
 
 
-class Listener(RunCallback):
-    def __init__(self):
-        self.stages = []
-
-    def stage(self, message):
-        self.stages.append(message)
-
-
 def answers(llm):
     params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=1)
     output = llm.chat([{"role": "user", "content": "clock road"}], params)[0].outputs[0]
@@ -59,7 +51,7 @@ def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):
     summary = tuned(base, chats, tmp_path / "runs", callback=listener)
     folder = tmp_path / "runs" / "small"
     assert summary.loss["all"] < summary.loss_before["all"]
-    said = next(stage for stage in listener.stages if stage.startswith("Trained are"))
+    said = next(stage for stage in listener.said if stage.startswith("Trained are"))
     assert "routed experts" in said
     assert "router                          frozen" in said
 
