@@ -165,8 +165,9 @@ def _environment_lines(found: Evaluation) -> list[str]:
         lines.append(_environment_line(name, result))
         for label, groups in result.by_label.items():
             lines += [_label_line(label, value, mean) for value, mean in groups.items()]
-    if len(found.environments) > 1:
-        means = [result.reward.mean for result in found.environments.values()]
+    rewards = [result.reward for result in found.environments.values()]
+    means = [reward.mean for reward in rewards if reward is not None]
+    if len(means) == len(rewards) > 1:
         lines.append(f"{'mean of environments':<24}{sum(means) / len(means):>8.3f}")
     return lines
 
