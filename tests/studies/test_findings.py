@@ -140,7 +140,7 @@ def published(cells, study):
         device="a <CPU>",
         study=study,
         timing=TIMING,
-        plan=make_plan(study, TIMING),
+        plan=make_plan(study, TIMING, jobs=2),
         cells=tuple(cells),
         findings=tuple(findings_of(study, cells)),
     )
@@ -158,14 +158,14 @@ def test_costs_are_counted_by_hand():
 def test_a_budget_decides_updates_and_seeds(update_s):
     study = quick_study("model")
     timing = replace(TIMING, update_s=update_s)
-    plan = make_plan(study, timing)
+    plan = make_plan(study, timing, jobs=2)
     assert plan.steps % study.num_stages == 0
     if plan.expected_s > study.budget_s:
         assert (plan.num_seeds, plan.steps) == (1, study.num_stages)
         assert "too slow for 16 min" in statement(study, timing, plan)[-1]
     else:
         longer = replace(study, steps=plan.steps + study.num_stages, budget_s=None)
-        assert make_plan(replace(longer, num_seeds=plan.num_seeds), timing).expected_s > 960
+        assert make_plan(replace(longer, num_seeds=plan.num_seeds), timing, jobs=2).expected_s > 960
 
 
 def test_what_seeds_can_show_is_said_beforehand():
@@ -175,7 +175,7 @@ def test_what_seeds_can_show_is_said_beforehand():
         math.sqrt(1.5 * (0.5 * 0.5 / 50 + 0.8 * 0.2 / 50)) / 2
     )
     assert three.at_least == pytest.approx(three.deviations * three.sampling_deviation)
-    said = " ".join(statement(study_of(), TIMING, make_plan(study_of(), TIMING)))
+    said = " ".join(statement(study_of(), TIMING, make_plan(study_of(), TIMING, jobs=2)))
     assert "15 cells: 5 arms x 1 learning rate (0.001) x 3 seeds, each 2 updates" in said
     assert f"{three.at_least:.3f} in mean reward" in said
 

@@ -118,6 +118,7 @@ def test_the_command_line_lists_explains_and_refuses(capsys):
         (["--quick", "--steps", "10"], "--steps is 10; every one of the 4 environments"),
         (["--learning-rates", "1e-3", "1e-3"], "--learning-rates is (0.001, 0.001)"),
         (["--held-out-tasks", "0"], "--held-out-tasks is 0"),
+        (["--jobs", "0"], "--jobs is 0; it must be 1 or more"),
     ):
         assert main(["study", "simultaneous-rl", *options]) == 2
         assert said in capsys.readouterr().err
@@ -131,9 +132,9 @@ def test_a_whole_study_is_resumed_extended_and_published(policy, tmp_path, monke
     runs = tmp_path / "runs"
     die_at_save(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        simultaneous_rl(study, runs=runs)
+        simultaneous_rl(study, runs=runs, jobs=1)
     die_at_save(monkeypatch, None)
-    one = simultaneous_rl(study, runs=runs)
+    one = simultaneous_rl(study, runs=runs, jobs=1)
     assert {done.cell.arm for done in one.cells} == set(Arm)
     assert len({done.rollouts for done in one.cells if done.failure is None}) == 1
     assert one.plan.smallest_effect.deviations is None

@@ -23,7 +23,14 @@ def study_command(known: argparse.Namespace) -> int:
             print(f"{name}  {question}")
         return 0
     study = chosen_study(known)
-    result = watched(lambda callback: simultaneous_rl(study, runs=known.runs, callback=callback))
+    try:
+        result = watched(
+            lambda callback: simultaneous_rl(
+                study, runs=known.runs, callback=callback, jobs=known.jobs
+            )
+        )
+    except ConfigError as error:
+        raise error.renamed({"jobs": "--jobs"}) from error
     folder: Path = known.runs / "studies" / study.name
     print("\n".join(["", *verdicts(result), ""]))
     for what, file in (

@@ -69,12 +69,19 @@ def add_study_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
         type=float,
         nargs="+",
         metavar="LR",
-        help="peak learning rates (default 1e-4 4e-4 1e-3; --quick: 4e-4)",
+        help="peak learning rates (default 1e-4 3e-4 1e-3; --quick: 3e-4)",
     )
     one.add_argument(
         "--held-out-tasks",
         type=int,
         metavar="N",
         help="of each environment, played after every stage (default 100; --quick: 60)",
+    )
+    one.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="cells that are trained at once, each with its share of the processors (default one "
+        "on each processor, or one on a GPU)",
     )
     one.add_argument("--device", help="auto, cpu or cuda (default auto)")

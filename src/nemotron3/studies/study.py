@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from nemotron3.config import RUN_FILE, from_record, read_record, to_record, write_json, write_run
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.run_folder import RunCallback, differences
+from nemotron3.studies.jobs import Prepare, executed
 
 R = TypeVar("R")
 
@@ -67,35 +68,51 @@ def result_file(folder: Path, cell: str) -> Path:
     return folder / "cells" / f"{cell}.json"
 
 
+def work_folder(folder: Path, cell: str) -> Path:
+    """Where an unfinished cell keeps what it has so far."""
+    return folder / "work" / cell
+
+
 def run_cells(
     folder: Path,
     cells: Mapping[str, float],
-    execute: Callable[[str, Path], R],
+    prepare: Prepare[R],
     cls: type[R],
     *,
     callback: RunCallback,
+    within: RunCallback | None = None,
+    jobs: int = 1,
 ) -> dict[str, R]:
-    """The results of all cells; those without one are executed, in the order given.
+    """The results of all cells; those without one are executed, begun in the order given.
 
-    `cells` are their names with the seconds that each is expected to take. `execute(name, work)`
-    may leave anything in the folder `work` to go on from after an interruption.
+    `cells` are their names with the seconds that each is expected to take. `prepare` makes what
+    executes a cell, given its name; it may leave anything in `work_folder` to go on from after an
+    interruption. `jobs` cells are executed at once. `callback` hears which cells begin, and
+    `within` what happens inside of them.
     """
     files = {name: result_file(folder, name) for name in cells}
     left = [name for name in cells if not files[name].exists()]
     for name in cells.keys() - {*left}:  # an end between the result and this deletion leaves it
-        shutil.rmtree(folder / "work" / name, ignore_errors=True)
+        shutil.rmtree(work_folder(folder, name), ignore_errors=True)
     if len(left) < len(cells):
         callback.stage(f"{len(cells) - len(left)} of {len(cells)} cells are finished")
+    begun: dict[str, float] = {}
     expected = taken = 0.0
-    for place, name in enumerate(left):
+
+    def begin(name: str) -> None:
         pace = taken / expected if expected else 1.0
-        rest = pace * sum(cells[other] for other in left[place:])
-        number = len(cells) - len(left) + place + 1
+        unfinished = [other for other in left if not files[other].exists()]
+        rest = pace * sum(cells[other] for other in unfinished) / min(jobs, len(unfinished))
+        number = len(cells) - len(left) + len(begun) + 1
         callback.stage(f"Cell {number} of {len(cells)}: {name}, about {duration(rest)} left")
-        started, work = time.perf_counter(), folder / "work" / name
-        write_json(files[name], execute(name, work))
-        shutil.rmtree(work, ignore_errors=True)
-        taken += time.perf_counter() - started
+        begun[name] = time.perf_counter()
+
+    for name, result in executed(
+        left, prepare, jobs=jobs, begin=begin, callback=within or RunCallback()
+    ):
+        write_json(files[name], result)
+        shutil.rmtree(work_folder(folder, name), ignore_errors=True)
+        taken += time.perf_counter() - begun[name]
         expected += cells[name]
     return {name: from_record(cls, json.loads(f.read_text("utf-8"))) for name, f in files.items()}
 

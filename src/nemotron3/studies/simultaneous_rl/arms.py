@@ -110,9 +110,17 @@ def run_of(
         warmup_steps=warmup,
         decay_steps=part.steps - warmup,
     )
+    rate = base.training.optimizer.lr
+    groups = tuple(
+        replace(group, lr_scale=group.lr_scale * rate / cell.learning_rate)
+        if group.lr_scale != 1.0
+        else group
+        for group in base.training.parameter_groups
+    )
     training = replace(
         base.training,
         steps=part.steps,
+        parameter_groups=groups,
         optimizer=replace(base.training.optimizer, lr=cell.learning_rate),
         schedule=schedule,
         evaluate_every_steps=part.steps,

@@ -36,8 +36,9 @@ class SimultaneousRL:
     `budget_s`."""
     budget_s: float | None = None
     """Seconds that all cells take together, where `steps` is null."""
-    learning_rates: tuple[float, ...] = (1e-4, 4e-4, 1e-3)
-    """Peak learning rates; each has all arms and seeds."""
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Peak learning rates; each has all arms and seeds. Parameters with a rate of their own
+    (`lr_scale` other than 1), such as the final norm of `tiny-rl`, keep that of `run`."""
     num_seeds: int = 3
     """Repetitions with other tasks and other sampling."""
     replay: float = 0.2
@@ -117,7 +118,7 @@ def quick_study(model: str) -> SimultaneousRL:
         run=_with_environments(tiny_rl(), model, {*QUICK_ENVIRONMENTS}),
         steps=None,
         budget_s=QUICK_BUDGET_S,
-        learning_rates=(4e-4,),
+        learning_rates=(3e-4,),
         num_seeds=2,
         curriculum=CurriculumConfig(pool=64, samples=4),
         held_out_tasks=60,

@@ -74,12 +74,12 @@ def as_markdown(result: StudyResult) -> str:
 def origin(result: StudyResult) -> str:
     """What was trained, where and when."""
     study, plan = result.study, result.plan
-    taken = sum(cell.seconds for cell in result.cells)
+    taken = sum(cell.seconds for cell in result.cells) / plan.jobs
     return (
         f"{result.date}, commit {result.commit[:7]}: {study.run.model}, {len(result.cells)} cells "
         f"of {plan.steps} updates of {study.run.training.batch_size} rollouts in "
         f"{study.num_stages} environments, {counted(plan.num_seeds, 'seed')}. {result.device}, "
-        f"{duration(taken)}."
+        f"{counted(plan.jobs, 'cell')} at once, {duration(taken)}."
     )
 
 

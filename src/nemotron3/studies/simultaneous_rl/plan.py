@@ -21,7 +21,8 @@ _LEAST_STAGE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What this machine needs, measured before the first cell."""
+    """What this machine needs, measured before the first cell, in as many processes at once as
+    will train cells."""
 
     start: Evaluation
     """Of the model that every cell starts from."""
@@ -40,6 +41,8 @@ class Plan:
     steps: int
     """Updates of a cell."""
     num_seeds: int
+    jobs: int
+    """Cells that are trained at once."""
     expected_s: float
     """Wall time of all cells."""
     smallest_effect: SmallestEffect
@@ -88,34 +91,39 @@ def measure_timing(study: SimultaneousRL, held_out: HeldOut, work: Path) -> Timi
     )
 
 
-def make_plan(study: SimultaneousRL, timing: Timing) -> Plan:
+def make_plan(study: SimultaneousRL, timing: Timing, *, jobs: int) -> Plan:
     """Decide the number of updates, and of seeds where there is a budget."""
     steps, num_seeds = study.steps, study.num_seeds
     if steps is None:
-        steps, num_seeds = _fitting(study, timing)
+        steps, num_seeds = _fitting(study, timing, jobs)
     return Plan(
         steps=steps,
         num_seeds=num_seeds,
-        expected_s=_study_s(study, timing, steps, num_seeds),
+        jobs=jobs,
+        expected_s=_study_s(study, timing, steps, num_seeds, jobs),
         smallest_effect=smallest_effect(num_seeds, timing.start),
     )
 
 
-def _fitting(study: SimultaneousRL, timing: Timing) -> tuple[int, int]:
+def _fitting(study: SimultaneousRL, timing: Timing, jobs: int) -> tuple[int, int]:
     """Updates and seeds that fit the budget: rather fewer seeds than stages of few updates."""
     assert study.budget_s is not None
     for num_seeds in range(study.num_seeds, 0, -1):
         stage = 1
-        while _study_s(study, timing, (stage + 1) * study.num_stages, num_seeds) <= study.budget_s:
+
+        def would_take(stage: int, num_seeds: int = num_seeds) -> float:
+            return _study_s(study, timing, stage * study.num_stages, num_seeds, jobs)
+
+        while would_take(stage + 1) <= study.budget_s:
             stage += 1
         if stage >= _LEAST_STAGE:
             return stage * study.num_stages, num_seeds
     return stage * study.num_stages, 1
 
 
-def _study_s(study: SimultaneousRL, timing: Timing, steps: int, num_seeds: int) -> float:
+def _study_s(study: SimultaneousRL, timing: Timing, steps: int, num_seeds: int, jobs: int) -> float:
     arms = sum(cell_s(study, timing, arm, steps) for arm in Arm)
-    return arms * len(study.learning_rates) * num_seeds
+    return arms * len(study.learning_rates) * num_seeds / jobs
 
 
 def cell_s(study: SimultaneousRL, timing: Timing, arm: Arm, steps: int) -> float:
@@ -138,7 +146,8 @@ def statement(study: SimultaneousRL, timing: Timing, plan: Plan) -> list[str]:
         f"{study.num_stages} environments",
         f"Held-out reward of {study.run.model}: {timing.start.mean:.3f}",
         f"An update takes {timing.update_s:.1f} s here, an evaluation {timing.evaluation_s:.1f} s, "
-        f"a run's start and end {timing.run_s:.1f} s: about {duration(plan.expected_s)} in all",
+        f"a run's start and end {timing.run_s:.1f} s, with {counted(plan.jobs, 'cell')} at once: "
+        f"about {duration(plan.expected_s)} in all",
         seen(plan),
     ]
     if study.budget_s is not None and plan.expected_s > study.budget_s:

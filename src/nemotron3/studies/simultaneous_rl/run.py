@@ -1,7 +1,9 @@
 """Carries the study out: timing, the plan and its cost, the cells, and the pages."""
 
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from nemotron3.config import write_json
@@ -13,8 +15,10 @@ from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.runtime.devices import describe_device, resolve_device
+from nemotron3.runtime.processors import processors
+from nemotron3.studies.jobs import Execute, executed
 from nemotron3.studies.simultaneous_rl.arms import Arm, Cell
-from nemotron3.studies.simultaneous_rl.cell import CellResult, HeldOut, run_cell
+from nemotron3.studies.simultaneous_rl.cell import CellResult, Evaluation, HeldOut, run_cell
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
 from nemotron3.studies.simultaneous_rl.findings import findings_of
 from nemotron3.studies.simultaneous_rl.page import as_markdown, write_study_page
@@ -27,7 +31,7 @@ from nemotron3.studies.simultaneous_rl.plan import (
     statement,
 )
 from nemotron3.studies.simultaneous_rl.result import StudyResult
-from nemotron3.studies.study import kept, open_study, result_file, run_cells
+from nemotron3.studies.study import kept, open_study, result_file, run_cells, work_folder
 from nemotron3.training.trainer import StepReport
 
 RESULT_FILE, PAGE_FILE, MARKDOWN_FILE = "result.json", "report.html", "report.md"
@@ -36,45 +40,42 @@ _MAY_CHANGE = ("learning_rates", "num_seeds")
 
 
 def simultaneous_rl(
-    study: SimultaneousRL, *, runs: Path = Path("runs"), callback: RunCallback | None = None
+    study: SimultaneousRL,
+    *,
+    runs: Path = Path("runs"),
+    callback: RunCallback | None = None,
+    jobs: int | None = None,
 ) -> StudyResult:
     """Carry out the study in the folder runs/studies/NAME, from where it stands there.
 
+    `jobs` cells are trained at once; None for one on each processor, or one on a GPU.
     Raises ConfigError for a model that is not there, before anything is written.
     """
+    jobs = _jobs(study, jobs)
     callback = callback or RunCallback()
     _check_model(study.run.model)
     callback.stage(f"Reading {study.run.model}")
-    held_out = HeldOut(study.run, num_tasks=study.held_out_tasks)
+    HeldOut(study.run, num_tasks=study.held_out_tasks)  # what is wrong with it is told now
     _check_pools(study)
     may_change = () if study.steps is None else _MAY_CHANGE
     folder = open_study(study, study.name, runs=runs, may_change=may_change)
     record_input_files(folder, model_files(study.run.model))
-    timing = kept(
-        folder / "timing.json",
-        Timing,
-        lambda: _timed(study, held_out, folder / "work" / "timing", callback),
-    )
-    plan = _plan(study, timing, folder)
+    timing = kept(folder / "timing.json", Timing, lambda: _timed(study, folder, jobs, callback))
+    plan = _plan(study, timing, folder, jobs)
     for line in statement(study, timing, plan):
         callback.stage(line)
     cells = _cells(study, plan)
     expected = {name: cell_s(study, timing, cell.arm, plan.steps) for name, cell in cells.items()}
     left = [name for name in cells if not result_file(folder, name).exists()]
-    updates = _Updates(callback, total=plan.steps * len(left))
-
-    def execute(name: str, work: Path) -> CellResult:
-        return run_cell(
-            study,
-            cells[name],
-            steps=plan.steps,
-            start=timing.start,
-            held_out=held_out,
-            work=work,
-            callback=updates,
-        )
-
-    done = run_cells(folder, expected, execute, CellResult, callback=callback)
+    done = run_cells(
+        folder,
+        expected,
+        partial(_executor, study, cells, plan.steps, timing.start, folder),
+        CellResult,
+        callback=callback,
+        within=_Updates(callback, total=plan.steps * len(left)),
+        jobs=jobs,
+    )
     result = StudyResult(
         command=" ".join(["nemotron3", *sys.argv[1:]]),
         date=datetime.now(UTC).date().isoformat(),
@@ -110,17 +111,62 @@ def _check_pools(study: SimultaneousRL) -> None:
         environment.distinct_tasks(study.curriculum.pool, split=Split.TRAIN, seed=0)
 
 
-def _timed(study: SimultaneousRL, held_out: HeldOut, work: Path, callback: RunCallback) -> Timing:
+def _jobs(study: SimultaneousRL, asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise ConfigError(f"is {asked}; it must be 1 or more", field="jobs")
+    if asked is not None:
+        return asked
+    return processors() if resolve_device(study.run.device).type == "cpu" else 1
+
+
+def _timed(study: SimultaneousRL, folder: Path, jobs: int, callback: RunCallback) -> Timing:
+    """As many processes as will work at once take the time; the slowest one counts."""
     callback.stage("Playing held-out tasks, and timing a few updates")
-    return measure_timing(study, held_out, work)
+    found = executed(
+        [f"timing-{number}" for number in range(jobs)],
+        partial(_timer, study, folder),
+        jobs=jobs,
+        begin=lambda _: None,
+        callback=RunCallback(),
+    )
+    return max((timing for _, timing in found), key=lambda timing: timing.update_s)
 
 
-def _plan(study: SimultaneousRL, timing: Timing, folder: Path) -> Plan:
+def _timer(study: SimultaneousRL, folder: Path) -> Execute[Timing]:
+    held_out = HeldOut(study.run, num_tasks=study.held_out_tasks)
+    return lambda name, _: measure_timing(study, held_out, work_folder(folder, name))
+
+
+def _executor(
+    study: SimultaneousRL,
+    cells: Mapping[str, Cell],
+    steps: int,
+    start: Evaluation,
+    folder: Path,
+) -> Execute[CellResult]:
+    """What executes the cells of a process."""
+    held_out = HeldOut(study.run, num_tasks=study.held_out_tasks)
+
+    def execute(name: str, callback: RunCallback) -> CellResult:
+        return run_cell(
+            study,
+            cells[name],
+            steps=steps,
+            start=start,
+            held_out=held_out,
+            work=work_folder(folder, name),
+            callback=callback,
+        )
+
+    return execute
+
+
+def _plan(study: SimultaneousRL, timing: Timing, folder: Path, jobs: int) -> Plan:
     """The plan that the study began with; of fixed steps, with the cells that are asked for."""
     file = folder / "plan.json"
     if study.steps is None:
-        return kept(file, Plan, lambda: make_plan(study, timing))
-    plan = make_plan(study, timing)
+        return kept(file, Plan, lambda: make_plan(study, timing, jobs=jobs))
+    plan = make_plan(study, timing, jobs=jobs)
     write_json(file, plan)
     return plan
 
