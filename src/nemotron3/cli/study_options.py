@@ -50,13 +50,13 @@ def add_study_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     one.add_argument(
         "--quick",
         action="store_true",
-        help="four environments, one learning rate, two seeds, as many updates as fit 20 minutes",
+        help="four environments, one learning rate, three seeds, as many updates as fit 20 minutes",
     )
     one.add_argument(
         "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
     )
     one.add_argument("--name", help="folder in RUNS/studies (default: the study's name)")
-    one.add_argument("--seeds", type=int, metavar="N", help="repetitions (default 3; --quick: 2)")
+    one.add_argument("--seeds", type=int, metavar="N", help="repetitions (default 3)")
     one.add_argument(
         "--steps",
         type=int,
