@@ -112,7 +112,7 @@ def full_study(model: str) -> SimultaneousRL:
 
 
 def quick_study(model: str) -> SimultaneousRL:
-    """Four environments, one learning rate, three seeds, as many updates as fit: under 20 minutes."""
+    """Four environments, one learning rate, three seeds, what fits: under 20 minutes."""
     return SimultaneousRL(
         name="simultaneous-rl-quick",
         run=_with_environments(tiny_rl(), model, {*QUICK_ENVIRONMENTS}),
