@@ -83,9 +83,9 @@ def test_no_two_trainings_share_their_tasks():
 
 def test_named_studies_are_sound():
     full, quick = full_study("model"), quick_study("model")
-    assert (full.num_stages, full.num_seeds, len(full.learning_rates)) == (9, 3, 3)
-    assert (full.steps, full.prompts, quick.prompts) == (144, 36, 16)
-    assert (quick.num_stages, quick.num_seeds, quick.steps) == (4, 2, None)
+    assert (full.num_stages, full.num_seeds, len(full.learning_rates)) == (9, 4, 3)
+    assert (full.steps, full.prompts, quick.prompts) == (90, 36, 16)
+    assert (quick.num_stages, quick.num_seeds, quick.steps) == (4, 3, None)
 
 
 @pytest.mark.parametrize(
@@ -120,3 +120,17 @@ def test_one_environment_or_uneven_shares_are_refused():
     training = replace(study.run.training, batch_size=64, microbatch_size=64)
     with pytest.raises(ConfigError, match=r"training.batch_size is 64; its 8 prompts"):
         replace(study, run=replace(study.run, training=training))
+
+
+def test_a_sweep_leaves_rates_of_their_own_as_the_recipe_has_them():
+    study = full_study("model")
+    part = parts_of(study, Arm.SIMULTANEOUS, study.steps)[0]
+    base = {group.name: group for group in study.run.training.parameter_groups}
+    norm = base["final norm"].lr_scale * study.run.training.optimizer.lr
+    for rate in study.learning_rates:
+        cell = Cell(arm=Arm.SIMULTANEOUS, learning_rate=rate, seed=0)
+        training = run_of(study, part, 0, cell=cell, model="model", stage=10).training
+        groups = {group.name: group for group in training.parameter_groups}
+        assert training.optimizer.lr == rate
+        assert groups["final norm"].lr_scale * rate == pytest.approx(norm)
+        assert groups["routers"] == base["routers"]

@@ -175,7 +175,9 @@ def test_what_seeds_can_show_is_said_beforehand():
         math.sqrt(1.5 * (0.5 * 0.5 / 50 + 0.8 * 0.2 / 50)) / 2
     )
     assert three.at_least == pytest.approx(three.deviations * three.sampling_deviation)
-    said = " ".join(statement(study_of(), TIMING, make_plan(study_of(), TIMING, jobs=2)))
+    said = " ".join(
+        statement(study_of(num_seeds=3), TIMING, make_plan(study_of(num_seeds=3), TIMING, jobs=2))
+    )
     assert "15 cells: 5 arms x 1 learning rate (0.001) x 3 seeds, each 2 updates" in said
     assert f"{three.at_least:.3f} in mean reward" in said
 

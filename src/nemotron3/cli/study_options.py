@@ -12,7 +12,7 @@ can show are said before the first one begins.
 
   nemotron3 study simultaneous-rl --quick         under 20 minutes on two cores
   nemotron3 study simultaneous-rl                 the whole sweep: hours
-  nemotron3 study simultaneous-rl --seeds 5       two more seeds of a study that has three
+  nemotron3 study simultaneous-rl --seeds 6       two more seeds of a study that has four
 """
 
 _SIMULTANEOUS_RL = """\
@@ -56,12 +56,12 @@ def add_study_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)"
     )
     one.add_argument("--name", help="folder in RUNS/studies (default: the study's name)")
-    one.add_argument("--seeds", type=int, metavar="N", help="repetitions (default 3)")
+    one.add_argument("--seeds", type=int, metavar="N", help="repetitions (default 4; --quick: 3)")
     one.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="updates of a cell, a multiple of the number of environments (default 144; --quick: "
+        help="updates of a cell, a multiple of the number of environments (default 90; --quick: "
         "what fits)",
     )
     one.add_argument(

@@ -39,7 +39,7 @@ class SimultaneousRL:
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Peak learning rates; each has all arms and seeds. Parameters with a rate of their own
     (`lr_scale` other than 1), such as the final norm of `tiny-rl`, keep that of `run`."""
-    num_seeds: int = 3
+    num_seeds: int = 4
     """Repetitions with other tasks and other sampling."""
     replay: float = 0.2
     """Share of the other environments in every batch of the arm that replays them."""
@@ -106,9 +106,9 @@ class SimultaneousRL:
 
 
 def full_study(model: str) -> SimultaneousRL:
-    """All environments of the tiny model, three learning rates, three seeds: hours on two cores."""
+    """All environments of the tiny model, three learning rates, four seeds: hours on two cores."""
     run = _with_environments(tiny_rl(), model, {each.name for each in tiny_rl().environments})
-    return SimultaneousRL(run=run, steps=16 * len(run.environments))
+    return SimultaneousRL(run=run, steps=10 * len(run.environments))
 
 
 def quick_study(model: str) -> SimultaneousRL:
@@ -119,6 +119,7 @@ def quick_study(model: str) -> SimultaneousRL:
         steps=None,
         budget_s=QUICK_BUDGET_S,
         learning_rates=(3e-4,),
+        num_seeds=3,
         curriculum=CurriculumConfig(pool=64, samples=4),
         held_out_tasks=60,
     )
