@@ -72,7 +72,12 @@ class _Worker:
         self._process: BaseProcess = context.Process(
             target=_serve, args=(theirs, prepare, threads), name="cells"
         )
-        self._process.start()
+        # Ctrl-C is for the parent, which ends this; also while Python starts there.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
     def begin(self, cell: str) -> None:
@@ -155,7 +160,7 @@ class _Reports(RunCallback):
 
 def _serve(socket: Connection, prepare: Prepare[Any], threads: int) -> None:
     """What the process does, until the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
         reports, execute = _Reports(socket), None
