@@ -143,7 +143,7 @@ def tiny_rl() -> RLRun:
             for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
         group_size=8,
-        rollouts=RolloutConfig(max_tokens=48, max_context=256, lists_tools=False),
+        rollouts=RolloutConfig(max_tokens=48, max_context=256),
         training=TrainingConfig(
             steps=steps,
             batch_size=27 * 8,

@@ -52,8 +52,6 @@ class RolloutConfig:
     """Most tokens of a whole rollout, prompt included."""
     temperature: float = 1.0
     """Of the sampling; training assumes 1, and 0 takes the most probable tokens."""
-    lists_tools: bool = True
-    """Whether prompts describe the tools; a small model that was trained without knows them."""
     enable_thinking: bool = True
     """Whether turns begin with open reasoning."""
     reasoning_budget: int | None = None
@@ -228,7 +226,7 @@ class RolloutDriver:
     def _task(self, row: Row, group: int, effort: str | None) -> _Task:
         rendered = self._template.render(
             prompt_of(row),
-            tools=tools_of(row) if self._config.lists_tools else None,
+            tools=tools_of(row),
             enable_thinking=self._config.enable_thinking,
             truncate_history_thinking=False,
             effort=effort,
