@@ -6,7 +6,7 @@ for each update, `buffer.jsonl`, so that the lost ones are counted.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,11 @@ import torch
 
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.rl import RLRun
-from nemotron3.recipes.rl_player import own_player
-from nemotron3.recipes.rl_process import ProcessPlayer
+from nemotron3.recipes.rl_engine import run_environments
+from nemotron3.recipes.rl_engines import ProcessEngines
+from nemotron3.recipes.rl_player import RLPlayer, own_player
 from nemotron3.recipes.run_folder import RunFolder
-from nemotron3.rl.generator import AsyncConfig, Player, RolloutGenerator
+from nemotron3.rl.generator import Player, RolloutGenerator
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.weight_sync import PublishedWeights
 
@@ -28,10 +29,13 @@ _BUFFER_FILE = "buffer.jsonl"
 class RolloutsAhead:
     """Plays the rollouts of a run's updates while it trains; a context that ends with training."""
 
-    def __init__(self, run: RLRun, config: AsyncConfig, folder: RunFolder[RLRun]) -> None:
-        self._run, self._config, self._folder = run, config, folder
+    def __init__(
+        self, run: RLRun, folder: RunFolder[RLRun], *, names: Collection[str] | None
+    ) -> None:
+        """`names` are the tensors that training may change, as those of `PublishedWeights`."""
+        self._run, self._config, self._folder = run, run.asynchronous, folder
+        self._names = names
         self._threads = self._threads_before = torch.get_num_threads()
-        self._weights: PublishedWeights | None = None
         self._generator: RolloutGenerator | None = None
         self._dropped = 0
 
@@ -78,32 +82,23 @@ class RolloutsAhead:
     def _begin(self, model: LanguageModel, first: int) -> RolloutGenerator:
         file = self._folder.path / _BUFFER_FILE
         self._dropped = dropped_rollouts(file, first)
-        # The model that plays for an adapter has merged copies, which have no gradients.
-        names = None if self._run.lora is None else model.state_dict().keys()
-        self._weights = PublishedWeights(model, names)
         return RolloutGenerator(
             self._player,
-            self._weights,
+            PublishedWeights(model, self._names),
             self._config,
             first=first,
             last=self._run.training.steps,
             threads=self._threads_before,
+            max_restarts=self._run.engines.max_restarts,
             on_played=partial(_note_played, file),
         )
 
     def _player(self, on_step: Callable[[], None], say: Callable[[str], None]) -> Player:
         run, device, folder = self._run, self._folder.device, self._folder.path
-        if self._config.engine == "process":
-            assert self._weights is not None
-            return ProcessPlayer(
-                run,
-                self._weights,
-                device=device,
-                folder=folder,
-                on_step=on_step,
-                say=say,
-            )
-        return own_player(run, device=device, folder=folder, on_step=on_step, say=say)
+        if not run.engines.num_processes:
+            return own_player(run, device=device, folder=folder, on_step=on_step, say=say)
+        engines = ProcessEngines(run, device=device, threads=self._threads_before, on_step=on_step)
+        return RLPlayer(run, engines, run_environments(run), folder=folder, say=say)
 
 
 def dropped_rollouts(file: Path, first: int) -> int:

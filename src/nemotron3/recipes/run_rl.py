@@ -1,10 +1,11 @@
 """Executes a reinforcement learning run: rollouts, updates, held-out rewards and a report.
 
 By turns, engine and trainer share one model in memory: after an update the engine forgets what the
-old weights computed, and nothing is copied. An update's rollouts follow from its step, the seed and
-the weights, so a run that was interrupted goes on to the same losses.
+old weights computed, and nothing is copied. With `engines.num_processes` there are engines in other
+processes instead, with copies of the weights (`rl_engines.py`). An update's rollouts follow from
+its step, the seed and the weights, so a run that was interrupted goes on to the same losses.
 
-With `asynchronous.max_staleness` a second engine plays the rollouts of the next updates meanwhile
+With `asynchronous.max_staleness` further engines play the rollouts of the next updates meanwhile
 (`rl_ahead.py`); the first one still plays held-out tasks.
 
 With an adapter, the engine's model shares all tensors with the trained one but for those that the
@@ -13,8 +14,8 @@ adapter changes: of them it has merged copies, which are written again after eac
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from nemotron3.environments.rows import prompt_text
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.lora import merge_into, shared_model
+from nemotron3.models.lora import merge_into, merged_copies, shared_model
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
+from nemotron3.models.precision import apply_precision
 from nemotron3.observe.report import write_report
 from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
@@ -39,6 +41,8 @@ from nemotron3.recipes.input_files import check_model_directory, model_files, re
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
+from nemotron3.recipes.rl_engine import RolloutEngine, run_environments
+from nemotron3.recipes.rl_engines import ProcessEngines
 from nemotron3.recipes.rl_player import RLPlayer
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
 from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
@@ -54,7 +58,7 @@ from nemotron3.rl.records import (
     rollout_record,
 )
 from nemotron3.rl.rollouts import failure_of
-from nemotron3.rl.weight_sync import check_rollouts
+from nemotron3.rl.weight_sync import PublishedWeights, check_rollouts
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.training.trained_parameters import trained_text
 from nemotron3.training.trainer import Trainer
@@ -75,15 +79,16 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
     check_model_directory(run.model)
     own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
-    training = _Training(folder, run, callback)
-    record_input_files(folder.path, [*model_files(run.model), *own])
-    folder.record({})
-    with recorded_backends() as backends:
-        before = training.before()
-        training.fit()
-        callback.stage("Writing the model")
-        training.save()
-        after = training.after()
+    with _engines(run, folder.device) as engines:
+        training = _Training(folder, run, callback, engines)
+        record_input_files(folder.path, [*model_files(run.model), *own])
+        folder.record({})
+        with recorded_backends() as backends:
+            before = training.before()
+            training.fit()
+            callback.stage("Writing the model")
+            training.save()
+            after = training.after()
     costs = model_costs(training.model.config)
     summary = rl_summary(
         before,
@@ -99,29 +104,50 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
     return summary
 
 
-class _Training:
-    """Trainer and engine of one run."""
+@contextmanager
+def _engines(run: RLRun, device: torch.device) -> Iterator[ProcessEngines | None]:
+    """The engines of a run by turns that are not in this process; they read its model meanwhile."""
+    if not run.engines.num_processes or run.asynchronous.is_ahead:
+        yield None
+        return
+    with closing(ProcessEngines(run, device=device, threads=torch.get_num_threads())) as engines:
+        yield engines
 
-    def __init__(self, folder: RunFolder[RLRun], run: RLRun, callback: RunCallback) -> None:
+
+class _Training:
+    """Trainer and engines of one run."""
+
+    def __init__(
+        self,
+        folder: RunFolder[RLRun],
+        run: RLRun,
+        callback: RunCallback,
+        engines: ProcessEngines | None,
+    ) -> None:
+        """`engines` are those in other processes; None has one in this process play."""
         self.folder, self.run, self.callback = folder, run, callback
         callback.stage(f"Reading {run.model}")
         self.model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
+        apply_precision(self.model, run.training.precision)
         self._played = self.model if run.lora is None else shared_model(self.model)
         """The model that plays: in the same memory, or with merged copies of adapted weights."""
-        self._merged: int | None = None  # updates after which the copies were written
+        self._renewed: int | None = None  # updates of the weights that the engines have
         self._reference = self._load_reference()
+        names = None if run.lora is None else merged_copies(self._played, self.model)
+        self._weights = None if engines is None else PublishedWeights(self._played, names)
         self._ahead: RolloutsAhead | None = None
         if run.asynchronous.is_ahead:
-            self._ahead = RolloutsAhead(run, run.asynchronous, folder)
+            self._ahead = RolloutsAhead(run, folder, names=names)
             # Before each forward pass, and between steps of the engine of held-out tasks.
             self.model.register_forward_pre_hook(self._ahead.share_processors)
-        self._player = RLPlayer(
-            run,
-            self._played,
-            folder=folder.path,
-            say=callback.stage,
-            on_step=None if self._ahead is None else self._ahead.share_processors,
-        )
+        environments = run_environments(run)
+        self._own_engine: RolloutEngine | None = None
+        if engines is None:
+            on_step = None if self._ahead is None else self._ahead.share_processors
+            self._own_engine = RolloutEngine(run, self._played, environments, on_step=on_step)
+        playing = self._own_engine if engines is None else engines
+        assert playing is not None
+        self._player = RLPlayer(run, playing, environments, folder=folder.path, say=callback.stage)
         self._alarms = Alarms(run.alarms, callback.stage)
         self._step = 0
         self._update = UpdateRollouts()
@@ -132,6 +158,7 @@ class _Training:
         if file.exists():
             return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
+        self._renew_player(0)
         played = self.look(self.run.final_held_out_tasks, when=BEFORE_TRAINING)
         self._keep(played)
         write_json(file, played)
@@ -163,7 +190,6 @@ class _Training:
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
             data_metrics=self._metrics,
         )
-        self._played.activation_dtype = self.model.activation_dtype  # the trainer has set it
         self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
         with self._ahead or nullcontext():
@@ -199,7 +225,8 @@ class _Training:
             self._update = self._ahead.take(step, say=self.callback.stage)
         else:
             self._update = self._player.play(step)
-            check_rollouts(self._update.played, version=step, max_staleness=0)
+            checksums = None if self._weights is None else self._weights.checksums
+            check_rollouts(self._update.played, version=step, max_staleness=0, checksums=checksums)
         if step % run.log_rollouts_every_steps == 0:
             self._log_rollouts(step)
         batches = policy_batches(
@@ -231,16 +258,24 @@ class _Training:
             self._ahead.publish(self._played, step)
 
     def _renew_player(self, step: int) -> None:
-        if self._played is not self.model and step != self._merged:
+        if step == self._renewed:
+            return
+        self._renewed = step
+        if self._played is not self.model:
             merge_into(self._played, self.model)
-            self._merged = step
-        self._player.renew(step)
+        if self._own_engine is not None:
+            self._own_engine.renew(step)
+        elif self._weights is not None:
+            self._weights.publish(self._played, step)
+            self._player.install(self._weights, running="recompute")
 
     def _metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What there is to say of the rollouts of an update with these metrics."""
         found = self._update.metrics()
         if self._ahead is not None:
             found |= self._ahead.metrics()
+        elif self._weights is not None:
+            found["engines/restarts"] = float(self._player.num_restarts)
         return found | self._alarms.check({**metrics, **found}, update=self._step + 1)
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import nn
 
@@ -35,6 +35,8 @@ from nemotron3.rl.weight_sync import PublishedWeights, check_rollouts
 
 _log = logging.getLogger(__name__)
 
+InFlightUpdates = Literal["recompute", "keep", "off"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AsyncConfig:
@@ -43,34 +45,26 @@ class AsyncConfig:
     max_staleness: int = 0
     """Updates that the weights of a token may lie behind those that it trains: 0 has engine and
     trainer take turns; 1 is that of the reports (`max_trajectory_age_steps`)."""
-    in_flight_updates: Literal["recompute", "keep", "off"] = "recompute"
+    in_flight_updates: InFlightUpdates = "recompute"
     """What new weights do to answers that are being sampled. They compute the states anew, or keep
     them (the reports); "off" has them wait until an update's rollouts are complete."""
-    engine: Literal["thread", "process"] = "thread"
-    """Where the engine runs; in a process it does not share Python's lock with the trainer."""
     engine_threads: int | None = None
-    """Processors of the engine while both work, null for half of them; the trainer has the others.
-    Whoever works while the other one waits has all."""
-    max_restarts: int = 3
-    """How often a failed engine is replaced for one update."""
+    """Processors of all engines while they and the trainer work, null for half of them; the trainer
+    has the others. Whoever works while the other one waits has all."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_staleness", 0), ("engine_threads", 1), ("max_restarts", 0)):
+        for name, least in (("max_staleness", 0), ("engine_threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(
                     f"is {value}; it must be {least} or more", field=f"asynchronous.{name}"
                 )
-        for name, choices in (
-            ("in_flight_updates", ("recompute", "keep", "off")),
-            ("engine", ("thread", "process")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"is {getattr(self, name)!r}; it must be one of {', '.join(choices)}",
-                    field=f"asynchronous.{name}",
-                )
-
+        if self.in_flight_updates not in get_args(InFlightUpdates):
+            raise ConfigError(
+                f"is {self.in_flight_updates!r}; it must be one of "
+                f"{', '.join(get_args(InFlightUpdates))}",
+                field="asynchronous.in_flight_updates",
+            )
         if not self.is_ahead and any(
             getattr(self, field.name) != field.default for field in fields(self)
         ):
@@ -92,14 +86,22 @@ class AsyncConfig:
 
 
 class Player(Protocol):
-    """Plays the tasks of updates with an engine of its own."""
+    """Plays the tasks of updates with an engine of its own, or several."""
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines that it has replaced by itself."""
+        ...
 
     def play(self, step: int) -> UpdateRollouts:
         """The rollouts of the update that follows so many updates."""
         ...
 
-    def install(self, weights: PublishedWeights, *, running: RunningRequests) -> tuple[int, int]:
-        """Take up the newest weights; returns their version and the engine's own checksum."""
+    def install(self, weights: PublishedWeights, *, running: RunningRequests) -> int:
+        """Take up the newest weights; returns their version.
+
+        Rollouts that are sampled with them have the engine's own checksum of them.
+        """
         ...
 
     def use_threads(self, count: int) -> None:
@@ -132,6 +134,7 @@ class RolloutGenerator:
         first: int,
         last: int,
         threads: int = 1,
+        max_restarts: int = 3,
         on_played: Callable[[int, UpdateRollouts], None] = lambda *_: None,
     ) -> None:
         """`threads` are those of engine and trainer together.
@@ -139,8 +142,8 @@ class RolloutGenerator:
         `on_played` is called with what was played for an update, before it can be taken.
         """
         assert config.is_ahead, "without staleness there is nothing to play ahead"
-        self.num_restarts = 0
-        """Players that failed and were replaced."""
+        self._num_replaced = 0  # players, with the engines that they had replaced
+        self._max_restarts = max_restarts
         self._make_player, self._weights, self._config = make_player, weights, config
         self._first, self._last, self._on_played = first, last, on_played
         self._changed = threading.Condition()
@@ -150,7 +153,6 @@ class RolloutGenerator:
         self._is_closing = self._is_installing = False
         self._player: Player | None = None
         self._installed = -1
-        self._checksums: dict[int, int] = {}
         self._trainer_waited_s = self._engine_waited_s = 0.0
         self._trainer_waits, self._engine_waits = True, False
         self._every, self._threads = threads, 0  # all, and those that the player was given
@@ -193,13 +195,14 @@ class RolloutGenerator:
         return self._every if is_alone else self._config.threads(self._every)[1]
 
     def metrics(self) -> dict[str, float]:
-        """Waiting since the last update, in seconds, and restarts so far."""
+        """Waiting since the last update, in seconds, and engines replaced so far."""
         with self._changed:
             engine, self._engine_waited_s = self._engine_waited_s, 0.0
+            player, replaced = self._player, self._num_replaced
         return {
             "async/trainer_waited_s": self._trainer_waited_s,
             "async/engine_waited_s": engine,
-            "async/restarts": float(self.num_restarts),
+            "engines/restarts": float(replaced + (player.num_restarts if player else 0)),
         }
 
     def close(self) -> None:
@@ -253,25 +256,25 @@ class RolloutGenerator:
 
     def _play(self, step: int) -> UpdateRollouts:
         """All rollouts of an update, by as many players as that takes."""
-        for attempt in range(self._config.max_restarts + 1):
+        for attempt in range(self._max_restarts + 1):
             try:
                 if self._player is None:
                     self._player = self._make_player(self._between_steps, self._say)
                 self._share_processors()
                 self._install("recompute")
-                return self._with_checksums(self._player.play(step))
+                return self._player.play(step)
             except (Nemotron3Error, _ClosedError):
                 raise
             except Exception as error:
                 _log.exception("the player of update %d failed", step + 1)
                 self._end_player()
-                if attempt == self._config.max_restarts:
+                if attempt == self._max_restarts:
                     raise DataError(
                         f"the rollouts of update {step + 1} failed {attempt + 1} times, at last "
                         f"with {type(error).__name__}: {error}; the same command goes on from the "
                         "last checkpoint"
                     ) from error
-                self.num_restarts += 1
+                self._num_replaced += 1
         raise AssertionError("the last attempt returns or raises")
 
     def _between_steps(self) -> None:
@@ -298,19 +301,14 @@ class RolloutGenerator:
             return
         self._is_installing = True  # a player may call `_between_steps` meanwhile
         try:
-            self._installed, checksum = self._player.install(self._weights, running=running)
+            self._installed = self._player.install(self._weights, running=running)
         finally:
             self._is_installing = False
-        self._checksums[self._installed] = checksum
-
-    def _with_checksums(self, played: UpdateRollouts) -> UpdateRollouts:
-        for rollout in played.played:
-            rollout.weight_checksums = {v: self._checksums[v] for v in rollout.versions}
-        oldest = self._installed - self._config.max_staleness
-        self._checksums = {v: c for v, c in self._checksums.items() if v >= oldest}
-        return played
 
     def _end_player(self) -> None:
-        if self._player is not None:
-            self._player.close()
-        self._player, self._installed, self._threads = None, -1, 0
+        with self._changed:
+            player, self._player = self._player, None
+            self._installed, self._threads = -1, 0
+            self._num_replaced += player.num_restarts if player else 0
+        if player is not None:
+            player.close()
