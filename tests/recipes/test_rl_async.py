@@ -50,7 +50,7 @@ def watched(monkeypatch):
 def updates_arrive_in_the_middle(monkeypatch):
     """Every update is made while the first answers of the next one are half sampled."""
     published, published_version = threading.Condition(), 0
-    publish, play, make = RolloutGenerator.publish, RLPlayer.play, rl_ahead.own_player
+    publish, play, make = RolloutGenerator.publish, RLPlayer.play, rl_ahead.own_engine
     playing = steps = 0
 
     def tell(self, model, version):
@@ -65,7 +65,7 @@ def updates_arrive_in_the_middle(monkeypatch):
         playing, steps = step, 0
         return play(self, step)
 
-    def own_player(run, *, on_step, **named):
+    def own_engine(*given, on_step, **named):
         def wait_in_the_middle():
             nonlocal steps
             steps += 1
@@ -74,11 +74,11 @@ def updates_arrive_in_the_middle(monkeypatch):
                     assert published.wait_for(lambda: published_version >= playing, timeout=60)
             on_step()
 
-        return make(run, on_step=wait_in_the_middle, **named)
+        return make(*given, on_step=wait_in_the_middle, **named)
 
     monkeypatch.setattr(RolloutGenerator, "publish", tell)
     monkeypatch.setattr(RLPlayer, "play", count)
-    monkeypatch.setattr(rl_ahead, "own_player", own_player)
+    monkeypatch.setattr(rl_ahead, "own_engine", own_engine)
 
 
 @pytest.mark.slow
@@ -147,15 +147,13 @@ def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(
     assert [logged[step]["policy/current"] for step in (1, 3)] == [1.0, 1.0]
 
 
-def test_the_second_engine_is_in_the_memory_plan(policy, letter):
+def test_the_engine_s_copy_of_the_weights_is_in_the_memory_plan(policy, letter):
     by_turns = small(policy, letter)
     ahead = replace(by_turns, asynchronous=AsyncConfig(max_staleness=1))
     ours, theirs = (run_plan(run, torch.device("cpu")) for run in (ahead, by_turns))
     sizes = {part.name: part.num_bytes for part in ours.parts}
     assert sizes["published weights"] == sizes["engines' weights"] == sizes["weights"]
-    assert sizes["further engine states"] == sizes["engine states"]
-    engine = sum(part.num_bytes for part in theirs.parts if part.name.startswith("engine"))
-    assert ours.total == theirs.total + engine + 2 * sizes["weights"]
+    assert ours.total == theirs.total + 2 * sizes["weights"]
 
 
 def test_what_was_played_in_vain_is_told_by_the_updates_that_come_again(tmp_path):

@@ -21,6 +21,7 @@ from nemotron3.recipes.rl_engines import ProcessEngines
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.data_parallel import EnginesConfig, shares
+from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights, check_rollouts
 from tests.recipes.small_rl import LETTER, die_after, metrics_of, small
 from tests.small_run import Listener
@@ -43,7 +44,7 @@ if __name__ == "__main__":
     tasks = [each.task(n) for each in run_environments(run).values() for n in range(500)]
     engines = ProcessEngines(run, device=torch.device("cpu"), threads=1)
     engines.play(tasks[:1])
-    engines._on_step = lambda: print("they play", flush=True)
+    engines.on_step = lambda: print("they play", flush=True)
     engines.play(tasks, group_size=8)
 """
 
@@ -64,8 +65,7 @@ class Pair:
         self.one = own_engine(run, self.environments, device=CPU, on_step=lambda: None)
         self.model = LanguageModel.from_pretrained(run.model)
         self.weights = PublishedWeights(self.model, self.model.state_dict().keys())
-        self.on_step = lambda: None
-        self.two = ProcessEngines(run, device=CPU, threads=2, on_step=lambda: self.on_step())
+        self.two = ProcessEngines(run, device=CPU, threads=2)
 
     def update(self):
         """Other weights, and their version."""
@@ -113,9 +113,9 @@ def test_a_process_that_is_killed_is_replaced_and_plays_its_share_again(pair):
             killed.append(pair.two._engines[1].process)
             killed[0].kill()
 
-    pair.on_step = kill
+    pair.two.on_step = kill
     found = pair.two.play(rows, group_size=2, seed=4)
-    pair.on_step = lambda: None
+    pair.two.on_step = lambda: None
     assert pair.two.num_restarts == before + 1
     assert not killed[0].is_alive()
     same_rollouts(found, expected)
@@ -140,9 +140,9 @@ def test_all_engines_take_up_weights_in_the_middle_of_answers(pair):
         if calls % 4 == 0 and pair.weights.version < first + 40:
             assert pair.update() == pair.two.install(pair.weights, running="recompute")
 
-    pair.on_step = update
+    pair.two.on_step = update
     found = pair.two.play(pair.rows(20), group_size=4)
-    pair.on_step = lambda: None
+    pair.two.on_step = lambda: None
     newest, checksums = pair.weights.version, pair.weights.checksums
     check_rollouts(found, version=newest, max_staleness=newest - first, checksums=checksums)
     for engine in (0, 1):
@@ -286,10 +286,13 @@ def test_an_engine_with_its_own_model_computes_as_the_trainer_does(policy, lette
 
 def test_every_engine_is_in_the_memory_plan(policy, letter):
     one = run_plan(small(policy, letter), CPU)
-    plan = run_plan(small(policy, letter, engines=EnginesConfig(num_processes=3)), CPU)
+    three = small(policy, letter, engines=EnginesConfig(num_processes=3))
+    plan = run_plan(three, CPU)
     sizes = {part.name: part.num_bytes for part in plan.parts}
     assert sizes["engines' weights"] == 3 * sizes["weights"]
     assert sizes["further engine states"] == 2 * sizes["engine states"]
+    ahead = replace(three, asynchronous=AsyncConfig(max_staleness=1))
+    assert run_plan(ahead, CPU) == plan
     engine = sum(part.num_bytes for part in one.parts if part.name.startswith("engine"))
     assert plan.total == one.total + 2 * engine + 5 * sizes["weights"]
 

@@ -238,6 +238,40 @@ def test_answers_take_up_new_weights_in_flight():
     assert generator._player is None
 
 
+@settings(max_examples=20, deadline=None)
+@given(staleness=st.integers(1, 3), engine=PAUSES, trainer=PAUSES, dies=st.booleans())
+def test_held_out_tasks_are_played_with_the_newest_weights(staleness, engine, trainer, dies):
+    """Before the first update, between any two, and after the last."""
+
+    class Looking(FakePlayer):
+        def look(self, num_tasks, *, when):
+            self.on_step()
+            if dies and when == 2 and len(players) == 1:
+                raise RuntimeError("killed")
+            return [(when, self.version)] * num_tasks
+
+    players, model, found = [], Policy(), []
+
+    def make(on_step, say):
+        players.append(Looking(on_step, say, pauses=engine))
+        return players[-1]
+
+    config = AsyncConfig(max_staleness=staleness)
+    generator = RolloutGenerator(make, PublishedWeights(model), config, first=0, last=4)
+    try:
+        for step in range(5):
+            generator.publish(model, step)
+            found.append(generator.look(2, when=step))
+            if step < 4:
+                assert len(generator.take(step).played) == 4
+                time.sleep(trainer[step % len(trainer)])
+                model.update()
+        assert generator.metrics()["engines/restarts"] == dies
+    finally:
+        generator.close()
+    assert found == [[(step, step)] * 2 for step in range(5)]
+
+
 def test_a_player_that_dies_is_replaced_and_nothing_is_counted_twice():
     players = Players({"dies_at": (2, 3)}, {"dies_at": (2, 0)})
     taken, metrics = run(players, AsyncConfig(max_staleness=1))

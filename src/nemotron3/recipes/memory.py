@@ -79,10 +79,8 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
 
 def _num_engines(run: RLRun) -> tuple[int, int]:
     """Engines of a run, and how many of them have a copy of the weights."""
-    if run.asynchronous.is_ahead:
-        copies = max(1, run.engines.num_processes)
-        return 1 + copies, copies
-    return max(1, run.engines.num_processes), run.engines.num_processes
+    engines = max(1, run.engines.num_processes)
+    return engines, engines if run.asynchronous.is_ahead else run.engines.num_processes
 
 
 def _copy_parts(plan: MemoryPlan, run: RLRun, device: torch.device) -> list[MemoryPart]:

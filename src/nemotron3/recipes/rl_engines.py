@@ -39,15 +39,13 @@ class ProcessEngines:
         *,
         device: torch.device,
         threads: int,
-        on_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start all of them; they share `threads`. `on_step` is called while they play.
-
-        It may `install` weights, or raise to end the play.
-        """
+        """Start all of them; they share `threads`."""
+        self.on_step: Callable[[], None] = lambda: None
+        """Called while they play; it may `install` weights, or raise to end the play."""
         self.num_restarts = 0
         """Engines that failed and were replaced."""
-        self._run, self._device, self._on_step = run, device, on_step
+        self._run, self._device = run, device
         self._threads, self._running_failures = threads, 0
         self._shared: SharedWeights | None = None
         self._engines: list[EngineProcess] = []
@@ -81,7 +79,7 @@ class ProcessEngines:
                         effort_fraction=effort_fraction,
                     )
                 )
-        self._receive_until(lambda engine: engine.share is None, on_step=self._on_step)
+        self._receive_until(lambda engine: engine.share is None, on_step=self.on_step)
         self._running_failures = 0
         played = [rollout for engine in self._engines for rollout in engine.played or ()]
         for engine in self._engines:

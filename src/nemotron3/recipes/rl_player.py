@@ -5,21 +5,18 @@ there, on the model in training or with a copy of it, or several in processes of
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from nemotron3.config import write_json
 from nemotron3.data.chat_tokens import check_chat_tokens
-from nemotron3.environments.environment import Environment
 from nemotron3.environments.rows import Row
 from nemotron3.evaluation.environments import held_out_tasks, play_tasks
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.rl import RLRun
-from nemotron3.recipes.rl_engine import own_engine, run_environments
+from nemotron3.recipes.rl_engine import run_environments
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.data_parallel import TaskPlayer
 from nemotron3.rl.groups import UpdateRollouts, collect
@@ -53,21 +50,13 @@ class Engines(TaskPlayer, Protocol):
         ...
 
 
-class RLPlayer:
-    """Plays a run's tasks."""
+class RunTasks:
+    """The tasks of a run: which an update plays, how groups and advantages come of them."""
 
-    def __init__(
-        self,
-        run: RLRun,
-        engines: Engines,
-        environments: Mapping[str, Environment],
-        *,
-        folder: Path,
-        say: Callable[[str], None],
-    ) -> None:
-        """`folder` is the run's."""
-        self.run, self.environments = run, environments
-        self._engines, self._folder, self._say = engines, folder, say
+    def __init__(self, run: RLRun, *, folder: Path) -> None:
+        """`folder` is the run's. Raises ConfigError for what cannot be played."""
+        self.environments = run_environments(run)
+        self._run, self._folder = run, folder
         self.tokenizer = Tokenizer.from_directory(run.model)
         self.template = chat_template_for(run.chat_style, self.tokenizer, run.model)
         has_tools = any(environment.tools for environment in self.environments.values())
@@ -94,19 +83,14 @@ class RLPlayer:
         self._plan: TaskPlan = self._curriculum or plan
         self._profiled: int | None = None
 
-    @property
-    def num_restarts(self) -> int:
-        """Engines that failed and were replaced."""
-        return self._engines.num_restarts
-
-    def play(self, step: int) -> UpdateRollouts:
+    def play(self, player: TaskPlayer, step: int, *, say: Callable[[str], None]) -> UpdateRollouts:
         """The rollouts of the update that follows so many updates."""
-        self._renew_pass_rates(step)
-        run = self.run
+        self._renew_pass_rates(player, step, say)
+        run = self._run
 
         def play(rows: Sequence[Row], round_: int) -> list[Rollout]:
             seed = run.seed * 2**32 + step * run.max_rounds + round_
-            return self._engines.play(
+            return player.play(
                 rows,
                 group_size=run.group_size,
                 seed=seed,
@@ -122,10 +106,60 @@ class RLPlayer:
             shaping=run.shaping,
         )
 
-    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
+    def look(self, player: TaskPlayer, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
         every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
-        return play_tasks(self._engines, [row for rows in every for row in rows], when=when)
+        return play_tasks(player, [row for rows in every for row in rows], when=when)
+
+    def _renew_pass_rates(self, player: TaskPlayer, step: int, say: Callable[[str], None]) -> None:
+        """Measure the pass rates of a curriculum, unless an earlier part of this run has."""
+        curriculum = self._curriculum
+        if curriculum is None or self._profiled == (due := curriculum.config.profile_step(step)):
+            return
+        file = self._folder / _PASS_RATES_FILE
+        kept: dict[str, dict[str, list[float]]] = (
+            json.loads(file.read_text("utf-8")) if file.exists() else {}
+        )
+        if str(due) not in kept:
+            say(f"Measuring pass rates before update {step + 1}")
+            rates = {
+                name: self._pass_rates(player, rows, seed=due) for name, rows in self._pools.items()
+            }
+            kept[str(due)] = rates
+            write_json(file, kept)
+        curriculum.use(kept[str(due)])
+        self._profiled = due
+
+    def _pass_rates(self, player: TaskPlayer, rows: Sequence[Row], *, seed: int) -> list[float]:
+        """Mean reward of each task; 0 where every rollout failed."""
+        assert self._run.curriculum is not None
+        samples = self._run.curriculum.samples
+        rewards: dict[int, list[float]] = {}
+        for rollout in player.play(rows, group_size=samples, seed=seed):
+            if rollout.reward is not None:
+                rewards.setdefault(rollout.group, []).append(rollout.reward)
+        means = {group: sum(found) / len(found) for group, found in rewards.items()}
+        return [means.get(group, 0.0) for group in range(len(rows))]
+
+
+class RLPlayer:
+    """The `Player` of a run: plays its tasks with its engines."""
+
+    def __init__(self, tasks: RunTasks, engines: Engines, *, say: Callable[[str], None]) -> None:
+        self._tasks, self._engines, self._say = tasks, engines, say
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines that failed and were replaced."""
+        return self._engines.num_restarts
+
+    def play(self, step: int) -> UpdateRollouts:
+        """The rollouts of the update that follows so many updates."""
+        return self._tasks.play(self._engines, step, say=self._say)
+
+    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
+        """A rollout of each of so many different held-out tasks of every environment."""
+        return self._tasks.look(self._engines, num_tasks, when=when)
 
     def install(self, weights: PublishedWeights, *, running: RunningRequests) -> int:
         """Have the engines take up the newest weights; returns their version."""
@@ -138,45 +172,3 @@ class RLPlayer:
     def close(self) -> None:
         """End the engines."""
         self._engines.close()
-
-    def _renew_pass_rates(self, step: int) -> None:
-        """Measure the pass rates of a curriculum, unless an earlier part of this run has."""
-        curriculum = self._curriculum
-        if curriculum is None or self._profiled == (due := curriculum.config.profile_step(step)):
-            return
-        file = self._folder / _PASS_RATES_FILE
-        kept: dict[str, dict[str, list[float]]] = (
-            json.loads(file.read_text("utf-8")) if file.exists() else {}
-        )
-        if str(due) not in kept:
-            self._say(f"Measuring pass rates before update {step + 1}")
-            rates = {name: self._pass_rates(rows, seed=due) for name, rows in self._pools.items()}
-            kept[str(due)] = rates
-            write_json(file, kept)
-        curriculum.use(kept[str(due)])
-        self._profiled = due
-
-    def _pass_rates(self, rows: Sequence[Row], *, seed: int) -> list[float]:
-        """Mean reward of each task; 0 where every rollout failed."""
-        assert self.run.curriculum is not None
-        samples = self.run.curriculum.samples
-        rewards: dict[int, list[float]] = {}
-        for rollout in self._engines.play(rows, group_size=samples, seed=seed):
-            if rollout.reward is not None:
-                rewards.setdefault(rollout.group, []).append(rollout.reward)
-        means = {group: sum(found) / len(found) for group, found in rewards.items()}
-        return [means.get(group, 0.0) for group in range(len(rows))]
-
-
-def own_player(
-    run: RLRun,
-    *,
-    device: torch.device,
-    folder: Path,
-    on_step: Callable[[], None],
-    say: Callable[[str], None],
-) -> RLPlayer:
-    """A player whose engine, in this thread, has a model of its own."""
-    environments = run_environments(run)
-    engine = own_engine(run, environments, device=device, on_step=on_step)
-    return RLPlayer(run, engine, environments, folder=folder, say=say)
