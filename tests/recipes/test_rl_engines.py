@@ -237,6 +237,11 @@ def test_by_turns_a_run_that_was_killed_goes_on_to_the_same_losses(
         for name in ("two", "one")
     )
     assert ours == theirs
+    backends = [
+        json.loads((tmp_path / name / "small/run.json").read_text())["extra"]["backends"]
+        for name in ("two", "one")
+    ]
+    assert backends[0] == backends[1]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ for each update, `buffer.jsonl`, so that the lost ones are counted.
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_engine import own_engine
 from nemotron3.recipes.rl_engines import ProcessEngines
-from nemotron3.recipes.rl_player import RLPlayer, RunTasks
+from nemotron3.recipes.rl_player import Engines, RLPlayer, RunTasks
 from nemotron3.recipes.run_folder import RunFolder
 from nemotron3.rl.generator import Player, RolloutGenerator
 from nemotron3.rl.groups import UpdateRollouts
@@ -37,6 +37,7 @@ class RolloutsAhead:
         self._run, self._config, self._folder = run, run.asynchronous, folder
         self._threads = self._threads_before = torch.get_num_threads()
         self._processes: ProcessEngines | None = None  # until the generator has them
+        self._engines: Engines | None = None  # of the newest player
         self._generator: RolloutGenerator | None = None
         self._dropped = 0
 
@@ -92,6 +93,11 @@ class RolloutsAhead:
             self._threads = threads
             torch.set_num_threads(threads)
 
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """What operations of the engines ran on."""
+        return {} if self._engines is None else self._engines.backends
+
     def metrics(self) -> dict[str, float]:
         """Waiting, restarts, and the rollouts of this run that interruptions have lost."""
         assert self._generator is not None, "rollouts are taken first"
@@ -113,11 +119,12 @@ class RolloutsAhead:
 
     def _player(self, on_step: Callable[[], None], say: Callable[[str], None]) -> Player:
         run, tasks, device = self._run, self.tasks, self._folder.device
-        if not run.engines.num_processes:
-            engine = own_engine(run, tasks.environments, device=device, on_step=on_step)
-            return RLPlayer(tasks, engine, say=say)
-        engines, self._processes = self._processes or self._start_processes(), None
-        engines.on_step = on_step
+        if run.engines.num_processes:
+            engines, self._processes = self._processes or self._start_processes(), None
+            engines.on_step = on_step
+        else:
+            engines = own_engine(run, tasks.environments, device=device, on_step=on_step)
+        self._engines = engines
         return RLPlayer(tasks, engines, say=say)
 
     def _start_processes(self) -> ProcessEngines:

@@ -12,6 +12,7 @@ from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import apply_precision
+from nemotron3.ops.backends import recorded_backends
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
@@ -35,6 +36,8 @@ class RolloutEngine:
         self.model = model
         self.num_restarts = 0
         """What fails in it is raised."""
+        self.backends: dict[str, str] = {}
+        """What operations ran on, as `recorded_backends` has it."""
         self._checksums: dict[int, int] = {}
         tokenizer = Tokenizer.from_directory(run.model)
         config = run.engine_config(kv_cache_bytes=bytes_for_keys(run, model.device))
@@ -62,13 +65,15 @@ class RolloutEngine:
         Rollouts have the checksums of weights that were installed.
         """
         self._llm.reset_prefix_cache()
-        played = self._driver.play(
-            rows,
-            group_size=group_size,
-            seed=seed,
-            effort_fraction=effort_fraction,
-            places=places,
-        )
+        with recorded_backends() as backends:
+            played = self._driver.play(
+                rows,
+                group_size=group_size,
+                seed=seed,
+                effort_fraction=effort_fraction,
+                places=places,
+            )
+        self.backends |= backends
         for rollout in played:
             known = rollout.versions & self._checksums.keys()
             rollout.weight_checksums = {version: self._checksums[version] for version in known}

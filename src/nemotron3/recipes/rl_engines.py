@@ -33,13 +33,7 @@ _POLL_S = 0.005
 class ProcessEngines:
     """`run.engines.num_processes` engines that share the tasks of every play."""
 
-    def __init__(
-        self,
-        run: RLRun,
-        *,
-        device: torch.device,
-        threads: int,
-    ) -> None:
+    def __init__(self, run: RLRun, *, device: torch.device, threads: int) -> None:
         """Start all of them; they share `threads`."""
         self.on_step: Callable[[], None] = lambda: None
         """Called while they play; it may `install` weights, or raise to end the play."""
@@ -104,6 +98,11 @@ class ProcessEngines:
         self._threads = count
         for place, engine in enumerate(self._engines):
             engine.use_threads(self._threads_of(place))
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """What operations ran on, as `recorded_backends` has it."""
+        return {name: on for engine in self._engines for name, on in engine.backends.items()}
 
     def close(self) -> None:
         """End the processes."""

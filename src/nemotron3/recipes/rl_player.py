@@ -5,7 +5,7 @@ there, on the model in training or with a copy of it, or several in processes of
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +35,11 @@ class Engines(TaskPlayer, Protocol):
     @property
     def num_restarts(self) -> int:
         """Engines that failed and were replaced."""
+        ...
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """What operations ran on, as `recorded_backends` has it."""
         ...
 
     def install(self, weights: PublishedWeights, *, running: RunningRequests) -> int:

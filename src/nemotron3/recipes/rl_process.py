@@ -9,7 +9,6 @@ import multiprocessing
 import pickle
 import signal
 from contextlib import suppress
-from dataclasses import fields
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -57,6 +56,8 @@ class EngineProcess:
         """Whether it has yet to say that it has taken up weights."""
         self.played: list[Rollout] | None = None
         """The result of the play before it is fetched."""
+        self.backends: dict[str, str] = {}
+        """What operations have run on there."""
 
     def play(self, share: Share) -> None:
         """Have it play; `played` is the result."""
@@ -90,7 +91,7 @@ class EngineProcess:
                 f"the process ended with exit code {self.process.exitcode}"
             ) from None
         if kind == "played":
-            self.share, self.played = None, content
+            self.share, (self.played, self.backends) = None, content
         elif kind == "installed":
             self.is_installing = False
         else:
@@ -137,8 +138,8 @@ class _Server:
         assert self.engine is not None
         kind, content = self._receive()
         if kind == "play":
-            share = {field.name: getattr(content, field.name) for field in fields(Share)}
-            self.send("played", self.engine.play(**share))
+            played = self.engine.play(**vars(content))
+            self.send("played", (played, self.engine.backends))
         elif kind == "threads":
             self.engine.use_threads(content)
         elif kind == "weights":

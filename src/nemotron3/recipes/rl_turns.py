@@ -5,7 +5,7 @@ and nothing is copied. Or engines in processes of their own are given the weight
 An update's rollouts follow from its step, the seed and the weights alone.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -80,6 +80,11 @@ class RolloutsByTurns:
         assert self._engines is not None, "weights are published first"
         del say
         return self.tasks.look(self._engines, num_tasks, when=when)
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """What operations of the engines ran on."""
+        return {} if self._engines is None else self._engines.backends
 
     def metrics(self) -> dict[str, float]:
         """Engines replaced so far, where they are in other processes."""

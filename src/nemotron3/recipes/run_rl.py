@@ -89,7 +89,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         parameters=costs.total + costs.mtp_parameters,
         seconds=time.perf_counter() - started,
     )
-    folder.record({"backends": backends})
+    folder.record({"backends": {**rollouts.backends, **backends}})
     write_rollouts_page(folder.path / ROLLOUTS_FILE, title=run.name)
     write_report(folder.path, summary=rl_report(run, summary, folder.device))
     folder.finish(summary)
