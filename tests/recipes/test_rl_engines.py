@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +190,16 @@ def test_what_fails_again_and_again_reaches_the_user(policy, tmp_path):
             broken.play(rows)
         assert broken.num_restarts == 1
     assert not any(engine.process.is_alive() for engine in broken._engines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it reads /proc")
+def test_no_engine_hears_ctrl_c(pair):
+    """From its first instruction on: the first one, too, which starts multiprocessing's tracker."""
+    for engine in pair.two._engines:
+        status = Path(f"/proc/{engine.process.pid}/status").read_text()
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        assert int(fields["SigBlk"], 16) >> (signal.SIGINT - 1) & 1
 
 
 @pytest.mark.slow

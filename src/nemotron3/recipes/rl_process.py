@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import signal
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -43,7 +44,9 @@ class EngineProcess:
         self.process = context.Process(
             target=_serve, args=(theirs, to_record(run), str(device)), name=f"engine {place}"
         )
-        # Ctrl-C is for the trainer, which ends this; also while Python starts there.
+        # Ctrl-C is for the trainer, which ends this; also while Python starts there. The first
+        # start would start the tracker as well, which ends with the signal unblocked.
+        resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
