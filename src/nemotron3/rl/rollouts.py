@@ -210,17 +210,22 @@ class RolloutDriver:
         group_size: int = 1,
         seed: int = 0,
         effort_fraction: float = 0.0,
+        places: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """`group_size` rollouts of each task, in the order of the tasks.
 
         All turns of all rollouts are sampled together, as many at once as the engine holds. The
         same weights and `seed` give the same rollouts. A random share of the tasks,
-        `effort_fraction`, asks for little effort.
+        `effort_fraction`, asks for little effort. `places` are those of `rows` in a longer list of
+        which other engines play the rest: groups, seeds and efforts are then those of the list.
         """
+        places = range(len(rows)) if places is None else places
         chance = random.Random(f"effort {seed}")
-        efforts = [self._config.effort if chance.random() < effort_fraction else None for _ in rows]
-        tasks = [self._task(*each) for each in zip(rows, range(len(rows)), efforts, strict=True)]
-        wanted = [task for task in tasks for _ in range(group_size)]
+        little = [chance.random() < effort_fraction for _ in range(max(places, default=-1) + 1)]
+        wanted: dict[int, _Task] = {}
+        for row, place in zip(rows, places, strict=True):
+            task = self._task(row, place, self._config.effort if little[place] else None)
+            wanted |= dict.fromkeys(range(place * group_size, (place + 1) * group_size), task)
         return asyncio.run(self._play(wanted, seed=seed))
 
     def _task(self, row: Row, group: int, effort: str | None) -> _Task:
@@ -233,9 +238,9 @@ class RolloutDriver:
         )
         return _Task(row, group, effort, rendered, rendered.tokens(self._tokenizer).ids)
 
-    async def _play(self, wanted: Sequence[_Task], *, seed: int) -> list[Rollout]:
+    async def _play(self, wanted: Mapping[int, _Task], *, seed: int) -> list[Rollout]:
         finished: dict[int, Rollout] = {}
-        open_places = list(range(len(wanted)))
+        open_places = list(wanted)
         for attempt in range(1, self._config.max_attempts + 1):
             begun = await asyncio.gather(
                 *(
@@ -250,7 +255,7 @@ class RolloutDriver:
             open_places = [place for place in open_places if _failed(finished[place])]
             if not open_places:
                 break
-        return [finished[place] for place in range(len(wanted))]
+        return [finished[place] for place in wanted]
 
     async def _begin(self, task: _Task, *, seed: int, attempt: int) -> _Playing:
         environment = self._environments[environment_of(task.row)]
