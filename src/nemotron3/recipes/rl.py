@@ -157,6 +157,7 @@ def tiny_rl() -> RLRun:
         ),
         group_size=8,
         rollouts=RolloutConfig(max_tokens=48, max_context=256),
+        engines=EnginesConfig(num_processes=2),
         training=TrainingConfig(
             steps=steps,
             batch_size=27 * 8,

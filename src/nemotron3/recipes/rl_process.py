@@ -5,11 +5,8 @@ trainer dies, the socket closes and the process ends, between two steps of its e
 """
 
 import logging
-import multiprocessing
 import pickle
-import signal
 from contextlib import suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -24,11 +21,9 @@ from nemotron3.recipes.rl_engine import RolloutEngine, own_engine, run_environme
 from nemotron3.rl.data_parallel import Share
 from nemotron3.rl.rollouts import Rollout
 from nemotron3.rl.weight_sync import SharedWeights
+from nemotron3.runtime.processes import END_S, end, spawn
 
 _log = logging.getLogger(__name__)
-
-_END_S = 5.0
-"""How long a process that was told to end has for it."""
 
 
 class EngineProcess:
@@ -39,20 +34,9 @@ class EngineProcess:
 
     def __init__(self, run: RLRun, *, device: torch.device, place: int) -> None:
         """Start the process; it reads the model of `run` meanwhile."""
-        context = multiprocessing.get_context("spawn")  # threads of PyTorch do not outlive a fork
-        self.socket, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, to_record(run), str(device)), name=f"engine {place}"
+        self.process, self.socket = spawn(
+            _serve, to_record(run), str(device), name=f"engine {place}"
         )
-        # Ctrl-C is for the trainer, which ends this; also while Python starts there. The first
-        # start would start the tracker as well, which ends with the signal unblocked.
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
         self.share: Share | None = None
         """What it is to play, until that has been played."""
         self.is_installing = False
@@ -89,7 +73,7 @@ class EngineProcess:
         try:
             kind, content = pickle.loads(self.socket.recv_bytes())
         except (EOFError, OSError):
-            self.process.join(_END_S)
+            self.process.join(END_S)
             raise ChildProcessError(
                 f"the process ended with exit code {self.process.exitcode}"
             ) from None
@@ -103,11 +87,7 @@ class EngineProcess:
     def close(self) -> None:
         """End the process."""
         self.socket.close()
-        self.process.terminate()
-        self.process.join(_END_S)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        end(self.process)
 
     def _send(self, kind: str, content: Any) -> None:
         self._send_bytes(pickle.dumps((kind, content)))
@@ -168,7 +148,6 @@ class _Server:
 
 def _serve(socket: Connection, record: Any, device: str) -> None:
     """What the process does, until the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     server, run = _Server(socket), from_record(RLRun, record)
     try:
         server.engine = own_engine(
