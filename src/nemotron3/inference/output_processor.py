@@ -154,7 +154,8 @@ class OutputProcessor:
     _num_read: int = 0  # tokens that are certain to precede a stop string
     _is_ended: bool = False
     _text: list[str] = field(default_factory=list[str])
-    _drafts: DraftStats = field(default_factory=DraftStats)
+    _num_drafted: int = 0
+    _num_accepted: int = 0
     _stop_reason: str | int | None = None
 
     def __post_init__(self) -> None:
@@ -187,17 +188,17 @@ class OutputProcessor:
 
     def collect(self, delta: TokenDelta) -> None:
         """Take the tokens of a step, to be read later."""
-        self._tokens += delta.tokens
-        self._versions += (delta.weight_version,) * len(delta.tokens)
+        shown = delta.tokens
+        self._tokens += shown
+        self._versions += (delta.weight_version,) * len(shown)
         self._continues_old_states |= delta.continues_old_states
         self._logprobs += delta.logprobs
-        self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
+        self._num_drafted, self._num_accepted = delta.num_drafted, delta.num_accepted
         self.finish_reason = delta.finish_reason
         self.error, self.failure = delta.error, delta.failure
         self.routed_experts = delta.routed_experts
         if delta.prompt is not None:
             self.report = delta.prompt
-        shown = delta.tokens
         if delta.stop_token is not None:
             if delta.stop_token not in self.eos_ids:
                 self._stop_reason = delta.stop_token
@@ -243,7 +244,7 @@ class OutputProcessor:
             content=response.content if response is not None else text,
             tool_calls=response.tool_calls if response is not None else (),
             num_reasoning_tokens=self.num_reasoning_tokens,
-            acceptance=self._drafts,
+            acceptance=DraftStats(self._num_drafted, self._num_accepted),
             routed_experts=self.routed_experts,
             error=self.error,
             failure=self.failure,

@@ -102,7 +102,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Number of tokens of the answer so far."""
-        return len(self.tokens) - self.num_prompt
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -372,11 +372,13 @@ class Engine:
         experts = [r.flatten(0, 1) for r in routes]
         record_routes(sequences, counts, experts, window=hidden.shape[1])
         start = time.perf_counter()
-        after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
-        if self._drafter is not None and count:
-            after = self._drafter.advance(sequences, accepted, hidden)
-        elif self._drafter is not None:
-            self._drafter.defer(sequences, accepted, hidden)
+        after, count = None, 0
+        if self._drafter is not None:
+            count = self._draft_length.choose(len(self.scheduler.decoding))
+            if count:
+                after = self._drafter.advance(sequences, accepted, hidden)
+            else:
+                self._drafter.defer(sequences, accepted, hidden)
         deltas: list[TokenDelta] = []
         num_accepted = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
         open_rows: list[int] = []
@@ -412,22 +414,25 @@ class Engine:
         scores: Many[TokenLogprob],
     ) -> TokenDelta:
         """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts."""
-        taken: list[int] = []
-        reason = FinishReason.ERROR if sequence.chooser.error is not None else None
-        stop_token = None
+        request, chooser, stop = sequence.request, sequence.chooser, sequence.stop
+        reason = FinishReason.ERROR if chooser.error is not None else None
+        stop_token, taken = None, 0
         room = sequence.max_tokens - sequence.num_generated
         for token in new_tokens:
-            sequence.tokens.append(token)
-            taken.append(token)
-            if token in sequence.chooser.stop_ids:
+            taken += 1
+            if token in chooser.stop_ids:
                 reason, stop_token = FinishReason.STOP, token
-            elif sequence.stop is not None and sequence.stop.ends_at(token):
+            elif stop is not None and stop.ends_at(token):
                 reason = FinishReason.STOP
-            elif len(taken) >= room:
+            elif taken >= room:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 break
-        self._count(sequence, len(taken), accepted=min(num_accepted, len(taken)))
+        tokens = tuple(new_tokens[:taken])
+        sequence.tokens += tokens
+        self._stats.generated_tokens += taken
+        if sequence.drafts:
+            self._count_drafts(sequence, accepted=min(num_accepted, taken))
         report = None
         if not sequence.is_reported:
             sequence.is_reported = True
@@ -438,15 +443,15 @@ class Engine:
         if reason is not None:
             self._end(sequence, reason)
         return TokenDelta(
-            request_id=sequence.request_id,
+            request_id=request.request_id,
             index=sequence.index,
-            tokens=tuple(taken),
-            logprobs=tuple(scores[: len(taken)]),
+            tokens=tokens,
+            logprobs=tuple(scores[:taken]),
             finish_reason=reason,
             stop_token=stop_token,
             prompt=report,
-            error=sequence.chooser.error,
-            failure=sequence.chooser.failure,
+            error=chooser.error,
+            failure=chooser.failure,
             num_drafted=sequence.num_drafted,
             num_accepted=sequence.num_accepted,
             weight_version=self.weight_version,
@@ -454,10 +459,9 @@ class Engine:
             routed_experts=None if reason is None else sequence.routed_experts(),
         )
 
-    def _count(self, sequence: Sequence, taken: int, *, accepted: int) -> None:
+    def _count_drafts(self, sequence: Sequence, *, accepted: int) -> None:
         sequence.num_drafted += len(sequence.drafts)
         sequence.num_accepted += accepted
-        self._stats.generated_tokens += taken
         self._stats.drafted_tokens += len(sequence.drafts)
         self._stats.accepted_tokens += accepted
         sequence.drafts = []
