@@ -200,7 +200,8 @@ class PromptReport:
     """One for each prompt token (None for the first), if the request asks for them."""
 
 
-class TokenDelta(NamedTuple):  # every step creates one for each answer
+@dataclass(frozen=True)
+class TokenDelta:
     """The tokens that one step of the engine adds to one answer."""
 
     request_id: str
