@@ -36,6 +36,7 @@ from nemotron3.text import (
     Message,
     RenderedChat,
     Tokenizer,
+    Tool,
     ToolCall,
     ToolMessage,
     UserMessage,
@@ -164,6 +165,7 @@ class _Playing:
     """A rollout that goes on, with what it needs for that."""
 
     rollout: Rollout
+    tools: tuple[Tool, ...]
     environment: Environment
     session: Any
     seed: int
@@ -177,6 +179,7 @@ class _Task:
     row: Row
     group: int
     effort: str | None
+    tools: tuple[Tool, ...]
     prompt: RenderedChat
     ids: list[int]
 
@@ -229,14 +232,16 @@ class RolloutDriver:
         return asyncio.run(self._play(wanted, seed=seed))
 
     def _task(self, row: Row, group: int, effort: str | None) -> _Task:
+        tools = tools_of(row)
         rendered = self._template.render(
             prompt_of(row),
-            tools=tools_of(row),
+            tools=tools,
             enable_thinking=self._config.enable_thinking,
             truncate_history_thinking=False,
             effort=effort,
         )
-        return _Task(row, group, effort, rendered, rendered.tokens(self._tokenizer).ids)
+        ids = rendered.tokens(self._tokenizer).ids
+        return _Task(row, group, effort, tools, rendered, ids)
 
     async def _play(self, wanted: Mapping[int, _Task], *, seed: int) -> list[Rollout]:
         finished: dict[int, Rollout] = {}
@@ -269,17 +274,18 @@ class RolloutDriver:
             attempts=attempt,
             effort=task.effort,
         )
-        playing = _Playing(rollout, environment, None, seed, None)
+        playing = _Playing(rollout, task.tools, environment, None, seed, None)
         try:
             playing.session = await environment.seed_session(task.row)
         except RolloutFailedError as error:
             rollout.verification = Verification(failure=error.failure)
             return playing
-        playing.next_prompt = self._prompt(rollout, task.prompt)
+        playing.next_prompt = self._prompt(playing, task.prompt)
         return playing
 
-    def _prompt(self, rollout: Rollout, rendered: RenderedChat) -> Prompt | None:
+    def _prompt(self, playing: _Playing, rendered: RenderedChat) -> Prompt | None:
         """What the next turn continues; None where it would leave no room."""
+        rollout = playing.rollout
         if len(rollout.ids) >= self._config.max_context:
             rollout.is_cut = True
             return None
@@ -287,7 +293,7 @@ class RolloutDriver:
             ids=tuple(rollout.ids),
             is_chat=True,
             is_reasoning_open=rendered.is_reasoning_open,
-            tools=tools_of(rollout.row),
+            tools=playing.tools,
         )
 
     async def _until_ended(self, playing: Sequence[_Playing]) -> None:
@@ -378,7 +384,7 @@ class RolloutDriver:
         rollout.is_sampled += [False] * len(ids)
         rollout.logprobs += [0.0] * len(ids)
         rollout.weight_versions += [0] * len(ids)
-        playing.next_prompt = self._prompt(rollout, rendered)
+        playing.next_prompt = self._prompt(playing, rendered)
 
     def _sampled_turn(
         self, playing: _Playing, turn: AssistantMessage, output: CompletionOutput
@@ -386,12 +392,13 @@ class RolloutDriver:
         start, ids = len(playing.rollout.ids), output.token_ids
         opened = ids.count(self._tokenizer.think_start_id)
         closed = ids.count(self._tokenizer.think_end_id)
-        tools = tools_of(playing.rollout.row)
         return SampledTurn(
             start=start,
             end=start + len(ids),
             has_invalid_call=any(not call.is_complete for call in output.tool_calls)
-            or any(call_problem(tools, call.name, call.arguments) for call in turn.tool_calls),
+            or any(
+                call_problem(playing.tools, call.name, call.arguments) for call in turn.tool_calls
+            ),
             is_malformed=(opened, closed) != (0, int(self._config.enable_thinking)),
         )
 
