@@ -2,12 +2,14 @@
 
 from nemotron3.models.lora.adapter import (
     Adapter,
+    adapted_names,
     adapter_of,
     add_lora,
     is_adapted,
     load_adapter,
     merge_adapter,
     merge_into,
+    merge_own_adapter,
     shared_model,
     trained_tensors,
 )
@@ -17,12 +19,14 @@ from nemotron3.models.lora.peft import read_adapter, write_adapter
 __all__ = [
     "Adapter",
     "LoRAConfig",
+    "adapted_names",
     "adapter_of",
     "add_lora",
     "is_adapted",
     "load_adapter",
     "merge_adapter",
     "merge_into",
+    "merge_own_adapter",
     "read_adapter",
     "shared_model",
     "trained_tensors",
