@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 
+from nemotron3.models.lora import changed_parameters
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_player import own_player
@@ -79,7 +80,8 @@ class RolloutsAhead:
         file = self._folder.path / _BUFFER_FILE
         self._dropped = dropped_rollouts(file, first)
         # The model that plays for an adapter has merged copies, which have no gradients.
-        names = None if self._run.lora is None else model.state_dict().keys()
+        lora = self._run.lora
+        names = None if lora is None else changed_parameters(model, lora)
         self._weights = PublishedWeights(model, names)
         return RolloutGenerator(
             self._player,

@@ -20,6 +20,7 @@ from nemotron3.evaluation.environments import held_out_tasks, play_tasks
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.recipes.adapters import model_to_play
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
@@ -175,7 +176,8 @@ def own_player(
     say: Callable[[str], None],
 ) -> RLPlayer:
     """A player with a model of its own, which `install` gives the weights of the trainer."""
-    model = LanguageModel.from_pretrained(run.model, device=device, dtype=torch.float32)
+    precision = run.training.precision
+    model = model_to_play(run.model, run.lora, precision=precision, device=device)
     return RLPlayer(run, model.eval(), folder=folder, say=say, on_step=on_step)
 
 

@@ -105,7 +105,13 @@ class _Training:
     def __init__(self, folder: RunFolder[RLRun], run: RLRun, callback: RunCallback) -> None:
         self.folder, self.run, self.callback = folder, run, callback
         callback.stage(f"Reading {run.model}")
-        self.model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
+        self.model = model_to_train(
+            run.model,
+            run.lora,
+            precision=run.training.precision,
+            device=folder.device,
+            seed=run.seed,
+        )
         self._played = self.model if run.lora is None else shared_model(self.model)
         """The model that plays: in the same memory, or with merged copies of adapted weights."""
         self._merged: int | None = None  # updates after which the copies were written
@@ -163,7 +169,6 @@ class _Training:
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
             data_metrics=self._metrics,
         )
-        self._played.activation_dtype = self.model.activation_dtype  # the trainer has set it
         self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
         with self._ahead or nullcontext():

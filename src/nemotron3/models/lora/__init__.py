@@ -2,9 +2,9 @@
 
 from nemotron3.models.lora.adapter import (
     Adapter,
-    adapted_names,
     adapter_of,
     add_lora,
+    changed_parameters,
     is_adapted,
     load_adapter,
     merge_adapter,
@@ -19,9 +19,9 @@ from nemotron3.models.lora.peft import read_adapter, write_adapter
 __all__ = [
     "Adapter",
     "LoRAConfig",
-    "adapted_names",
     "adapter_of",
     "add_lora",
+    "changed_parameters",
     "is_adapted",
     "load_adapter",
     "merge_adapter",

@@ -122,12 +122,11 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, AdaptedWeight) for module in model.modules())
 
 
-def adapted_names(model: nn.Module) -> list[str]:
-    """The parameters that an adapter changes, as a model without one names them."""
+def changed_parameters(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the parameters that an adapter changes, in a model without one."""
     return [
-        name if product.attribute != "weight" else f"{name}.weight"
-        for name, product in products(model).items()
-        if isinstance(product.weight, AdaptedWeight)
+        f"{name}.weight" if product.attribute == "weight" else name
+        for name, product in chosen_products(model, config.targets).items()
     ]
 
 
