@@ -6,13 +6,7 @@ import torch
 
 from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
-from nemotron3.models.lora import (
-    LoRAConfig,
-    add_lora,
-    merge_adapter,
-    read_adapter,
-    shared_model,
-)
+from nemotron3.models.lora import LoRAConfig, add_lora, merge_adapter, read_adapter
 from nemotron3.models.lora.peft import companions_with_adapter
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision
@@ -36,11 +30,7 @@ def model_to_train(
     Beside an adapter, the matrices of products and the embedding are in the dtype of activations:
     they are frozen, and nothing reads them in a wider one.
     """
-    frozen = None if lora is None else precision.dtype
-    model = LanguageModel.from_pretrained(
-        path, device=device, dtype=torch.float32, cast_dtype=frozen
-    )
-    apply_precision(model, precision)
+    model = model_to_play(path, lora, precision=precision, device=device)
     if lora is not None:
         add_lora(model, lora, seed=seed)
     return model
@@ -49,9 +39,16 @@ def model_to_train(
 def model_to_play(
     path: str, lora: LoRAConfig | None, *, precision: PrecisionConfig, device: torch.device
 ) -> LanguageModel:
-    """A model of an engine's own that takes up the weights of a `model_to_train`."""
-    model = model_to_train(path, lora, precision=precision, device=device, seed=0)
-    return model if lora is None else shared_model(model)
+    """A model of an engine's own, which takes up the weights of a `model_to_train`.
+
+    It has the tensors of the model that plays beside the trainer, merged ones in their place.
+    """
+    frozen = None if lora is None else precision.dtype
+    model = LanguageModel.from_pretrained(
+        path, device=device, dtype=torch.float32, cast_dtype=frozen
+    )
+    apply_precision(model, precision)
+    return model
 
 
 def bias_update_rate(lora: LoRAConfig | None) -> float:

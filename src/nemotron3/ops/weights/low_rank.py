@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 SLICE = 1 << 25
 """Elements of a slice at most, where one index of the first axis has no more."""
-SLICE_BYTES = 2 * 4 * SLICE
-"""Of a slice's two float32 copies."""
 
 
 def add_low_rank(
