@@ -12,6 +12,7 @@ import torch
 from nemotron3.errors import DataError
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes import rl_ahead
 from nemotron3.recipes.memory import run_plan
 from nemotron3.recipes.rl_ahead import dropped_rollouts
@@ -299,11 +300,21 @@ def test_alarms_are_said_once(policy, letter, tmp_path, asynchronous):
     assert metrics_of(tmp_path / "runs/small")[1]["alarm/logprob_error"] == 1
 
 
-@pytest.mark.parametrize("engine", ["thread", pytest.param("process", marks=pytest.mark.slow)])
-def test_an_adapters_updates_reach_the_engine_that_plays_ahead(policy, letter, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "activations"),
+    [
+        ("thread", "float32"),
+        pytest.param("thread", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("process", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapters_updates_reach_the_engine_that_plays_ahead(
+    policy, letter, tmp_path, engine, activations
+):
     """Versions and checksums of all rollouts are checked: a stale copy would end the run."""
     ahead = AsyncConfig(max_staleness=1, engine=engine)
-    training = {"bias_update_rate": 0.0}
+    precision = PrecisionConfig(activations=activations)
+    training = {"bias_update_rate": 0.0, "precision": precision}
     run = small(
         policy, letter, steps=3, lora=LoRAConfig(rank=2), asynchronous=ahead, training=training
     )
