@@ -15,9 +15,10 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.lora import LoRAConfig, add_lora, shared_model, trained_tensors
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
-from nemotron3.ops import native
+from nemotron3.ops import native, weights
 from nemotron3.recipes.adapters import model_to_train
 from nemotron3.runtime.memory import plan_of
+from nemotron3.training import memory_plan
 from nemotron3.training.memory_plan import (
     ACTIVATIONS,
     ADAPTER,
@@ -196,11 +197,8 @@ def test_copies_in_bfloat16_are_those_of_products():
     assert alone - d_output == pytest.approx(planned(config, few)[COPIES], rel=0.05)
 
 
-def highest_point(config, training, *, mtp_depths, lora=None):
+def highest_point(model, training, *, mtp_depths):
     """Bytes of all tensors at the highest point of an update, as PyTorch's allocator tells."""
-    model = LanguageModel.from_config(config)
-    if lora is not None:
-        add_lora(model, lora, seed=0)
     optimizer = build_optimizer(model, training.optimizer)
     objective = pretraining(model, mtp_loss_scaling=0.3 if mtp_depths else 0.0)
     step = TrainingStep(
@@ -237,7 +235,8 @@ def test_the_sum_is_above_the_highest_point_and_the_least_below(name, recompute,
     )
     depths = config.pattern.num_mtp_depths
     plan = plan_of(training_parts(config, training, mtp_depths=depths))
-    assert least_bytes(plan) <= highest_point(config, training, mtp_depths=depths) <= plan.total
+    highest = highest_point(LanguageModel.from_config(config), training, mtp_depths=depths)
+    assert least_bytes(plan) <= highest <= plan.total
 
 
 @pytest.mark.slow
@@ -252,8 +251,36 @@ def test_the_sum_is_above_the_highest_point_with_an_adapter(name, recompute, tar
     )
     depths, low_rank = config.pattern.num_mtp_depths, low_rank_plan(config, lora)
     plan = plan_of(training_parts(config, training, mtp_depths=depths, low_rank=low_rank))
-    highest = highest_point(config, training, mtp_depths=depths, lora=lora)
+    model = LanguageModel.from_config(config)
+    add_lora(model, lora, seed=0)
+    assert least_bytes(plan) <= highest_point(model, training, mtp_depths=depths) <= plan.total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_merged_experts_are_added_up_in_slices(recompute, monkeypatch, tmp_path):
+    """In bfloat16, where weights outweigh all else and a float32 copy of one would be seen."""
+    for module in (weights.low_rank, memory_plan):
+        monkeypatch.setattr(module, "SLICE", 1 << 15)
+    sizes = {"n_routed_experts": 16, "moe_intermediate_size": 128, "moe_latent_size": None}
+    config, lora = tiny_config("EE", hidden_size=128, moe=sizes), LoRAConfig(rank=4)
+    precision = PrecisionConfig(activations="bfloat16")
+    training = training_config(
+        batch_size=1,
+        microbatch_size=1,
+        seq_len=16,
+        precision=precision,
+        recompute=recompute,
+        bias_update_rate=0.0,
+    )
+    plan = plan_of(
+        training_parts(config, training, mtp_depths=0, low_rank=low_rank_plan(config, lora))
+    )
+    LanguageModel.from_config(config).save_pretrained(tmp_path)
+    model = model_to_train(str(tmp_path), lora, precision=precision, device=CPU, seed=0)
+    highest = highest_point(model, training, mtp_depths=0)
     assert least_bytes(plan) <= highest <= plan.total
+    assert plan.total - highest < 4 * 16 * 128 * 128
 
 
 def test_recomputing_keeps_one_block_at_a_time():
