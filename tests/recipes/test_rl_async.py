@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemotron3.errors import DataError
-from nemotron3.models.lora import LoRAConfig
+from nemotron3.models.lora import LoRAConfig, changed_parameters, with_own_changes
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes import rl_ahead
@@ -156,6 +156,30 @@ def test_the_second_engine_is_in_the_memory_plan(policy, letter):
     assert sizes["second engine states"] == sizes["engine states"]
     engine = sum(part.num_bytes for part in theirs.parts if part.name.startswith("engine"))
     assert ours.total == theirs.total + engine + 2 * sizes["weights"]
+
+
+@pytest.mark.parametrize(("engine", "shares"), [("thread", True), ("process", False)])
+def test_beside_an_adapter_the_second_engine_shares_frozen_weights(policy, letter, engine, shares):
+    run = small(
+        policy,
+        letter,
+        lora=LoRAConfig(rank=2, targets=("in_proj",)),
+        asynchronous=AsyncConfig(max_staleness=1, engine=engine),
+        training={"bias_update_rate": 0.0},
+    )
+    sizes = {part.name: part.num_bytes for part in run_plan(run, torch.device("cpu")).parts}
+    merged = sizes["engine merged weights"]
+    assert sizes["published weights"] == merged < 0.2 * sizes["weights"]
+    assert sizes["second engine's weights"] == (merged if shares else sizes["weights"])
+
+
+def test_a_model_with_its_own_changes_shares_the_rest(policy):
+    model, lora = LanguageModel.from_pretrained(policy), LoRAConfig(targets=("in_proj", "up_proj"))
+    served = with_own_changes(model, lora)
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    own = {name for name, t in served.state_dict().items() if t.data_ptr() != places[name]}
+    assert own == set(changed_parameters(model, lora))
+    assert weights_checksum(served) == weights_checksum(model)
 
 
 def test_what_was_played_in_vain_is_told_by_the_updates_that_come_again(tmp_path):

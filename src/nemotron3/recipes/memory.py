@@ -23,6 +23,7 @@ from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.sft import SFTRun
+from nemotron3.rl.generator import AsyncConfig
 from nemotron3.runtime.devices import has_memory_of_its_own
 from nemotron3.runtime.memory import (
     MemoryPart,
@@ -110,11 +111,16 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=run.engine_config(),
         reference_bytes=reference,
     )
-    return plan_of([*plan.parts, *_ahead_parts(plan)]) if run.asynchronous.is_ahead else plan
+    if not run.asynchronous.is_ahead:
+        return plan
+    return plan_of([*plan.parts, *_ahead_parts(plan, run.asynchronous)])
 
 
-def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:
-    """A second engine with a model of its own, and the copy of the weights on their way to it."""
+def _ahead_parts(plan: MemoryPlan, config: AsyncConfig) -> list[MemoryPart]:
+    """A second engine with a model of its own, and the copy of the weights on their way to it.
+
+    Beside an adapter, merged weights alone are on their way, and in a thread the rest is shared.
+    """
     sizes = {part.name: part.num_bytes for part in plan.parts}
     merged = sizes.get(MERGED)
     parts = [
@@ -122,10 +128,10 @@ def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:
         for part in plan.parts
         if part.name.startswith("engine ") and part.name != MERGED
     ]
-    # Of an adapted model it has the merged weights alone, and is sent those alone.
-    parts.append(MemoryPart(name="second engine's weights", num_bytes=sizes[WEIGHTS]))
-    published = sizes[WEIGHTS] if merged is None else merged
-    parts.append(MemoryPart(name="published weights", num_bytes=published))
+    changed = sizes[WEIGHTS] if merged is None else merged
+    own = changed if config.engine == "thread" else sizes[WEIGHTS]
+    parts.append(MemoryPart(name="second engine's weights", num_bytes=own))
+    parts.append(MemoryPart(name="published weights", num_bytes=changed))
     return parts
 
 

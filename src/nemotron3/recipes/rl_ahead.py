@@ -13,7 +13,7 @@ from types import TracebackType
 
 import torch
 
-from nemotron3.models.lora import changed_parameters
+from nemotron3.models.lora import changed_parameters, with_own_changes
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_player import own_player
@@ -33,6 +33,8 @@ class RolloutsAhead:
         self._run, self._config, self._folder = run, config, folder
         self._threads = self._threads_before = torch.get_num_threads()
         self._weights: PublishedWeights | None = None
+        self._model: LanguageModel | None = None
+        """That whose weights are published."""
         self._generator: RolloutGenerator | None = None
         self._dropped = 0
 
@@ -80,7 +82,7 @@ class RolloutsAhead:
         file = self._folder.path / _BUFFER_FILE
         self._dropped = dropped_rollouts(file, first)
         # The model that plays for an adapter has merged copies, which have no gradients.
-        lora = self._run.lora
+        lora, self._model = self._run.lora, model
         names = None if lora is None else changed_parameters(model, lora)
         self._weights = PublishedWeights(model, names)
         return RolloutGenerator(
@@ -105,7 +107,11 @@ class RolloutsAhead:
                 on_step=on_step,
                 say=say,
             )
-        return own_player(run, device=device, folder=folder, on_step=on_step, say=say)
+        model = None
+        if run.lora is not None:  # what does not change is in memory once
+            assert self._model is not None
+            model = with_own_changes(self._model, run.lora)
+        return own_player(run, model=model, device=device, folder=folder, on_step=on_step, say=say)
 
 
 def dropped_rollouts(file: Path, first: int) -> int:

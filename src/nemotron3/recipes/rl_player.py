@@ -174,10 +174,12 @@ def own_player(
     folder: Path,
     on_step: Callable[[], None],
     say: Callable[[str], None],
+    model: LanguageModel | None = None,
 ) -> RLPlayer:
-    """A player with a model of its own, which `install` gives the weights of the trainer."""
-    precision = run.training.precision
-    model = model_to_play(run.model, run.lora, precision=precision, device=device)
+    """A player whose `model` takes up the trainer's weights by `install`; None reads one."""
+    if model is None:
+        precision = run.training.precision
+        model = model_to_play(run.model, run.lora, precision=precision, device=device)
     return RLPlayer(run, model.eval(), folder=folder, say=say, on_step=on_step)
 
 

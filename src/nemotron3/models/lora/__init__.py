@@ -12,6 +12,7 @@ from nemotron3.models.lora.adapter import (
     merge_own_adapter,
     shared_model,
     trained_tensors,
+    with_own_changes,
 )
 from nemotron3.models.lora.config import LoRAConfig
 from nemotron3.models.lora.peft import read_adapter, write_adapter
@@ -30,5 +31,6 @@ __all__ = [
     "read_adapter",
     "shared_model",
     "trained_tensors",
+    "with_own_changes",
     "write_adapter",
 ]

@@ -161,6 +161,19 @@ def load_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
+def with_own_changes(model: LanguageModel, config: LoRAConfig) -> LanguageModel:
+    """A model that shares all tensors but copies of those that an adapter changes.
+
+    `model` has none beside its weights; it may have one merged.
+    """
+    shared = shared_model(model, {})
+    for module, attribute in chosen_products(shared, config.targets).values():
+        copied = getattr(module, attribute).detach().clone()
+        setattr(module, attribute, nn.Parameter(copied, requires_grad=False))
+    return shared
+
+
+@torch.no_grad()
 def merge_adapter(model: LanguageModel, adapter: Adapter) -> None:
     """Add an adapter to the weights of a model without one, in their memory and dtype."""
     found = products(model)
