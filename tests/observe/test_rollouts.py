@@ -55,7 +55,7 @@ def test_what_a_model_writes_is_text(field):
 def test_long_runs_show_moments_at_equal_distances_with_both_ends(tmp_path):
     file = tmp_path / "rollouts.jsonl"
     lines = [json.dumps(record(when=f"step {step}")) for step in range(100)]
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines) + "\n")
     page = write_rollouts_page(file, title="long").read_text()
     assert page.count("<details") == 12
     assert "step 0 " in page

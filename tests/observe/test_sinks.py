@@ -44,7 +44,7 @@ def test_a_damaged_file_is_not_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = encode_line(0, {}) + "damage\n" + encode_line(2, {})
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"line 2 is not a step.*move it away"):
+    with pytest.raises(ValueError, match=r"line 2 is damaged .*move it away"):
         JsonlSink(path, next_step=2)
     assert path.read_text() == text
 

@@ -228,3 +228,37 @@ def test_a_curriculum_measures_pass_rates_and_goes_on_with_them(
     parts = rl(run, runs=tmp_path / "parts")
     assert parts.reward == whole.reward
     assert json.loads((tmp_path / "parts/small/pass_rates.json").read_text()) == rates
+
+
+@pytest.mark.parametrize("cut", ["in a line", "after three lines"])
+def test_a_run_that_was_killed_while_it_kept_rollouts_has_all_of_them(
+    policy, letter, tmp_path, cut
+):
+    run = small(policy, letter, log_rollouts_every_steps=1, training={"checkpoint_every_steps": 1})
+    rl(run, runs=tmp_path / "runs")
+    folder = tmp_path / "runs" / "small"
+    file, before = folder / "rollouts.jsonl", (folder / "before.json").read_bytes()
+    whole = file.read_text()
+
+    def cut_in(moment):
+        lines = whole.splitlines(keepends=True)
+        first = next(i for i, line in enumerate(lines) if json.loads(line)["when"] == moment)
+        rest = lines[first + 3][: len(lines[first + 3]) // 2] if cut == "in a line" else ""
+        file.write_text("".join(lines[: first + 3]) + rest)
+        (folder / "summary.json").unlink()
+
+    cut_in("held-out tasks after training")
+    rl(run, runs=tmp_path / "runs")
+    assert file.read_text() == whole
+
+    cut_in("step 1")
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+    rl(run, runs=tmp_path / "runs")
+    assert file.read_text() == whole
+
+    cut_in("held-out tasks before training")
+    (folder / "before.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    rl(run, runs=tmp_path / "runs")
+    assert file.read_text() == whole
+    assert (folder / "before.json").read_bytes() == before

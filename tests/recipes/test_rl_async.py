@@ -22,6 +22,7 @@ from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig, RolloutGenerator
+from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.weight_sync import PublishedWeights, weights_checksum
 from tests.recipes.small_rl import die_after, metrics_of, small
 from tests.small_run import Listener
@@ -188,10 +189,15 @@ def test_what_was_played_in_vain_is_told_by_the_updates_that_come_again(tmp_path
     assert dropped_rollouts(file, 0) == 0
     rows = [(0, 8), (1, 16), (2, 8), (1, 8), (2, 32), (3, 8)]
     lines = [json.dumps({"update": update, "rollouts": count}) for update, count in rows]
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines) + "\n")
     assert dropped_rollouts(file, 4) == 16 + 8
     assert dropped_rollouts(file, 3) == 16 + 8 + 8
     assert dropped_rollouts(file, 0) == 80
+    with file.open("a") as half_written:
+        half_written.write('{"update": 4, "rol')
+    assert dropped_rollouts(file, 0) == 80
+    rl_ahead._note_played(file, 4, UpdateRollouts())
+    assert [json.loads(line) for line in file.read_text().splitlines()][-1]["update"] == 4
 
 
 def test_an_engine_that_dies_is_replaced(policy, letter, tmp_path, monkeypatch):

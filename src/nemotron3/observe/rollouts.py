@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from nemotron3.observe.json_lines import read_lines
+
 PAGE_FILE = "rollouts.html"
 _MOST_PROMPTS = 3
 """Most prompts of an environment that are shown for each moment of training."""
@@ -27,10 +29,7 @@ prompt's), `reward`, `components`, `advantage`, `failure`, `tokens`, `is_cut`.""
 
 def write_rollouts_page(records_file: Path, *, title: str) -> Path | None:
     """Write `rollouts.html` in the folder of the records; returns None if there are none."""
-    if not records_file.exists():
-        return None
-    lines = records_file.read_text(encoding="utf-8").splitlines()
-    records: list[Record] = [json.loads(line) for line in lines]
+    records: list[Record] = list(read_lines(records_file))
     if not records:
         return None
     path = records_file.with_name(PAGE_FILE)

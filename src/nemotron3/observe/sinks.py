@@ -6,11 +6,11 @@ run has exactly the metrics of an uninterrupted one.
 """
 
 import importlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemotron3.observe.json_lines import cut_lines
 from nemotron3.observe.metrics import decode_line, encode_line
 
 
@@ -20,8 +20,7 @@ class JsonlSink:
     def __init__(self, path: Path, *, next_step: int) -> None:
         """Keep the lines before `next_step` and remove the others; 0 starts an empty file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, _end_of_kept(path, next_step))
+        cut_lines(path, lambda step: step >= next_step, decode=_step_of)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -58,21 +57,8 @@ class TensorBoardSink:
         self._writer.close()
 
 
-def _end_of_kept(path: Path, next_step: int) -> int:
-    """The length of the file up to the first line that is incomplete or not before `next_step`."""
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                step, _ = decode_line(line)
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is not a step ({error}); "
-                    "repair the file, or move it away to begin anew"
-                ) from error
-            if step >= next_step:
-                break
-            end += len(line)
-    return end
+def _step_of(line: bytes) -> int:
+    try:
+        return decode_line(line)[0]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"is not a step: {error}") from error

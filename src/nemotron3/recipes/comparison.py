@@ -167,9 +167,10 @@ def _evaluation(path: Path, found: Evaluation) -> Compared:
 def _run(path: Path) -> Compared:
     kind = str(read_record(path)["config"].get("kind"))
     summary_file = path / SUMMARY_FILE
+    is_finished = summary_file.is_file()
     try:
         metrics = load_series(path / METRICS_FILE)
-        if summary_file.is_file():
+        if is_finished:
             results = _RESULTS[kind](json.loads(summary_file.read_text("utf-8")))
         else:
             results = {
@@ -183,13 +184,15 @@ def _run(path: Path) -> Compared:
         ) from error
     if not (results or metrics):
         raise DataError(f"{path} has no results yet: neither a finished step nor a summary")
-    rollouts = path / ROLLOUTS_FILE
+    rollouts, played = path / ROLLOUTS_FILE, list[RolloutRecord]()
+    if is_finished and rollouts.is_file():
+        played = read_records(rollouts, when=AFTER_TRAINING)
     return Compared(
         name=path.resolve().name,
         path=path,
         kind=kind,
         results=results,
-        rewards=_rewards(read_records(rollouts, when=AFTER_TRAINING)) if rollouts.is_file() else {},
+        rewards=_rewards(played),
         metrics=metrics,
     )
 

@@ -5,7 +5,6 @@ last checkpoint and plays them again with other weights. The run's folder keeps 
 for each update, `buffer.jsonl`, so that the lost ones are counted.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from nemotron3.models.lora import with_own_changes
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.observe.json_lines import append_lines, read_lines
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_engine import own_engine
 from nemotron3.recipes.rl_engines import ProcessEngines
@@ -146,13 +146,10 @@ def dropped_rollouts(file: Path, first: int) -> int:
 
     Those of updates from `first` on, and those of earlier updates that were played again later.
     """
-    if not file.exists():
-        return 0
-    played = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    played = list(read_lines(file))
     used = {each["update"]: each["rollouts"] for each in played if each["update"] < first}
     return sum(each["rollouts"] for each in played) - sum(used.values())
 
 
 def _note_played(file: Path, step: int, played: UpdateRollouts) -> None:
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps({"update": step, "rollouts": len(played.played)}) + "\n")
+    append_lines(file, [{"update": step, "rollouts": len(played.played)}])

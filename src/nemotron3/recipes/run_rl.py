@@ -23,6 +23,7 @@ from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.lora import changed_parameters, merge_into, shared_model
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
+from nemotron3.observe.json_lines import append_lines
 from nemotron3.observe.report import write_report
 from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
@@ -267,10 +268,10 @@ class _Training:
         self._keep(kept)
 
     def _keep(self, records: Sequence[RolloutRecord]) -> None:
-        """Append records; a moment that is played again after an interruption is the same."""
-        file = self.folder.path / ROLLOUTS_FILE
-        kept = file.read_text("utf-8").splitlines() if file.exists() else []
-        if records and records[0].when in {json.loads(line)["when"] for line in kept}:
-            return
-        with file.open("a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(to_record(record)) + "\n" for record in records)
+        """Append the records of a moment; those of it and of later ones are played again."""
+        if records:
+            append_lines(
+                self.folder.path / ROLLOUTS_FILE,
+                map(to_record, records),
+                is_stale=lambda kept: kept["when"] == records[0].when,
+            )
