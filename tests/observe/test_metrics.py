@@ -12,6 +12,7 @@ from nemotron3.observe.metrics import (
     encode_line,
     read_metrics,
 )
+from nemotron3.observe.sinks import JsonlSink
 
 
 class ListSink:
@@ -47,8 +48,31 @@ def test_steps_rise(step):
         log.log(step, {})
 
 
-@pytest.mark.parametrize("name", ["loss", "train/", "/loss", "Train/loss", "train/lo ss"])
-def test_names_have_a_room(name):
+NAMES = (
+    "reward/mean/reasoning_gym:chain_sum",
+    "eval/loss/my chats (v2)",
+    "eval/loss/großes",
+    "eval/loss/数学 😀",
+    "reward/mean/a/b",
+)
+"""Areas with what users call their environments and files."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_users_name_their_files_and_environments(name, tmp_path):
+    with MetricLog([JsonlSink(tmp_path / "metrics.jsonl", next_step=0)]) as log:
+        log.log(1, {name: 0.5})
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [(1, {name: 0.5})]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "loss", "train/", "/loss", "Train/loss", "tr ain/loss", "train/ ", "train//loss"),
+        *("train/a\nb", "train/a\0", "train/\ud800", "train/\u202e"),
+    ],
+)
+def test_names_have_an_area_and_printable_parts(name):
     with pytest.raises(ValueError, match="must look like 'train/loss'"):
         MetricLog([]).log(1, {name: 1.0})
 

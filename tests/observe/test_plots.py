@@ -150,3 +150,22 @@ def test_ranges_are_drawn_where_they_are_finite():
     assert "&lt;a&gt;" in figure.svg
     assert ">b<" not in figure.svg
     assert ranges([endless], x_label="difference") is None
+
+
+@pytest.mark.parametrize(
+    "name", [r"costs $5 or $\frac{", "<b>&'\"", "数学 ß 😀", "x" * 300, "a:b c"]
+)
+def test_labels_are_what_users_name_their_files(name):
+    one = Range(label=name, value=0.1, low=-0.2, high=0.3, is_strong=True)
+    drawn = [
+        ranges([one], x_label="difference"),
+        bars({name: 1.0}, highlighted=name),
+        lines([series([1.0, 2.0], label=name)], y_label=name),
+        heat_map([series([1.0, 2.0], label=name[:20])], value_label="share"),
+        depth_lines([series([1.0, 2.0], label=name[:20])], y_label="norm"),
+    ]
+    for figure in drawn:
+        assert figure is not None
+        assert_is_svg(figure.svg)
+    shown = name if len(name) <= 36 else name[:35]
+    assert any(shown in (text or "") for text in ET.fromstring(drawn[0].svg).itertext())

@@ -63,6 +63,17 @@ def test_tensorboard_holds_the_scalars_of_a_resumed_run(tmp_path):
     assert [(event.step, event.value) for event in events] == [(0, 0.0), (1, 1.0), (2, 9.0)]
 
 
+@pytest.mark.filterwarnings("ignore")  # tensorboard's imports, not ours
+def test_tensorboard_keeps_the_names_of_users_apart(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    names = {"eval/loss/my chats (v2)", "eval/loss/my_chats_(v2)", "reward/mean/a:ß 😀"}
+    sink = TensorBoardSink(tmp_path, next_step=0)
+    sink.write(1, dict.fromkeys(names, 1.0))
+    sink.close()
+    found = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert set(found.Tags()["scalars"]) == names
+
+
 def test_without_tensorboard_the_install_line_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'nemotron3\[train\]'"):

@@ -79,7 +79,7 @@ class TerminalCallback(RunCallback):
 
     def stage(self, message: str) -> None:
         """Say what begins."""
-        self._bars.console.print(message, highlight=False)
+        self._bars.console.print(message, highlight=False, markup=False)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Move a bar."""

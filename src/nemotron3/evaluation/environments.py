@@ -18,6 +18,7 @@ from nemotron3.environments.environment import Environment
 from nemotron3.environments.rows import Row, Split
 from nemotron3.errors import ConfigError
 from nemotron3.evaluation.statistics import Interval, mean_interval
+from nemotron3.observe.metrics import is_metric_name
 from nemotron3.rl.data_parallel import TaskPlayer
 from nemotron3.rl.records import RolloutRecord, rollout_record
 
@@ -82,9 +83,17 @@ def play_tasks(
 
 
 def environments_by_name(environments: Iterable[Environment]) -> dict[str, Environment]:
-    """Raises `ConfigError` where two have one name: results could not be told apart."""
+    """Raises `ConfigError` where two have one name: results could not be told apart.
+
+    Nor can they be named by what is no text, or by `all`, which is the mean of environments.
+    """
     found: dict[str, Environment] = {}
     for environment in environments:
+        if environment.name == "all" or not is_metric_name(f"reward/{environment.name}"):
+            raise ConfigError(
+                f"an environment is named {environment.name!r}, which cannot name its results; "
+                "give it a name of printable characters that is not 'all'"
+            )
         if environment.name in found:
             raise ConfigError(
                 f"there are two environments named {environment.name!r}; one is wanted"

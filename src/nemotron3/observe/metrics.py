@@ -1,8 +1,10 @@
 """The numbers of a run: one flat dict per step, through one call.
 
 A metric is a float whose name starts with an area: `train/loss`, `optim/grad_norm`,
-`perf/tokens_per_s`. All metrics of a step are logged together, so that the files of a resumed run
-can be cut at a step and every reader sees complete steps.
+`perf/tokens_per_s`. What follows may be what users call their files and environments, any printable
+text: `reward/mean/reasoning_gym:chain_sum`, `eval/loss/my chats`. All metrics of a step are logged
+together, so that the files of a resumed run can be cut at a step and every reader sees complete
+steps.
 
 JSON has no NaN and no infinity, which are the values that one most wants to find later, so they are
 written as the strings "nan", "inf" and "-inf".
@@ -21,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-_NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_.\-]+)+")
+_AREA = re.compile(r"[a-z0-9_]+")
 
 
 class MetricSink(Protocol):
@@ -53,7 +55,7 @@ class MetricLog:
             )
         floats = {name: float(value) for name, value in metrics.items()}
         for name in floats:
-            if _NAME.fullmatch(name) is None:
+            if not is_metric_name(name):
                 raise ValueError(f"metric name {name!r} must look like 'train/loss'")
         self._last_step = step
         for sink in self._sinks:
@@ -76,6 +78,17 @@ class MetricLog:
     ) -> None:
         """Close every sink."""
         self.close()
+
+
+def is_metric_name(name: str) -> bool:
+    """Whether a name is an area and parts of printable text, none of which is blank."""
+    area, *parts = name.split("/")
+    return bool(_AREA.fullmatch(area) and parts and all(map(is_name_part, parts)))
+
+
+def is_name_part(text: str) -> bool:
+    """Whether a text can be a part of a metric's name, between slashes."""
+    return text.isprintable() and bool(text.strip()) and "/" not in text
 
 
 class MetricWindow:

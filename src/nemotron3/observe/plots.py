@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Array: TypeAlias = NDArray[np.float64]
 Axis: TypeAlias = Literal["linear", "log"]
 
 MAX_POINTS = 240
+_MAX_LABEL = 36
 _COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 # Placeholders for CSS variables: colours that nothing else in the drawing has.
 _STAND_INS = {
@@ -217,7 +219,7 @@ def bars(values: Mapping[str, float], *, highlighted: str) -> Figure | None:
                 va="center",
                 weight="bold" if is_ours else "normal",
             )
-        axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
+        axes.set_yticks(range(len(ordered)), [_fitting(label) for label, _ in ordered])
         axes.tick_params(axis="y", labelsize=10, labelcolor=_STAND_INS["ink"])
         axes.set_xlim(0, 1.14 * ordered[-1][1])
         axes.set_ylim(-0.6, max(len(ordered), 3) - 0.4)
@@ -240,7 +242,7 @@ def ranges(values: Sequence[Range], *, x_label: str) -> Figure | None:
             colour = _STAND_INS["c1" if one.is_strong else "muted"]
             axes.plot([one.low, one.high], [row, row], color=colour, linewidth=2)
             axes.plot([one.value], [row], color=colour, marker="o", markersize=5)
-        axes.set_yticks(range(len(drawn)), [one.label for one in reversed(drawn)])
+        axes.set_yticks(range(len(drawn)), [_fitting(one.label) for one in reversed(drawn)])
         axes.set_ylim(-0.6, len(drawn) - 0.4)
         axes.set_xlabel(x_label)
         axes.tick_params(axis="y", labelcolor=_STAND_INS["ink"])
@@ -296,7 +298,7 @@ def _dress(
     """Set the axes, grid and number formats that all figures share."""
     ticker = importlib.import_module("matplotlib.ticker")
     axes.set_xlabel("step")
-    axes.set_ylabel(y_label)
+    axes.set_ylabel(_fitting(y_label))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _short(x)))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     if scale == "log":
@@ -314,6 +316,11 @@ def _dress(
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom" and has_grid)
     axes.tick_params(length=0)
+
+
+def _fitting(label: str) -> str:
+    """A label that leaves the figure its place."""
+    return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "\u2026"
 
 
 def _short(value: float) -> str:
@@ -341,6 +348,7 @@ def _canvas(*, height: float = 3.1) -> Iterator[tuple[Any, Any]]:
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "nemotron3",
+        "text.parse_math": False,  # labels are names, in which a dollar is a dollar
         "font.family": "sans-serif",
         "font.size": 9.5,
         "axes.edgecolor": _STAND_INS["muted"],
@@ -361,7 +369,10 @@ def _to_svg(figure: Any) -> str:
     """The drawing as inline SVG: without prologue, with unique ids and the page's colours."""
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    with warnings.catch_warnings():
+        # A label's glyphs come from the reader's fonts; here they only measure its length.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
