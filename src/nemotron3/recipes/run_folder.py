@@ -7,6 +7,7 @@
     before.json         of rl: held-out tasks played before training
     rollouts.jsonl      of rl: those tasks before and after, and some rollouts between
     adapter/            the result of training an adapter; model/ has it merged
+    lock                of the process that works in it, while it does (`run_lock.py`)
     summary.json        the result; it is written last, so a run with one is finished
 
 A folder belongs to one configuration. Another one is refused there: its checkpoints would be

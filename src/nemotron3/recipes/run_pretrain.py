@@ -35,6 +35,7 @@ from nemotron3.recipes.inputs import changes_since, open_inputs, replay_differen
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
+from nemotron3.recipes.run_lock import holds_folder
 from nemotron3.recipes.samples import write_samples
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.training.batch import TrainBatch
@@ -87,6 +88,7 @@ class PretrainSummary:
         return self.baselines | ({} if before is None else {"before training": before})
 
 
+@holds_folder()
 def pretrain(
     run: PretrainRun,
     *,

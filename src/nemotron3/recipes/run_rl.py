@@ -38,6 +38,7 @@ from nemotron3.recipes.rl_ahead import RolloutsAhead
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
 from nemotron3.recipes.rl_turns import RolloutsByTurns
 from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
+from nemotron3.recipes.run_lock import holds_folder
 from nemotron3.rl.alarms import Alarms
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import UpdateRollouts
@@ -58,6 +59,7 @@ _LOGGED_GROUPS = 2
 """Groups of each environment that are kept of a logged update."""
 
 
+@holds_folder()
 def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = None) -> RLSummary:
     """Carry out `run` in the folder runs/NAME, from where it stands there."""
     callback = callback or RunCallback()

@@ -37,6 +37,7 @@ from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
 from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.run_folder import RunCallback, RunFolder
+from nemotron3.recipes.run_lock import holds_folder
 from nemotron3.recipes.sft import SFTRun
 from nemotron3.recipes.sft_data import SFTData, prepare_sft_data
 from nemotron3.runtime.devices import describe_device, measure_product_rate
@@ -76,6 +77,7 @@ class SFTSummary:
     """Parameters, with multi-token prediction."""
 
 
+@holds_folder()
 def sft(
     run: SFTRun, *, runs: Path = Path("runs"), callback: RunCallback | None = None
 ) -> SFTSummary:

@@ -14,6 +14,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.recipes.run_lock import holds_folder
 from nemotron3.runtime.devices import describe_device, resolve_device
 from nemotron3.runtime.processors import processors
 from nemotron3.studies.jobs import Execute, executed
@@ -39,6 +40,7 @@ _MAY_CHANGE = ("learning_rates", "num_seeds")
 """More of them are more cells, and those that stand stay; with a budget they decide the steps."""
 
 
+@holds_folder("studies")
 def simultaneous_rl(
     study: SimultaneousRL,
     *,
