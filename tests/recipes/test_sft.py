@@ -200,14 +200,81 @@ def test_a_loss_needs_stages_that_end_at_one():
             SFTLossConfig(stages=tuple(NormalisationStage(until=end) for end in ends))
 
 
+def write(file, conversations):
+    text = "".join(json.dumps(row) + "\n" for row in conversations)
+    file.write_text(text, encoding="utf-8")
+    return ConversationsConfig(path=str(file))
+
+
 def test_own_held_out_conversations_and_two_sources(base, chats, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows(9, seed=4)))
-    sources = (ConversationsConfig(path=str(chats)), ConversationsConfig(path=str(other)))
-    run = replace(small(base, chats), data=sources, held_out=(replace(sources[1], name="looked"),))
+    """What is to be looked at alone is not trained on where a source has it, too."""
+    looked = [{"prompt": f"road {n}", "completion": "river"} for n in range(5)]
+    other = write(tmp_path / "other.jsonl", [*rows(9, seed=4), *looked[:2]])
+    sources = (ConversationsConfig(path=str(chats)), other)
+    run = replace(
+        small(base, chats), data=sources, held_out=(write(tmp_path / "looked.jsonl", looked),)
+    )
     summary = sft(run, runs=tmp_path / "runs")
     assert summary.conversations == {"chats": 40, "other": 9}
     assert set(summary.loss) == {"all", "looked"}
+    only = replace(run, data=(write(tmp_path / "only.jsonl", looked[:2]),))
+    with pytest.raises(DataError, match="all 2 conversations of only are held out"):
+        prepare_sft_data(only)
+
+
+def test_what_one_source_holds_out_no_other_trains_on(base, chats, tmp_path):
+    """Also with other ids, flags, columns and tags around the reasoning."""
+    shared = [*rows(40)]
+    for row in shared:
+        answer = row["messages"][1]
+        thought = answer.pop("reasoning_content")
+        answer["content"] = f"<think>\n{thought}\n</think>\n{answer['content']}"
+        row["source"] = "elsewhere"
+    copy = write(tmp_path / "copy.jsonl", [*rows(60, seed=9), *reversed(shared)])
+    run = replace(
+        small(base, chats), data=(ConversationsConfig(path=str(chats)), copy), max_held_out=3
+    )
+    data = prepare_sft_data(run)
+
+    def texts(parts):
+        return {
+            name: {data.tokenizer.decode(c.ids.tolist()) for c in rows}
+            for name, rows in parts.items()
+        }
+
+    trained = texts({name: source.conversations for name, source in data.train.items()})
+    held = texts(data.held_out)
+    assert held["chats"] & held["copy"]
+    assert not (trained["chats"] | trained["copy"]) & (held["chats"] | held["copy"])
+    renamed = replace(run, data=(copy, replace(run.data[0], name="other name")))
+    again = texts(prepare_sft_data(renamed).held_out)
+    assert (again["copy"], again["other name"]) == (held["copy"], held["chats"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_conversations_that_no_row_can_hold_are_not_the_ones_held_out(base, tmp_path, seed):
+    long = [
+        {"prompt": f"{n} " + "clock " * 200, "completion": "road river " * 20} for n in range(30)
+    ]
+    source = write(tmp_path / "chats.jsonl", [*long, *rows(4)])
+    run = small(base, source.path, seed=seed, training={"seq_len": 128})
+    data = prepare_sft_data(run)
+    fitting = [len(c) for c in data.held_out["chats"]]
+    assert fitting
+    assert max(fitting) <= 128
+    assert any(len(c) <= 128 for c in data.train["chats"].conversations)
+
+
+def test_a_held_out_conversation_that_is_the_longest_has_a_row(base, tmp_path):
+    """The length of rows is found from all conversations, so the same ones are held out."""
+    for number in range(6):
+        longest = {"prompt": "clock " * 60, "completion": f"road {number}"}
+        source = write(tmp_path / f"chats{number}.jsonl", [longest, *rows(2, seed=number)])
+        run = own_conversations(base, [source], epochs=1)
+        data = prepare_sft_data(run)
+        (held,) = data.held_out.values()
+        assert len(held) == 1
+        assert len(held[0]) <= run.training.seq_len
 
 
 def test_a_conversation_is_never_in_both_parts(base, tmp_path):

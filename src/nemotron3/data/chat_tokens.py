@@ -126,7 +126,7 @@ def _controlled(
     chance: random.Random,
 ) -> tuple[list[Message], str | None]:
     """The messages and the effort of the sample that is made from this conversation."""
-    messages = [_with_reasoning_apart(message) for message in conversation.messages]
+    messages = [with_reasoning_apart(message) for message in conversation.messages]
     effort, draw = conversation.effort, chance.random()
     places = [i for i, message in enumerate(messages) if _reasoning(message)]
     if not places or effort is not None:
@@ -153,7 +153,7 @@ def _controlled(
     return messages, effort
 
 
-def _with_reasoning_apart(message: Message) -> Message:
+def with_reasoning_apart(message: Message) -> Message:
     """Move reasoning from tags at the start of the content to the message's own field."""
     if not isinstance(message, AssistantMessage) or message.reasoning is not None:
         return message

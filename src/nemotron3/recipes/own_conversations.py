@@ -50,7 +50,9 @@ def own_conversations(
         lora=lora,
     )
     found = prepare_sft_data(run)
-    longest = max(len(c) for source in found.train.values() for c in source.conversations)
+    trained = [c for source in found.train.values() for c in source.conversations]
+    looked_at = [c for rows in found.held_out.values() for c in rows]
+    longest = max(map(len, (*trained, *looked_at)))  # with it, the same ones are held out
     seq_len = min(max_seq_len, math.ceil(longest / 64) * 64)
     rows = found.loader(seq_len=seq_len, batch_size=batch_size, seed=run.seed).rows_of_epoch()
     batch_size = min(batch_size, rows)

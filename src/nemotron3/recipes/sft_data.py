@@ -1,8 +1,8 @@
 """The data of a fine-tuning run: conversations as tokens, and what is held out."""
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nemotron3.data.chat_tokens import (
     TokenizedConversation,
@@ -14,10 +14,10 @@ from nemotron3.data.conversations import (
     ConversationsReport,
     read_conversations,
 )
+from nemotron3.data.held_out_conversations import choose_held_out, content_of, without
 from nemotron3.data.loader import Batch
 from nemotron3.data.packed_loader import PackedLoader, PackedSource, collate
 from nemotron3.data.packing import pack_best_fit
-from nemotron3.errors import DataError
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.demonstrations import demonstrations
 from nemotron3.recipes.sft import SFTRun
@@ -66,43 +66,33 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
     with_tools = any(c.tools for rows in (*read.values(), *given.values()) for c in rows)
     check_chat_tokens(tokenizer, with_tools=with_tools)
 
-    train: dict[str, PackedSource] = {}
-    held_out: dict[str, list[Conversation]] = given
-    for config in (*run.data, *run.demonstrations):
-        kept, rest = read[config.title], list[Conversation]()
-        if not run.held_out:
-            kept, rest = _split(kept, config.title, run)
-            held_out[config.title] = rest
-        tokens = tokenize_conversations(kept, template, tokenizer, run.reasoning, seed=run.seed)
-        train[config.title] = PackedSource(conversations=list(tokens), weight=config.weight)
+    tokenize = partial(tokenize_conversations, template=template, tokenizer=tokenizer)
+    chosen = {content_of(row) for rows in given.values() for row in rows}
+    if not given:
+        chosen = choose_held_out(
+            read,
+            fraction=run.held_out_fraction,
+            most=run.max_held_out,
+            seed=run.seed,
+            fits=lambda row: 0 < len(next(tokenize([row]))) <= run.training.seq_len,
+        )
+    kept = without(read, chosen)
+    held_out = given or {
+        title: [row for row in rows if content_of(row) in chosen] for title, rows in read.items()
+    }
     return SFTData(
         tokenizer=tokenizer,
         template=template,
-        train=train,
-        held_out={
-            name: list(tokenize_conversations(rows, template, tokenizer))
-            for name, rows in held_out.items()
+        train={
+            config.title: PackedSource(
+                conversations=list(
+                    tokenize(kept[config.title], control=run.reasoning, seed=run.seed)
+                ),
+                weight=config.weight,
+            )
+            for config in (*run.data, *run.demonstrations)
         },
+        held_out={name: list(tokenize(rows)) for name, rows in held_out.items()},
         held_out_conversations=held_out,
         bad_rows=bad,
-    )
-
-
-def _split(
-    rows: list[Conversation], title: str, run: SFTRun
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations; the same conversation is never in both."""
-    distinct = sorted({repr((row.messages, row.tools)) for row in rows})
-    if len(distinct) < 2:
-        raise DataError(
-            f"{title} has {len(distinct)} different conversations; training needs two or "
-            "more, since one is held out"
-        )
-    random.Random(f"held out {run.seed} {title}").shuffle(distinct)
-    count = min(run.max_held_out, max(1, round(run.held_out_fraction * len(distinct))))
-    chosen = set(distinct[:count])
-    is_held = [repr((row.messages, row.tools)) in chosen for row in rows]
-    return (
-        [row for row, held in zip(rows, is_held, strict=True) if not held],
-        [row for row, held in zip(rows, is_held, strict=True) if held],
     )
