@@ -1,5 +1,6 @@
 """Rows of whole sequences, and batches that are a function of the step."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -74,6 +75,24 @@ def test_a_weight_is_how_often_an_epoch_has_each(weight, times):
     assert {counts[number] for number in range(8)} == {1}
     assert {counts[100 + number] for number in range(8)} == times
     assert sum(counts[100 + number] for number in range(8)) == 8 * weight
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.03, 0.1, 0.5, 0.7, 1.0, 1.3, 2.5])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_weight_is_exact_over_epochs_and_every_conversation_comes(weight, beside):
+    """30 conversations of weight 0.01 are one in about three epochs, and then another one."""
+    count, epochs = 30, 100
+    sources = {"b": source(100, [1] * count, weight)}
+    if beside:
+        sources["a"] = source(0, LENGTHS)
+    loader = PackedLoader(sources, seq_len=12, batch_size=1)
+    found = Counter(number for number in epoch_of(loader, epochs) if number >= 100)
+    scale = 1 if beside else math.ceil(1 / min(1, weight * count))  # no epoch is to be empty
+    wanted = round(scale * weight * count * epochs, 6)
+    assert wanted <= found.total() < wanted + 1
+    times = [found[100 + number] for number in range(count)]
+    assert max(times) - min(times) <= 1
+    assert min(times) >= 1
 
 
 def test_microbatches_are_the_batch_and_a_step_needs_no_steps_before():

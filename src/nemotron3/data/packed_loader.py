@@ -6,11 +6,13 @@
 Like the pre-training loader, it has no state to save: an epoch's order, packing and shuffle follow
 from the seed. A row holds whole conversations, at most `seq_len` tokens. Each conversation is a
 segment of its own, so a model carries no state from one to the next. Batches continue across
-epochs, and no conversation is dropped at an epoch's end.
+epochs, and no conversation is dropped at an epoch's end. A source of which an epoch has a part goes
+on in the next one where it was, so each of its conversations comes equally often in the long run.
 """
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,7 @@ class PackedSource:
 
     conversations: Sequence[TokenizedConversation]
     weight: float = 1.0
-    """How often an epoch contains each of them."""
+    """How often an epoch contains each of them; a part of them in turns, so that all come."""
 
 
 class PackedLoader:
@@ -64,6 +66,8 @@ class PackedLoader:
                     f"source {name} has {len(sources[name].conversations)} conversations, and none "
                     f"fits into {seq_len} tokens; raise training.seq_len"
                 )
+        expected = sum(self._weights[name] * len(kept) for name, kept in self._sources.items())
+        self._scale = max(1, math.ceil(1 / expected))  # an epoch of tiny weights has something, too
         self._epochs: list[_Epoch] = []
 
     def rows_of_epoch(self, epoch: int = 0) -> int:
@@ -96,15 +100,26 @@ class PackedLoader:
         chance = random.Random(f"packing {self._seed} {epoch}")
         items: list[tuple[str, TokenizedConversation]] = []
         for name, kept in self._sources.items():
-            whole, part = divmod(self._weights[name], 1.0)
-            chosen = kept * int(whole) + chance.sample(kept, round(part * len(kept)))
-            items += [(name, conversation) for conversation in chosen]
-        if not items:
-            items = [(name, kept[0]) for name, kept in self._sources.items()]
+            start, end = (self._taken(name, epochs) for epochs in (epoch, epoch + 1))
+            items += [(name, kept[index]) for index in self._between(name, start, end)]
         chance.shuffle(items)
         rows = pack_best_fit([len(conversation) for _, conversation in items], self._seq_len)
         chance.shuffle(rows)
         return _Epoch(items, rows)
+
+    def _taken(self, name: str, epochs: int) -> int:
+        """How many conversations of a source so many epochs have; what rounding adds is carried."""
+        exact = self._weights[name] * len(self._sources[name]) * self._scale * epochs
+        return math.ceil(round(exact, 6))
+
+    def _between(self, name: str, start: int, end: int) -> Iterator[int]:
+        """A part of an endless series of passes through a source, each in a random order."""
+        count = len(self._sources[name])
+        for number in range(start // count, -(-end // count)):
+            order = list(range(count))
+            random.Random(f"pass {self._seed} {name} {number}").shuffle(order)
+            first = number * count
+            yield from sorted(order[max(start - first, 0) : end - first])
 
 
 @dataclass(frozen=True)
