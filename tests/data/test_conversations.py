@@ -37,10 +37,25 @@ def test_answers_before_the_completion_and_those_marked_are_context():
     line = json.dumps({"prompt": said, "completion": "6"})
     trained = [getattr(m, "is_trained", None) for m in parse_conversation(line, place="").messages]
     assert trained == [None, False, None, True]
-    marked = [*said, {"role": "assistant", "content": "6"}]
-    marked[1] = marked[1] | {"train": False}
-    found = parse_conversation(json.dumps({"messages": marked}), place="").messages
-    assert [getattr(m, "is_trained", None) for m in found] == [None, False, None, True]
+    for mark in ({"train": False}, {"weight": 0}, {"weight": 0.0, "train": None}):
+        marked = [*said, {"role": "assistant", "content": "6", "weight": 1, "train": True}]
+        marked[1] = marked[1] | mark
+        found = parse_conversation(json.dumps({"messages": marked}), place="").messages
+        assert [getattr(m, "is_trained", None) for m in found] == [None, False, None, True]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("stored", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools_may_be_json_text(stored):
+    (tool,) = parse_conversation(json.dumps(CHAT | {"tools": stored}), place="").tools
+    assert (tool.name, tool.parameters) == ("add", {"type": "object"})
+
+
+@pytest.mark.parametrize("stored", [None, [], "", "null", "[]"])
+def test_tools_may_be_none(stored):
+    assert parse_conversation(json.dumps(CHAT | {"tools": stored}), place="").tools == ()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +71,27 @@ def test_answers_before_the_completion_and_those_marked_are_context():
         ),
         ('{"messages": [{"role": "robot", "content": "a"}]}', r"messages\[0\].role"),
         ('{"messages": 3}', "messages is"),
-        ('{"prompt": "a", "completion": 3}', "messages is"),
+        ('{"prompt": "a", "completion": 3}', "completion is 3; a text"),
+        ('{"prompt": "a", "completion": NaN}', "completion is NaN; a text"),
+        ('{"prompt": null, "completion": "b"}', "prompt is null; a text"),
+        ('{"prompt": "a", "completion": [{"role": "x"}]}', r"completion\[0\].role is 'x'"),
+        ('{"prompt": "a", "completion": "b", "tools": "add"}', "tools is a text and not JSON"),
+        ('{"prompt": "a", "completion": "b", "tools": "3"}', "tools is of type int"),
+        ('{"prompt": "a", "completion": "b", "tools": ["{"]}', r"tools\[0\] is a text and not"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"prompt": "a", "completion": "b", "tools": "' + "[" * 100_000 + '"}', "too deep"),
+        ('{"messages": [{"role": "assistant", "train": "no"}]}', "train is 'no'; it must be true"),
+        ('{"messages": [{"role": "assistant", "train": 0}]}', "train is 0; it must be true"),
+        (
+            '{"messages": [{"role": "user", "content": "", "train": 0}]}',
+            r"messages\[0\].train is 0",
+        ),
+        ('{"messages": [{"role": "assistant", "weight": 0.5}]}', "weight is 0.5; it must be 0"),
+        ('{"messages": [{"role": "assistant", "weight": "0"}]}', "weight is '0'; it must be 0"),
+        (
+            '{"messages": [{"role": "assistant", "weight": 0, "train": true}]}',
+            "weight is 0 and train is True",
+        ),
         ('{"prompt": "a", "completion": "b", "effort": 3}', "effort is 3"),
     ],
 )
@@ -88,6 +123,23 @@ def test_bad_rows_are_an_error_unless_their_share_is_allowed(tmp_path):
     assert report.bad.total() == 1
     with pytest.raises(DataError, match=r"1 of 4 rows .* more than .*0.2; the first: .*:2"):
         list(read_conversations(ConversationsConfig(path=str(file), max_bad_fraction=0.2)))
+
+
+def test_rows_that_a_check_refuses_count_as_unusable(tmp_path):
+    config = write(tmp_path / "chats.jsonl", *[CHAT | {"effort": str(n)} for n in range(4)])
+
+    def check(conversation):
+        if conversation.effort == "1":
+            raise ConfigError("is 1", field="effort")
+        if conversation.effort == "3":
+            raise RecursionError
+
+    with pytest.raises(DataError, match=r"chats.jsonl:2: effort is 1"):
+        list(read_conversations(config, check=check))
+    report = ConversationsReport()
+    allowed = ConversationsConfig(path=config.path, max_bad_fraction=0.5)
+    assert [c.effort for c in read_conversations(allowed, report, check=check)] == ["0", "2"]
+    assert report.bad == {"effort is 1": 1, "the row is nested too deep; write it flatter": 1}
 
 
 def test_sources_without_rows_are_errors(tmp_path):

@@ -251,6 +251,18 @@ def test_what_one_source_holds_out_no_other_trains_on(base, chats, tmp_path):
     assert (again["copy"], again["other name"]) == (held["copy"], held["chats"])
 
 
+def test_rows_that_the_template_refuses_are_counted_as_unusable(base, tmp_path):
+    refused = {**next(rows(1)), "effort": "colossal"}
+    deep = json.dumps({**next(rows(1)), "tools": []}).replace("[]", "[" * 400 + "]" * 400)
+    source = write(tmp_path / "chats.jsonl", [*rows(20), refused])
+    with Path(source.path).open("a") as file:
+        file.write(deep + "\n")
+    with pytest.raises(DataError, match=r"chats.jsonl:21: .*colossal"):
+        own_conversations(base, [source])
+    allowed = replace(source, max_bad_fraction=0.2)
+    assert prepare_sft_data(own_conversations(base, [allowed])).bad_rows == {"chats": 2}
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_conversations_that_no_row_can_hold_are_not_the_ones_held_out(base, tmp_path, seed):
     long = [

@@ -252,6 +252,12 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="passes over the conversations, where a MODEL is named (default 3)",
     )
     sft.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        metavar="F",
+        help="largest share of a file's rows that may be unusable; they are left out (default 0)",
+    )
+    sft.add_argument(
         "--preview",
         type=int,
         nargs="?",

@@ -26,14 +26,15 @@ def sft_command(known: argparse.Namespace, rest: list[str]) -> int:
             raise ConfigError(
                 f"{model} is a model; say what it is trained on, as in: --data chats.jsonl"
             )
-        sources = [
-            ConversationsConfig(path=path, weight=weight)
-            for path, weight in map(weighted, known.data)
-        ]
+        sources = [_source(text, known.max_bad_fraction) for text in known.data]
         options = {} if known.epochs is None else {"epochs": known.epochs}
         return own_conversations(model, sources, lora=lora_of(rest), **options)
 
-    own = {"--data": known.data, "--epochs": known.epochs}
+    own = {
+        "--data": known.data,
+        "--epochs": known.epochs,
+        "--max-bad-fraction": known.max_bad_fraction,
+    }
     run = chosen_run(known, rest, SFTRun, of_model=of_model, of_model_only=own)
     if run is None:
         print(with_recipes(known.page(), SFTRun))
@@ -43,6 +44,21 @@ def sft_command(known: argparse.Namespace, rest: list[str]) -> int:
         summary = watched(lambda callback: sft(run, runs=known.runs, callback=callback))
         print(result_text(summary, known.runs / run.name))
     return 0
+
+
+def _source(text: str, max_bad_fraction: float | None) -> ConversationsConfig:
+    path, weight = weighted(text)
+    try:
+        return ConversationsConfig(
+            path=path, weight=weight, max_bad_fraction=max_bad_fraction or 0.0
+        )
+    except ConfigError as error:
+        options = {
+            "data.path": "--data",
+            "data.weight": f"the weight of --data {path}",
+            "data.max_bad_fraction": "--max-bad-fraction",
+        }
+        raise error.renamed(options) from error
 
 
 def preview(data: SFTData, *, rows: int) -> str:

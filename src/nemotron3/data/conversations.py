@@ -5,8 +5,9 @@
     {"prompt": "2+2?", "completion": "4"}
 
 `messages` and `tools` have OpenAI's format, with the reasoning of an answer in `reasoning_content`;
-an assistant message with `"train": false` is context only. `prompt` and `completion` are strings or
-lists of messages. Other columns are ignored.
+an assistant message with `"train": false` or `"weight": 0` is context only. `tools` may be JSON
+text, as data sets of Hugging Face store them. `prompt` and `completion` are strings or lists of
+messages. Other columns are ignored.
 
 A row that cannot be used is an error that names its file, line and reason. `max_bad_fraction`
 allows a share of such rows; they are skipped and counted.
@@ -15,12 +16,12 @@ allows a share of such rows; they are skipped and counted.
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from nemotron3.errors import ConfigError, DataError
+from nemotron3.errors import ConfigError, DataError, Nemotron3Error
 from nemotron3.text.messages import (
     AssistantMessage,
     Message,
@@ -30,6 +31,7 @@ from nemotron3.text.messages import (
     parse_tools,
 )
 
+_TOO_DEEP = "the row is nested too deep; write it flatter"
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz")
 
 
@@ -85,9 +87,15 @@ class ConversationsReport:
 
 
 def read_conversations(
-    config: ConversationsConfig, report: ConversationsReport | None = None
+    config: ConversationsConfig,
+    report: ConversationsReport | None = None,
+    *,
+    check: Callable[[Conversation], object] = lambda _: None,
 ) -> Iterator[Conversation]:
-    """The conversations of a source in the order of its files and lines."""
+    """The conversations of a source in the order of its files and lines.
+
+    A row for which `check` raises an error of the package cannot be used, too.
+    """
     report = ConversationsReport() if report is None else report
     first_bad: DataError | None = None
     for file in conversation_files(config):
@@ -96,12 +104,15 @@ def read_conversations(
                 continue
             report.rows += 1
             try:
-                yield parse_conversation(line, place=f"{file}:{number}")
+                found = parse_conversation(line, place=f"{file}:{number}")
+                _checked(found, check)
             except DataError as error:
                 first_bad = first_bad or error
                 report.bad[_reason(error)] += 1
                 if not config.max_bad_fraction:
                     raise
+            else:
+                yield found
     if report.rows == 0:
         raise DataError(f"{config.path} has no rows; give a file of JSON lines with `messages`")
     if first_bad is not None and report.bad.total() > config.max_bad_fraction * report.rows:
@@ -130,14 +141,18 @@ def parse_conversation(line: str | bytes, *, place: str) -> Conversation:
         row: Any = json.loads(line)
     except ValueError as error:
         raise DataError(f"{place}: the row is not JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: {_TOO_DEEP}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: the row is {type(row).__name__}; a JSON object was expected")
     fields = cast(Mapping[str, Any], row)
     try:
         messages = _messages(fields)
-        tools = parse_tools(fields.get("tools"))
+        tools = parse_tools(_tools(fields.get("tools")))
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: {_TOO_DEEP}") from error
     effort = fields.get("effort")
     if effort is not None and not isinstance(effort, str):
         raise DataError(f"{place}: effort is {effort!r}; it must be a string")
@@ -148,36 +163,91 @@ def parse_conversation(line: str | bytes, *, place: str) -> Conversation:
     return Conversation(messages=messages, tools=tools, effort=effort, place=place)
 
 
+def _checked(conversation: Conversation, check: Callable[[Conversation], object]) -> None:
+    try:
+        check(conversation)
+    except Nemotron3Error as error:
+        raise DataError(f"{conversation.place}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{conversation.place}: {_TOO_DEEP}") from error
+
+
 def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     if "messages" in row:
-        given = row["messages"]
-        parsed = parse_messages(given)
-        return tuple(
-            replace(message, is_trained=False)
-            if isinstance(message, AssistantMessage)
-            and isinstance(raw, Mapping)
-            and cast(Mapping[str, Any], raw).get("train") is False
-            else message
-            for message, raw in zip(parsed, given, strict=True)
-        )
+        return _marked(row["messages"], "messages")
     if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        before = (
-            (UserMessage(content=prompt),) if isinstance(prompt, str) else parse_messages(prompt)
-        )
-        after = (
-            (AssistantMessage(content=completion),)
-            if isinstance(completion, str)
-            else parse_messages(completion)
-        )
+        prompt = _said(row["prompt"], "prompt", UserMessage)
         context = (
             replace(message, is_trained=False) if isinstance(message, AssistantMessage) else message
-            for message in before
+            for message in prompt
         )
-        return (*context, *after)
+        return (*context, *_said(row["completion"], "completion", AssistantMessage))
     raise DataError(
         f"the row has {', '.join(row) or 'no columns'}; it needs messages, or prompt and completion"
     )
+
+
+def _said(
+    value: Any, column: str, kind: type[UserMessage] | type[AssistantMessage]
+) -> tuple[Message, ...]:
+    """A text as one message, or a list of messages."""
+    if isinstance(value, str):
+        return (kind(content=value),)
+    if isinstance(value, list):
+        return _marked(cast(list[Any], value), column)
+    found = json.dumps(value)  # null, NaN, 3
+    shown = found if len(found) <= 40 else f"of type {type(value).__name__}"
+    raise DataError(f"is {shown}; a text or a list of messages was expected", field=column)
+
+
+def _marked(given: Any, column: str) -> tuple[Message, ...]:
+    """Messages, with those that are marked as context."""
+    try:
+        parsed = parse_messages(given)
+    except DataError as error:
+        at = (error.field or "").removeprefix("messages")
+        raise DataError(error.problem, field=f"{column}{at}", other=error.other) from error
+    marks = [_is_trained(raw, f"{column}[{place}]") for place, raw in enumerate(given)]
+    return tuple(
+        replace(message, is_trained=message.is_trained and is_trained)
+        if isinstance(message, AssistantMessage)
+        else message
+        for message, is_trained in zip(parsed, marks, strict=True)
+    )
+
+
+def _is_trained(raw: Any, where: str) -> bool:
+    """Whether a message may be a target: by `train`, or by OpenAI's `weight` of 0 or 1."""
+    marks = cast(Mapping[str, Any], raw) if isinstance(raw, Mapping) else {}
+    train, weight = marks.get("train"), marks.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"is {train!r}; it must be true or false", field=f"{where}.train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(f"is {weight!r}; it must be 0, for context, or 1", field=f"{where}.weight")
+    if train is not None and weight is not None and train != (weight == 1):
+        raise DataError(
+            f"is {weight!r} and train is {train}; leave one of them out", field=f"{where}.weight"
+        )
+    return train is not False and weight != 0
+
+
+def _tools(given: Any) -> Any:
+    """Tools as they are, or from JSON text of all of them or of each."""
+    if isinstance(given, str):
+        given = _from_json(given, "tools") if given.strip() else None
+    if isinstance(given, list):
+        return [
+            _from_json(tool, f"tools[{place}]") if isinstance(tool, str) else tool
+            for place, tool in enumerate(cast(list[Any], given))
+        ]
+    return given
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"is a text and not JSON ({error})", field=where) from error
 
 
 def _lines(file: Path) -> Iterator[bytes]:

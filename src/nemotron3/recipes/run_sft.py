@@ -150,6 +150,9 @@ class _Training:
     def fit(self) -> None:
         """Train to the end; `result` is then the best model."""
         run, config, device = self.run, self.run.training, self.folder.device
+        for name, count in self.data.bad_rows.items():
+            if count:
+                self.callback.stage(f"{count} rows of {name} cannot be used and are left out")
         for name, count in self.loader.num_too_long.items():
             if count:
                 self.callback.stage(

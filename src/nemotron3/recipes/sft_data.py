@@ -53,16 +53,19 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
     """Read and tokenize all conversations of a run, before any other work starts."""
     tokenizer = Tokenizer.from_directory(run.model)
     template = chat_template_for(run.chat_style, tokenizer, run.model)
+    usable = partial(_check, template)
     read: dict[str, list[Conversation]] = {}
     bad: dict[str, int] = {}
     for config in run.data:
         report = ConversationsReport()
-        read[config.title] = list(read_conversations(config, report))
+        read[config.title] = list(read_conversations(config, report, check=usable))
         bad[config.title] = report.bad.total()
     for config in run.demonstrations:
         read[config.title] = demonstrations(config)
         bad[config.title] = 0
-    given = {config.title: list(read_conversations(config)) for config in run.held_out}
+    given = {
+        config.title: list(read_conversations(config, check=usable)) for config in run.held_out
+    }
     with_tools = any(c.tools for rows in (*read.values(), *given.values()) for c in rows)
     check_chat_tokens(tokenizer, with_tools=with_tools)
 
@@ -96,3 +99,9 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
         held_out_conversations=held_out,
         bad_rows=bad,
     )
+
+
+def _check(template: ChatTemplate, row: Conversation) -> None:
+    """Raise for a conversation that the template refuses."""
+    template.render(row.messages, tools=row.tools, effort=row.effort, add_generation_prompt=False)
+    content_of(row)
