@@ -134,6 +134,34 @@ def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys, monkeypatch
         (["rl", str(folder)], "give a model directory"),
         (["rl", "--environment", "math"], "no model; name it first"),
         (["sft", str(policy), "--data", str(chats), "--lora.targets", "inproj"], "are in_proj"),
+        (
+            ["sft", str(policy), "--data", f"{chats}=inf"],
+            f"weight of --data {chats} is inf; it mus",
+        ),
+        (
+            ["sft", str(policy), "--data", f"{chats}=nan"],
+            f"weight of --data {chats} is nan; it mus",
+        ),
+        (["sft", str(policy), "--data", f"{chats}=0"], f"the weight of --data {chats} is 0.0"),
+        (["sft", str(policy), "--data", "=2"], "--data is empty"),
+        (["sft", str(policy), "--data", str(chats), "--data", str(chats)], "is given twice; give"),
+        *(
+            (["sft", str(policy), "--data", str(chats), f"--epochs={n}"], f"--epochs is {n}; it mu")
+            for n in ("nan", "inf", "0.0", "-1.0")
+        ),
+        (
+            ["sft", str(policy), "--data", str(chats), "--max-bad-fraction", "nan"],
+            "--max-bad-fraction is nan; it must",
+        ),
+        (["sft", "tiny", "--max-bad-fraction", "0.1"], "--max-bad-fraction goes with a model"),
+        *(
+            (["rl", str(policy), "--environment", f"math={n}"], f"environment math is {n}; it must")
+            for n in ("nan", "inf", "0.0", "-1.0")
+        ),
+        (["rl", str(policy), "--environment", "math", "--difficulty", "inf"], "difficulty is inf"),
+        (["eval", str(policy), "--environment", "math=inf"], "difficulty is inf"),
+        (["eval", str(policy), "--environment", "math=nan"], "difficulty is nan"),
+        (["rl", str(policy), "--environment", "math", "--steps", "0"], "--steps is 0; it"),
         (["merge-adapter", str(policy), str(folder), str(tmp_path / "o")], "adapter_config.json"),
         (["generate", str(policy), "x", "--lora", str(folder)], "adapter_config.json"),
         (["serve", str(policy), "--lora", "adapter"], "give a name and the adapter's directory"),
@@ -142,6 +170,26 @@ def test_wrong_lines_say_what_to_do(policy, chats, tmp_path, capsys, monkeypatch
     ):
         assert main(arguments) == 2, arguments
         assert said in capsys.readouterr().err
+
+
+def test_files_of_one_name_and_unusable_rows_are_trained_on(policy, chats, tmp_path, capsys):
+    """Files are told apart by their folders; a share of bad rows may be left out."""
+    files = [tmp_path / folder / "chats.jsonl" for folder in ("one", "two")]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        lines = chats.read_text().splitlines(keepends=True)[15 * number : 15 * number + 15]
+        file.write_text("".join(lines) + '{"text": "no conversation"}\n')
+    options = ["--epochs", "0.5", "--sampling.max-tokens", "4", "--runs", str(tmp_path / "runs")]
+    line = ["sft", str(policy), "--data", str(files[0]), "--data", f"{files[1]}=0.5", *options]
+    assert main([*line, "--max-bad-fraction", "0.05"]) == 2
+    assert "1 of 16 rows" in capsys.readouterr().err
+    assert main([*line, "--max-bad-fraction", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rows of one-chats cannot be used" in said
+    assert "one-chats" in said.rpartition("held-out loss")[2]
+    (folder,) = (tmp_path / "runs").iterdir()
+    run = read_run(folder, SFTRun)
+    assert [(s.title, s.weight) for s in run.data] == [("one-chats", 1.0), ("two-chats", 0.5)]
 
 
 def test_a_wrong_value_of_an_adapter_is_named(policy, chats, capsys):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pytest
 
@@ -11,6 +12,7 @@ from nemotron3.data.conversations import (
     conversation_files,
     parse_conversation,
     read_conversations,
+    with_different_titles,
 )
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.text.messages import AssistantMessage, UserMessage
@@ -154,8 +156,40 @@ def test_sources_without_rows_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"path": ""}, {"weight": 0.0}, {"weight": -1.0}, {"max_bad_fraction": 1.0}]
+    "fields",
+    [
+        *({"path": ""}, {"name": "all"}, {"name": "a\nb"}, {"name": " "}),
+        *({"weight": value} for value in (0.0, -1.0, math.inf, math.nan)),
+        *({"max_bad_fraction": value} for value in (1.0, -0.1, math.nan)),
+    ],
 )
 def test_settings_are_checked(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         ConversationsConfig(**({"path": "a.jsonl"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("paths", "titles"),
+    [
+        (["a/chats.jsonl", "b/code.jsonl"], ["chats", "code"]),
+        (["a/chats.jsonl", "b/chats.jsonl"], ["a-chats", "b-chats"]),
+        (["chats.v1.jsonl", "chats.v2.jsonl.gz"], ["chats.v1", "chats.v2"]),
+        (["x/a/c.jsonl", "x/b/c.json", "y/a/c.jsonl"], ["x-a-c", "b-c", "y-a-c"]),
+        (["b-chats.jsonl", "a/chats.jsonl", "b/chats.jsonl"], ["/b-chats", "a-chats", "/b-chats"]),
+        (["d/all.jsonl"], ["d-all"]),
+        (["d/.jsonl", "e/.jsonl"], ["d-", "e-"]),
+        (["a\nb.jsonl"], ["a_b"]),
+    ],
+)
+def test_sources_of_one_name_are_named_by_their_folders(paths, titles):
+    found = [s.title for s in with_different_titles([ConversationsConfig(path=p) for p in paths])]
+    assert len(set(found)) == len(paths)
+    for title, wanted in zip(found, titles, strict=True):
+        assert title.endswith(wanted[1:]) if wanted[0] == "/" else title == wanted
+
+
+def test_a_source_that_is_given_twice_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["chats.jsonl", str(tmp_path / "chats.jsonl")]
+    with pytest.raises(ConfigError, match="is given twice; give it once, with a weight of 2"):
+        with_different_titles([ConversationsConfig(path=path) for path in paths])

@@ -15,13 +15,15 @@ allows a share of such rows; they are skipped and counted.
 
 import gzip
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from nemotron3.errors import ConfigError, DataError, Nemotron3Error
+from nemotron3.observe.metrics import is_metric_name
 from nemotron3.text.messages import (
     AssistantMessage,
     Message,
@@ -51,8 +53,16 @@ class ConversationsConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("is empty; name a file of JSON lines", field="data.path")
-        if not self.weight > 0:
-            raise ConfigError(f"is {self.weight}; it must be above 0", field="data.weight")
+        if self.name and (self.name == "all" or not is_metric_name(f"eval/{self.name}")):
+            raise ConfigError(
+                f"is {self.name!r}; it must be of printable characters, and not 'all', which is "
+                "all sources together",
+                field="data.name",
+            )
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"is {self.weight}; it must be above 0, and finite", field="data.weight"
+            )
         if not 0 <= self.max_bad_fraction < 1:
             raise ConfigError(
                 f"is {self.max_bad_fraction}; it must be at least 0 and below 1",
@@ -62,7 +72,40 @@ class ConversationsConfig:
     @property
     def title(self) -> str:
         """The source's name."""
-        return self.name or Path(self.path).name.partition(".")[0]
+        return self.name or _printable(Path(self.path).name.partition(".")[0]) or "data"
+
+
+def with_different_titles(
+    sources: Sequence[ConversationsConfig],
+) -> tuple[ConversationsConfig, ...]:
+    """The sources, with names where their titles are the same: the ends of their paths.
+
+    `a/chats.jsonl` and `b/chats.jsonl` are `a-chats` and `b-chats`. Raises ConfigError for a path
+    that is given twice.
+    """
+    paths = [Path(source.path).expanduser().absolute() for source in sources]
+    if twice := [str(path) for path in paths if paths.count(path) > 1]:
+        raise ConfigError(
+            f"{twice[0]} is given twice; give it once, with a weight of 2 to have each of its "
+            "conversations twice"
+        )
+    parts = [(*path.parts[1:-1], _without_suffix(path.name)) for path in paths]
+    used = [0] * len(sources)  # parts of each path that its name has; 0 for the title
+    while True:
+        titles = [
+            _printable("-".join(own[-count:])) if count else source.title
+            for source, own, count in zip(sources, parts, used, strict=True)
+        ]
+        alike = [i for i, title in enumerate(titles) if titles.count(title) > 1 or title == "all"]
+        longer = [i for i in alike if not sources[i].name and used[i] < len(parts[i])]
+        if not longer:
+            break
+        for index in longer:
+            used[index] += 1
+    return tuple(
+        replace(source, name=title) if count else source
+        for source, title, count in zip(sources, titles, used, strict=True)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +291,15 @@ def _from_json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise DataError(f"is a text and not JSON ({error})", field=where) from error
+
+
+def _without_suffix(name: str) -> str:
+    suffix = next((end for end in sorted(_SUFFIXES, key=len)[::-1] if name.endswith(end)), "")
+    return name.removesuffix(suffix)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "_" for c in text).strip()
 
 
 def _lines(file: Path) -> Iterator[bytes]:

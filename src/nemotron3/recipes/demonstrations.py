@@ -1,6 +1,7 @@
 """Solved tasks of environments as conversations for supervised fine-tuning."""
 
 import asyncio
+import math
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,9 +34,9 @@ class DemonstrationsConfig:
                 f"is {self.num_tasks}; it must be 2 or more, since one task is held out",
                 field="demonstrations.num_tasks",
             )
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"is {self.weight}; it must be above 0", field="demonstrations.weight"
+                f"is {self.weight}; it must be above 0, and finite", field="demonstrations.weight"
             )
 
     @property

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemotron3.data.conversations import ConversationsConfig
+from nemotron3.data.conversations import ConversationsConfig, with_different_titles
+from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.adapters import LEARNING_RATE_FACTOR, bias_update_rate
@@ -35,17 +36,20 @@ def own_conversations(
 ) -> SFTRun:
     """A run over `epochs` of own conversations, with the reports' settings at the model's width.
 
-    The data are read to find how long rows have to be and how many steps there are. The learning
-    rate is that of Nano, 5e-5 at a width of 2,688, in inverse proportion to the width; an adapter's
-    is ten times that.
+    The data are read to find how long rows have to be and how many steps there are. Sources whose
+    files have one name are named by their folders, too. The learning rate is that of Nano, 5e-5 at
+    a width of 2,688, in inverse proportion to the width; an adapter's is ten times that.
     """
+    if not 0 < epochs < math.inf:
+        raise ConfigError(f"is {epochs}; it must be above 0, and finite", field="epochs")
+    data = with_different_titles(data)
     config = huggingface.read_config(model)
     usual = _NANO_LEARNING_RATE * _NANO_WIDTH / config.hidden_size
     peak = learning_rate or usual * (1.0 if lora is None else LEARNING_RATE_FACTOR)
     run = SFTRun(
-        name=name or f"{run_name(Path(model))}-{data[0].title}",
+        name=name or f"{run_name(Path(model))}-{data[0].title.replace('/', '-')}",
         model=str(model),
-        data=tuple(data),
+        data=data,
         training=_training(1, batch_size, max_seq_len, peak, lora),
         lora=lora,
     )

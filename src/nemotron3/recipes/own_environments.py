@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.adapters import LEARNING_RATE_FACTOR, bias_update_rate
@@ -34,6 +35,8 @@ def own_environments(
     The learning rate is that of Super, 3e-6 at a width of 4,096, in inverse proportion to the
     width; an adapter's is ten times that. Routers are frozen, as in the reports.
     """
+    if steps < 1:
+        raise ConfigError(f"is {steps}; it must be 1 or more", field="steps")
     config = huggingface.read_config(model)
     usual = _SUPER_LEARNING_RATE * _SUPER_WIDTH / config.hidden_size
     peak = learning_rate or usual * (1.0 if lora is None else LEARNING_RATE_FACTOR)

@@ -69,6 +69,11 @@ class SFTRun(RunConfig):
                     f"has two sources named {min(twice)!r}; give them names of their own",
                     field="data",
                 )
+            if "all" in names:
+                raise ConfigError(
+                    "has a source named 'all', which is all sources together; give it another name",
+                    field="data",
+                )
         if not self.held_out and not 0 < self.held_out_fraction < 1:
             raise ConfigError(
                 f"is {self.held_out_fraction}; it must be above 0 and below 1",

@@ -4,6 +4,7 @@ The reports keep the proportion of every environment in every batch (white paper
 numbers are counted up, so a step's tasks follow from the step alone and a run resumes exactly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,9 +26,10 @@ class EnvironmentConfig:
     """From 0 to 1; null for the environment's own."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"the weight of environment {self.name} is {self.weight}; it must be above 0"
+                f"the weight of environment {self.name} is {self.weight}; it must be above 0, and "
+                "finite"
             )
 
 
