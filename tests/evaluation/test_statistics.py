@@ -244,3 +244,27 @@ def test_a_family_needs_settings_that_mean_something():
         judge(pairs, alpha=1)
     with pytest.raises(ConfigError, match="smallest_effect is 0"):
         judge(pairs, smallest_effect=0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ([-1.25], [-1.24], "on one task, which tells nothing of others"),
+        ([-1.25, -0.5], [-1.25, -0.5], "for every one of 2 tasks, without spread"),
+        ([0.5] * 200, [0.5] * 200, "for every one of 200 tasks, without spread"),
+        ([0.1, 0.2, 0.7], [0.2, 0.3, 0.8], "for every one of 3 tasks, without spread"),
+        ([-1e9], [-1e9 - 1], "on one task"),
+    ],
+)
+def test_differences_without_spread_exclude_nothing(first, second, said):
+    finding = judge({"text": (first, second)}, smallest_effect=0.05)["text"]
+    assert finding.verdict is Verdict.CANNOT_BE_TOLD
+    assert said in finding.reason
+    interval = finding.comparison.interval
+    assert (interval.low, interval.high) == (-math.inf, math.inf)
+
+
+def test_the_same_gain_on_many_tasks_is_a_gain():
+    """Without spread there is no interval; that all signs agree is no chance nevertheless."""
+    finding = judge({"text": ([0.25] * 12, [0.5] * 12)})["text"]
+    assert finding.verdict is Verdict.HOLDS

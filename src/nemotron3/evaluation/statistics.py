@@ -174,7 +174,8 @@ def compare_paired(
     """Rewards of two systems on the same tasks, in the same order.
 
     Where all are 0 or 1: McNemar's exact test, and the interval of Bonett and Price (2012). Else a
-    sign-flip test, and a bootstrap over the tasks. Raises `DataError` for none, or of two lengths.
+    sign-flip test, and a bootstrap over the tasks, whose interval is infinite where differences
+    have no spread. Raises `DataError` for none, or of two lengths.
     """
     a, b = _pair(first, second)
     differences = b - a
@@ -183,7 +184,11 @@ def compare_paired(
         interval = _paired_proportions(only_first, only_second, len(a), level)
         p_value, test = mcnemar(only_first, only_second), "McNemar, exact"
     else:
-        interval = bootstrap_interval(differences.tolist(), level=level)
+        if _has_spread(differences, a, b):
+            interval = bootstrap_interval(differences.tolist(), level=level)
+        else:
+            _check_level(level)
+            interval = Interval(low=-math.inf, high=math.inf, level=level)
         p_value, test = sign_flip(differences.tolist()), "sign flips"
     return _comparison(a, b, interval, p_value, test)
 
@@ -203,7 +208,7 @@ def compare_seeds(
     differences = b - a
     mean, degrees = float(differences.mean()), len(a) - 1
     error = float(differences.std(ddof=1)) / math.sqrt(len(a))
-    if error <= 1e-12 * max(float(np.abs(a).max()), float(np.abs(b).max())):
+    if not _has_spread(differences, a, b):
         interval = Interval(low=-math.inf, high=math.inf, level=level)
         return _comparison(a, b, interval, 1.0, "paired t (no spread)")
     half = t_quantile(level, degrees) * error
@@ -273,16 +278,30 @@ def _verdict(
             f"{interval.high:+.3f}",
         )
     if math.isinf(interval.high):
-        return (
-            Verdict.CANNOT_BE_TOLD,
-            f"{difference:+.3f} for every one of {comparison.n} seeds, without spread: are these "
-            "different runs?",
-        )
+        return Verdict.CANNOT_BE_TOLD, _without_spread(comparison)
     return (
         Verdict.CANNOT_BE_TOLD,
         f"{said}; between {interval.low:+.3f} and {interval.high:+.3f}, too wide for "
         f"n = {comparison.n}",
     )
+
+
+def _without_spread(comparison: Comparison) -> str:
+    if comparison.n < 2:
+        return f"{comparison.difference:+.3f} on one task, which tells nothing of others"
+    of, differ = "tasks", "models"
+    if comparison.test.startswith("paired t"):
+        of, differ = "seeds", "runs"
+    return (
+        f"{comparison.difference:+.3f} for every one of {comparison.n} {of}, without spread: are "
+        f"these different {differ}?"
+    )
+
+
+def _has_spread(values: Array, *of: Array) -> bool:
+    """Whether values differ by more than rounding, of numbers as large as those in `of`."""
+    largest = max(float(np.abs(each).max()) for each in of)
+    return float(np.ptp(values)) > 1e-12 * largest
 
 
 def _comparison(a: Array, b: Array, interval: Interval, p_value: float, test: str) -> Comparison:
