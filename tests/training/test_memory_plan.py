@@ -39,7 +39,11 @@ from nemotron3.training.optimizers import (
     build_optimizer,
     optimizer_tensors,
 )
-from nemotron3.training.parameter_groups import ParameterGroupConfig, freeze_parameters
+from nemotron3.training.parameter_groups import (
+    ParameterGroupConfig,
+    freeze_parameters,
+    freeze_unread_parameters,
+)
 from nemotron3.training.schedules import Constant
 from nemotron3.training.step import TrainingStep
 from nemotron3.training.trainer import TrainingConfig
@@ -80,10 +84,11 @@ def nbytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def updated(config, training):
+def updated(config, training, *, mtp_depths):
     """A real model and its optimizer, after an update whose gradients are all there."""
     model = LanguageModel.from_config(config)
     freeze_parameters(model, training.parameter_groups)
+    freeze_unread_parameters(model, mtp_depths=mtp_depths)
     optimizer = build_optimizer(model, training.optimizer, training.parameter_groups)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -97,13 +102,15 @@ def updated(config, training):
     "optimizer", [AdamWConfig(lr=1e-3), SGDConfig(lr=1e-3), SGDConfig(lr=1e-3, momentum=0.0)]
 )
 @pytest.mark.parametrize("frozen", [(), ("*.norm.weight", "backbone.layers.0.*")])
-def test_weights_gradients_and_moments_are_exact(config, optimizer, frozen):
+@pytest.mark.parametrize("has_mtp", [True, False])
+def test_weights_gradients_and_moments_are_exact(config, optimizer, frozen, has_mtp):
     groups = ()
     if frozen:
         groups = (ParameterGroupConfig(name="some", parameters=frozen, is_frozen=True),)
     training = training_config(optimizer=optimizer, parameter_groups=groups)
-    model, made = updated(config, training)
-    plan = planned(config, training)
+    depths = config.pattern.num_mtp_depths if has_mtp else 0
+    model, made = updated(config, training, mtp_depths=depths)
+    plan = planned(config, training, mtp_depths=depths)
     assert plan[WEIGHTS] == nbytes(model.state_dict(keep_vars=True).values())
     assert plan[GRADIENTS] == nbytes(p.grad for p in model.parameters() if p.grad is not None)
     assert plan[MOMENTS] == nbytes(optimizer_tensors(made, model).values())
@@ -111,12 +118,15 @@ def test_weights_gradients_and_moments_are_exact(config, optimizer, frozen):
 
 @every_model
 @pytest.mark.parametrize("activations", ["float32", "bfloat16"])
-def test_what_an_adapter_needs_is_exact(config, activations, tmp_path):
+@pytest.mark.parametrize("has_mtp", [True, False])
+def test_what_an_adapter_needs_is_exact(config, activations, has_mtp, tmp_path):
     """Against a model as a run reads it, its engine's merged copies, and an update's optimizer."""
     LanguageModel.from_config(config).save_pretrained(tmp_path)
     lora, precision = LoRAConfig(rank=4), PrecisionConfig(activations=activations)
     training = training_config(precision=precision, bias_update_rate=0.0)
     model = model_to_train(str(tmp_path), lora, precision=precision, device=CPU, seed=0)
+    depths = config.pattern.num_mtp_depths if has_mtp else 0
+    freeze_unread_parameters(model, mtp_depths=depths)
     optimizer = build_optimizer(model, training.optimizer)
     adapter = list(trained_tensors(model).values())
     for parameter in model.parameters():
@@ -124,7 +134,7 @@ def test_what_an_adapter_needs_is_exact(config, activations, tmp_path):
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     low_rank = low_rank_plan(config, lora)
-    plan = planned(config, training, low_rank=low_rank)
+    plan = planned(config, training, mtp_depths=depths, low_rank=low_rank)
     assert plan[WEIGHTS] == nbytes(model.state_dict().values()) - nbytes(adapter)
     assert plan[ADAPTER] == nbytes(adapter)
     assert plan[GRADIENTS] == nbytes(p.grad for p in model.parameters() if p.grad is not None)

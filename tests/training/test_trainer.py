@@ -9,6 +9,7 @@ import torch
 from nemotron3.checkpoint.retention import RetentionConfig
 from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.errors import CheckpointError, ConfigError, DivergenceError
+from nemotron3.models.lora import LoRAConfig, add_lora
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.observe.metrics import MetricLog, read_metrics
@@ -17,6 +18,7 @@ from nemotron3.training.objective import LossTerms
 from nemotron3.training.optimizers import AdamWConfig, SGDConfig
 from nemotron3.training.parameter_groups import ParameterGroupConfig
 from nemotron3.training.schedules import WSD
+from nemotron3.training.trained_parameters import trained_by_part
 from nemotron3.training.trainer import Trainer, TrainingConfig, model_weights
 from tests.tiny import tiny_config
 from tests.training.batches import documents, pack, pretraining
@@ -295,3 +297,40 @@ def test_counts_below_one_are_refused(field, value):
 def test_a_batch_is_a_whole_number_of_microbatches():
     with pytest.raises(ConfigError, match="microbatch_size is 3 and batch_size is 2"):
         dataclasses.replace(CONFIG, microbatch_size=3)
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, targets=("q_proj",))])
+def test_what_the_loss_does_not_read_is_neither_trained_nor_said_to_be(tmp_path, lora):
+    """Without a weight of the MTP depths their block stays as it is, and has no moments."""
+    config = dataclasses.replace(CONFIG, bias_update_rate=0.0)
+
+    def trained(scaling):
+        model = LanguageModel.from_config(MODEL, seed=3)
+        if lora is not None:
+            add_lora(model, lora, seed=0)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        trainer = Trainer(
+            model,
+            config,
+            objective=pretraining(model, mtp_loss_scaling=scaling),
+            batches=batches,
+            evaluation=lambda _: {},
+            store=CheckpointStore(tmp_path / str(scaling), retention=RetentionConfig()),
+            peak_flops=1e9,
+        )
+        fit(trainer, tmp_path / str(scaling))
+        changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+        kept = CheckpointStore(tmp_path / str(scaling), retention=RetentionConfig()).load().tensors
+        moments = {
+            name.partition("exp_avg.")[2] for name in kept if name.startswith("optimizer.exp_avg.")
+        }
+        return trained_by_part(model)["multi-token prediction"], changed, moments
+
+    count, changed, moments = trained(0.0)
+    assert count.trained == 0
+    assert moments
+    assert not [name for name in changed | moments if name.startswith("mtp.")]
+    count, changed, moments = trained(0.3)
+    assert count.trained > 0
+    assert [name for name in changed if name.startswith("mtp.")]
+    assert [name for name in moments if name.startswith("mtp.")]

@@ -28,7 +28,7 @@ from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
 from nemotron3.ops.weights.low_rank import SLICE
 from nemotron3.runtime.memory import MemoryPart, MemoryPlan
 from nemotron3.training.optimizers import AdamWConfig, OptimizerConfig, SGDConfig
-from nemotron3.training.parameter_groups import group_of_parameters
+from nemotron3.training.parameter_groups import group_of_parameters, is_read
 from nemotron3.training.trainer import TrainingConfig
 
 WEIGHTS, ADAPTER = "weights", "adapter"
@@ -78,7 +78,7 @@ def training_parts(
     """
     with torch.device("meta"):
         model = LanguageModel(config)
-    parameters = _Parameters(model, training, low_rank)
+    parameters = _Parameters(model, training, low_rank, mtp_depths=mtp_depths)
     tokens = training.microbatch_size * training.seq_len
     sequences = max(training.microbatch_size, -(-tokens // _TOKENS_OF_SEQUENCE))
     dtype = training.precision.dtype
@@ -172,7 +172,12 @@ class _Parameters:
     """The parameters of a run: what is trained, and in which dtype the rest is kept."""
 
     def __init__(
-        self, model: LanguageModel, training: TrainingConfig, low_rank: LowRankPlan | None
+        self,
+        model: LanguageModel,
+        training: TrainingConfig,
+        low_rank: LowRankPlan | None,
+        *,
+        mtp_depths: int,
     ) -> None:
         self.specs = parameter_specs(model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -181,13 +186,15 @@ class _Parameters:
         self.dtype = training.precision.dtype
         """That of activations, and so of products."""
         members = group_of_parameters(model, training.parameter_groups)
-        frozen = {name for name in self.shapes if name in members and members[name].is_frozen}
-        self.trained = [] if low_rank else [name for name in self.shapes if name not in frozen]
+        read = [name for name in self.shapes if is_read(name, mtp_depths=mtp_depths)]
+        frozen = {name for name in read if name in members and members[name].is_frozen}
+        self.trained = [] if low_rank else [name for name in read if name not in frozen]
         self.adapted = {
             name
             for name, spec in self.specs.items()
             if low_rank and spec.quantizes and low_rank.is_adapted(_product(name))
         }
+        self.trained_changes = self.adapted.intersection(read)
         self.output = "backbone.embeddings.weight"
         if f"{_OUTPUT_LAYER}.weight" in self.shapes:
             self.output = f"{_OUTPUT_LAYER}.weight"
@@ -205,16 +212,17 @@ class _Parameters:
     @property
     def adapter_bytes(self) -> int:
         """Of the changes of adapted products, in float32."""
-        return 4 * sum(sum(part.numel() for part in self._changes(name)) for name in self.adapted)
+        return 4 * self._num_changes(self.adapted)
 
     @property
     def num_trained(self) -> int:
         """Elements with a gradient."""
-        return sum(self.shapes[name].numel() for name in self.trained) + self.adapter_bytes // 4
+        own = sum(self.shapes[name].numel() for name in self.trained)
+        return own + self._num_changes(self.trained_changes)
 
     def moment_bytes(self, optimizer: OptimizerConfig) -> int:
         """Of the optimizer's state: float32, and AdamW's counter of steps for each tensor."""
-        tensors = len(self.trained) + 2 * len(self.adapted)
+        tensors = len(self.trained) + 2 * len(self.trained_changes)
         match optimizer:
             case AdamWConfig():
                 return 2 * 4 * self.num_trained + 4 * tensors
@@ -238,7 +246,7 @@ class _Parameters:
         largest = max((self.shapes[name].numel() for name in self.trained), default=0)
         blocks = [self._products(block.prefix) for block in passes]
         sums = [[self.shapes[n].numel() for n in names if n in self.adapted] for names in blocks]
-        slices = max((_slice_bytes(self.shapes[name]) for name in self.adapted), default=0)
+        slices = max((_slice_bytes(self.shapes[name]) for name in self.trained_changes), default=0)
         of_sums = self.dtype.itemsize * max(map(sum, sums), default=0)
         return max(largest * (4 + narrow), of_sums + slices)
 
@@ -256,6 +264,9 @@ class _Parameters:
     def _dtype(self, name: str) -> torch.dtype:
         spec: ParameterSpec = self.specs[name]
         return spec.dtype(torch.float32, self.dtype if self.low_rank else None)
+
+    def _num_changes(self, names: Iterable[str]) -> int:
+        return sum(part.numel() for name in names for part in self._changes(name))
 
     def _changes(self, name: str) -> tuple[torch.Size, torch.Size]:
         assert self.low_rank is not None

@@ -90,3 +90,18 @@ def freeze_parameters(model: nn.Module, groups: Sequence[ParameterGroupConfig]) 
     for name, parameter in model.named_parameters():
         if name in members and members[name].is_frozen:
             parameter.requires_grad = False
+
+
+def freeze_unread_parameters(model: nn.Module, *, mtp_depths: int) -> None:
+    """Freeze what a loss over so many MTP depths gives no gradient: the MTP block, without any.
+
+    The optimizer keeps no moments for it then.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_read(name, mtp_depths=mtp_depths):
+            parameter.requires_grad = False
+
+
+def is_read(name: str, *, mtp_depths: int) -> bool:
+    """Whether a loss over so many MTP depths reads the parameter of this name."""
+    return mtp_depths > 0 or not name.startswith("mtp.")

@@ -28,7 +28,11 @@ from nemotron3.training.optimizers import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from nemotron3.training.parameter_groups import ParameterGroupConfig, freeze_parameters
+from nemotron3.training.parameter_groups import (
+    ParameterGroupConfig,
+    freeze_parameters,
+    freeze_unread_parameters,
+)
 from nemotron3.training.schedules import Schedule
 from nemotron3.training.step import TrainingStep
 
@@ -147,6 +151,7 @@ class Trainer(Generic[BatchT]):
             )
         apply_precision(model, config.precision)
         freeze_parameters(model, config.parameter_groups)
+        freeze_unread_parameters(model, mtp_depths=objective.mtp_depths)
         self._optimizer = build_optimizer(model, config.optimizer, config.parameter_groups)
         self._update = TrainingStep(
             model,
@@ -166,8 +171,8 @@ class Trainer(Generic[BatchT]):
             return 0
         checkpoint = self._store.load()
         self._load_weights(model_weights(checkpoint))
+        self._load_objective(_part(checkpoint, _OBJECTIVE))  # it decides what has moments
         load_optimizer_tensors(self._optimizer, self.model, _part(checkpoint, _OPTIMIZER))
-        self._load_objective(_part(checkpoint, _OBJECTIVE))
         self.step = checkpoint.step
         _log.info("resumed at step %d", self.step)
         return self.step
