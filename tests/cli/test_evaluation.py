@@ -113,6 +113,21 @@ def test_what_cannot_be_measured_is_refused_at_once(policy, arguments, said, cap
     assert "Reading" not in printed.out
 
 
+def test_prompts_that_fill_the_context_are_refused_with_the_longest(policy, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    line = ["eval", str(policy), "--json", str(out), *SHORT, "--environment", "lookup=0.5"]
+    assert main([*line, "--max-context", "20"]) == 2
+    said = capsys.readouterr().err
+    assert "--max-context is 20, which 12 of 12 prompts fill" in said
+    assert not out.exists()
+    needed = int(said.partition("Raise it to ")[2].partition(",")[0])
+    assert f"has {needed - 6} tokens" in said
+    found = evaluate(policy, out, "--environment", "lookup=0.5", "--max-context", str(needed))
+    assert found.environments["lookup"].tokens == 6
+    assert main([*line, "--max-context", str(needed - 6)]) == 2
+    assert "which 1 of 12" in capsys.readouterr().err
+
+
 def test_a_path_that_is_no_model_is_refused(policy, capsys):
     run = policy.parent
     assert main(["eval", str(run), "--environment", "math"]) == 2

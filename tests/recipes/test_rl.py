@@ -111,7 +111,8 @@ def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
 
 
 def test_many_environments_share_every_batch(policy, letter, tmp_path):
-    run = small(policy, letter, "math", "multiple_choice", prompts=6, training={"steps": 2})
+    rollouts = RolloutConfig(max_tokens=12, max_context=256, enable_thinking=False)
+    run = small(policy, letter, "math", "multiple_choice", prompts=6, rollouts=rollouts)
     summary = rl(run, runs=tmp_path / "runs")
     assert set(summary.reward) == {"all", "letter", "math", "multiple_choice"}
     for metrics in metrics_of(tmp_path / "runs/small").values():
@@ -262,3 +263,28 @@ def test_a_run_that_was_killed_while_it_kept_rollouts_has_all_of_them(
     rl(run, runs=tmp_path / "runs")
     assert file.read_text() == whole
     assert (folder / "before.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["held_out", "train"])
+def test_prompts_that_fill_the_context_are_refused_before_anything_is_played(
+    policy, tmp_path, where
+):
+    file = tmp_path / "long.py"
+    file.write_text(
+        LETTER
+        + f"""
+    def task(self, index, *, split="train", seed=0):
+        row = super().task(index, split=split, seed=seed)
+        if split == "{where}" and index == 3:
+            text = row["responses_create_params"]["input"][0]["content"]
+            row["responses_create_params"]["input"][0]["content"] = text + " and say" * 80
+        return row
+
+    def distinct_tasks(self, num_tasks, *, split="held_out", seed=0):
+        return [self.task(index, split=split, seed=seed) for index in range(num_tasks)]
+"""
+    )
+    run = small(policy, str(file), prompts=6)
+    with pytest.raises(ConfigError, match=r"max_context is 96, which 1 of 12 .*, of letter, has"):
+        rl(run, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -31,8 +31,11 @@ def eval_command(known: argparse.Namespace) -> int:
     if out is not None and out.is_dir():
         raise ConfigError(f"{out} is a folder; give the name of a file", field="--json")
     plan = _plan(known)
-    with watch() as callback:
-        found = evaluate_directory(known.path, plan, callback=callback)
+    try:
+        with watch() as callback:
+            found = evaluate_directory(known.path, plan, callback=callback)
+    except ConfigError as error:
+        raise error.renamed({"rollouts.max_context": "max_context"}) from error
     if out is not None:
         write_json(out, found)
     print(evaluation_text(found))

@@ -83,23 +83,25 @@ def play_tasks(
 
 
 def environments_by_name(environments: Iterable[Environment]) -> dict[str, Environment]:
-    """Raises `ConfigError` where two have one name: results could not be told apart.
-
-    Nor can they be named by what is no text, or by `all`, which is the mean of environments.
-    """
+    """Raises `ConfigError` where two have one name: results could not be told apart."""
     found: dict[str, Environment] = {}
     for environment in environments:
-        if environment.name == "all" or not is_metric_name(f"reward/{environment.name}"):
-            raise ConfigError(
-                f"an environment is named {environment.name!r}, which cannot name its results; "
-                "give it a name of printable characters that is not 'all'"
-            )
+        check_name(environment)
         if environment.name in found:
             raise ConfigError(
                 f"there are two environments named {environment.name!r}; one is wanted"
             )
         found[environment.name] = environment
     return found
+
+
+def check_name(environment: Environment) -> None:
+    """Raise `ConfigError` for a name that cannot be one of results, such as `all`, their mean."""
+    if environment.name == "all" or not is_metric_name(f"reward/{environment.name}"):
+        raise ConfigError(
+            f"an environment is named {environment.name!r}, which cannot name its results; "
+            "give it a name of printable characters that is not 'all'"
+        )
 
 
 def results_by_environment(

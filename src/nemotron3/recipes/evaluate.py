@@ -26,6 +26,7 @@ from nemotron3.inference.llm import LLM
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.rl.prompts import check_prompts
 from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import RolloutDriver
 from nemotron3.runtime.devices import describe_device, resolve_device
@@ -72,7 +73,8 @@ def evaluate_directory(
     """Measure the model of a directory by a plan.
 
     What cannot be measured is an error before the model is read: a path without text, an
-    environment without tasks enough, a vocabulary without the tokens of chats, a missing package.
+    environment without tasks enough, prompts that leave no room to answer, a vocabulary without the
+    tokens of chats, a missing package.
     """
     callback = callback or RunCallback()
     check_model_directory(path)
@@ -95,6 +97,8 @@ def evaluate_directory(
     if rows:
         check_chat_tokens(tokenizer, with_tools=any(e.tools for e in plan.environments.values()))
         template = chat_template_for(plan.chat_style, tokenizer, str(path))
+        every = [row for own in rows.values() for row in own]
+        check_prompts(every, settings.rollouts, template, tokenizer)
 
     callback.stage(f"Reading {path}")
     model = load_model(path, device=plan.device, dtype=plan.dtype, lora=plan.lora).eval()

@@ -8,6 +8,7 @@ from nemotron3.environments.environment import Environment
 from nemotron3.environments.registry import load_environment
 from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError
+from nemotron3.evaluation.environments import check_name
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.models.nemotron_h import LanguageModel
@@ -127,5 +128,6 @@ def run_environments(run: RLRun) -> dict[str, Environment]:
             raise ConfigError(
                 f"environments has two named {environment.name!r}; a batch has each once"
             )
+        check_name(environment)
         environments[environment.name] = environment
     return environments

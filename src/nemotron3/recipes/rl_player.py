@@ -20,6 +20,7 @@ from nemotron3.recipes.rl_engine import run_environments
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.data_parallel import TaskPlayer
 from nemotron3.rl.groups import UpdateRollouts, collect
+from nemotron3.rl.prompts import check_prompts
 from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import Rollout
 from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
@@ -87,6 +88,12 @@ class RunTasks:
             )
         self._plan: TaskPlan = self._curriculum or plan
         self._profiled: int | None = None
+        rows = [row for own in self._pools.values() for row in own] or [
+            *plan.tasks(0, missing=plan.quotas)
+        ]
+        for each in self.environments.values():
+            rows += held_out_tasks(each, max(run.held_out_tasks, run.final_held_out_tasks))
+        check_prompts(rows, run.rollouts, self.template, self.tokenizer)
 
     def play(self, player: TaskPlayer, step: int, *, say: Callable[[str], None]) -> UpdateRollouts:
         """The rollouts of the update that follows so many updates."""

@@ -83,6 +83,19 @@ class RolloutConfig:
             )
 
 
+def render_prompt(
+    row: Row, config: RolloutConfig, template: ChatTemplate, *, effort: str | None = None
+) -> RenderedChat:
+    """What a policy reads of a task before its first turn."""
+    return template.render(
+        prompt_of(row),
+        tools=tools_of(row),
+        enable_thinking=config.enable_thinking,
+        truncate_history_thinking=False,
+        effort=effort,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledTurn:
     """What the policy wrote in one turn, as a range of the rollout's tokens."""
@@ -233,13 +246,7 @@ class RolloutDriver:
 
     def _task(self, row: Row, group: int, effort: str | None) -> _Task:
         tools = tools_of(row)
-        rendered = self._template.render(
-            prompt_of(row),
-            tools=tools,
-            enable_thinking=self._config.enable_thinking,
-            truncate_history_thinking=False,
-            effort=effort,
-        )
+        rendered = render_prompt(row, self._config, self._template, effort=effort)
         ids = rendered.tokens(self._tokenizer).ids
         return _Task(row, group, effort, tools, rendered, ids)
 

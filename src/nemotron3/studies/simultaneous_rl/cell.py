@@ -27,6 +27,7 @@ from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.run_folder import METRICS_FILE, MODEL_FOLDER, RunCallback
 from nemotron3.recipes.run_rl import rl
+from nemotron3.rl.prompts import check_prompts
 from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import RolloutDriver
 from nemotron3.runtime.devices import resolve_device
@@ -103,6 +104,7 @@ class HeldOut:
             self._rows += held_out_tasks(one, num_tasks)
         has_tools = any(environment.tools for environment in environments.values())
         check_chat_tokens(tokenizer, with_tools=has_tools)
+        check_prompts(self._rows, run.rollouts, template, tokenizer)
         self._llm = LLM(
             self._model,
             tokenizer=tokenizer,
