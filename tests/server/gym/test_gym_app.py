@@ -102,6 +102,27 @@ def test_failed_verifications_are_in_no_mean_and_usage_is(counter):
     assert empty == {"group_level_metrics": [], "agent_metrics": {}, "key_metrics": {}}
 
 
+@pytest.mark.parametrize(
+    ("rewards", "mean", "median", "deviation"),
+    [
+        ([1e308, 1e308], 1e308, 1e308, 0.0),
+        ([1.5e308, -1.5e308], 0.0, 0.0, None),
+        ([1.0e308, 0.0, 1.0], 1e308 / 3, 1.0, 1e308 / 3**0.5),
+        ([10**400, 2.0, 4.0], 3.0, 3.0, 2**0.5),
+    ],
+)
+def test_numbers_of_any_size_have_statistics(counter, rewards, mean, median, deviation):
+    """What no float holds is null; an integer beyond all floats is no measurement."""
+    rollouts = [{"reward": reward} for reward in rewards]
+    answer = post(counter, "/aggregate_metrics", {"verify_responses": rollouts})
+    assert answer.status_code == 200
+    overall = answer.json()["agent_metrics"]
+    assert overall["mean/reward"] == pytest.approx(mean)
+    assert overall["median/reward"] == pytest.approx(median)
+    found = overall["std/reward"]
+    assert found is None if deviation is None else found == pytest.approx(deviation)
+
+
 def served_and_direct(name, folder, *, num_tasks=6):
     """The same rollouts through HTTP and in this process: tools' answers and verifications."""
     environment = load_environment(name, difficulty=0.5)

@@ -3,11 +3,13 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from nemotron3.environments.gym_protocol import FAILURE_CLASS, TASK_INDEX
 
+_LARGE_EXPONENT = 512
+"""Of numbers from which on squares and sums are computed of smaller ones, exactly scaled."""
 _INDEX = "_ng_"  # keys of NeMo Gym itself, which are no measurements
 
 
@@ -41,13 +43,22 @@ def _statistics(verified: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, given in values.items():
         found |= {
-            f"mean/{name}": statistics.fmean(given),
+            f"mean/{name}": _of_any_size(statistics.fmean, given),
             f"max/{name}": max(given),
             f"min/{name}": min(given),
-            f"median/{name}": statistics.median(given),
-            f"std/{name}": statistics.stdev(given) if len(given) > 1 else 0.0,
+            f"median/{name}": _of_any_size(statistics.median, given),
+            f"std/{name}": _of_any_size(statistics.stdev, given) if len(given) > 1 else 0.0,
         }
     return found
+
+
+def _of_any_size(statistic: Callable[[list[float]], float], given: list[float]) -> float | None:
+    """A statistic whose sums may be larger than any float; None where it is so itself."""
+    exponent = max(0, max(math.frexp(value)[1] for value in given) - _LARGE_EXPONENT)
+    try:
+        return math.ldexp(statistic([math.ldexp(value, -exponent) for value in given]), exponent)
+    except OverflowError:
+        return None
 
 
 def _numbers(verified: Mapping[str, Any]) -> dict[str, float]:
@@ -64,7 +75,18 @@ def _numbers(verified: Mapping[str, Any]) -> dict[str, float]:
     ):
         if isinstance(fields, Mapping):
             for name, value in cast(Mapping[str, Any], fields).items():
-                is_number = isinstance(value, int | float) and math.isfinite(value)
-                if is_number and not name.startswith(_INDEX):
-                    found[f"{prefix}{name}"] = float(value)
+                number = _number(value)
+                if number is not None and not name.startswith(_INDEX):
+                    found[f"{prefix}{name}"] = number
     return found
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float; None for what is none, and for an integer beyond all floats."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
