@@ -1,0 +1,127 @@
+"""The entry point of NVFP4 quantization: checks, and the choice of a backend.
+
+What comes out for what goes in:
+
+* A finite value is off by half a step of E2M1 times the block's scale at most, to nearest. The
+  largest of a block may be off by 1/16, where its scale was rounded down.
+* Zeros of both signs have the code 0. A block of zeros has the scale 0, and a tensor of zeros the
+  tensor scale 0.
+* A block that is smaller than the tensor by 2^-10 / 448 is zeros to nearest. Stochastically it is
+  right on the average, as everything is.
+* A tensor whose largest magnitude is below 8e-36 is as good as any other down to about 2e-38;
+  smaller values, subnormal ones among them, shrink towards zero.
+* NaN and infinities make their whole block NaN, and change nothing else.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from nemotron3.errors import OperandError
+from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.checks import (
+    check_device,
+    check_integers,
+    check_no_gradients,
+    check_positive,
+    check_shape,
+)
+from nemotron3.ops.nvfp4.reference import Placed, largest_finite, quantize_reference
+from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor
+from nemotron3.ops.rounding.noise import Noise
+
+Rounding = Literal["nearest", "stochastic"]
+_QUANTIZE = {"reference": quantize_reference, "torch": quantize_reference}
+_TILE_ROWS = {"1d": 1, "2d": BLOCK}
+
+
+def quantize(
+    x: Float[Tensor, "*axes d"],
+    block: Block = "1d",
+    rounding: Rounding = "nearest",
+    *,
+    noise: Noise | None = None,
+    amax: Float32[Tensor, "*batch"] | None = None,
+    batch_dims: int = 0,
+    backend: Backend = "auto",
+) -> NVFP4Tensor:
+    """Quantize a float32 or bfloat16 tensor.
+
+    `block` is "1d" for 16 elements along the last axis, or "2d" for squares over the last two.
+    Stochastic rounding needs `noise`. `amax` is the largest magnitude, where it is not that of `x`
+    alone: of all shards of a tensor, or from calibration; larger values are clipped. With
+    `batch_dims` of 1 the first axis counts tensors (experts), which have a tensor scale each.
+
+    Raises OperandError for another dtype, an axis that is not divisible by 16, and operands that
+    require gradients: the codes have none.
+    """
+    rows = _check(x, block, batch_dims)
+    placed = _placed(rounding, noise, x, rows)
+    batch = x.shape[:batch_dims]
+    wide = x.float().contiguous().view(batch.numel(), -1 if x.numel() else 0, x.shape[-1])
+    if amax is None:
+        amax = largest_finite(wide)
+    else:
+        check_shape("nvfp4", "amax", amax, batch)
+        check_device("nvfp4", "amax", amax, x)
+        amax = amax.float().flatten()
+    quantizer = resolve("nvfp4", backend, _QUANTIZE, wide)
+    parts = quantizer(wide, amax, _TILE_ROWS[block], placed)
+    lead = x.shape[:-1] if block == "1d" else (*x.shape[:-2], x.shape[-2] // BLOCK)
+    return NVFP4Tensor(
+        codes=parts.codes.view(*x.shape[:-1], x.shape[-1] // 2),
+        block_scales=parts.block_scales.view(*lead, x.shape[-1] // BLOCK),
+        tensor_scale=parts.tensor_scale.view(batch),
+        block=block,
+    )
+
+
+def _check(x: Tensor, block: str, batch_dims: int) -> int:
+    """Refuse what cannot be quantized; the number of rows otherwise."""
+    if block not in _TILE_ROWS:
+        raise ValueError(f"nvfp4: block is {block!r}; choose from {', '.join(_TILE_ROWS)}")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise OperandError(
+            f"nvfp4: x has dtype {x.dtype}; expected torch.float32 or torch.bfloat16, so convert "
+            "it with x.float()"
+        )
+    axes = ("d",) if block == "1d" else ("rows", "d")
+    if not 0 <= batch_dims <= max(0, x.dim() - len(axes)) or x.dim() < len(axes):
+        raise OperandError(
+            f"nvfp4: x has shape {list(x.shape)}; expected {batch_dims} batch axes before "
+            f"[..., {', '.join(axes)}]"
+        )
+    check_positive("nvfp4", d=x.shape[-1])
+    for axis, name in enumerate(axes, start=-len(axes)):
+        if x.shape[axis] % BLOCK:
+            raise OperandError(
+                f"nvfp4: {x.shape[axis]} {name} of x are not divisible by {BLOCK}; pad them with "
+                "zeros (torch.nn.functional.pad), which changes no scale, and cut the result"
+            )
+    check_no_gradients("nvfp4", x)
+    return x.shape[:-1].numel()
+
+
+def _placed(rounding: str, noise: Noise | None, x: Tensor, rows: int) -> Placed | None:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"nvfp4: rounding is {rounding!r}; choose from nearest, stochastic")
+    if rounding == "nearest":
+        if noise is not None:
+            raise ValueError("nvfp4: rounding is 'nearest', which uses no noise; leave noise out")
+        return None
+    if noise is None:
+        raise ValueError(
+            "nvfp4: rounding is 'stochastic' and noise is None; pass noise=Noise(seed, step, "
+            "layer, role) of nemotron3.ops.rounding"
+        )
+    if noise.first_column % BLOCK or noise.first_column < 0:
+        raise ValueError(
+            f"nvfp4: first_column of noise is {noise.first_column}; expected a multiple of {BLOCK}"
+        )
+    if noise.rows is None:
+        places = torch.arange(rows, device=x.device)
+    else:
+        places = check_integers("nvfp4", "rows of noise", noise.rows, (rows,), x)
+    return Placed(noise.bits, places, noise.first_column)

@@ -1,0 +1,108 @@
+"""The definition of NVFP4 quantization, in Transformer Engine's arithmetic.
+
+One rounding for each operation, all in float32 (core_nvfp4.cuh and reference_nvfp4.py of
+Transformer Engine):
+
+    encode  = min(6 * 448 / amax, largest float32), and 1 if amax is 0
+    scale_b = e4m3(min(amax_b * (encode * (1/6)), 448))
+    factor  = min(1 / (scale_b * (1 / encode)), largest float32)
+    element = e2m1(clamp(x * factor, -6, 6))
+
+amax is the largest magnitude of the tensor, amax_b that of a block. Small blocks have subnormal
+scales, and the smallest scale zero, which makes them zeros. Two things are our own:
+
+* Stochastic rounding rounds scale_b up and not to nearest. Rounded down, it would clip the largest
+  values of a block at 6, and rounded to zero it would lose the block, so the result would not be
+  `x` on the average.
+* NaN and infinity spoil their own block only: its scale is NaN, its codes are 0, and amax is that
+  of the finite values.
+
+The tensor scale is amax / (6 * 448). Where `encode` is at its limit (amax < 8e-36) it is 2^-128,
+the inverse of the limit, with which codes and block scales were made.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from nemotron3.ops.minifloat import E2M1, E4M3, decode, nearest, stochastic, upward
+from nemotron3.ops.nvfp4.tensor import BLOCK, pack
+from nemotron3.ops.rounding.bits import RandomBits, sixteen_bits
+
+RANGE = 6.0 * 448.0
+"""The largest value over the tensor scale."""
+LARGEST = torch.finfo(torch.float32).max
+SIXTH = 0.1666666716337204
+"""1/6 in float32."""
+NAN_SCALE = 0x7F
+LEAST_TENSOR_SCALE = 2.0**-128
+
+
+class Placed(NamedTuple):
+    """Random bits, and the rows and columns in the whole tensor that the given part has."""
+
+    bits: RandomBits
+    rows: Tensor
+    """int64 [batch * row]."""
+    first_column: int
+
+
+class Parts(NamedTuple):
+    """What a quantizer returns, in the shapes of `quantize_reference`."""
+
+    codes: Tensor
+    block_scales: Tensor
+    tensor_scale: Tensor
+
+
+def quantize_reference(
+    x: Float32[Tensor, "batch row column"],
+    amax: Float32[Tensor, " batch"],
+    tile_rows: int,
+    noise: Placed | None,
+) -> Parts:
+    """Codes [batch, row, column / 2], block scales [batch, row / tile_rows, column / 16].
+
+    `tile_rows` is 1 for 1-D blocks and 16 for 2-D ones.
+    """
+    blocks = x.unflatten(1, (-1, tile_rows)).unflatten(-1, (-1, BLOCK))
+    block_amax = blocks.abs().amax((2, 4), keepdim=True)  # batch tile 1 block 1
+    is_finite = block_amax < torch.inf
+    encode, tensor_scale = of_tensor(amax)
+    encode = encode.view(-1, 1, 1, 1, 1)
+    wanted = (block_amax * (encode * SIXTH)).clamp(max=448.0)
+    scales = nearest(wanted, E4M3) if noise is None else upward(wanted, E4M3)
+    decoded = decode(scales, E4M3) * (1 / encode)
+    factor = (1 / decoded).clamp(max=LARGEST)
+    scaled = torch.where(is_finite, blocks * factor, 0.0).clamp(-6.0, 6.0).view(x.shape)
+    if noise is None:
+        codes = nearest(scaled, E2M1)
+    else:
+        codes = stochastic(scaled, E2M1, uniform(x.shape, noise))
+    scales = torch.where(is_finite, scales, NAN_SCALE).to(torch.uint8)
+    return Parts(pack(codes), scales[:, :, 0, :, 0].view(torch.float8_e4m3fn), tensor_scale)
+
+
+def largest_finite(x: Float32[Tensor, "batch row column"]) -> Float32[Tensor, " batch"]:
+    """The largest magnitude that is finite, 0 where there is none."""
+    magnitude = x.abs()
+    finite = torch.where(magnitude < torch.inf, magnitude, 0.0).flatten(1)
+    return finite.amax(1) if finite.shape[1] else finite.new_zeros(len(x))
+
+
+def of_tensor(amax: Float32[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+    """`encode` of the module's docstring, and the tensor scale."""
+    most = torch.full_like(amax, RANGE)  # PyTorch divides by a scalar through its reciprocal
+    encode = (most / amax).clamp(max=LARGEST)
+    scale = (amax / most).clamp(min=LEAST_TENSOR_SCALE)
+    is_zero = amax == 0
+    return torch.where(is_zero, 1.0, encode), torch.where(is_zero, 0.0, scale)
+
+
+def uniform(shape: torch.Size, noise: Placed) -> Float32[Tensor, "batch row column"]:
+    """Uniform numbers in (0, 1), multiples of 2^-17, for each element."""
+    end = noise.first_column + shape[-1]
+    random = sixteen_bits(end, noise.rows, noise.bits)[:, noise.first_column :]
+    return ((random.float() + 0.5) * 2.0**-16).view(shape)
