@@ -14,6 +14,7 @@ from nemotron3.ops.experts import activate, routed_experts
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.linear import linear, linear_parts
 from nemotron3.ops.norm import gated_group_norm, rms_norm
+from nemotron3.ops.nvfp4 import SIGNS, fake_quantize, quantize
 from nemotron3.ops.rotary import rotate
 from nemotron3.ops.rounding import RandomBits, from_int8, to_float16, to_int8
 from nemotron3.ops.routing import route
@@ -112,6 +113,11 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_pairs(targets: Tensor, to: Tensor, sources: Tensor, places: Tensor, backend: str) -> None:
     copy_rows([targets], to, [sources], places, backend=backend)
+
+
+def _quantized(**operands: Any) -> list[Tensor]:
+    found = quantize(**operands)
+    return [found.codes, found.block_scales.view(torch.uint8), found.tensor_scale]
 
 
 OTHER_SEGMENTS = (Segments([1, 1, 1]), Segments([30]))
@@ -254,6 +260,26 @@ OPERATIONS = {
             "codes": torch.randint(-127, 127, (n, 3, 8)).to(torch.int8),
             "steps": torch.rand(n, 3, 1),
         },
+    ),
+    "nvfp4": Operation(
+        _quantized,
+        lambda n: {
+            "x": torch.randn(n, 32),
+            "block": "1d",
+            "rounding": "nearest",
+            "amax": torch.rand(()),
+        },
+        numbers={"block": ("1D",), "rounding": ("up",)},
+    ),
+    "nvfp4_fake": Operation(
+        fake_quantize,
+        lambda n: {
+            "x": torch.randn(16 * n, 32),
+            "amax": torch.rand(()),
+            "kind": "columns",
+            "signs": torch.tensor(SIGNS, dtype=torch.float32),
+        },
+        numbers={"kind": ("1d",)},
     ),
     "copy_rows": Operation(
         _in_pairs,

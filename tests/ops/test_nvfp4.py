@@ -10,11 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron3.errors import OperandError
+from nemotron3.ops import native
 from nemotron3.ops.minifloat import E2M1, E4M3, decode
-from nemotron3.ops.nvfp4 import BLOCK, NVFP4Tensor, pack, quantize, unpack
+from nemotron3.ops.nvfp4 import (
+    BLOCK,
+    SIGNS,
+    NVFP4Tensor,
+    fake_quantize,
+    hadamard,
+    pack,
+    quantize,
+    unpack,
+)
 from nemotron3.ops.rounding import Noise
+from tests.ops.native import needs_compiler
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", *(["native"] if native.available() else [])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_block = pytest.mark.parametrize("block", ["1d", "2d"])
 NOISE = Noise(seed=1, step=2, layer=3, role="gradient")
@@ -306,6 +317,101 @@ def test_a_part_in_any_order_is_rounded_as_in_the_whole(backend, rows, first, wi
     assert torch.equal(unpack(found.codes), whole[rows[:4], columns])
 
 
+KINDS = {"rows": "1d", "tiles": "2d"}
+signs = torch.tensor(SIGNS, dtype=torch.float32)
+every_rounding = pytest.mark.parametrize("noise", [None, NOISE], ids=["nearest", "stochastic"])
+
+
+def rounding_of(noise):
+    return {"rounding": "nearest" if noise is None else "stochastic", "noise": noise}
+
+
+@every_backend
+@pytest.mark.parametrize("kind", KINDS)
+@every_rounding
+def test_fake_quantization_gives_the_values_of_the_quantized_tensor(backend, kind, noise):
+    x = awkward_tensor((2, 48, 288))
+    given = {**rounding_of(noise), "batch_dims": 1, "backend": backend}
+    expected = quantize(x, KINDS[kind], **given).dequantize()
+    found = fake_quantize(x, kind, **given)
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_are_the_rows_of_the_transposed_matrix(backend, dtype):
+    x = torch.randn(48, 80).to(dtype)
+    found = fake_quantize(x, "columns", backend=backend)
+    assert torch.equal(found, quantize(x.T).dequantize().T)
+    transformed = hadamard(x.T.float(), signs).to(dtype)
+    found = fake_quantize(x, "columns", signs=signs, backend=backend)
+    assert torch.equal(found, quantize(transformed).dequantize().T)
+    low = fake_quantize(x, "columns", signs=signs, amax=torch.tensor(0.1), backend=backend)
+    assert low.abs().max() <= 0.1001
+
+
+@every_backend
+def test_the_noise_of_columns_is_of_the_elements_own_place(backend):
+    x = torch.randn(32, 64)
+    whole = fake_quantize(x, "columns", "stochastic", noise=NOISE, backend=backend)
+    part = Noise(1, 2, 3, "gradient", torch.arange(16, 32), 32)
+    found = fake_quantize(
+        x[16:, 32:], "columns", "stochastic", noise=part, amax=x.abs().max(), backend=backend
+    )
+    assert torch.equal(found, whole[16:, 32:])
+
+
+def test_the_transform_spreads_and_keeps_products():
+    x, y = torch.randn(5, 64, dtype=torch.float64), torch.randn(7, 64, dtype=torch.float64)
+    s = signs.double()
+    assert torch.allclose(hadamard(x, s) @ hadamard(y, s).T, x @ y.T)
+    one = torch.zeros(16)
+    one[3] = 8.0
+    assert (hadamard(one, signs).abs() == 2.0).all()
+    matrix = hadamard(torch.eye(16), torch.ones(16))
+    assert torch.allclose(matrix, matrix.T)
+    assert torch.allclose(matrix @ matrix, torch.eye(16))
+
+
+def awkward_tensor(shape):
+    """Small blocks, zeros, numbers that are none, subnormal and very large ones."""
+    x = torch.randn(shape) * torch.exp2(torch.randint(-24, 3, shape[:-1]).float()).unsqueeze(-1)
+    x[..., 1, :16] = 0.0
+    x[..., 2, 5] = -0.0
+    x[..., 3, -1] = torch.nan
+    x[..., 4, 9] = torch.inf
+    x[..., 5, :16] = 1e-42
+    return x
+
+
+@needs_compiler
+@settings(max_examples=60)
+@given(
+    shape=st.sampled_from([(1, 16, 16), (3, 16, 48), (1, 32, 272), (2, 48, 288), (1, 64, 512)]),
+    kind=st.sampled_from(["rows", "tiles", "columns"]),
+    noise=st.one_of(
+        st.none(), st.builds(Noise, *[st.integers(0, 9)] * 3, st.just("x"), st.none(),
+                             st.sampled_from([0, 16, 112, 1280]))
+    ),
+    transformed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([1.0, 1e-30, 1e-37, 1e-40, 1e30]),
+    drawn=st.integers(0, 1000),
+)  # fmt: skip
+def test_native_has_the_bits_of_the_reference(shape, kind, noise, transformed, dtype, size, drawn):
+    torch.manual_seed(drawn)
+    torch.set_num_threads(1 + drawn % 3)
+    x = (torch.randn(shape) if drawn % 3 else awkward_tensor(shape)).mul(size).to(dtype)
+    for batch_dims in (0, 1):
+        given = {**rounding_of(noise), "batch_dims": batch_dims}
+        if kind == "columns" and transformed:
+            given["signs"] = signs
+        one, other = (fake_quantize(x, kind, **given, backend=b) for b in ("reference", "native"))
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+        if kind in KINDS:
+            same_bits(*(quantize(x, KINDS[kind], **given, backend=b) for b in BACKENDS))
+
+
 def test_mistakes_are_named():
     x = torch.randn(32, 40)
     with pytest.raises(OperandError, match="40 d of x are not divisible by 16; pad"):
@@ -338,5 +444,13 @@ def test_mistakes_are_named():
         stochastic(torch.randn(2, 16), Noise(0, 0, 0, "x", torch.arange(3)))
     with pytest.raises(ValueError, match="first_column of noise is 8"):
         stochastic(torch.randn(2, 16), Noise(0, 0, 0, "x", first_column=8))
+    with pytest.raises(ValueError, match="kind is '1d'; choose from rows, tiles, columns"):
+        fake_quantize(torch.randn(16), "1d")
+    with pytest.raises(ValueError, match="signs are given and kind is 'rows'"):
+        fake_quantize(torch.randn(16), signs=signs)
+    with pytest.raises(OperandError, match=r"signs has shape \[8\]; expected \[16\]"):
+        fake_quantize(torch.randn(16, 16), "columns", signs=signs[:8])
+    with pytest.raises(OperandError, match="20 rows of x are not divisible"):
+        fake_quantize(torch.randn(20, 32), "columns")
     with pytest.raises(OperandError, match=r"amax has shape \[2\]; expected \[\]"):
         quantize(torch.randn(2, 16), amax=torch.ones(2))

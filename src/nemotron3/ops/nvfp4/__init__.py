@@ -1,7 +1,20 @@
 """NVFP4: tensors of four bits an element, with scales for blocks of 16 and for the whole."""
 
-from nemotron3.ops.nvfp4.api import Rounding, quantize
-from nemotron3.ops.nvfp4.hadamard import SIGNS
+from nemotron3.ops.nvfp4.api import Rounding, fake_quantize, quantize
+from nemotron3.ops.nvfp4.hadamard import SIGNS, hadamard
+from nemotron3.ops.nvfp4.reference import Kind
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor, pack, unpack
 
-__all__ = ["BLOCK", "SIGNS", "Block", "NVFP4Tensor", "Rounding", "pack", "quantize", "unpack"]
+__all__ = [
+    "BLOCK",
+    "SIGNS",
+    "Block",
+    "Kind",
+    "NVFP4Tensor",
+    "Rounding",
+    "fake_quantize",
+    "hadamard",
+    "pack",
+    "quantize",
+    "unpack",
+]

@@ -13,7 +13,7 @@ What comes out for what goes in:
 * NaN and infinities make their whole block NaN, and change nothing else.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Float32
@@ -22,18 +22,33 @@ from torch import Tensor
 from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, resolve
 from nemotron3.ops.checks import (
-    check_device,
     check_integers,
     check_no_gradients,
+    check_operand,
     check_positive,
-    check_shape,
 )
-from nemotron3.ops.nvfp4.reference import Placed, largest_finite, quantize_reference
+from nemotron3.ops.nvfp4.native import fake_quantize_native, quantize_native
+from nemotron3.ops.nvfp4.reference import (
+    Kind,
+    Placed,
+    Transform,
+    fake_quantize_reference,
+    quantize_reference,
+)
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor
 from nemotron3.ops.rounding.noise import Noise
 
 Rounding = Literal["nearest", "stochastic"]
-_QUANTIZE = {"reference": quantize_reference, "torch": quantize_reference}
+_QUANTIZE = {
+    "reference": quantize_reference,
+    "torch": quantize_reference,
+    "native": quantize_native,
+}
+_FAKE_QUANTIZE = {
+    "reference": fake_quantize_reference,
+    "torch": fake_quantize_reference,
+    "native": fake_quantize_native,
+}
 _TILE_ROWS = {"1d": 1, "2d": BLOCK}
 
 
@@ -57,37 +72,77 @@ def quantize(
     Raises OperandError for another dtype, an axis that is not divisible by 16, and operands that
     require gradients: the codes have none.
     """
-    rows = _check(x, block, batch_dims)
-    placed = _placed(rounding, noise, x, rows)
-    batch = x.shape[:batch_dims]
-    wide = x.float().contiguous().view(batch.numel(), -1 if x.numel() else 0, x.shape[-1])
-    if amax is None:
-        amax = largest_finite(wide)
-    else:
-        check_shape("nvfp4", "amax", amax, batch)
-        check_device("nvfp4", "amax", amax, x)
-        amax = amax.float().flatten()
+    if block not in _TILE_ROWS:
+        raise ValueError(f"nvfp4: block is {block!r}; choose from {', '.join(_TILE_ROWS)}")
+    _check(x, ("d",) if block == "1d" else ("rows", "d"), batch_dims)
+    placed = _placed(rounding, noise, x)
+    wide, amax = _flat(x, amax, batch_dims)
     quantizer = resolve("nvfp4", backend, _QUANTIZE, wide)
     parts = quantizer(wide, amax, _TILE_ROWS[block], placed)
     lead = x.shape[:-1] if block == "1d" else (*x.shape[:-2], x.shape[-2] // BLOCK)
     return NVFP4Tensor(
         codes=parts.codes.view(*x.shape[:-1], x.shape[-1] // 2),
         block_scales=parts.block_scales.view(*lead, x.shape[-1] // BLOCK),
-        tensor_scale=parts.tensor_scale.view(batch),
+        tensor_scale=parts.tensor_scale.view(x.shape[:batch_dims]),
         block=block,
     )
 
 
-def _check(x: Tensor, block: str, batch_dims: int) -> int:
-    """Refuse what cannot be quantized; the number of rows otherwise."""
-    if block not in _TILE_ROWS:
-        raise ValueError(f"nvfp4: block is {block!r}; choose from {', '.join(_TILE_ROWS)}")
+def fake_quantize(
+    x: Float[Tensor, "*axes rows d"],
+    kind: Kind = "rows",
+    rounding: Rounding = "nearest",
+    *,
+    noise: Noise | None = None,
+    amax: Float32[Tensor, "*batch"] | None = None,
+    signs: Float32[Tensor, " 16"] | None = None,
+    batch_dims: int = 0,
+    backend: Backend = "auto",
+) -> Float32[Tensor, "*axes rows d"]:
+    """The values that `quantize` would keep, in float32 and without packing them first.
+
+    `kind` says which elements share a scale: 16 in a row ("rows", block "1d" of `quantize`), 16 x
+    16 ("tiles", "2d"), or 16 in a column ("columns"): the transposed matrix in 1-D blocks, as the
+    product for a weight's gradient takes it, with the noise of the element's own place. With
+    `signs` the columns get a random Hadamard transform first (`hadamard`), whose result is rounded
+    to the dtype of `x` and is what is quantized; `amax` is then the transform's.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"nvfp4: kind is {kind!r}; choose from {', '.join(get_args(Kind))}")
+    _check(x, _AXES[kind], batch_dims)
+    if signs is not None:
+        if kind != "columns":
+            raise ValueError(
+                f"nvfp4: signs are given and kind is {kind!r}; the transform is of columns"
+            )
+        check_operand("nvfp4", "signs", signs, (BLOCK,), x, same_dtype=False)
+    placed = _placed(rounding, noise, x)
+    wide, amax = _flat(x, amax, batch_dims)
+    quantizer = resolve("nvfp4", backend, _FAKE_QUANTIZE, wide)
+    transform = None if signs is None else Transform(signs.float().contiguous(), x.dtype)
+    return quantizer(wide, amax, kind, placed, transform).view(x.shape)
+
+
+_AXES = {"rows": ("d",), "tiles": ("rows", "d"), "columns": ("rows", "d")}
+
+
+def _flat(x: Tensor, amax: Tensor | None, batch_dims: int) -> tuple[Tensor, Tensor | None]:
+    """The operands of a backend: float32 [batch, row, d] and [batch]."""
+    batch = x.shape[:batch_dims]
+    wide = x.float().contiguous().view(batch.numel(), -1 if x.numel() else 0, x.shape[-1])
+    if amax is not None:
+        check_operand("nvfp4", "amax", amax, batch, x, same_dtype=False)
+        amax = amax.float().flatten().contiguous()
+    return wide, amax
+
+
+def _check(x: Tensor, axes: tuple[str, ...], batch_dims: int) -> None:
+    """Refuse what cannot be quantized; `axes` are those that 16 has to divide."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise OperandError(
             f"nvfp4: x has dtype {x.dtype}; expected torch.float32 or torch.bfloat16, so convert "
             "it with x.float()"
         )
-    axes = ("d",) if block == "1d" else ("rows", "d")
     if not 0 <= batch_dims <= max(0, x.dim() - len(axes)) or x.dim() < len(axes):
         raise OperandError(
             f"nvfp4: x has shape {list(x.shape)}; expected {batch_dims} batch axes before "
@@ -101,10 +156,9 @@ def _check(x: Tensor, block: str, batch_dims: int) -> int:
                 "zeros (torch.nn.functional.pad), which changes no scale, and cut the result"
             )
     check_no_gradients("nvfp4", x)
-    return x.shape[:-1].numel()
 
 
-def _placed(rounding: str, noise: Noise | None, x: Tensor, rows: int) -> Placed | None:
+def _placed(rounding: str, noise: Noise | None, x: Tensor) -> Placed | None:
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"nvfp4: rounding is {rounding!r}; choose from nearest, stochastic")
     if rounding == "nearest":
@@ -120,6 +174,7 @@ def _placed(rounding: str, noise: Noise | None, x: Tensor, rows: int) -> Placed 
         raise ValueError(
             f"nvfp4: first_column of noise is {noise.first_column}; expected a multiple of {BLOCK}"
         )
+    rows = x.shape[:-1].numel()
     if noise.rows is None:
         places = torch.arange(rows, device=x.device)
     else:

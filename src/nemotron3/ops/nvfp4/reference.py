@@ -21,13 +21,14 @@ The tensor scale is amax / (6 * 448). Where `encode` is at its limit (amax < 8e-
 the inverse of the limit, with which codes and block scales were made.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from nemotron3.ops.minifloat import E2M1, E4M3, decode, nearest, stochastic, upward
+from nemotron3.ops.nvfp4.hadamard import hadamard
 from nemotron3.ops.nvfp4.tensor import BLOCK, pack
 from nemotron3.ops.rounding.bits import RandomBits, sixteen_bits
 
@@ -40,6 +41,18 @@ NAN_SCALE = 0x7F
 LEAST_TENSOR_SCALE = 2.0**-128
 
 
+Kind = Literal["rows", "tiles", "columns"]
+"""Blocks of 16 in a row, of 16 x 16, of 16 in a column."""
+
+
+class Transform(NamedTuple):
+    """A Hadamard transform before quantizing, whose result is rounded to `dtype`."""
+
+    signs: Tensor
+    """float32 [16]."""
+    dtype: torch.dtype
+
+
 class Placed(NamedTuple):
     """Random bits, and the rows and columns in the whole tensor that the given part has."""
 
@@ -50,7 +63,7 @@ class Placed(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a quantizer returns, in the shapes of `quantize_reference`."""
+    """Codes, one in a byte, and scales, in the shapes of `quantize_reference`."""
 
     codes: Tensor
     block_scales: Tensor
@@ -59,30 +72,60 @@ class Parts(NamedTuple):
 
 def quantize_reference(
     x: Float32[Tensor, "batch row column"],
-    amax: Float32[Tensor, " batch"],
+    amax: Float32[Tensor, " batch"] | None,
     tile_rows: int,
     noise: Placed | None,
 ) -> Parts:
-    """Codes [batch, row, column / 2], block scales [batch, row / tile_rows, column / 16].
+    """Packed codes [batch, row, column / 2], block scales [batch, row / tile_rows, column / 16].
 
-    `tile_rows` is 1 for 1-D blocks and 16 for 2-D ones.
+    `tile_rows` is 1 for 1-D blocks and 16 for 2-D ones. Without `amax` it is that of `x`.
     """
+    random = None if noise is None else uniform(x.shape, noise)
+    parts = _quantized(x, largest_finite(x) if amax is None else amax, tile_rows, random)
+    return parts._replace(codes=pack(parts.codes))
+
+
+def fake_quantize_reference(
+    x: Float32[Tensor, "batch row column"],
+    amax: Float32[Tensor, " batch"] | None,
+    kind: Kind,
+    noise: Placed | None,
+    transform: Transform | None,
+) -> Float32[Tensor, "batch row column"]:
+    """The values of the quantized tensor; `transform` is for blocks along columns."""
+    random = None if noise is None else uniform(x.shape, noise)
+    if kind == "columns":
+        x, random = x.mT, None if random is None else random.mT
+    if transform is not None:
+        x = hadamard(x, transform.signs).to(transform.dtype).float()
+    parts = _quantized(
+        x.contiguous(),
+        largest_finite(x) if amax is None else amax,
+        BLOCK if kind == "tiles" else 1,
+        random,
+    )
+    units = parts.block_scales.float() * parts.tensor_scale.view(-1, 1, 1)
+    units = units.repeat_interleave(BLOCK, -1)
+    if kind == "tiles":
+        units = units.repeat_interleave(BLOCK, -2)
+    values = decode(parts.codes, E2M1) * units
+    return values.mT.contiguous() if kind == "columns" else values
+
+
+def _quantized(x: Tensor, amax: Tensor, tile_rows: int, random: Tensor | None) -> Parts:
     blocks = x.unflatten(1, (-1, tile_rows)).unflatten(-1, (-1, BLOCK))
     block_amax = blocks.abs().amax((2, 4), keepdim=True)  # batch tile 1 block 1
     is_finite = block_amax < torch.inf
     encode, tensor_scale = of_tensor(amax)
     encode = encode.view(-1, 1, 1, 1, 1)
     wanted = (block_amax * (encode * SIXTH)).clamp(max=448.0)
-    scales = nearest(wanted, E4M3) if noise is None else upward(wanted, E4M3)
+    scales = nearest(wanted, E4M3) if random is None else upward(wanted, E4M3)
     decoded = decode(scales, E4M3) * (1 / encode)
     factor = (1 / decoded).clamp(max=LARGEST)
     scaled = torch.where(is_finite, blocks * factor, 0.0).clamp(-6.0, 6.0).view(x.shape)
-    if noise is None:
-        codes = nearest(scaled, E2M1)
-    else:
-        codes = stochastic(scaled, E2M1, uniform(x.shape, noise))
+    codes = nearest(scaled, E2M1) if random is None else stochastic(scaled, E2M1, random)
     scales = torch.where(is_finite, scales, NAN_SCALE).to(torch.uint8)
-    return Parts(pack(codes), scales[:, :, 0, :, 0].view(torch.float8_e4m3fn), tensor_scale)
+    return Parts(codes, scales[:, :, 0, :, 0].view(torch.float8_e4m3fn), tensor_scale)
 
 
 def largest_finite(x: Float32[Tensor, "batch row column"]) -> Float32[Tensor, " batch"]:

@@ -64,11 +64,14 @@ class NVFP4Tensor:
         return decode(unpack(self.codes), E2M1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values, computed in float32 with one rounding, and then rounded to `dtype`."""
-        scales = self.row_scales.float().repeat_interleave(BLOCK, -1)
+        """The values, computed in float32 as ModelOpt does, and then rounded to `dtype`.
+
+        Two roundings: of the product of both scales, and of that with an element.
+        """
         axes = self.codes.dim() - self.tensor_scale.dim()
         tensor_scale = self.tensor_scale.view(*self.tensor_scale.shape, *[1] * axes)
-        return (self.elements() * scales * tensor_scale).to(dtype)
+        scales = self.row_scales.float() * tensor_scale
+        return (self.elements() * scales.repeat_interleave(BLOCK, -1)).to(dtype)
 
 
 _E4M3 = torch.float8_e4m3fn
