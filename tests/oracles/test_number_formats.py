@@ -7,6 +7,9 @@ differ in this, and the tests hold that they differ in nothing else:
 * torchao's block scales are at least 2^-6, and it keeps the sign of a zero.
 * Where a block's scale or an element lies in the middle of two numbers, the rounding of the
   operations before decides, and each library has its own order of them.
+
+FP8 is ModelOpt's bit for bit, but for the sign of a zero. MXFP8 is torchao's with scales rounded up
+in the same way, but for blocks with the least scale, 2^-127, which torchao does not scale at all.
 """
 
 from functools import cache
@@ -15,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nemotron3.ops import fp8, mxfp8
 from nemotron3.ops.nvfp4 import SIGNS, quantize, unpack
 from nemotron3.ops.nvfp4.hadamard import hadamard
 from tests.oracles.number_formats import FILE, SHAPE, inputs
@@ -114,3 +118,24 @@ def test_values_are_those_of_modelopt(name):
     assert same.any()
     difference = (ours.dequantize() - values)[same].abs()
     assert (difference <= 2.5e-7 * values[same].abs()).all()
+
+
+@every_case
+def test_fp8_is_that_of_modelopt(name):
+    x = kept(f"{name}/x")
+    ours, theirs = fp8.quantize(x), kept(f"{name}/modelopt fp8/codes")
+    assert ours.scale == kept(f"{name}/modelopt fp8/scale")
+    assert torch.equal(ours.codes.float(), theirs.float())
+    assert torch.equal(codes_of(ours.codes)[x != 0], codes_of(theirs)[x != 0])
+
+
+@every_case
+@pytest.mark.parametrize(("element", "kept_as"), [("e4m3", "e4m3fn"), ("e5m2", "e5m2")])
+def test_mxfp8_is_that_of_torchao(name, element, kept_as):
+    x = kept(f"{name}/x")
+    ours = mxfp8.quantize(x, element)
+    theirs = {part: kept(f"{name}/torchao mx {kept_as}/{part}") for part in ("codes", "scales")}
+    assert torch.equal(codes_of(ours.block_scales), codes_of(theirs["scales"]))
+    is_scaled = (codes_of(ours.block_scales) > 0).repeat_interleave(32, -1)
+    assert torch.equal(ours.codes.float()[is_scaled], theirs["codes"].float()[is_scaled])
+    assert is_scaled.any()

@@ -1,6 +1,6 @@
 """NVFP4: tensors of four bits an element, with scales for blocks of 16 and for the whole."""
 
-from nemotron3.ops.nvfp4.api import Rounding, fake_quantize, quantize
+from nemotron3.ops.nvfp4.api import fake_quantize, quantize
 from nemotron3.ops.nvfp4.hadamard import SIGNS, hadamard
 from nemotron3.ops.nvfp4.reference import Kind
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor, pack, unpack
@@ -11,7 +11,6 @@ __all__ = [
     "Block",
     "Kind",
     "NVFP4Tensor",
-    "Rounding",
     "fake_quantize",
     "hadamard",
     "pack",

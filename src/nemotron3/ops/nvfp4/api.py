@@ -13,32 +13,23 @@ What comes out for what goes in:
 * NaN and infinities make their whole block NaN, and change nothing else.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
-import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, resolve
-from nemotron3.ops.checks import (
-    check_integers,
-    check_no_gradients,
-    check_operand,
-    check_positive,
-)
+from nemotron3.ops.checks import check_operand, check_quantizable
 from nemotron3.ops.nvfp4.native import fake_quantize_native, quantize_native
 from nemotron3.ops.nvfp4.reference import (
     Kind,
-    Placed,
     Transform,
     fake_quantize_reference,
     quantize_reference,
 )
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor
-from nemotron3.ops.rounding.noise import Noise
+from nemotron3.ops.rounding.noise import Noise, Rounding, placed
 
-Rounding = Literal["nearest", "stochastic"]
 _QUANTIZE = {
     "reference": quantize_reference,
     "torch": quantize_reference,
@@ -74,11 +65,11 @@ def quantize(
     """
     if block not in _TILE_ROWS:
         raise ValueError(f"nvfp4: block is {block!r}; choose from {', '.join(_TILE_ROWS)}")
-    _check(x, ("d",) if block == "1d" else ("rows", "d"), batch_dims)
-    placed = _placed(rounding, noise, x)
+    check_quantizable("nvfp4", x, ("d",) if block == "1d" else ("rows", "d"), BLOCK, batch_dims)
+    places = placed("nvfp4", rounding, noise, x)
     wide, amax = _flat(x, amax, batch_dims)
     quantizer = resolve("nvfp4", backend, _QUANTIZE, wide)
-    parts = quantizer(wide, amax, _TILE_ROWS[block], placed)
+    parts = quantizer(wide, amax, _TILE_ROWS[block], places)
     lead = x.shape[:-1] if block == "1d" else (*x.shape[:-2], x.shape[-2] // BLOCK)
     return NVFP4Tensor(
         codes=parts.codes.view(*x.shape[:-1], x.shape[-1] // 2),
@@ -109,18 +100,18 @@ def fake_quantize(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"nvfp4: kind is {kind!r}; choose from {', '.join(get_args(Kind))}")
-    _check(x, _AXES[kind], batch_dims)
+    check_quantizable("nvfp4", x, _AXES[kind], BLOCK, batch_dims)
     if signs is not None:
         if kind != "columns":
             raise ValueError(
                 f"nvfp4: signs are given and kind is {kind!r}; the transform is of columns"
             )
         check_operand("nvfp4", "signs", signs, (BLOCK,), x, same_dtype=False)
-    placed = _placed(rounding, noise, x)
+    places = placed("nvfp4", rounding, noise, x)
     wide, amax = _flat(x, amax, batch_dims)
     quantizer = resolve("nvfp4", backend, _FAKE_QUANTIZE, wide)
     transform = None if signs is None else Transform(signs.float().contiguous(), x.dtype)
-    return quantizer(wide, amax, kind, placed, transform).view(x.shape)
+    return quantizer(wide, amax, kind, places, transform).view(x.shape)
 
 
 _AXES = {"rows": ("d",), "tiles": ("rows", "d"), "columns": ("rows", "d")}
@@ -134,49 +125,3 @@ def _flat(x: Tensor, amax: Tensor | None, batch_dims: int) -> tuple[Tensor, Tens
         check_operand("nvfp4", "amax", amax, batch, x, same_dtype=False)
         amax = amax.float().flatten().contiguous()
     return wide, amax
-
-
-def _check(x: Tensor, axes: tuple[str, ...], batch_dims: int) -> None:
-    """Refuse what cannot be quantized; `axes` are those that 16 has to divide."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise OperandError(
-            f"nvfp4: x has dtype {x.dtype}; expected torch.float32 or torch.bfloat16, so convert "
-            "it with x.float()"
-        )
-    if not 0 <= batch_dims <= max(0, x.dim() - len(axes)) or x.dim() < len(axes):
-        raise OperandError(
-            f"nvfp4: x has shape {list(x.shape)}; expected {batch_dims} batch axes before "
-            f"[..., {', '.join(axes)}]"
-        )
-    check_positive("nvfp4", d=x.shape[-1])
-    for axis, name in enumerate(axes, start=-len(axes)):
-        if x.shape[axis] % BLOCK:
-            raise OperandError(
-                f"nvfp4: {x.shape[axis]} {name} of x are not divisible by {BLOCK}; pad them with "
-                "zeros (torch.nn.functional.pad), which changes no scale, and cut the result"
-            )
-    check_no_gradients("nvfp4", x)
-
-
-def _placed(rounding: str, noise: Noise | None, x: Tensor) -> Placed | None:
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"nvfp4: rounding is {rounding!r}; choose from nearest, stochastic")
-    if rounding == "nearest":
-        if noise is not None:
-            raise ValueError("nvfp4: rounding is 'nearest', which uses no noise; leave noise out")
-        return None
-    if noise is None:
-        raise ValueError(
-            "nvfp4: rounding is 'stochastic' and noise is None; pass noise=Noise(seed, step, "
-            "layer, role) of nemotron3.ops.rounding"
-        )
-    if noise.first_column % BLOCK or noise.first_column < 0:
-        raise ValueError(
-            f"nvfp4: first_column of noise is {noise.first_column}; expected a multiple of {BLOCK}"
-        )
-    rows = x.shape[:-1].numel()
-    if noise.rows is None:
-        places = torch.arange(rows, device=x.device)
-    else:
-        places = check_integers("nvfp4", "rows of noise", noise.rows, (rows,), x)
-    return Placed(noise.bits, places, noise.first_column)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from nemotron3.ops.native import ParallelKernel
-from nemotron3.ops.nvfp4.reference import Kind, Parts, Placed, Transform, of_tensor
+from nemotron3.ops.nvfp4.reference import Kind, Parts, Transform, of_tensor
 from nemotron3.ops.nvfp4.tensor import BLOCK
+from nemotron3.ops.rounding.noise import Placed
 
 _KINDS = {"rows": 0, "tiles": 1, "columns": 2}
 _quantize = ParallelKernel(

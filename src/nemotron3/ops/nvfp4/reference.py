@@ -30,7 +30,7 @@ from torch import Tensor
 from nemotron3.ops.minifloat import E2M1, E4M3, decode, nearest, stochastic, upward
 from nemotron3.ops.nvfp4.hadamard import hadamard
 from nemotron3.ops.nvfp4.tensor import BLOCK, pack
-from nemotron3.ops.rounding.bits import RandomBits, sixteen_bits
+from nemotron3.ops.rounding.noise import Placed, uniform
 
 RANGE = 6.0 * 448.0
 """The largest value over the tensor scale."""
@@ -51,15 +51,6 @@ class Transform(NamedTuple):
     signs: Tensor
     """float32 [16]."""
     dtype: torch.dtype
-
-
-class Placed(NamedTuple):
-    """Random bits, and the rows and columns in the whole tensor that the given part has."""
-
-    bits: RandomBits
-    rows: Tensor
-    """int64 [batch * row]."""
-    first_column: int
 
 
 class Parts(NamedTuple):
@@ -142,10 +133,3 @@ def of_tensor(amax: Float32[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
     scale = (amax / most).clamp(min=LEAST_TENSOR_SCALE)
     is_zero = amax == 0
     return torch.where(is_zero, 1.0, encode), torch.where(is_zero, 0.0, scale)
-
-
-def uniform(shape: torch.Size, noise: Placed) -> Float32[Tensor, "batch row column"]:
-    """Uniform numbers in (0, 1), multiples of 2^-17, for each element."""
-    end = noise.first_column + shape[-1]
-    random = sixteen_bits(end, noise.rows, noise.bits)[:, noise.first_column :]
-    return ((random.float() + 0.5) * 2.0**-16).view(shape)
