@@ -18,7 +18,7 @@ from typing import get_args
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_operand, check_quantizable
 from nemotron3.ops.nvfp4.native import fake_quantize_native, quantize_native
 from nemotron3.ops.nvfp4.reference import (
@@ -34,11 +34,13 @@ _QUANTIZE = {
     "reference": quantize_reference,
     "torch": quantize_reference,
     "native": quantize_native,
+    "triton": Kernel("nemotron3.ops.nvfp4.triton", "quantize_triton"),
 }
 _FAKE_QUANTIZE = {
     "reference": fake_quantize_reference,
     "torch": fake_quantize_reference,
     "native": fake_quantize_native,
+    "triton": Kernel("nemotron3.ops.nvfp4.triton", "fake_quantize_triton"),
 }
 _TILE_ROWS = {"1d": 1, "2d": BLOCK}
 
@@ -118,9 +120,10 @@ _AXES = {"rows": ("d",), "tiles": ("rows", "d"), "columns": ("rows", "d")}
 
 
 def _flat(x: Tensor, amax: Tensor | None, batch_dims: int) -> tuple[Tensor, Tensor | None]:
-    """The operands of a backend: float32 [batch, row, d] and [batch]."""
+    """The operands of a backend: x [batch, row, d], in float32 on a CPU, and amax [batch]."""
     batch = x.shape[:batch_dims]
-    wide = x.float().contiguous().view(batch.numel(), -1 if x.numel() else 0, x.shape[-1])
+    wide = x.float() if x.is_cpu else x  # the kernels of a GPU read bfloat16 themselves
+    wide = wide.contiguous().view(batch.numel(), -1 if x.numel() else 0, x.shape[-1])
     if amax is not None:
         check_operand("nvfp4", "amax", amax, batch, x, same_dtype=False)
         amax = amax.float().flatten().contiguous()

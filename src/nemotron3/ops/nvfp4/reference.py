@@ -24,7 +24,7 @@ the inverse of the limit, with which codes and block scales were made.
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from nemotron3.ops.minifloat import E2M1, E4M3, decode, nearest, stochastic, upward
@@ -62,7 +62,7 @@ class Parts(NamedTuple):
 
 
 def quantize_reference(
-    x: Float32[Tensor, "batch row column"],
+    x: Float[Tensor, "batch row column"],
     amax: Float32[Tensor, " batch"] | None,
     tile_rows: int,
     noise: Placed | None,
@@ -71,19 +71,21 @@ def quantize_reference(
 
     `tile_rows` is 1 for 1-D blocks and 16 for 2-D ones. Without `amax` it is that of `x`.
     """
+    x = x.float()
     random = None if noise is None else uniform(x.shape, noise)
     parts = _quantized(x, largest_finite(x) if amax is None else amax, tile_rows, random)
     return parts._replace(codes=pack(parts.codes))
 
 
 def fake_quantize_reference(
-    x: Float32[Tensor, "batch row column"],
+    x: Float[Tensor, "batch row column"],
     amax: Float32[Tensor, " batch"] | None,
     kind: Kind,
     noise: Placed | None,
     transform: Transform | None,
 ) -> Float32[Tensor, "batch row column"]:
     """The values of the quantized tensor; `transform` is for blocks along columns."""
+    x = x.float()
     random = None if noise is None else uniform(x.shape, noise)
     if kind == "columns":
         x, random = x.mT, None if random is None else random.mT
