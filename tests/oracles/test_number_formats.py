@@ -65,6 +65,15 @@ def test_codes_and_scales_are_those_of_transformer_engine(name, block):
 
 
 @every_case
+def test_four_over_six_is_that_of_transformer_engine(name):
+    x = kept(f"{name}/x")
+    ours = quantize(x, scales="four_over_six")
+    assert torch.equal(ours.codes, kept(f"{name}/te/four over six/codes"))
+    theirs = codes_of(kept(f"{name}/te/four over six/scales"))
+    assert torch.equal(codes_of(ours.block_scales), theirs)
+
+
+@every_case
 def test_the_transform_is_that_of_transformer_engine(name):
     x = kept(f"{name}/x")
     ours = hadamard(x.float(), torch.tensor(SIGNS))

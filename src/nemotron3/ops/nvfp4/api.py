@@ -13,13 +13,14 @@ What comes out for what goes in:
 * NaN and infinities make their whole block NaN, and change nothing else.
 """
 
-from typing import get_args
+from typing import Literal, get_args
 
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_operand, check_quantizable
+from nemotron3.ops.nvfp4.four_over_six import four_over_six
 from nemotron3.ops.nvfp4.native import fake_quantize_native, quantize_native
 from nemotron3.ops.nvfp4.reference import (
     Kind,
@@ -30,6 +31,7 @@ from nemotron3.ops.nvfp4.reference import (
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor
 from nemotron3.ops.rounding.noise import Noise, Rounding, placed
 
+Scales = Literal["max", "four_over_six"]
 _QUANTIZE = {
     "reference": quantize_reference,
     "torch": quantize_reference,
@@ -42,6 +44,7 @@ _FAKE_QUANTIZE = {
     "native": fake_quantize_native,
     "triton": Kernel("nemotron3.ops.nvfp4.triton", "fake_quantize_triton"),
 }
+_FOUR_OVER_SIX = {"reference": four_over_six, "torch": four_over_six}
 _TILE_ROWS = {"1d": 1, "2d": BLOCK}
 
 
@@ -51,6 +54,7 @@ def quantize(
     rounding: Rounding = "nearest",
     *,
     noise: Noise | None = None,
+    scales: Scales = "max",
     amax: Float32[Tensor, "*batch"] | None = None,
     batch_dims: int = 0,
     backend: Backend = "auto",
@@ -59,7 +63,8 @@ def quantize(
 
     `block` is "1d" for 16 elements along the last axis, or "2d" for squares over the last two.
     Stochastic rounding needs `noise`. `amax` is the largest magnitude, where it is not that of `x`
-    alone: of all shards of a tensor, or from calibration; larger values are clipped. With
+    alone: of all shards of a tensor, or from calibration; larger values are clipped. `scales` is
+    "max" or "four_over_six" (see four_over_six.py), for 1-D blocks to nearest. With
     `batch_dims` of 1 the first axis counts tensors (experts), which have a tensor scale each.
 
     Raises OperandError for another dtype, an axis that is not divisible by 16, and operands that
@@ -67,11 +72,15 @@ def quantize(
     """
     if block not in _TILE_ROWS:
         raise ValueError(f"nvfp4: block is {block!r}; choose from {', '.join(_TILE_ROWS)}")
+    _check_scales(scales, block, rounding)
     check_quantizable("nvfp4", x, ("d",) if block == "1d" else ("rows", "d"), BLOCK, batch_dims)
     places = placed("nvfp4", rounding, noise, x)
     wide, amax = _flat(x, amax, batch_dims)
-    quantizer = resolve("nvfp4", backend, _QUANTIZE, wide)
-    parts = quantizer(wide, amax, _TILE_ROWS[block], places)
+    if scales == "max":
+        quantizer = resolve("nvfp4", backend, _QUANTIZE, wide)
+        parts = quantizer(wide, amax, _TILE_ROWS[block], places)
+    else:
+        parts = resolve("nvfp4 four_over_six", backend, _FOUR_OVER_SIX, wide)(wide.float(), amax)
     lead = x.shape[:-1] if block == "1d" else (*x.shape[:-2], x.shape[-2] // BLOCK)
     return NVFP4Tensor(
         codes=parts.codes.view(*x.shape[:-1], x.shape[-1] // 2),
@@ -128,3 +137,13 @@ def _flat(x: Tensor, amax: Tensor | None, batch_dims: int) -> tuple[Tensor, Tens
         check_operand("nvfp4", "amax", amax, batch, x, same_dtype=False)
         amax = amax.float().flatten().contiguous()
     return wide, amax
+
+
+def _check_scales(scales: str, block: str, rounding: str) -> None:
+    if scales not in get_args(Scales):
+        raise ValueError(f"nvfp4: scales is {scales!r}; choose from {', '.join(get_args(Scales))}")
+    if scales == "four_over_six" and (block != "1d" or rounding != "nearest"):
+        raise ValueError(
+            f"nvfp4: scales is 'four_over_six' with block {block!r} and rounding {rounding!r}; it "
+            "is for block '1d' and rounding 'nearest'"
+        )

@@ -32,8 +32,6 @@ from nemotron3.ops.nvfp4.hadamard import hadamard
 from nemotron3.ops.nvfp4.tensor import BLOCK, pack
 from nemotron3.ops.rounding.noise import Placed, uniform
 
-RANGE = 6.0 * 448.0
-"""The largest value over the tensor scale."""
 LARGEST = torch.finfo(torch.float32).max
 SIXTH = 0.1666666716337204
 """1/6 in float32."""
@@ -128,9 +126,13 @@ def largest_finite(x: Float32[Tensor, "batch row column"]) -> Float32[Tensor, " 
     return finite.amax(1) if finite.shape[1] else finite.new_zeros(len(x))
 
 
-def of_tensor(amax: Float32[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+def of_tensor(
+    amax: Float32[Tensor, " batch"], largest_scale: float = 448.0
+) -> tuple[Tensor, Tensor]:
     """`encode` of the module's docstring, and the tensor scale."""
-    most = torch.full_like(amax, RANGE)  # PyTorch divides by a scalar through its reciprocal
+    most = torch.full_like(
+        amax, 6.0 * largest_scale
+    )  # PyTorch divides by a scalar through its reciprocal
     encode = (most / amax).clamp(max=LARGEST)
     scale = (amax / most).clamp(min=LEAST_TENSOR_SCALE)
     is_zero = amax == 0
