@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nemotron3.ops import mxfp8
 from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
@@ -280,6 +281,11 @@ OPERATIONS = {
             "signs": torch.tensor(SIGNS, dtype=torch.float32),
         },
         numbers={"kind": ("1d",)},
+    ),
+    "mxfp8_fake": Operation(
+        mxfp8.fake_quantize,
+        lambda n: {"x": torch.randn(n, 64), "kind": "rows", "element": "e4m3"},
+        numbers={"kind": ("tiles",), "element": ("e3m4",)},
     ),
     "copy_rows": Operation(
         _in_pairs,

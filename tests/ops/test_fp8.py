@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3.errors import OperandError
-from nemotron3.ops import fp8, mxfp8
+from nemotron3.ops import fp8, mxfp8, native
 from nemotron3.ops.rounding import Noise
 
 BACKENDS = ["reference", "torch"]
@@ -103,6 +103,39 @@ def test_the_largest_number_stays_finite():
     assert (fp8.quantize(x).dequantize() / LARGEST - 1).abs().max() < 1e-6
 
 
+def awkward(size):
+    x = torch.randn(2, 64, 160) * torch.exp2(torch.randint(-20, 3, (2, 64, 1)).float()) * size
+    x[0, 3, :32], x[0, 4, 40] = 0.0, -0.0
+    x[1, 5, 7], x[1, 40, 100] = torch.nan, torch.inf
+    return x
+
+
+FAKE_BACKENDS = ["reference", *(["native"] if native.available() else [])]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("backend", FAKE_BACKENDS)
+@pytest.mark.parametrize("noise", [None, NOISE, Noise(1, 2, 3, "x", None, 112)])
+@every_element
+@pytest.mark.parametrize("size", [1.0, 1e-37, 1e-41, 1e37])
+def test_fake_quantization_to_mxfp8_gives_the_values(backend, noise, element, size):
+    given = {"rounding": "nearest" if noise is None else "stochastic", "noise": noise}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for x in (awkward(size), awkward(size).bfloat16()):
+            expected = mxfp8.quantize(x, element, **given, backend="reference").dequantize()
+            found = mxfp8.fake_quantize(x, "rows", element, **given, backend=backend)
+            assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+            columns = [
+                mxfp8.fake_quantize(x, "columns", element, **given, backend=b)
+                for b in ("reference", backend)
+            ]
+            assert torch.equal(columns[0].nan_to_num(7), columns[1].nan_to_num(7))
+            if noise is None:
+                turned = mxfp8.quantize(x.flatten(0, 1).T, element).dequantize().T
+                assert torch.equal(columns[1].nan_to_num(7), turned.view(x.shape).nan_to_num(7))
+
+
 DRAWS = 4096
 
 
@@ -150,6 +183,10 @@ def test_awkward_shapes_and_bytes(shape):
 def test_mistakes_are_named():
     with pytest.raises(OperandError, match="mxfp8: 48 d of x are not divisible by 32; pad"):
         mxfp8.quantize(torch.randn(48))
+    with pytest.raises(OperandError, match="mxfp8: 48 rows of x are not divisible by 32; pad"):
+        mxfp8.fake_quantize(torch.randn(48, 64), "columns")
+    with pytest.raises(ValueError, match="kind is 'tiles'; choose from rows, columns"):
+        mxfp8.fake_quantize(torch.randn(64, 64), "tiles")
     for quantize in (fp8.quantize, mxfp8.quantize):
         with pytest.raises(ValueError, match="element is 'e3m4'; choose from e4m3, e5m2"):
             quantize(torch.randn(32), "e3m4")

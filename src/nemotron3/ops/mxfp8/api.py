@@ -7,25 +7,26 @@ of two is exact, so stochastic rounding is right on the average. Blocks of zeros
 2^-127. A NaN or an infinity makes its whole block NaN, and changes nothing else.
 """
 
-import torch
+from typing import get_args
+
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from nemotron3.ops.backends import Backend, resolve
 from nemotron3.ops.checks import check_quantizable
-from nemotron3.ops.fp8.elements import (
-    DTYPES,
-    FORMATS,
-    Element,
-    check_element,
-    rounded_reference,
-    rounded_torch,
-)
+from nemotron3.ops.fp8.elements import Element, check_element
+from nemotron3.ops.mxfp8.native import fake_quantize_native
+from nemotron3.ops.mxfp8.reference import Kind, fake_quantize_reference, quantize_reference
 from nemotron3.ops.mxfp8.tensor import BLOCK, MXFP8Tensor
 from nemotron3.ops.rounding.noise import Noise, Rounding, placed
 
-_ROUNDED = {"reference": rounded_reference, "torch": rounded_torch}
-_NAN = 255
+_QUANTIZE = {"reference": quantize_reference, "torch": quantize_reference}
+_FAKE_QUANTIZE = {
+    "reference": fake_quantize_reference,
+    "torch": fake_quantize_reference,
+    "native": fake_quantize_native,
+}
+_AXES = {"rows": ("d",), "columns": ("rows", "d")}
 
 
 def quantize(
@@ -43,20 +44,38 @@ def quantize(
     check_element("mxfp8", element)
     check_quantizable("mxfp8", x, ("d",), BLOCK)
     places = placed("mxfp8", rounding, noise, x)
-    blocks = x.float().contiguous().unflatten(-1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1, keepdim=True)
-    is_finite = amax < torch.inf
-    exponents = _rounded_up(torch.where(is_finite, amax, 0.0), FORMATS[element].largest)
-    scaled = torch.ldexp(blocks, 127 - exponents)
-    scaled = torch.where(is_finite, scaled, 0.0).view(x.shape)
-    codes = resolve("mxfp8", backend, _ROUNDED, scaled)(scaled, element, places)
-    scales = torch.where(is_finite, exponents, _NAN).squeeze(-1).to(torch.uint8)
-    return MXFP8Tensor(codes.view(DTYPES[element]), scales.view(torch.float8_e8m0fnu))
+    wide = _flat(x)
+    found = resolve("mxfp8", backend, _QUANTIZE, wide)(wide, element, places)
+    lead = x.shape[:-1]
+    return MXFP8Tensor(
+        found.codes.view(x.shape), found.block_scales.view(*lead, x.shape[-1] // BLOCK)
+    )
 
 
-def _rounded_up(amax: Float32[Tensor, "*block"], largest: float) -> Tensor:
-    """The code of the least power of two that is not below amax / largest."""
-    bits = (amax / torch.full_like(amax, largest)).view(torch.int32)
-    exponents, mantissas = bits >> 23, bits & 0x7FFFFF
-    # A subnormal number above 2^-127 rounds up to 2^-126, and to 2^-127 otherwise.
-    return exponents + (mantissas > torch.where(exponents == 0, 1 << 22, 0))
+def fake_quantize(
+    x: Float[Tensor, "*axes rows d"],
+    kind: Kind = "rows",
+    element: Element = "e4m3",
+    rounding: Rounding = "nearest",
+    *,
+    noise: Noise | None = None,
+    backend: Backend = "auto",
+) -> Float32[Tensor, "*axes rows d"]:
+    """The values that `quantize` would keep, in float32.
+
+    `kind` is "rows" for blocks of 32 along the last axis, or "columns" for those of the transposed
+    matrix, with the noise of the element's own place. 32 must divide the axes, of columns both.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"mxfp8: kind is {kind!r}; choose from {', '.join(get_args(Kind))}")
+    check_element("mxfp8", element)
+    check_quantizable("mxfp8", x, _AXES[kind], BLOCK)
+    places = placed("mxfp8", rounding, noise, x)
+    wide = _flat(x)
+    return resolve("mxfp8", backend, _FAKE_QUANTIZE, wide)(wide, kind, element, places).view(
+        x.shape
+    )
+
+
+def _flat(x: Tensor) -> Float32[Tensor, "row d"]:
+    return x.float().contiguous().view(x.shape[:-1].numel(), x.shape[-1])

@@ -11,27 +11,11 @@
 #include <cfloat>
 #include <cmath>
 
-#include "random.h"
+#include "minifloat.h"
 #include "team.h"
 
 namespace {
 constexpr int64_t BLOCK = 16, PARTS = BLOCK / LANES, CHUNK = BLOCK * BLOCK;
-constexpr int32_t INFINITE = 0x7F800000;
-
-INLINE ivec bits(vec x) { return (ivec)x; }
-INLINE ivec max(ivec a, ivec b) { return a > b ? a : b; }
-// Magnitudes as integers, which have the order of the numbers, and NaN above infinity.
-INLINE ivec magnitude(vec x) { return (ivec)x & 0x7FFFFFFF; }
-INLINE ivec finite(ivec m) { return m < INFINITE ? m : ivec{}; }
-
-template <int STEP = LANES / 2>
-INLINE int32_t largest(ivec v) {
-  if constexpr (STEP == 0) return v[0];
-  else {
-    const auto lanes = std::make_integer_sequence<int, LANES>{};
-    return largest<STEP / 2>(max(v, (ivec)detail::turned<STEP>((vec)v, lanes)));
-  }
-}
 
 // What depends on the tensor's largest magnitude alone.
 struct Global {
@@ -57,51 +41,22 @@ INLINE Scales scales(ivec amax, const Global& g) {
   const ivec bad = amax >= INFINITE;
   vec wanted = (vec)(bad ? ivec{} : amax) * g.sixth;
   wanted = wanted < 448.0f ? wanted : splat(448.0f);
-  ivec exponent = bits(wanted) >> 23;
-  exponent = exponent > 121 ? exponent : ivec{} + 121;
-  const vec shift = (vec)((exponent + 20) << 23);  // 2^23 steps: adding it rounds to a step
-  const vec shifted = wanted + shift;
-  vec value = shifted - shift;
-  ivec codes = bits(shifted) - bits(shift) + ((exponent - 121) << 3);
-  if (UP) {
-    const ivec below = value < wanted;
-    codes -= below;
-    value = below ? value + (vec)((exponent - 3) << 23) : value;
-  }
-  vec factors = 1.0f / (value * g.decode);
+  const Rounded scale = UP ? upward(wanted, E4M3) : nearest(wanted, E4M3);
+  vec factors = 1.0f / (scale.values * g.decode);
   factors = factors < FLT_MAX ? factors : splat(FLT_MAX);
-  vec units = value * g.scale;
+  vec units = scale.values * g.scale;
   units = bad ? splat(NAN) : units;
-  return {bad ? ivec{} + 0x7F : codes, bad ? vec{} : factors, units};
+  return {bad ? ivec{} + 0x7F : scale.codes, bad ? vec{} : factors, units};
 }
 
-// Rounding of elements that are scaled already: codes, or the numbers themselves.
-struct Element {
-  ivec code;
-  vec value;
-};
-
+// Rounding of elements that are scaled already: codes and numbers, with signs.
 template <bool STOCHASTIC>
-INLINE Element element(vec y, const int32_t* drawn) {
+INLINE Rounded element(vec y, const int32_t* drawn) {
   vec a = (vec)magnitude(y);
   a = a < 6.0f ? a : splat(6.0f);
-  const ivec exponent = max(bits(a) >> 23, ivec{} + 127);
+  const Rounded r = STOCHASTIC ? stochastic(a, E2M1, drawn) : nearest(a, E2M1);
   const ivec negative = y < 0.0f;
-  ivec steps;
-  vec value;
-  if (STOCHASTIC) {
-    ivec random;
-    memcpy(&random, drawn, sizeof random);
-    const vec uniform = (__builtin_convertvector(random, vec) + 0.5f) * 0x1p-16f;
-    steps = __builtin_convertvector(a * (vec)((255 - exponent) << 23) + uniform, ivec);
-    value = __builtin_convertvector(steps, vec) * (vec)((exponent - 1) << 23);
-  } else {
-    const vec shift = (vec)((exponent + 22) << 23);
-    steps = bits(a + shift) - bits(shift);
-    value = (a + shift) - shift;
-  }
-  const ivec sign = negative & (int32_t)0x80000000;
-  return {steps + ((exponent - 127) << 1) + (negative & 8), (vec)(bits(value) | sign)};
+  return {r.codes + (negative & 8), (vec)(bits(r.values) | (negative & (int32_t)0x80000000))};
 }
 
 // Two codes a byte, of LANES lanes.
@@ -111,22 +66,6 @@ INLINE void pack(ivec codes, uint8_t* to) {
   const bytes packed = __builtin_convertvector(both | both >> 28, bytes);
   memcpy(to, &packed, sizeof packed);
 }
-
-// The noise of one row, drawn for 128 columns at a time.
-struct Drawn {
-  const Random& random;
-  int64_t block = -1;
-  uint32_t row = 0;
-  int32_t numbers[RANDOM_BLOCK];
-
-  const int32_t* at(uint32_t of, int64_t column) {
-    if (column / RANDOM_BLOCK != block || of != row) {
-      block = column / RANDOM_BLOCK, row = of;
-      random.draw(block, row, numbers);
-    }
-    return numbers + column % RANDOM_BLOCK;
-  }
-};
 
 // amax[b] = the largest finite magnitude of each tensor of the batch.
 void raise(float& to, int32_t most) {
@@ -164,9 +103,9 @@ struct Output {
 template <bool STOCHASTIC>
 INLINE void finish(vec x, vec factor, vec unit, const int32_t* drawn, int64_t at,
                    const Output& out) {
-  const Element e = element<STOCHASTIC>(x * factor, drawn);
-  if (out.values) store(out.values + at, e.value * unit);
-  else pack(unit == unit ? e.code : ivec{}, out.codes + at / 2);
+  const Rounded e = element<STOCHASTIC>(x * factor, drawn);
+  if (out.values) store(out.values + at, e.values * unit);
+  else pack(unit == unit ? e.codes : ivec{}, out.codes + at / 2);
 }
 
 // Blocks along rows, `TILE` rows high.

@@ -10,7 +10,7 @@ draws its random bits by itself, which is more work than for eight at once, and 
 """
 
 # ruff: noqa: ANN001, ANN202, PLR0913
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
