@@ -2,6 +2,7 @@
 
 from nemotron3.ops.nvfp4.api import fake_quantize, quantize
 from nemotron3.ops.nvfp4.hadamard import SIGNS, hadamard
+from nemotron3.ops.nvfp4.ms_eden import ms_eden, random_signs
 from nemotron3.ops.nvfp4.reference import Kind
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor, pack, unpack
 
@@ -13,7 +14,9 @@ __all__ = [
     "NVFP4Tensor",
     "fake_quantize",
     "hadamard",
+    "ms_eden",
     "pack",
     "quantize",
+    "random_signs",
     "unpack",
 ]

@@ -35,7 +35,7 @@ def four_over_six(
     blocks = x.unflatten(-1, (-1, BLOCK))
     block_amax = blocks.abs().amax(-1, keepdim=True)
     is_finite = block_amax < torch.inf
-    encode, tensor_scale = of_tensor(amax, LARGEST_SCALE)
+    encode, tensor_scale = of_tensor(amax, 6.0 * LARGEST_SCALE)
     encode = encode.view(-1, 1, 1, 1)
     base = block_amax / torch.full_like(block_amax, 6.0) * encode
     six, four = (_quantized(blocks, base * wider, encode, amax) for wider in (1.0, 1.5))

@@ -127,12 +127,10 @@ def largest_finite(x: Float32[Tensor, "batch row column"]) -> Float32[Tensor, " 
 
 
 def of_tensor(
-    amax: Float32[Tensor, " batch"], largest_scale: float = 448.0
+    amax: Float32[Tensor, "*batch"], largest: float = 6.0 * 448.0
 ) -> tuple[Tensor, Tensor]:
-    """`encode` of the module's docstring, and the tensor scale."""
-    most = torch.full_like(
-        amax, 6.0 * largest_scale
-    )  # PyTorch divides by a scalar through its reciprocal
+    """`encode` of the module's docstring, which maps `amax` to `largest`, and the tensor scale."""
+    most = torch.full_like(amax, largest)  # PyTorch divides by a scalar through its reciprocal
     encode = (most / amax).clamp(max=LARGEST)
     scale = (amax / most).clamp(min=LEAST_TENSOR_SCALE)
     is_zero = amax == 0
