@@ -122,18 +122,15 @@ static void along_rows(Team& team, const float* x, const float* amax, const Outp
     if (row / of_one != tensor) tensor = row / of_one, g = Global(amax[tensor]);
     for (int64_t c = 0; c < d; c += CHUNK) {
       const int64_t blocks = (d - c < CHUNK ? d - c : CHUNK) / BLOCK;
-      int32_t most[BLOCK]{};
-      for (int64_t b = 0; b < blocks; b++) {
-        ivec m{};
+      ivec most[BLOCK]{};
+      for (int64_t b = 0; b < blocks; b++)
         for (int64_t r = 0; r < TILE; r++)
           for (int64_t p = 0; p < PARTS; p++)
-            m = max(m, magnitude(load(x + (row + r) * d + c + b * BLOCK + p * LANES)));
-        most[b] = largest(m);
-      }
+            most[b] = max(most[b],
+                          magnitude(load(x + (row + r) * d + c + b * BLOCK + p * LANES)));
       float factors[BLOCK], units[BLOCK];
       for (int64_t p = 0; p < PARTS; p++) {
-        ivec m;
-        memcpy(&m, most + p * LANES, sizeof m);
+        const ivec m = largest_of_each(most + p * LANES);
         const Scales s = scales<STOCHASTIC>(m, g);
         store(factors + p * LANES, s.factors);
         store(units + p * LANES, s.units);
