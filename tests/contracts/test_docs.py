@@ -132,6 +132,13 @@ def test_readme_python_runs():
     assert namespace["logits"].shape == (8, 1024)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=name_of)
+def test_sessions_print_what_the_page_shows(page):
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.attempted
+    assert not found.failed
+
+
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=name_of)
 def test_python_blocks_compile_and_their_names_exist(page, block):
     del page
@@ -139,13 +146,6 @@ def test_python_blocks_compile_and_their_names_exist(page, block):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemotron3"):
             module = import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names)
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=name_of)
-def test_sessions_print_what_the_page_shows(page):
-    found = doctest.testfile(str(page), module_relative=False)
-    assert found.attempted
-    assert not found.failed
 
 
 def test_every_metric_is_explained():
