@@ -102,6 +102,18 @@ def test_any_finite_numbers(backend, drawn, is_bfloat16):
 
 
 @every_backend
+def test_every_finite_bfloat16_number(backend):
+    """Sixteen neighbours at a time, each a tensor of its own."""
+    every = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite()].view(-1, 1, 16)
+    found = quantize(x, batch_dims=1, backend=backend)
+    error = (found.dequantize().double() - x.double()).abs()
+    assert (error <= x.double().abs().amax(-1, keepdim=True) * 0.18 + 2e-38).all()
+    largest = found.dequantize().abs().amax(-1)
+    assert (largest[x.float().abs().amax(-1) > 2e-38] > 0).all()
+
+
+@every_backend
 @every_block
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_zeros(backend, block, rounding):
