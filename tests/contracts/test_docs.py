@@ -6,6 +6,7 @@ of this package must exist. Examples run, with fewer steps where they train.
 """
 
 import ast
+import doctest
 import re
 import runpy
 import shlex
@@ -129,6 +130,13 @@ def test_readme_python_runs():
     for block in blocks(ROOT / "README.md", "python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["logits"].shape == (8, 1024)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=name_of)
+def test_sessions_print_what_the_page_shows(page):
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.attempted
+    assert not found.failed
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=name_of)

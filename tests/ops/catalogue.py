@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nemotron3.ops import mxfp8
 from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
 from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
@@ -14,6 +15,7 @@ from nemotron3.ops.experts import activate, routed_experts
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.linear import linear, linear_parts
 from nemotron3.ops.norm import gated_group_norm, rms_norm
+from nemotron3.ops.nvfp4 import SIGNS, fake_quantize, quantize
 from nemotron3.ops.rotary import rotate
 from nemotron3.ops.rounding import RandomBits, from_int8, to_float16, to_int8
 from nemotron3.ops.routing import route
@@ -112,6 +114,11 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_pairs(targets: Tensor, to: Tensor, sources: Tensor, places: Tensor, backend: str) -> None:
     copy_rows([targets], to, [sources], places, backend=backend)
+
+
+def _quantized(**operands: Any) -> list[Tensor]:
+    found = quantize(**operands)
+    return [found.codes, found.block_scales.view(torch.uint8), found.tensor_scale]
 
 
 OTHER_SEGMENTS = (Segments([1, 1, 1]), Segments([30]))
@@ -254,6 +261,31 @@ OPERATIONS = {
             "codes": torch.randint(-127, 127, (n, 3, 8)).to(torch.int8),
             "steps": torch.rand(n, 3, 1),
         },
+    ),
+    "nvfp4": Operation(
+        _quantized,
+        lambda n: {
+            "x": torch.randn(n, 32),
+            "block": "1d",
+            "rounding": "nearest",
+            "amax": torch.rand(()),
+        },
+        numbers={"block": ("1D",), "rounding": ("up",)},
+    ),
+    "nvfp4_fake": Operation(
+        fake_quantize,
+        lambda n: {
+            "x": torch.randn(16 * n, 32),
+            "amax": torch.rand(()),
+            "kind": "columns",
+            "signs": torch.tensor(SIGNS, dtype=torch.float32),
+        },
+        numbers={"kind": ("1d",)},
+    ),
+    "mxfp8_fake": Operation(
+        mxfp8.fake_quantize,
+        lambda n: {"x": torch.randn(n, 64), "kind": "rows", "element": "e4m3"},
+        numbers={"kind": ("tiles",), "element": ("e3m4",)},
     ),
     "copy_rows": Operation(
         _in_pairs,

@@ -128,6 +128,33 @@ def check_divides(operation: str, name: str, count: int, of: str, total: int) ->
         raise OperandError(f"{operation}: {total} of {of} are not divisible by {count} of {name}")
 
 
+def check_quantizable(
+    operation: str, x: Tensor, axes: Sequence[str], block: int, batch_dims: int = 0
+) -> None:
+    """Refuse what cannot be quantized; `block` has to divide the last axes, which have these names.
+
+    Quantized tensors have no gradients, so an operand that requires them is refused too.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise OperandError(
+            f"{operation}: x has dtype {x.dtype}; expected torch.float32 or torch.bfloat16, so "
+            "convert it with x.float()"
+        )
+    if batch_dims < 0 or x.dim() < len(axes) + batch_dims:
+        raise OperandError(
+            f"{operation}: x has shape {list(x.shape)}; expected {batch_dims} batch axes before "
+            f"[..., {', '.join(axes)}]"
+        )
+    check_positive(operation, d=x.shape[-1])
+    for axis, name in enumerate(axes, start=-len(axes)):
+        if x.shape[axis] % block:
+            raise OperandError(
+                f"{operation}: {x.shape[axis]} {name} of x are not divisible by {block}; pad them "
+                "with zeros (torch.nn.functional.pad), which changes no scale, and cut the result"
+            )
+    check_no_gradients(operation, x)
+
+
 def check_no_gradients(operation: str, *operands: Tensor | None) -> None:
     """Refuse operands that require gradients: an operation that works in place has none."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):

@@ -1,5 +1,4 @@
-// Stochastic rounding as defined by reference.py: 128 elements take 16 counters of Philox4x32,
-// whose four words are eight 16-bit numbers for each of 16 lanes.
+// Stochastic rounding as defined by reference.py.
 //
 // The bits must equal the reference's, so the compiler may not fuse a multiplication and an
 // addition.
@@ -9,57 +8,12 @@
 #pragma GCC optimize("-ffp-contract=off")
 #endif
 #include <cmath>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
-#include "simd.h"
+#include "random.h"
 #include "team.h"
 
 namespace {
-constexpr int64_t BLOCK = 128, WIDTH = 16;
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef uint64_t pairs __attribute__((vector_size(4 * LANES)));
-
-INLINE pairs times(pairs a, uint32_t b) {
-#if defined(__AVX512F__)
-  return (pairs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#else
-  return (a & 0xFFFFFFFF) * b;
-#endif
-}
-
-// The upper halves of 64-bit products, which are computed for every second lane at a time.
-INLINE uvec high(uvec a, uint32_t b) {
-  const pairs even = times((pairs)a, b) >> 32, odd = times((pairs)a >> 32, b);
-  return (uvec)(even | (odd & 0xFFFFFFFF00000000));
-}
-
-struct Random {
-  uint32_t seed, stream;
-  int64_t rounds;
-
-  // 16 bits for each of the 128 elements of one block, at one position.
-  void draw(int64_t block, uint32_t position, int32_t* to) const {
-    for (int64_t lane = 0; lane < WIDTH; lane += LANES) {
-      uvec a{}, b{}, c = uvec{} + position, d{};
-      for (int i = 0; i < LANES; i++) a[i] = (uint32_t)(block * WIDTH + lane + i);
-      uint32_t k = seed, l = stream;
-      for (int64_t r = 0; r < rounds; r++, k += 0x9E3779B9, l += 0xBB67AE85) {
-        const uvec high_a = high(a, 0xD2511F53), low_a = a * 0xD2511F53;
-        const uvec high_c = high(c, 0xCD9E8D57), low_c = c * 0xCD9E8D57;
-        a = high_c ^ b ^ k, b = low_c, c = high_a ^ d ^ l, d = low_a;
-      }
-      const uvec words[4] = {a, b, c, d};
-      for (int w = 0; w < 4; w++) {
-        const uvec low_half = words[w] & 0xFFFF, high_half = words[w] >> 16;
-        memcpy(to + (2 * w) * WIDTH + lane, &low_half, sizeof low_half);
-        memcpy(to + (2 * w + 1) * WIDTH + lane, &high_half, sizeof high_half);
-      }
-    }
-  }
-};
-
+constexpr int64_t BLOCK = RANDOM_BLOCK;
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int32_t bits_of(float x) {

@@ -1,0 +1,72 @@
+"""NVFP4 quantization in C++ (see native.cpp)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron3.ops.native import ParallelKernel
+from nemotron3.ops.nvfp4.reference import Kind, Parts, Transform, of_tensor
+from nemotron3.ops.nvfp4.tensor import BLOCK
+from nemotron3.ops.rounding.noise import Placed
+
+_KINDS = {"rows": 0, "tiles": 1, "columns": 2}
+_quantize = ParallelKernel(
+    Path(__file__).with_name("native.cpp"), "nvfp4_quantize", "ppppppp iiiiiiiiii"
+)
+_WORK = 4
+"""Cost of an element, in multiply-adds."""
+
+
+def quantize_native(x: Tensor, amax: Tensor | None, tile_rows: int, noise: Placed | None) -> Parts:
+    """Shapes as in `nemotron3.ops.nvfp4.reference.quantize_reference`."""
+    batch, rows, d = x.shape
+    codes = torch.empty(batch, rows, d // 2, dtype=torch.uint8)
+    scales = torch.empty(batch, rows // tile_rows, d // BLOCK, dtype=torch.uint8)
+    kind = "rows" if tile_rows == 1 else "tiles"
+    found = _run(x, amax, kind, noise, (codes, scales, None), None)
+    return Parts(codes, scales.view(torch.float8_e4m3fn), of_tensor(found)[1])
+
+
+def fake_quantize_native(
+    x: Tensor,
+    amax: Tensor | None,
+    kind: Kind,
+    noise: Placed | None,
+    transform: Transform | None,
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.nvfp4.reference.fake_quantize_reference`."""
+    values = torch.empty_like(x)
+    _run(x, amax, kind, noise, (None, None, values), transform)
+    return values
+
+
+def _run(
+    x: Tensor,
+    amax: Tensor | None,
+    kind: Kind,
+    noise: Placed | None,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    transform: Transform | None,
+) -> Tensor:
+    """Fill the outputs: codes and scales, or values. Returns amax."""
+    batch, rows, d = x.shape
+    bits = noise and noise.bits
+    found = torch.zeros(batch) if amax is None else amax
+    _quantize(
+        x,
+        found,
+        *outputs,
+        transform and transform.signs,
+        noise and noise.rows,
+        batch * rows,
+        rows,
+        d,
+        _KINDS[kind],
+        amax is not None,
+        transform is not None and transform.dtype == torch.bfloat16,
+        noise.first_column if noise else 0,
+        *((bits.seed, bits.stream, bits.rounds) if bits else (0, 0, 0)),
+        work=_WORK * x.numel(),
+    )
+    return found

@@ -1,0 +1,72 @@
+"""Four-over-six: a smaller error than the plain scales, and defined for every input."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemotron3.errors import BackendUnavailableError
+from nemotron3.ops.nvfp4 import quantize
+from nemotron3.ops.rounding import Noise
+
+
+def relative_error(x, **options):
+    return ((quantize(x, **options).dequantize() - x).square().sum() / x.square().sum()).item()
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "rows"])
+def test_the_error_is_a_tenth_smaller(kind):
+    x = torch.randn(256, 256)
+    if kind == "heavy":
+        x = x / torch.randn(3, 256, 256).square().mean(0).sqrt()
+    if kind == "rows":
+        x = x * torch.exp(2 * torch.randn(256, 1))
+    plain, better = relative_error(x), relative_error(x, scales="four_over_six")
+    assert better < (0.95 if kind == "heavy" else 0.9) * plain
+    assert better > 0.7 * plain
+
+
+def test_a_block_takes_the_range_that_suits_it():
+    four = torch.tensor([4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.0, -3.0] * 2)
+    six = torch.tensor([6.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.0, -4.0] * 2)
+    x = torch.stack([four, six * 2 / 3])
+    found = quantize(x, scales="four_over_six", amax=torch.tensor(4.0))
+    assert torch.equal(found.elements(), torch.stack([four, six]))
+    assert torch.allclose(found.dequantize(), x)
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(finite, min_size=32, max_size=32))
+def test_any_finite_numbers(drawn):
+    x = torch.tensor(drawn, dtype=torch.float32).view(2, 16)
+    back = quantize(x, scales="four_over_six").dequantize()
+    assert back.isfinite().all()
+    own, whole = x.double().abs().amax(-1, keepdim=True), x.double().abs().max()
+    error = (back.double() - x.double()).abs()
+    assert (error <= own * 0.18 + whole * 2.0**-10 / 256 + 2e-38).all()
+
+
+def test_zeros_and_what_is_not_finite():
+    assert not quantize(torch.zeros(2, 16), scales="four_over_six").dequantize().any()
+    x = torch.randn(3, 32)
+    x[1, 3], x[2, 20] = torch.nan, torch.inf
+    without = x.nan_to_num(0.0, posinf=0.0)
+    back, others = (quantize(t, scales="four_over_six").dequantize() for t in (x, without))
+    assert back[1, :16].isnan().all()
+    assert back[2, 16:].isnan().all()
+    back[1, :16], back[2, 16:] = others[1, :16], others[2, 16:]
+    assert torch.equal(back, others)
+
+
+def test_mistakes_are_named():
+    x = torch.randn(16, 16)
+    with pytest.raises(ValueError, match="scales is 'mse'; choose from max, four_over_six"):
+        quantize(x, scales="mse")
+    with pytest.raises(ValueError, match=r"block '2d' .* is for block '1d'"):
+        quantize(x, "2d", scales="four_over_six")
+    with pytest.raises(ValueError, match="rounding 'stochastic'"):
+        quantize(x, "1d", "stochastic", noise=Noise(0, 0, 0, "x"), scales="four_over_six")
+    with pytest.raises(BackendUnavailableError, match="no backend 'native'"):
+        quantize(x, scales="four_over_six", backend="native")
