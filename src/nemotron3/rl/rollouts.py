@@ -459,7 +459,7 @@ def _turn_of(output: CompletionOutput) -> AssistantMessage:
 def _arguments(text: str) -> dict[str, Any]:
     try:
         found: Any = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
