@@ -44,6 +44,15 @@ def test_failures_have_no_reward():
     assert "no reward of 1 rollouts" in page
 
 
+def test_failures_stand_at_the_head_even_where_their_prompts_have_no_place():
+    many = [record(prompt=f"{n}", reward=float(n % 2)) for n in range(40)] * 2
+    failed = [record(prompt="last", reward=None, failure="KeyError: <x>") for _ in range(2)]
+    page = rollouts_page([*many, *failed], title="mine")
+    assert "of 82 rollouts, 2 failed" in page
+    assert "<b>2 failed:</b> KeyError: &lt;x&gt;" in page
+    assert "failed" not in rollouts_page(many, title="mine").split("</style>")[1]
+
+
 @pytest.mark.parametrize("field", ["content", "reasoning_content"])
 def test_what_a_model_writes_is_text(field):
     hostile = {"role": "assistant", "content": "", field: "<script>alert(1)</script>"}

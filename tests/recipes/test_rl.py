@@ -1,5 +1,6 @@
 """Whole reinforcement learning runs: rewards that grow, resuming, and what is refused."""
 
+import html
 import json
 import shutil
 from dataclasses import replace
@@ -9,13 +10,16 @@ import pytest
 import torch
 
 from nemotron3.checkpoint.store import CheckpointStore
+from nemotron3.cli.rl import failure_lines
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.lora import LoRAConfig, merge_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes import run_rl
+from nemotron3.recipes.rl_summary import rl_report
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.rollouts import RolloutConfig
 from nemotron3.rl.sampling_plan import EnvironmentConfig
@@ -185,6 +189,47 @@ def test_an_update_without_a_reward_ends_the_run_and_says_why(policy, tmp_path):
         DataError, match=r"no rollout of update 1 can be trained on .* failures: down"
     ):
         rl(small(policy, str(file)), runs=tmp_path / "runs")
+
+
+def test_an_environment_that_raises_now_and_then_is_counted_and_shown(policy, tmp_path):
+    file = tmp_path / "fragile.py"
+    wrong = 'if len(said) % 3 == 0:\n            raise KeyError("colour")\n        '
+    file.write_text(LETTER.replace("return Verification", wrong + "return Verification"))
+    run = small(policy, str(file), prompts=4, log_rollouts_every_steps=99)
+    summary = rl(run, runs=tmp_path / "runs")
+    folder = tmp_path / "runs/small"
+    (failures,) = summary.failures.values()
+    assert failures.held_out > 0
+    assert failures.training == sum(m["rollouts/failed"] for m in metrics_of(folder).values()) > 0
+    said = f"environment letter: verify raised KeyError: 'colour' ({file}:17)"
+    assert failures.example == said
+    assert said in "\n".join(failure_lines(summary))
+    assert html.escape(said) in (folder / "rollouts.html").read_text()
+    report = rl_report(run, summary, torch.device("cpu"))
+    assert said in str(report.tables["Rollouts without a reward, because something failed"])
+
+
+@pytest.mark.parametrize("engine", ["turns", "thread", "process"])
+def test_an_environment_that_raises_everywhere_ends_the_run_and_says_where(
+    policy, tmp_path, engine
+):
+    file = tmp_path / "broken.py"
+    ahead = AsyncConfig(max_staleness=1, engine=engine) if engine != "turns" else AsyncConfig()
+    run = small(policy, str(file), asynchronous=ahead)
+    where = "environment letter: verify raised KeyError: 'colour' \\({}:{}\\); all {} rollouts"
+    if engine == "turns":  # seen before training
+        file.write_text(
+            LETTER.replace(
+                "return Verification", 'raise KeyError("colour")\n        return Verification'
+            )
+        )
+        with pytest.raises(DataError, match=where.format(file, 16, 6)):
+            rl(run, runs=tmp_path / "at_once")
+    of_training = 'if str(split_of(row)) == "train": raise KeyError("colour")\n        '
+    source = LETTER.replace("return Verification", of_training + "return Verification")
+    file.write_text("from nemotron3.environments import split_of\n" + source)
+    with pytest.raises(DataError, match=where.format(file, 17, 16)):
+        rl(run, runs=tmp_path / "in_training")
 
 
 def test_a_vocabulary_without_the_tokens_of_chats_is_refused(policy, letter, tmp_path, monkeypatch):

@@ -48,6 +48,7 @@ def result_text(summary: RLSummary, folder: Path) -> str:
         lines += [*(f"  \u2502 {line}" for line in sample["text"].splitlines()), ""]
     lines += [
         *gain_lines(summary),
+        *failure_lines(summary),
         "",
         f"{summary.parameters / 1e6:.1f}M parameters, {summary.seconds / 60:.1f} minutes",
         *ending(folder),
@@ -72,3 +73,12 @@ def gain_lines(summary: RLSummary) -> list[str]:
         )
     before, after = summary.reward_before["all"], summary.reward["all"]
     return [*lines, f"  {'mean':<24}{before:8.3f}{after:8.3f}"]
+
+
+def failure_lines(summary: RLSummary) -> list[str]:
+    """Rollouts that have no reward, by environment, each with a reason."""
+    return [
+        f"  {name}: {failed.held_out} held-out rollouts and {failed.training} of training failed; "
+        f"one because: {failed.example or 'see rollouts.jsonl'}"
+        for name, failed in summary.failures.items()
+    ]

@@ -9,6 +9,7 @@ output is untrusted.
 
 import html
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 PAGE_FILE = "rollouts.html"
 _MOST_PROMPTS = 3
 """Most prompts of an environment that are shown for each moment of training."""
+_MOST_REASONS = 3
+"""Most reasons of failures that stand at its head."""
 _MOST_MOMENTS = 12
 """Most moments of training that are shown: the first, the last, and others evenly between."""
 
@@ -89,14 +92,23 @@ def _spread(items: list[Any], most: int) -> list[Any]:
 def _moment(when: str, records: Sequence[Record], *, is_open: bool) -> str:
     rewards = [record["reward"] for record in records if record["reward"] is not None]
     mean = f"mean reward {sum(rewards) / len(rewards):.2f}" if rewards else "no reward"
+    failures = [record["failure"] for record in records if record["failure"]]
     groups = list(_grouped(records, "prompt").values())
     singles = all(len(group) == 1 for group in groups)
     most = 4 * _MOST_PROMPTS if singles else _MOST_PROMPTS
     body = "".join(_group(group) for group in groups[:most])
-    head = f"{html.escape(when)} <span>{mean} of {len(records)} rollouts</span>"
+    failed = f", {len(failures)} failed" if failures else ""
+    head = f"{html.escape(when)} <span>{mean} of {len(records)} rollouts{failed}</span>"
+    reasons = "".join(
+        f'<p class="failed"><b>{count} failed:</b> {html.escape(reason)}</p>'
+        for reason, count in Counter(failures).most_common(_MOST_REASONS)
+    )
     opened = " open" if is_open else ""
     holder = "singles" if singles else "groups"
-    return f'<details{opened}><summary>{head}</summary><div class="{holder}">{body}</div></details>'
+    return (
+        f"<details{opened}><summary>{head}</summary>{reasons}"
+        f'<div class="{holder}">{body}</div></details>'
+    )
 
 
 def _group(records: Sequence[Record]) -> str:

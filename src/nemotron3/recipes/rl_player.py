@@ -24,6 +24,7 @@ from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
 from nemotron3.rl.curriculum import Curriculum
+from nemotron3.rl.failures import check_rewards
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.rollouts import Rollout, RolloutDriver
@@ -103,7 +104,7 @@ class RLPlayer:
                 effort_fraction=run.rollouts.effort_fraction,
             )
 
-        return collect(
+        update = collect(
             self._plan,
             play,
             step,
@@ -111,6 +112,8 @@ class RLPlayer:
             config=run.advantages,
             shaping=run.shaping,
         )
+        check_rewards(update.played)
+        return update
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
