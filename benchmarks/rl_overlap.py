@@ -3,9 +3,10 @@
     python -m benchmarks.rl_overlap runs/tiny-sft/model
 
 The same run of the recipe `tiny-rl` in its ways, one after another in another order each round, so
-that a slow minute of the machine hits all of them: by turns with all processors; ahead in a thread,
-and in a process, each side with half of them. Reading models, the first update and held-out tasks
-do not count. What is compared are ratios of one run of this program.
+that a slow minute of the machine hits all of them: by turns with all processors, of the trainer's
+process or of two engines in processes of their own; ahead in a thread, and in a process, each side
+with half of them. Reading models, the first update and held-out tasks do not count. What is
+compared are ratios of one run of this program.
 """
 
 import argparse
@@ -24,15 +25,17 @@ from benchmarks import machine
 from nemotron3.recipes.rl import RLRun, tiny_rl
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_rl import rl
+from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig
 from nemotron3.training.trainer import StepReport
 
 RESULTS = Path(__file__).parent / "results"
 BY_TURNS = "by turns"
 WAYS = {
-    BY_TURNS: AsyncConfig(),
-    "ahead, in a thread": AsyncConfig(max_staleness=1, engine="thread"),
-    "ahead, in a process": AsyncConfig(max_staleness=1, engine="process"),
+    BY_TURNS: (AsyncConfig(), EnginesConfig()),
+    "by turns, two processes": (AsyncConfig(), EnginesConfig(num_processes=2)),
+    "ahead, in a thread": (AsyncConfig(max_staleness=1), EnginesConfig()),
+    "ahead, in a process": (AsyncConfig(max_staleness=1), EnginesConfig(num_processes=1)),
 }
 
 
@@ -49,9 +52,10 @@ class Clock(RunCallback):
         self.last = report
 
 
-def run_of(model: Path, asynchronous: AsyncConfig, *, steps: int, prompts: int) -> RLRun:
+def run_of(model: Path, way: str, *, steps: int, prompts: int) -> RLRun:
     """`tiny-rl` with a few updates and as good as no held-out tasks."""
     run = tiny_rl()
+    asynchronous, engines = WAYS[way]
     training = replace(
         run.training,
         steps=steps,
@@ -66,6 +70,7 @@ def run_of(model: Path, asynchronous: AsyncConfig, *, steps: int, prompts: int) 
         model=str(model),
         training=training,
         asynchronous=asynchronous,
+        engines=engines,
         held_out_tasks=1,
         final_held_out_tasks=1,
         log_rollouts_every_steps=steps,
@@ -80,7 +85,13 @@ def updates_per_minute(run: RLRun) -> tuple[float, dict[str, float]]:
     assert clock.last is not None
     counted = clock.moments[:-1]
     rate = 60 * (len(counted) - 1) / (counted[-1] - counted[0])
-    names = ("async/trainer_waited_s", "async/engine_waited_s", "policy/kept", "policy/current")
+    names = (
+        "perf/rollouts_s",
+        "async/trainer_waited_s",
+        "async/engine_waited_s",
+        "policy/kept",
+        "policy/current",
+    )
     return rate, {name: clock.last.metrics.get(name, 0.0) for name in names}
 
 
@@ -102,16 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for order in turns(list(WAYS), rounds=given.rounds):
         for name in order:
             time.sleep(PAUSE_S)
-            run = run_of(given.model, WAYS[name], steps=given.steps, prompts=given.prompts)
+            run = run_of(given.model, name, steps=given.steps, prompts=given.prompts)
             rate, metrics[name] = updates_per_minute(run)
             rates[name].append(rate)
-            print(f"{name:>20}: {rate:6.1f} updates a minute", flush=True)
+            print(f"{name:>24}: {rate:6.1f} updates a minute", flush=True)
     ratios = {
         name: statistics.median(a / b for a, b in zip(rates[name], rates[BY_TURNS], strict=True))
         for name in WAYS
     }
     for name, ratio in ratios.items():
-        print(f"{name:>20}: {statistics.median(rates[name]):6.1f} a minute, {ratio:.2f}x by turns")
+        print(f"{name:>24}: {statistics.median(rates[name]):6.1f} a minute, {ratio:.2f}x by turns")
     result = {
         "date": date.today().isoformat(),
         "command": machine.command("benchmarks.rl_overlap", arguments),

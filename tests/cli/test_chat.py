@@ -11,6 +11,7 @@ import pytest
 from nemotron3.cli import chat
 from nemotron3.cli.chat import Talk
 from nemotron3.cli.main import main
+from nemotron3.text import ParsedCall
 from tests.server.serving import write_model
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -37,6 +38,8 @@ COMMANDS = {
     "/budget max": ({"budget": None}, "thinking without a limit"),
     "/think off": ({"is_thinking": False}, "no thinking"),
     "/think on": ({"is_thinking": True}, "thinking without a limit"),
+    "/tools off": ({"has_tools": False}, "no tools"),
+    "/tools on": ({"has_tools": True}, "the calculator is offered"),
     "/clear": ({"messages": []}, "the conversation is forgotten"),
 }
 
@@ -55,6 +58,47 @@ def test_what_is_no_command_is_answered_with_the_commands(line):
     assert before.command(line).startswith(f"{line} is not understood")
     assert before == Talk()
     assert "/budget N" in before.command(line)
+
+
+def test_calls_are_run_and_the_answer_goes_on(talk, monkeypatch):
+    seen = []
+    answers = [
+        [("calculate", {"expression": "65*47"}), ("calculate", {"expression": "1+1+1"})],
+        [("search", {"query": "x"})],
+        [],
+        [],
+    ]
+
+    async def answer(llm, talk, printer):
+        seen.append((llm.prepare_chat(talk.conversation()), [*talk.messages], talk.has_tools))
+        printer.say("so")
+        return [ParsedCall(name, json.dumps(given), True) for name, given in answers.pop(0)]
+
+    monkeypatch.setattr(chat, "_answer", answer)
+    said = talk("Calculate.", "/tools off", "And?").out
+    assert 'calculate {"expression": "65*47"} = 3055\n' in said
+    assert "= error: the expression is not two whole numbers" in said
+    last = seen[-1][1]
+    assert [m["role"] for m in last] == [
+        "user",
+        *["assistant", "tool", "tool"],
+        *["assistant", "tool"],
+        *["assistant", "user"],
+    ]
+    assert [m["tool_call_id"] for m in last if m["role"] == "tool"] == [
+        "call_0",
+        "call_1",
+        "call_0",
+    ]
+    assert [has_tools for *_, has_tools in seen] == [True, True, True, False]
+
+
+def test_a_model_that_calls_for_ever_is_ended(talk, monkeypatch):
+    async def answer(llm, talk, printer):
+        return [ParsedCall("calculate", '{"expression": "1+1"}', True)]
+
+    monkeypatch.setattr(chat, "_answer", answer)
+    assert talk("Calculate.").out.count("= 2") == chat._MOST_CALLS
 
 
 def test_a_budget_that_cannot_be_is_refused_by_its_option(model_folder, capsys):
@@ -128,6 +172,6 @@ def test_an_interruption_stops_the_answer_and_not_the_talk(talk, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chat._Printer, "think", interrupted)
-    said = talk("one", "/clear", options=["--max-tokens", "3500"]).out
+    said = talk("one", "/clear", options=["--max-tokens", "3000"]).out
     assert "[stopped]" in said
     assert "the conversation is forgotten" in said

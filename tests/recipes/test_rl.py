@@ -19,6 +19,7 @@ from nemotron3.recipes.rl_summary import rl_report
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.rollouts import RolloutConfig
@@ -209,13 +210,14 @@ def test_an_environment_that_raises_now_and_then_is_counted_and_shown(policy, tm
     assert said in str(report.tables["Rollouts without a reward, because something failed"])
 
 
-@pytest.mark.parametrize("engine", ["turns", "thread", "process"])
+@pytest.mark.parametrize("engine", ["turns", "thread", "processes"])
 def test_an_environment_that_raises_everywhere_ends_the_run_and_says_where(
     policy, tmp_path, engine
 ):
     file = tmp_path / "broken.py"
-    ahead = AsyncConfig(max_staleness=1, engine=engine) if engine != "turns" else AsyncConfig()
-    run = small(policy, str(file), asynchronous=ahead)
+    ahead = AsyncConfig(max_staleness=int(engine == "thread"))
+    processes = EnginesConfig(num_processes=2 * (engine == "processes"))
+    run = small(policy, str(file), asynchronous=ahead, engines=processes)
     where = "environment letter: verify raised KeyError: 'colour' \\({}:{}\\); all {} rollouts"
     if engine == "turns":  # seen before training
         file.write_text(

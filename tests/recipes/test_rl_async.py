@@ -19,8 +19,9 @@ from nemotron3.recipes.rl_player import RLPlayer
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig, RolloutGenerator
-from nemotron3.rl.weight_sync import weights_checksum
+from nemotron3.rl.weight_sync import PublishedWeights
 from tests.recipes.small_rl import die_after, metrics_of, small
 from tests.small_run import Listener
 
@@ -49,7 +50,7 @@ def watched(monkeypatch):
 def updates_arrive_in_the_middle(monkeypatch):
     """Every update is made while the first answers of the next one are half sampled."""
     published, published_version = threading.Condition(), 0
-    publish, play, make = RolloutGenerator.publish, RLPlayer.play, rl_ahead.own_player
+    publish, play, make = RolloutGenerator.publish, RLPlayer.play, rl_ahead.own_engine
     playing = steps = 0
 
     def tell(self, model, version):
@@ -64,7 +65,7 @@ def updates_arrive_in_the_middle(monkeypatch):
         playing, steps = step, 0
         return play(self, step)
 
-    def own_player(run, *, on_step, **named):
+    def own_engine(*given, on_step, **named):
         def wait_in_the_middle():
             nonlocal steps
             steps += 1
@@ -73,11 +74,11 @@ def updates_arrive_in_the_middle(monkeypatch):
                     assert published.wait_for(lambda: published_version >= playing, timeout=60)
             on_step()
 
-        return make(run, on_step=wait_in_the_middle, **named)
+        return make(*given, on_step=wait_in_the_middle, **named)
 
     monkeypatch.setattr(RolloutGenerator, "publish", tell)
     monkeypatch.setattr(RLPlayer, "play", count)
-    monkeypatch.setattr(rl_ahead, "own_player", own_player)
+    monkeypatch.setattr(rl_ahead, "own_engine", own_engine)
 
 
 @pytest.mark.slow
@@ -146,15 +147,13 @@ def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(
     assert [logged[step]["policy/current"] for step in (1, 3)] == [1.0, 1.0]
 
 
-def test_the_second_engine_is_in_the_memory_plan(policy, letter):
+def test_the_engine_s_copy_of_the_weights_is_in_the_memory_plan(policy, letter):
     by_turns = small(policy, letter)
     ahead = replace(by_turns, asynchronous=AsyncConfig(max_staleness=1))
     ours, theirs = (run_plan(run, torch.device("cpu")) for run in (ahead, by_turns))
     sizes = {part.name: part.num_bytes for part in ours.parts}
-    assert sizes["published weights"] == sizes["second engine's weights"] == sizes["weights"]
-    assert sizes["second engine states"] == sizes["engine states"]
-    engine = sum(part.num_bytes for part in theirs.parts if part.name.startswith("engine"))
-    assert ours.total == theirs.total + engine + 2 * sizes["weights"]
+    assert sizes["published weights"] == sizes["engines' weights"] == sizes["weights"]
+    assert ours.total == theirs.total + 2 * sizes["weights"]
 
 
 def test_what_was_played_in_vain_is_told_by_the_updates_that_come_again(tmp_path):
@@ -184,7 +183,7 @@ def test_an_engine_that_dies_is_replaced(policy, letter, tmp_path, monkeypatch):
         runs=tmp_path / "runs",
     )
     logged = metrics_of(tmp_path / "runs/small")
-    assert logged[3]["async/restarts"] == 1
+    assert logged[3]["engines/restarts"] == 1
     assert logged[3]["async/dropped"] == 0
     assert calls == [0, 1, 1, 2]
 
@@ -197,19 +196,23 @@ def test_an_engine_s_process_that_is_killed_is_replaced(policy, letter, tmp_path
     def kill_first(self, step, *, say):
         found = take(self, step, say=say)
         if step == 1:
-            killed.append(self._generator._player.process)
+            killed.append(self._generator._player._engines._engines[1].process)
             killed[0].kill()
         return found
 
     monkeypatch.setattr(rl_ahead.RolloutsAhead, "take", kill_first)
     run = small(
-        policy, letter, steps=5, asynchronous=AsyncConfig(max_staleness=1, engine="process")
+        policy,
+        letter,
+        steps=5,
+        asynchronous=AsyncConfig(max_staleness=1),
+        engines=EnginesConfig(num_processes=2),
     )
     rl(run, runs=tmp_path / "runs")
     assert not killed[0].is_alive()
     assert not multiprocessing.active_children()
     logged = metrics_of(tmp_path / "runs/small")
-    assert logged[5]["async/restarts"] == 1
+    assert logged[5]["engines/restarts"] == 1
     assert max(m["policy/logprob_error_current"] for m in logged.values()) < 1e-5
     file = tmp_path / "runs/small/buffer.jsonl"
     played = [json.loads(line) for line in file.read_text().splitlines()]
@@ -227,7 +230,8 @@ def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(
         policy,
         letter,
         curriculum=curriculum,
-        asynchronous=AsyncConfig(max_staleness=1, engine="process"),
+        asynchronous=AsyncConfig(max_staleness=1),
+        engines=EnginesConfig(num_processes=1),
     )
     die_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -238,19 +242,15 @@ def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(
 
 def test_weights_that_did_not_arrive_end_the_run(policy, letter, tmp_path, monkeypatch):
     """The fault of a fast path that skips a tensor: all metrics would look well."""
-    player = rl_ahead.own_player
+    write = PublishedWeights.write_into
 
-    def forgetful(*arguments, **named):
-        made = player(*arguments, **named)
+    def forgetful(self, model):
+        version = write(self, model)
         with torch.no_grad():
-            next(iter(made.model.parameters()))[0, 0] += 1  # frozen or not, it was loaded wrongly
-        made.install = lambda weights, running: (
-            made.renew(weights.version, running=running) or weights.version,
-            weights_checksum(made.model),
-        )
-        return made
+            next(iter(model.parameters()))[0, 0] += 1  # frozen or not, it was loaded wrongly
+        return version
 
-    monkeypatch.setattr(rl_ahead, "own_player", forgetful)
+    monkeypatch.setattr(PublishedWeights, "write_into", forgetful)
     with pytest.raises(DataError, match="version 0 whose checksum in the engine is"):
         rl(small(policy, letter, asynchronous=AsyncConfig(max_staleness=1)), runs=tmp_path / "runs")
 
@@ -299,13 +299,17 @@ def test_alarms_are_said_once(policy, letter, tmp_path, asynchronous):
     assert metrics_of(tmp_path / "runs/small")[1]["alarm/logprob_error"] == 1
 
 
-@pytest.mark.parametrize("engine", ["thread", pytest.param("process", marks=pytest.mark.slow)])
-def test_an_adapters_updates_reach_the_engine_that_plays_ahead(policy, letter, tmp_path, engine):
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_adapters_updates_reach_the_engine_that_plays_ahead(policy, letter, tmp_path, processes):
     """Versions and checksums of all rollouts are checked: a stale copy would end the run."""
-    ahead = AsyncConfig(max_staleness=1, engine=engine)
-    training = {"bias_update_rate": 0.0}
     run = small(
-        policy, letter, steps=3, lora=LoRAConfig(rank=2), asynchronous=ahead, training=training
+        policy,
+        letter,
+        steps=3,
+        lora=LoRAConfig(rank=2),
+        asynchronous=AsyncConfig(max_staleness=1),
+        engines=EnginesConfig(num_processes=processes),
+        training={"bias_update_rate": 0.0},
     )
     rl(run, runs=tmp_path / "runs")
     base, result = (

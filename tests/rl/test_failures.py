@@ -93,7 +93,7 @@ def calls(monkeypatch):
         call = ToolCall(name="look", arguments={}, id="call_0")
         return AssistantMessage(content="", tool_calls=(call,))
 
-    monkeypatch.setattr("nemotron3.rl.rollouts._turn_of", turn_of)
+    monkeypatch.setattr("nemotron3.rl.rollouts.turn_of", turn_of)
 
 
 @pytest.mark.parametrize("where", KINDS)
@@ -107,9 +107,8 @@ def test_what_an_environment_raises_is_a_failure_that_names_the_line(
         request.getfixturevalue("calls")
     environment = Raising(where)
     # A turn that is cut off gets no answer, so only some rollouts come to tools and users.
-    driver = driver_for(
-        policy, environment, Parity(), max_tokens=90, max_attempts=3, lists_tools=False
-    )
+    room = {"max_context": 2000, "engine": {"max_model_len": 2000}}
+    driver = driver_for(policy, environment, Parity(), max_tokens=90, max_attempts=3, **room)
     rollouts = driver.play([*tasks(environment, 8), *tasks(Parity(), 2)], seed=1)
     failed = [each for each in rollouts[:8] if failure_of(each)]
     assert failed

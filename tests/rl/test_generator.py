@@ -45,14 +45,19 @@ class FakePlayer:
         self.model, self.version = Policy(), 0
         self.on_step, self.say = on_step, say
         self.pauses, self.dies_at, self.corrupts = pauses, dies_at, corrupts
-        self.is_closed, self.threads = False, []
+        self.is_closed, self.threads, self.checksums = False, [], {}
+        self.num_restarts = 0
 
     def install(self, weights, *, running):
         self.version, self.running = weights.write_into(self.model), running
         if self.corrupts:
             with torch.no_grad():
                 self.model.frozen[0] = 99.0
-        return self.version, weights_checksum(self.model)
+        self.checksums[self.version] = weights_checksum(self.model)
+        return self.version
+
+    def rollout(self, versions):
+        return rollout(versions, weight_checksums={v: self.checksums[v] for v in set(versions)})
 
     def play(self, step):
         self.say(f"playing {step}")
@@ -67,7 +72,7 @@ class FakePlayer:
                 assert (self.model.trained == self.version).all()
                 assert (self.model.bias == -self.version).all()
                 versions.append(self.version)
-            rollouts.append(rollout(versions))
+            rollouts.append(self.rollout(versions))
         return UpdateRollouts(trained=rollouts, advantages=[1.0] * 4, played=rollouts)
 
     def use_threads(self, count):
@@ -101,12 +106,14 @@ class Players:
         return self.made[-1]
 
 
-def run(players, config, *, first=0, last=6, pauses=(0.0,), say=lambda _: None):
+def run(players, config, *, first=0, last=6, pauses=(0.0,), say=lambda _: None, **how):
     """A trainer's loop; returns what it took, and the generator's metrics at the end."""
     model, taken, metrics = Policy(), [], {}
     for _ in range(first):
         model.update()
-    generator = RolloutGenerator(players, PublishedWeights(model), config, first=first, last=last)
+    generator = RolloutGenerator(
+        players, PublishedWeights(model), config, first=first, last=last, **how
+    )
     try:
         for step in range(first, last):
             generator.publish(model, step)
@@ -203,11 +210,11 @@ def test_answers_take_up_new_weights_in_flight():
     class Waiting(FakePlayer):
         def play(self, step):
             if step == 1:
-                first = rollout([self.version])
+                first = self.rollout([self.version])
                 sampled.set()
                 assert went_on.wait(30)
                 self.on_step()
-                both = [first, rollout([self.version])]
+                both = [first, self.rollout([self.version])]
                 return UpdateRollouts(trained=both, advantages=[1.0, 1.0], played=both)
             return super().play(step)
 
@@ -231,17 +238,69 @@ def test_answers_take_up_new_weights_in_flight():
     assert generator._player is None
 
 
+@settings(max_examples=20, deadline=None)
+@given(staleness=st.integers(1, 3), engine=PAUSES, trainer=PAUSES, dies=st.booleans())
+def test_held_out_tasks_are_played_with_the_newest_weights(staleness, engine, trainer, dies):
+    """Before the first update, between any two, and after the last."""
+
+    class Looking(FakePlayer):
+        def look(self, num_tasks, *, when):
+            self.on_step()
+            if dies and when == 2 and len(players) == 1:
+                raise RuntimeError("killed")
+            return [(when, self.version)] * num_tasks
+
+    players, model, found = [], Policy(), []
+
+    def make(on_step, say):
+        players.append(Looking(on_step, say, pauses=engine))
+        return players[-1]
+
+    config = AsyncConfig(max_staleness=staleness)
+    generator = RolloutGenerator(make, PublishedWeights(model), config, first=0, last=4)
+    try:
+        for step in range(5):
+            generator.publish(model, step)
+            found.append(generator.look(2, when=step))
+            if step < 4:
+                assert len(generator.take(step).played) == 4
+                time.sleep(trainer[step % len(trainer)])
+                model.update()
+        assert generator.metrics()["engines/restarts"] == dies
+    finally:
+        generator.close()
+    assert found == [[(step, step)] * 2 for step in range(5)]
+
+
 def test_a_player_that_dies_is_replaced_and_nothing_is_counted_twice():
     players = Players({"dies_at": (2, 3)}, {"dies_at": (2, 0)})
     taken, metrics = run(players, AsyncConfig(max_staleness=1))
-    assert metrics["async/restarts"] == 2
+    assert metrics["engines/restarts"] == 2
     assert [len(update.played) for update in taken] == [4] * 6
     assert [player.is_closed for player in players.made] == [True] * 3
 
 
+def test_engines_that_a_player_replaces_count_as_well():
+    """Also those of a player that died itself."""
+
+    class Replacing(FakePlayer):
+        def play(self, step):
+            self.num_restarts += 1
+            return super().play(step)
+
+    made = []
+
+    def make(on_step, say):
+        made.append(Replacing(on_step, say, dies_at=None if made else (1, 2)))
+        return made[-1]
+
+    _, metrics = run(make, AsyncConfig(max_staleness=1), last=3)
+    assert metrics["engines/restarts"] == 2 + 1 + 2
+
+
 def test_a_player_that_dies_again_and_again_ends_the_run():
     with pytest.raises(DataError, match=r"update 2 failed 2 times, at last with RuntimeError: kil"):
-        run(Players(dies_at=(1, 0)), AsyncConfig(max_staleness=1, max_restarts=1))
+        run(Players(dies_at=(1, 0)), AsyncConfig(max_staleness=1), max_restarts=1)
     assert not any(thread.name == "rollouts" for thread in threading.enumerate())
 
 
@@ -345,11 +404,9 @@ def test_processors_are_shared_and_both_sides_have_one_at_least():
     ("changes", "said"),
     [
         ({"max_staleness": -1}, "asynchronous.max_staleness is -1; it must be 0"),
-        ({"max_staleness": 0, "engine": "process"}, "max_staleness is 0: .* take turns, and not"),
+        ({"max_staleness": 0, "engine_threads": 2}, "max_staleness is 0: .* take turns, and not"),
         ({"engine_threads": 0}, "asynchronous.engine_threads is 0"),
-        ({"max_restarts": -1}, "asynchronous.max_restarts is -1"),
         ({"in_flight_updates": "yes"}, "in_flight_updates is 'yes'; it must be one of recompute"),
-        ({"engine": "gpu"}, "asynchronous.engine is 'gpu'; it must be one of thread, process"),
     ],
 )
 def test_settings_are_checked(changes, said):

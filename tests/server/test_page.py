@@ -4,15 +4,21 @@ Runs where a Chromium is installed (`apt-get install chromium`, or NEMOTRON3_CHR
 NEMOTRON3_SCREENSHOTS to a folder to look at what it looks like.
 """
 
+import asyncio
 import json
 import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from nemotron3.cli import chat
+from nemotron3.environments.calculator import CALCULATE
+from nemotron3.environments.environment import ERROR
+from nemotron3.text import ParsedCall
 from tests.server.serving import running
 
 CHROMIUM = os.environ.get("NEMOTRON3_CHROMIUM") or shutil.which("chromium")
@@ -187,6 +193,115 @@ def test_thinking_can_be_switched_off_and_its_budget_lifted_or_closed(served, op
     say(page, "four")
     answered(page)
     assert len(bodies(page)[-1]["messages"]) == 1
+    assert page.wrong == []
+
+
+def streamed(*deltas, finish):
+    """An answer as the server streams it."""
+    chunks = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+    ]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
+def part_of_call(index, arguments, **named):
+    return {"index": index, "function": {"arguments": arguments} | named, "id": f"call_{index}"}
+
+
+def test_the_calculator_is_that_of_the_environment(served, open_page):
+    page = open_page(served.url)
+    offered = page.evaluate("CALCULATE.function")
+    assert offered == {
+        "name": CALCULATE.name,
+        "description": CALCULATE.description,
+        "parameters": CALCULATE.parameters,
+    }
+    calls = [
+        ParsedCall(name=name, arguments=json.dumps({"expression": expression}))
+        for name, expression in [
+            ("calculate", "65*47"),
+            ("calculate", " 3055 - 4000 "),
+            ("calculate", "-7+999999999999999"),
+            ("calculate", "999999999999999*999999999999999"),
+            ("calculate", "1/2"),
+            ("calculate", "1+2+3"),
+            ("calculate", "1234567890123456+1"),
+            ("calculate", ""),
+        ]
+    ]
+    with ThreadPoolExecutor(1) as elsewhere:  # a loop of Playwright's is in this thread
+        results = [elsewhere.submit(asyncio.run, chat._call(call)).result() for call in calls]
+    for call, wanted in zip(calls, results, strict=True):
+        given = {"name": call.name, "arguments": call.arguments}
+        assert page.evaluate("(call) => calculate(call)", given) == wanted
+    for wrong in ("", "{", "[]", "null", "{}"):
+        given = {"name": "calculate", "arguments": wrong}
+        assert page.evaluate("(call) => calculate(call)", given).startswith(ERROR)
+
+
+def test_calls_are_run_and_the_answer_goes_on(served, open_page):
+    page = open_page(served.url)
+    answers = [
+        streamed(
+            {"reasoning": "(step 1)"},
+            {"tool_calls": [part_of_call(0, "", name="calculate")]},
+            {"tool_calls": [part_of_call(0, '{"expression": "65')]},
+            {"tool_calls": [part_of_call(0, '*47"}')]},
+            {"tool_calls": [part_of_call(1, '{"expression": "1+1"}', name="calculate")]},
+            finish="tool_calls",
+        ),
+        streamed({"content": "3055"}, finish="stop"),
+        streamed({"content": "no tools"}, finish="stop"),
+    ]
+    page.unroute("**/completions")
+    page.route(
+        "**/completions",
+        lambda route: route.fulfill(
+            body=answers.pop(0), headers={"Content-Type": "text/event-stream"}
+        ),
+    )
+    say(page, "Calculate 65 times 47.")
+    answered(page)
+    assert page.locator(".call").all_text_contents() == [
+        'calculate {"expression": "65*47"} = 3055',
+        'calculate {"expression": "1+1"} = 2',
+    ]
+    assert page.locator(".answer").last.text_content() == "3055"
+    look(page, "calculator")
+    page.uncheck("#tools")
+    say(page, "And?")
+    answered(page)
+    first, second, third = bodies(page)
+    assert first["tools"][0]["function"]["name"] == "calculate"
+    asked, called, *results = second["messages"]
+    assert asked["content"] == "Calculate 65 times 47."
+    assert called["reasoning_content"] == "(step 1)"
+    assert [call["function"]["arguments"] for call in called["tool_calls"]] == [
+        '{"expression": "65*47"}',
+        '{"expression": "1+1"}',
+    ]
+    assert [(m["tool_call_id"], m["content"]) for m in results] == [
+        ("call_0", "3055"),
+        ("call_1", "2"),
+    ]
+    assert "tools" not in third
+    assert third["messages"][-1] == {"role": "user", "content": "And?"}
+    assert page.wrong == []
+
+
+def test_a_model_that_calls_for_ever_is_ended(served, open_page):
+    page = open_page(served.url)
+    page.unroute("**/completions")
+    call = part_of_call(0, '{"expression": "1+1"}', name="calculate")
+    body = streamed({"content": "x"}, {"tool_calls": [call]}, finish="tool_calls")
+    page.route(
+        "**/completions",
+        lambda route: route.fulfill(body=body, headers={"Content-Type": "text/event-stream"}),
+    )
+    say(page, "Calculate.")
+    answered(page)
+    assert len(bodies(page)) == page.evaluate("MOST_CALLS")
     assert page.wrong == []
 
 

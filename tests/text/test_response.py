@@ -1,9 +1,10 @@
 """Generated ids to reasoning, content and calls: the whole way, as a client sees it."""
 
 import json
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron3.text.chat import ChatTemplate
@@ -127,6 +128,68 @@ def test_vocabulary_without_tags_is_read_by_characters(tagless):
     assert (response.reasoning, response.content) == ("Look.", "Ok.")
     assert response.tool_calls == (ParsedCall("f", '{"a": "x"}', is_complete=True),)
     assert TEMPLATE.render([USER]).tokens(tagless).ids != []
+
+
+def joined(deltas):
+    """What deltas say, however it is divided."""
+    texts = {ReasoningDelta: "", ContentDelta: ""}
+    calls: dict[int, list] = {}
+    for delta in deltas:
+        if isinstance(delta, CallDelta):
+            call = calls.setdefault(delta.index, [[], ""])
+            call[0] += [] if delta.name is None else [delta.name]
+            call[1] += delta.arguments
+        else:
+            texts[type(delta)] += delta.text
+    return texts, calls
+
+
+TEXTS = ["the rain", " ", "\n", "x", "<function=f>\n", "<parameter=a>\n", "🙂", "</parameter>\n",
+         "</function>\n", CALL.format("b"), "</think>", "<tool_call>"]  # fmt: skip
+TAG_NAMES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("has_tags", [True, False])
+@settings(max_examples=300)
+@given(
+    pieces=st.lists(
+        st.one_of(
+            st.sampled_from(TEXTS).map(lambda text: ("text", text)),
+            st.sampled_from(TAG_NAMES).map(lambda name: ("tag", name)),
+            st.integers(0, 255).map(lambda byte: ("byte", byte)),
+        ),
+        max_size=24,
+    ),
+    cuts=st.sets(st.integers(0, 60)),
+    is_open=st.booleans(),
+    tools=st.sampled_from([(), TOOLS]),
+    options=st.fixed_dictionaries(
+        {"keep_whitespace": st.booleans(), "force_nonempty_content": st.booleans()}
+    ),
+)
+def test_how_ids_are_divided_among_pushes_changes_nothing(
+    tokenizer, tagless, has_tags, pieces, cuts, is_open, tools, options
+):
+    vocabulary = tokenizer if has_tags else tagless
+    ids = []
+    for kind, value in pieces:
+        if kind == "byte":
+            ids.append(32 + value)
+        else:
+            ids += vocabulary.encode(value, parse_special=kind == "tag")
+    ends = sorted(cut for cut in cuts if cut < len(ids))
+    divisions = [
+        [[i] for i in ids],
+        [ids],
+        [ids[start:end] for start, end in pairwise([0, *ends, len(ids)])],
+    ]
+    found = []
+    for division in divisions:
+        parser, deltas = read(vocabulary, division, is_open=is_open, tools=tools, **options)
+        counts = parser.num_ids, parser.num_reasoning_tokens, parser.content_places
+        found.append((parser.response(), counts, joined(deltas)))
+    assert found[0][1][0] == len(ids)
+    assert found[0] == found[1] == found[2]
 
 
 def test_half_a_character_before_a_tag_is_marked(tokenizer):

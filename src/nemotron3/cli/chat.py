@@ -1,10 +1,12 @@
 """`nemotron3 chat`: talk to a model in the terminal, its thinking dimmed.
 
-It uses the same engine and the same parsing of answers as the server, without HTTP.
+It uses the same engine and the same parsing of answers as the server, without HTTP. The model may
+use a calculator, that of the environment of this name.
 """
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from contextlib import aclosing
@@ -13,17 +15,22 @@ from typing import Any
 
 from nemotron3.cli import terminal
 from nemotron3.cli.engine_options import load_engine
+from nemotron3.environments.calculator import CALCULATE, Calculator, CalculatorSession
+from nemotron3.environments.environment import ERROR
 from nemotron3.errors import Nemotron3Error
 from nemotron3.inference.async_llm import AsyncLLM
 from nemotron3.inference.output_processor import RequestOutput
 from nemotron3.inference.requests import FinishReason, SamplingParams
-from nemotron3.text import ContentDelta, ReasoningDelta
+from nemotron3.text import CallDelta, ContentDelta, ParsedCall, ReasoningDelta
 
 _HELP = """\
 /budget N     think for at most N tokens; /budget off closes thinking at once, /budget max lifts it
 /think on     think before answering; /think off answers at once
+/tools off    offer no calculator; /tools on offers it again
 /clear        forget the conversation
 /exit         leave; Ctrl-D does too, and Ctrl-C stops an answer"""
+_MOST_CALLS = 8
+"""Calls of one answer after which it is ended."""
 _TOP_P = 0.95  # where neither the user nor the model's directory says
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
@@ -36,6 +43,8 @@ class Talk:
     system: str | None = None
     budget: int | None = None
     is_thinking: bool = True
+    has_tools: bool = True
+    """Whether the model may use the calculator."""
     params: SamplingParams = field(default_factory=SamplingParams)
     """All but the budget, which may change."""
 
@@ -52,6 +61,9 @@ class Talk:
                 self.budget = int(value)
             case "/think", "on" | "off":
                 self.is_thinking = value == "on"
+            case "/tools", "on" | "off":
+                self.has_tools = value == "on"
+                return "the calculator is offered" if self.has_tools else "no tools"
             case "/clear", "":
                 self.messages.clear()
                 return "the conversation is forgotten"
@@ -76,6 +88,7 @@ def chat_command(known: argparse.Namespace) -> int:
         system=known.system,
         budget=known.budget,
         is_thinking=not known.no_think,
+        has_tools=not known.no_tools,
     )
     llm = load_engine(known)
     try:
@@ -110,24 +123,57 @@ def _read() -> str | None:
 
 
 def _turn(runner: asyncio.Runner, llm: AsyncLLM, talk: Talk, line: str) -> None:
+    """An answer to a line, with the calls of tools that it needs."""
     talk.messages.append({"role": "user", "content": line})
-    printer = _Printer()
+    for _ in range(_MOST_CALLS):
+        printer, calls = _Printer(), list[ParsedCall]()
+        try:
+            calls = runner.run(_answer(llm, talk, printer))
+        except KeyboardInterrupt:
+            printer.end("stopped")
+        except Nemotron3Error as error:
+            talk.messages.pop()
+            print(f"nemotron3: {error}", file=sys.stderr)
+            return
+        turn: dict[str, Any] = {"role": "assistant", "content": printer.content}
+        if printer.reasoning:
+            turn["reasoning_content"] = printer.reasoning
+        talk.messages.append(turn)
+        if not calls:
+            return
+        turn["tool_calls"] = [
+            {
+                "id": f"call_{place}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for place, call in enumerate(calls)
+        ]
+        for place, call in enumerate(calls):
+            result = runner.run(_call(call))
+            printer.called(call, result)
+            talk.messages.append(
+                {"role": "tool", "tool_call_id": f"call_{place}", "content": result}
+            )
+
+
+async def _call(call: ParsedCall) -> str:
+    """What the calculator says; the description of a mistake where the call is wrong."""
+    environment = Calculator()
     try:
-        runner.run(_answer(llm, talk, printer))
-    except KeyboardInterrupt:
-        printer.end("stopped")
-    except Nemotron3Error as error:
-        talk.messages.pop()
-        print(f"nemotron3: {error}", file=sys.stderr)
-        return
-    turn = {"role": "assistant", "content": printer.content}
-    if printer.reasoning:
-        turn["reasoning_content"] = printer.reasoning
-    talk.messages.append(turn)
+        arguments = json.loads(call.arguments or "{}")
+    except ValueError as error:
+        return f"{ERROR}the arguments are no JSON: {error}"
+    return await environment.call_tool(CalculatorSession(), call.name, arguments)
 
 
-async def _answer(llm: AsyncLLM, talk: Talk, printer: "_Printer") -> None:
-    prompt = llm.prepare_chat(talk.conversation(), enable_thinking=talk.is_thinking)
+async def _answer(llm: AsyncLLM, talk: Talk, printer: "_Printer") -> list[ParsedCall]:
+    """Show an answer; returns the calls that it ends with."""
+    prompt = llm.prepare_chat(
+        talk.conversation(),
+        enable_thinking=talk.is_thinking,
+        tools=[CALCULATE] if talk.has_tools else None,
+    )
     params = replace(talk.params, reasoning_budget=talk.budget)
     params = llm.with_default_length(prompt, params)
     number = len(talk.messages)
@@ -142,12 +188,13 @@ async def _answer(llm: AsyncLLM, talk: Talk, printer: "_Printer") -> None:
                         printer.think(part.text)
                     case ContentDelta():
                         printer.say(part.text)
-                    case _:
-                        raise AssertionError("a call without tools")
+                    case CallDelta():
+                        pass  # it is shown with its result
     output = stream.output()
     now = time.monotonic()
     first = now if first is None else first
     printer.end(_facts(output, waited_s=first - started, wrote_s=now - first))
+    return [call for call in output.outputs[0].tool_calls if call.is_complete]
 
 
 def _facts(output: RequestOutput, *, waited_s: float, wrote_s: float) -> str:
@@ -186,6 +233,11 @@ class _Printer:
             print("\n")
         self.content += text
         terminal.write(text)
+
+    def called(self, call: ParsedCall, result: str) -> None:
+        print(self._dim, end="")
+        terminal.write(f"{call.name} {call.arguments} = {result}")
+        print(self._reset)
 
     def end(self, facts: str) -> None:
         print(f"\n{self._dim}[{facts}]{self._reset}")

@@ -88,7 +88,6 @@ def _rollouts(known: argparse.Namespace) -> RolloutConfig:
             max_tokens=known.max_tokens,
             max_context=_max_context(known),
             temperature=known.temperature,
-            lists_tools=not known.no_tool_list,
             enable_thinking=not known.no_think,
             reasoning_budget=known.budget,
         )

@@ -118,12 +118,9 @@ def _add_environment_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--no-think", action="store_true", help="answer without thinking")
     group.add_argument("--budget", type=int, metavar="N", help="most tokens of thinking in a turn")
     group.add_argument(
-        "--no-tool-list",
-        action="store_true",
-        help="leave the tools out of the prompts, for a model that was trained so",
-    )
-    group.add_argument(
-        "--chat-style", metavar="NAME", help="nano, super or ultra (default: the model's template)"
+        "--chat-style",
+        metavar="NAME",
+        help="nano, super, ultra, lightning or tiny (default: the model's)",
     )
 
 

@@ -409,6 +409,7 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--budget", type=int, metavar="N", help="most tokens of thinking (default: no limit)"
     )
     chat.add_argument("--no-think", action="store_true", help="answer without thinking")
+    chat.add_argument("--no-tools", action="store_true", help="offer no calculator to the model")
     chat.add_argument(
         "--temperature", type=float, help="default: what the model's directory says, else 1.0"
     )

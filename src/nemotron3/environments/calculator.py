@@ -22,7 +22,7 @@ from nemotron3.text import AssistantMessage, Tool
 MAX_DIGITS = 15
 _NUMBER = rf"\s*(-?\d{{1,{MAX_DIGITS}}})\s*"
 _OPERATION = re.compile(rf"{_NUMBER}([-+*]){_NUMBER}", re.ASCII)
-_CALCULATE = Tool(
+CALCULATE = Tool(
     name="calculate",
     description="Calculate one operation of two whole numbers, such as 12*34.",
     parameters={
@@ -31,6 +31,7 @@ _CALCULATE = Tool(
         "required": ["expression"],
     },
 )
+"""What the page and the terminal chat offer, too."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Calculator(Environment):
     """Chains of operations, each by a call of the tool `calculate`."""
 
     name: ClassVar[str] = "calculator"
-    tools = (_CALCULATE,)
+    tools = (CALCULATE,)
     max_turns = 8
 
     def draw(self, random: Random) -> Row:

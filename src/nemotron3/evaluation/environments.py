@@ -18,9 +18,9 @@ from nemotron3.environments.environment import Environment
 from nemotron3.environments.rows import Row, Split
 from nemotron3.errors import ConfigError
 from nemotron3.evaluation.statistics import Interval, mean_interval
+from nemotron3.rl.data_parallel import TaskPlayer
 from nemotron3.rl.failures import check_rewards
 from nemotron3.rl.records import RolloutRecord, rollout_record
-from nemotron3.rl.rollouts import RolloutDriver
 
 HELD_OUT_SEED = 0x5EED
 """Of the tasks that are held out for measuring, and of the sampling."""
@@ -76,13 +76,13 @@ def held_out_tasks(
 
 
 def play_tasks(
-    driver: RolloutDriver, tasks: Sequence[Row], *, when: str, seed: int = HELD_OUT_SEED
+    player: TaskPlayer, tasks: Sequence[Row], *, when: str, seed: int = HELD_OUT_SEED
 ) -> list[RolloutRecord]:
     """A rollout of each task; `seed` is that of the sampling, `when` goes into the records.
 
     Raises `DataError` for an environment that raised an error in all of them.
     """
-    played = driver.play(tasks, seed=seed)
+    played = player.play(tasks, seed=seed)
     check_rewards(played)
     return [rollout_record(rollout, when=when) for rollout in played]
 

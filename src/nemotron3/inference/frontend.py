@@ -177,6 +177,8 @@ class Frontend:
         params: SamplingParams,
         request_id: str,
         grammar: TokenConstraint | None = None,
+        *,
+        is_streamed: bool = True,
     ) -> EngineRequest:
         """A request in token ids; `grammar` is that of `params`, compiled here if not given."""
         if grammar is None:
@@ -196,6 +198,7 @@ class Frontend:
             prompt=prompt.ids,
             params=params,
             boundaries=self._turns(prompt.ids),
+            is_streamed=is_streamed,
             make_stop=stop,
             make_budget=partial(self._budget, prompt, params),
             make_constraint=lambda: grammar.fork() if grammar is not None else None,

@@ -127,16 +127,16 @@ class LLM(BaseLLM):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts were given and {len(params)} params")
-        with self.requests() as requests:
+        with self.requests(on_delta) as requests:
             for prompt, how in zip(prompts, params, strict=True):
                 requests.add(prompt, how)
             while requests.has_work:
-                requests.step(on_delta)
+                requests.step()
             return requests.outputs()
 
-    def requests(self) -> "OpenRequests":
+    def requests(self, on_delta: OnDelta | None = None) -> "OpenRequests":
         """Requests that are answered step by step, and that more can be added to meanwhile."""
-        return OpenRequests(self._engine, self._frontend)
+        return OpenRequests(self._engine, self._frontend, on_delta)
 
 
 class OpenRequests:
@@ -149,8 +149,9 @@ class OpenRequests:
                 ...  # may add others
     """
 
-    def __init__(self, engine: Engine, frontend: Frontend) -> None:
-        self._engine, self._frontend = engine, frontend
+    def __init__(self, engine: Engine, frontend: Frontend, on_delta: OnDelta | None = None) -> None:
+        """`on_delta` is that of `LLM.generate`; without, answers are read when they have ended."""
+        self._engine, self._frontend, self._on_delta = engine, frontend, on_delta
         self._waiting: deque[EngineRequest] = deque()
         self._processors: list[RequestOutputProcessor] = []
 
@@ -170,13 +171,14 @@ class OpenRequests:
         """Add a request; returns its place in the order of all."""
         place = len(self._processors)
         name = str(place)  # unique: no request of another caller is left in the engine
-        request = self._frontend.request(prompt, params, name)
+        is_streamed = self._on_delta is not None
+        request = self._frontend.request(prompt, params, name, is_streamed=is_streamed)
         self._engine.check(request)
         self._waiting.append(request)
         self._processors.append(self._frontend.output_processor(prompt, params, name))
         return place
 
-    def step(self, on_delta: OnDelta | None = None) -> list[tuple[int, CompletionOutput]]:
+    def step(self) -> list[tuple[int, CompletionOutput]]:
         """Execute one step of the engine; returns the answers that it has ended, with the places of
         their requests."""
         while self._waiting and self._engine.has_room(self._waiting[0]):
@@ -185,10 +187,10 @@ class OpenRequests:
         for token_delta in self._engine.step():
             place = int(token_delta.request_id)
             processor = self._processors[place]
-            if on_delta is None:
+            if self._on_delta is None:
                 processor.collect(token_delta)
             else:
-                on_delta(place, processor.push(token_delta))
+                self._on_delta(place, processor.push(token_delta))
             if token_delta.finish_reason is not None:
                 ended.append((place, processor.each[token_delta.index].output()))
         return ended

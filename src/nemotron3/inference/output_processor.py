@@ -6,7 +6,7 @@ all other tokens to the parsers of `nemotron3.text`.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Int16
@@ -149,12 +149,11 @@ class OutputProcessor:
     _versions: list[int] = field(default_factory=list[int])
     _continues_old_states: bool = False
     _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    _content_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     _unread: list[int] = field(default_factory=list[int])
-    _num_read: int = 0  # tokens that are certain to precede a stop string
     _is_ended: bool = False
     _text: list[str] = field(default_factory=list[str])
-    _drafts: DraftStats = field(default_factory=DraftStats)
+    _num_drafted: int = 0
+    _num_accepted: int = 0
     _stop_reason: str | int | None = None
 
     def __post_init__(self) -> None:
@@ -187,17 +186,17 @@ class OutputProcessor:
 
     def collect(self, delta: TokenDelta) -> None:
         """Take the tokens of a step, to be read later."""
-        self._tokens += delta.tokens
-        self._versions += (delta.weight_version,) * len(delta.tokens)
+        shown = delta.tokens
+        self._tokens += shown
+        self._versions += (delta.weight_version,) * len(shown)
         self._continues_old_states |= delta.continues_old_states
         self._logprobs += delta.logprobs
-        self._drafts = DraftStats(delta.num_drafted, delta.num_accepted)
+        self._num_drafted, self._num_accepted = delta.num_drafted, delta.num_accepted
         self.finish_reason = delta.finish_reason
         self.error, self.failure = delta.error, delta.failure
         self.routed_experts = delta.routed_experts
         if delta.prompt is not None:
             self.report = delta.prompt
-        shown = delta.tokens
         if delta.stop_token is not None:
             if delta.stop_token not in self.eos_ids:
                 self._stop_reason = delta.stop_token
@@ -208,7 +207,7 @@ class OutputProcessor:
     def push(self, delta: TokenDelta) -> AnswerDelta:
         """Process the tokens of a step; returns the parts of the answer that can be shown."""
         self.collect(delta)
-        num_before = len(self._content_logprobs)
+        num_before = len(self._content_places)
         parts = self._read_collected()
         return AnswerDelta(
             index=self.index,
@@ -216,7 +215,7 @@ class OutputProcessor:
             token_ids=delta.tokens,
             weight_versions=(delta.weight_version,) * len(delta.tokens),
             logprobs=delta.logprobs,
-            content_logprobs=tuple(self._content_logprobs[num_before:]),
+            content_logprobs=self._content_logprobs(num_before),
             finish_reason=delta.finish_reason,
             stop_reason=self._stop_reason,
             num_reasoning_tokens=self.num_reasoning_tokens,
@@ -236,14 +235,14 @@ class OutputProcessor:
             weight_versions=tuple(self._versions),
             continues_old_states=self._continues_old_states,
             logprobs=tuple(self._logprobs),
-            content_logprobs=tuple(self._content_logprobs),
+            content_logprobs=self._content_logprobs(0),
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             reasoning=response.reasoning if response is not None else "",
             content=response.content if response is not None else text,
             tool_calls=response.tool_calls if response is not None else (),
             num_reasoning_tokens=self.num_reasoning_tokens,
-            acceptance=self._drafts,
+            acceptance=DraftStats(self._num_drafted, self._num_accepted),
             routed_experts=self.routed_experts,
             error=self.error,
             failure=self.failure,
@@ -266,29 +265,26 @@ class OutputProcessor:
             self._stop_reason = stop.matched
             tail = stop.rest  # it includes an incomplete character before the stop string
             if self._counter is not None:
-                unshown = self._tokens[self._num_read :]
+                unshown = self._tokens[self._counter.num_ids :]
                 self._counter.count_unshown(t for t in unshown if not self._is_forced(t))
             if self._parser is not None:
-                before = self._parser.num_content_tokens
                 parts += self._parser.push_text(tail)
-                self._note_content(self._parser, before)
         ending = [] if self._counter is None else self._counter.finish()
         if self._parser is None:
             return parts + self._show(tail)
         self._text.append(tail)
         return [*parts, *ending]
 
-    def _read(self, tokens: Iterable[int]) -> list[ResponseDelta]:
-        tokens = list(tokens)
+    def _read(self, tokens: Sequence[int]) -> list[ResponseDelta]:
         text, counter = self._detokenizer.push(tokens), self._counter
         if counter is None:
             return self._show(text)
         parts: list[ResponseDelta] = []
-        for token in tokens:
-            before = counter.num_content_tokens
-            parts += counter.push([token], is_forced=self._is_forced(token))
-            self._note_content(counter, before)
-            self._num_read += 1
+        if self.budget is None:
+            parts = counter.push(tokens)
+        else:
+            for token in tokens:
+                parts += counter.push([token], is_forced=self._is_forced(token))
         if self._parser is None:
             return self._show(text)
         self._text.append(text)
@@ -302,12 +298,16 @@ class OutputProcessor:
         self.budget.accept(token)
         return forced is not None
 
-    def _note_content(self, parser: ResponseParser, before: int) -> None:
-        """Keep the log-probability of the last token if it is part of the content."""
-        if self._parser is None:  # a text completion has only content
-            return
-        if self._logprobs and parser.num_content_tokens > before:
-            self._content_logprobs.append(self._logprobs[self._num_read])
+    @property
+    def _content_places(self) -> list[int]:
+        """Places of the tokens of a chat's content; a text completion has only content."""
+        return self._parser.content_places if self._parser is not None else []
+
+    def _content_logprobs(self, first: int) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the content, from its token number `first` on."""
+        if not self._logprobs:
+            return ()
+        return tuple([self._logprobs[place] for place in self._content_places[first:]])
 
     def _show(self, text: str) -> list[ResponseDelta]:
         self._text.append(text)

@@ -7,7 +7,7 @@ values are checked on construction, before any work starts.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from jaxtyping import Int16
 from torch import Tensor
@@ -177,8 +177,7 @@ class StopCondition(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):  # an answer has one for each token
     """A token's log-probability under the model itself (before temperature and penalties)."""
 
     token: int

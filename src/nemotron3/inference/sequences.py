@@ -9,9 +9,11 @@ from torch import Tensor
 
 from nemotron3.inference.requests import (
     FinishReason,
+    PromptReport,
     SamplingParams,
     StopCondition,
     TokenConstraint,
+    TokenDelta,
     TokenLogprob,
 )
 from nemotron3.inference.sampling.sampler import TokenChooser
@@ -29,6 +31,8 @@ class EngineRequest:
     boundaries: tuple[int, ...] = ()
     """Prompt lengths at which other prompts may diverge: the beginnings of messages. The states
     there are cached."""
+    is_streamed: bool = True
+    """Whether somebody reads the tokens of every step; if not, they come in few deltas."""
     make_stop: Callable[[], StopCondition | None] = lambda: None
     make_budget: Callable[[], ThinkingBudget | None] = lambda: None
     make_constraint: Callable[[], TokenConstraint | None] = lambda: None
@@ -66,6 +70,13 @@ class Sequence:
     routes: list[Int16[Tensor, "tokens layer choice"]] = field(default_factory=list[Tensor])
     """The experts of the tokens that the state contains, if the engine returns them."""
     finish_reason: FinishReason | None = None
+    unsent: list[int] = field(default_factory=list[int])
+    """Tokens that are not in a delta yet."""
+    unsent_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    unsent_version: int = 0
+    """Version of the weights that sampled them."""
+    unsent_is_stale: bool = False
+    """Whether one of them was sampled from a stale state."""
 
     def begin(self, slot: int, num_read: int) -> None:
         """Start, or start again after a preemption, in a slot that contains `num_read` tokens.
@@ -82,6 +93,37 @@ class Sequence:
         if self.wants_prompt_logprobs:
             assert num_read == 0, "prompt_logprobs need the whole prompt to be computed"
             self.prompt_logprobs = [None]
+
+    def take_delta(
+        self, reason: FinishReason | None = None, stop_token: int | None = None
+    ) -> TokenDelta:
+        """The tokens that no earlier delta has; the first delta has the report on the prompt."""
+        report = None
+        if not self.is_reported:
+            self.is_reported = True
+            report = PromptReport(
+                num_cached_tokens=self.num_cached_tokens, logprobs=tuple(self.prompt_logprobs)
+            )
+        delta = TokenDelta(
+            request_id=self.request.request_id,
+            index=self.index,
+            tokens=tuple(self.unsent),
+            logprobs=tuple(self.unsent_logprobs),
+            finish_reason=reason,
+            stop_token=stop_token,
+            prompt=report,
+            error=self.chooser.error,
+            failure=self.chooser.failure,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
+            weight_version=self.unsent_version,
+            continues_old_states=self.unsent_is_stale,
+            routed_experts=None if reason is None else self.routed_experts(),
+        )
+        self.unsent.clear()
+        self.unsent_logprobs.clear()
+        self.unsent_is_stale = False
+        return delta
 
     def routed_experts(self) -> Int16[Tensor, "tokens layer choice"] | None:
         """The experts of all tokens but the last, which was never an input of the model."""
@@ -102,7 +144,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Number of tokens of the answer so far."""
-        return len(self.tokens) - self.num_prompt
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

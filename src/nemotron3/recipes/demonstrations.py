@@ -26,8 +26,6 @@ class DemonstrationsConfig:
     """Of the tasks; reinforcement learning with another seed has others."""
     weight: float = 1.0
     """How often an epoch has each of them."""
-    lists_tools: bool = False
-    """Whether the prompt describes the tools."""
 
     def __post_init__(self) -> None:
         if self.num_tasks < 2:
@@ -55,17 +53,15 @@ def demonstrations(config: DemonstrationsConfig) -> list[Conversation]:
     """Solve the tasks. Raises DataError for an environment without demonstrations."""
     environment = load_environment(config.environment, difficulty=config.difficulty)
     rows = islice(environment.tasks("train", config.seed), config.num_tasks)
-    return asyncio.run(_solved(environment, list(rows), lists_tools=config.lists_tools))
+    return asyncio.run(_solved(environment, list(rows)))
 
 
-async def _solved(
-    environment: Environment, rows: list[Row], *, lists_tools: bool
-) -> list[Conversation]:
+async def _solved(environment: Environment, rows: list[Row]) -> list[Conversation]:
     responses = [await environment.demonstration(row) for row in rows]
     return [
         Conversation(
             messages=(*prompt_of(row), *response.messages),
-            tools=tools_of(row) if lists_tools else (),
+            tools=tools_of(row),
             place=f"demonstration {index} of {environment.name}",
         )
         for index, (row, response) in enumerate(zip(rows, responses, strict=True))

@@ -74,19 +74,30 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         engine=run.engine_config(),
         reference_bytes=reference,
     )
-    return plan_of([*plan.parts, *_ahead_parts(plan)]) if run.asynchronous.is_ahead else plan
+    return plan_of([*plan.parts, *_copy_parts(plan, run, device)])
 
 
-def _ahead_parts(plan: MemoryPlan) -> list[MemoryPart]:
-    """A second engine with a model of its own, and the copy of the weights on their way to it."""
+def _num_engines(run: RLRun) -> tuple[int, int]:
+    """Engines of a run, and how many of them have a copy of the weights."""
+    engines = max(1, run.engines.num_processes)
+    return engines, engines if run.asynchronous.is_ahead else run.engines.num_processes
+
+
+def _copy_parts(plan: MemoryPlan, run: RLRun, device: torch.device) -> list[MemoryPart]:
+    """Engines beside the first one, their weights, and the copies of these on their way to them."""
+    engines, copies = _num_engines(run)
+    if not copies:
+        return []
     sizes = {part.name: part.num_bytes for part in plan.parts}
     parts = [
-        replace(part, name=f"second {part.name}")
+        replace(part, name=f"further {part.name}", num_bytes=(engines - 1) * part.num_bytes)
         for part in plan.parts
         if part.name.startswith("engine ")
     ]
-    for name in ("second engine's weights", "published weights"):
-        parts.append(MemoryPart(name=name, num_bytes=sizes[WEIGHTS]))
+    parts.append(MemoryPart(name="engines' weights", num_bytes=copies * sizes[WEIGHTS]))
+    parts.append(MemoryPart(name="published weights", num_bytes=sizes[WEIGHTS]))
+    if run.engines.num_processes and not has_memory_of_its_own(device):
+        parts.append(MemoryPart(name="shared weights", num_bytes=sizes[WEIGHTS]))
     return parts
 
 
@@ -102,7 +113,7 @@ def bytes_for_keys(run: RLRun, device: torch.device) -> int | None:
     wanted = sum(part.num_bytes for part in plan.parts if part.name == KEYS_AND_VALUES)
     if not wanted:
         return None
-    engines = 2 if run.asynchronous.is_ahead else 1
+    engines, _ = _num_engines(run)
     left = (int(_GPU_SHARE * usable) - (plan.total - engines * wanted)) // engines
     return min(wanted, max(left, int(_LEAST_GPU_SHARE * usable)))
 

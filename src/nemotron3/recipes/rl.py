@@ -12,6 +12,7 @@ from nemotron3.recipes.sft import TINY_ENVIRONMENTS
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
 from nemotron3.rl.reward_shaping import RewardShapingConfig
@@ -61,6 +62,8 @@ class RLRun(RunConfig):
     """From where a metric is a warning."""
     asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
     """How far the engine plays ahead of the trainer; by turns a run resumes exactly."""
+    engines: EnginesConfig = field(default_factory=EnginesConfig)
+    """Where tasks are played: in the trainer's process, or by several engines at once."""
     held_out_tasks: int = 100
     """Held-out tasks of each environment that are looked at during training."""
     final_held_out_tasks: int = 300
@@ -69,7 +72,7 @@ class RLRun(RunConfig):
     """Whether training chooses the experts that the engine chose (routing replay). Here both run
     the same code and differ by rounding; it is for numbers of few bits."""
     max_num_seqs: int = 256
-    """Rollouts that are sampled at once."""
+    """Rollouts that each engine samples at once."""
     log_rollouts_every_steps: int = 10
     """Updates between those whose first rollouts are kept for the viewer."""
 
@@ -112,6 +115,16 @@ class RLRun(RunConfig):
                 "training.seq_len",
                 field="rollouts.max_context",
             )
+        if (
+            not (self.engines.num_processes or self.asynchronous.is_ahead)
+            and self.engines.max_restarts != EnginesConfig.max_restarts
+        ):
+            raise ConfigError(
+                f"is {self.engines.max_restarts} and {{other}} is 0: an engine that shares the "
+                "model in training is never replaced; set {other} to 1 or more, or leave this out",
+                field="engines.max_restarts",
+                other="engines.num_processes",
+            )
         if (self.shaping.effort is not None) != (self.rollouts.effort_fraction > 0):
             raise ConfigError(
                 "shaping.effort and rollouts.effort_fraction go together: the first shapes the "
@@ -143,7 +156,8 @@ def tiny_rl() -> RLRun:
             for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
         group_size=8,
-        rollouts=RolloutConfig(max_tokens=48, max_context=256, lists_tools=False),
+        rollouts=RolloutConfig(max_tokens=48, max_context=256),
+        engines=EnginesConfig(num_processes=2),
         training=TrainingConfig(
             steps=steps,
             batch_size=27 * 8,

@@ -1,18 +1,14 @@
-"""A player in a process of its own, which does not share Python's lock with the trainer.
+"""A rollout engine in a process of its own, which does not share Python's lock with the trainer.
 
-The two are joined by a socket. Weights lie in shared memory: the trainer's process copies them
-there, asks the player to take them up, and waits until it has, between two steps of its engine. A
-process that dies is an error of `play`, after which `RolloutGenerator` starts another one. If the
-trainer dies, the socket closes and the player ends.
+Both ends of the socket that joins them. Weights lie in memory that all processes share. If the
+trainer dies, the socket closes and the process ends, between two steps of its engine.
 """
 
 import logging
-import multiprocessing
 import pickle
-import signal
-from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -21,101 +17,99 @@ from nemotron3.config import from_record, to_record
 from nemotron3.errors import Nemotron3Error
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.recipes.rl import RLRun
-from nemotron3.recipes.rl_player import RLPlayer, own_player
-from nemotron3.rl.groups import UpdateRollouts
-from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights
+from nemotron3.recipes.rl_engine import RolloutEngine, own_engine, run_environments
+from nemotron3.rl.data_parallel import Share
+from nemotron3.rl.rollouts import Rollout
+from nemotron3.rl.weight_sync import SharedWeights
+from nemotron3.runtime.processes import END_S, end, spawn
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = 0.005
-"""How often the trainer's side looks for new weights while it waits."""
-_END_S = 5.0
-"""How long a process that was told to end has for it."""
 
+class EngineProcess:
+    """The trainer's end: tells the engine what to do, and hears its results.
 
-class ProcessPlayer:
-    """`Player` of `RolloutGenerator` that plays in another process."""
+    A process that has died is noticed by `receive`; what is sent to it meanwhile is lost.
+    """
 
-    def __init__(
-        self,
-        run: RLRun,
-        weights: PublishedWeights,
-        *,
-        device: torch.device,
-        folder: Path,
-        on_step: Callable[[], None],
-        say: Callable[[str], None],
-    ) -> None:
-        """Arguments as those of `own_player`; `weights` are those that `install` will be given."""
-        self._on_step, self._say = on_step, say
-        self._shared = SharedWeights(weights)
-        self._results: dict[str, Any] = {}
-        context = multiprocessing.get_context("spawn")  # threads of PyTorch do not outlive a fork
-        self._socket, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve,
-            args=(theirs, to_record(run), str(device), folder, self._shared),
-            name="rollouts",
+    def __init__(self, run: RLRun, *, device: torch.device, place: int) -> None:
+        """Start the process; it reads the model of `run` meanwhile."""
+        self.process, self.socket = spawn(
+            _serve, to_record(run), str(device), name=f"engine {place}"
         )
-        self.process.start()
-        theirs.close()
+        self.share: Share | None = None
+        """What it is to play, until that has been played."""
+        self.is_installing = False
+        """Whether it has yet to say that it has taken up weights."""
+        self.played: list[Rollout] | None = None
+        """The result of the play before it is fetched."""
+        self.backends: dict[str, str] = {}
+        """What operations have run on there."""
 
-    def play(self, step: int) -> UpdateRollouts:
-        """The rollouts of an update; `on_step` is called while it waits."""
-        _send(self._socket, "play", step)
-        return self._result("played")
+    def play(self, share: Share) -> None:
+        """Have it play; `played` is the result."""
+        self.share, self.played = share, None
+        self._send("play", share)
 
-    def install(self, weights: PublishedWeights, *, running: RunningRequests) -> tuple[int, int]:
-        """Have the process take up the newest weights; returns their version and its checksum."""
-        version = self._shared.copy(weights)
-        _send(self._socket, "install", (version, running))
-        return self._result("installed")
+    def share_memory(self, weights: SharedWeights) -> None:
+        """Tell it where the weights are that it is to `install`."""
+        self._send_bytes(bytes(ForkingPickler.dumps(("weights", weights))))
+
+    def install(self, version: int, running: RunningRequests) -> None:
+        """Have it take up what the shared memory holds, between two steps."""
+        self.is_installing = True
+        self._send("install", (version, running))
 
     def use_threads(self, count: int) -> None:
-        """Have the process compute with so many threads from the next step on."""
-        _send(self._socket, "threads", count)
+        """Have it compute with so many threads from the next step on."""
+        self._send("threads", count)
+
+    def receive(self) -> None:
+        """Take the next message in.
+
+        Raises what failed there: ChildProcessError where the process has died, RuntimeError with
+        the cause where the engine has failed, and errors of the package as they are.
+        """
+        try:
+            kind, content = pickle.loads(self.socket.recv_bytes())
+        except (EOFError, OSError):
+            self.process.join(END_S)
+            raise ChildProcessError(
+                f"the process ended with exit code {self.process.exitcode}"
+            ) from None
+        if kind == "played":
+            self.share, (self.played, self.backends) = None, content
+        elif kind == "installed":
+            self.is_installing = False
+        else:
+            raise content
 
     def close(self) -> None:
         """End the process."""
-        self._socket.close()
-        self.process.terminate()
-        self.process.join(_END_S)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self.socket.close()
+        end(self.process)
 
-    def _result(self, wanted: str) -> Any:
-        """Wait for a result of this kind. Others may come first, and are kept."""
-        while wanted not in self._results:
-            if not self._socket.poll(_POLL_S):
-                self._on_step()
-                continue
-            try:
-                kind, content = _receive(self._socket)
-            except (EOFError, ConnectionError):
-                self.process.join(_END_S)
-                raise ChildProcessError(
-                    f"the engine's process ended (exit code {self.process.exitcode})"
-                ) from None
-            if kind == "message":
-                self._say(content)
-            elif kind == "error":
-                raise content
-            else:
-                self._results[kind] = content
-        return self._results.pop(wanted)
+    def _send(self, kind: str, content: Any) -> None:
+        self._send_bytes(pickle.dumps((kind, content)))
+
+    def _send_bytes(self, message: bytes) -> None:
+        try:
+            self.socket.send_bytes(message)
+        except ConnectionError:
+            _log.debug("%s does not listen; `receive` says why", self.process.name)
 
 
-class _Served:
-    """The other end: a player, and what it is told."""
+class _TrainerGoneError(Exception):
+    """Nobody is at the other end."""
 
-    def __init__(self, socket: Connection, shared: SharedWeights) -> None:
-        self._socket, self._shared = socket, shared
-        self.player: RLPlayer | None = None
 
-    def say(self, message: str) -> None:
-        """Pass on a message for people."""
-        _send(self._socket, "message", message)
+class _Server:
+    """The engine's end."""
+
+    def __init__(self, socket: Connection) -> None:
+        self._socket = socket
+        self._weights: SharedWeights | None = None
+        self.engine: RolloutEngine | None = None
 
     def between_steps(self) -> None:
         """Take up new weights in the middle of answers."""
@@ -123,47 +117,50 @@ class _Served:
             self.obey()
 
     def obey(self) -> None:
-        """Do the next thing that the trainer's side asks for."""
-        assert self.player is not None
-        kind, content = _receive(self._socket)
+        """Do the next thing that the trainer's end asks for."""
+        assert self.engine is not None
+        kind, content = self._receive()
         if kind == "play":
-            _send(self._socket, "played", self.player.play(content))
+            played = self.engine.play(**vars(content))
+            self.send("played", (played, self.engine.backends))
         elif kind == "threads":
-            self.player.use_threads(content)
+            self.engine.use_threads(content)
+        elif kind == "weights":
+            self._weights = content
         else:
-            self._shared.version, running = content
-            _send(self._socket, "installed", self.player.install(self._shared, running=running))
+            assert self._weights is not None
+            self._weights.version, running = content
+            self.send("installed", self.engine.install(self._weights, running=running))
+
+    def send(self, kind: str, content: Any) -> None:
+        """Tensors travel by value: as shared memory, each would take a file descriptor."""
+        try:
+            self._socket.send_bytes(pickle.dumps((kind, content)))
+        except ConnectionError:
+            raise _TrainerGoneError from None
+
+    def _receive(self) -> tuple[str, Any]:
+        try:
+            return pickle.loads(self._socket.recv_bytes())
+        except (EOFError, OSError):
+            raise _TrainerGoneError from None
 
 
-def _serve(
-    socket: Connection, record: Any, device: str, folder: Path, shared: SharedWeights
-) -> None:
+def _serve(socket: Connection, record: Any, device: str) -> None:
     """What the process does, until the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which ends this
-    served = _Served(socket, shared)
+    server, run = _Server(socket), from_record(RLRun, record)
     try:
-        served.player = own_player(
-            from_record(RLRun, record),
-            device=torch.device(device),
-            folder=folder,
-            on_step=served.between_steps,
-            say=served.say,
+        server.engine = own_engine(
+            run, run_environments(run), device=torch.device(device), on_step=server.between_steps
         )
         while True:
-            served.obey()
-    except (EOFError, ConnectionError):
+            server.obey()
+    except _TrainerGoneError:
         return
     except Nemotron3Error as error:
-        _send(socket, "error", error)
+        failure: Exception = error
     except Exception as error:  # noqa: BLE001 - it is raised in the trainer's process
-        _log.exception("the engine's process failed")
-        _send(socket, "error", RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def _send(socket: Connection, kind: str, content: Any) -> None:
-    """Tensors travel by value: as shared memory, each would take a file descriptor."""
-    socket.send_bytes(pickle.dumps((kind, content)))
-
-
-def _receive(socket: Connection) -> tuple[str, Any]:
-    return pickle.loads(socket.recv_bytes())
+        _log.exception("an engine's process failed")
+        failure = RuntimeError(f"{type(error).__name__}: {error}")
+    with suppress(_TrainerGoneError):
+        server.send("error", failure)

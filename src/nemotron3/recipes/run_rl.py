@@ -1,11 +1,7 @@
 """Executes a reinforcement learning run: rollouts, updates, held-out rewards and a report.
 
-By turns, engine and trainer share one model in memory: after an update the engine forgets what the
-old weights computed, and nothing is copied. An update's rollouts follow from its step, the seed and
-the weights, so a run that was interrupted goes on to the same losses.
-
-With `asynchronous.max_staleness` a second engine plays the rollouts of the next updates meanwhile
-(`rl_ahead.py`); the first one still plays held-out tasks.
+Engines and trainer take turns (`rl_turns.py`), so a run that was interrupted goes on to the same
+losses; or engines play the rollouts of the next updates meanwhile (`rl_ahead.py`).
 
 With an adapter, the engine's model shares all tensors with the trained one but for those that the
 adapter changes: of them it has merged copies, which are written again after each update.
@@ -14,7 +10,6 @@ adapter changes: of them it has merged copies, which are written again after eac
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +21,9 @@ from nemotron3.environments.rows import prompt_text
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.lora import merge_into, shared_model
+from nemotron3.models.lora import merge_into, merged_copies, shared_model
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
+from nemotron3.models.precision import apply_precision
 from nemotron3.observe.report import write_report
 from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
@@ -39,8 +35,8 @@ from nemotron3.recipes.input_files import check_model_directory, model_files, re
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
-from nemotron3.recipes.rl_player import RLPlayer
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary, run_failures
+from nemotron3.recipes.rl_turns import RolloutsByTurns
 from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
 from nemotron3.rl.alarms import Alarms
 from nemotron3.rl.batches import policy_batches
@@ -54,7 +50,6 @@ from nemotron3.rl.records import (
     rollout_record,
 )
 from nemotron3.rl.rollouts import Rollout, failure_of
-from nemotron3.rl.weight_sync import check_rollouts
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.training.trained_parameters import trained_text
 from nemotron3.training.trainer import Trainer
@@ -75,15 +70,17 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
     check_model_directory(run.model)
     own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
-    training = _Training(folder, run, callback)
-    record_input_files(folder.path, [*model_files(run.model), *own])
-    folder.record({})
-    with recorded_backends() as backends:
-        before = training.before()
-        training.fit()
-        callback.stage("Writing the model")
-        training.save()
-        after = training.after()
+    rollouts = (RolloutsAhead if run.asynchronous.is_ahead else RolloutsByTurns)(run, folder)
+    with rollouts:
+        training = _Training(folder, run, callback, rollouts)
+        record_input_files(folder.path, [*model_files(run.model), *own])
+        folder.record({})
+        with recorded_backends() as backends:
+            before = training.before()
+            training.fit()
+            callback.stage("Writing the model")
+            training.save()
+            after = training.after()
     costs = model_costs(training.model.config)
     summary = rl_summary(
         before,
@@ -93,7 +90,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         parameters=costs.total + costs.mtp_parameters,
         seconds=time.perf_counter() - started,
     )
-    folder.record({"backends": backends})
+    folder.record({"backends": {**rollouts.backends, **backends}})
     write_rollouts_page(folder.path / ROLLOUTS_FILE, title=run.name)
     write_report(folder.path, summary=rl_report(run, summary, folder.device))
     folder.finish(summary)
@@ -101,28 +98,27 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
 
 
 class _Training:
-    """Trainer and engine of one run."""
+    """The trainer of one run, and what it does with rollouts."""
 
-    def __init__(self, folder: RunFolder[RLRun], run: RLRun, callback: RunCallback) -> None:
+    def __init__(
+        self,
+        folder: RunFolder[RLRun],
+        run: RLRun,
+        callback: RunCallback,
+        rollouts: RolloutsByTurns | RolloutsAhead,
+    ) -> None:
         self.folder, self.run, self.callback = folder, run, callback
         callback.stage(f"Reading {run.model}")
         self.model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
+        apply_precision(self.model, run.training.precision)
         self._played = self.model if run.lora is None else shared_model(self.model)
         """The model that plays: in the same memory, or with merged copies of adapted weights."""
+        self._published = None if run.lora is None else merged_copies(self._played, self.model)
         self._merged: int | None = None  # updates after which the copies were written
         self._reference = self._load_reference()
-        self._ahead: RolloutsAhead | None = None
-        if run.asynchronous.is_ahead:
-            self._ahead = RolloutsAhead(run, run.asynchronous, folder)
-            # Before each forward pass, and between steps of the engine of held-out tasks.
-            self.model.register_forward_pre_hook(self._ahead.share_processors)
-        self._player = RLPlayer(
-            run,
-            self._played,
-            folder=folder.path,
-            say=callback.stage,
-            on_step=None if self._ahead is None else self._ahead.share_processors,
-        )
+        self._rollouts = rollouts
+        if isinstance(rollouts, RolloutsAhead):
+            self.model.register_forward_pre_hook(rollouts.share_processors)
         self._alarms = Alarms(run.alarms, callback.stage)
         self._step = 0
         self._update = UpdateRollouts()
@@ -135,6 +131,7 @@ class _Training:
         if file.exists():
             return [from_record(RolloutRecord, r) for r in json.loads(file.read_text("utf-8"))]
         self.callback.stage("Playing held-out tasks before training")
+        self._publish(0)
         played = self.look(self.run.final_held_out_tasks, when=BEFORE_TRAINING)
         self._keep(played)
         write_json(file, played)
@@ -149,7 +146,7 @@ class _Training:
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        return self._player.look(num_tasks, when=when)
+        return self._rollouts.look(num_tasks, when=when, say=self.callback.stage)
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -166,26 +163,24 @@ class _Training:
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
             data_metrics=self._metrics,
         )
-        self._played.activation_dtype = self.model.activation_dtype  # the trainer has set it
         self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
-        with self._ahead or nullcontext():
-            self.folder.fit(trainer, self.callback)
-        self._renew_player(trainer.step)
+        self.folder.fit(trainer, self.callback)
+        self._publish(trainer.step)
 
     def save(self) -> None:
         """Write the result, with the tokenizer and template that it was trained with."""
-        player = self._player
+        tasks = self._rollouts.tasks
         if self.run.lora is not None:
             save_chat_adapter(
                 self.model,
                 self.run.lora,
-                player.tokenizer,
-                player.template,
+                tasks.tokenizer,
+                tasks.template,
                 self.folder.adapter,
                 base=self.run.model,
             )
-        save_chat_model(self._played, player.tokenizer, player.template, self.folder.model)
+        save_chat_model(self._played, tasks.tokenizer, tasks.template, self.folder.model)
 
     def _load_reference(self) -> LanguageModel | None:
         """The frozen model that the policy is held to, where the loss has a KL."""
@@ -197,12 +192,8 @@ class _Training:
 
     def _batches(self, step: int) -> Sequence[PolicyBatch]:
         run, self._step = self.run, step
-        self._renew(step)
-        if self._ahead is not None:
-            self._update = self._ahead.take(step, say=self.callback.stage)
-        else:
-            self._update = self._player.play(step)
-            check_rollouts(self._update.played, version=step, max_staleness=0)
+        self._publish(step)
+        self._update = self._rollouts.take(step, say=self.callback.stage)
         self._log_rollouts(
             step, groups=0 if step % run.log_rollouts_every_steps else _LOGGED_GROUPS
         )
@@ -228,23 +219,16 @@ class _Training:
             )
         return [self._with_reference(batch) for batch in batches]
 
-    def _renew(self, step: int) -> None:
-        """Have the engines take up the weights after so many updates, which are their version."""
-        self._renew_player(step)
-        if self._ahead is not None:
-            self._ahead.publish(self._played, step)
-
-    def _renew_player(self, step: int) -> None:
+    def _publish(self, step: int) -> None:
+        """Give the engines the weights after so many updates, which are their version."""
         if self._played is not self.model and step != self._merged:
             merge_into(self._played, self.model)
             self._merged = step
-        self._player.renew(step)
+        self._rollouts.publish(self._played, step, names=self._published)
 
     def _metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What there is to say of the rollouts of an update with these metrics."""
-        found = self._update.metrics()
-        if self._ahead is not None:
-            found |= self._ahead.metrics()
+        found = self._update.metrics() | self._rollouts.metrics()
         return found | self._alarms.check({**metrics, **found}, update=self._step + 1)
 
     @torch.inference_mode()
@@ -259,7 +243,7 @@ class _Training:
         return replace(batch, reference_logprobs=found)
 
     def _held_out_metrics(self, step: int) -> dict[str, float]:
-        self._renew(step)
+        self._publish(step)
         played = self.look(self.run.held_out_tasks, when=f"held-out tasks at step {step}")
         rewards = means_by_environment(played, lambda record: record.reward)
         return {f"eval/reward{'' if n == 'all' else '/' + n}": v for n, v in rewards.items()}

@@ -113,6 +113,9 @@ def tiny_sft() -> SFTRun:
             evaluate_every_steps=450,
             checkpoint_every_steps=450,
         ),
+        chat_style="tiny",
+        # Answers without reasoning, and with reasoning that a budget has cut.
+        reasoning=ReasoningControlConfig(strip_fraction=0.05, truncate_fraction=0.1),
         loss=SFTLossConfig(
             mtp_loss_scaling=0.0,
             stages=(NormalisationStage(normalisation="sequence"),),

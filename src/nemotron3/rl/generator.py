@@ -19,21 +19,26 @@ been played of it is dropped, so nothing is counted twice.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar, get_args
 
 from torch import nn
 
 from nemotron3.errors import ConfigError, DataError, Nemotron3Error
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.rl.groups import UpdateRollouts
+from nemotron3.rl.records import RolloutRecord
 from nemotron3.rl.weight_sync import PublishedWeights, check_rollouts
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+InFlightUpdates = Literal["recompute", "keep", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,34 +48,26 @@ class AsyncConfig:
     max_staleness: int = 0
     """Updates that the weights of a token may lie behind those that it trains: 0 has engine and
     trainer take turns; 1 is that of the reports (`max_trajectory_age_steps`)."""
-    in_flight_updates: Literal["recompute", "keep", "off"] = "recompute"
+    in_flight_updates: InFlightUpdates = "recompute"
     """What new weights do to answers that are being sampled. They compute the states anew, or keep
     them (the reports); "off" has them wait until an update's rollouts are complete."""
-    engine: Literal["thread", "process"] = "thread"
-    """Where the engine runs; in a process it does not share Python's lock with the trainer."""
     engine_threads: int | None = None
-    """Processors of the engine while both work, null for half of them; the trainer has the others.
-    Whoever works while the other one waits has all."""
-    max_restarts: int = 3
-    """How often a failed engine is replaced for one update."""
+    """Processors of all engines while they and the trainer work, null for half of them; the trainer
+    has the others. Whoever works while the other one waits has all."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_staleness", 0), ("engine_threads", 1), ("max_restarts", 0)):
+        for name, least in (("max_staleness", 0), ("engine_threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(
                     f"is {value}; it must be {least} or more", field=f"asynchronous.{name}"
                 )
-        for name, choices in (
-            ("in_flight_updates", ("recompute", "keep", "off")),
-            ("engine", ("thread", "process")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"is {getattr(self, name)!r}; it must be one of {', '.join(choices)}",
-                    field=f"asynchronous.{name}",
-                )
-
+        if self.in_flight_updates not in get_args(InFlightUpdates):
+            raise ConfigError(
+                f"is {self.in_flight_updates!r}; it must be one of "
+                f"{', '.join(get_args(InFlightUpdates))}",
+                field="asynchronous.in_flight_updates",
+            )
         if not self.is_ahead and any(
             getattr(self, field.name) != field.default for field in fields(self)
         ):
@@ -92,14 +89,26 @@ class AsyncConfig:
 
 
 class Player(Protocol):
-    """Plays the tasks of updates with an engine of its own."""
+    """Plays the tasks of updates with an engine of its own, or several."""
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines that it has replaced by itself."""
+        ...
 
     def play(self, step: int) -> UpdateRollouts:
         """The rollouts of the update that follows so many updates."""
         ...
 
-    def install(self, weights: PublishedWeights, *, running: RunningRequests) -> tuple[int, int]:
-        """Take up the newest weights; returns their version and the engine's own checksum."""
+    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
+        """A rollout of each of so many different held-out tasks of every environment."""
+        ...
+
+    def install(self, weights: PublishedWeights, *, running: RunningRequests) -> int:
+        """Take up the newest weights; returns their version.
+
+        Rollouts that are sampled with them have the engine's own checksum of them.
+        """
         ...
 
     def use_threads(self, count: int) -> None:
@@ -114,6 +123,14 @@ class Player(Protocol):
 MakePlayer = Callable[[Callable[[], None], Callable[[str], None]], Player]
 """Makes a player. The first function is to be called between steps of its engine, where weights may
 be replaced; what it raises ends the play. The second one takes messages for people."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Held-out tasks that the trainer waits for."""
+
+    num_tasks: int
+    when: str
 
 
 class _ClosedError(Exception):
@@ -132,6 +149,7 @@ class RolloutGenerator:
         first: int,
         last: int,
         threads: int = 1,
+        max_restarts: int = 3,
         on_played: Callable[[int, UpdateRollouts], None] = lambda *_: None,
     ) -> None:
         """`threads` are those of engine and trainer together.
@@ -139,18 +157,19 @@ class RolloutGenerator:
         `on_played` is called with what was played for an update, before it can be taken.
         """
         assert config.is_ahead, "without staleness there is nothing to play ahead"
-        self.num_restarts = 0
-        """Players that failed and were replaced."""
+        self._num_replaced = 0  # players, with the engines that they had replaced
+        self._max_restarts = max_restarts
         self._make_player, self._weights, self._config = make_player, weights, config
         self._first, self._last, self._on_played = first, last, on_played
         self._changed = threading.Condition()
         self._ready: dict[int, UpdateRollouts] = {}
+        self._look: _Look | None = None
+        self._looked: list[RolloutRecord] | None = None
         self._messages: deque[str] = deque()
         self._error: BaseException | None = None
         self._is_closing = self._is_installing = False
         self._player: Player | None = None
         self._installed = -1
-        self._checksums: dict[int, int] = {}
         self._trainer_waited_s = self._engine_waited_s = 0.0
         self._trainer_waits, self._engine_waits = True, False
         self._every, self._threads = threads, 0  # all, and those that the player was given
@@ -171,13 +190,9 @@ class RolloutGenerator:
         Raises what ended the generator, and DataError for rollouts of weights that are too old or
         that are not those of the trainer.
         """
+        assert self._first <= step < self._last
         start = time.perf_counter()
-        found, self._trainer_waits = None, True
-        while found is None:
-            found = self._next(step)
-            while self._messages:
-                say(self._messages.popleft())
-        self._trainer_waits = False
+        found = self._result(lambda: self._ready.pop(step, None), say)
         self._trainer_waited_s = time.perf_counter() - start
         check_rollouts(
             found.played,
@@ -187,19 +202,29 @@ class RolloutGenerator:
         )
         return found
 
+    def look(
+        self, num_tasks: int, *, when: str, say: Callable[[str], None] = lambda _: None
+    ) -> list[RolloutRecord]:
+        """Held-out tasks played with the newest weights, `Player.look`, between two updates."""
+        assert self._weights.version >= 0, "weights are published first"
+        with self._changed:
+            self._look, self._looked = _Look(num_tasks, when), None
+            self._changed.notify_all()
+        return self._result(lambda: self._looked, say)
+
     def trainer_threads(self) -> int:
         """Threads of the trainer at this moment: all of them where the engine has nothing to do."""
-        is_alone = self._engine_waits or not self._thread.is_alive()
-        return self._every if is_alone else self._config.threads(self._every)[1]
+        return self._every if self._engine_waits else self._config.threads(self._every)[1]
 
     def metrics(self) -> dict[str, float]:
-        """Waiting since the last update, in seconds, and restarts so far."""
+        """Waiting since the last update, in seconds, and engines replaced so far."""
         with self._changed:
             engine, self._engine_waited_s = self._engine_waited_s, 0.0
+            player, replaced = self._player, self._num_replaced
         return {
             "async/trainer_waited_s": self._trainer_waited_s,
             "async/engine_waited_s": engine,
-            "async/restarts": float(self.num_restarts),
+            "engines/restarts": float(replaced + (player.num_restarts if player else 0)),
         }
 
     def close(self) -> None:
@@ -209,28 +234,34 @@ class RolloutGenerator:
             self._changed.notify_all()
         self._thread.join()
 
-    def _next(self, step: int) -> UpdateRollouts | None:
-        """Wait for news: the rollouts of an update, or None for messages or nothing."""
-        with self._changed:
-            if not (step in self._ready or self._error or self._messages):
-                self._changed.wait()
-            if step in self._ready:
-                return self._ready.pop(step)
-            if self._error is not None:
-                raise self._error
-            assert self._thread.is_alive(), f"update {step} was taken before, or is none of ours"
-            return None
+    def _result(self, take: Callable[[], T | None], say: Callable[[str], None]) -> T:
+        """Wait until there is something to take, and pass on messages meanwhile."""
+        found, self._trainer_waits = None, True
+        while found is None:
+            with self._changed:
+                found = take()
+                if found is None and self._error is not None:
+                    raise self._error
+                if found is None and not self._messages:
+                    self._changed.wait()
+            while self._messages:
+                say(self._messages.popleft())
+        self._trainer_waits = False
+        return found
 
     def _work(self) -> None:
         """The generator's thread."""
         try:
             for step in range(self._first, self._last):
-                self._await_version(step - self._config.max_staleness)
-                played = self._play(step)
+                self._until_published(step - self._config.max_staleness)
+                played = self._played(
+                    f"the rollouts of update {step + 1}", lambda player, n=step: player.play(n)
+                )
                 self._on_played(step, played)
                 with self._changed:
                     self._ready[step] = played
                     self._changed.notify_all()
+            self._until_published(math.inf)
         except _ClosedError:
             pass
         except BaseException as error:  # noqa: BLE001 - it is raised in the trainer's thread
@@ -240,38 +271,49 @@ class RolloutGenerator:
         finally:
             self._end_player()
 
-    def _await_version(self, version: int) -> None:
+    def _until_published(self, version: float) -> None:
+        """Wait for the weights of a version; held-out tasks are played meanwhile, and first."""
+        while (look := self._next_look(version)) is not None:
+            looked = self._played(
+                look.when, lambda player, it=look: player.look(it.num_tasks, when=it.when)
+            )
+            with self._changed:
+                self._look, self._looked = None, looked
+                self._changed.notify_all()
+
+    def _next_look(self, version: float) -> _Look | None:
+        """What the trainer waits for; None where the weights of a version are published."""
         start = time.perf_counter()
         with self._changed:
-            while self._weights.version < max(version, 0) and not self._is_closing:
+            while self._weights.version < max(version, 0) and not (self._is_closing or self._look):
                 self._engine_waits = True
                 self._changed.wait()
             self._engine_waits = False
             self._engine_waited_s += time.perf_counter() - start
             if self._is_closing:
                 raise _ClosedError
+            return self._look
 
-    def _play(self, step: int) -> UpdateRollouts:
-        """All rollouts of an update, by as many players as that takes."""
-        for attempt in range(self._config.max_restarts + 1):
+    def _played(self, what: str, play: Callable[[Player], T]) -> T:
+        """What a player has played, after as many that failed as may be."""
+        for attempt in range(self._max_restarts + 1):
             try:
                 if self._player is None:
                     self._player = self._make_player(self._between_steps, self._say)
                 self._share_processors()
                 self._install("recompute")
-                return self._with_checksums(self._player.play(step))
+                return play(self._player)
             except (Nemotron3Error, _ClosedError):
                 raise
             except Exception as error:
-                _log.exception("the player of update %d failed", step + 1)
+                _log.exception("the player of %s failed", what)
                 self._end_player()
-                if attempt == self._config.max_restarts:
+                if attempt == self._max_restarts:
                     raise DataError(
-                        f"the rollouts of update {step + 1} failed {attempt + 1} times, at last "
-                        f"with {type(error).__name__}: {error}; the same command goes on from the "
-                        "last checkpoint"
+                        f"{what} failed {attempt + 1} times, at last with {type(error).__name__}: "
+                        f"{error}; the same command goes on from the last checkpoint"
                     ) from error
-                self.num_restarts += 1
+                self._num_replaced += 1
         raise AssertionError("the last attempt returns or raises")
 
     def _between_steps(self) -> None:
@@ -298,19 +340,14 @@ class RolloutGenerator:
             return
         self._is_installing = True  # a player may call `_between_steps` meanwhile
         try:
-            self._installed, checksum = self._player.install(self._weights, running=running)
+            self._installed = self._player.install(self._weights, running=running)
         finally:
             self._is_installing = False
-        self._checksums[self._installed] = checksum
-
-    def _with_checksums(self, played: UpdateRollouts) -> UpdateRollouts:
-        for rollout in played.played:
-            rollout.weight_checksums = {v: self._checksums[v] for v in rollout.versions}
-        oldest = self._installed - self._config.max_staleness
-        self._checksums = {v: c for v, c in self._checksums.items() if v >= oldest}
-        return played
 
     def _end_player(self) -> None:
-        if self._player is not None:
-            self._player.close()
-        self._player, self._installed, self._threads = None, -1, 0
+        with self._changed:
+            player, self._player = self._player, None
+            self._installed, self._threads = -1, 0
+            self._num_replaced += player.num_restarts if player else 0
+        if player is not None:
+            player.close()

@@ -10,7 +10,6 @@ trained on. Of an environment that raises in every rollout, `check_rewards` tell
 """
 
 import asyncio
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +30,14 @@ from nemotron3.errors import ConfigError
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import CompletionOutput, Prompt
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.rl.turns import turn_of
 from nemotron3.text import (
     AssistantMessage,
     ChatTemplate,
     Message,
     RenderedChat,
     Tokenizer,
-    ToolCall,
+    Tool,
     ToolMessage,
     UserMessage,
 )
@@ -53,8 +53,6 @@ class RolloutConfig:
     """Most tokens of a whole rollout, prompt included."""
     temperature: float = 1.0
     """Of the sampling; training assumes 1, and 0 takes the most probable tokens."""
-    lists_tools: bool = True
-    """Whether prompts describe the tools; a small model that was trained without knows them."""
     enable_thinking: bool = True
     """Whether turns begin with open reasoning."""
     reasoning_budget: int | None = None
@@ -167,6 +165,7 @@ class _Playing:
     """A rollout that goes on, with what it needs for that."""
 
     rollout: Rollout
+    tools: tuple[Tool, ...]
     environment: Environment
     session: Any
     seed: int
@@ -180,6 +179,7 @@ class _Task:
     row: Row
     group: int
     effort: str | None
+    tools: tuple[Tool, ...]
     prompt: RenderedChat
     ids: list[int]
 
@@ -214,32 +214,39 @@ class RolloutDriver:
         group_size: int = 1,
         seed: int = 0,
         effort_fraction: float = 0.0,
+        places: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """`group_size` rollouts of each task, in the order of the tasks.
 
         All turns of all rollouts are sampled together, as many at once as the engine holds. The
         same weights and `seed` give the same rollouts. A random share of the tasks,
-        `effort_fraction`, asks for little effort.
+        `effort_fraction`, asks for little effort. `places` are those of `rows` in a longer list of
+        which other engines play the rest: groups, seeds and efforts are then those of the list.
         """
+        places = range(len(rows)) if places is None else places
         chance = random.Random(f"effort {seed}")
-        efforts = [self._config.effort if chance.random() < effort_fraction else None for _ in rows]
-        tasks = [self._task(*each) for each in zip(rows, range(len(rows)), efforts, strict=True)]
-        wanted = [task for task in tasks for _ in range(group_size)]
+        little = [chance.random() < effort_fraction for _ in range(max(places, default=-1) + 1)]
+        wanted: dict[int, _Task] = {}
+        for row, place in zip(rows, places, strict=True):
+            task = self._task(row, place, self._config.effort if little[place] else None)
+            wanted |= dict.fromkeys(range(place * group_size, (place + 1) * group_size), task)
         return asyncio.run(self._play(wanted, seed=seed))
 
     def _task(self, row: Row, group: int, effort: str | None) -> _Task:
+        tools = tools_of(row)
         rendered = self._template.render(
             prompt_of(row),
-            tools=tools_of(row) if self._config.lists_tools else None,
+            tools=tools,
             enable_thinking=self._config.enable_thinking,
             truncate_history_thinking=False,
             effort=effort,
         )
-        return _Task(row, group, effort, rendered, rendered.tokens(self._tokenizer).ids)
+        ids = rendered.tokens(self._tokenizer).ids
+        return _Task(row, group, effort, tools, rendered, ids)
 
-    async def _play(self, wanted: Sequence[_Task], *, seed: int) -> list[Rollout]:
+    async def _play(self, wanted: Mapping[int, _Task], *, seed: int) -> list[Rollout]:
         finished: dict[int, Rollout] = {}
-        open_places = list(range(len(wanted)))
+        open_places = list(wanted)
         for attempt in range(1, self._config.max_attempts + 1):
             begun = await asyncio.gather(
                 *(
@@ -256,7 +263,7 @@ class RolloutDriver:
             open_places = [place for place in open_places if _failed(finished[place])]
             if not open_places:
                 break
-        return [finished[place] for place in range(len(wanted))]
+        return [finished[place] for place in wanted]
 
     async def _begin(self, task: _Task, *, seed: int, attempt: int) -> _Playing:
         environment = self._environments[environment_of(task.row)]
@@ -270,18 +277,19 @@ class RolloutDriver:
             attempts=attempt,
             effort=task.effort,
         )
-        playing = _Playing(rollout, environment, None, seed, None)
+        playing = _Playing(rollout, task.tools, environment, None, seed, None)
         try:
             playing.session = await environment.seed_session(task.row)
         except Exception as error:  # noqa: BLE001 - it may be anybody's code, as below
             failure = failure_of_error(error, environment, "seed_session")
             rollout.verification = Verification(failure=failure)
             return playing
-        playing.next_prompt = self._prompt(rollout, task.prompt)
+        playing.next_prompt = self._prompt(playing, task.prompt)
         return playing
 
-    def _prompt(self, rollout: Rollout, rendered: RenderedChat) -> Prompt | None:
+    def _prompt(self, playing: _Playing, rendered: RenderedChat) -> Prompt | None:
         """What the next turn continues; None where it would leave no room."""
+        rollout = playing.rollout
         if len(rollout.ids) >= self._config.max_context:
             rollout.is_cut = True
             return None
@@ -289,7 +297,7 @@ class RolloutDriver:
             ids=tuple(rollout.ids),
             is_chat=True,
             is_reasoning_open=rendered.is_reasoning_open,
-            tools=tools_of(rollout.row),
+            tools=playing.tools,
         )
 
     async def _until_ended(self, playing: Sequence[_Playing]) -> None:
@@ -350,7 +358,7 @@ class RolloutDriver:
                 FailureKind.GENERATION, output.error or str(output.failure)
             )
             return
-        turn = _turn_of(output)
+        turn = turn_of(output)
         rollout.turns.append(self._sampled_turn(playing, turn, output))
         _append_sampled(rollout, output)
         rollout.messages.append(turn)
@@ -382,7 +390,7 @@ class RolloutDriver:
         rollout.is_sampled += [False] * len(ids)
         rollout.logprobs += [0.0] * len(ids)
         rollout.weight_versions += [0] * len(ids)
-        playing.next_prompt = self._prompt(rollout, rendered)
+        playing.next_prompt = self._prompt(playing, rendered)
 
     def _sampled_turn(
         self, playing: _Playing, turn: AssistantMessage, output: CompletionOutput
@@ -390,12 +398,13 @@ class RolloutDriver:
         start, ids = len(playing.rollout.ids), output.token_ids
         opened = ids.count(self._tokenizer.think_start_id)
         closed = ids.count(self._tokenizer.think_end_id)
-        tools = tools_of(playing.rollout.row)
         return SampledTurn(
             start=start,
             end=start + len(ids),
             has_invalid_call=any(not call.is_complete for call in output.tool_calls)
-            or any(call_problem(tools, call.name, call.arguments) for call in turn.tool_calls),
+            or any(
+                call_problem(playing.tools, call.name, call.arguments) for call in turn.tool_calls
+            ),
             is_malformed=(opened, closed) != (0, int(self._config.enable_thinking)),
         )
 
@@ -458,26 +467,6 @@ def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
     rollout.weight_versions += output.weight_versions
     rollout.continues_old_states |= output.continues_old_states
     rollout.routes = output.routed_experts  # of the whole sequence, earlier turns too
-
-
-def _turn_of(output: CompletionOutput) -> AssistantMessage:
-    """The turn as verifiers and templates read it; a call that cannot be read has no arguments."""
-    return AssistantMessage(
-        content=output.content,
-        reasoning=output.reasoning or None,
-        tool_calls=tuple(
-            ToolCall(name=call.name, arguments=_arguments(call.arguments), id=f"call_{place}")
-            for place, call in enumerate(output.tool_calls)
-        ),
-    )
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
 
 def _failed(rollout: Rollout) -> bool:

@@ -21,6 +21,8 @@ from nemotron3.rl.rollouts import Rollout
 
 _KEPT_CHECKSUMS = 64
 """Versions whose checksums are remembered; rollouts of older ones are far too stale."""
+_ALIGNED = 64
+"""Bytes; every shared tensor begins at a multiple."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -79,15 +81,33 @@ class PublishedWeights:
 
 
 class SharedWeights:
-    """The same in memory that another process shares, which one of the two uses at a time."""
+    """The same in memory that processes share; none reads it while the trainer's writes.
 
-    def __init__(self, weights: PublishedWeights) -> None:
-        self.tensors = {
-            name: torch.empty_like(tensor, device="cpu").share_memory_()
-            for name, tensor in weights.tensors.items()
+    All tensors are in one block, so it takes one file descriptor, and it may be sent to a process
+    through a `multiprocessing` connection or as an argument.
+    """
+
+    def __init__(self, layout: Mapping[str, Tensor], block: Tensor | None = None) -> None:
+        """`layout` are tensors of the names, shapes and dtypes that are shared."""
+        places, end = dict[str, int](), 0
+        for name, tensor in layout.items():
+            places[name] = end
+            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        self._block = (
+            torch.empty(end, dtype=torch.uint8).share_memory_() if block is None else block
+        )
+        self.tensors: dict[str, Tensor] = {
+            name: self._block[start : start + layout[name].nbytes]
+            .view(layout[name].dtype)
+            .view(layout[name].shape)
+            for name, start in places.items()
         }
         self.version = -1
         """Of what `tensors` contain."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        layout = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        return SharedWeights, (layout, self._block), {"version": self.version}
 
     def copy(self, weights: PublishedWeights) -> int:
         """Copy the newest weights there; returns their version."""

@@ -6,19 +6,17 @@ on neither: only the rounding of products does.
 """
 
 import logging
-import multiprocessing
 import pickle
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
 
 from nemotron3.errors import Nemotron3Error
 from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.runtime.processes import END_S, end, spawn
 from nemotron3.training.trainer import StepReport
 
 _log = logging.getLogger(__name__)
@@ -28,9 +26,6 @@ Execute = Callable[[str, RunCallback], R]
 """Carries out the cell of this name, and tells the callback how it goes on."""
 Prepare = Callable[[], Execute[R]]
 """What a process does before its first cell; with several jobs it has to be picklable."""
-
-_END_S = 5.0
-"""How long a process that was told to end has for it."""
 
 
 def executed(
@@ -66,19 +61,8 @@ class _Worker:
     """A process that executes one cell after another."""
 
     def __init__(self, prepare: Prepare[Any], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")  # threads of PyTorch do not outlive a fork
-        self.socket, theirs = context.Pipe()
         self.cell: str | None = None
-        self._process: BaseProcess = context.Process(
-            target=_serve, args=(theirs, prepare, threads), name="cells"
-        )
-        # Ctrl-C is for the parent, which ends this; also while Python starts there.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+        self._process, self.socket = spawn(_serve, prepare, threads, name="cells")
 
     def begin(self, cell: str) -> None:
         """Have it execute a cell."""
@@ -90,7 +74,7 @@ class _Worker:
         try:
             return pickle.loads(self.socket.recv_bytes())
         except (EOFError, ConnectionError):
-            self._process.join(_END_S)
+            self._process.join(END_S)
             raise Nemotron3Error(
                 f"the process that executed the cell {self.cell} was ended from outside (exit code "
                 f"{self._process.exitcode}; -9 is most often a lack of memory, for which --jobs 1 "
@@ -100,11 +84,7 @@ class _Worker:
     def end(self) -> None:
         """End the process, in the middle of a cell if need be: the cell goes on the next time."""
         self.socket.close()
-        self._process.terminate()
-        self._process.join(_END_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        end(self._process)
 
 
 def _results(
@@ -160,7 +140,6 @@ class _Reports(RunCallback):
 
 def _serve(socket: Connection, prepare: Prepare[Any], threads: int) -> None:
     """What the process does, until the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
         reports, execute = _Reports(socket), None

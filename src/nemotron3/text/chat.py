@@ -167,7 +167,8 @@ class ChatTemplate:
         Raises `DataError` for an invalid message, naming its place.
         """
         said = parse_messages(messages)
-        listed = parse_tools(tools)
+        known = parse_tools(tools)
+        listed = known if self.style.lists_tools else ()
         hint = self.style.hint(effort=effort, budget=budget_hint)
         first = said[0].content if said and isinstance(said[0], SystemMessage) else ""
         turns = said[1:] if said and isinstance(said[0], SystemMessage) else said

@@ -9,6 +9,10 @@ space around the reasoning and in the hints that a request may append to the las
 | super     | `\n</think>\n`      | effort low                                                  |
 | ultra     | `</think>`          | effort medium                                               |
 | lightning | `</think>`          | none                                                        |
+| tiny      | `\n</think>\n`      | none                                                        |
+
+`tiny` is that of the models which `make run` trains: they know their tools by heart, and a prompt
+does not describe them, which would take twice the tokens of the longest of their chats.
 
 Sources: the released Nano template, NVIDIA-NeMo/Nemotron `data_prep/templates/nano3.jinja` and
 `lightning35.jinja`; the Super hint from the deployment notes of its providers.
@@ -26,12 +30,14 @@ class ChatStyle:
     """The differences between the releases' templates.
 
     `efforts` maps an effort to the text of its hint. `budget_hint` is the text of the hint for a
-    token budget, with `{}` for the number; it informs the model and enforces nothing.
+    token budget, with `{}` for the number; it informs the model and enforces nothing. `lists_tools`
+    says whether a prompt describes the tools that a request offers.
     """
 
     name: str
     reasoning_end: str = "\n</think>\n"
     strips_content_before_calls: bool = True
+    lists_tools: bool = True
     efforts: Mapping[str, str] = field(default_factory=dict[str, str])
     budget_hint: str | None = None
 
@@ -70,13 +76,14 @@ CHAT_STYLES: dict[str, ChatStyle] = {
             efforts={"medium": "{reasoning effort: efficient}"},
         ),
         ChatStyle(name="lightning", reasoning_end="</think>", strips_content_before_calls=False),
+        ChatStyle(name="tiny", lists_tools=False),
     )
 }
-"""The styles of the published models, by name."""
+"""The styles of the published models and of the tiny ones, by name."""
 
 
 def chat_style(name: str) -> ChatStyle:
-    """A published style by its name. Raises ConfigError for an unknown one."""
+    """A style by its name. Raises ConfigError for an unknown one."""
     if name not in CHAT_STYLES:
         raise ConfigError(f"chat style {name!r} is unknown; known: {', '.join(CHAT_STYLES)}")
     return CHAT_STYLES[name]

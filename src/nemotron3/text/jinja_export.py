@@ -136,6 +136,16 @@ _MACROS = """\
 {%- endmacro -%}
 """
 
+_TOOLS = """\
+{%- if tools is defined and tools -%}
+    {{- ('\\n\\n' if first else '') ~ @HEADING@ -}}
+    {%- for tool in tools -%}
+        {{- describe(tool.function if tool.function is defined else tool) -}}
+    {%- endfor -%}
+    {{- @INSTRUCTIONS@ -}}
+{%- endif -%}
+"""
+
 _TURNS = """\
 {%- set first = '' -%}
 {%- set turns = messages -%}
@@ -147,14 +157,7 @@ _TURNS = """\
     {%- if message.role == 'user' -%}{%- set state.last_user = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
 {{- '<|im_start|>system\\n' ~ first -}}
-{%- if tools is defined and tools -%}
-    {{- ('\\n\\n' if first else '') ~ @HEADING@ -}}
-    {%- for tool in tools -%}
-        {{- describe(tool.function if tool.function is defined else tool) -}}
-    {%- endfor -%}
-    {{- @INSTRUCTIONS@ -}}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
+@TOOLS@{{- '<|im_end|>\\n' -}}
 {%- for message in turns -%}
     {%- if state.in_tools and message.role != 'tool' -%}
         {%- set state.in_tools = false -%}
@@ -199,11 +202,12 @@ def jinja_source(style: ChatStyle) -> str:
         GLUE=_literal(glue),
         CUT_ANSWER="(answer | trim)" if style.strips_content_before_calls else "answer",
     )
-    turns = _fill(
-        _TURNS,
+    tools = _fill(
+        _TOOLS,
         HEADING=_literal(tool_listing.HEADING),
         INSTRUCTIONS=_literal(tool_listing.INSTRUCTIONS),
     )
+    turns = _fill(_TURNS, TOOLS=tools if style.lists_tools else "")
     return _fill(_HEAD, NAME=style.name) + "".join(hints) + macros + turns
 
 

@@ -102,6 +102,14 @@ class ReasoningSplitter:
         return self._state is _State.PERHAPS_CALL or bool(self._unread)
 
     @property
+    def is_steady(self) -> bool:
+        """Whether the section, and the white space that it drops, are the same for all text until
+        the next special token."""
+        if self._tags_in_text or self._state is _State.PERHAPS_CALL:
+            return False
+        return self.is_reasoning_open or self._has_answer or not self._strips_answer
+
+    @property
     def reasoning(self) -> str:
         """All reasoning so far."""
         return "".join(self._reasoning)

@@ -47,8 +47,8 @@ class ResponseParser:
     Tags are recognised by their ids; if the vocabulary lacks one of them, by their characters.
     Without `tools` there are no calls. `num_reasoning_tokens` counts the ids that the model
     generated between the tags of its reasoning, without the tags, the start of a call that ends it,
-    and forced ids. `num_content_tokens` counts the ids of the content, without calls and without
-    white space that is dropped.
+    and forced ids. `content_places` has the places, among all ids of the answer, of those of the
+    content, without calls and without white space that is dropped.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class ResponseParser:
         in_text = None in ids
         ids |= {tokenizer.token_to_id(tag): tag for tag in CALL_TAGS}
         self._tags: dict[int | None, str] = {} if in_text else ids
-        self._hidden = tokenizer.special_ids - set(ids)
+        self._special = tokenizer.special_ids
+        self._shown = ids.keys()
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._splitter = ReasoningSplitter(
             is_open=is_reasoning_open,
@@ -75,38 +76,76 @@ class ResponseParser:
         )
         self._calls = ToolCallParser(tools, tags_in_text=in_text) if tools else None
         self._content: list[str] = []
-        self.num_reasoning_tokens = self.num_content_tokens = 0
+        self.num_ids = 0
+        """Ids so far."""
+        self.num_reasoning_tokens = 0
+        self.content_places: list[int] = []
         self._num_undecided = 0
 
     def push(self, ids: Iterable[int], *, is_forced: bool = False) -> list[ResponseDelta]:
         """Add generated ids; returns the parts that are certain.
 
-        Forced ids (`is_forced`) are parsed like others, but not counted as reasoning.
+        Forced ids (`is_forced`) are parsed like others, but not counted as reasoning. Ids may come
+        one by one or many at once; only the number of parts differs.
         """
         deltas: list[ResponseDelta] = []
-        for token_id in ids:
-            was_open = self._splitter.is_reasoning_open
-            tag = self._tags.get(token_id)
-            if was_open and tag in CALL_TAGS:  # they are text inside the reasoning
-                tag = None
-            if token_id in self._hidden:
-                spans = []
-            elif tag is None:
-                text = self._detokenizer.push([token_id])
-                spans = self._splitter.push(text)
-                self.num_content_tokens += not was_open and self._is_content(text, spans)
+        ids, start = list(ids), 0
+        while start < len(ids):
+            token_id = ids[start]
+            end = start + 1
+            if self._is_text(token_id) and self._is_steady:
+                while end < len(ids) and self._is_text(ids[end]):
+                    end += 1
+                deltas += self._push_text_ids(ids[start:end], is_forced=is_forced)
             else:
-                spans = self._splitter.push(self._detokenizer.finish())
-                shown = self._splitter.push_tag(tag)
-                self.num_content_tokens += any(map(self._is_shown, shown))
-                spans += shown
-            if was_open:
-                is_nothing = tag is not None and not spans  # a tag that repeats the prompt's
-                self._count_reasoning(int(not is_forced and not is_nothing), tag)
-            deltas += self._read(spans)
+                deltas += self._push_one(token_id, is_forced=is_forced)
+            start = end
         return deltas
 
-    def _count_reasoning(self, one: int, tag: str | None) -> None:
+    def _is_text(self, token_id: int) -> bool:
+        return token_id not in self._special and token_id not in self._tags
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether the ids up to the next special one are all counted as the same."""
+        has_open_call = self._calls is not None and self._calls.is_open
+        return self._splitter.is_steady and not has_open_call
+
+    def _push_text_ids(self, ids: Sequence[int], *, is_forced: bool) -> list[ResponseDelta]:
+        """Add ids of text, of which all are reasoning or all are content."""
+        spans = self._splitter.push(self._detokenizer.push(ids))
+        if self._splitter.is_reasoning_open:
+            self._count_reasoning(0 if is_forced else len(ids), None)
+        else:
+            self.content_places += range(self.num_ids, self.num_ids + len(ids))
+        self.num_ids += len(ids)
+        return self._read(spans)
+
+    def _push_one(self, token_id: int, *, is_forced: bool) -> list[ResponseDelta]:
+        was_open, is_content = self._splitter.is_reasoning_open, False
+        tag = self._tags.get(token_id)
+        if was_open and tag in CALL_TAGS:  # they are text inside the reasoning
+            tag = None
+        if token_id in self._special and token_id not in self._shown:
+            spans = []
+        elif tag is None:
+            text = self._detokenizer.push([token_id])
+            spans = self._splitter.push(text)
+            is_content = not was_open and self._is_content(text, spans)
+        else:
+            spans = self._splitter.push(self._detokenizer.finish())
+            shown = self._splitter.push_tag(tag)
+            is_content = any(map(self._is_shown, shown))
+            spans += shown
+        if is_content:
+            self.content_places.append(self.num_ids)
+        if was_open:
+            is_nothing = tag is not None and not spans  # a tag that repeats the prompt's
+            self._count_reasoning(int(not is_forced and not is_nothing), tag)
+        self.num_ids += 1
+        return self._read(spans)
+
+    def _count_reasoning(self, count: int, tag: str | None) -> None:
         """Count tokens while the reasoning is open, once they are known to be part of it."""
         if tag is not None:  # the tokens before it were not the start of a call
             self._decide()
@@ -116,7 +155,7 @@ class ResponseParser:
             self._num_undecided += 1
         else:
             self._decide()
-            self.num_reasoning_tokens += one
+            self.num_reasoning_tokens += count
 
     def _decide(self) -> None:
         self.num_reasoning_tokens += self._num_undecided
@@ -137,8 +176,8 @@ class ResponseParser:
         self._detokenizer.finish()
         is_reasoning = self._splitter.is_reasoning_open
         spans = self._splitter.push(text)
-        if text and not is_reasoning:
-            self.num_content_tokens += self._is_content(text, spans)
+        if text and not is_reasoning and self._is_content(text, spans):
+            self.content_places.append(self.num_ids)
         return self._read(spans)
 
     def finish(self) -> list[ResponseDelta]:

@@ -43,7 +43,7 @@ def held(cache, slot):
     """All tensors of a slot, in order."""
     layers = [layer for layer in cache.layers if layer is not None]
     rows = [part for layer in layers for part in layer.copy(slot)]
-    places = cache.table.positions(slot, 0, cache.lengths[slot])
+    places = cache.table.places(torch.tensor(slot), torch.arange(cache.lengths[slot]))
     return rows + [
         entries.flatten(0, 1)[places].double() for layer in layers for entries in layer.pages
     ]

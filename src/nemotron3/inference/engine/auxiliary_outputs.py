@@ -5,6 +5,7 @@ are dropped with the state and collected again (`Sequence.begin`).
 """
 
 from collections.abc import Sequence as Many
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -58,18 +59,20 @@ def answer_logprobs(
     for row, sequence in enumerate(sequences):
         if (top := sequence.request.params.logprobs) is not None:
             by_top.setdefault(top, []).append(row)
-    steps = logits.shape[1]
+    steps, flat = logits.shape[1], logits.flatten(0, 1)
     for top, rows in by_top.items():
-        places = [(row, step) for row in rows for step in range(len(accepted[row]))]
+        tokens = [token for row in rows for token in accepted[row]]
+        places = [row * steps + step for row in rows for step in range(len(accepted[row]))]
+        scores: list[TokenLogprob] = []
         for first in range(0, len(places), _LOGIT_ROWS):
-            part = places[first : first + _LOGIT_ROWS]
-            at = torch.tensor([row * steps + step for row, step in part], device=logits.device)
-            tokens = [accepted[row][step] for row, step in part]
-            scores = token_logprobs(
-                logits.flatten(0, 1)[at], tokens, top, weight_version=weight_version
+            part = slice(first, first + _LOGIT_ROWS)
+            at = torch.tensor(places[part], device=logits.device)
+            scores += token_logprobs(
+                flat.index_select(0, at), tokens[part], top, weight_version=weight_version
             )
-            for (row, _), score in zip(part, scores, strict=True):
-                found[row].append(score)
+        each = iter(scores)
+        for row in rows:
+            found[row] = list(islice(each, len(accepted[row])))
     return found
 
 

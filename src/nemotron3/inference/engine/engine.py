@@ -44,7 +44,7 @@ from nemotron3.inference.model_runner.weights import (
     next_version,
     prepared_weights,
 )
-from nemotron3.inference.requests import FinishReason, PromptReport, TokenDelta, TokenLogprob
+from nemotron3.inference.requests import FinishReason, TokenDelta, TokenLogprob
 from nemotron3.inference.sampling.sampler import TokenChooser, choose
 from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.models.cache.hybrid_cache import HybridCache
@@ -162,13 +162,22 @@ class Engine:
         for sequence in list(self._requests.get(request_id, ())):
             self._end(sequence, FinishReason.ABORT)
             deltas.append(
-                TokenDelta(request_id, sequence.index, (), finish_reason=FinishReason.ABORT)
+                TokenDelta(
+                    request_id,
+                    sequence.index,
+                    tuple(sequence.unsent),
+                    tuple(sequence.unsent_logprobs),
+                    finish_reason=FinishReason.ABORT,
+                    weight_version=sequence.unsent_version,
+                    continues_old_states=sequence.unsent_is_stale,
+                )
             )
         return deltas
 
     @torch.inference_mode()
     def step(self) -> list[TokenDelta]:
-        """Execute one step; returns the new tokens."""
+        """Execute one step; returns the new tokens, except those of requests that nobody streams:
+        they come when an answer begins, when it ends, and when the weights have changed."""
         if self._is_half_written:
             raise CheckpointError(
                 "the model's weights are half written: update_weights failed while it wrote; call "
@@ -372,17 +381,19 @@ class Engine:
         experts = [r.flatten(0, 1) for r in routes]
         record_routes(sequences, counts, experts, window=hidden.shape[1])
         start = time.perf_counter()
-        after, count = None, self._draft_length.choose(len(self.scheduler.decoding))
-        if self._drafter is not None and count:
-            after = self._drafter.advance(sequences, accepted, hidden)
-        elif self._drafter is not None:
-            self._drafter.defer(sequences, accepted, hidden)
+        after, count = None, 0
+        if self._drafter is not None:
+            count = self._draft_length.choose(len(self.scheduler.decoding))
+            if count:
+                after = self._drafter.advance(sequences, accepted, hidden)
+            else:
+                self._drafter.defer(sequences, accepted, hidden)
         deltas: list[TokenDelta] = []
         num_accepted = [max(len(new_tokens) - 1, 0) for new_tokens in accepted]
         open_rows: list[int] = []
         scores = answer_logprobs(sequences, accepted, logits, weight_version=self.weight_version)
         for row, (sequence, new_tokens) in enumerate(zip(sequences, accepted, strict=True)):
-            deltas.append(self._append(sequence, new_tokens, num_accepted[row], scores[row]))
+            deltas += self._append(sequence, new_tokens, num_accepted[row], scores[row])
             if sequence.finish_reason is None:
                 open_rows.append(row)
         if after is not None and open_rows:
@@ -410,54 +421,46 @@ class Engine:
         new_tokens: Many[int],
         num_accepted: int,
         scores: Many[TokenLogprob],
-    ) -> TokenDelta:
-        """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts."""
-        taken: list[int] = []
-        reason = FinishReason.ERROR if sequence.chooser.error is not None else None
-        stop_token = None
+    ) -> list[TokenDelta]:
+        """Append tokens to an answer up to its end; the first `num_accepted` of them are drafts.
+
+        Returns the deltas that are due: none while nobody reads the tokens of this answer.
+        """
+        request, chooser, stop = sequence.request, sequence.chooser, sequence.stop
+        reason = FinishReason.ERROR if chooser.error is not None else None
+        stop_token, taken = None, 0
         room = sequence.max_tokens - sequence.num_generated
         for token in new_tokens:
-            sequence.tokens.append(token)
-            taken.append(token)
-            if token in sequence.chooser.stop_ids:
+            taken += 1
+            if token in chooser.stop_ids:
                 reason, stop_token = FinishReason.STOP, token
-            elif sequence.stop is not None and sequence.stop.ends_at(token):
+            elif stop is not None and stop.ends_at(token):
                 reason = FinishReason.STOP
-            elif len(taken) >= room:
+            elif taken >= room:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 break
-        self._count(sequence, len(taken), accepted=min(num_accepted, len(taken)))
-        report = None
-        if not sequence.is_reported:
-            sequence.is_reported = True
-            report = PromptReport(
-                num_cached_tokens=sequence.num_cached_tokens,
-                logprobs=tuple(sequence.prompt_logprobs),
-            )
+        deltas: list[TokenDelta] = []
+        if sequence.unsent and sequence.unsent_version != self.weight_version:
+            deltas.append(sequence.take_delta())
+        new_tokens = new_tokens if taken == len(new_tokens) else new_tokens[:taken]
+        sequence.tokens += new_tokens
+        sequence.unsent += new_tokens
+        sequence.unsent_logprobs += scores if taken == len(scores) else scores[:taken]
+        sequence.unsent_version = self.weight_version
+        sequence.unsent_is_stale |= sequence.is_stale
+        self._stats.generated_tokens += taken
+        if sequence.drafts:
+            self._count_drafts(sequence, accepted=min(num_accepted, taken))
         if reason is not None:
             self._end(sequence, reason)
-        return TokenDelta(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            tokens=tuple(taken),
-            logprobs=tuple(scores[: len(taken)]),
-            finish_reason=reason,
-            stop_token=stop_token,
-            prompt=report,
-            error=sequence.chooser.error,
-            failure=sequence.chooser.failure,
-            num_drafted=sequence.num_drafted,
-            num_accepted=sequence.num_accepted,
-            weight_version=self.weight_version,
-            continues_old_states=sequence.is_stale,
-            routed_experts=None if reason is None else sequence.routed_experts(),
-        )
+        if request.is_streamed or reason is not None or not sequence.is_reported:
+            deltas.append(sequence.take_delta(reason, stop_token))
+        return deltas
 
-    def _count(self, sequence: Sequence, taken: int, *, accepted: int) -> None:
+    def _count_drafts(self, sequence: Sequence, *, accepted: int) -> None:
         sequence.num_drafted += len(sequence.drafts)
         sequence.num_accepted += accepted
-        self._stats.generated_tokens += taken
         self._stats.drafted_tokens += len(sequence.drafts)
         self._stats.accepted_tokens += accepted
         sequence.drafts = []

@@ -88,6 +88,8 @@ class ModelRunner:
         # a decoding step are still needed.
         self._graphs = GraphCache(cache, make_pool(cache.device))
         self._draft_graphs = GraphCache(cache, make_pool(cache.device))
+        self._seen: set[tuple[int, int]] = set()
+        """Rows and length of short prefills that were called once without a graph."""
         self._last_shape: _Shape | None = None
         self._num_alike = 0  # steps of that shape, one after another
 
@@ -112,11 +114,24 @@ class ModelRunner:
             if output_indices is None
             else torch.tensor(output_indices, dtype=torch.int64, device=device)
         )
-        records = self._graphs.is_supported and not self._graphs.pads_batch
-        if records and self.cache.takes_steps(layout):
+        if self.cache.takes_steps(layout) and self._records_prefill(layout):
             out = self._prefill_step(tokens, layout)
             return out if at is None else PrefillOutput(out.hidden[at])
         return PrefillOutput(*self._forward(self._embed(tokens), layout, output_indices=at))
+
+    def _records_prefill(self, layout: SequenceLayout) -> bool:
+        """Whether a short prefill is called by a graph: from the second call of its shape on.
+
+        Batches of short chunks have many shapes, and to record one takes as long as some calls.
+        """
+        if not self._graphs.is_supported or self._graphs.pads_batch:
+            return False
+        rows, length = len(layout.segments), layout.segments.max_length
+        if self._graphs.has(("prefill", rows, length)):
+            return True
+        has_come = (rows, length) in self._seen
+        (self._seen.discard if has_come else self._seen.add)((rows, length))
+        return has_come
 
     def decode(
         self,

@@ -31,6 +31,10 @@ class Draw(NamedTuple):
     min_p: float = 0.0
 
 
+_UNCHANGED = Draw(key=0, temperature=1.0)[1:]
+"""The fields of a draw from the softmax of the logits as they are."""
+
+
 def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Tensor, " rows"]:
     """One token per row; -1 where the logits are NaN or all minus infinity."""
     size = max(1, _BLOCK // logits.shape[1]) if logits.is_cpu else len(draws)
@@ -43,11 +47,16 @@ def draw(logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]) -> Int64[Te
 def truncate(
     logits: Float[Tensor, "rows vocab"], draws: Sequence[Draw]
 ) -> Float[Tensor, "rows vocab"]:
-    """Logits divided by temperature, and minus infinity for the tokens that are removed."""
+    """Logits divided by temperature, and minus infinity for the tokens that are removed.
+
+    The result may be `logits` itself.
+    """
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
+    if all(row[1:] == _UNCHANGED for row in draws):
+        return logits
     kept = logits / column([row.temperature for row in draws])
     if any(row.min_p for row in draws):
         floor = kept.amax(-1, keepdim=True) + column([row.min_p for row in draws]).log()

@@ -5,6 +5,7 @@ priority over `min_tokens`: if a grammar allows only end tokens, the answer ends
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +27,8 @@ class LogitRules:
         vocab_size: int,
     ) -> None:
         self._params = params
-        self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64)
+        masked = sorted(stop_ids) if params.min_tokens else []
+        self._stop_ids = torch.tensor(masked, dtype=torch.int64)
         for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", stop_ids)):
             for token in tokens:
                 if not 0 <= token < vocab_size:
@@ -42,14 +44,16 @@ class LogitRules:
         self._counts = None
         if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1:
             self._counts = torch.zeros(vocab_size)
-        self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
+        self._in_prompt = None
         if params.repetition_penalty != 1:
+            self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
             self._in_prompt[torch.tensor(prompt, dtype=torch.int64)] = True
-        self._always = self._bias is not None or self._counts is not None
+        always = self._bias is not None or self._counts is not None
+        self._applies_before = inf if always else params.min_tokens if masked else 0
 
     def apply_at(self, position: int) -> bool:
         """Whether the logits at this position of the answer are changed."""
-        return self._always or (position < self._params.min_tokens and len(self._stop_ids) > 0)
+        return position < self._applies_before
 
     def apply(
         self,
@@ -87,7 +91,7 @@ class LogitRules:
             counts = counts.clone()
             for token in drafts:
                 counts[token] += 1
-        if params.repetition_penalty != 1:
+        if self._in_prompt is not None:
             penalty = params.repetition_penalty
             seen = self._in_prompt | (counts > 0)
             row = torch.where(seen, torch.where(row > 0, row / penalty, row * penalty), row)
@@ -97,6 +101,6 @@ class LogitRules:
     def _move_to(self, device: torch.device) -> None:
         if self._stop_ids.device != device:
             self._stop_ids = self._stop_ids.to(device)
-            self._in_prompt = self._in_prompt.to(device)
+            self._in_prompt = self._in_prompt.to(device) if self._in_prompt is not None else None
             self._bias = self._bias.to(device) if self._bias is not None else None
             self._counts = self._counts.to(device) if self._counts is not None else None

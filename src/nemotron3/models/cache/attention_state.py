@@ -34,43 +34,32 @@ class AttentionState(LayerState):
 
     def write(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> None:
         """Store the call's keys and values."""
-        lengths = layout.segments.lengths
-        at = _joined(
-            [
-                self.table.positions(slot, old, old + new)
-                for slot, old, new in zip(layout.slots, layout.cached_lengths, lengths, strict=True)
-            ]
-        )
+        device = k.device
+        of_slot = layout.slot_index(device)[layout.segments.ids(device)]
+        at = self.table.places(of_slot, layout.positions(device))
         for pool, new, scale in ((self.keys, k, self.scales[0]), (self.values, v, self.scales[1])):
             pool.flatten(0, 1)[at] = self._quantized(new.detach(), scale)
 
     def extend(self, layout: SequenceLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the call's keys and values; returns those of the whole sequences, packed."""
         self.write(layout, k, v)
-        scale_k, scale_v = self.scales
-        return (
-            self._gathered_kv(layout, self.keys, k, scale_k),
-            self._gathered_kv(layout, self.values, v, scale_v),
-        )
-
-    def _gathered_kv(
-        self, layout: SequenceLayout, pool: Tensor, new: Tensor, scale: float
-    ) -> Tensor:
-        """Stored keys or values of the whole sequences, packed; `new` are those of this call."""
-        is_narrow = pool.dtype != new.dtype
+        is_narrow = self.keys.dtype != k.dtype
         if not is_narrow and not any(layout.cached_lengths):
-            return new
-        flat, parts = pool.flatten(0, 1), []
-        news = new.split(layout.segments.lengths)
-        for slot, old, last in zip(layout.slots, layout.cached_lengths, news, strict=True):
+            return k, v
+        whole, device = layout.keys, k.device
+        of_slot = layout.slot_index(device)[whole.ids(device)]
+        at = self.table.places(of_slot, whole.positions(device))
+        gathered: list[Tensor] = []
+        for pool, new, scale in ((self.keys, k, self.scales[0]), (self.values, v, self.scales[1])):
+            stored = pool.flatten(0, 1)[at]
             if is_narrow:
-                places = self.table.positions(slot, 0, old + len(last))
-                parts.append(flat[places].to(new.dtype) * scale)
-            elif old and not new.requires_grad:  # one copy of a long context instead of two
-                parts.append(flat[self.table.positions(slot, 0, old + len(last))])
-            else:
-                parts += [flat[self.table.positions(slot, 0, old)], last] if old else [last]
-        return _joined(parts)
+                stored = stored.to(new.dtype) * scale
+            elif new.requires_grad:  # what is stored has no gradients
+                starts = torch.tensor(whole.starts[:-1], device=device)
+                own = starts[layout.segments.ids(device)] + layout.positions(device)
+                stored = stored.index_copy(0, own, new)
+            gathered.append(stored)
+        return gathered[0], gathered[1]
 
     def attend(
         self,
@@ -100,7 +89,3 @@ class AttentionState(LayerState):
             most = torch.finfo(dtype).max
             x = (x / scale).clamp(-most, most)
         return x.to(dtype)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -124,10 +124,11 @@ class PageTable:
         self.rows[slot][place] = page
         self.tensor[slot, place] = page
 
-    def positions(self, slot: int, start: int, end: int) -> Tensor:
-        """Indices of tokens start to end - 1 in the pages flattened to one axis of tokens."""
-        at = torch.arange(start, end, device=self.tensor.device)
-        return self.tensor[slot, at // self.page_size] * self.page_size + at % self.page_size
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Indices of the tokens at these positions of these slots, in the pages flattened to one
+        axis of tokens; the two broadcast."""
+        pages = self.tensor[slots, positions // self.page_size]
+        return pages * self.page_size + positions % self.page_size
 
     def _write(self, slot: int, start: int) -> None:
         row = self.rows[slot]

@@ -8,6 +8,7 @@ from nemotron3.models.lora.adapter import (
     load_adapter,
     merge_adapter,
     merge_into,
+    merged_copies,
     shared_model,
     trained_tensors,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_into",
+    "merged_copies",
     "read_adapter",
     "shared_model",
     "trained_tensors",

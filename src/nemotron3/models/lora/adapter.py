@@ -202,3 +202,9 @@ def shared_model(model: LanguageModel, adapter: Adapter | None = None) -> Langua
         setattr(targets[name].module, targets[name].attribute, base)
     shared.activation_dtype, shared.companions = model.activation_dtype, model.companions
     return shared
+
+
+def merged_copies(shared: LanguageModel, model: LanguageModel) -> list[str]:
+    """Names of the tensors of a `shared_model` that it does not share with `model`."""
+    theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    return [name for name, t in shared.state_dict().items() if t.data_ptr() not in theirs]

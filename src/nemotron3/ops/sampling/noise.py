@@ -79,8 +79,8 @@ def _shift_right(word: Tensor, bits: int) -> Tensor:
 
 
 def _hash(word: int) -> int:
-    for shift, factor in zip(_SHIFTS[:2], _MIX, strict=True):
-        word = (word ^ word >> shift) * factor & _WORD
+    word = (word ^ word >> _SHIFTS[0]) * _MIX[0] & _WORD
+    word = (word ^ word >> _SHIFTS[1]) * _MIX[1] & _WORD
     return word ^ word >> _SHIFTS[2]
 
 
