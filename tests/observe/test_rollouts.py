@@ -23,7 +23,9 @@ def record(**changes):
         "messages": [PROMPT, turn],
         "reward": 1.0,
         "components": {"format": 1.0},
+        "shaping": None,
         "advantage": 0.5,
+        "penalties": [],
         "failure": None,
         "tokens": 7,
         "is_cut": False,
@@ -36,6 +38,24 @@ def test_a_rollout_shows_what_was_done_and_why_it_was_rewarded():
         assert text in page
     assert page.count("2+2?") == 1  # the prompt of a group stands once
     assert page.index("advantage +0.50") < page.index("advantage -0.50")  # the best first
+
+
+def test_what_shaping_did_stands_beside_the_reward_and_at_the_turn():
+    messages = [
+        PROMPT,
+        {"role": "assistant", "content": "first"},
+        {"role": "tool", "content": "error"},
+        {"role": "assistant", "content": "second"},
+    ]
+    penalty = {"turn": 0, "advantage": -5.0, "why": "a call that no tool takes"}
+    page = rollouts_page(
+        [record(messages=messages, penalties=[penalty], shaping="reward 0: no final answer")],
+        title="mine",
+    )
+    told = page.index("this turn: advantage -5, a call that no tool takes")
+    assert page.index("first") < told < page.index("error") < page.index("second")
+    assert "shaped: reward 0: no final answer" in page
+    assert 'class="penalty"' not in rollouts_page([record()], title="mine")
 
 
 def test_failures_have_no_reward():

@@ -25,7 +25,8 @@ _MOST_MOMENTS = 12
 
 Record = Mapping[str, Any]
 """`when` (a label such as "step 10"), `environment`, `prompt`, `messages` (OpenAI's, with the
-prompt's), `reward`, `components`, `advantage`, `failure`, `tokens`, `is_cut`."""
+prompt's), `reward`, `components`, `shaping`, `advantage`, `penalties` (objects with `turn`,
+`advantage`, `why`), `failure`, `tokens`, `is_cut`."""
 
 
 def write_rollouts_page(records_file: Path, *, title: str) -> Path | None:
@@ -131,8 +132,15 @@ def _prompt_of(record: Record) -> list[Any]:
 
 def _card(record: Record) -> str:
     answered = record["messages"][len(_prompt_of(record)) :]
-    body = "".join(_message(message) for message in answered) or "<p><em>nothing</em></p>"
-    return f'<div class="rollout">{_verdict(record)}{body}</div>'
+    penalties = {each["turn"]: each for each in record.get("penalties", ())}
+    body, turn = "", -1
+    for message in answered:
+        body += _message(message)
+        turn += message["role"] == "assistant"
+        if message["role"] == "assistant" and (penalty := penalties.get(turn)):
+            words = html.escape(f"this turn: advantage {penalty['advantage']:+g}, {penalty['why']}")
+            body += f'<p class="penalty">{words}</p>'
+    return f'<div class="rollout">{_verdict(record)}{body or "<p><em>nothing</em></p>"}</div>'
 
 
 def _verdict(record: Record) -> str:
@@ -148,7 +156,10 @@ def _verdict(record: Record) -> str:
     if record["is_cut"]:
         parts.append("cut off")
     words = html.escape(" · ".join(parts))
-    return f'<p class="verdict"><b class="{kind}">{reward:g}</b> {words}</p>'
+    verdict = f'<p class="verdict"><b class="{kind}">{reward:g}</b> {words}</p>'
+    if record.get("shaping"):
+        verdict += f'<p class="penalty">{html.escape("shaped: " + record["shaping"])}</p>'
+    return verdict
 
 
 def _message(message: Mapping[str, Any]) -> str:

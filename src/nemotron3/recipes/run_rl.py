@@ -263,7 +263,14 @@ class _Training:
                 first.append(prompt)
             if prompt in first or self._fails_anew(rollout):
                 advantage = advantages.get(id(rollout))
-                kept.append(rollout_record(rollout, when=f"step {step}", advantage=advantage))
+                kept.append(
+                    rollout_record(
+                        rollout,
+                        when=f"step {step}",
+                        advantage=advantage,
+                        shaping=self.run.shaping,
+                    )
+                )
         self._keep(kept)
 
     def _fails_anew(self, rollout: Rollout) -> bool:
