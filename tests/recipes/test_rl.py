@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemotron3 import LLM
 from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.cli.rl import failure_lines
+from nemotron3.environments import load_environment
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.lora import LoRAConfig, merge_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
@@ -22,9 +24,13 @@ from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
-from nemotron3.rl.rollouts import RolloutConfig
+from nemotron3.rl.records import AFTER_TRAINING
+from nemotron3.rl.rollouts import RolloutConfig, RolloutDriver
 from nemotron3.rl.sampling_plan import EnvironmentConfig
+from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer
 from tests.recipes.small_rl import LETTER, die_after, metrics_of, small
+from tests.rl.playground import save_policy
+from tests.tiny import randomized
 
 
 def test_rewards_grow(policy, letter, tmp_path):
@@ -98,6 +104,49 @@ def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
     for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         one, other = (tmp_path / name / "small" / part for name in ("cut", "whole"))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_rollouts_with_drafts_are_those_without(policy, letter, tmp_path):
+    """Their log-probabilities are those of training too."""
+    records = {}
+    for drafts in (0, 3):
+        rl(small(policy, letter, max_draft_tokens=drafts), runs=tmp_path / str(drafts))
+        folder = tmp_path / str(drafts) / "small"
+        logged = metrics_of(folder)
+        assert max(m["policy/logprob_error"] for m in logged.values()) < 1e-5
+        lines = (folder / "rollouts.jsonl").read_text().splitlines()
+        records[drafts] = [json.loads(line) for line in lines]
+    first = [
+        [r["messages"] for r in found if r["when"] != AFTER_TRAINING] for found in records.values()
+    ]
+    assert first[0] == first[1]
+
+
+def test_drafts_of_a_model_without_mtp_are_refused(letter, tmp_path):
+    plain = save_policy(tmp_path / "plain", pattern="ME*-E")
+    run = small(plain, letter, max_draft_tokens=2)
+    with pytest.raises(ConfigError, match=r"max_draft_tokens is 2, but .*plain has no multi-token"):
+        rl(run, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ConfigError, match="max_draft_tokens is -1"):
+        replace(run, max_draft_tokens=-1)
+
+
+def test_an_engine_of_a_run_drafts_as_many_as_it_is_told(policy, letter):
+    config = small(policy, letter, max_draft_tokens=2).engine_config()
+    assert (config.max_draft_tokens, config.adapts_drafts) == (2, False)
+    model = randomized(LanguageModel.from_pretrained(policy))
+    llm = LLM(model, tokenizer=Tokenizer.from_directory(policy), config=config)
+    environment = load_environment(letter)
+    driver = RolloutDriver(
+        llm,
+        Tokenizer.from_directory(policy),
+        ChatTemplate(CHAT_STYLES["nano"]),
+        {environment.name: environment},
+        RolloutConfig(max_tokens=12, max_context=96),
+    )
+    driver.play([environment.task(0)], group_size=4)
+    assert llm.stats().drafted_tokens > 0
 
 
 def test_many_environments_share_every_batch(policy, letter, tmp_path):

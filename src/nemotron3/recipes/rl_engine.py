@@ -10,6 +10,7 @@ from nemotron3.environments.rows import Row
 from nemotron3.errors import ConfigError
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
+from nemotron3.models.huggingface import read_config
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import apply_precision
 from nemotron3.ops.backends import recorded_backends
@@ -127,3 +128,13 @@ def run_environments(run: RLRun) -> dict[str, Environment]:
             )
         environments[environment.name] = environment
     return environments
+
+
+def check_drafts(run: RLRun) -> None:
+    """Raises ConfigError for drafts of a model that has no block to make them."""
+    if run.max_draft_tokens and not read_config(run.model).mtp_layers:
+        raise ConfigError(
+            f"is {run.max_draft_tokens}, but {run.model} has no multi-token-prediction block; set "
+            "it to 0",
+            field="max_draft_tokens",
+        )

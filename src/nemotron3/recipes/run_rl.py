@@ -35,6 +35,7 @@ from nemotron3.recipes.input_files import check_model_directory, model_files, re
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
+from nemotron3.recipes.rl_engine import check_drafts
 from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary, run_failures
 from nemotron3.recipes.rl_turns import RolloutsByTurns
 from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
@@ -68,6 +69,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         return finished
 
     check_model_directory(run.model)
+    check_drafts(run)
     own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
     rollouts = (RolloutsAhead if run.asynchronous.is_ahead else RolloutsByTurns)(run, folder)
