@@ -357,10 +357,32 @@ def test_info_of_training_says_what_does_not_fit(capsys):
     assert "does not fit into 80.0 GB: 505.2 GB are needed at least" in capsys.readouterr().out
     options = ["--lora-rank", "8", "--recompute", "--device-memory", "79.6GiB"]
     main(["info", "nano", "--training", "sft", *options])
+    assert capsys.readouterr().out.rstrip().endswith("fits into 85.5 GB")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [["sft"], ["sft", "--lora-rank", "64"], ["rl"], ["rl", "--activations", "float32"]]
+)
+def test_info_of_training_names_options_that_fit(capsys, options):
+    command = ["info", "nano", "--training", *options]
+    main([*command, "--json"])
+    remedy = json.loads(capsys.readouterr().out)["remedy"]
+    main(command)
+    assert f"it fits with {remedy['options']}" in capsys.readouterr().out
+    without = command[:-2] if "--lora-rank" in command else command
+    without = [word for word in without if word not in ("--activations", "float32")]
+    main([*without, *remedy["options"].split(), "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["total"] == remedy["total"] <= 80 * 10**9
+    assert record["remedy"] is None
+
+
+def test_info_of_training_has_no_options_where_nothing_fits(capsys):
+    main(["info", "nano", "--training", "sft", "--device-memory", "40GB"])
     page = capsys.readouterr().out
-    assert "does not fit into 85.5 GB" in page
-    assert "keeps frozen weights in float32. Kept in bfloat16" in page
-    assert page.rstrip().endswith("fits into 85.5 GB")
+    assert "does not fit into 40.0 GB" in page
+    assert "it fits with" not in page
 
 
 def test_info_of_a_directory(capsys, model_folder):

@@ -143,6 +143,20 @@ def test_python_blocks_compile_and_their_names_exist(page, block):
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+def test_the_memory_of_nano_is_what_its_commands_print(capsys):
+    page = (ROOT / "docs" / "post-training.md").read_text(encoding="utf-8")
+    section = page.partition("<!-- nano-80gb -->")[2].partition("<!-- /nano-80gb -->")[0]
+    (commands,), (shown,) = (
+        [match[2] for match in FENCE.finditer(section) if match[1] == language]
+        for language in ("bash", "text")
+    )
+    printed: list[str] = []
+    for line in commands.splitlines():
+        assert command_line.main(shlex.split(line)[1:]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "\n".join(printed) == shown
+
+
 def test_every_metric_is_explained():
     history = runpy.run_path(str(ROOT / "examples" / "train_by_hand.py"))["train"](steps=6)[1]
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -7,9 +7,15 @@ from nemotron3.errors import CheckpointError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.requests import SamplingParams
-from nemotron3.models.lora import adapter_of, add_lora, merge_adapter, write_adapter
+from nemotron3.models.lora import (
+    adapter_of,
+    add_lora,
+    merge_adapter,
+    shared_model,
+    write_adapter,
+)
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.precision import convert_weights
+from nemotron3.models.precision import PrecisionConfig, apply_precision, convert_weights
 from nemotron3.text import Tokenizer
 from tests.models.lora.adapted import EVERYTHING, PATTERN, with_change
 from tests.tiny import tiny_config, tiny_model
@@ -60,6 +66,25 @@ def test_log_probabilities_are_those_of_training(model_and_folder, drafts):
     stats = llm.stats()
     assert stats.preemptions
     assert bool(stats.drafted_tokens) == bool(drafts)
+
+
+@torch.no_grad()
+def test_an_engine_beside_frozen_bfloat16_weights_agrees_in_float32(model_and_folder):
+    """The merged copies have the dtype of activations, so nothing is rounded that training adds."""
+    _, folder = model_and_folder
+    options = {"dtype": torch.float32, "cast_dtype": torch.bfloat16}
+    model = LanguageModel.from_pretrained(folder / "model", **options)
+    apply_precision(model, PrecisionConfig(activations="float32"))
+    add_lora(model, EVERYTHING, seed=0)
+    with_change(model, size=0.1)
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=1, logprobs=0, ignore_eos=True)
+    for prompt, output in zip(
+        PROMPTS, LLM(shared_model(model)).generate(PROMPTS, params), strict=True
+    ):
+        answer = output.outputs[0]
+        ours = torch.tensor([entry.logprob for entry in answer.logprobs])
+        theirs = logprobs_of(model, prompt, list(answer.token_ids))
+        assert (ours - theirs).abs().max() <= 1e-5
 
 
 @torch.no_grad()

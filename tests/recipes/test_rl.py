@@ -16,6 +16,7 @@ from nemotron3.environments import load_environment
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.lora import LoRAConfig, merge_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes import run_rl
 from nemotron3.recipes.rl_summary import rl_report
 from nemotron3.recipes.run_rl import rl
@@ -81,12 +82,17 @@ def test_an_adapter_learns_and_the_engine_follows_it(policy, letter, tmp_path):
     assert all(name.endswith((".A", ".B")) for name in saved)
 
 
+@pytest.mark.parametrize(
+    "activations", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
-    policy, letter, tmp_path, monkeypatch
+    policy, letter, tmp_path, monkeypatch, activations
 ):
     lora = LoRAConfig(rank=2, targets=("in_proj", "experts.up_proj"))
-    training = {"bias_update_rate": 0.0, "checkpoint_every_steps": 1}
-    run = small(policy, letter, steps=3, lora=lora, training=training)
+    precision = PrecisionConfig(activations=activations)
+    training = {"bias_update_rate": 0.0, "checkpoint_every_steps": 1, "precision": precision}
+    loss = PolicyLossConfig(kl=1e-4)
+    run = small(policy, letter, steps=3, lora=lora, training=training, loss=loss)
     whole = rl(run, runs=tmp_path / "whole")
     save = CheckpointStore.save
 
@@ -104,6 +110,15 @@ def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
     for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         one, other = (tmp_path / name / "small" / part for name in ("cut", "whole"))
         assert one.read_bytes() == other.read_bytes()
+    # Engine and trainer have the same weights, and differ by the rounding of their activations.
+    error = {"float32": 1e-5, "bfloat16": 1e-2}[activations]
+    logged = metrics_of(tmp_path / "cut" / "small")
+    assert [m["train/loss"] for m in logged.values()] == [
+        m["train/loss"] for m in metrics_of(tmp_path / "whole" / "small").values()
+    ]
+    assert max(m["policy/logprob_error"] for m in logged.values()) < error
+    result = LanguageModel.from_pretrained(tmp_path / "cut/small/model")
+    assert result.output_weight.dtype == precision.dtype
 
 
 def test_rollouts_with_drafts_are_those_without(policy, letter, tmp_path):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nemotron3.errors import DataError
-from nemotron3.models.lora import LoRAConfig
+from nemotron3.models.lora import LoRAConfig, changed_parameters, with_own_changes
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes import rl_ahead
 from nemotron3.recipes.memory import run_plan
 from nemotron3.recipes.rl_ahead import dropped_rollouts
@@ -21,7 +22,7 @@ from nemotron3.rl.alarms import AlarmConfig
 from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig, RolloutGenerator
-from nemotron3.rl.weight_sync import PublishedWeights
+from nemotron3.rl.weight_sync import PublishedWeights, weights_checksum
 from tests.recipes.small_rl import die_after, metrics_of, small
 from tests.small_run import Listener
 
@@ -154,6 +155,32 @@ def test_the_engine_s_copy_of_the_weights_is_in_the_memory_plan(policy, letter):
     sizes = {part.name: part.num_bytes for part in ours.parts}
     assert sizes["published weights"] == sizes["engines' weights"] == sizes["weights"]
     assert ours.total == theirs.total + 2 * sizes["weights"]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_beside_an_adapter_an_engine_in_a_thread_shares_frozen_weights(policy, letter, processes):
+    run = small(
+        policy,
+        letter,
+        lora=LoRAConfig(rank=2, targets=("in_proj",)),
+        asynchronous=AsyncConfig(max_staleness=1),
+        engines=EnginesConfig(num_processes=processes),
+        training={"bias_update_rate": 0.0},
+    )
+    sizes = {part.name: part.num_bytes for part in run_plan(run, torch.device("cpu")).parts}
+    merged = sizes["engine merged weights"]
+    assert sizes["published weights"] == merged < 0.2 * sizes["weights"]
+    own = processes * sizes["weights"] if processes else merged
+    assert sizes["engines' weights"] == own
+
+
+def test_a_model_with_its_own_changes_shares_the_rest(policy):
+    model, lora = LanguageModel.from_pretrained(policy), LoRAConfig(targets=("in_proj", "up_proj"))
+    served = with_own_changes(model, lora)
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    own = {name for name, t in served.state_dict().items() if t.data_ptr() != places[name]}
+    assert own == set(changed_parameters(model, lora))
+    assert weights_checksum(served) == weights_checksum(model)
 
 
 def test_what_was_played_in_vain_is_told_by_the_updates_that_come_again(tmp_path):
@@ -299,9 +326,20 @@ def test_alarms_are_said_once(policy, letter, tmp_path, asynchronous):
     assert metrics_of(tmp_path / "runs/small")[1]["alarm/logprob_error"] == 1
 
 
-@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_adapters_updates_reach_the_engine_that_plays_ahead(policy, letter, tmp_path, processes):
+@pytest.mark.parametrize(
+    ("processes", "activations"),
+    [
+        (0, "float32"),
+        pytest.param(0, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapters_updates_reach_the_engine_that_plays_ahead(
+    policy, letter, tmp_path, processes, activations
+):
     """Versions and checksums of all rollouts are checked: a stale copy would end the run."""
+    precision = PrecisionConfig(activations=activations)
+    training = {"bias_update_rate": 0.0, "precision": precision}
     run = small(
         policy,
         letter,
@@ -309,7 +347,7 @@ def test_an_adapters_updates_reach_the_engine_that_plays_ahead(policy, letter, t
         lora=LoRAConfig(rank=2),
         asynchronous=AsyncConfig(max_staleness=1),
         engines=EnginesConfig(num_processes=processes),
-        training={"bias_update_rate": 0.0},
+        training=training,
     )
     rl(run, runs=tmp_path / "runs")
     base, result = (

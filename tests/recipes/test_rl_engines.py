@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemotron3.errors import ConfigError, DataError
-from nemotron3.models.lora import LoRAConfig, add_lora, merged_copies, shared_model
+from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.memory import run_plan
@@ -282,15 +282,6 @@ def test_only_what_an_adapter_changes_travels(policy, letter, tmp_path, monkeypa
     assert {name.rsplit(".", 2)[1] for name in shared[0].tensors} == {"in_proj"}
     logged = metrics_of(tmp_path / "runs/small")
     assert max(metrics["policy/logprob_error"] for metrics in logged.values()) < 1e-5
-
-
-def test_merged_copies_are_what_a_shared_model_has_for_itself(policy):
-    model = LanguageModel.from_pretrained(policy)
-    add_lora(model, LoRAConfig(rank=2, targets=("in_proj", "experts.up_proj")), seed=0)
-    names = merged_copies(shared_model(model), model)
-    assert {name.split(".")[-2] for name in names} <= {"in_proj", "experts"}
-    assert len(names) == len(set(names)) > 1
-    assert merged_copies(shared_model(model, {}), model) == []
 
 
 def test_shared_weights_keep_every_bit(policy):

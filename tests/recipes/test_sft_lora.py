@@ -13,6 +13,7 @@ from nemotron3.config import from_record, to_record
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.lora import LoRAConfig, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.run_sft import sft
 from nemotron3.recipes.sft import SFTRun
@@ -84,13 +85,14 @@ def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):
     assert again == summary
 
 
+@pytest.mark.parametrize(
+    "activations", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_adapter(
-    base,
-    chats,
-    tmp_path,
-    monkeypatch,
+    base, chats, tmp_path, monkeypatch, activations
 ):
-    every_step = {"checkpoint_every_steps": 1, "evaluate_every_steps": 1}
+    precision = PrecisionConfig(activations=activations)
+    every_step = {"checkpoint_every_steps": 1, "evaluate_every_steps": 1, "precision": precision}
     whole = tuned(base, chats, tmp_path / "whole", **every_step)
     save = CheckpointStore.save
 
@@ -111,6 +113,45 @@ def test_a_run_that_was_killed_goes_on_to_the_same_adapter(
     for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         one, other = (tmp_path / name / "small" / part for name in ("cut", "whole"))
         assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_frozen_weights_in_bfloat16_are_trained_beside_and_merged(base, chats, tmp_path):
+    precision = PrecisionConfig(activations="bfloat16")
+    summary = tuned(base, chats, tmp_path / "runs", precision=precision)
+    assert summary.loss["all"] < summary.loss_before["all"]
+    folder, out = tmp_path / "runs" / "small", tmp_path / "merged"
+    saved = CheckpointStore(folder / "checkpoints").load().tensors
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    with safe_open(folder / "adapter/adapter_model.safetensors", framework="pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - no dict
+    assert dtypes == {torch.float32}
+    result = LanguageModel.from_pretrained(folder / "model")
+    assert result.output_weight.dtype == torch.bfloat16
+    # Of the float32 model that it was trained on, the adapter makes the same, to the rounding.
+    merge_adapter_directory(base, folder / "adapter", out)
+    merged = LanguageModel.from_pretrained(out)
+    assert merged.output_weight.dtype == torch.float32
+    tokens = torch.arange(40).view(2, 20) + 20
+    with torch.no_grad():
+        ours = LanguageModel.from_pretrained(folder / "model", dtype=torch.float32)(tokens)
+        theirs, before = merged(tokens), LanguageModel.from_pretrained(base)(tokens)
+    learned = (theirs - before).norm()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert (ours - theirs).norm() < 0.1 * learned
+
+
+@pytest.mark.slow
+def test_of_a_bfloat16_model_the_result_is_what_merge_adapter_makes(base, chats, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "merged"
+    LanguageModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(model)
+    precision = PrecisionConfig(activations="bfloat16")
+    tuned(model, chats, tmp_path / "runs", precision=precision)
+    folder = tmp_path / "runs" / "small"
+    merge_adapter_directory(model, folder / "adapter", out)
+    merged = LanguageModel.from_pretrained(out).state_dict()
+    for name, tensor in LanguageModel.from_pretrained(folder / "model").state_dict().items():
+        assert torch.equal(tensor, merged[name]), name
 
 
 def test_a_run_that_was_killed_while_it_merged_merges_again(

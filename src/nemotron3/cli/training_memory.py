@@ -4,8 +4,6 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.models.config import ModelConfig
@@ -13,26 +11,55 @@ from nemotron3.models.costs import model_costs
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.memory import memory_plan, needed_bytes
+from nemotron3.recipes.memory_remedies import Remedy, Settings, find_remedy
 from nemotron3.runtime.devices import GPU
 from nemotron3.runtime.memory import MemoryPlan, in_units
-from nemotron3.training.memory_plan import LowRankPlan, low_rank_plan
+from nemotron3.training.memory_plan import low_rank_plan
 from nemotron3.training.optimizers import AdamWConfig
 from nemotron3.training.schedules import Constant
 from nemotron3.training.trainer import TrainingConfig
 
 _ROLLOUTS = 64
 """That are sampled at once."""
+_OPTIONS = {
+    "training.precision.activations": "--activations",
+    "training.microbatch_size": "--batch",
+    "lora.rank": "--lora-rank",
+    "lora.targets": "--lora-targets",
+}
+"""How a run's fields are called here."""
 
 
 def training_memory(config: ModelConfig, known: argparse.Namespace) -> dict[str, Any]:
-    """The plan of training a model on a GPU as the options have it, as a record."""
-    low_rank = _low_rank(config, known)
-    plan = _plan(config, known, low_rank)
-    record = _record(plan, known.device_memory)
-    if low_rank is None:
-        return record
-    narrow = _plan(config, known, replace(low_rank, frozen_dtype=torch.bfloat16))
-    return record | {"with_frozen_bfloat16": _record(narrow, known.device_memory)}
+    """The plan of training a model on a GPU as the options have it, as a record.
+
+    `remedy` are options with which the device could hold it, or None where it can, and where
+    nothing helps.
+    """
+    settings = Settings(_training(known), _lora(config, known))
+    record = _record(_plan(config, known, settings), known.device_memory)
+    found = None
+    if record["total"] > known.device_memory:
+        found = find_remedy(
+            settings,
+            lambda changed: _plan(config, known, changed),
+            config,
+            usable=known.device_memory,
+            needed=lambda plan: needed_bytes(plan, GPU),
+            may_adapt=known.training != "pretrain",
+            least_tokens=known.seq_len,
+        )
+    return record | {
+        "remedy": None if found is None else {"options": _options(found), "total": found.total}
+    }
+
+
+def _options(found: Remedy) -> str:
+    """A remedy as it is typed."""
+    typed = {name: value.replace(" ", ",") for name, value in found.changes.items()}
+    flag = typed.pop("training.recompute", None)
+    words = [f"{_OPTIONS[name]} {value}" for name, value in typed.items()]
+    return " ".join([*words, *(["--recompute"] if flag else [])])
 
 
 def training_page(record: dict[str, Any], config: ModelConfig, known: argparse.Namespace) -> str:
@@ -52,13 +79,8 @@ def training_page(record: dict[str, Any], config: ModelConfig, known: argparse.N
     ]
     lines.append(f"  {'sum':<26}{in_units(record['total']):>12}")
     lines.append(f"  {_verdict(record)}")
-    if (narrow := record.get("with_frozen_bfloat16")) is not None:
-        lines += [
-            "",
-            "Training keeps frozen weights in float32. Kept in bfloat16, the sum would be "
-            f"{in_units(narrow['total'])},",
-            f"  which {_verdict(narrow)}",
-        ]
+    if (found := record["remedy"]) is not None:
+        lines.append(f"  it fits with {found['options']}: {in_units(found['total'])}")
     return "\n".join(lines)
 
 
@@ -84,10 +106,8 @@ def _record(plan: MemoryPlan, device_memory: int) -> dict[str, Any]:
     }
 
 
-def _plan(
-    config: ModelConfig, known: argparse.Namespace, low_rank: LowRankPlan | None
-) -> MemoryPlan:
-    training = TrainingConfig(
+def _training(known: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(
         steps=1,
         batch_size=known.batch,
         microbatch_size=known.batch,
@@ -97,25 +117,31 @@ def _plan(
         precision=PrecisionConfig(activations=known.activations),
         recompute=known.recompute,
     )
+
+
+def _plan(config: ModelConfig, known: argparse.Namespace, settings: Settings) -> MemoryPlan:
     engine = EngineConfig(max_num_seqs=_ROLLOUTS, max_model_len=known.seq_len, max_draft_tokens=0)
+    lora = settings.lora
     return memory_plan(
         config,
-        training,
+        settings.training,
         GPU,
         mtp_depths=config.pattern.num_mtp_depths if known.training != "rl" else 0,
-        low_rank=low_rank,
+        low_rank=None if lora is None else low_rank_plan(config, lora),
         engine=engine if known.training == "rl" else None,
         device_bytes=known.device_memory,
     )
 
 
-def _low_rank(config: ModelConfig, known: argparse.Namespace) -> LowRankPlan | None:
+def _lora(config: ModelConfig, known: argparse.Namespace) -> LoRAConfig | None:
+    """The adapter that the options ask for; ConfigError for a target that the model has not."""
     if known.lora_rank is None:
         return None
     lora = LoRAConfig(rank=known.lora_rank)
     if known.lora_targets:
         lora = replace(lora, targets=tuple(known.lora_targets.split(",")))
     try:
-        return low_rank_plan(config, lora)
+        low_rank_plan(config, lora)
     except ConfigError as error:
         raise error.renamed({"targets": "--lora-targets"}) from None
+    return lora

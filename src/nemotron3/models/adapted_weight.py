@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nemotron3.models.initial_values import Constant, Uniform
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.ops.weights import ComputedWeight
+from nemotron3.ops.weights import ComputedWeight, add_low_rank
 
 
 class LowRank(NamedTuple):
@@ -31,12 +31,14 @@ class LowRank(NamedTuple):
         return torch.Size((*self.B.shape[:-1], self.A.shape[-1]))
 
     def added_to(
-        self, weight: Float[Tensor, "*expert d_out d_in"]
+        self, weight: Float[Tensor, "*expert d_out d_in"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*expert d_out d_in"]:
-        """W + scale B A, in float32 at least."""
+        """W + scale B A, added up in float32 at least, in `dtype`; None leaves it as it was added.
+
+        The gradients are those of the change alone.
+        """
         wide = torch.promote_types(weight.dtype, torch.float32)
-        add = torch.addmm if weight.dim() == 2 else torch.baddbmm
-        return add(weight.to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scale)
+        return add_low_rank(weight, self.A, self.B, self.scale, dtype=dtype or wide)
 
 
 class AdaptedWeight(DeclaredModule, ComputedWeight):
@@ -76,9 +78,9 @@ class AdaptedWeight(DeclaredModule, ComputedWeight):
         """The change, in the memory of its parameters."""
         return LowRank(self.A, self.B, self.scale)
 
-    def value(self) -> Tensor:
-        """The changed weight, in float32 at least, with gradients for the change alone."""
-        return self.change.added_to(self.base)
+    def value(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The changed weight, with gradients for the change alone."""
+        return self.change.added_to(self.base, dtype)
 
     def extra_repr(self) -> str:
         """Its shape and rank."""

@@ -38,9 +38,14 @@ class _Place(NamedTuple):
         return self.described.numel() * self.dtype.itemsize
 
 
-def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter and buffer memory, in its declared dtype."""
-    places = list(_places(model, dtype))
+def allocate(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    cast_dtype: torch.dtype | None = None,
+) -> None:
+    """Give every parameter and buffer memory, in its declared dtype (`ParameterSpec.dtype`)."""
+    places = list(_places(model, dtype, cast_dtype))
     for place, fresh in zip(places, _empty(places, device), strict=True):
         if isinstance(place.described, nn.Parameter):
             setattr(place.module, place.name, nn.Parameter(fresh))
@@ -59,12 +64,14 @@ def large_pages(nbytes: int) -> mmap.mmap | bytearray:
     return memory
 
 
-def _places(model: nn.Module, dtype: torch.dtype) -> Iterator[_Place]:
+def _places(
+    model: nn.Module, dtype: torch.dtype, cast_dtype: torch.dtype | None
+) -> Iterator[_Place]:
     for module in model.modules():
         specs = module.specs if isinstance(module, DeclaredModule) else {}
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in named:
-            kept = specs[name].dtype(dtype) if name in specs else dtype
+            kept = specs[name].dtype(dtype, cast_dtype) if name in specs else dtype
             if isinstance(module, QuantizedWeight):
                 kept = tensor.dtype  # the number format's own
             yield _Place(module, name, tensor, kept)

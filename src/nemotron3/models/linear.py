@@ -56,7 +56,8 @@ class Embedding(DeclaredModule):
 
     def __init__(self, num_embeddings: int, size: int) -> None:
         super().__init__()
-        self.declare("weight", (num_embeddings, size), init=Normal(), decays=True)
+        shape = (num_embeddings, size)
+        self.declare("weight", shape, init=Normal(), decays=True, embeds=True)
 
     def forward(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
         """The vectors of `tokens`."""

@@ -187,13 +187,16 @@ class LanguageModel(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        cast_dtype: torch.dtype | None = None,
         weights: WeightFormat | None = None,
         config_class: type[ModelConfig] = ModelConfig,
     ) -> "LanguageModel":
         """A model from a directory in the published layout (config.json and safetensors).
 
         Weights are read onto `device` shard by shard, in `dtype`, by default in the stored dtype;
-        the scan's parameters and the router's bias are float32. `weights` is the number format of
+        the scan's parameters and the router's bias are float32. `cast_dtype` is another dtype for
+        the matrices of products and the embedding, which are cast to the dtype of activations where
+        they are used: in that one they compute the same. `weights` is the number format of
         the matrices of dense layers, experts and output layer, which are quantized as they are
         read; the default is the stored format. `config_class` is the subclass of ModelConfig that
         the model was saved with, if it has one.
@@ -204,7 +207,9 @@ class LanguageModel(nn.Module):
             model = cls(config)
             if (held := weights or huggingface.stored_weight_format(path)) is not None:
                 use_weight_format(model, held)
-        huggingface.read_weights(model, config, path, device=torch.device(device), dtype=dtype)
+        huggingface.read_weights(
+            model, config, path, device=torch.device(device), dtype=dtype, cast_dtype=cast_dtype
+        )
         model.companions = companions
         return model
 

@@ -1,7 +1,7 @@
 """Declarations of parameters, made once by the module that owns the parameters.
 
-A declaration has the initial value, whether weight decay applies, and whether the parameter stays
-in float32 for any dtype of the model. Memory (allocation.py), initial values (initialization.py)
+A declaration has the initial value, whether weight decay applies, and in which dtypes the parameter
+may be kept. Memory (allocation.py), initial values (initialization.py)
 and the optimizer's groups read it, so none of them has a list of names.
 
     class Gain(DeclaredModule):
@@ -41,9 +41,17 @@ class ParameterSpec:
     quantizes: bool = False
     """Whether it may have a narrower number format, or an adapter, because it is used in products
     only."""
+    embeds: bool = False
+    """Whether it is a table of embeddings, which like products have the dtype of activations."""
 
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Its dtype in a model of `dtype`."""
+    def dtype(self, dtype: torch.dtype, cast_dtype: torch.dtype | None = None) -> torch.dtype:
+        """Its dtype in a model of `dtype`.
+
+        `cast_dtype` is another one for what is only used after a cast to the dtype of activations:
+        the matrices of products, and embeddings. In that dtype they compute the same, to the bit.
+        """
+        if cast_dtype is not None and (self.quantizes or self.embeds):
+            return cast_dtype
         return torch.promote_types(dtype, torch.float32) if self.keep_float32 else dtype
 
 
@@ -64,10 +72,15 @@ class DeclaredModule(nn.Module):
         decays: bool,
         keep_float32: bool = False,
         quantizes: bool = False,
+        embeds: bool = False,
     ) -> None:
         """Make a parameter with uninitialised values."""
         self.specs[name] = ParameterSpec(
-            init=init, decays=decays, keep_float32=keep_float32, quantizes=quantizes
+            init=init,
+            decays=decays,
+            keep_float32=keep_float32,
+            quantizes=quantizes,
+            embeds=embeds,
         )
         self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
 

@@ -2,7 +2,8 @@
 
 Parameters keep their own dtype: float32 masters in training, the checkpoint's dtype in
 inference. Activations have the dtype set here, and every product runs in the dtype of its
-activations; norms, router, scan and loss always compute in float32.
+activations; norms, router, scan and loss always compute in float32. Beside an adapter, matrices of
+products and embedding are frozen, and have the dtype of activations (recipes/adapters.py).
 
 The matrices of dense layers, experts and output layer may have a narrower number format
 (ops/weights). The products of such a model are the same, but these matrices have no gradients: the

@@ -53,4 +53,4 @@ def grouped(
 def _operand(weight: AnyWeight, dtype: torch.dtype) -> Weight:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
-    return weight.value().to(dtype) if isinstance(weight, ComputedWeight) else weight
+    return weight.value(dtype) if isinstance(weight, ComputedWeight) else weight

@@ -9,6 +9,7 @@ from nemotron3.models import huggingface
 from nemotron3.models.lora import LoRAConfig, add_lora, merge_adapter, read_adapter
 from nemotron3.models.lora.peft import companions_with_adapter
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import PrecisionConfig, apply_precision
 from nemotron3.training.trainer import TrainingConfig
 
 LEARNING_RATE_FACTOR = 10.0
@@ -17,12 +18,36 @@ Regret* (2025), found over models and data."""
 
 
 def model_to_train(
-    path: str, lora: LoRAConfig | None, *, device: torch.device, seed: int
+    path: str,
+    lora: LoRAConfig | None,
+    *,
+    precision: PrecisionConfig,
+    device: torch.device,
+    seed: int,
 ) -> LanguageModel:
-    """A model with float32 weights, and with an adapter if there is to be one."""
-    model = LanguageModel.from_pretrained(path, device=device, dtype=torch.float32)
+    """A model with float32 weights, and with an adapter if there is to be one.
+
+    Beside an adapter, the matrices of products and the embedding are in the dtype of activations:
+    they are frozen, and nothing reads them in a wider one.
+    """
+    model = model_to_play(path, lora, precision=precision, device=device)
     if lora is not None:
         add_lora(model, lora, seed=seed)
+    return model
+
+
+def model_to_play(
+    path: str, lora: LoRAConfig | None, *, precision: PrecisionConfig, device: torch.device
+) -> LanguageModel:
+    """A model of an engine's own, which takes up the weights of a `model_to_train`.
+
+    It has the tensors of the model that plays beside the trainer, merged ones in their place.
+    """
+    frozen = None if lora is None else precision.dtype
+    model = LanguageModel.from_pretrained(
+        path, device=device, dtype=torch.float32, cast_dtype=frozen
+    )
+    apply_precision(model, precision)
     return model
 
 

@@ -5,6 +5,7 @@ upper bound. The host can swap, and frees what others hold, so there only what i
 weights, gradients and optimizer moments.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,8 @@ from nemotron3.inference.engine.memory import KEYS_AND_VALUES, engine_parts
 from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import apply_precision
+from nemotron3.recipes.memory_remedies import Remedy, Settings, find_remedy
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.run_folder import RunCallback
@@ -29,7 +32,6 @@ from nemotron3.runtime.memory import (
     usable_memory_bytes,
 )
 from nemotron3.training.memory_plan import (
-    ADAPTER,
     WEIGHTS,
     LowRankPlan,
     least_bytes,
@@ -42,6 +44,8 @@ from nemotron3.training.trainer import TrainingConfig
 _GPU_SHARE, _LEAST_GPU_SHARE = 0.9, 0.05
 """Of a GPU's memory, what a plan may fill, and what keys and values have at least."""
 _NAMED = 3
+MERGED = "engine merged weights"
+"""Of an engine by the trainer's side: copies of the weights that an adapter changes."""
 
 
 def announce_memory(
@@ -49,14 +53,46 @@ def announce_memory(
 ) -> None:
     """Say what a run will keep in memory; ConfigError where the device cannot hold it."""
     plan, usable = run_plan(run, device), usable_memory_bytes(device)
-    check_memory(plan, device, usable, may_adapt=not isinstance(run, PretrainRun))
+    check_memory(plan, device, usable, remedy=lambda: _remedy(run, device, usable))
     of = "" if usable is None else f" of {in_units(usable)}"
     callback.stage(f"Memory, at most about {in_units(plan.total)}{of}: {plan.line()}")
 
 
+def _remedy(
+    run: PretrainRun | SFTRun | RLRun, device: torch.device, usable: int | None
+) -> Remedy | None:
+    assert usable is not None
+    settings = Settings(run.training, None if isinstance(run, PretrainRun) else run.lora)
+    if isinstance(run, RLRun):
+        settings = settings._replace(max_num_seqs=run.max_num_seqs)
+    return find_remedy(
+        settings,
+        lambda changed: run_plan(_changed(run, changed), device),
+        _model_config(run),
+        usable=usable,
+        needed=lambda plan: needed_bytes(plan, device),
+        may_adapt=not isinstance(run, PretrainRun),
+        least_tokens=run.rollouts.max_context - 1 if isinstance(run, RLRun) else 1,
+    )
+
+
+def _changed(run: PretrainRun | SFTRun | RLRun, settings: Settings) -> PretrainRun | SFTRun | RLRun:
+    if isinstance(run, PretrainRun):
+        return replace(run, training=settings.training)
+    if isinstance(run, SFTRun):
+        return replace(run, training=settings.training, lora=settings.lora)
+    seqs = settings.max_num_seqs
+    assert seqs is not None
+    return replace(run, training=settings.training, lora=settings.lora, max_num_seqs=seqs)
+
+
+def _model_config(run: PretrainRun | SFTRun | RLRun) -> ModelConfig:
+    return run.model if isinstance(run, PretrainRun) else huggingface.read_config(run.model)
+
+
 def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryPlan:
     """What a run keeps in the memory of its device at its highest point."""
-    config = run.model if isinstance(run, PretrainRun) else huggingface.read_config(run.model)
+    config = _model_config(run)
     depths = config.pattern.num_mtp_depths if run.loss.mtp_loss_scaling else 0
     lora = None if isinstance(run, PretrainRun) else run.lora
     low_rank = None if lora is None else low_rank_plan(config, lora)
@@ -84,20 +120,26 @@ def _num_engines(run: RLRun) -> tuple[int, int]:
 
 
 def _copy_parts(plan: MemoryPlan, run: RLRun, device: torch.device) -> list[MemoryPart]:
-    """Engines beside the first one, their weights, and the copies of these on their way to them."""
+    """Engines beside the first one, their weights, and the copies of these on their way to them.
+
+    Beside an adapter, merged weights alone are on their way, and in a thread the rest is shared.
+    """
     engines, copies = _num_engines(run)
     if not copies:
         return []
     sizes = {part.name: part.num_bytes for part in plan.parts}
+    merged = sizes.get(MERGED)
     parts = [
         replace(part, name=f"further {part.name}", num_bytes=(engines - 1) * part.num_bytes)
         for part in plan.parts
-        if part.name.startswith("engine ")
+        if part.name.startswith("engine ") and part.name != MERGED
     ]
-    parts.append(MemoryPart(name="engines' weights", num_bytes=copies * sizes[WEIGHTS]))
-    parts.append(MemoryPart(name="published weights", num_bytes=sizes[WEIGHTS]))
+    changed = sizes[WEIGHTS] if merged is None else merged
+    own = sizes[WEIGHTS] if run.engines.num_processes else changed
+    parts.append(MemoryPart(name="engines' weights", num_bytes=copies * own))
+    parts.append(MemoryPart(name="published weights", num_bytes=changed))
     if run.engines.num_processes and not has_memory_of_its_own(device):
-        parts.append(MemoryPart(name="shared weights", num_bytes=sizes[WEIGHTS]))
+        parts.append(MemoryPart(name="shared weights", num_bytes=changed))
     return parts
 
 
@@ -142,11 +184,13 @@ def memory_plan(
     if engine is not None:
         with torch.device("meta"):
             model = LanguageModel(config)
+        apply_precision(model, training.precision)
         length = engine.max_model_len or config.max_position_embeddings
         parts += engine_parts(model, engine, device, length)
         # An engine's model has merged copies of the weights that an adapter changes.
-        copies = 0 if low_rank is None else merged_copy_bytes(config, low_rank)
-        parts.append(MemoryPart(name="engine merged weights", num_bytes=copies))
+        dtype = training.precision.dtype
+        copies = 0 if low_rank is None else merged_copy_bytes(config, low_rank, dtype)
+        parts.append(MemoryPart(name=MERGED, num_bytes=copies))
     parts.append(MemoryPart(name="reference model", num_bytes=reference_bytes))
     return plan_of(parts)
 
@@ -159,26 +203,25 @@ def needed_bytes(plan: MemoryPlan, device: torch.device) -> int:
 
 
 def check_memory(
-    plan: MemoryPlan, device: torch.device, usable: int | None, *, may_adapt: bool
+    plan: MemoryPlan,
+    device: torch.device,
+    usable: int | None,
+    *,
+    remedy: Callable[[], Remedy | None],
 ) -> None:
     """Raise ConfigError where a device cannot hold a plan; it names the largest parts.
 
-    `may_adapt` is whether an adapter could be trained instead.
+    `remedy` finds the settings with which it could.
     """
     needed = needed_bytes(plan, device)
     if usable is None or needed <= usable:
         return
     largest = ", ".join(f"{part.name} {in_units(part.num_bytes)}" for part in plan.largest[:_NAMED])
-    remedies = ["take a smaller model", "or a device with more memory"]
-    if plan.certain <= usable:
-        remedies = [
-            "set training.microbatch_size or training.seq_len to less",
-            "training.recompute to true",
-            "or training.precision.activations to bfloat16",
-        ]
-    elif may_adapt and not any(part.name == ADAPTER for part in plan.parts):
-        remedies.insert(0, "train an adapter (LoRA) instead of all parameters")
+    found = remedy()
+    what = "take a smaller model, or a device with more memory"
+    if found is not None:
+        what = f"it would fit with {found.text()}"
     raise ConfigError(
         f"the run needs {in_units(needed)} of memory at least and {device.type} has "
-        f"{in_units(usable)} ({largest}); {', '.join(remedies)}"
+        f"{in_units(usable)} ({largest}); {what}"
     )

@@ -14,6 +14,7 @@ from typing import Self
 
 import torch
 
+from nemotron3.models.lora import with_own_changes
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_engine import own_engine
@@ -38,6 +39,7 @@ class RolloutsAhead:
         self._threads = self._threads_before = torch.get_num_threads()
         self._processes: ProcessEngines | None = None  # until the generator has them
         self._engines: Engines | None = None  # of the newest player
+        self._model: LanguageModel | None = None  # that whose weights are published
         self._generator: RolloutGenerator | None = None
         self._dropped = 0
 
@@ -68,6 +70,7 @@ class RolloutsAhead:
         `names` are the tensors that training may change, as those of `PublishedWeights`.
         """
         if self._generator is None:
+            self._model = model
             self._generator = self._begin(PublishedWeights(model, names), version)
         self._generator.publish(model, version)
 
@@ -123,7 +126,13 @@ class RolloutsAhead:
             engines, self._processes = self._processes or self._start_processes(), None
             engines.on_step = on_step
         else:
-            engines = own_engine(run, tasks.environments, device=device, on_step=on_step)
+            model = None
+            if run.lora is not None:  # what does not change is in memory once
+                assert self._model is not None, "weights are published first"
+                model = with_own_changes(self._model, run.lora)
+            engines = own_engine(
+                run, tasks.environments, model=model, device=device, on_step=on_step
+            )
         self._engines = engines
         return RLPlayer(tasks, engines, say=say)
 

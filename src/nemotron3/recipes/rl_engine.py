@@ -12,8 +12,8 @@ from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.models.huggingface import read_config
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.precision import apply_precision
 from nemotron3.ops.backends import recorded_backends
+from nemotron3.recipes.adapters import model_to_play
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
@@ -110,10 +110,12 @@ def own_engine(
     *,
     device: torch.device,
     on_step: Callable[[], None],
+    model: LanguageModel | None = None,
 ) -> RolloutEngine:
-    """An engine with a model of its own, which `install` gives the weights of the trainer."""
-    model = LanguageModel.from_pretrained(run.model, device=device, dtype=torch.float32)
-    apply_precision(model, run.training.precision)
+    """An engine whose `model` takes up the trainer's weights by `install`; None reads one."""
+    if model is None:
+        precision = run.training.precision
+        model = model_to_play(run.model, run.lora, precision=precision, device=device)
     return RolloutEngine(run, model.eval(), environments, on_step=on_step)
 
 

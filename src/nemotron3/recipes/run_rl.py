@@ -21,9 +21,8 @@ from nemotron3.environments.rows import prompt_text
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.layout import SequenceLayout
-from nemotron3.models.lora import merge_into, merged_copies, shared_model
+from nemotron3.models.lora import changed_parameters, merge_into, shared_model
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
-from nemotron3.models.precision import apply_precision
 from nemotron3.observe.report import write_report
 from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
@@ -111,11 +110,16 @@ class _Training:
     ) -> None:
         self.folder, self.run, self.callback = folder, run, callback
         callback.stage(f"Reading {run.model}")
-        self.model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
-        apply_precision(self.model, run.training.precision)
+        self.model = model_to_train(
+            run.model,
+            run.lora,
+            precision=run.training.precision,
+            device=folder.device,
+            seed=run.seed,
+        )
         self._played = self.model if run.lora is None else shared_model(self.model)
         """The model that plays: in the same memory, or with merged copies of adapted weights."""
-        self._published = None if run.lora is None else merged_copies(self._played, self.model)
+        self._published = run.lora and changed_parameters(self._played, run.lora)
         self._merged: int | None = None  # updates after which the copies were written
         self._reference = self._load_reference()
         self._rollouts = rollouts

@@ -26,7 +26,7 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.models.costs import model_costs
-from nemotron3.models.lora import load_adapter, read_adapter, shared_model
+from nemotron3.models.lora import load_adapter, merge_own_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
@@ -95,13 +95,19 @@ def sft(
     own = [file for config in run.demonstrations for file in config.files]
     record_input_files(folder.path, [*model_files(run.model), *conversations, *own])
     announce_memory(run, folder.device, callback)
-    model = model_to_train(run.model, run.lora, device=folder.device, seed=run.seed)
+    model = model_to_train(
+        run.model,
+        run.lora,
+        precision=run.training.precision,
+        device=folder.device,
+        seed=run.seed,
+    )
     folder.record({})
     training = _Training(folder, run, data, model, callback)
     with recorded_backends() as backends:
         training.fit()
+        best = training.result()
         callback.stage("Answering held-out questions")
-        best = LanguageModel.from_pretrained(folder.model, device=folder.device)
         summary = _summary(run, training, best, started)
     folder.record({"backends": backends})
     write_report(folder.path, summary=_report(run, data, summary, folder.device))
@@ -136,10 +142,11 @@ class _Training:
         self.loader = data.loader(
             seq_len=config.seq_len, batch_size=config.batch_size, seed=run.seed
         )
+        self._step = 0  # updates made, with the one that was begun last
         self._token_bytes = torch.tensor(data.tokenizer.byte_lengths(), device=model.device)
 
     def fit(self) -> None:
-        """Train to the end; `model/` of the folder is then the best model."""
+        """Train to the end; `result` is then the best model."""
         run, config, device = self.run, self.run.training, self.folder.device
         for name, count in self.loader.num_too_long.items():
             if count:
@@ -154,7 +161,7 @@ class _Training:
                 run.loss, num_mtp_depths=self.model.config.pattern.num_mtp_depths
             ),
             batches=self._batches,
-            evaluation=lambda _: self._look(trainer.step),
+            evaluation=lambda _: self._look(),
             store=self.folder.checkpoints(),
             peak_flops=measure_product_rate(device, config.precision.dtype, product=linear),
         )
@@ -163,7 +170,6 @@ class _Training:
         self.callback.stage(trained_text(self.model))
         self.callback.stage(f"Training on {describe_device(device)}")
         self.folder.fit(trainer, self.callback)
-        self._move_best()
 
     @property
     def best(self) -> "_Best | None":
@@ -195,11 +201,11 @@ class _Training:
             )
         return {key: total / count for key, total in totals.items()} | metrics
 
-    def _look(self, step: int) -> dict[str, float]:
+    def _look(self) -> dict[str, float]:
         metrics = self.held_out_metrics(self.model)
         assert self.best is not None
         if metrics["eval/loss"] < self.best.metrics["eval/loss"]:
-            self._keep(step, metrics)
+            self._keep(self._step, metrics)
         return metrics
 
     def _keep(self, step: int, metrics: dict[str, float]) -> None:
@@ -218,21 +224,25 @@ class _Training:
             if other != folder:
                 shutil.rmtree(other)
 
-    def _move_best(self) -> None:
-        """Make the best model the result."""
+    def result(self) -> LanguageModel:
+        """Write the best model into the run's folder. It takes the place of the trained one."""
         assert self.best is not None
         source = self.folder.path / _BEST_FOLDER / f"step-{self.best.step}"
         result = self.folder.model if self.run.lora is None else self.folder.adapter
         if source.exists():  # else it was moved before an interruption
             source.rename(result)
             source.parent.rmdir()
-        if self.run.lora is not None:
-            self.callback.stage("Merging the adapter")
-            load_adapter(self.model, read_adapter(result, self.model))
-            merged = shared_model(self.model)
-            save_chat_model(merged, self.data.tokenizer, self.data.template, self.folder.model)
+        if self.run.lora is None:
+            self.model = LanguageModel.from_pretrained(self.folder.model, device=self.folder.device)
+            return self.model
+        self.callback.stage("Merging the adapter")
+        load_adapter(self.model, read_adapter(result, self.model))
+        merge_own_adapter(self.model)
+        save_chat_model(self.model, self.data.tokenizer, self.data.template, self.folder.model)
+        return self.model
 
     def _batches(self, step: int) -> list[SFTBatch]:
+        self._step = step + 1
         config = self.run.training
         passes = config.batch_size // config.microbatch_size
         normalisation = self.run.loss.normalisation(step / config.steps)

@@ -95,7 +95,7 @@ tokens, so difficult that it solves some of them after fine-tuning and not all."
 
 def tiny_sft() -> SFTRun:
     """The tiny model on solved tasks of nine environments: minutes on two cores."""
-    steps = 1800
+    steps = 2400
     return SFTRun(
         name="tiny-sft",
         model="runs/tiny/model",
@@ -110,8 +110,8 @@ def tiny_sft() -> SFTRun:
             seq_len=256,
             optimizer=AdamWConfig(lr=4e-3, weight_decay=0.01),
             schedule=WSD(total_steps=steps, warmup_steps=30, decay_steps=2 * steps // 5),
-            evaluate_every_steps=450,
-            checkpoint_every_steps=450,
+            evaluate_every_steps=600,
+            checkpoint_every_steps=600,
         ),
         chat_style="tiny",
         # Answers without reasoning, and with reasoning that a budget has cut.

@@ -8,7 +8,8 @@ Memory of the process itself, its libraries and the gaps between tensors come on
 
 Products run in the dtype of their activations. A weight of another dtype is cast for that, and the
 copy is kept for the backward pass; likewise the sum W + B A of a weight with a low-rank change.
-With `recompute` there are the copies and activations of one block at a time.
+Frozen weights beside such changes have the dtype of activations and are not cast. With `recompute`
+there are the copies and activations of one block at a time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from nemotron3.models.lora.adapter import chosen_products
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import ParameterSpec, parameter_specs
 from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
+from nemotron3.ops.weights.low_rank import SLICE
 from nemotron3.runtime.memory import MemoryPart, MemoryPlan
 from nemotron3.training.optimizers import AdamWConfig, OptimizerConfig, SGDConfig
 from nemotron3.training.parameter_groups import group_of_parameters
@@ -53,8 +55,6 @@ class LowRankPlan:
     rank: int
     is_adapted: Callable[[str], bool]
     """Whether the product of a name, such as `backbone.layers.0.mixer.in_proj`, has a change."""
-    frozen_dtype: torch.dtype = torch.float32
-    """In which the frozen weights are kept."""
 
 
 def low_rank_plan(config: ModelConfig, lora: LoRAConfig) -> LowRankPlan:
@@ -84,13 +84,13 @@ def training_parts(
     dtype = training.precision.dtype
     passes = _passes(model, mtp_depths)
     kept = [block.kept_bytes(tokens, sequences, dtype) for block in passes]
-    copies = [parameters.copied_bytes(block, dtype) for block in passes]
+    copies = [parameters.copied_bytes(block) for block in passes]
     inputs = [block.input_bytes(tokens, dtype) for block in passes]
     final = 2 * tokens * config.hidden_size * dtype.itemsize  # the last norm's input and result
     held = sum(inputs) + max(kept) if training.recompute else sum(inputs) + sum(kept)
     held_copies = max(copies) if training.recompute else sum(copies)
     loss = _loss_bytes(parameters, tokens, 1 + mtp_depths, dtype, gpu_bytes)
-    backward = max(kept) + parameters.backward_bytes(dtype)
+    backward = max(kept) + parameters.backward_bytes(passes)
     return [
         MemoryPart(name=WEIGHTS, num_bytes=parameters.weight_bytes),
         MemoryPart(name=ADAPTER, num_bytes=parameters.adapter_bytes),
@@ -114,13 +114,13 @@ def least_bytes(plan: MemoryPlan) -> int:
     return max(plan.certain, plan.certain - gradients + int(_LEAST_OF_ESTIMATE * estimates))
 
 
-def merged_copy_bytes(config: ModelConfig, low_rank: LowRankPlan) -> int:
-    """Of copies of all adapted weights with their changes, in the dtype of the frozen ones."""
+def merged_copy_bytes(config: ModelConfig, low_rank: LowRankPlan, dtype: torch.dtype) -> int:
+    """Of copies of all adapted weights with their changes, in the dtype of activations."""
     with torch.device("meta"):
         model = LanguageModel(config)
     specs = parameter_specs(model)
     return sum(
-        parameter.numel() * low_rank.frozen_dtype.itemsize
+        parameter.numel() * dtype.itemsize
         for name, parameter in model.named_parameters()
         if specs[name].quantizes and low_rank.is_adapted(_product(name))
     )
@@ -178,6 +178,8 @@ class _Parameters:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.buffer_bytes = sum(4 * b.numel() for b in model.buffers())
         self.low_rank = low_rank
+        self.dtype = training.precision.dtype
+        """That of activations, and so of products."""
         members = group_of_parameters(model, training.parameter_groups)
         frozen = {name for name in self.shapes if name in members and members[name].is_frozen}
         self.trained = [] if low_rank else [name for name in self.shapes if name not in frozen]
@@ -219,24 +221,26 @@ class _Parameters:
             case SGDConfig(momentum=momentum):
                 return 4 * self.num_trained if momentum else 0
 
-    def copied_bytes(self, block: _Pass, dtype: torch.dtype) -> int:
+    def copied_bytes(self, block: _Pass) -> int:
         """Of products' weights that a pass computes and keeps: cast, or with a change added."""
         return sum(
-            self.shapes[name].numel() * dtype.itemsize
+            self.shapes[name].numel() * self.dtype.itemsize
             for name in self._products(block.prefix)
-            if name in self.adapted or self._dtype(name) != dtype
+            if name in self.adapted or self._dtype(name) != self.dtype
         )
 
-    def backward_bytes(self, dtype: torch.dtype) -> int:
+    def backward_bytes(self, passes: Iterable[_Pass]) -> int:
         """Most bytes of gradients on their way: a new one beside the sum, and its narrow form.
 
-        An adapted weight has the float32 sum or its gradient, and its base in float32, instead.
+        Beside an adapter, those of the sums of a block, and slices of one in float32.
         """
-        narrow = dtype.itemsize if dtype.itemsize < 4 else 0
+        narrow = self.dtype.itemsize if self.dtype.itemsize < 4 else 0
         largest = max((self.shapes[name].numel() for name in self.trained), default=0)
-        adapted = max((self.shapes[name].numel() for name in self.adapted), default=0)
-        base = 4 if self.low_rank and self.low_rank.frozen_dtype.itemsize < 4 else 0
-        return max(largest * (4 + narrow), adapted * (4 + base + narrow))
+        blocks = [self._products(block.prefix) for block in passes]
+        sums = [[self.shapes[n].numel() for n in names if n in self.adapted] for names in blocks]
+        slices = max((_slice_bytes(self.shapes[name]) for name in self.adapted), default=0)
+        of_sums = self.dtype.itemsize * max(map(sum, sums), default=0)
+        return max(largest * (4 + narrow), of_sums + slices)
 
     @property
     def is_output_trained(self) -> bool:
@@ -250,10 +254,8 @@ class _Parameters:
         return (n for n, spec in self.specs.items() if spec.quantizes and n.startswith(prefix))
 
     def _dtype(self, name: str) -> torch.dtype:
-        if self.low_rank is None:
-            return torch.float32
         spec: ParameterSpec = self.specs[name]
-        return spec.dtype(self.low_rank.frozen_dtype)
+        return spec.dtype(torch.float32, self.dtype if self.low_rank else None)
 
     def _changes(self, name: str) -> tuple[torch.Size, torch.Size]:
         assert self.low_rank is not None
@@ -267,10 +269,18 @@ def _product(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def _slice_bytes(shape: torch.Size) -> int:
+    """Of the float32 copies of a slice in which a change is added to a weight of this shape."""
+    return 2 * 4 * min(shape.numel(), max(SLICE, shape[1:].numel()))
+
+
 def _loss_bytes(
     parameters: _Parameters, tokens: int, heads: int, dtype: torch.dtype, gpu_bytes: int | None
 ) -> int:
-    """Gradients that a loss makes on its way, of hidden states and output layer, and its logits."""
+    """Gradients that a loss makes on its way, of hidden states and output layer, and its logits.
+
+    An adapted output layer is added up in float32, where all heads' gradients meet.
+    """
     vocab, width = parameters.shapes[parameters.output]
     d_weight = 4 * vocab * width if parameters.is_output_trained else 0
     d_hidden = tokens * width * dtype.itemsize
@@ -279,6 +289,9 @@ def _loss_bytes(
     else:
         logits = min(tokens * vocab * dtype.itemsize, int(gpu_bytes * _SHARE_FOR_LOGITS))
     narrow = vocab * width * dtype.itemsize
-    cast = narrow if parameters.dtype_of_output() != dtype else 0
+    is_adapted = parameters.output in parameters.adapted
+    merged = 4 * vocab * width if is_adapted else 0
+    held = torch.float32 if is_adapted else parameters.dtype_of_output()
+    cast = narrow if held != dtype else 0
     product = narrow if d_weight and dtype.itemsize < 4 else 0
-    return heads * (d_weight + d_hidden) + logits + cast + product
+    return heads * (d_weight + d_hidden) + logits + merged + cast + product

@@ -135,10 +135,11 @@ def read_weights(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
+    cast_dtype: torch.dtype | None = None,
 ) -> None:
     """Fill a model on the meta device from a directory, one tensor at a time."""
     files = _opened(model, config, path)
-    allocate(model, device, dtype or _stored_dtype(model, config, files))
+    allocate(model, device, dtype or _stored_dtype(model, config, files), cast_dtype)
     files.copy_to(model, config)
 
 

@@ -4,13 +4,15 @@ from nemotron3.models.lora.adapter import (
     Adapter,
     adapter_of,
     add_lora,
+    changed_parameters,
     is_adapted,
     load_adapter,
     merge_adapter,
     merge_into,
-    merged_copies,
+    merge_own_adapter,
     shared_model,
     trained_tensors,
+    with_own_changes,
 )
 from nemotron3.models.lora.config import LoRAConfig
 from nemotron3.models.lora.peft import read_adapter, write_adapter
@@ -20,13 +22,15 @@ __all__ = [
     "LoRAConfig",
     "adapter_of",
     "add_lora",
+    "changed_parameters",
     "is_adapted",
     "load_adapter",
     "merge_adapter",
     "merge_into",
-    "merged_copies",
+    "merge_own_adapter",
     "read_adapter",
     "shared_model",
     "trained_tensors",
+    "with_own_changes",
     "write_adapter",
 ]

@@ -3,6 +3,7 @@
     add_lora(model, LoRAConfig(rank=16), seed=0)      # all else is frozen
     adapter = adapter_of(model)                       # the changes by product
     merge_adapter(other, adapter)                     # into the weights of a model without one
+    merge_own_adapter(model)                          # into its own, when training has ended
     served = shared_model(model, adapter)             # a model of its own for a few matrices
 
 A product is named as in files: `backbone.layers.0.mixer.in_proj`, and for stacked experts
@@ -121,6 +122,14 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, AdaptedWeight) for module in model.modules())
 
 
+def changed_parameters(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the parameters that an adapter changes, in a model without one."""
+    return [
+        f"{name}.weight" if product.attribute == "weight" else name
+        for name, product in chosen_products(model, config.targets).items()
+    ]
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The part of `state_dict` that training changes: all of it, or the adapter's parameters."""
     state = model.state_dict()
@@ -152,13 +161,37 @@ def load_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
+def with_own_changes(model: LanguageModel, config: LoRAConfig) -> LanguageModel:
+    """A model that shares all tensors but copies of those that an adapter changes.
+
+    `model` has none beside its weights; it may have one merged.
+    """
+    shared = shared_model(model, {})
+    for module, attribute in chosen_products(shared, config.targets).values():
+        copied = getattr(module, attribute).detach().clone()
+        setattr(module, attribute, nn.Parameter(copied, requires_grad=False))
+    return shared
+
+
+@torch.no_grad()
 def merge_adapter(model: LanguageModel, adapter: Adapter) -> None:
     """Add an adapter to the weights of a model without one, in their memory and dtype."""
     found = products(model)
     for name, change in adapter.items():
         weight = found[name].weight
         assert isinstance(weight, Tensor)
-        weight.copy_(change.added_to(weight))
+        weight.copy_(change.added_to(weight, weight.dtype))
+
+
+@torch.no_grad()
+def merge_own_adapter(model: LanguageModel) -> None:
+    """Make of a model with an adapter one without, in the memory of its weights."""
+    for product in products(model).values():
+        if isinstance(weight := product.weight, AdaptedWeight):
+            base = weight.base
+            base.copy_(weight.value(base.dtype))
+            delattr(product.module, product.attribute)
+            setattr(product.module, product.attribute, base)
 
 
 @torch.no_grad()
@@ -169,15 +202,16 @@ def merge_into(served: LanguageModel, model: LanguageModel) -> None:
         if isinstance(weight := product.weight, AdaptedWeight):
             target = targets[name].weight
             assert isinstance(target, Tensor)
-            target.copy_(weight.value())
+            target.copy_(weight.value(target.dtype))
 
 
 @torch.no_grad()
 def shared_model(model: LanguageModel, adapter: Adapter | None = None) -> LanguageModel:
     """A model with all tensors of `model`, but for copies of those that an adapter changes.
 
-    Without an `adapter` it is the one of `model`. An adapter of no products gives the base model
-    of an adapted one. Writes into a shared tensor are seen by both models.
+    The copies are in the dtype of activations, to which training rounds the same sums. Without an
+    `adapter` it is the one of `model`. An adapter of no products gives the base model of an adapted
+    one. Writes into a shared tensor are seen by both models.
     """
     if adapter is None:
         adapter = adapter_of(model)
@@ -197,14 +231,8 @@ def shared_model(model: LanguageModel, adapter: Adapter | None = None) -> Langua
         base = weight.base if isinstance(weight, AdaptedWeight) else weight
         if name in adapter:
             assert isinstance(base, nn.Parameter)
-            merged = adapter[name].added_to(base).to(base.dtype)
+            merged = adapter[name].added_to(base, model.compute_dtype)
             base = nn.Parameter(merged, requires_grad=False)
         setattr(targets[name].module, targets[name].attribute, base)
     shared.activation_dtype, shared.companions = model.activation_dtype, model.companions
     return shared
-
-
-def merged_copies(shared: LanguageModel, model: LanguageModel) -> list[str]:
-    """Names of the tensors of a `shared_model` that it does not share with `model`."""
-    theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    return [name for name, t in shared.state_dict().items() if t.data_ptr() not in theirs]

@@ -3,6 +3,7 @@
 from nemotron3.ops.weights.computed import ComputedWeight
 from nemotron3.ops.weights.formats import FORMATS, WeightFormat
 from nemotron3.ops.weights.int8 import Int8Weight
+from nemotron3.ops.weights.low_rank import add_low_rank
 from nemotron3.ops.weights.quantized import QuantizedWeight, Weight, dequantized
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "QuantizedWeight",
     "Weight",
     "WeightFormat",
+    "add_low_rank",
     "dequantized",
 ]

@@ -14,8 +14,8 @@ class ComputedWeight(nn.Module, ABC):
     """
 
     @abstractmethod
-    def value(self) -> Tensor:
-        """The matrix, or matrices."""
+    def value(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix, or matrices, rounded to `dtype` once; None for float32 at least."""
 
     @property
     @abstractmethod
