@@ -8,3 +8,13 @@ ORACLE = 1e-4
 """Logits of ours against transformers' in float32, relative to the scale of the logits."""
 DECODE = 1e-5
 """Cached decoding against the full forward pass in float32, relative to the scale of the logits."""
+LOGPROB = 2e-6
+"""A token's log-probability of the engine against that of training in float32, relative to the
+largest logit, or to `SMALL_LOGITS` if all are smaller (decision 0017). It is 17 roundings."""
+SMALL_LOGITS = 5.0
+"""Largest logit up to which log-probabilities differ by at most 1e-5."""
+
+
+def logprob_tolerance(largest_logit: float) -> float:
+    """How far log-probabilities may differ where logits are of this size."""
+    return LOGPROB * max(SMALL_LOGITS, largest_logit)

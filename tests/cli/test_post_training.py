@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from nemotron3.config import read_run
 from nemotron3.data.conversations import parse_conversation
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.recipes.own_conversations import own_conversations
+from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.sft import SFTRun
 from tests.rl.playground import save_policy
 
@@ -94,6 +97,61 @@ def test_an_adapter_is_trained_by_rewards(policy, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Trained are" in said
     assert (tmp_path / "runs/two/adapter/adapter_config.json").exists()
+
+
+TRL_PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
+OWN = {
+    "environment": (Path(__file__).parents[2] / "examples" / "own_environment.py").read_text(),
+    "trl": TRL_PAGE.read_text("utf-8").partition("## TRL")[2].partition("```python\n")[2]
+    .partition("```")[0],
+}  # fmt: skip
+SHORT = ["--steps", "1", "--training.batch-size", "16", "--rollouts.max-tokens", "4"]
+SHORT += ["--held-out-tasks", "2", "--final-held-out-tasks", "2", "--rollouts.max-context", "2000"]
+SHORT += ["--training.seq-len", "2000"]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_an_environments_file_is_trained_on(policy, tmp_path, capsys, monkeypatch, kind):
+    """From the model of tiny-sft, or from another, alone or with other environments."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_env.py").write_text(OWN[kind])
+    assert main(["rl", "my_env.py", *SHORT]) == 2
+    assert "nemotron3 sft tiny-sft` makes it" in capsys.readouterr().err
+    shutil.copytree(policy, "runs/tiny-sft/model")
+    assert main(["rl", "my_env.py", *SHORT]) == 0
+    name = {"environment": "word_rules", "trl": "counter"}[kind]
+    assert name in capsys.readouterr().out
+    run = read_run(Path("runs/tiny-sft-my_env"), RLRun)
+    assert (run.model, run.training.steps) == ("runs/tiny-sft/model", 1)
+    assert [each.name for each in run.environments] == ["my_env.py"]
+    more = ["--environment", "math=2", "--model", str(policy), "--name", "other"]
+    assert (
+        main(["rl", "my_env.py", *SHORT[:2], "--training.batch-size", "32", *SHORT[4:], *more]) == 0
+    )
+    assert name in (said := capsys.readouterr().out)
+    assert "math" in said
+    run = read_run(Path("runs/other"), RLRun)
+    assert run.model == str(policy)
+    assert [(each.name, each.weight) for each in run.environments] == [
+        ("my_env.py", 1),
+        ("math", 2),
+    ]
+
+
+def test_a_file_with_neither_recipe_nor_environment_is_told_both_ways(policy, tmp_path, capsys):
+    file = tmp_path / "my.py"
+    file.write_text("class Counter:\n    def reset(self): ...\n")
+    assert main(["rl", str(file)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    for expected in ("no function `recipe` that returns a run of class RLRun", "Environment"):
+        assert expected in said
+    assert "subclass of ToolClassEnvironment" in said
+    file.write_text(f"{OWN['trl']}\ndef recipe():\n    return 3\n")  # that of the file is meant
+    assert main(["rl", str(file), "--steps", "1"]) == 2
+    assert "--steps goes with a model directory" in " ".join(capsys.readouterr().err.split())
+    file.write_text(OWN["trl"])
+    assert main(["rl", str(file), "--model", str(policy), "--difficulty", "0.5", *SHORT]) == 2
+    assert "as difficult as they are" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_preview_colours_what_is_trained(policy, chats, capsys, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from nemotron3.cli import main as command_line
 from nemotron3.cli.overrides import override
 from nemotron3.cli.pretrain import _with_own_text
+from nemotron3.environments.registry import has_environment
 from nemotron3.recipes.load import RECIPES, load_recipe
 from nemotron3.recipes.pretrain import PretrainRun, tiny
 
@@ -104,6 +105,8 @@ def test_commands_can_be_typed(line):
         if rest[0] in RECIPES:
             run = load_recipe(rest.pop(0))
             assert override(run, rest, prog=line, other_options=[]) != run or not rest
+        elif known.verb == "rl" and rest[0].endswith(".py"):
+            assert rest[0] == "my_env.py" or has_environment(str(ROOT / rest[0]))
         else:
             assert known.data if known.verb == "sft" else known.environment
         return

@@ -1,5 +1,6 @@
 """Readers and writers of five formats: they agree, and readers are strict."""
 
+import asyncio
 import importlib
 from random import Random
 
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from nemotron3.environments import formats
 from nemotron3.environments.formats import READERS, WRITERS, FormatError
 from nemotron3.environments.json_schema import schema_error
+from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.structured_output import StructuredOutput, _schema, _value
-from nemotron3.errors import ConfigError, DependencyMissingError
+from nemotron3.errors import ConfigError, DataError, DependencyMissingError
 
 RECORD = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
 TABLE = {"type": "array", "items": RECORD}
@@ -28,6 +30,7 @@ def test_what_is_written_is_read(kind):
         assert schema_error(READERS[kind](text, schema), schema) is None
 
 
+YAML_TAGS = ("int", "float", "bool", "null", "str", "timestamp", "binary", "merge", "value", "set")
 REFUSED = {
     "json": [
         '{"a": 1, "a": 2}',
@@ -52,6 +55,23 @@ REFUSED = {
         "[" * 2000,
         "a: 2001-99-99",
         "",
+        # What PyYAML's own constructors and scanner raise all kinds of errors for.
+        *(f"a: !!{tag} {text}" for tag in YAML_TAGS for text in ("foo", "''", "'-'", "1", "[1]")),
+        "a: !x y",
+        "a: ! 1",
+        "!!map {a: 1}",
+        "!!str a: 1",
+        "a: !<tag:yaml.org,2002:int> 1",
+        "%TAG ! tag:x,2000:\n--- !foo 1",
+        "a: " + ":".join(["1"] * 200) + ".5",
+        'a: "\\UFFFFFFFF"',
+        "a: <<",
+        "a: =",
+        "a: 0x_",
+        "a: " + "9" * 5000,
+        "a: 9999-12-31 23:59:59 +99:99",
+        "? [a]\n: 1",
+        "a: \ud800",
     ],
     "toml": ["a = 1\na = 2", "a = 1\n[a]\nb = 1", "a: 1", "a = ", "a = " + "[" * 5000],
     "xml": [
@@ -94,15 +114,113 @@ def test_other_types_do_not_fit(kind, text):
     assert schema_error(READERS[kind](text, schema), schema) is not None
 
 
+ODD = {
+    "json": [
+        '"a":',
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "1",
+        "-",
+        "e999",
+        "9" * 400,
+        "NaN",
+        '"\\ud800"',
+        "null",
+    ],
+    "yaml": [
+        *(f"!!{tag} " for tag in YAML_TAGS),
+        *(
+            "a: ",
+            "- ",
+            "? ",
+            ": ",
+            "&x ",
+            "*x ",
+            "!",
+            "|",
+            ">",
+            "%TAG ! x:",
+            "---",
+            "...",
+            "#",
+            "<<",
+        ),
+        *("0x_", "0b_", "1:", "59", ".5", "-", ".inf", "2001-01-", "T25:61:61", "=", "~", "'", '"'),
+        *("\\UFFFFFFFF", "\\x", "[", "]", "{", "}", ",", "\t", "\ud800", "\ufeff", "\x85"),
+    ],
+    "toml": [
+        *("a", "=", "[", "]", "{", "}", ",", ".", '"', "'", '"""', "\\u", "\\UFFFFFFFF", "-", "1"),
+        *(
+            "1979-",
+            "99-99",
+            "T25:61:61",
+            "Z",
+            "inf",
+            "nan",
+            "e999",
+            "0x",
+            "_",
+            "9" * 400,
+            "true",
+            "#",
+        ),
+    ],
+    "xml": [
+        *("<record>", "</record>", "<a>", "</a>", "<", ">", "/", "&lt;", "&x;", "&#0;", "&#xD800;"),
+        *(
+            "<!--",
+            "-->",
+            "<![CDATA[",
+            "]]>",
+            "<?x",
+            "?>",
+            " xmlns='y'",
+            " xml:a='1'",
+            "\0",
+            "\ud800",
+        ),
+    ],
+    "csv": ["a", ",", '"', '""', "\r", "\0", ";", "1", "-", "true", "9" * 400, "\ud800", "\u0661"],
+}
+SCHEMAS = [
+    RECORD,
+    {"type": "object", "properties": {"a": {"type": "number", "minimum": 1, "maximum": 2.5}}},
+    {"properties": {"a": {"enum": [1, "x"]}, "b": {"const": [1]}}, "additionalProperties": True},
+    {},
+]
+
+
 @pytest.mark.parametrize("kind", READERS)
-@given(text=st.text(alphabet='{}[]<>/:=,"\n &*!-ab1.', max_size=40))
-def test_any_text_is_read_or_refused(kind, text):
-    schema = TABLE if kind == "csv" else RECORD
+@given(data=st.data())
+def test_any_text_is_read_or_refused(kind, data):
+    """From pieces of its format, so that most of its grammar is met."""
+    pieces = st.sampled_from([*ODD[kind], "\n", " ", "b"]) | st.text(max_size=2)
+    text = "".join(data.draw(st.lists(pieces, max_size=12)))
+    schema = data.draw(st.sampled_from(SCHEMAS))
+    schema = {"type": "array", "items": schema} if kind == "csv" else schema
     try:
         value = READERS[kind](text, schema)
     except FormatError:
         return
     schema_error(value, schema)
+
+
+@pytest.mark.parametrize(("kind", "text"), [(k, t) for k, texts in REFUSED.items() for t in texts])
+def test_the_environment_gives_no_reward_for_what_is_refused(kind, text):
+    environment = StructuredOutput(formats=(kind,))
+    row, response = environment.task(0), TaskResponse.of({"role": "assistant", "content": text})
+    assert asyncio.run(environment.verify(row, response, None)).reward == 0
+
+
+def test_a_row_whose_schema_is_none_is_told():
+    environment, response = StructuredOutput(), TaskResponse.of({"role": "assistant"})
+    for text, said in (("[]", r"is \[\]; give a JSON object"), ("{", "is not JSON")):
+        row = {**environment.task(0), "schema_str": text}
+        with pytest.raises(DataError, match=said):
+            asyncio.run(environment.verify(row, response, None))
 
 
 def test_without_pyyaml_yaml_is_left_out_or_refused(monkeypatch):

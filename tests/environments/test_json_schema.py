@@ -12,6 +12,7 @@ from nemotron3.errors import ConfigError
 FITS = [
     (3, {"type": "integer", "minimum": 3, "maximum": 3}),
     (2.5, {"type": "number"}),
+    (10**400, {"type": "number", "minimum": 0.5}),
     (None, {"type": ["null", "string"]}),
     ("ab", {"type": "string", "minLength": 2, "maxLength": 2}),
     ([1, 2], {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}),
@@ -26,6 +27,7 @@ DOES_NOT = [
     (1, {"type": "boolean"}, "is not boolean"),
     (1.0, {"type": "integer"}, "is not integer"),
     (float("nan"), {"type": "number"}, "is not number"),
+    (-(10**400), {"type": "number", "minimum": 0.5}, "against minimum"),
     (2, {"type": "integer", "minimum": 3}, "against minimum 3"),
     (4, {"maximum": 3}, "against maximum 3"),
     ("abc", {"maxLength": 2}, "against maxLength 2"),

@@ -44,6 +44,40 @@ def test_a_part_of_a_score_is_nothing(installed):
         assert reward(environment, row, answer) == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "difficulty"),
+    [
+        ("quantum_lock", 0.5),
+        ("coin_flip", 0.5),  # any beginning of the answer
+        ("kakurasu", 0.5),  # all but 0 and 1 is passed over
+        ("figlet_font", 0.5),  # the first ten letters of a word that has them
+        ("word_sorting", 1.0),
+        ("rotate_matrix", 1.0),  # a wrong number in a hundred
+        ("letter_counting", 0.0),
+    ],
+)
+def test_only_the_whole_answer_is_rewarded(installed, task, difficulty):
+    environment = load_environment(f"reasoning_gym:{task}", difficulty=difficulty)
+    for index in range(20):
+        row = environment.task(index)
+        right = row["answer"]
+        assert reward(environment, row, right) == 1
+        for hack in (
+            f"{right} or 1",
+            f"{right} or {right}",
+            f"2 or {right}",
+            f"{right}\nor B",
+            f"The answer is {right} or so",
+            f"{right}, C",
+            f"{right} 1",
+            f"{right};",
+            right[: len(right) // 2],
+            "0",
+            "NaN",
+        ):
+            assert hack == right.strip() or reward(environment, row, hack) == 0, hack
+
+
 def test_difficulty_is_a_level_of_each_setting(installed):
     easy, hard = (
         load_environment("reasoning_gym:chain_sum", difficulty=d).task(0) for d in (0.0, 1.0)
@@ -58,6 +92,7 @@ def test_difficulty_is_a_level_of_each_setting(installed):
         ("string_insertion", "evaluates answers as Python"),
         ("countdown", "evaluates answers as Python"),
         ("game_of_life_halting", "gives the answer 'zzz' a full score"),
+        ("complex_arithmetic", "gives the answer 'NaN' a full score"),
         ("graph_color", r"scores one of its own answers with 0\.00"),
         ("composite", "has no tasks at difficulty"),
         ("nothing", "no task 'nothing'; there are .*chain_sum"),

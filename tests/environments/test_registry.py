@@ -4,6 +4,7 @@ import pytest
 
 from nemotron3.environments import BUILT_IN, load_environment
 from nemotron3.environments.calculator import Calculator
+from nemotron3.environments.registry import has_environment
 from nemotron3.errors import ConfigError
 
 GOOD = '''
@@ -61,7 +62,7 @@ WRONG = {
     ),
     "abstract": (
         "from nemotron3.environments import Environment\nclass Mine(Environment):\n    name = 'm'",
-        r"give `draw` and `verify` \(none\)",
+        r"give `draw` and `verify` \(none\); one is wanted; Mine lacks draw and verify",
     ),
     "two": (
         GOOD + "\nclass Second(Parrot):\n    name = 'second'\n",
@@ -73,6 +74,26 @@ WRONG = {
         "cannot be built from a difficulty alone",
     ),
 }
+
+
+def test_a_class_that_takes_no_difficulty_is_given_none(tmp_path):
+    file = tmp_path / "mine.py"
+    own = "\n    def __init__(self):\n        super().__init__(difficulty=0.5)\n"
+    file.write_text(GOOD + own, encoding="utf-8")
+    assert load_environment(str(file)).name == "parrot"
+    with pytest.raises(ConfigError, match=r"the tasks of Parrot are as difficult .* leave diff"):
+        load_environment(str(file), difficulty=0.2)
+
+
+@pytest.mark.parametrize("source", [GOOD, WRONG["abstract"][0], WRONG["two"][0]])
+def test_a_file_of_an_environment_is_told_from_others(tmp_path, source):
+    file = tmp_path / "mine.py"
+    file.write_text(source, encoding="utf-8")
+    assert has_environment(str(file))
+    file.write_text(WRONG["imported"][0], encoding="utf-8")
+    assert not has_environment(str(file))
+    assert not has_environment(str(tmp_path / "none.py"))
+    assert not has_environment("math")
 
 
 @pytest.mark.parametrize(("source", "said"), WRONG.values(), ids=WRONG.keys())

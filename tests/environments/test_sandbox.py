@@ -20,6 +20,7 @@ from nemotron3.environments.sandbox import (
     SandboxUnavailableError,
 )
 from nemotron3.environments.sandbox.backends import bubblewrap_command
+from nemotron3.environments.sandbox.sandbox import _read_results
 from nemotron3.errors import ConfigError
 from tests.environments.processes import descendants, exist, until
 
@@ -126,6 +127,24 @@ def test_sets_have_one_order(sandbox):
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("written", "num_calls", "results"),
+    [
+        (b"[1]\n[2]\n", 2, [(1,), (2,)]),
+        (b"[1]\n[2]\n[3]\n", 2, [(1,), (2,)]),
+        (b"[1]\n[2", 2, [(1,)]),  # it ended within the second one
+        (b"[1]\n[2]", 2, [(1,)]),
+        (b"[1]\r[2]\n", 2, [()]),
+        (b"", 2, []),
+        (b"[1]\n", 0, []),
+        (b"\xff\n[NaN\n[" + b"[" * 10**5 + b"\n[1, 2]\n{}\n", 9, [(), (), (), (), ()]),
+        (b"\n" * 10**6, 3, [(), (), ()]),
+    ],
+)
+def test_results_are_read_line_by_line_and_no_more_than_the_calls(written, num_calls, results):
+    assert _read_results(written, num_calls) == results
+
+
 def test_calls(sandbox):
     source = "def f(a, b=2):\n    print('noise')\n    return a + b"
     result = call(sandbox, source, "f", [1, 5], [1], ["x", "y"], [[1], [2]], [1, "x"], [])
@@ -140,6 +159,9 @@ def test_calls(sandbox):
     )
     missing = call(sandbox, "g = 1", "f", [])
     assert (missing.ending, missing.results) == (Ending.ERROR, ())
+    flood = "import os\nos.write(3, b'\\n' * (1 << 19) + b'[7]\\n')\nf = lambda: 1"
+    assert call(sandbox, flood, "f", [], []).results == ((), ())
+    assert run(sandbox, flood).results == ()
     half = call(sandbox, "def f(x):\n    if x: exit(0)\n    return x", "f", [0], [1], [0])
     assert half.results == ((0,),)
 

@@ -138,7 +138,7 @@ def test_a_file_with_such_a_class_is_found(tmp_path):
         encoding="utf-8",
     )
     assert load_environment(str(file)).name == "mine"
-    with pytest.raises(ConfigError, match="cannot be built from a difficulty"):
+    with pytest.raises(ConfigError, match=r"as difficult as they are.*leave difficulty out"):
         load_environment(str(file), difficulty=0.5)
 
 
@@ -198,6 +198,30 @@ class Open(Bare):
 class Odd(Bare):
     def tool(self, x: complex):
         """Do."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"factory": Bare, "dataset": None}, "Bad has no `dataset`; give the class one"),
+        ({}, "Bad has no `factory`; give the class one"),
+        ({"factory": Bare()}, "without calling it"),
+        ({"factory": Bare, "dataset": []}, "`dataset` has no rows"),
+        ({"factory": Bare, "dataset": iter([{"prompt": "x"}])}, "is a list_iterator; give a list"),
+        ({"factory": Bare, "dataset": ["x"]}, "first row of `dataset` is 'x'; give each a"),
+        ({"factory": Bare, "dataset": [{"question": "x"}]}, "give each a `prompt`"),
+    ],
+)
+def test_what_is_missing_is_named(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        bad(**changes)()
+
+
+def test_neither_dataset_nor_factory_is_an_error_of_the_class():
+    with pytest.raises(ConfigError, match="Empty has no `factory`"):
+        type("Empty", (ToolClassEnvironment,), {"name": "empty"})()
+    with pytest.raises(ConfigError, match="Empty has no `dataset`"):
+        type("Empty", (ToolClassEnvironment,), {"name": "empty", "factory": Bare})()
 
 
 @pytest.mark.parametrize(

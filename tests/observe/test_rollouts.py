@@ -23,7 +23,9 @@ def record(**changes):
         "messages": [PROMPT, turn],
         "reward": 1.0,
         "components": {"format": 1.0},
+        "shaping": None,
         "advantage": 0.5,
+        "penalties": [],
         "failure": None,
         "tokens": 7,
         "is_cut": False,
@@ -38,10 +40,37 @@ def test_a_rollout_shows_what_was_done_and_why_it_was_rewarded():
     assert page.index("advantage +0.50") < page.index("advantage -0.50")  # the best first
 
 
+def test_what_shaping_did_stands_beside_the_reward_and_at_the_turn():
+    messages = [
+        PROMPT,
+        {"role": "assistant", "content": "first"},
+        {"role": "tool", "content": "error"},
+        {"role": "assistant", "content": "second"},
+    ]
+    penalty = {"turn": 0, "advantage": -5.0, "why": "a call that no tool takes"}
+    page = rollouts_page(
+        [record(messages=messages, penalties=[penalty], shaping="reward 0: no final answer")],
+        title="mine",
+    )
+    told = page.index("this turn: advantage -5, a call that no tool takes")
+    assert page.index("first") < told < page.index("error") < page.index("second")
+    assert "shaped: reward 0: no final answer" in page
+    assert 'class="penalty"' not in rollouts_page([record()], title="mine")
+
+
 def test_failures_have_no_reward():
     page = rollouts_page([record(reward=None, failure="the judge is away")], title="mine")
     assert "the judge is away" in page
     assert "no reward of 1 rollouts" in page
+
+
+def test_failures_stand_at_the_head_even_where_their_prompts_have_no_place():
+    many = [record(prompt=f"{n}", reward=float(n % 2)) for n in range(40)] * 2
+    failed = [record(prompt="last", reward=None, failure="KeyError: <x>") for _ in range(2)]
+    page = rollouts_page([*many, *failed], title="mine")
+    assert "of 82 rollouts, 2 failed" in page
+    assert "<b>2 failed:</b> KeyError: &lt;x&gt;" in page
+    assert "failed" not in rollouts_page(many, title="mine").split("</style>")[1]
 
 
 @pytest.mark.parametrize("field", ["content", "reasoning_content"])

@@ -1,5 +1,6 @@
 """Whole reinforcement learning runs: rewards that grow, resuming, and what is refused."""
 
+import html
 import json
 import shutil
 from dataclasses import replace
@@ -8,19 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemotron3 import LLM
 from nemotron3.checkpoint.store import CheckpointStore
+from nemotron3.cli.rl import failure_lines
+from nemotron3.environments import load_environment
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.models.lora import LoRAConfig, merge_adapter, read_adapter
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes import run_rl
+from nemotron3.recipes.rl_summary import rl_report
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.rl.data_parallel import EnginesConfig
+from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.policy_objective import PolicyLossConfig
-from nemotron3.rl.rollouts import RolloutConfig
+from nemotron3.rl.records import AFTER_TRAINING
+from nemotron3.rl.rollouts import RolloutConfig, RolloutDriver
 from nemotron3.rl.sampling_plan import EnvironmentConfig
+from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer
 from tests.recipes.small_rl import LETTER, die_after, metrics_of, small
+from tests.rl.playground import save_policy
+from tests.tiny import randomized
 
 
 def test_rewards_grow(policy, letter, tmp_path):
@@ -108,6 +119,49 @@ def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
     assert max(m["policy/logprob_error"] for m in logged.values()) < error
     result = LanguageModel.from_pretrained(tmp_path / "cut/small/model")
     assert result.output_weight.dtype == precision.dtype
+
+
+def test_rollouts_with_drafts_are_those_without(policy, letter, tmp_path):
+    """Their log-probabilities are those of training too."""
+    records = {}
+    for drafts in (0, 3):
+        rl(small(policy, letter, max_draft_tokens=drafts), runs=tmp_path / str(drafts))
+        folder = tmp_path / str(drafts) / "small"
+        logged = metrics_of(folder)
+        assert max(m["policy/logprob_error"] for m in logged.values()) < 1e-5
+        lines = (folder / "rollouts.jsonl").read_text().splitlines()
+        records[drafts] = [json.loads(line) for line in lines]
+    first = [
+        [r["messages"] for r in found if r["when"] != AFTER_TRAINING] for found in records.values()
+    ]
+    assert first[0] == first[1]
+
+
+def test_drafts_of_a_model_without_mtp_are_refused(letter, tmp_path):
+    plain = save_policy(tmp_path / "plain", pattern="ME*-E")
+    run = small(plain, letter, max_draft_tokens=2)
+    with pytest.raises(ConfigError, match=r"max_draft_tokens is 2, but .*plain has no multi-token"):
+        rl(run, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ConfigError, match="max_draft_tokens is -1"):
+        replace(run, max_draft_tokens=-1)
+
+
+def test_an_engine_of_a_run_drafts_as_many_as_it_is_told(policy, letter):
+    config = small(policy, letter, max_draft_tokens=2).engine_config()
+    assert (config.max_draft_tokens, config.adapts_drafts) == (2, False)
+    model = randomized(LanguageModel.from_pretrained(policy))
+    llm = LLM(model, tokenizer=Tokenizer.from_directory(policy), config=config)
+    environment = load_environment(letter)
+    driver = RolloutDriver(
+        llm,
+        Tokenizer.from_directory(policy),
+        ChatTemplate(CHAT_STYLES["nano"]),
+        {environment.name: environment},
+        RolloutConfig(max_tokens=12, max_context=96),
+    )
+    driver.play([environment.task(0)], group_size=4)
+    assert llm.stats().drafted_tokens > 0
 
 
 def test_many_environments_share_every_batch(policy, letter, tmp_path):
@@ -201,6 +255,48 @@ def test_an_update_without_a_reward_ends_the_run_and_says_why(policy, tmp_path):
         DataError, match=r"no rollout of update 1 can be trained on .* failures: down"
     ):
         rl(small(policy, str(file)), runs=tmp_path / "runs")
+
+
+def test_an_environment_that_raises_now_and_then_is_counted_and_shown(policy, tmp_path):
+    file = tmp_path / "fragile.py"
+    wrong = 'if len(said) % 3 == 0:\n            raise KeyError("colour")\n        '
+    file.write_text(LETTER.replace("return Verification", wrong + "return Verification"))
+    run = small(policy, str(file), prompts=4, log_rollouts_every_steps=99)
+    summary = rl(run, runs=tmp_path / "runs")
+    folder = tmp_path / "runs/small"
+    (failures,) = summary.failures.values()
+    assert failures.held_out > 0
+    assert failures.training == sum(m["rollouts/failed"] for m in metrics_of(folder).values()) > 0
+    said = f"environment letter: verify raised KeyError: 'colour' ({file}:17)"
+    assert failures.example == said
+    assert said in "\n".join(failure_lines(summary))
+    assert html.escape(said) in (folder / "rollouts.html").read_text()
+    report = rl_report(run, summary, torch.device("cpu"))
+    assert said in str(report.tables["Rollouts without a reward, because something failed"])
+
+
+@pytest.mark.parametrize("engine", ["turns", "thread", "processes"])
+def test_an_environment_that_raises_everywhere_ends_the_run_and_says_where(
+    policy, tmp_path, engine
+):
+    file = tmp_path / "broken.py"
+    ahead = AsyncConfig(max_staleness=int(engine == "thread"))
+    processes = EnginesConfig(num_processes=2 * (engine == "processes"))
+    run = small(policy, str(file), asynchronous=ahead, engines=processes)
+    where = "environment letter: verify raised KeyError: 'colour' \\({}:{}\\); all {} rollouts"
+    if engine == "turns":  # seen before training
+        file.write_text(
+            LETTER.replace(
+                "return Verification", 'raise KeyError("colour")\n        return Verification'
+            )
+        )
+        with pytest.raises(DataError, match=where.format(file, 16, 6)):
+            rl(run, runs=tmp_path / "at_once")
+    of_training = 'if str(split_of(row)) == "train": raise KeyError("colour")\n        '
+    source = LETTER.replace("return Verification", of_training + "return Verification")
+    file.write_text("from nemotron3.environments import split_of\n" + source)
+    with pytest.raises(DataError, match=where.format(file, 17, 16)):
+        rl(run, runs=tmp_path / "in_training")
 
 
 def test_a_vocabulary_without_the_tokens_of_chats_is_refused(policy, letter, tmp_path, monkeypatch):

@@ -173,19 +173,29 @@ def test_an_engine_with_other_weights_than_it_says_is_caught(pair, monkeypatch):
         check_rollouts(found, version=version, max_staleness=0, checksums=pair.weights.checksums)
 
 
+OUT_OF_MEMORY = """
+import multiprocessing
+from nemotron3.inference.llm import LLM
+
+def requests(*_):
+    raise RuntimeError("out of memory")
+
+if multiprocessing.parent_process() is not None:  # in an engine's process alone
+    LLM.requests = requests
+"""
+
+
 @pytest.mark.slow
 def test_what_fails_again_and_again_reaches_the_user(policy, tmp_path):
     file = tmp_path / "broken.py"
-    file.write_text(
-        LETTER.replace("said = ", "raise ConnectionError('no judge at :8000')\n        said = ")
-    )
+    file.write_text(LETTER + OUT_OF_MEMORY)
     engines = EnginesConfig(num_processes=1, max_restarts=1)
     run = small(policy, str(file), engines=engines)
     rows = [environment.task(0) for environment in run_environments(run).values()]
     with closing(ProcessEngines(run, device=CPU, threads=1)) as broken:
         with pytest.raises(
             DataError,
-            match=r"failed 2 times in one play, at last with .*ConnectionError: no judge at :8000",
+            match=r"failed 2 times in one play, at last with .*RuntimeError: out of memory",
         ):
             broken.play(rows)
         assert broken.num_restarts == 1

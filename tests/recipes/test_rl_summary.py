@@ -27,7 +27,9 @@ def record(number, reward, *, environment="lookup", answer="17", failure=None, *
 
 
 def summary(before, after):
-    return rl_summary(before, after, held_out_tasks=len(after), parameters=1, seconds=1.0)
+    return rl_summary(
+        before, after, failures={}, held_out_tasks=len(after), parameters=1, seconds=1.0
+    )
 
 
 def test_a_policy_that_answers_unknown_to_everything_is_seen():

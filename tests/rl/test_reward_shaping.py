@@ -2,12 +2,14 @@
 
 import pytest
 
+from nemotron3.config import from_record, to_record
 from nemotron3.environments.rows import make_row
 from nemotron3.environments.verification import Verification
 from nemotron3.errors import ConfigError
 from nemotron3.rl.advantages import AdvantageConfig
 from nemotron3.rl.batches import policy_batches
 from nemotron3.rl.groups import collect
+from nemotron3.rl.records import RolloutRecord, rollout_record
 from nemotron3.rl.reward_shaping import (
     EffortShapingConfig,
     RewardShapingConfig,
@@ -50,6 +52,66 @@ def test_effort_follows_the_formula_of_the_reports():
     config = RewardShapingConfig(effort=effort)
     assert shaped_reward(rollout(effort="low"), config) == pytest.approx(1 + 0.1 * (1 - 3 / 100))
     assert shaped_reward(rollout(), config) == 1.0
+
+
+SUPER = RewardShapingConfig(invalid_call_advantage=-5, malformed_reasoning_advantage=-4)
+
+
+@pytest.mark.parametrize(
+    ("found", "config", "reward", "said"),
+    [
+        (rollout(), RewardShapingConfig(zero_empty_answers=True), 1.0, None),
+        (
+            rollout(content=""),
+            RewardShapingConfig(zero_empty_answers=True),
+            0.0,
+            "reward 0: no final answer",
+        ),
+        (
+            rollout(content="2 and 2"),
+            RewardShapingConfig(zero_repeated_reasoning=True),
+            0.0,
+            "reward 0: the answer is the reasoning once more",
+        ),
+        (
+            rollout(turns=((2, 5, False, True),)),
+            RewardShapingConfig(zero_malformed_reasoning=True),
+            0.0,
+            "reward 0: reasoning tags that do not match",
+        ),
+        (
+            rollout(effort="low"),
+            RewardShapingConfig(effort=EffortShapingConfig(weight=0.5, bound=6)),
+            1.25,
+            "reward 1.25: low effort, 3 tokens",
+        ),
+        (
+            rollout(is_cut=True),
+            RewardShapingConfig(filter_overlong=True),
+            1.0,
+            "left out of the loss: cut off",
+        ),
+    ],
+)
+def test_a_record_says_what_shaping_did(found, config, reward, said):
+    record = rollout_record(found, when="step 0", advantage=0.5, shaping=config)
+    assert (record.reward, record.shaped_reward, record.shaping) == (1.0, reward, said)
+    plain = rollout_record(found, when="held-out")
+    assert (plain.shaped_reward, plain.shaping, plain.penalties) == (1.0, None, ())
+    assert from_record(RolloutRecord, to_record(record)) == record
+
+
+def test_a_record_has_the_penalties_of_turns_that_were_trained():
+    found = rollout(turns=((2, 4, True, False), (5, 6, False, False), (7, 9, True, True)))
+    record = rollout_record(found, when="step 0", advantage=0.5, shaping=SUPER)
+    assert [(p.turn, p.advantage, p.why) for p in record.penalties] == [
+        (0, -5, "a call that no tool takes"),
+        (2, -5, "a call that no tool takes and reasoning tags that do not match"),
+    ]
+    trained = token_advantages(found, 0.5, SUPER)
+    assert trained == [0.5, 0.5, -5, -5, 0.5, 0.5, 0.5, -5, -5]
+    assert rollout_record(found, when="step 0", shaping=SUPER).penalties == ()
+    assert from_record(RolloutRecord, to_record(record)) == record
 
 
 def test_nothing_is_shaped_unless_it_is_asked_for():

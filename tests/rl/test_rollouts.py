@@ -169,7 +169,7 @@ def test_tools_are_called_and_their_answers_read(policy, monkeypatch):
     turns = calculator.solve(row)
     driver = driver_for(policy, calculator, max_context=2000, engine={"max_model_len": 2000})
     given = iter(turns)
-    monkeypatch.setattr("nemotron3.rl.rollouts._turn_of", lambda _: next(given))
+    monkeypatch.setattr("nemotron3.rl.rollouts.turn_of", lambda _: next(given))
     (rollout,) = driver.play([row])
     if not rollout.is_cut:
         response = asyncio.run(calculator.demonstration(row))

@@ -272,14 +272,16 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         verbs,
         "rl",
         usage="nemotron3 rl MODEL --environment NAME [--environment NAME] [--option value ...]\n"
+        "       nemotron3 rl MY_ENV.PY [--model MODEL] [--option value ...]\n"
         "       nemotron3 rl RECIPE [--option value ...]\n"
         "       nemotron3 rl --from RUN.JSON [--runs PATH] [--option value ...]",
         help="train a model by the rewards of environments",
         description="Reinforcement learning (GRPO) in one or many environments at once. MODEL is a "
         "directory of a model that answers, such as the result of `sft`; NAME a built-in "
         "environment, your own (a Python file with a class that extends Environment), or "
-        "ROWS@URL, rows and the resources server of NeMo Gym that verifies them; RECIPE a Python "
-        "file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
+        "ROWS@URL, rows and the resources server of NeMo Gym that verifies them. MY_ENV.PY alone "
+        "is such a file of your own, trained from runs/tiny-sft/model or from --model. RECIPE is a "
+        "Python file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
         "command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
         "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
@@ -295,13 +297,13 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         "--difficulty",
         type=float,
         metavar="D",
-        help="of all environments, 0 to 1, where a MODEL is named (default: their own)",
+        help="of all environments, 0 to 1, unless a RECIPE is named (default: their own)",
     )
     rl.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="updates, where a MODEL is named (default 100)",
+        help="updates, unless a RECIPE is named (default 100)",
     )
 
 

@@ -1,16 +1,23 @@
 """`nemotron3 rl`: reinforcement learning by a recipe, or of a model in named environments."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from nemotron3.cli.recipes import with_recipes
-from nemotron3.cli.tuning import chosen_run, ending, lora_of, watched, weighted
+from nemotron3.cli.tuning import chosen_run, ending, lora_of, value_of, watched, weighted
+from nemotron3.environments.registry import has_environment
 from nemotron3.errors import ConfigError
+from nemotron3.recipes.input_files import check_model_directory
+from nemotron3.recipes.load import has_recipe
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_summary import RLSummary
 from nemotron3.recipes.run_rl import rl
 from nemotron3.rl.sampling_plan import EnvironmentConfig
+
+_DEFAULT_MODEL = "runs/tiny-sft/model"
+"""What an environment's file is trained from, where no --model is given."""
 
 
 def rl_command(known: argparse.Namespace, rest: list[str]) -> int:
@@ -19,9 +26,20 @@ def rl_command(known: argparse.Namespace, rest: list[str]) -> int:
     def of_model(model: str) -> RLRun:
         if not known.environment:
             raise ConfigError(f"{model} is a model; say what it learns, as in: --environment math")
+        return in_environments(model, map(weighted, known.environment))
+
+    def of_file(file: str) -> RLRun | None:
+        if not has_environment(file) or has_recipe(file):
+            return None
+        model = value_of(rest, "--model") or _DEFAULT_MODEL
+        check_model_directory(model)
+        others = map(weighted, known.environment or ())
+        return in_environments(model, [(file, 1.0), *others])
+
+    def in_environments(model: str, named: Iterable[tuple[str, float]]) -> RLRun:
         environments = [
             EnvironmentConfig(name=name, weight=weight, difficulty=known.difficulty)
-            for name, weight in map(weighted, known.environment)
+            for name, weight in named
         ]
         options = {} if known.steps is None else {"steps": known.steps}
         return own_environments(model, environments, lora=lora_of(rest), **options)
@@ -31,7 +49,7 @@ def rl_command(known: argparse.Namespace, rest: list[str]) -> int:
         "--difficulty": known.difficulty,
         "--steps": known.steps,
     }
-    run = chosen_run(known, rest, RLRun, of_model=of_model, of_model_only=own)
+    run = chosen_run(known, rest, RLRun, of_model=of_model, of_model_only=own, of_file=of_file)
     if run is None:
         print(with_recipes(known.page(), RLRun))
     else:
@@ -48,6 +66,7 @@ def result_text(summary: RLSummary, folder: Path) -> str:
         lines += [*(f"  \u2502 {line}" for line in sample["text"].splitlines()), ""]
     lines += [
         *gain_lines(summary),
+        *failure_lines(summary),
         "",
         f"{summary.parameters / 1e6:.1f}M parameters, {summary.seconds / 60:.1f} minutes",
         *ending(folder),
@@ -72,3 +91,12 @@ def gain_lines(summary: RLSummary) -> list[str]:
         )
     before, after = summary.reward_before["all"], summary.reward["all"]
     return [*lines, f"  {'mean':<24}{before:8.3f}{after:8.3f}"]
+
+
+def failure_lines(summary: RLSummary) -> list[str]:
+    """Rollouts that have no reward, by environment, each with a reason."""
+    return [
+        f"  {name}: {failed.held_out} held-out rollouts and {failed.training} of training failed; "
+        f"one because: {failed.example or 'see rollouts.jsonl'}"
+        for name, failed in summary.failures.items()
+    ]

@@ -32,10 +32,12 @@ def chosen_run(
     *,
     of_model: Callable[[str], RunT],
     of_model_only: Mapping[str, Any],
+    of_file: Callable[[str], RunT | None] = lambda _: None,
 ) -> RunT | None:
     """The run that a line names, its first word taken out of `rest`, with changed values.
 
-    None where it names none, and help is wanted. `of_model_only` are options, by their names, that
+    None where it names none, and help is wanted. `of_file` gives the run of a Python file that is
+    no recipe, and None for others. `of_model_only` are options, by their names, that
     say something of a model alone; None where one was not given.
     """
     replay: Path | None = known.replay
@@ -52,6 +54,8 @@ def chosen_run(
     if what is not None and _is_directory(what):
         check_model_directory(what)
         run = of_model(what)
+    elif what is not None and (found := of_file(what)) is not None:
+        run = found
     elif given:
         named = what or f"--from {replay}"
         raise ConfigError(
@@ -74,6 +78,17 @@ def chosen_run(
         prog=f"nemotron3 {known.verb} {what or '--from RUN.JSON'}",
         other_options=of_model_only,
     )
+
+
+def value_of(rest: Sequence[str], option: str) -> str | None:
+    """The last value that a line gives an option, before it is applied."""
+    found: str | None = None
+    for place, word in enumerate(rest):
+        if word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+        elif word == option and place + 1 < len(rest):
+            found = rest[place + 1]
+    return found
 
 
 def lora_of(rest: Sequence[str]) -> LoRAConfig | None:

@@ -25,10 +25,11 @@ from itertools import count
 from random import Random
 from typing import Any
 
+from nemotron3.environments.failures import failure_of_error
 from nemotron3.environments.json_schema import schema_error
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, Split, make_row, prompt_text, split_of
-from nemotron3.environments.verification import RolloutFailedError, Verification
+from nemotron3.environments.verification import Verification
 from nemotron3.errors import ConfigError, DataError
 from nemotron3.text import AssistantMessage, Message, Tool, ToolMessage, UserMessage
 
@@ -120,9 +121,12 @@ class Environment(ABC):
 
         async def judged(response: TaskResponse, session: Any) -> Verification:
             try:
-                return await self.verify(row, response, session)
-            except RolloutFailedError as error:
-                return Verification(failure=error.failure)
+                found: Any = await self.verify(row, response, session)
+                if not isinstance(found, Verification):
+                    raise TypeError(f"it returned {type(found).__name__}, not a Verification")
+                return found
+            except Exception as error:  # noqa: BLE001 - it may be anybody's code
+                return Verification(failure=failure_of_error(error, self, "verify"))
 
         pairs = zip(responses, sessions, strict=True)
         return await asyncio.gather(*(judged(*pair) for pair in pairs))

@@ -26,7 +26,16 @@ ROOT = "record"
 _INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 _NUMBER = re.compile(r"-?\d{1,18}(\.\d{1,18})?", re.ASCII)
 _MAX_FLOW = 200
-_YAML_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_PARSER_ERRORS = (
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
+"""What parsers raise besides errors of their own where a text is none of theirs; PyYAML raises all
+of these. `MemoryError` and `OSError` say nothing of the text."""
 
 
 class FormatError(ValueError):
@@ -42,7 +51,7 @@ def read_json(text: str, schema: Schema) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=_pairs, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+    except _PARSER_ERRORS as error:
         raise FormatError(f"no JSON: {error}") from error
 
 
@@ -51,7 +60,7 @@ def read_toml(text: str, schema: Schema) -> Any:
     del schema
     try:
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+    except _PARSER_ERRORS as error:
         raise FormatError(f"no TOML: {error}") from error
 
 
@@ -63,10 +72,12 @@ def read_yaml(text: str, schema: Schema) -> Any:
         raise FormatError(f"YAML with more than {_MAX_FLOW} brackets")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None or ("&" in text and _has_anchor(yaml, text)):
-            raise FormatError("no YAML: empty, or with aliases")
+        if node is None:
+            raise FormatError("it is empty")
+        if "&" in text or "!" in text:
+            _refuse_anchors_and_tags(yaml, text)
         return _yaml_value(yaml, node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, *_PARSER_ERRORS) as error:
         raise FormatError(f"no YAML: {error}") from error
 
 
@@ -76,7 +87,7 @@ def read_xml(text: str, schema: Schema) -> Any:
         raise FormatError("XML with a declaration; elements alone are wanted")
     try:
         root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, *_PARSER_ERRORS) as error:
         raise FormatError(f"no XML: {error}") from error
     if root.tag != ROOT:
         raise FormatError(f"the root is <{root.tag[:40]}>, not <{ROOT}>")
@@ -87,7 +98,7 @@ def read_csv(text: str, schema: Schema) -> Any:
     """A header and rows; each row is an object of the schema's items."""
     try:
         table = list(csv.reader(io.StringIO(text.strip()), strict=True))
-    except (csv.Error, ValueError) as error:
+    except (csv.Error, *_PARSER_ERRORS) as error:
         raise FormatError(f"no CSV: {error}") from error
     if not table or any(len(row) != len(table[0]) for row in table):
         raise FormatError("no CSV: rows of different lengths")
@@ -227,8 +238,6 @@ def _of_element(element: ElementTree.Element, schema: Schema, depth: int) -> Any
 
 def _yaml_value(yaml: Any, node: Any) -> Any:
     """The value of a node, with each key once; scalars as PyYAML's safe loader reads them."""
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in _YAML_TAGS:
-        raise FormatError(f"the tag {node.tag[:40]} is no plain YAML")
     if isinstance(node, yaml.MappingNode):
         keys = [_yaml_value(yaml, key) for key, _ in node.value]
         if not all(isinstance(key, str) for key in keys):
@@ -240,9 +249,12 @@ def _yaml_value(yaml: Any, node: Any) -> Any:
     return yaml.SafeLoader("").construct_object(node)
 
 
-def _has_anchor(yaml: Any, text: str) -> bool:
-    events = yaml.parse(text, Loader=yaml.SafeLoader)
-    return any(getattr(event, "anchor", None) is not None for event in events)
+def _refuse_anchors_and_tags(yaml: Any, text: str) -> None:
+    """A tag has a scalar read as another type than its text is of, or by any constructor."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for name in ("anchor", "tag"):
+            if (found := getattr(event, name, None)) is not None:
+                raise FormatError(f"the {name} {found[:40]!r} is no plain YAML")
 
 
 def _yaml() -> Any:

@@ -16,7 +16,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _TYPES["integer"](value) or (isinstance(value, float) and math.isfinite(value))
     ),
     "string": lambda value: isinstance(value, str),
     "array": lambda value: isinstance(value, list),

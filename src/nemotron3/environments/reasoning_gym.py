@@ -4,10 +4,11 @@
 
 The package has the questions, the answers and the scores; see
 https://github.com/open-thought/reasoning-gym. Many of its scores are above 0 for an answer that
-only contains the right one; only a full score is rewarded here, and where a repeated answer gets
-one too, only the package's own answer. Refused are tasks whose own answers are not fully scored or
-whose empty ones are, as they would teach something else, and tasks whose scorers evaluate an answer
-as Python: what a policy writes would run in this process.
+only contains the right one; only a full score is rewarded here. Some scorers give a full one to a
+part of the right answer, or to one with something behind it: there only the package's own answer is
+rewarded. Refused are tasks whose own answers are not fully scored, and those where an answer that
+says nothing is (no difference from `NaN` is large), as they would teach something else. So are
+tasks whose scorers evaluate an answer as Python: what a policy writes would run in this process.
 """
 
 import inspect
@@ -28,10 +29,38 @@ from nemotron3.text import AssistantMessage
 PREFIX = "reasoning_gym:"
 _NUM_ITEMS = 20_000
 """Items of a task that are drawn from; some tasks make them all at once."""
-_FULL_SCORE = 0.99
+_FULL_SCORE = 1 - 1e-6
 _NUM_TRIED = 8
 _EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(\s*(?!entry\b|metadata\b)")
-_NO_ANSWERS = ("", "zzz", "0 0 0 0 0")
+_NO_ANSWERS = (
+    *("", "zzz", "0 0 0 0 0", "?", "..."),
+    *("NaN", "nan", "-nan", "inf", "-inf", "Infinity", "1e999", "NaN NaN", "nan, nan", "[NaN]"),
+    *("nanj", "nan+nanj", "(nan+nanj)", "nan + nani", "inf+infj", "nan/nan"),
+)
+_MORE_OR_LESS: tuple[Callable[[str], str], ...] = (
+    lambda answer: f"{answer}\n" * 20,
+    lambda answer: f"{answer} {answer}",
+    lambda answer: f"{answer} = {answer}",
+    lambda answer: f"{answer} or 1",
+    lambda answer: f"{answer} or zzz",
+    lambda answer: f"{answer} and 1",
+    lambda answer: f"2 or {answer}",
+    lambda answer: f"It is {answer}",
+    lambda answer: f"zzz {answer}",
+    lambda answer: f"{answer} zzz",
+    lambda answer: f"zzz\n{answer}",
+    lambda answer: f"{answer}\nzzz",
+    lambda answer: f"{answer} 0",
+    lambda answer: f"{answer}, 1",
+    lambda answer: f"{answer}, zzz",
+    lambda answer: f"{answer}; 1",
+    lambda answer: f"{answer} # 1",
+    lambda answer: f"{answer}|1",
+    lambda answer: f"{answer}+0j",
+    lambda answer: answer[: len(answer) // 2],
+    lambda answer: answer[:1],
+)
+"""Answers that say more than the right one, or but a part of it."""
 
 
 class ReasoningGym(Environment):
@@ -76,8 +105,8 @@ class ReasoningGym(Environment):
         del session
         answer = response.answer
         is_right = self._score(row, answer) >= _FULL_SCORE
-        if self._is_exact:
-            is_right = is_right and answer == field_of(row, "answer", str).strip()
+        if is_right and answer != field_of(row, "answer", str).strip():
+            is_right = not (self._is_exact or self._is_lax(row))
         return Verification.all_of({"correct": is_right}, answer=answer[:40])
 
     def _score(self, row: Row, answer: str) -> float:
@@ -87,6 +116,14 @@ class ReasoningGym(Environment):
             return float(self._dataset.score_answer(answer.strip(), entry))
         except Exception:  # noqa: BLE001  (some scorers raise where an answer is none of theirs)
             return 0.0
+
+    def _is_lax(self, row: Row) -> bool:
+        """Whether the scorer gives an answer to this row a full score that is not the right one."""
+        right = field_of(row, "answer", str).strip()
+        changed = (change(right) for change in _MORE_OR_LESS)
+        return any(
+            each.strip() != right and self._score(row, each) >= _FULL_SCORE for each in changed
+        )
 
     def _try_scores(self) -> None:
         random = Random(0)
@@ -105,7 +142,7 @@ class ReasoningGym(Environment):
                     f"{self.name} scores one of its own answers with {right:.2f}; it cannot be "
                     "trained on, choose another task"
                 )
-            self._is_exact |= self._score(row, f"{answer}\n" * 20) >= _FULL_SCORE
+            self._is_exact = self._is_exact or self._is_lax(row)
             for none in _NO_ANSWERS:
                 if answer.strip() != none and self._score(row, none) >= _FULL_SCORE:
                     raise ConfigError(

@@ -66,6 +66,11 @@ def load_environment(name: str, *, difficulty: float | None = None) -> Environme
         return environment_at(name)
     kind = environment_class(name)
     given = {} if difficulty is None else {"difficulty": difficulty}
+    if given and not _takes_difficulty(kind):
+        raise ConfigError(
+            f"environment {name}: the tasks of {kind.__name__} are as difficult as they are, and "
+            f"difficulty is {difficulty}; leave difficulty out"
+        )
     try:
         inspect.signature(kind).bind(**given)
     except TypeError as error:
@@ -90,6 +95,26 @@ def environment_files(name: str) -> list[Path]:
     return [Path(name)] if name.endswith(".py") else []
 
 
+def has_environment(name: str) -> bool:
+    """Whether a Python file has a class that extends Environment, be it finished or not."""
+    return name.endswith(".py") and Path(name).is_file() and bool(_classes_in(name))
+
+
+def _takes_difficulty(kind: type[Environment]) -> bool:
+    parameters = inspect.signature(kind).parameters.values()
+    return any(each.name == "difficulty" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _classes_in(name: str) -> list[type[Environment]]:
+    """The classes that a file defines, and not those that it imports."""
+    module = f"environment_{Path(name).stem}"
+    return [
+        value
+        for value in runpy.run_path(name, run_name=module).values()
+        if isinstance(value, type) and issubclass(value, Environment) and value.__module__ == module
+    ]
+
+
 def _from_file(name: str) -> type[Environment]:
     if not name.endswith(".py"):
         close = get_close_matches(name, BUILT_IN, n=1)
@@ -98,23 +123,20 @@ def _from_file(name: str) -> type[Environment]:
             f"no environment {name!r}{hint}; there are {', '.join(BUILT_IN)}, or name a Python "
             "file with a class that extends Environment, or ROWS@URL"
         )
-    path = Path(name)
-    if not path.is_file():
+    if not Path(name).is_file():
         raise ConfigError(f"environment file {name} does not exist")
-    module = f"environment_{path.stem}"  # tells its own classes from those that it imports
-    found = [
-        value
-        for value in runpy.run_path(name, run_name=module).values()
-        if isinstance(value, type)
-        and issubclass(value, Environment)
-        and value.__module__ == module
-        and not inspect.isabstract(value)
-    ]
+    classes = _classes_in(name)
+    found = [each for each in classes if not inspect.isabstract(each)]
     if len(found) != 1:
         names = ", ".join(each.__name__ for each in found) or "none"
+        lacking = "".join(
+            f"; {each.__name__} lacks {' and '.join(sorted(each.__abstractmethods__))}"
+            for each in classes
+            if inspect.isabstract(each)
+        )
         raise ConfigError(
             f"{name} has {len(found)} classes that extend Environment and give `draw` and "
-            f"`verify` ({names}); one is wanted"
+            f"`verify` ({names}); one is wanted{lacking}"
         )
     if not getattr(found[0], "name", None):
         raise ConfigError(f"{name}: {found[0].__name__} has no name; give the class one: name = ''")

@@ -78,9 +78,11 @@ class StructuredOutput(Environment):
         if kind not in READERS:
             raise DataError(f"the row's schema_type is {kind!r}; there are {', '.join(READERS)}")
         try:
-            schema = cast(Schema, json.loads(field_of(row, "schema_str", str)))
+            schema: Schema = json.loads(field_of(row, "schema_str", str))
         except json.JSONDecodeError as error:
             raise DataError(f"the row's schema_str is not JSON: {error}") from error
+        if not isinstance(schema, dict):
+            raise DataError(f"the row's schema_str is {schema!r}; give a JSON object")
         answer = response.answer
         problem = None
         is_read = False

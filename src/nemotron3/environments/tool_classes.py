@@ -10,7 +10,7 @@
             """
         def get_reward(self) -> float: ...                    # or a reward function
 
-Such a class is trained on by naming it and its rows (`nemotron3 rl my_env.py`):
+Such a class is trained on by naming it and its rows, in a file that `nemotron3 rl my_env.py` takes:
 
     class CounterEnvironment(ToolClassEnvironment):
         name = "counter"
@@ -65,8 +65,21 @@ class ToolClassEnvironment(Environment):
     def __init__(self) -> None:
         """Raises `ConfigError` for a class that gives no reward, or whose tools say too little."""
         super().__init__()
-        if not self.dataset:
-            raise ConfigError(f"environment {self.name} has no rows; give the class a `dataset`")
+        for field, what in (
+            ("factory", "a class in TRL's style, or a function that makes an object of one"),
+            ("dataset", "a sequence of rows with a prompt and the columns of `reset`"),
+        ):
+            if getattr(self, field, None) is None:
+                raise ConfigError(
+                    f"environment {self.name}: {type(self).__name__} has no `{field}`; give the "
+                    f"class one: {what}"
+                )
+        if not callable(type(self).factory):
+            raise ConfigError(
+                f"environment {self.name}: `factory` is {type(self).factory!r}; give a class or a "
+                "function, without calling it"
+            )
+        self._check_dataset()
         example = self._make()
         if not callable(getattr(example, "reset", None)):
             raise ConfigError(
@@ -78,6 +91,21 @@ class ToolClassEnvironment(Environment):
                 f"{type(self).__name__} a `reward_function`"
             )
         self.tools = tools_of_object(example)
+
+    def _check_dataset(self) -> None:
+        if not (hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")):
+            raise ConfigError(
+                f"environment {self.name}: `dataset` is a {type(self.dataset).__name__}; give a "
+                "list of rows"
+            )
+        if not len(self.dataset):
+            raise ConfigError(f"environment {self.name}: `dataset` has no rows; give it some")
+        first: Any = self.dataset[0]
+        if not isinstance(first, Mapping) or "prompt" not in first:
+            raise ConfigError(
+                f"environment {self.name}: the first row of `dataset` is {first!r:.80}; give each "
+                "a `prompt`, as in {'prompt': 'Count to 3.', 'wanted': 3}"
+            )
 
     def draw(self, random: Random) -> Row:
         """Any row of the dataset."""

@@ -30,6 +30,10 @@ class Failure:
 
     kind: FailureKind
     message: str
+    raised_at: str | None = None
+    """`file:line` of an exception that is the reason; see `failures`."""
+    traceback: str | None = None
+    """Its traceback."""
 
 
 class RolloutFailedError(Nemotron3Error, RuntimeError):
@@ -64,6 +68,9 @@ class Verification:
         for name, value in {"reward": self.reward or 0.0, **self.components}.items():
             if not math.isfinite(value):
                 raise DataError(f"a verification's {name} is {value}; give a finite number")
+        if self.reward is not None:  # numbers of NumPy and PyTorch too become those of records
+            object.__setattr__(self, "reward", float(self.reward))
+        object.__setattr__(self, "components", {k: float(v) for k, v in self.components.items()})
 
     @classmethod
     def all_of(cls, components: Mapping[str, bool], **info: Any) -> "Verification":

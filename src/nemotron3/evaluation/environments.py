@@ -20,6 +20,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.evaluation.statistics import Interval, mean_interval
 from nemotron3.observe.metrics import is_metric_name
 from nemotron3.rl.data_parallel import TaskPlayer
+from nemotron3.rl.failures import check_rewards
 from nemotron3.rl.records import RolloutRecord, rollout_record
 
 HELD_OUT_SEED = 0x5EED
@@ -78,8 +79,13 @@ def held_out_tasks(
 def play_tasks(
     player: TaskPlayer, tasks: Sequence[Row], *, when: str, seed: int = HELD_OUT_SEED
 ) -> list[RolloutRecord]:
-    """A rollout of each task; `seed` is that of the sampling, `when` goes into the records."""
-    return [rollout_record(rollout, when=when) for rollout in player.play(tasks, seed=seed)]
+    """A rollout of each task; `seed` is that of the sampling, `when` goes into the records.
+
+    Raises `DataError` for an environment that raised an error in all of them.
+    """
+    played = player.play(tasks, seed=seed)
+    check_rewards(played)
+    return [rollout_record(rollout, when=when) for rollout in played]
 
 
 def environments_by_name(environments: Iterable[Environment]) -> dict[str, Environment]:

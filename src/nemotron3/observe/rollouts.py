@@ -9,6 +9,7 @@ output is untrusted.
 
 import html
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,12 +20,15 @@ from nemotron3.observe.json_lines import read_lines
 PAGE_FILE = "rollouts.html"
 _MOST_PROMPTS = 3
 """Most prompts of an environment that are shown for each moment of training."""
+_MOST_REASONS = 3
+"""Most reasons of failures that stand at its head."""
 _MOST_MOMENTS = 12
 """Most moments of training that are shown: the first, the last, and others evenly between."""
 
 Record = Mapping[str, Any]
 """`when` (a label such as "step 10"), `environment`, `prompt`, `messages` (OpenAI's, with the
-prompt's), `reward`, `components`, `advantage`, `failure`, `tokens`, `is_cut`."""
+prompt's), `reward`, `components`, `shaping`, `advantage`, `penalties` (objects with `turn`,
+`advantage`, `why`), `failure`, `tokens`, `is_cut`."""
 
 
 def write_rollouts_page(records_file: Path, *, title: str) -> Path | None:
@@ -88,14 +92,23 @@ def _spread(items: list[Any], most: int) -> list[Any]:
 def _moment(when: str, records: Sequence[Record], *, is_open: bool) -> str:
     rewards = [record["reward"] for record in records if record["reward"] is not None]
     mean = f"mean reward {sum(rewards) / len(rewards):.2f}" if rewards else "no reward"
+    failures = [record["failure"] for record in records if record["failure"]]
     groups = list(_grouped(records, "prompt").values())
     singles = all(len(group) == 1 for group in groups)
     most = 4 * _MOST_PROMPTS if singles else _MOST_PROMPTS
     body = "".join(_group(group) for group in groups[:most])
-    head = f"{html.escape(when)} <span>{mean} of {len(records)} rollouts</span>"
+    failed = f", {len(failures)} failed" if failures else ""
+    head = f"{html.escape(when)} <span>{mean} of {len(records)} rollouts{failed}</span>"
+    reasons = "".join(
+        f'<p class="failed"><b>{count} failed:</b> {html.escape(reason)}</p>'
+        for reason, count in Counter(failures).most_common(_MOST_REASONS)
+    )
     opened = " open" if is_open else ""
     holder = "singles" if singles else "groups"
-    return f'<details{opened}><summary>{head}</summary><div class="{holder}">{body}</div></details>'
+    return (
+        f"<details{opened}><summary>{head}</summary>{reasons}"
+        f'<div class="{holder}">{body}</div></details>'
+    )
 
 
 def _group(records: Sequence[Record]) -> str:
@@ -118,8 +131,15 @@ def _prompt_of(record: Record) -> list[Any]:
 
 def _card(record: Record) -> str:
     answered = record["messages"][len(_prompt_of(record)) :]
-    body = "".join(_message(message) for message in answered) or "<p><em>nothing</em></p>"
-    return f'<div class="rollout">{_verdict(record)}{body}</div>'
+    penalties = {each["turn"]: each for each in record.get("penalties", ())}
+    body, turn = "", -1
+    for message in answered:
+        body += _message(message)
+        turn += message["role"] == "assistant"
+        if message["role"] == "assistant" and (penalty := penalties.get(turn)):
+            words = html.escape(f"this turn: advantage {penalty['advantage']:+g}, {penalty['why']}")
+            body += f'<p class="penalty">{words}</p>'
+    return f'<div class="rollout">{_verdict(record)}{body or "<p><em>nothing</em></p>"}</div>'
 
 
 def _verdict(record: Record) -> str:
@@ -135,7 +155,10 @@ def _verdict(record: Record) -> str:
     if record["is_cut"]:
         parts.append("cut off")
     words = html.escape(" · ".join(parts))
-    return f'<p class="verdict"><b class="{kind}">{reward:g}</b> {words}</p>'
+    verdict = f'<p class="verdict"><b class="{kind}">{reward:g}</b> {words}</p>'
+    if record.get("shaping"):
+        verdict += f'<p class="penalty">{html.escape("shaped: " + record["shaping"])}</p>'
+    return verdict
 
 
 def _message(message: Mapping[str, Any]) -> str:

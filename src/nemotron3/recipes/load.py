@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.pretrain import small, tiny, tiny_books
-from nemotron3.recipes.rl import tiny_rl
+from nemotron3.recipes.rl import RLRun, tiny_rl
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.sft import tiny_sft
 
@@ -24,6 +24,10 @@ RECIPES: Mapping[str, Callable[[], RunConfig]] = MappingProxyType(
 )
 """The recipes that the command line knows by name."""
 
+_BOTH = (
+    "`nemotron3 rl` takes a file with either; a class in TRL's style needs a subclass of "
+    "ToolClassEnvironment that names it and its dataset (docs/guides/add-an-environment.md)"
+)
 RunT = TypeVar("RunT", bound=RunConfig)
 
 
@@ -41,7 +45,7 @@ def load_recipe(name: str, kind: type[RunT] = RunConfig) -> RunT:
 
     `kind` is the class of the runs that will do. Raises ConfigError for a recipe of another one.
     """
-    run = RECIPES[name]() if name in RECIPES else _from_file(name)
+    run = RECIPES[name]() if name in RECIPES else _from_file(name, kind)
     if not isinstance(run, kind):
         raise ConfigError(
             f"recipe {name} is a run of kind {run.kind!r}, and a {kind.__name__} is wanted here; "
@@ -50,7 +54,12 @@ def load_recipe(name: str, kind: type[RunT] = RunConfig) -> RunT:
     return run
 
 
-def _from_file(name: str) -> RunConfig:
+def has_recipe(file: str) -> bool:
+    """Whether a Python file has a function `recipe`."""
+    return callable(runpy.run_path(file).get("recipe"))
+
+
+def _from_file(name: str, kind: type[RunConfig]) -> RunConfig:
     if not name.endswith(".py"):
         close = get_close_matches(name, RECIPES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -64,6 +73,13 @@ def _from_file(name: str) -> RunConfig:
     run = recipe() if callable(recipe) else None
     if not isinstance(run, RunConfig):
         raise ConfigError(
-            f"{name} has no function `recipe` that returns a run, such as a PretrainRun"
+            f"{name} has no function `recipe` that returns {_wanted(kind)}"
+            + (f", and no class that extends Environment; {_BOTH}" if kind is RLRun else "")
         )
     return run
+
+
+def _wanted(kind: type[RunConfig]) -> str:
+    return (
+        "a run, such as a PretrainRun" if kind is RunConfig else f"a run of class {kind.__name__}"
+    )

@@ -73,6 +73,10 @@ class RLRun(RunConfig):
     the same code and differ by rounding; it is for numbers of few bits."""
     max_num_seqs: int = 256
     """Rollouts that each engine samples at once."""
+    max_draft_tokens: int = 0
+    """Tokens that multi-token prediction drafts in every step, 0 for none. The same tokens are
+    sampled with and without. Drafts are for rollouts of few sequences of a large model; of a small
+    one they cost more than they save."""
     log_rollouts_every_steps: int = 10
     """Updates between those whose first rollouts are kept for the viewer."""
 
@@ -81,7 +85,9 @@ class RLRun(RunConfig):
         return EngineConfig(
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.rollouts.max_context,
-            max_draft_tokens=0,
+            max_draft_tokens=self.max_draft_tokens,
+            # As many at any speed: how many tokens are in a pass decides how its sums are rounded.
+            adapts_drafts=not self.max_draft_tokens,
             return_routed_experts=self.replays_routes,
             kv_cache_bytes=kv_cache_bytes,
         )
@@ -133,6 +139,10 @@ class RLRun(RunConfig):
         for name in ("max_rounds", "held_out_tasks", "final_held_out_tasks", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"is {getattr(self, name)}; it must be 1 or more", field=name)
+        if self.max_draft_tokens < 0:
+            raise ConfigError(
+                f"is {self.max_draft_tokens}; it must be 0 or more", field="max_draft_tokens"
+            )
 
 
 def tiny_rl() -> RLRun:

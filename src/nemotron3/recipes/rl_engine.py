@@ -11,6 +11,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.evaluation.environments import check_name
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.model_runner.weights import RunningRequests
+from nemotron3.models.huggingface import read_config
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.recipes.adapters import model_to_play
@@ -131,3 +132,13 @@ def run_environments(run: RLRun) -> dict[str, Environment]:
         check_name(environment)
         environments[environment.name] = environment
     return environments
+
+
+def check_drafts(run: RLRun) -> None:
+    """Raises ConfigError for drafts of a model that has no block to make them."""
+    if run.max_draft_tokens and not read_config(run.model).mtp_layers:
+        raise ConfigError(
+            f"is {run.max_draft_tokens}, but {run.model} has no multi-token-prediction block; set "
+            "it to 0",
+            field="max_draft_tokens",
+        )

@@ -19,6 +19,7 @@ from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_engine import run_environments
 from nemotron3.rl.curriculum import Curriculum
 from nemotron3.rl.data_parallel import TaskPlayer
+from nemotron3.rl.failures import check_rewards
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.prompts import check_prompts
 from nemotron3.rl.records import RolloutRecord
@@ -109,7 +110,7 @@ class RunTasks:
                 effort_fraction=run.rollouts.effort_fraction,
             )
 
-        return collect(
+        update = collect(
             self._plan,
             play,
             step,
@@ -117,6 +118,8 @@ class RunTasks:
             config=run.advantages,
             shaping=run.shaping,
         )
+        check_rewards(update.played)
+        return update
 
     def look(self, player: TaskPlayer, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""

@@ -6,20 +6,31 @@ share of the most common answer and the rewards by what the right answer was: a 
 "unknown" to everything is seen there.
 """
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from nemotron3.config import to_record
 from nemotron3.evaluation.environments import EnvironmentResult, results_by_environment
 from nemotron3.evaluation.statistics import judge
+from nemotron3.observe.metrics import read_metrics
 from nemotron3.observe.report import ReportSummary, TextSample
 from nemotron3.recipes.rl import RLRun
-from nemotron3.rl.records import RolloutRecord, means_by_environment
+from nemotron3.recipes.run_folder import METRICS_FILE, ROLLOUTS_FILE
+from nemotron3.rl.records import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    RolloutRecord,
+    means_by_environment,
+)
 from nemotron3.runtime.devices import describe_device
 
+_FAILED = "rollouts/failed/"
 SMALLEST_EFFECT = 0.05
 """The smallest gain in mean reward that matters."""
 
@@ -38,6 +49,18 @@ class Gain:
     """Corrected for the number of environments (Holm)."""
     verdict: str
     """Whether the claim "better" holds, does not hold, or cannot be told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFailures:
+    """Rollouts of an environment that have no reward because something failed."""
+
+    held_out: int
+    """Of the tasks before and after training."""
+    training: int
+    """Of those that updates were to be made of."""
+    example: str
+    """Why one of them failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +84,8 @@ class RLSummary:
     by_label: dict[str, dict[str, tuple[float, float]]]
     """Rewards before and after of the tasks with each label ("is_answerable: no"), by environment,
     where a label has few values."""
+    failures: dict[str, RunFailures]
+    """What failed, by environment; those where nothing did are left out."""
     held_out_tasks: int
     """Different held-out prompts of each environment."""
     seconds: float
@@ -75,6 +100,7 @@ def rl_summary(
     before: Sequence[RolloutRecord],
     after: Sequence[RolloutRecord],
     *,
+    failures: dict[str, RunFailures],
     held_out_tasks: int,
     parameters: int,
     seconds: float,
@@ -91,6 +117,7 @@ def rl_summary(
         most_common_before={name: r.top_answer_share for name, r in results_before.items()},
         most_common={name: r.top_answer_share for name, r in results.items()},
         by_label={name: _by_label(results_before[name], r) for name, r in results.items()},
+        failures=failures,
         held_out_tasks=held_out_tasks,
         seconds=seconds,
         samples=tuple(
@@ -99,6 +126,29 @@ def rl_summary(
         ),
         parameters=parameters,
     )
+
+
+def run_failures(folder: Path) -> dict[str, RunFailures]:
+    """What failed in a run, by the rollouts and metrics in its folder."""
+    held_out: Counter[str] = Counter()
+    training: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for line in (folder / ROLLOUTS_FILE).read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if record["failure"] is not None:
+            name = record["environment"]
+            examples.setdefault(name, record["failure"])
+            held_out[name] += record["when"] in (BEFORE_TRAINING, AFTER_TRAINING)
+    for _, metrics in read_metrics(folder / METRICS_FILE):
+        for key, value in metrics.items():
+            if key.startswith(_FAILED) and value:
+                training[key.removeprefix(_FAILED)] += round(value)
+    return {
+        name: RunFailures(
+            held_out=held_out[name], training=training[name], example=examples.get(name, "")
+        )
+        for name in sorted(examples.keys() | training.keys())
+    }
 
 
 def _gains(before: Sequence[RolloutRecord], after: Sequence[RolloutRecord]) -> dict[str, Gain]:
@@ -161,6 +211,15 @@ def rl_report(run: RLRun, summary: RLSummary, device: torch.device) -> ReportSum
         ],
         tables={
             "Held-out tasks, before and after": [_row(summary, name) for name in summary.gains],
+            "Rollouts without a reward, because something failed": [
+                {
+                    "environment": name,
+                    "held-out": failed.held_out,
+                    "training": failed.training,
+                    "one of them": failed.example,
+                }
+                for name, failed in summary.failures.items()
+            ],
             "Rewards by the task's kind": [
                 {
                     "environment": name,

@@ -35,7 +35,8 @@ from nemotron3.recipes.input_files import check_model_directory, model_files, re
 from nemotron3.recipes.memory import announce_memory
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_ahead import RolloutsAhead
-from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary
+from nemotron3.recipes.rl_engine import check_drafts
+from nemotron3.recipes.rl_summary import RLSummary, rl_report, rl_summary, run_failures
 from nemotron3.recipes.rl_turns import RolloutsByTurns
 from nemotron3.recipes.run_folder import BEFORE_FILE, ROLLOUTS_FILE, RunCallback, RunFolder
 from nemotron3.recipes.run_lock import holds_folder
@@ -50,7 +51,7 @@ from nemotron3.rl.records import (
     means_by_environment,
     rollout_record,
 )
-from nemotron3.rl.rollouts import failure_of
+from nemotron3.rl.rollouts import Rollout, failure_of
 from nemotron3.runtime.devices import describe_device, measure_product_rate
 from nemotron3.training.trained_parameters import trained_text
 from nemotron3.training.trainer import Trainer
@@ -70,6 +71,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         return finished
 
     check_model_directory(run.model)
+    check_drafts(run)
     own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
     rollouts = (RolloutsAhead if run.asynchronous.is_ahead else RolloutsByTurns)(run, folder)
@@ -87,6 +89,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
     summary = rl_summary(
         before,
         after,
+        failures=run_failures(folder.path),
         held_out_tasks=run.final_held_out_tasks,
         parameters=costs.total + costs.mtp_parameters,
         seconds=time.perf_counter() - started,
@@ -128,6 +131,8 @@ class _Training:
         self._alarms = Alarms(run.alarms, callback.stage)
         self._step = 0
         self._update = UpdateRollouts()
+        self._failures: set[tuple[str, str, str | None]] = set()
+        """Kinds of failures of which a rollout is kept."""
 
     def before(self) -> list[RolloutRecord]:
         """Held-out tasks played by the model that training starts from."""
@@ -198,8 +203,9 @@ class _Training:
         run, self._step = self.run, step
         self._publish(step)
         self._update = self._rollouts.take(step, say=self.callback.stage)
-        if step % run.log_rollouts_every_steps == 0:
-            self._log_rollouts(step)
+        self._log_rollouts(
+            step, groups=0 if step % run.log_rollouts_every_steps else _LOGGED_GROUPS
+        )
         batches = policy_batches(
             self._update.trained,
             self._update.advantages,
@@ -251,8 +257,8 @@ class _Training:
         rewards = means_by_environment(played, lambda record: record.reward)
         return {f"eval/reward{'' if n == 'all' else '/' + n}": v for n, v in rewards.items()}
 
-    def _log_rollouts(self, step: int) -> None:
-        """Keep the first groups of each environment."""
+    def _log_rollouts(self, step: int, *, groups: int) -> None:
+        """Keep the first `groups` of each environment, and the first failure of each kind."""
         update = self._update
         advantages = {
             id(rollout): advantage
@@ -262,12 +268,28 @@ class _Training:
         kept: list[RolloutRecord] = []
         for rollout in update.played:
             first, prompt = prompts.setdefault(rollout.environment, []), prompt_text(rollout.row)
-            if prompt not in first and len(first) < _LOGGED_GROUPS:
+            if prompt not in first and len(first) < groups:
                 first.append(prompt)
-            if prompt in first:
+            if prompt in first or self._fails_anew(rollout):
                 advantage = advantages.get(id(rollout))
-                kept.append(rollout_record(rollout, when=f"step {step}", advantage=advantage))
+                kept.append(
+                    rollout_record(
+                        rollout,
+                        when=f"step {step}",
+                        advantage=advantage,
+                        shaping=self.run.shaping,
+                    )
+                )
         self._keep(kept)
+
+    def _fails_anew(self, rollout: Rollout) -> bool:
+        failure = failure_of(rollout)
+        if failure is None:
+            return False
+        kind = (rollout.environment, failure.kind, failure.raised_at)
+        is_new = kind not in self._failures
+        self._failures.add(kind)
+        return is_new
 
     def _keep(self, records: Sequence[RolloutRecord]) -> None:
         """Append the records of a moment; those of it and of later ones are played again."""

@@ -15,7 +15,7 @@ class AlarmConfig:
 
     max_logprob_error: float = 1e-3
     """Largest mean |difference of log-probabilities| between engine and training, over tokens of
-    the weights that are trained; float32 is below 1e-5, bfloat16 near 1e-2."""
+    the weights that are trained; in float32 the mean is below 1e-6, in bfloat16 near 1e-2."""
     min_kept: float = 0.5
     """Smallest share of the sampled tokens that importance weights leave in the loss."""
     max_failed: float = 0.2

@@ -10,6 +10,13 @@ from nemotron3.config import from_record
 from nemotron3.environments.response import to_dict
 from nemotron3.environments.rows import prompt_of, prompt_text
 from nemotron3.errors import DataError
+from nemotron3.rl.reward_shaping import (
+    RewardShapingConfig,
+    TurnPenalty,
+    shaped_reward,
+    turn_penalties,
+    why_zeroed,
+)
 from nemotron3.rl.rollouts import Rollout, failure_of
 
 BEFORE_TRAINING = "held-out tasks before training"
@@ -39,8 +46,15 @@ class RolloutRecord:
     labels: dict[str, str]
     """What is known of the task: `expected_answer`, and yes or no for each statement of the
     verifier, such as `is_answerable`."""
+    shaped_reward: float | None = None
+    """The reward that its advantage was computed from; None where something failed."""
+    shaping: str | None = None
+    """What shaping did to the reward, or that the rollout is left out of the loss; None where it
+    did nothing."""
     advantage: float | None = None
     """What it was trained with; None where it was not."""
+    penalties: tuple[TurnPenalty, ...] = ()
+    """Turns that were trained with an advantage of their own instead."""
     tokens: int
     """Sampled ones."""
     is_cut: bool
@@ -61,8 +75,15 @@ class RolloutRecord:
         return "\n".join(line for message in self.messages[first:] for line in _lines(message))
 
 
-def rollout_record(rollout: Rollout, *, when: str, advantage: float | None = None) -> RolloutRecord:
-    """What is kept of a rollout."""
+def rollout_record(
+    rollout: Rollout,
+    *,
+    when: str,
+    advantage: float | None = None,
+    shaping: RewardShapingConfig | None = None,
+) -> RolloutRecord:
+    """What is kept of a rollout; `shaping` is that of an update, and None for held-out tasks."""
+    shaping = shaping or RewardShapingConfig()
     verification, failure = rollout.verification, failure_of(rollout)
     info: Mapping[str, Any] = {} if verification is None else verification.info
     answer = info.get("answer")
@@ -77,7 +98,10 @@ def rollout_record(rollout: Rollout, *, when: str, advantage: float | None = Non
         failure=None if failure is None else failure.message,
         answer=rollout.response.answer if answer is None else str(answer),
         labels=_labels(rollout.row, info),
+        shaped_reward=shaped_reward(rollout, shaping),
+        shaping=_shaping(rollout, shaping),
         advantage=advantage,
+        penalties=() if advantage is None else tuple(turn_penalties(rollout, shaping)),
         tokens=rollout.num_sampled,
         is_cut=rollout.is_cut,
     )
@@ -115,6 +139,19 @@ def means_by_environment(
             values.setdefault(record.environment, []).append(found)
     means = {name: sum(found) / len(found) for name, found in values.items()}
     return {"all": sum(means.values()) / max(len(means), 1)} | means
+
+
+def _shaping(rollout: Rollout, config: RewardShapingConfig) -> str | None:
+    """What shaping did to a rollout, in words."""
+    reward, shaped = rollout.reward, shaped_reward(rollout, config)
+    said: list[str] = []
+    if (why := why_zeroed(rollout, config)) is not None and reward is not None:
+        said.append(f"reward 0: {why}")
+    elif reward != shaped:
+        said.append(f"reward {shaped:.3g}: {rollout.effort} effort, {rollout.num_sampled} tokens")
+    if config.filter_overlong and rollout.is_cut:
+        said.append("left out of the loss: cut off")
+    return "; ".join(said) or None
 
 
 def _labels(row: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, str]:

@@ -75,28 +75,67 @@ class RewardShapingConfig:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TurnPenalty:
+    """A turn whose tokens have an advantage of their own."""
+
+    turn: int
+    """Its number among the policy's, from 0."""
+    advantage: float
+    why: str
+
+
 def shaped_reward(rollout: Rollout, config: RewardShapingConfig) -> float | None:
     """The reward that advantages are computed from; None where something failed."""
     reward = rollout.reward
     if reward is None:
         return None
-    response = rollout.response
-    last = response.turns[-1] if response.turns else None
-    is_zeroed = (
-        (config.zero_empty_answers and not response.answer)
-        or (
-            config.zero_repeated_reasoning
-            and last is not None
-            and bool(last.reasoning)
-            and (last.reasoning or "").strip() == last.content.strip()
-        )
-        or (config.zero_malformed_reasoning and any(t.is_malformed for t in rollout.turns))
-    )
-    if is_zeroed:
+    if why_zeroed(rollout, config) is not None:
         return 0.0
     if config.effort is not None and rollout.effort is not None:
         return config.effort.shaped(reward, rollout.num_sampled)
     return reward
+
+
+def why_zeroed(rollout: Rollout, config: RewardShapingConfig) -> str | None:
+    """Why a rollout has reward 0, whatever its environment has given; None where it counts."""
+    response = rollout.response
+    last = response.turns[-1] if response.turns else None
+    if config.zero_empty_answers and not response.answer:
+        return "no final answer"
+    if (
+        config.zero_repeated_reasoning
+        and last is not None
+        and bool(last.reasoning)
+        and (last.reasoning or "").strip() == last.content.strip()
+    ):
+        return "the answer is the reasoning once more"
+    if config.zero_malformed_reasoning and any(turn.is_malformed for turn in rollout.turns):
+        return "reasoning tags that do not match"
+    return None
+
+
+def turn_penalties(rollout: Rollout, config: RewardShapingConfig) -> list[TurnPenalty]:
+    """The turns of a rollout that are penalized; of several penalties the largest counts."""
+    found: list[TurnPenalty] = []
+    for number, turn in enumerate(rollout.turns):
+        penalties = [
+            (penalty, why)
+            for penalty, applies, why in (
+                (config.invalid_call_advantage, turn.has_invalid_call, "a call that no tool takes"),
+                (
+                    config.malformed_reasoning_advantage,
+                    turn.is_malformed,
+                    "reasoning tags that do not match",
+                ),
+            )
+            if penalty is not None and applies
+        ]
+        if penalties:
+            largest = min(penalty for penalty, _ in penalties)
+            why = " and ".join(why for _, why in penalties)
+            found.append(TurnPenalty(turn=number, advantage=largest, why=why))
+    return found
 
 
 def token_advantages(
@@ -104,15 +143,7 @@ def token_advantages(
 ) -> Sequence[float]:
     """The advantage of every token of a rollout, prompts included."""
     found = [advantage] * len(rollout.ids)
-    for turn in rollout.turns:
-        penalties = [
-            penalty
-            for penalty, applies in (
-                (config.invalid_call_advantage, turn.has_invalid_call),
-                (config.malformed_reasoning_advantage, turn.is_malformed),
-            )
-            if penalty is not None and applies
-        ]
-        if penalties:
-            found[turn.start : turn.end] = [min(penalties)] * (turn.end - turn.start)
+    for penalty in turn_penalties(rollout, config):
+        turn = rollout.turns[penalty.turn]
+        found[turn.start : turn.end] = [penalty.advantage] * (turn.end - turn.start)
     return found

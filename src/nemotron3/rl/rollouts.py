@@ -4,12 +4,12 @@ Many turns are token-in, token-out. The prompt of a turn is the ids of everythin
 policy's own as it sampled them, and then the new ids of what a tool or the user said. Nothing that
 was generated is tokenized again: its text may have other ids, whose log-probabilities nobody has.
 
-What fails without the policy's fault (a judge, a tool, the engine) is tried again, and after
-`max_attempts` it is a rollout without a reward, which is counted and never trained on.
+What fails without the policy's fault (a judge, a tool, the engine, an environment that raises) is
+tried again, and after `max_attempts` it is a rollout without a reward, which is counted and never
+trained on. Of an environment that raises in every rollout, `check_rewards` tells the error.
 """
 
 import asyncio
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +18,19 @@ from typing import Any, cast
 from torch import Tensor
 
 from nemotron3.environments.environment import Environment, call_problem
+from nemotron3.environments.failures import ErrorLog, failure_of_error
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, environment_of, prompt_of, tools_of
 from nemotron3.environments.verification import (
     Failure,
     FailureKind,
-    RolloutFailedError,
     Verification,
 )
 from nemotron3.errors import ConfigError
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import CompletionOutput, Prompt
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.rl.turns import turn_of
 from nemotron3.text import (
     AssistantMessage,
     ChatTemplate,
@@ -37,7 +38,6 @@ from nemotron3.text import (
     RenderedChat,
     Tokenizer,
     Tool,
-    ToolCall,
     ToolMessage,
     UserMessage,
 )
@@ -218,6 +218,7 @@ class RolloutDriver:
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
         self._environments, self._config = environments, config
         self._on_step = on_step
+        self._errors = ErrorLog()
 
     def play(
         self,
@@ -264,6 +265,8 @@ class RolloutDriver:
             await self._until_ended(list(playing.values()))
             await self._verify(list(playing.values()))
             finished |= {place: each.rollout for place, each in playing.items()}
+            for place in open_places:
+                self._errors.log(finished[place].environment, failure_of(finished[place]))
             open_places = [place for place in open_places if _failed(finished[place])]
             if not open_places:
                 break
@@ -284,8 +287,9 @@ class RolloutDriver:
         playing = _Playing(rollout, task.tools, environment, None, seed, None)
         try:
             playing.session = await environment.seed_session(task.row)
-        except RolloutFailedError as error:
-            rollout.verification = Verification(failure=error.failure)
+        except Exception as error:  # noqa: BLE001 - it may be anybody's code, as below
+            failure = failure_of_error(error, environment, "seed_session")
+            rollout.verification = Verification(failure=failure)
             return playing
         playing.next_prompt = self._prompt(playing, task.prompt)
         return playing
@@ -361,7 +365,7 @@ class RolloutDriver:
                 FailureKind.GENERATION, output.error or str(output.failure)
             )
             return
-        turn = _turn_of(output)
+        turn = turn_of(output)
         rollout.turns.append(self._sampled_turn(playing, turn, output))
         _append_sampled(rollout, output)
         rollout.messages.append(turn)
@@ -370,8 +374,10 @@ class RolloutDriver:
             return
         try:
             said = await self._answers(playing, turn)
-        except RolloutFailedError as error:
-            rollout.verification = Verification(failure=error.failure)
+        except Exception as error:  # noqa: BLE001
+            method = "call_tool" if turn.tool_calls else "step"
+            failure = failure_of_error(error, playing.environment, method)
+            rollout.verification = Verification(failure=failure)
             return
         if not said:
             return
@@ -415,13 +421,13 @@ class RolloutDriver:
         if turn.tool_calls:
             return [
                 ToolMessage(
-                    content=await environment.call_tool(session, call.name, call.arguments),
+                    content=_text(await environment.call_tool(session, call.name, call.arguments)),
                     tool_call_id=call.id,
                 )
                 for call in turn.tool_calls
             ]
         said = await environment.step(session, turn)
-        return [] if said is None else [UserMessage(content=said)]
+        return [] if said is None else [UserMessage(content=_text(said))]
 
     async def _verify(self, playing: Sequence[_Playing]) -> None:
         """Judge those that nothing has failed for, group by group."""
@@ -436,11 +442,20 @@ class RolloutDriver:
         responses = [each.rollout.response for each in group]
         sessions = [each.session for each in group]
         try:
-            found = await environment.verify_group(row, responses, sessions)
-        except RolloutFailedError as error:
-            found = [Verification(failure=error.failure)] * len(group)
+            found = list(await environment.verify_group(row, responses, sessions))
+            if [type(each) for each in found] != [Verification] * len(group):
+                raise TypeError(f"it returned {found!r:.80}, not {len(group)} verifications")
+        except Exception as error:  # noqa: BLE001
+            failure = failure_of_error(error, environment, "verify_group")
+            found = [Verification(failure=failure)] * len(group)
         for each, verification in zip(group, found, strict=True):
             each.rollout.verification = verification
+
+
+def _text(said: Any) -> str:
+    if not isinstance(said, str):
+        raise TypeError(f"it returned {type(said).__name__}, not a text")
+    return said
 
 
 def _with_equal_prompts(playing: Sequence[_Playing]) -> list[list[_Playing]]:
@@ -459,26 +474,6 @@ def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
     rollout.weight_versions += output.weight_versions
     rollout.continues_old_states |= output.continues_old_states
     rollout.routes = output.routed_experts  # of the whole sequence, earlier turns too
-
-
-def _turn_of(output: CompletionOutput) -> AssistantMessage:
-    """The turn as verifiers and templates read it; a call that cannot be read has no arguments."""
-    return AssistantMessage(
-        content=output.content,
-        reasoning=output.reasoning or None,
-        tool_calls=tuple(
-            ToolCall(name=call.name, arguments=_arguments(call.arguments), id=f"call_{place}")
-            for place, call in enumerate(output.tool_calls)
-        ),
-    )
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(text) if text else {}
-    except ValueError:
-        return {}
-    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
 
 def _failed(rollout: Rollout) -> bool:
