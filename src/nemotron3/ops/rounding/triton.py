@@ -8,7 +8,7 @@ separately.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202, PLR0913
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
