@@ -12,7 +12,7 @@ from typing import get_args
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from nemotron3.ops.backends import Backend, resolve
+from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_quantizable
 from nemotron3.ops.fp8.elements import Element, check_element
 from nemotron3.ops.mxfp8.native import fake_quantize_native
@@ -25,6 +25,7 @@ _FAKE_QUANTIZE = {
     "reference": fake_quantize_reference,
     "torch": fake_quantize_reference,
     "native": fake_quantize_native,
+    "triton": Kernel("nemotron3.ops.mxfp8.triton", "fake_quantize_triton"),
 }
 _AXES = {"rows": ("d",), "columns": ("rows", "d")}
 
@@ -77,5 +78,7 @@ def fake_quantize(
     )
 
 
-def _flat(x: Tensor) -> Float32[Tensor, "row d"]:
-    return x.float().contiguous().view(x.shape[:-1].numel(), x.shape[-1])
+def _flat(x: Tensor) -> Float[Tensor, "row d"]:
+    """In float32 on a CPU; the kernels of a GPU read bfloat16 themselves."""
+    wide = x.float() if x.is_cpu else x
+    return wide.contiguous().view(x.shape[:-1].numel(), x.shape[-1])

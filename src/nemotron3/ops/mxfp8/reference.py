@@ -9,7 +9,7 @@ amax is the largest magnitude of the block. Dividing by a power of two is exact.
 from typing import Literal
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from nemotron3.ops.fp8.elements import DTYPES, FORMATS, Element
@@ -23,16 +23,17 @@ _NAN = 255
 
 
 def quantize_reference(
-    x: Float32[Tensor, "row column"], element: Element, noise: Placed | None
+    x: Float[Tensor, "row column"], element: Element, noise: Placed | None
 ) -> MXFP8Tensor:
     """Blocks of 32 along the last axis."""
-    return _quantized(x, element, None if noise is None else uniform(x.shape, noise))
+    return _quantized(x.float(), element, None if noise is None else uniform(x.shape, noise))
 
 
 def fake_quantize_reference(
-    x: Float32[Tensor, "row column"], kind: Kind, element: Element, noise: Placed | None
+    x: Float[Tensor, "row column"], kind: Kind, element: Element, noise: Placed | None
 ) -> Float32[Tensor, "row column"]:
     """The values of the quantized tensor."""
+    x = x.float()
     random = None if noise is None else uniform(x.shape, noise)
     if kind == "rows":
         return _quantized(x, element, random).dequantize()

@@ -20,6 +20,7 @@ from torch import Tensor
 from nemotron3.ops.nvfp4.reference import Kind, Parts, Transform, of_tensor
 from nemotron3.ops.nvfp4.tensor import BLOCK
 from nemotron3.ops.rounding.noise import ROUNDS, Placed
+from nemotron3.ops.rounding.triton import bits_of_elements
 
 _ELEMENTS = 2048
 """Elements of a program."""
@@ -122,18 +123,6 @@ def _scales(most, amax, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _random(places, row, column, exists, seed, ROUNDS: tl.constexpr):
-    """16 bits for each element, as in ops/rounding/bits.py."""
-    counter = (column // 128 * 16 + column % 16).to(tl.uint32)
-    zero = counter * 0
-    position = zero + tl.load(places + row, mask=exists, other=0).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, counter, zero, position, zero, ROUNDS)
-    half = column // 16 % 8
-    word = tl.where(half < 4, tl.where(half < 2, a, b), tl.where(half < 6, c, d))
-    return (word >> (16 * (half % 2)).to(tl.uint32)) & 0xFFFF
-
-
-@triton.jit
 def _quantize_kernel(
     x, signs, amax, codes, scales, values, places, num_groups, of_one, d, first_column, seed,
     KIND: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
@@ -152,7 +141,8 @@ def _quantize_kernel(
     magnitude = tl.where(tl.abs(y) < 6.0, tl.abs(y), 6.0)
     exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) >> 23, 127)
     if STOCHASTIC:
-        random = _random(places, row, first_column + column, exists, seed, ROUNDS)
+        position = tl.load(places + row, mask=exists, other=0)
+        random = bits_of_elements(first_column + column, position, seed, ROUNDS)
         uniform = (random.to(tl.float32) + 0.5) * 0.0000152587890625
         inverse = ((255 - exponent) << 23).to(tl.float32, bitcast=True)
         steps = (magnitude * inverse + uniform).to(tl.int32)

@@ -7,8 +7,8 @@ blocks of 128 elements as tiles of 16 lanes, one for each half of Philox's four 
 separately.
 """
 
-# ruff: noqa: ANN001, ANN202, PLR0913
-# pyright: reportArgumentType=false, reportCallIssue=false
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0913
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -54,6 +54,18 @@ def _to_float16_kernel(x, positions, half, size, seed, BLOCKS: tl.constexpr, ROU
 
 
 @triton.jit
+def bits_of_elements(element, position, seed, ROUNDS: tl.constexpr):
+    """16 bits for each element at its position; every element draws for itself."""
+    counter = (element // 128 * 16 + element % 16).to(tl.uint32)
+    zero = counter * 0
+    position = zero + position.to(tl.uint32)
+    a, b, c, d = tl.philox(seed, counter, zero, position, zero, ROUNDS)
+    half = element // 16 % 8
+    word = tl.where(half < 4, tl.where(half < 2, a, b), tl.where(half < 6, c, d))
+    return (word >> (16 * (half % 2)).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
 def _to_int8_kernel(
     x, positions, codes, steps, units, groups, D_STATE: tl.constexpr, seed, ROUNDS: tl.constexpr
 ):
@@ -71,13 +83,7 @@ def _to_int8_kernel(
     step = tl.where(is_zero, 0.0, tl.div_rn(largest, 127.0))
     tl.store(steps + tl.program_id(0) * groups + tl.program_id(1), step)
 
-    counter = (element // 128 * 16 + element % 16).to(tl.uint32)
-    zero = counter * 0
-    position = zero + tl.load(positions + row).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, counter, zero, position, zero, ROUNDS)
-    half = element // 16 % 8
-    word = tl.where(half < 4, tl.where(half < 2, a, b), tl.where(half < 6, c, d))
-    random = (word >> (16 * (half % 2)).to(tl.uint32)) & 0xFFFF
+    random = bits_of_elements(element, tl.load(positions + row), seed, ROUNDS)
     number = tl.floor(value * inverse + random.to(tl.float32) * 0.0000152587890625)
     number = tl.where(number == number, number, 0.0)
     number = tl.where(number < 127.0, number, 127.0)
