@@ -82,23 +82,24 @@ def played(row, place, versions):
     )
 
 
-class FakeContext:
+class FakeProcesses:
     """Starts threads; the first processes die as `deaths` says, the others never."""
 
     def __init__(self, deaths=(), error=None):
         self.deaths, self.error, self.processes = list(deaths), error, []
 
-    def Pipe(self):
-        return Pipe()
-
-    def Process(self, *, target, args, name):
-        del target
+    def spawn(self, target, *arguments, name):
+        """As `runtime.processes.spawn`."""
+        del target, arguments
+        ours, theirs = Pipe()
         dies_after = self.deaths.pop(0) if self.deaths else None
-        self.processes.append(FakeProcess(args[0], dies_after, self.error or DiesError(), name))
-        return self.processes[-1]
+        self.processes.append(FakeProcess(theirs, dies_after, self.error or DiesError(), name))
+        self.processes[-1].start()
+        theirs.close()
+        return self.processes[-1], ours
 
     @property
-    def started(self):
+    def count(self):
         return len(self.processes)
 
 
@@ -154,14 +155,14 @@ def run(policy):
 
 
 @contextmanager
-def engines_of(run, context, *, num_processes, threads=1, max_restarts=3):
+def engines_of(run, started, *, num_processes, threads=1, max_restarts=3):
     config = EnginesConfig(num_processes=num_processes, max_restarts=max_restarts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl_process.multiprocessing, "get_context", lambda _: context)
+        patch.setattr(rl_process, "spawn", started.spawn)
         engines = ProcessEngines(replace(run, engines=config), device=CPU, threads=threads)
         with closing(engines):
             yield engines
-    assert not any(engine.thread.is_alive() for engine in context.processes)
+    assert not any(engine.thread.is_alive() for engine in started.processes)
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,9 +175,9 @@ def engines_of(run, context, *, num_processes, threads=1, max_restarts=3):
 def test_whenever_engines_die_every_rollout_is_played_once_with_weights_that_are_new_enough(
     run, num_processes, num_rows, deaths, updates
 ):
-    context, model = FakeContext(deaths), Policy()
+    started, model = FakeProcesses(deaths), Policy()
     weights, calls = PublishedWeights(model), 0
-    with engines_of(run, context, num_processes=num_processes, max_restarts=5) as engines:
+    with engines_of(run, started, num_processes=num_processes, max_restarts=5) as engines:
 
         def publish():
             weights.publish(model, weights.version + 1)
@@ -199,34 +200,34 @@ def test_whenever_engines_die_every_rollout_is_played_once_with_weights_that_are
                 assert rollout.weight_versions == sorted(rollout.weight_versions)
                 assert oldest <= rollout.weight_versions[0]
                 assert rollout.weight_versions[-1] <= weights.version
-        assert engines.num_restarts == context.started - num_processes
+        assert engines.num_restarts == started.count - num_processes
 
 
 def test_an_engine_that_dies_again_and_again_ends_the_play_with_the_cause(run):
-    context = FakeContext([0] * 9)
+    started = FakeProcesses([0] * 9)
     with (
-        engines_of(run, context, num_processes=1, max_restarts=2) as engines,
+        engines_of(run, started, num_processes=1, max_restarts=2) as engines,
         pytest.raises(DataError, match=r"3 times in one play, .* exit code -9"),
     ):
         engines.play([ROW])
-    assert context.started == 3
+    assert started.count == 3
 
 
 def test_what_a_user_has_to_change_is_not_tried_again(run):
-    context = FakeContext([1], ConfigError("no environment 'maths'"))
+    started = FakeProcesses([1], ConfigError("no environment 'maths'"))
     with (
-        engines_of(run, context, num_processes=1) as engines,
+        engines_of(run, started, num_processes=1) as engines,
         pytest.raises(ConfigError, match="maths"),
     ):
         engines.play([ROW])
-    assert context.started == 1
+    assert started.count == 1
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(7, [3, 2, 2]), (3, [1, 1, 1]), (1, [1, 1, 1])])
 def test_engines_share_the_processors(run, threads, expected):
-    context = FakeContext()
-    with engines_of(run, context, num_processes=3, threads=9) as engines:
+    started = FakeProcesses()
+    with engines_of(run, started, num_processes=3, threads=9) as engines:
         engines.use_threads(threads)
         engines.play([ROW] * 3)
-        assert [each.engine.threads for each in context.processes] == expected
+        assert [each.engine.threads for each in started.processes] == expected
         assert engines.backends == {"ssd": "fake"}
