@@ -89,7 +89,7 @@ def pair(policy, tmp_path_factory):
         yield found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("count", [7, 2, 1])
 def test_rollouts_and_proofs_are_those_of_one_engine(pair, count):
     version = pair.update()
@@ -227,7 +227,7 @@ def test_the_trainer_s_death_ends_the_engines(policy, letter, tmp_path):
         assert set(trainer.stdout.read().splitlines()) <= {"they play"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_by_turns_a_run_that_was_killed_goes_on_to_the_same_losses(
     policy, letter, tmp_path, monkeypatch
 ):

@@ -86,7 +86,7 @@ def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "activations", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+    "activations", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)]
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_adapter(
     base, chats, tmp_path, monkeypatch, activations

@@ -124,7 +124,7 @@ def test_cells_side_by_side_share_the_processors(tmp_path):
     assert not any((tmp_path / "work").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
