@@ -51,6 +51,7 @@ def play(path: str, model: LanguageModel, *, tasks: int) -> list[Rollout]:
 def parts(output: ModelOutput, targets: Tensor) -> dict[str, Tensor]:
     """Log-probabilities of the targets with more and more of the head in float64."""
     hidden, weight = output.hidden[0], output.output_weight
+    assert isinstance(weight, Tensor)
     places = targets[:, None]
     wide = hidden.double() @ weight.double().T
     narrow = (hidden @ weight.T.to(hidden.dtype)).double()

@@ -6,7 +6,6 @@ on neither: only the rounding of products does.
 """
 
 import logging
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -72,7 +71,7 @@ class _Worker:
     def receive(self) -> tuple[str, Any]:
         """The next thing that it says; waits for it."""
         try:
-            return pickle.loads(self.socket.recv_bytes())
+            return self.socket.recv()
         except (EOFError, ConnectionError):
             self._process.join(END_S)
             raise Nemotron3Error(
@@ -127,15 +126,15 @@ class _Reports(RunCallback):
 
     def stage(self, message: str) -> None:
         """A part of a run begins."""
-        _send(self._socket, "stage", (message,))
+        self._socket.send(("stage", (message,)))
 
     def progress(self, what: str, done: int, total: int) -> None:
         """A long part has come so far."""
-        _send(self._socket, "progress", (what, done, total))
+        self._socket.send(("progress", (what, done, total)))
 
     def trained(self, report: StepReport) -> None:
         """An update was made."""
-        _send(self._socket, "trained", (report,))
+        self._socket.send(("trained", (report,)))
 
 
 def _serve(socket: Connection, prepare: Prepare[Any], threads: int) -> None:
@@ -146,15 +145,11 @@ def _serve(socket: Connection, prepare: Prepare[Any], threads: int) -> None:
         while True:
             cell = socket.recv()
             execute = execute or prepare()
-            _send(socket, "result", execute(cell, reports))
+            socket.send(("result", execute(cell, reports)))
     except (EOFError, ConnectionError):
         return
     except Nemotron3Error as error:
-        _send(socket, "error", error)
+        socket.send(("error", error))
     except Exception as error:  # noqa: BLE001 - it is raised in the parent
         _log.exception("a cell failed")
-        _send(socket, "error", RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def _send(socket: Connection, kind: str, content: Any) -> None:
-    socket.send_bytes(pickle.dumps((kind, content)))
+        socket.send(("error", RuntimeError(f"{type(error).__name__}: {error}")))
