@@ -29,7 +29,6 @@ def test_a_log_gets_a_line_now_and_then_and_at_the_end(capsys, monkeypatch):
     steps = 10
     callback = LogCallback()
     callback.stage("Training on a test")
-    callback.progress("encode", 1, 2)
     for step in range(1, 11):
         callback.trained(StepReport(step=step, steps=steps, metrics=METRICS))
     lines = capsys.readouterr().out.splitlines()
@@ -39,6 +38,19 @@ def test_a_log_gets_a_line_now_and_then_and_at_the_end(capsys, monkeypatch):
     assert lines[1].endswith("0:24 left")
     assert lines[-1].endswith("0:00 left")
     assert "loss 2.000" in lines[1]
+
+
+def test_a_log_says_now_and_then_how_far_a_long_part_is(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    callback = LogCallback()
+    for done in range(0, 1001, 100):
+        callback.progress("held-out tasks", done, 1000)
+        callback.progress("survey", done, 0)  # a total that is not known yet
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["  held-out tasks 100 of 1,000", "  held-out tasks 300 of 1,000"] + [
+        f"  held-out tasks {done} of 1,000" for done in (500, 700, 900)
+    ]
 
 
 def test_a_resumed_run_reckons_from_where_it_went_on(capsys, monkeypatch):

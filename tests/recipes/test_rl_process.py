@@ -45,7 +45,7 @@ class FakeEngine:
             if self.left < 0:
                 raise self.error
 
-    def play(self, rows, *, places, group_size, seed, effort_fraction):
+    def play(self, rows, *, places, group_size, seed, effort_fraction, on_ended):
         del seed, effort_fraction
         found = []
         for row, place in zip(rows, places, strict=True):
@@ -56,6 +56,7 @@ class FakeEngine:
                     self.live()
                     versions.append(self.version)
                 found.append(played(row, place, versions))
+                on_ended(len(found))
         return found
 
     def install(self, weights, *, running):
@@ -194,7 +195,9 @@ def test_whenever_engines_die_every_rollout_is_played_once_with_weights_that_are
         for _ in range(3):
             publish()
             oldest = weights.version
-            found = engines.play([ROW] * num_rows, group_size=2)
+            ended = [0]
+            found = engines.play([ROW] * num_rows, group_size=2, on_ended=ended.append)
+            assert ended[-1] == len(found) == max(ended)
             assert [each.group for each in found] == [n for n in range(num_rows) for _ in "ab"]
             for rollout in found:
                 assert rollout.weight_versions == sorted(rollout.weight_versions)

@@ -244,13 +244,14 @@ def test_held_out_tasks_are_played_with_the_newest_weights(staleness, engine, tr
     """Before the first update, between any two, and after the last."""
 
     class Looking(FakePlayer):
-        def look(self, num_tasks, *, when):
+        def look(self, num_tasks, *, when, on_ended):
             self.on_step()
             if dies and when == 2 and len(players) == 1:
                 raise RuntimeError("killed")
+            on_ended(num_tasks)
             return [(when, self.version)] * num_tasks
 
-    players, model, found = [], Policy(), []
+    players, model, found, ended = [], Policy(), [], []
 
     def make(on_step, say):
         players.append(Looking(on_step, say, pauses=engine))
@@ -261,7 +262,7 @@ def test_held_out_tasks_are_played_with_the_newest_weights(staleness, engine, tr
     try:
         for step in range(5):
             generator.publish(model, step)
-            found.append(generator.look(2, when=step))
+            found.append(generator.look(2, when=step, on_ended=ended.append))
             if step < 4:
                 assert len(generator.take(step).played) == 4
                 time.sleep(trainer[step % len(trainer)])
@@ -270,6 +271,7 @@ def test_held_out_tasks_are_played_with_the_newest_weights(staleness, engine, tr
     finally:
         generator.close()
     assert found == [[(step, step)] * 2 for step in range(5)]
+    assert ended == [2] * 5
 
 
 def test_a_player_that_dies_is_replaced_and_nothing_is_counted_twice():

@@ -135,7 +135,11 @@ def test_an_environment_that_is_slow_to_answer_holds_up_no_other_rollout(policy)
             return await super().step(session, turn)
 
     driver = driver_for(policy, Late(), Early())
-    late, early = driver.play([*tasks(Late(), 1), *tasks(Early(), 1)], seed=1)
+    ended = []
+    late, early = driver.play(
+        [*tasks(Late(), 1), *tasks(Early(), 1)], seed=1, on_ended=ended.append
+    )
+    assert ended == [1, 2, 2]
     assert (late.num_turns, early.num_turns) == (3, 3)
     assert (late.reward, early.reward) == (3.0, 3.0)
 
@@ -152,7 +156,9 @@ def test_a_rollout_without_room_is_cut_and_its_answer_is_none(policy):
 @pytest.mark.parametrize("where", ["seed_session", "verify"])
 def test_failures_are_tried_again_and_then_counted_never_scored(policy, where):
     mended = Failing(where=where, times=1)
-    (rollout,) = driver_for(policy, mended).play(tasks(mended, 1))
+    ended = []
+    (rollout,) = driver_for(policy, mended).play(tasks(mended, 1), on_ended=ended.append)
+    assert ended[-1] == 1
     assert rollout.reward == 1.0
     assert rollout.attempts == 2
     broken = Failing(where=where, times=99)

@@ -40,13 +40,20 @@ def watch() -> Iterator[RunCallback]:
 
 
 class LogCallback(RunCallback):
-    """A line for each stage, and one for training every few seconds."""
+    """A line for each stage, and one every few seconds for what takes long."""
 
     def __init__(self) -> None:
         """Nothing has been shown yet."""
         self._window = MetricWindow(_WINDOW_STEPS)
         self._started = self._shown = time.monotonic()
         self._first_step: int | None = None
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Say how far a long part is, now and then."""
+        now = time.monotonic()
+        if now - self._shown >= _LOG_EVERY_S and done < total:
+            self._shown = now
+            print(f"  {what} {done:,} of {total:,}", flush=True)
 
     def stage(self, message: str) -> None:
         """Say what begins."""

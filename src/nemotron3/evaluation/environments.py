@@ -22,6 +22,7 @@ from nemotron3.observe.metrics import is_metric_name
 from nemotron3.rl.data_parallel import TaskPlayer
 from nemotron3.rl.failures import check_rewards
 from nemotron3.rl.records import RolloutRecord, rollout_record
+from nemotron3.rl.rollouts import OnEnded
 
 HELD_OUT_SEED = 0x5EED
 """Of the tasks that are held out for measuring, and of the sampling."""
@@ -77,13 +78,18 @@ def held_out_tasks(
 
 
 def play_tasks(
-    player: TaskPlayer, tasks: Sequence[Row], *, when: str, seed: int = HELD_OUT_SEED
+    player: TaskPlayer,
+    tasks: Sequence[Row],
+    *,
+    when: str,
+    seed: int = HELD_OUT_SEED,
+    on_ended: OnEnded = lambda _: None,
 ) -> list[RolloutRecord]:
     """A rollout of each task; `seed` is that of the sampling, `when` goes into the records.
 
     Raises `DataError` for an environment that raised an error in all of them.
     """
-    played = player.play(tasks, seed=seed)
+    played = player.play(tasks, seed=seed, on_ended=on_ended)
     check_rewards(played)
     return [rollout_record(rollout, when=when) for rollout in played]
 

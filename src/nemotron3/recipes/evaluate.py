@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,11 +112,15 @@ def evaluate_directory(
         bounded = replace(config, max_model_len=settings.rollouts.max_context)
         llm = LLM(model, tokenizer=tokenizer, config=bounded)
         driver = RolloutDriver(llm, tokenizer, template, plan.environments, settings.rollouts)
-        for place, (name, own) in enumerate(rows.items()):
-            callback.progress("environments", place, len(rows))
+        total = sum(map(len, rows.values()))
+
+        def on_ended(count: int, before: int) -> None:
+            callback.progress("held-out tasks", before + count, total)
+
+        for name, own in rows.items():
             callback.stage(f"Playing {len(own)} held-out tasks of {name}")
-            played += play_tasks(driver, own, when=_WHEN, seed=settings.seed)
-        callback.progress("environments", len(rows), len(rows))
+            told = partial(on_ended, before=len(played))
+            played += play_tasks(driver, own, when=_WHEN, seed=settings.seed, on_ended=told)
     found: dict[str, HarnessResult] = {}
     if plan.harness is not None:
         callback.stage(f"Scoring {', '.join(plan.harness.names)}")

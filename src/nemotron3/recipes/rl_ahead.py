@@ -24,6 +24,7 @@ from nemotron3.recipes.run_folder import RunFolder
 from nemotron3.rl.generator import Player, RolloutGenerator
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.records import RolloutRecord
+from nemotron3.rl.rollouts import OnEnded
 from nemotron3.rl.weight_sync import PublishedWeights
 
 _BUFFER_FILE = "buffer.jsonl"
@@ -79,13 +80,15 @@ class RolloutsAhead:
         assert self._generator is not None, "weights are published first"
         return self._generator.take(step, say=say)
 
-    def look(self, num_tasks: int, *, when: str, say: Callable[[str], None]) -> list[RolloutRecord]:
+    def look(
+        self, num_tasks: int, *, when: str, say: Callable[[str], None], on_ended: OnEnded
+    ) -> list[RolloutRecord]:
         """A rollout of each of so many held-out tasks of every environment, by the newest weights.
 
         They are played between the rollouts of two updates, which is when both sides would wait.
         """
         assert self._generator is not None, "weights are published first"
-        return self._generator.look(num_tasks, when=when, say=say)
+        return self._generator.look(num_tasks, when=when, say=say, on_ended=on_ended)
 
     def share_processors(self, *_: object) -> None:
         """Give the calling thread, the trainer's, the processors that the engine does not use."""

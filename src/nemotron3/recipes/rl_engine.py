@@ -18,7 +18,7 @@ from nemotron3.recipes.adapters import model_to_play
 from nemotron3.recipes.chat_model import chat_template_for
 from nemotron3.recipes.memory import bytes_for_keys
 from nemotron3.recipes.rl import RLRun
-from nemotron3.rl.rollouts import Rollout, RolloutDriver
+from nemotron3.rl.rollouts import OnEnded, Rollout, RolloutDriver
 from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights, weights_checksum
 from nemotron3.text import Tokenizer
 
@@ -61,6 +61,7 @@ class RolloutEngine:
         seed: int = 0,
         effort_fraction: float = 0.0,
         places: Sequence[int] | None = None,
+        on_ended: OnEnded = lambda _: None,
     ) -> list[Rollout]:
         """`RolloutDriver.play`, of weights, tasks and seed alone: no prefix is in the cache.
 
@@ -74,6 +75,7 @@ class RolloutEngine:
                 seed=seed,
                 effort_fraction=effort_fraction,
                 places=places,
+                on_ended=on_ended,
             )
         self.backends |= backends
         for rollout in played:

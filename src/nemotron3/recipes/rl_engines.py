@@ -21,7 +21,7 @@ from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.recipes.rl import RLRun
 from nemotron3.recipes.rl_process import EngineProcess
 from nemotron3.rl.data_parallel import Share, shares
-from nemotron3.rl.rollouts import Rollout
+from nemotron3.rl.rollouts import OnEnded, Rollout
 from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights
 
 _log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class ProcessEngines:
         group_size: int = 1,
         seed: int = 0,
         effort_fraction: float = 0.0,
+        on_ended: OnEnded = lambda _: None,
     ) -> list[Rollout]:
         """`group_size` rollouts of each task, in the order of the tasks.
 
@@ -73,11 +74,16 @@ class ProcessEngines:
                         effort_fraction=effort_fraction,
                     )
                 )
-        self._receive_until(lambda engine: engine.share is None, on_step=self.on_step)
+
+        def on_step() -> None:
+            self.on_step()
+            on_ended(sum(engine.num_ended for engine in self._engines))
+
+        self._receive_until(lambda engine: engine.share is None, on_step=on_step)
         self._running_failures = 0
         played = [rollout for engine in self._engines for rollout in engine.played or ()]
         for engine in self._engines:
-            engine.played = None
+            engine.played, engine.num_ended = None, 0
         return sorted(played, key=lambda rollout: rollout.group)
 
     def install(self, weights: PublishedWeights, *, running: RunningRequests) -> int:

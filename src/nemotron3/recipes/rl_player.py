@@ -23,7 +23,7 @@ from nemotron3.rl.failures import check_rewards
 from nemotron3.rl.groups import UpdateRollouts, collect
 from nemotron3.rl.prompts import check_prompts
 from nemotron3.rl.records import RolloutRecord
-from nemotron3.rl.rollouts import Rollout
+from nemotron3.rl.rollouts import OnEnded, Rollout
 from nemotron3.rl.sampling_plan import SamplingPlan, TaskPlan
 from nemotron3.rl.weight_sync import PublishedWeights
 from nemotron3.text import Tokenizer
@@ -121,10 +121,13 @@ class RunTasks:
         check_rewards(update.played)
         return update
 
-    def look(self, player: TaskPlayer, num_tasks: int, *, when: str) -> list[RolloutRecord]:
+    def look(
+        self, player: TaskPlayer, num_tasks: int, *, when: str, on_ended: OnEnded
+    ) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
         every = [held_out_tasks(each, num_tasks) for each in self.environments.values()]
-        return play_tasks(player, [row for rows in every for row in rows], when=when)
+        tasks = [row for rows in every for row in rows]
+        return play_tasks(player, tasks, when=when, on_ended=on_ended)
 
     def _renew_pass_rates(self, player: TaskPlayer, step: int, say: Callable[[str], None]) -> None:
         """Measure the pass rates of a curriculum, unless an earlier part of this run has."""
@@ -172,9 +175,9 @@ class RLPlayer:
         """The rollouts of the update that follows so many updates."""
         return self._tasks.play(self._engines, step, say=self._say)
 
-    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
+    def look(self, num_tasks: int, *, when: str, on_ended: OnEnded) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        return self._tasks.look(self._engines, num_tasks, when=when)
+        return self._tasks.look(self._engines, num_tasks, when=when, on_ended=on_ended)
 
     def install(self, weights: PublishedWeights, *, running: RunningRequests) -> int:
         """Have the engines take up the newest weights; returns their version."""

@@ -6,6 +6,7 @@ trainer dies, the socket closes and the process ends, between two steps of its e
 
 import logging
 import pickle
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -25,6 +26,9 @@ from nemotron3.runtime.processes import END_S, end, spawn
 
 _log = logging.getLogger(__name__)
 
+_TELL_EVERY_S = 0.2
+"""How often the trainer hears how many rollouts have ended."""
+
 
 class EngineProcess:
     """The trainer's end: tells the engine what to do, and hears its results.
@@ -43,12 +47,14 @@ class EngineProcess:
         """Whether it has yet to say that it has taken up weights."""
         self.played: list[Rollout] | None = None
         """The result of the play before it is fetched."""
+        self.num_ended = 0
+        """Rollouts of the play that have ended so far."""
         self.backends: dict[str, str] = {}
         """What operations have run on there."""
 
     def play(self, share: Share) -> None:
         """Have it play; `played` is the result."""
-        self.share, self.played = share, None
+        self.share, self.played, self.num_ended = share, None, 0
         self._send("play", share)
 
     def share_memory(self, weights: SharedWeights) -> None:
@@ -78,7 +84,10 @@ class EngineProcess:
                 f"the process ended with exit code {self.process.exitcode}"
             ) from None
         if kind == "played":
-            self.share, (self.played, self.backends) = None, content
+            self.share, (played, self.backends) = None, content
+            self.played, self.num_ended = played, len(played)
+        elif kind == "ended":
+            self.num_ended = content
         elif kind == "installed":
             self.is_installing = False
         else:
@@ -109,6 +118,7 @@ class _Server:
     def __init__(self, socket: Connection) -> None:
         self._socket = socket
         self._weights: SharedWeights | None = None
+        self._told_at = 0.0
         self.engine: RolloutEngine | None = None
 
     def between_steps(self) -> None:
@@ -121,7 +131,8 @@ class _Server:
         assert self.engine is not None
         kind, content = self._receive()
         if kind == "play":
-            played = self.engine.play(**vars(content))
+            self._told_at = time.monotonic()
+            played = self.engine.play(**vars(content), on_ended=self._tell_ended)
             self.send("played", (played, self.engine.backends))
         elif kind == "threads":
             self.engine.use_threads(content)
@@ -131,6 +142,12 @@ class _Server:
             assert self._weights is not None
             self._weights.version, running = content
             self.send("installed", self.engine.install(self._weights, running=running))
+
+    def _tell_ended(self, count: int) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= _TELL_EVERY_S:
+            self._told_at = now
+            self.send("ended", count)
 
     def send(self, kind: str, content: Any) -> None:
         """Tensors travel by value: as shared memory, each would take a file descriptor."""

@@ -19,6 +19,7 @@ from nemotron3.recipes.rl_player import RunTasks
 from nemotron3.recipes.run_folder import RunFolder
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.records import RolloutRecord
+from nemotron3.rl.rollouts import OnEnded
 from nemotron3.rl.weight_sync import PublishedWeights, check_rollouts
 
 
@@ -75,11 +76,13 @@ class RolloutsByTurns:
         check_rollouts(found.played, version=step, max_staleness=0, checksums=checksums)
         return found
 
-    def look(self, num_tasks: int, *, when: str, say: Callable[[str], None]) -> list[RolloutRecord]:
+    def look(
+        self, num_tasks: int, *, when: str, say: Callable[[str], None], on_ended: OnEnded
+    ) -> list[RolloutRecord]:
         """A rollout of each of so many held-out tasks of every environment, by these weights."""
         assert self._engines is not None, "weights are published first"
         del say
-        return self.tasks.look(self._engines, num_tasks, when=when)
+        return self.tasks.look(self._engines, num_tasks, when=when, on_ended=on_ended)
 
     @property
     def backends(self) -> Mapping[str, str]:

@@ -47,7 +47,7 @@ class RunCallback:
         """A part of the run begins."""
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """A long part that is not training has come so far."""
+        """A long part that is not training has come so far; another thread may say so."""
 
     def trained(self, report: StepReport) -> None:
         """An update was made."""

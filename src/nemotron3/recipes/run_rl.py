@@ -155,7 +155,12 @@ class _Training:
 
     def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
-        return self._rollouts.look(num_tasks, when=when, say=self.callback.stage)
+        total = num_tasks * len(self._rollouts.tasks.environments)
+
+        def on_ended(count: int) -> None:
+            self.callback.progress("held-out tasks", count, total)
+
+        return self._rollouts.look(num_tasks, when=when, say=self.callback.stage, on_ended=on_ended)
 
     def fit(self) -> None:
         """Train to the last step."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from nemotron3.environments.rows import Row, environment_of
 from nemotron3.errors import ConfigError
-from nemotron3.rl.rollouts import Rollout
+from nemotron3.rl.rollouts import OnEnded, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class TaskPlayer(Protocol):
         group_size: int = 1,
         seed: int = 0,
         effort_fraction: float = 0.0,
+        on_ended: OnEnded = lambda _: None,
     ) -> list[Rollout]:
         """`group_size` rollouts of each task, in the order of the tasks."""
         ...

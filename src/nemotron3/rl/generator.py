@@ -33,6 +33,7 @@ from nemotron3.errors import ConfigError, DataError, Nemotron3Error
 from nemotron3.inference.model_runner.weights import RunningRequests
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.records import RolloutRecord
+from nemotron3.rl.rollouts import OnEnded
 from nemotron3.rl.weight_sync import PublishedWeights, check_rollouts
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Player(Protocol):
         """The rollouts of the update that follows so many updates."""
         ...
 
-    def look(self, num_tasks: int, *, when: str) -> list[RolloutRecord]:
+    def look(self, num_tasks: int, *, when: str, on_ended: OnEnded) -> list[RolloutRecord]:
         """A rollout of each of so many different held-out tasks of every environment."""
         ...
 
@@ -131,6 +132,7 @@ class _Look:
 
     num_tasks: int
     when: str
+    on_ended: OnEnded
 
 
 class _ClosedError(Exception):
@@ -203,12 +205,20 @@ class RolloutGenerator:
         return found
 
     def look(
-        self, num_tasks: int, *, when: str, say: Callable[[str], None] = lambda _: None
+        self,
+        num_tasks: int,
+        *,
+        when: str,
+        say: Callable[[str], None] = lambda _: None,
+        on_ended: OnEnded = lambda _: None,
     ) -> list[RolloutRecord]:
-        """Held-out tasks played with the newest weights, `Player.look`, between two updates."""
+        """Held-out tasks played with the newest weights, `Player.look`, between two updates.
+
+        `on_ended` is called in the generator's thread.
+        """
         assert self._weights.version >= 0, "weights are published first"
         with self._changed:
-            self._look, self._looked = _Look(num_tasks, when), None
+            self._look, self._looked = _Look(num_tasks, when, on_ended), None
             self._changed.notify_all()
         return self._result(lambda: self._looked, say)
 
@@ -275,7 +285,10 @@ class RolloutGenerator:
         """Wait for the weights of a version; held-out tasks are played meanwhile, and first."""
         while (look := self._next_look(version)) is not None:
             looked = self._played(
-                look.when, lambda player, it=look: player.look(it.num_tasks, when=it.when)
+                look.when,
+                lambda player, it=look: player.look(
+                    it.num_tasks, when=it.when, on_ended=it.on_ended
+                ),
             )
             with self._changed:
                 self._look, self._looked = None, looked

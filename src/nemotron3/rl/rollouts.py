@@ -21,11 +21,7 @@ from nemotron3.environments.environment import Environment, call_problem
 from nemotron3.environments.failures import ErrorLog, failure_of_error
 from nemotron3.environments.response import TaskResponse
 from nemotron3.environments.rows import Row, environment_of, prompt_of, tools_of
-from nemotron3.environments.verification import (
-    Failure,
-    FailureKind,
-    Verification,
-)
+from nemotron3.environments.verification import Failure, FailureKind, Verification
 from nemotron3.errors import ConfigError
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import CompletionOutput, Prompt
@@ -41,6 +37,9 @@ from nemotron3.text import (
     ToolMessage,
     UserMessage,
 )
+
+OnEnded = Callable[[int], None]
+"""Hears now and then how many rollouts of a play have ended so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +227,7 @@ class RolloutDriver:
         seed: int = 0,
         effort_fraction: float = 0.0,
         places: Sequence[int] | None = None,
+        on_ended: OnEnded = lambda _: None,
     ) -> list[Rollout]:
         """`group_size` rollouts of each task, in the order of the tasks.
 
@@ -243,7 +243,7 @@ class RolloutDriver:
         for row, place in zip(rows, places, strict=True):
             task = self._task(row, place, self._config.effort if little[place] else None)
             wanted |= dict.fromkeys(range(place * group_size, (place + 1) * group_size), task)
-        return asyncio.run(self._play(wanted, seed=seed))
+        return asyncio.run(self._play(wanted, seed, on_ended))
 
     def _task(self, row: Row, group: int, effort: str | None) -> _Task:
         tools = tools_of(row)
@@ -251,7 +251,9 @@ class RolloutDriver:
         ids = rendered.tokens(self._tokenizer).ids
         return _Task(row, group, effort, tools, rendered, ids)
 
-    async def _play(self, wanted: Mapping[int, _Task], *, seed: int) -> list[Rollout]:
+    async def _play(
+        self, wanted: Mapping[int, _Task], seed: int, on_ended: OnEnded
+    ) -> list[Rollout]:
         finished: dict[int, Rollout] = {}
         open_places = list(wanted)
         for attempt in range(1, self._config.max_attempts + 1):
@@ -262,7 +264,10 @@ class RolloutDriver:
                 )
             )
             playing = dict(zip(open_places, begun, strict=True))
-            await self._until_ended(list(playing.values()))
+            before = len(wanted) - len(playing)
+            await self._until_ended(
+                list(playing.values()), lambda ended, more=before: on_ended(more + ended)
+            )
             await self._verify(list(playing.values()))
             finished |= {place: each.rollout for place, each in playing.items()}
             for place in open_places:
@@ -270,6 +275,7 @@ class RolloutDriver:
             open_places = [place for place in open_places if _failed(finished[place])]
             if not open_places:
                 break
+        on_ended(len(wanted))
         return [finished[place] for place in wanted]
 
     async def _begin(self, task: _Task, *, seed: int, attempt: int) -> _Playing:
@@ -307,18 +313,20 @@ class RolloutDriver:
             tools=playing.tools,
         )
 
-    async def _until_ended(self, playing: Sequence[_Playing]) -> None:
+    async def _until_ended(self, playing: Sequence[_Playing], on_ended: OnEnded) -> None:
         """Sample turn after turn; each goes on as soon as its environment has answered."""
         with self._llm.requests() as requests:
             asked: list[Sequence[_Playing]] = []
-            answering: list[asyncio.Task[_Playing]] = []
+            answering: dict[asyncio.Task[None], _Playing] = {}
 
             def ask(alike: Sequence[_Playing]) -> None:
                 prompt = cast(Prompt, alike[0].next_prompt)
                 requests.add(prompt, self._params(alike[0], n=len(alike)))
                 asked.append(alike)
 
-            for alike in _with_equal_prompts([each for each in playing if each.next_prompt]):
+            begun = [each for each in playing if each.next_prompt is not None]
+            ended = len(playing) - len(begun)
+            for alike in _with_equal_prompts(begun):
                 ask(alike)
             try:
                 while requests.has_work or answering:
@@ -326,15 +334,18 @@ class RolloutDriver:
                         self._on_step()
                     if requests.has_work:
                         for place, answer in requests.step():
-                            turn = self._after_turn(asked[place][answer.index], answer)
-                            answering.append(asyncio.create_task(turn))
+                            each = asked[place][answer.index]
+                            answering[asyncio.create_task(self._take_turn(each, answer))] = each
                         await asyncio.sleep(0)  # environments in this process answer at once
                     else:
                         await asyncio.wait(answering, return_when=asyncio.FIRST_COMPLETED)
-                    for each in [task.result() for task in answering if task.done()]:
+                    for task in [task for task in answering if task.done()]:
+                        task.result()
+                        each = answering.pop(task)
                         if each.next_prompt is not None:
                             ask([each])
-                    answering = [task for task in answering if not task.done()]
+                        else:
+                            on_ended(ended := ended + 1)
             finally:
                 for task in answering:
                     task.cancel()
@@ -352,10 +363,6 @@ class RolloutDriver:
             logprobs=0,
             reasoning_budget=config.reasoning_budget,
         )
-
-    async def _after_turn(self, playing: _Playing, output: CompletionOutput) -> _Playing:
-        await self._take_turn(playing, output)
-        return playing
 
     async def _take_turn(self, playing: _Playing, output: CompletionOutput) -> None:
         rollout = playing.rollout
