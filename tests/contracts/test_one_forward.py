@@ -7,9 +7,11 @@ logits, in float64 to rounding. What one document holds never changes a bit of a
 import pytest
 import torch
 
+from nemotron3.errors import ConfigError
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.cross_entropy import linear_cross_entropy
+from nemotron3.ops.segments import Segments
 from tests.tiny import named_gradients, qwen_config, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE, FLOAT32, FLOAT64
 
@@ -94,6 +96,55 @@ def test_sequences_decode_packed_at_their_own_positions(assert_close, config, dt
     for slot, parts in outputs.items():
         full = model(sequences[slot % 3][None, : done[slot]]).flatten(0, 1)
         assert_close(torch.cat(parts), full, tolerance)
+
+
+PREFIXES = {
+    "two prompts": ([9, 4, 3, 1, 20, 2], (0, 1, 0, 0)),
+    "shorter than the convolution": ([1, 2, 5, 1], (1, 0)),
+    "one alone": ([6, 17, 4, 4], (1, 1)),
+    "longer than a chunk": ([37, 21], (0,)),
+}
+"""Lengths in the stream, and what its last sequences continue."""
+
+
+@every_precision
+@every_model
+@pytest.mark.parametrize(("lengths", "prefixes"), PREFIXES.values(), ids=PREFIXES.keys())
+def test_sequences_that_continue_a_prefix_are_whole_sequences(
+    assert_close, config, dtype, tolerance, lengths, prefixes
+):
+    """Outputs, and the gradients of a loss of all tokens: a prefix has those of every use."""
+    first = len(lengths) - len(prefixes)
+    parts = [tokens_for(config, n, seed=i) for i, n in enumerate(lengths)]
+    wholes = [torch.cat([parts[p], part]) for p, part in zip(prefixes, parts[first:], strict=True)]
+    factors = torch.rand(sum(lengths), config.vocab_size, dtype=dtype)
+    model = tiny_model(config, dtype=dtype)
+
+    layout = SequenceLayout(Segments(lengths), prefixes=prefixes)
+    shared = model(torch.cat(parts), layout=layout)
+    (shared * factors).sum().backward()
+    gradients = named_gradients(model)
+
+    model.zero_grad()
+    lone = [model(part[None])[0] for part in parts[:first]]
+    rest = [model(w[None])[0, -len(p) :] for w, p in zip(wholes, parts[first:], strict=True)]
+    assert_close(shared, torch.cat(lone + rest), tolerance)
+    (torch.cat(lone + rest) * factors).sum().backward()
+    for name, gradient in named_gradients(model).items():
+        assert_close(gradients[name], gradient, tolerance)
+
+
+def test_what_does_not_heed_prefixes_refuses_them():
+    lengths, prefixes = [5, 2, 3], (0, 0)
+    layout = SequenceLayout(Segments(lengths), prefixes=prefixes)
+    tokens = torch.zeros(10, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="mtp_depths is 1 and the layout has prefixes"):
+        tiny_model("M/*E")(tokens, layout=layout, head=lambda output: output, mtp_depths=1)
+    with pytest.raises(ConfigError, match="prefixes and slots"):
+        SequenceLayout(Segments(lengths), slots=(0, 1, 2), prefixes=prefixes)
+    for wrong in ((1, 0), (0, -1), (0, 0, 0)):
+        with pytest.raises(ConfigError, match=r"a prefix must be one from 0 to"):
+            SequenceLayout(Segments(lengths), prefixes=wrong)
 
 
 def test_packed_loss_and_gradients_are_the_unpacked_ones(assert_close):

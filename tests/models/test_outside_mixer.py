@@ -29,6 +29,7 @@ from nemotron3.models.costs import (
     model_costs,
     state_bytes_per_sequence,
 )
+from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.lora import LoRAConfig, adapter_of, add_lora, shared_model
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
@@ -158,6 +159,14 @@ def test_an_engine_serves_it_as_the_full_pass_says(config, drafts):
         with torch.no_grad():
             best = model(torch.tensor([sequence])).argmax(-1)[0, len(prompt) - 1 : -1]
         assert answers[name] == best.tolist()
+
+
+def test_it_refuses_prefixes_that_it_would_not_heed(config):
+    """Unless its configuration says `continues_prefixes`."""
+    model = LanguageModel.from_config(config)
+    layout = SequenceLayout(Segments([3, 2, 2]), prefixes=(0, 0))
+    with pytest.raises(ConfigError, match="prefixes, which a mixer of this model does not heed"):
+        model(torch.zeros(7, dtype=torch.int64), layout=layout)
 
 
 def test_it_is_counted(config):

@@ -29,6 +29,7 @@ class AttentionConfig(MixerConfig):
 
     symbol: ClassVar[str] = "*"
     label: ClassVar[str] = "attention"
+    continues_prefixes: ClassVar[bool] = True
 
     num_attention_heads: int
     """Query heads."""
@@ -119,6 +120,9 @@ class Attention(Mixer):
         else:
             if state is not None:
                 k, v = state.extend(layout, k, v)
+            elif layout.prefixes:
+                index = layout.key_index(k.device)
+                k, v = k.index_select(0, index), v.index_select(0, index)
             y = attention(q, k, v, queries=layout.segments, keys=layout.keys)
         return self.o_proj(y.flatten(-2))
 

@@ -88,6 +88,11 @@ class ModelConfig:
         kinds = {mixer.symbol: mixer.label for mixer in _mixer_fields(type(self)).values()}
         return parse_pattern(self.hybrid_override_pattern, kinds)
 
+    @property
+    def continues_prefixes(self) -> bool:
+        """Whether the backbone can be called with `SequenceLayout.prefixes`."""
+        return all(mixer.continues_prefixes or not mixer.is_stateful for mixer in self.layers)
+
     @cached_property
     def mixers(self) -> dict[str, MixerConfig]:
         """The configuration of each kind of layer, by its character in the pattern."""

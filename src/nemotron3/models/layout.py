@@ -41,6 +41,9 @@ class SequenceLayout:
     """Whether the call verifies drafts: the state does not change until `HybridCache.accept`."""
     is_prompt: bool = False
     """Whether the tokens are part of a prompt: a narrow state is then rounded once, after them."""
+    prefixes: tuple[int, ...] = ()
+    """The last `len(prefixes)` sequences of this call continue earlier ones of it, and these are
+    the indices of those: a prompt with many answers is computed once. Not with a state."""
     device_layout: "DeviceLayout | None" = None
     """`slots` and `cached_lengths` as tensors. If given, they replace the tuples, and their values
     may differ in each replay of a recorded call."""
@@ -52,6 +55,14 @@ class SequenceLayout:
                 raise ConfigError(
                     f"layout has {count} sequences but {len(given)} entries of {name}"
                 )
+        if self.prefixes and (self.slots or self.device_layout is not None):
+            raise ConfigError("layout has prefixes and slots; sequences of a state have no prefix")
+        last = count - len(self.prefixes) - 1
+        if wrong := [prefix for prefix in self.prefixes if not 0 <= prefix <= last]:
+            raise ConfigError(
+                f"layout has prefix {wrong[0]} of {count} sequences, of which the last "
+                f"{len(self.prefixes)} continue others; a prefix must be one from 0 to {last}"
+            )
 
     @classmethod
     def of(cls, tokens: Tensor) -> "SequenceLayout":
@@ -96,6 +107,10 @@ class SequenceLayout:
     @cached_property
     def keys(self) -> Segments:
         """The segments of keys in attention: the tokens in the state and those of this call."""
+        if self.prefixes:
+            lengths = self.segments.lengths
+            pairs = zip(self._prefix_lengths, lengths, strict=True)
+            return Segments(before + new for before, new in pairs)
         if not any(self.cached_lengths):
             return self.segments
         return Segments(
@@ -107,7 +122,43 @@ class SequenceLayout:
         positions = self.segments.positions(device)
         if any(self.cached_lengths) or self.device_layout is not None:
             positions = positions + self.cached_lengths_tensor(device)[self.segments.ids(device)]
+        if self.prefixes:
+            before = torch.tensor(self._prefix_lengths, device=device)
+            positions = positions + before[self.segments.ids(device)]
         return positions
+
+    @cached_property
+    def stages(self) -> tuple[Segments, Segments]:
+        """The sequences that begin in this call, and those that continue one of them."""
+        lengths, first = self.segments.lengths, len(self.segments) - len(self.prefixes)
+        return Segments(lengths[:first]), Segments(lengths[first:])
+
+    def prefix_index(self, device: torch.device) -> Tensor:
+        """`prefixes` as a tensor, int64 [continuing sequences]."""
+        return torch.tensor(self.prefixes, dtype=torch.int64, device=device)
+
+    def key_index(self, device: torch.device) -> Tensor:
+        """Index in the stream of each key of `keys`: those of a prefix come with every sequence
+        that continues it, int64 [keys]."""
+        if device not in self._key_indices:
+            starts, ends = self.segments.starts, self.segments.starts[1:]
+            own = [torch.arange(a, b) for a, b in zip(starts[:-1], ends, strict=True)]
+            first = len(own) - len(self.prefixes)
+            parts = own[:first]
+            for prefix, tokens in zip(self.prefixes, own[first:], strict=True):
+                parts += [own[prefix], tokens]
+            self._key_indices[device] = torch.cat(parts).to(device)
+        return self._key_indices[device]
+
+    @cached_property
+    def _key_indices(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    @property
+    def _prefix_lengths(self) -> list[int]:
+        """Tokens of each sequence's prefix, 0 for those that begin in this call."""
+        lengths, first = self.segments.lengths, len(self.segments) - len(self.prefixes)
+        return [0] * first + [lengths[prefix] for prefix in self.prefixes]
 
 
 def shift_left(values: Tensor, segments: Segments, by: int) -> tuple[Tensor, Tensor]:

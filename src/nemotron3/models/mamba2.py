@@ -24,6 +24,7 @@ from nemotron3.models.mixer import KeptActivations, Mixer, MixerConfig, Paramete
 from nemotron3.models.norm import GatedGroupNorm
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
+from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd import ssd, ssd_rates
 
 
@@ -33,6 +34,7 @@ class MambaConfig(MixerConfig):
 
     symbol: ClassVar[str] = "M"
     label: ClassVar[str] = "mamba"
+    continues_prefixes: ClassVar[bool] = True
 
     mamba_num_heads: int
     """State-space heads."""
@@ -156,11 +158,11 @@ class CausalConv1d(DeclaredModule):
         self.declare("bias", (channels,), init=init, decays=False)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, conv_states: Tensor | None
+        self, x: Tensor, segments: Segments, conv_states: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Convolution and SiLU; returns outputs [tokens, channel] and new states."""
         return causal_conv(
-            x, self.weight.squeeze(1), self.bias, segments=layout.segments, conv_states=conv_states
+            x, self.weight.squeeze(1), self.bias, segments=segments, conv_states=conv_states
         )
 
     def steps(
@@ -227,17 +229,47 @@ class Mamba2Mixer(Mixer):
             assert not layout.is_verification, (
                 "a verification call has at most MAX_STEPS tokens and no gradients"
             )
-            conv_states, ssm_states = (None, None) if state is None else state.read(layout)
-            xBC, conv_states = self.conv1d(xBC, layout, conv_states)
-            y, ssm_states = ssd(
-                *self._operands(xBC, dt, A, D),
-                segments=layout.segments,
-                chunk_size=c.chunk_size,
-                initial_states=ssm_states,
-            )
-            if state is not None:
-                state.write(layout, conv_states, ssm_states)
+            if layout.prefixes:
+                y = self._scan_with_prefixes(xBC, dt, A, D, layout)
+            else:
+                states = (None, None) if state is None else state.read(layout)
+                y, *states = self._scan(xBC, dt, A, D, layout.segments, *states)
+                if state is not None:
+                    state.write(layout, *states)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _scan(
+        self,
+        xBC: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        D: Tensor,
+        segments: Segments,
+        conv_states: Tensor | None = None,
+        ssm_states: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of the scan, and the states of convolution and scan after each segment."""
+        xBC, new_conv_states = self.conv1d(xBC, segments, conv_states)
+        y, new_ssm_states = ssd(
+            *self._operands(xBC, dt, A, D),
+            segments=segments,
+            chunk_size=self.config.chunk_size,
+            initial_states=ssm_states,
+        )
+        return y, new_conv_states, new_ssm_states
+
+    def _scan_with_prefixes(
+        self, xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, layout: SequenceLayout
+    ) -> Tensor:
+        """Scan the prefixes, and then what continues them from the states that they leave."""
+        first, rest = layout.stages
+        xBC_first, xBC_rest = xBC.split([first.total, rest.total])
+        dt_first, dt_rest = dt.split([first.total, rest.total])
+        y_first, *states = self._scan(xBC_first, dt_first, A, D, first)
+        index = layout.prefix_index(xBC.device)
+        states = [state.index_select(0, index) for state in states]
+        y_rest, *_ = self._scan(xBC_rest, dt_rest, A, D, rest, *states)
+        return torch.cat([y_first, y_rest])
 
     def _operands(
         self, xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor

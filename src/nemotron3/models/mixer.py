@@ -73,6 +73,9 @@ class MixerConfig(ABC):
     """The layer's character in a pattern."""
     label: ClassVar[str]
     """The layer's name in messages and tables."""
+    continues_prefixes: ClassVar[bool] = False
+    """Whether the mixer heeds `SequenceLayout.prefixes`. One without state need not: what it makes
+    of a token depends on no other."""
     has_router: ClassVar[bool] = False
     """Whether the mixer chooses experts, and returns the decision with its output."""
 

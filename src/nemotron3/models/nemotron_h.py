@@ -355,6 +355,11 @@ class LanguageModel(nn.Module):
                     f"mtp_depths is {mtp_depths}; a model without an MTP block has no depths, and "
                     "a call with a state computes only the main head: set it to 0"
                 )
+            if layout.prefixes:
+                raise ConfigError(
+                    f"mtp_depths is {mtp_depths} and the layout has prefixes, whose last tokens "
+                    "have no single next one; give every sequence whole"
+                )
             inputs = [self.embed(_ahead(stream, layout, n)) for n in range(1, mtp_depths + 1)]
             further, mtp_routings = self.mtp.unroll(
                 [embedded.detach() for embedded in inputs] if detach_mtp else inputs,
@@ -390,6 +395,11 @@ class LanguageModel(nn.Module):
             raise ConfigError(
                 f"the layout continues sequences of {layout.cached_lengths} tokens; "
                 "give the state too"
+            )
+        if layout.prefixes and not self.config.continues_prefixes:
+            raise ConfigError(
+                "the layout has prefixes, which a mixer of this model does not heed "
+                "(MixerConfig.continues_prefixes); give every sequence whole"
             )
         return layout
 

@@ -20,7 +20,6 @@ from nemotron3.environments.registry import environment_files
 from nemotron3.environments.rows import prompt_text
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
-from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.lora import changed_parameters, merge_into, shared_model
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
 from nemotron3.observe.json_lines import append_lines
@@ -215,6 +214,8 @@ class _Training:
             self._update.trained,
             self._update.advantages,
             max_tokens=run.training.seq_len * run.training.microbatch_size,
+            # Depths of multi-token prediction need the one token that comes next.
+            shares_prompts=self.model.config.continues_prefixes and not run.loss.mtp_loss_scaling,
             shaping=run.shaping,
             version=step,
             device=self.model.device,
@@ -253,7 +254,7 @@ class _Training:
         def head(output: ModelOutput) -> torch.Tensor:
             return token_logprobs(output.hidden[0], output.output_weight, batch.targets)
 
-        found = self._reference(batch.tokens, layout=SequenceLayout(batch.segments), head=head)
+        found = self._reference(batch.tokens, layout=batch.layout, head=head)
         return replace(batch, reference_logprobs=found)
 
     def _held_out_metrics(self, step: int) -> dict[str, float]:

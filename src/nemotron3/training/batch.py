@@ -9,11 +9,12 @@ the record by a subclass with the fields it reads:
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
 
-from nemotron3.models.layout import shift_left
+from nemotron3.models.layout import SequenceLayout, shift_left
 from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.segments import Segments
 
@@ -41,11 +42,18 @@ class TrainBatch:
     """1 where the target is trained and counted, 0 where not, float32 [tokens]."""
     segments: Segments
     """Where sequences begin."""
+    prefixes: tuple[int, ...] = ()
+    """Which of them the last ones continue (`SequenceLayout.prefixes`)."""
     weights: Tensor | None = None
     """Factor of each target's loss, float32 [tokens]; an advantage, so it may be negative. A
     target of weight 0 is counted all the same. None for 1."""
     routes: RecordedRoutes | None = None
     """Experts to use, such as those of the engine that sampled the tokens; None: the router's."""
+
+    @cached_property
+    def layout(self) -> SequenceLayout:
+        """The layout of the model's call."""
+        return SequenceLayout(self.segments, prefixes=self.prefixes)
 
     def at_depth(self, depth: int) -> DepthTargets:
         """Targets of an MTP depth, each with its own mask and weight; depth 0 is the main head's.

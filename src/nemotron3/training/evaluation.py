@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 import torch
 
 from nemotron3.errors import DataError
-from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
 from nemotron3.ops.cross_entropy import TokenLosses, linear_cross_entropy
 from nemotron3.training.batch import TrainBatch
@@ -34,7 +33,7 @@ def evaluate(
             hidden = output.hidden[0]
             return linear_cross_entropy(hidden, output.output_weight, batch.targets, batch.mask)
 
-        scored = model(batch.tokens, layout=SequenceLayout(batch.segments), head=head)
+        scored = model(batch.tokens, layout=batch.layout, head=head)
         on_losses(scored.per_token)
         nats += scored.total.item()
         count += batch.mask.sum().item()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nemotron3.errors import ConfigError, DivergenceError
-from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
 from nemotron3.training.balancing import expert_load, max_violation, update_selection_bias
 from nemotron3.training.objective import BatchT, LossTerms, Objective
@@ -111,7 +110,7 @@ class TrainingStep(Generic[BatchT]):
 
         return self.model(
             batch.tokens,
-            layout=SequenceLayout(batch.segments),
+            layout=batch.layout,
             routes=batch.routes,
             head=head,
             mtp_depths=self.objective.mtp_depths,
