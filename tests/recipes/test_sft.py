@@ -376,6 +376,41 @@ def test_demonstrations_of_environments_are_a_source(base, tmp_path):
     assert summary.loss["list_operations"] < summary.loss_before["list_operations"]
 
 
+def test_a_share_of_the_demonstrations_follows_others(base, tmp_path):
+    """Where a row holds them; what is trained are the answers that it trained alone."""
+    run = SFTRun(
+        name="solved",
+        model=str(base),
+        demonstrations=tuple(
+            DemonstrationsConfig(environment=name, num_tasks=40, difficulty=0.0)
+            for name in ("list_operations", "letter_counting")
+        ),
+        training=replace(small(base, *_none(tmp_path)).training, seq_len=256),
+        device="cpu",
+    )
+    follows = replace(run, follow_up_fraction=0.5)
+    alone, joined, again = (prepare_sft_data(each) for each in (run, follows, follows))
+    longer = 0
+    for name, source in joined.train.items():
+        same = again.train[name].conversations
+        for one, two, three in zip(
+            alone.train[name].conversations, source.conversations, same, strict=True
+        ):
+            assert two.ids.tolist() == three.ids.tolist()
+            assert one.ids[one.is_target].tolist() == two.ids[two.is_target].tolist()
+            assert len(two) <= 256
+            longer += len(two) > len(one)
+    assert 20 <= longer <= 50
+    every = [c for source in alone.train.values() for c in source.conversations]
+    short = replace(run.training, seq_len=max(map(len, every)))
+    for name, source in prepare_sft_data(replace(follows, training=short)).train.items():
+        assert all(len(c) <= short.seq_len for c in source.conversations), name
+    with pytest.raises(ConfigError, match=r"follow_up_fraction is 1\.5; it must be from 0 to 1"):
+        replace(run, follow_up_fraction=1.5)
+    with pytest.raises(ConfigError, match="and there are no demonstrations"):
+        small(base, *_none(tmp_path), follow_up_fraction=0.1)
+
+
 def _none(folder):
     file = folder / "few.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(8)), encoding="utf-8")

@@ -33,6 +33,9 @@ class SFTRun(RunConfig):
     """Files of conversations, source by source."""
     demonstrations: tuple[DemonstrationsConfig, ...] = ()
     """Solved tasks of environments, each another source."""
+    follow_up_fraction: float = 0.0
+    """Share of the demonstrations that follow one or two others in the same conversation, so that
+    the model also answers a second question."""
     training: TrainingConfig
     """Steps, batch, optimizer, schedule."""
     lora: LoRAConfig | None = None
@@ -74,6 +77,15 @@ class SFTRun(RunConfig):
                     "has a source named 'all', which is all sources together; give it another name",
                     field="data",
                 )
+        if not 0 <= self.follow_up_fraction <= 1:
+            raise ConfigError(
+                f"is {self.follow_up_fraction}; it must be from 0 to 1", field="follow_up_fraction"
+            )
+        if self.follow_up_fraction and not self.demonstrations:
+            raise ConfigError(
+                f"is {self.follow_up_fraction} and there are no demonstrations; set it to 0",
+                field="follow_up_fraction",
+            )
         if not self.held_out and not 0 < self.held_out_fraction < 1:
             raise ConfigError(
                 f"is {self.held_out_fraction}; it must be above 0 and below 1",
@@ -108,6 +120,7 @@ def tiny_sft() -> SFTRun:
             DemonstrationsConfig(environment=name, difficulty=difficulty, num_tasks=2500)
             for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
+        follow_up_fraction=0.15,
         training=TrainingConfig(
             steps=steps,
             batch_size=6,

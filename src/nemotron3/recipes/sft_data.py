@@ -19,7 +19,7 @@ from nemotron3.data.loader import Batch
 from nemotron3.data.packed_loader import PackedLoader, PackedSource, collate
 from nemotron3.data.packing import pack_best_fit
 from nemotron3.recipes.chat_model import chat_template_for
-from nemotron3.recipes.demonstrations import demonstrations
+from nemotron3.recipes.demonstrations import demonstrations, with_earlier_tasks
 from nemotron3.recipes.sft import SFTRun
 from nemotron3.text import ChatTemplate, Tokenizer
 
@@ -70,6 +70,10 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
     check_chat_tokens(tokenizer, with_tools=with_tools)
 
     tokenize = partial(tokenize_conversations, template=template, tokenizer=tokenizer)
+
+    def fits(row: Conversation) -> bool:
+        return 0 < len(next(tokenize([row]))) <= run.training.seq_len
+
     chosen = {content_of(row) for rows in given.values() for row in rows}
     if not given:
         chosen = choose_held_out(
@@ -77,9 +81,13 @@ def prepare_sft_data(run: SFTRun) -> SFTData:
             fraction=run.held_out_fraction,
             most=run.max_held_out,
             seed=run.seed,
-            fits=lambda row: 0 < len(next(tokenize([row]))) <= run.training.seq_len,
+            fits=fits,
         )
-    kept = without(read, chosen)
+    kept = dict(without(read, chosen))
+    if run.follow_up_fraction:
+        titles = [config.title for config in run.demonstrations]
+        solved = {title: kept[title] for title in titles}
+        kept |= with_earlier_tasks(solved, run.follow_up_fraction, seed=run.seed, fits=fits)
     held_out = given or {
         title: [row for row in rows if content_of(row) in chosen] for title, rows in read.items()
     }
