@@ -91,6 +91,7 @@ def updates_per_minute(run: RLRun) -> tuple[float, dict[str, float]]:
         "async/engine_waited_s",
         "policy/kept",
         "policy/current",
+        "rollouts/tokens",
     )
     return rate, {name: clock.last.metrics.get(name, 0.0) for name in names}
 

@@ -109,7 +109,7 @@ class Ours:
             group = [float(reward or 0.0) for reward in rewards[first : first + self.group]]
             advantages += group_advantages(group, run.advantages).tolist()
         size = run.training.seq_len * run.training.microbatch_size
-        batches = policy_batches(rollouts, advantages, max_tokens=size)
+        batches = policy_batches(rollouts, advantages, max_tokens=size, shares_prompts=True)
         self._update(batches, learning_rate=LEARNING_RATE)
         self._version += 1
         self._llm.invalidate_caches(version=self._version)

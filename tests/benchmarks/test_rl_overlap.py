@@ -12,6 +12,7 @@ from tests.rl.playground import save_policy
 
 @pytest.mark.slow
 def test_every_way_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_overlap, "PAUSE_S", 0.0)
     monkeypatch.setattr(run_rl, "write_report", lambda *_, **__: None)
     tiny_rl = rl_overlap.tiny_rl
     one = (EnvironmentConfig(name="letter_counting", difficulty=0.0),)
