@@ -7,7 +7,10 @@ EXTRAS ?= dev
 # With local wheels (PIP_FIND_LINKS), PyTorch comes from there; else uv picks the build that fits
 # this machine: CUDA where the driver is found, the CPU build where it is not.
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend auto)
-INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(TORCH_SOURCE) -c constraints.txt
+# Bytecode is compiled here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process
+# would compile all that it imports again, which takes seconds.
+INSTALL = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode $(TORCH_SOURCE) -c constraints.txt
+COMPILE = $(BIN)/python -m compileall -q src
 
 .PHONY: help run test test-fast test-long bench-cpu gpu-check gpu-check-inference gpu-tune check format docs docs-serve clean
 help:  ## this list
@@ -21,14 +24,17 @@ $(BIN)/uv:
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/uv
 	@$(INSTALL) -e '.[train,serve]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/uv
 	@$(INSTALL) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@ $(VENV)/.train
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/uv
 	@$(INSTALL) -e '.[train,serve,docs]'
+	@$(COMPILE)
 	@touch $@
 
 # Each stage continues what an interruption left, and shows what it made where it is finished.
