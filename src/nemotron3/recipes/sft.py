@@ -120,7 +120,7 @@ def tiny_sft() -> SFTRun:
             DemonstrationsConfig(environment=name, difficulty=difficulty, num_tasks=2500)
             for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
-        follow_up_fraction=0.15,
+        follow_up_fraction=0.1,
         training=TrainingConfig(
             steps=steps,
             batch_size=6,
