@@ -4,6 +4,7 @@ Both ends of the socket that joins them. Weights lie in memory that all processe
 trainer dies, the socket closes and the process ends, between two steps of its engine.
 """
 
+import gc
 import logging
 import pickle
 import time
@@ -170,6 +171,7 @@ def _serve(socket: Connection, record: Any, device: str) -> None:
         server.engine = own_engine(
             run, run_environments(run), device=torch.device(device), on_step=server.between_steps
         )
+        gc.freeze()  # what lives as long as the process is not looked through again and again
         while True:
             server.obey()
     except _TrainerGoneError:

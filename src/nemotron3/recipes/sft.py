@@ -112,12 +112,18 @@ tokens, so difficult that it solves some of them after fine-tuning and not all."
 
 def tiny_sft() -> SFTRun:
     """The tiny model on solved tasks of nine environments: minutes on two cores."""
-    steps = 2400
+    weights = {"multiple_choice": 2.0, "over_refusal": 0.5}  # learned slowly, learned at once
+    steps = 3000
     return SFTRun(
         name="tiny-sft",
         model="runs/tiny/model",
         demonstrations=tuple(
-            DemonstrationsConfig(environment=name, difficulty=difficulty, num_tasks=2500)
+            DemonstrationsConfig(
+                environment=name,
+                difficulty=difficulty,
+                num_tasks=2500,
+                weight=weights.get(name, 1.0),
+            )
             for name, difficulty in TINY_ENVIRONMENTS.items()
         ),
         follow_up_fraction=0.1,
