@@ -56,6 +56,8 @@ class TrainingStep(Generic[BatchT]):
         self._bias_update_rate = bias_update_rate
         self._recompute = recompute
         self._sum_over_ranks = sum_over_ranks
+        self.updates = 0
+        """Updates made. Noise of stochastic rounding is a function of it; resuming sets it."""
 
     def __call__(
         self, microbatches: Sequence[BatchT], *, learning_rate: float, measure: bool = False
@@ -71,10 +73,13 @@ class TrainingStep(Generic[BatchT]):
         model, counts = self.model, self._counts(microbatches)
         self.optimizer.zero_grad(set_to_none=True)
         parts: list[_Part] = []
+        position = model.rounding_position
+        position.step, position.first_token = self.updates, 0
         for batch in microbatches:
             part = self._forward(batch, counts, measure=measure)
             part.terms.total.backward()
             parts.append(part)
+            position.first_token += batch.segments.total
         metrics, loads, squares = self._collect(parts)
         norm = float(clip_gradients(model.parameters(), self._clip_grad_norm))
         metrics |= _balance_metrics(loads, model)
@@ -93,6 +98,7 @@ class TrainingStep(Generic[BatchT]):
             update_selection_bias(router, load, self._bias_update_rate)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
+        self.updates += 1
         return metrics
 
     def _counts(self, microbatches: Sequence[BatchT]) -> dict[str, float]:

@@ -1,0 +1,135 @@
+"""The formats of a product with a weight and of the two products for its gradients.
+
+For y = x W^T with tokens as rows there are three products, named as in Transformer Engine:
+
+    fprop   y  = x W^T        sum over inputs
+    dgrad   dx = dy W         sum over outputs
+    wgrad   dW = dy^T x       sum over tokens
+
+Each has two operands, each operand a format of its own. All sums are in float32 on a CPU.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemotron3.ops.backends import Backend
+from nemotron3.ops.low_precision.operand import OperandFormat, padded
+from nemotron3.ops.rounding import Noise
+
+Product = Literal["fprop", "dgrad", "wgrad"]
+
+PADDING = 1 << 31
+"""The place of the first row that pads a matrix, beyond those of tokens."""
+
+
+class Operands(NamedTuple):
+    """The formats of both operands of a product, the one of rows of `y` first."""
+
+    first: OperandFormat
+    second: OperandFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductFormats:
+    """Formats of the three products; None for one whose operands are not rounded."""
+
+    fprop: Operands | None
+    """x and W."""
+    dgrad: Operands | None
+    """dy and W."""
+    wgrad: Operands | None
+    """dy and x."""
+
+    @property
+    def shares_weight(self) -> bool:
+        """Whether dgrad multiplies with the values that W has in fprop."""
+        if self.fprop is None or self.dgrad is None:
+            return self.fprop is self.dgrad
+        return self.fprop.second == self.dgrad.second and self.fprop.second.blocks == "tiles"
+
+
+@dataclass(eq=False)
+class RoundingPosition:
+    """Where a training run is: it decides the noise of stochastic rounding.
+
+    A model has one, and the training step sets it before each microbatch.
+    """
+
+    step: int = 0
+    """Updates made before this one."""
+    first_token: int = 0
+    """Tokens of the update's batch before this microbatch."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProductQuantization:
+    """What a module of products holds: formats, and what names its tensors in the noise."""
+
+    formats: ProductFormats
+    seed: int
+    layer: int
+    module: str
+    """The module's name in its layer."""
+    position: RoundingPosition
+
+    def here(self) -> "ProductQuantization":
+        """The same at the present position, for the backward pass of this forward pass."""
+        return replace(self, position=replace(self.position))
+
+    def noise(self, tensor: str, rows: Tensor | None = None) -> Noise:
+        """The noise of a tensor; `rows` are the places of its rows in the update's batch.
+
+        Without them it is another noise in each microbatch.
+        """
+        of = tensor if rows is not None else f"{tensor} from {self.position.first_token}"
+        role = f"{self.module} {of}"
+        return Noise(self.seed, self.position.step, self.layer, role, rows=rows)
+
+    def values(
+        self,
+        product: Product,
+        tensor: str,
+        format_: OperandFormat,
+        x: Tensor,
+        *,
+        rows: Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> Tensor:
+        """The values of an operand of a product; `rows` are places of tokens, if it has them."""
+        along = "columns" if product == "wgrad" or (product, tensor) == ("dgrad", "w") else "rows"
+        noise = signs = None
+        if format_.rounding == "ms_eden":
+            turned = along == "columns"
+            noise = self.noise(f"{product} {tensor}", None if turned else rows)
+            signs = self.noise(f"{product} signs")
+        elif format_.is_random:
+            if rows is not None and along == "columns":
+                rows = with_padding(rows, padded(len(rows), format_.block))
+            noise = self.noise(f"{product} {tensor}", rows)
+        return format_.values(x, along, noise=noise, signs=signs, backend=backend)
+
+    def rows_of_tokens(self, tokens: int, device: torch.device) -> Tensor:
+        """The place of each token of this microbatch in the update's batch."""
+        first = self.position.first_token
+        return torch.arange(first, first + tokens, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsQuantization:
+    """What a module of routed experts holds, for both of their matrices."""
+
+    up: ProductQuantization
+    down: ProductQuantization
+
+    def here(self) -> "ExpertsQuantization":
+        """The same at the present position, for the backward pass of this forward pass."""
+        return replace(self, up=self.up.here(), down=self.down.here())
+
+
+def with_padding(rows: Tensor, size: int) -> Tensor:
+    """Places of rows, and of those that pad them to `size`, which have none among the tokens."""
+    pads = torch.arange(PADDING, PADDING + size - len(rows), device=rows.device)
+    return torch.cat([rows, pads])
