@@ -241,11 +241,57 @@ def test_an_expert_is_a_dense_layer_of_its_tokens(activation, assert_close):
         assert_close(a.view_as(e), e, FLOAT32)
 
 
+INGREDIENTS = [
+    NVFP4Config(),
+    NVFP4Config(weights="1d"),
+    NVFP4Config(transform="none"),
+    NVFP4Config(gradients="nearest"),
+    *(NVFP4Config(products=(product,)) for product in PRODUCTS),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("config", INGREDIENTS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_expert_backends_agree(tokens, assert_close):
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
+def test_expert_backends_agree(backend, tokens, config, assert_close):
+    """Sums of the first product are exact, so all backends round the same numbers."""
     inputs = operands(tokens)
-    expected = mixture(*inputs, experts_quantization(), "reference")
-    found = mixture(*inputs, experts_quantization(), "torch")
-    for a, e in zip(found, expected, strict=True):
+    q = experts_quantization(config, first_token=100)
+    expected = mixture(*inputs, q, "reference")
+    for a, e in zip(mixture(*inputs, q, backend), expected, strict=True):
         assert_close(a, e, FLOAT32)
-    assert found[3][2].abs().max() == 0  # of an expert that nobody chose
+
+
+@pytest.mark.parametrize("config", [
+    NVFP4Config(gradients="ms_eden"), NVFP4Config(weights="1d", scales="four_over_six")
+], ids=str)  # fmt: skip
+def test_experts_of_formats_that_are_not_compiled(config, assert_close):
+    inputs = operands(20)
+    found = [mixture(*inputs, experts_quantization(config), b) for b in ("auto", "reference")]
+    for a, e in zip(*found, strict=True):
+        assert_close(a, e, FLOAT32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_threads_change_no_bit_of_compiled_experts(activation):
+    inputs = operands(150, experts=6, factor={"relu2": 1, "swiglu": 2}[activation])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(mixture(*inputs, experts_quantization(), "native", activation))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
+def test_an_expert_without_tokens_has_no_gradient(backend):
+    *_, d_up, d_down = mixture(*operands(40), experts_quantization(), backend)
+    assert d_up[2].abs().max() == d_down[2].abs().max() == 0
+    assert d_up[0].abs().max() > 0

@@ -34,6 +34,10 @@ _QUANTIZED = {
     "reference": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_reference"),
     "torch": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_torch"),
 }
+_COMPILED = {
+    **_QUANTIZED,
+    "native": Kernel("nemotron3.ops.experts.native_quantized", "routed_experts_quantized_native"),
+}
 _ACTIVATIONS = {
     "reference": activations.activate,
     "torch": activations.activate,
@@ -89,7 +93,9 @@ def routed_experts(
         return without_tokens(x, weights, *(t for t in (up, down) if isinstance(t, Tensor)))
     if quantization is not None:
         _check_tensors(up, down)
-        return resolve("quantized experts", backend, _QUANTIZED, x)(
+        formats = quantization.up.formats
+        implementations = _COMPILED if formats.is_compiled else _QUANTIZED
+        return resolve("quantized experts", backend, implementations, x)(
             x, indices, weights, up, down, activation, quantization
         )
     implementations = _implementations(up, down)

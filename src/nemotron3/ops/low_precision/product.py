@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nemotron3.ops import nvfp4
 from nemotron3.ops.backends import Backend
 from nemotron3.ops.low_precision.operand import OperandFormat, padded
 from nemotron3.ops.rounding import Noise
@@ -49,6 +50,21 @@ class ProductFormats:
         if self.fprop is None or self.dgrad is None:
             return self.fprop is self.dgrad
         return self.fprop.second == self.dgrad.second and self.fprop.second.blocks == "tiles"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled operations can round activations and gradients so: the published recipe,
+        with or without its ingredients. They take the weights rounded, in any format."""
+        return (
+            (self.fprop is None or self.fprop.first == OperandFormat())
+            and (self.dgrad is None or _rounds_once(self.dgrad.first))
+            and (self.wgrad is None or all(map(_rounds_once, self.wgrad)))
+        )
+
+
+def _rounds_once(operand: OperandFormat) -> bool:
+    plain = OperandFormat(rounding=operand.rounding, hadamard=operand.hadamard)
+    return operand == plain and operand.rounding != "ms_eden"
 
 
 @dataclass(eq=False)
@@ -110,6 +126,15 @@ class ProductQuantization:
                 rows = with_padding(rows, padded(len(rows), format_.block))
             noise = self.noise(f"{product} {tensor}", rows)
         return format_.values(x, along, noise=noise, signs=signs, backend=backend)
+
+    def stacked_values(
+        self, product: Product, tensor: str, format_: OperandFormat, matrices: Tensor
+    ) -> Tensor:
+        """The values of a stack of matrices, each a tensor of its own."""
+        if format_.blocks == "tiles" and matrices.shape[1] % format_.block == 0:
+            return nvfp4.fake_quantize(matrices.detach(), "tiles", batch_dims=1)
+        values = [self.values(product, tensor, format_, matrix) for matrix in matrices]
+        return torch.stack(values)
 
     def rows_of_tokens(self, tokens: int, device: torch.device) -> Tensor:
         """The place of each token of this microbatch in the update's batch."""
