@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine.engine import Engine
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.experts import RoutedExperts
 from nemotron3.models.lora import LoRAConfig, add_lora
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.nvfp4_recipe import NVFP4Config, quantized_modules
@@ -21,6 +23,7 @@ from nemotron3.models.precision import (
     convert_weights,
 )
 from nemotron3.observe.metrics import MetricLog
+from nemotron3.ops.experts import routed_experts
 from nemotron3.recipes.rl import tiny_rl
 from nemotron3.training.optimizers import AdamWConfig, SGDConfig, build_optimizer
 from nemotron3.training.schedules import WSD
@@ -169,6 +172,51 @@ def test_recomputed_blocks_round_alike():
     _, norm, _ = update(batch())
     _, again, _ = update(batch(), recompute=True)
     assert norm == again
+
+
+def test_measuring_counts_flushed_values_and_zero_gradients():
+    model = LanguageModel.from_config(config(), seed=3)
+    apply_precision(model, NVFP4)
+    results = []
+    for is_compiled in (True, False):
+        if not is_compiled:  # the experts' definition counts alike
+            for module in model.modules():
+                if isinstance(module, RoutedExperts) and module.quantization is not None:
+                    module.forward = partial(_defined, module)
+        optimizer = build_optimizer(model, SGDConfig(lr=0.1), ())
+        step = TrainingStep(
+            model, optimizer, pretraining(model), clip_grad_norm=None, bias_update_rate=0.0
+        )
+        metrics = step(batch(), learning_rate=0.0, measure=True)
+        results.append({n: v for n, v in metrics.items() if n.startswith("precision/")})
+    rounded = sorted({int(key.split()[0]) for key in formats(config())})
+    assert set(results[0]) == {"precision/zero_gradients"} | {
+        f"precision/{name}_layer_{layer:02d}"
+        for layer in rounded
+        for name in ("flushed_fprop", "flushed_dgrad", "flushed_wgrad", "zero_gradients")
+    }
+    flushed = {name: value for name, value in results[0].items() if "flushed" in name}
+    assert all(0.001 < value < 0.5 for value in flushed.values())
+    assert results[0] == pytest.approx(results[1], rel=0.02, abs=1e-3)
+    assert not [n for n in step(batch(), learning_rate=0.0) if n.startswith("precision/")]
+
+
+def _defined(module, x, routing):
+    return routed_experts(
+        x, routing.indices, routing.weights, module.up_proj, module.down_proj,
+        activation="relu2", quantization=module.quantization, backend="torch",
+    )  # fmt: skip
+
+
+def test_measuring_changes_nothing():
+    norms = []
+    for measure in (True, False):
+        model = LanguageModel.from_config(config(), seed=3)
+        apply_precision(model, NVFP4)
+        optimizer = build_optimizer(model, SGDConfig(lr=0.1), ())
+        step = TrainingStep(model, optimizer, pretraining(model), clip_grad_norm=None)
+        norms.append(step(batch(), learning_rate=0.1, measure=measure)["optim/grad_norm"])
+    assert norms[0] == norms[1]
 
 
 def test_microbatches_have_different_noise():

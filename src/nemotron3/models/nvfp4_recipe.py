@@ -174,6 +174,19 @@ def quantize_products(model: LanguageModel, config: NVFP4Config) -> None:
             (module.quantization,) = own
 
 
+def kept_weights(model: LanguageModel, config: NVFP4Config) -> set[str]:
+    """Names of the weights of which training keeps rounded values from fprop to dgrad."""
+    formats = config.formats()
+    if not formats.shares_weight or formats.fprop is None:
+        return set()
+    return {
+        f"backbone.layers.{layer}.mixer.{name}.{weight}"
+        for layer, name, found, module in quantized_modules(model, config)
+        for weight in _weights(module)
+        if found == "nvfp4"
+    }
+
+
 def _only(formats: ProductFormats, products: tuple[Product, ...]) -> ProductFormats:
     return ProductFormats(
         **{name: getattr(formats, name) if name in products else None for name in PRODUCTS}
@@ -188,10 +201,13 @@ def _format_of(name: str) -> ModuleFormat | None:
     return next((found for pattern, found in _MODULES if fnmatch(name, pattern)), None)
 
 
+def _weights(module: Linear | RoutedExperts) -> tuple[str, ...]:
+    return ("up_proj", "down_proj") if isinstance(module, RoutedExperts) else ("weight",)
+
+
 def _check_module(path: str, module: Linear | RoutedExperts, found: ModuleFormat) -> None:
     block = {"nvfp4": 16, "mxfp8": 32}[found]
-    matrices = ("up_proj", "down_proj") if isinstance(module, RoutedExperts) else ("weight",)
-    for name in matrices:
+    for name in _weights(module):
         weight = getattr(module, name)
         if isinstance(weight, QuantizedWeight):
             raise ConfigError(

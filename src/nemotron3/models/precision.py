@@ -13,21 +13,24 @@ The matrices of dense layers, experts and output layer may have a narrower numbe
 model is for inference, or for training other parameters.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.allocation import allocate
+from nemotron3.models.block import Block
 from nemotron3.models.checks import require_choice
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.experts import RoutedExperts
+from nemotron3.models.experts import RoutedExperts, Router
 from nemotron3.models.linear import Linear
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.nvfp4_recipe import NVFP4Config, quantize_products
+from nemotron3.models.nvfp4_recipe import NVFP4Config, kept_weights, quantize_products
 from nemotron3.models.parameter import state_tensors, use_weight_format
+from nemotron3.ops.low_precision import ExpertsQuantization
 from nemotron3.ops.weights import WeightFormat, dequantized
 
 
@@ -66,6 +69,11 @@ class PrecisionConfig:
         return PrecisionConfig(activations=self.activations)
 
 
+def rounded_weights(model: LanguageModel, config: PrecisionConfig) -> set[str]:
+    """Names of weights of which training keeps rounded values for the backward pass."""
+    return kept_weights(model, config.nvfp4) if config.recipe == "nvfp4" else set()
+
+
 def has_rounded_products(model: LanguageModel) -> bool:
     """Whether a recipe of few bits applies to the model."""
     modules = (m for m in model.modules() if isinstance(m, (Linear, RoutedExperts)))
@@ -90,6 +98,55 @@ def check_precision(model: ModelConfig, config: PrecisionConfig) -> None:
     if config.recipe != "plain":
         with torch.device("meta"):
             apply_precision(LanguageModel(model), config)
+
+
+class ProductPrecision(NamedTuple):
+    """A module of products, and what it runs in."""
+
+    part: Literal["backbone", "mtp", "output"]
+    kind: str
+    """The kind of layer and the module in it, such as `mamba in_proj`."""
+    layer: int
+    """Its layer in its part; 0 for the output layer."""
+    format: str
+    """`nvfp4` or `mxfp8`, `activations` for the dtype of activations, or `float32`."""
+    parameters: int
+
+
+def product_precisions(model: LanguageModel, config: PrecisionConfig) -> Iterator[ProductPrecision]:
+    """What every product with a weight runs in, first layer to last; the model may be on meta."""
+    apply_precision(model, config)
+    yield from _of_blocks("backbone", model.backbone.layers)
+    if model.mtp is not None:
+        size = _num_parameters(model.mtp.input.eh_proj)
+        yield ProductPrecision("mtp", "input eh_proj", 0, "activations", size)
+        yield from _of_blocks("mtp", model.mtp.layers)
+    size = model.output_weight.shape.numel()
+    yield ProductPrecision("output", "layer", 0, "activations", size)
+
+
+def _of_blocks(
+    part: Literal["backbone", "mtp"], layers: nn.ModuleList
+) -> Iterator[ProductPrecision]:
+    for index, block in enumerate(layers):
+        assert isinstance(block, Block)
+        for name, module in block.mixer.named_modules():
+            if isinstance(module, (Linear, RoutedExperts, Router)):
+                kind, size = f"{block.kind.label} {name}", _num_parameters(module)
+                yield ProductPrecision(part, kind, index, _format_of(module), size)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _format_of(module: Linear | RoutedExperts | Router) -> str:
+    if isinstance(module, Router):
+        return "float32"
+    quantization = module.quantization
+    if isinstance(quantization, ExpertsQuantization):
+        quantization = quantization.up
+    return "activations" if quantization is None else quantization.formats.element
 
 
 def convert_weights(model: LanguageModel, weights: WeightFormat | None) -> LanguageModel:

@@ -19,9 +19,11 @@ from torch import Tensor
 from nemotron3.errors import ConfigError, DivergenceError
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
+from nemotron3.ops.low_precision import FlushedValues
 from nemotron3.training.balancing import expert_load, max_violation, update_selection_bias
 from nemotron3.training.objective import BatchT, LossTerms, Objective
 from nemotron3.training.optimizers import clip_gradients, set_learning_rate
+from nemotron3.training.rounding_metrics import rounding_metrics
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Sums a float64 vector over all ranks of a global batch; every rank gets the same result."""
@@ -65,8 +67,8 @@ class TrainingStep(Generic[BatchT]):
         """Accumulate gradients over the microbatches, update once, and return metrics.
 
         Selection biases are updated before the weights, as in Megatron. With `measure` the metrics
-        include the residual stream's. Raises DivergenceError, with the weights unchanged, if the
-        gradient is not finite.
+        include the residual stream's, and those of rounding to few bits. Raises DivergenceError,
+        with the weights unchanged, if the gradient is not finite.
         """
         if not microbatches:
             raise ConfigError("a step needs a microbatch or more; it was given none")
@@ -75,6 +77,7 @@ class TrainingStep(Generic[BatchT]):
         parts: list[_Part] = []
         position = model.rounding_position
         position.step, position.first_token = self.updates, 0
+        position.flushed = FlushedValues() if measure else None
         for batch in microbatches:
             part = self._forward(batch, counts, measure=measure)
             part.terms.total.backward()
@@ -84,6 +87,9 @@ class TrainingStep(Generic[BatchT]):
         norm = float(clip_gradients(model.parameters(), self._clip_grad_norm))
         metrics |= _balance_metrics(loads, model)
         metrics |= {"optim/lr": learning_rate, "optim/grad_norm": norm}
+        if position.flushed is not None:
+            metrics |= rounding_metrics(model, position.flushed)
+            position.flushed = None
         metrics |= {
             f"model/residual_norm_layer_{index:02d}": math.sqrt(square)
             for index, square in enumerate(squares)

@@ -10,14 +10,17 @@ from torch.autograd.function import once_differentiable
 from nemotron3.ops.experts.activations import Activation
 from nemotron3.ops.experts.native import Order, order_rows, sizes_of
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.low_precision import ExpertsQuantization, ProductQuantization
+from nemotron3.ops.low_precision import ExpertsQuantization, Product, ProductQuantization
 from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.nvfp4 import SIGNS
 from nemotron3.ops.rounding.noise import ROUNDS
 
 _SOURCE = Path(__file__).with_name("quantized.cpp")
-_forward = ParallelKernel(_SOURCE, "experts_quantized_forward", "pppppppppp iiiiiiii")
-_backward = NativeFunction(_SOURCE, "experts_quantized_backward", "pppppppppppppppp iiiiiiiiiiiiii")
+_forward = ParallelKernel(_SOURCE, "experts_quantized_forward", "ppppppppppp iiiiiiii")
+_backward = NativeFunction(
+    _SOURCE, "experts_quantized_backward", "ppppppppppppppppp iiiiiiiiiiiiii"
+)
+_OPERANDS: tuple[Product, ...] = ("fprop", "fprop", "dgrad", "wgrad", "dgrad", "wgrad")
 _signs = torch.tensor(SIGNS, dtype=torch.float32)
 
 
@@ -53,12 +56,16 @@ class _Experts(torch.autograd.Function):
         kept = x.new_empty(weights.numel(), up.shape[1]) if is_kept else None
         outputs, y = x.new_empty(weights.numel(), x.shape[1]), x.new_empty(x.shape)
         formats = quantization.up.formats
+        rounded = _fprop(up, quantization.up), _fprop(down, quantization.down)
+        counts = _counts(quantization)
         _forward(
-            x, weights, _fprop(up, quantization.up), _fprop(down, quantization.down), *order, kept,
-            outputs, y, *sizes_of(weights, down, activation), x.stride(0),
+            x, weights, *rounded, *order, kept,
+            outputs, y, counts, *sizes_of(weights, down, activation), x.stride(0),
             formats.fprop is not None, work=weights.numel() * up.shape[1] * up.shape[2],
         )  # fmt: skip
-        ctx.save_for_backward(x, weights, up, down, kept, *order)
+        _add(quantization, counts)
+        matrices = rounded if formats.shares_weight else (up, down)
+        ctx.save_for_backward(x, weights, *matrices, kept, *order)
         ctx.quantization, ctx.activation = quantization, activation
         return y
 
@@ -82,18 +89,32 @@ class _Experts(torch.autograd.Function):
             for product in ("dgrad", "wgrad")
         ]
         noise = torch.tensor([[b.seed, b.stream] for b in bits])
+        counts = _counts(q)
         _backward(
             x, weights, _dgrad(up, q.up), _dgrad(down, q.down), *order, kept, grad, rows, dx,
-            d_weights, d_up, d_down, signs, noise, *sizes_of(weights, down, ctx.activation),
+            d_weights, d_up, d_down, signs, noise, counts, *sizes_of(weights, down, ctx.activation),
             x.stride(0), grad.stride(0), dgrad is not None, wgrad is not None,
             dgrad is not None and dgrad.first.is_random,
             wgrad is not None and wgrad.first.is_random, ROUNDS,
             q.up.position.first_token * weights.shape[1],
         )  # fmt: skip
+        _add(q, counts)
         return dx, d_weights, d_up, d_down, None, None, None
 
 
+def _counts(q: ExpertsQuantization) -> Tensor | None:
+    """Flushed and all values of each operand of quantized.cpp, in a step that measures."""
+    return None if q.up.position.flushed is None else torch.zeros(6, 2, dtype=torch.int64)
+
+
+def _add(q: ExpertsQuantization, counts: Tensor | None) -> None:
+    if counts is not None:
+        for product, (flushed, total) in zip(_OPERANDS, counts, strict=True):
+            q.up.count_flushed(product, flushed, int(total))
+
+
 def _fprop(matrices: Tensor, q: ProductQuantization) -> Tensor:
+    """The matrices as fprop multiplies with them."""
     formats = q.formats.fprop
     if formats is None:
         return matrices.contiguous()
@@ -101,8 +122,7 @@ def _fprop(matrices: Tensor, q: ProductQuantization) -> Tensor:
 
 
 def _dgrad(matrices: Tensor, q: ProductQuantization) -> Tensor:
-    if q.formats.shares_weight:
-        return _fprop(matrices, q)
-    if q.formats.dgrad is None:
+    """The matrices as dgrad multiplies with them; values that it shares with fprop are given."""
+    if q.formats.shares_weight or q.formats.dgrad is None:
         return matrices.contiguous()
     return q.stacked_values("dgrad", "w", q.formats.dgrad.second, matrices)

@@ -23,7 +23,6 @@ from nemotron3.ops.linear.quantized import (
     Products,
     dgrad_operands,
     fprop_operands,
-    shared_weight,
     wgrad_operands,
 )
 from nemotron3.ops.low_precision import ExpertsQuantization
@@ -72,13 +71,19 @@ class _Experts(torch.autograd.Function):
         choices = indices.shape[1]
         xs, scales = x[order // choices], weights.flatten()[order].unsqueeze(1)
         h, y = xs.new_empty(len(xs), up.shape[1]), torch.empty_like(xs)
+        is_shared = quantization.up.formats.shares_weight
+        kept = [torch.empty_like(t) if is_shared else t for t in (up, down)]
         for expert, part in _parts(bounds):
             operands = fprop_operands(xs[part], up[expert], quantization.up, products.rounding)
             h[part] = products.forward(*operands)
+            if is_shared:
+                kept[0][expert] = operands[1]
             a = activate(h[part], activation) * scales[part]
             operands = fprop_operands(a, down[expert], quantization.down, products.rounding)
             y[part] = products.forward(*operands)
-        ctx.save_for_backward(x, weights, up, down, order, h)
+            if is_shared:
+                kept[1][expert] = operands[1]
+        ctx.save_for_backward(x, weights, *kept, order, h)
         ctx.bounds, ctx.choices, ctx.activation = bounds, choices, activation
         ctx.quantization, ctx.products = quantization, products
         return _summed(y, order, weights.shape)
@@ -98,8 +103,7 @@ class _Experts(torch.autograd.Function):
         dxs, d_scales = torch.empty_like(xs), torch.empty_like(scales)
         for expert, part in _parts(ctx.bounds):
             rows, backend = places[part], products.rounding
-            matrix = shared_weight(down[expert], q.down, backend)
-            operands = dgrad_operands(dy[part], matrix, q.down, rows, backend)
+            operands = dgrad_operands(dy[part], down[expert], q.down, rows, backend)
             da = products.input_gradient(*operands)
             a = activate(h[part], activation)
             d_scales[part] = (da * a).sum(-1, keepdim=True)
@@ -110,8 +114,7 @@ class _Experts(torch.autograd.Function):
             if d_up is not None:
                 operands = wgrad_operands(dh, xs[part], q.up, rows, backend)
                 d_up[expert] = products.weight_gradient(*operands)
-            matrix = shared_weight(up[expert], q.up, backend)
-            operands = dgrad_operands(dh, matrix, q.up, rows, backend)
+            operands = dgrad_operands(dh, up[expert], q.up, rows, backend)
             dxs[part] = products.input_gradient(*operands)
         d_weights = torch.empty_like(weights).flatten()
         d_weights[order] = d_scales.squeeze(1)

@@ -76,7 +76,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, quantization: ProductQuantization, products: Products
     ) -> Tensor:
         left, right = fprop_operands(x, weight, quantization, products.rounding)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, right if quantization.formats.shares_weight else weight)
         ctx.quantization, ctx.products = quantization, products
         return products.forward(left, right)
 
@@ -89,7 +89,6 @@ class _Linear(torch.autograd.Function):
         rows = q.rows_of_tokens(len(grad), grad.device)
         dx = dw = None
         if needs_input:
-            weight = shared_weight(weight, q, products.rounding)
             operands = dgrad_operands(grad, weight, q, rows, products.rounding)
             dx = products.input_gradient(*operands)
         if needs_weight:
@@ -109,20 +108,10 @@ def fprop_operands(
     return left, q.values("fprop", "w", formats.second, weight, backend=backend)
 
 
-def shared_weight(weight: Tensor, q: ProductQuantization, backend: Backend) -> Tensor:
-    """W as dgrad takes it: with the values of fprop, where both products share them.
-
-    They are computed again, since keeping them would be another copy of the weights.
-    """
-    if not q.formats.shares_weight or q.formats.fprop is None:
-        return weight
-    return q.values("fprop", "w", q.formats.fprop.second, weight, backend=backend)
-
-
 def dgrad_operands(
     dy: Tensor, weight: Tensor, q: ProductQuantization, rows: Tensor, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """dy and W of dx = dy W; `weight` is that of `shared_weight`."""
+    """dy and W of dx = dy W; where both products share values of W, they are given."""
     formats, before = q.formats.dgrad, q.formats.fprop
     if formats is None:
         return dy, weight

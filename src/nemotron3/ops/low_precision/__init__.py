@@ -3,6 +3,7 @@
 from nemotron3.ops.low_precision.operand import OperandFormat, padded
 from nemotron3.ops.low_precision.product import (
     ExpertsQuantization,
+    FlushedValues,
     Operands,
     Product,
     ProductFormats,
@@ -12,6 +13,7 @@ from nemotron3.ops.low_precision.product import (
 
 __all__ = [
     "ExpertsQuantization",
+    "FlushedValues",
     "OperandFormat",
     "Operands",
     "Product",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nemotron3.ops import mxfp8, nvfp4
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.nvfp4 import SIGNS, ms_eden, random_signs
+from nemotron3.ops.nvfp4 import SIGNS, hadamard, ms_eden, random_signs
 from nemotron3.ops.rounding import Noise
 
 Along = Literal["rows", "columns"]
@@ -88,6 +88,18 @@ class OperandFormat:
             return found[:rows, :width]
         return found[:, :width] if along == "columns" else found[:rows]
 
+    def zeros_before(self, x: Float[Tensor, "row column"], along: Along) -> Tensor:
+        """The number of zeros that are rounded; a rotation by random signs leaves none."""
+        if self.rounding == "ms_eden":
+            return torch.zeros((), dtype=torch.int64, device=x.device)
+        if self.hadamard and along == "columns":
+            below = padded(len(x), self.block) - len(x)
+            x = hadamard(F.pad(x.detach(), (0, 0, 0, below)).T, self._signs(x)).to(x.dtype)
+        return (x == 0).sum()
+
+    def _signs(self, x: Tensor) -> Tensor:
+        return torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
+
     @property
     def is_rotated(self) -> bool:
         """Whether the values are those of a rotated operand, where blocks are along the sum."""
@@ -113,9 +125,7 @@ class OperandFormat:
             turned = x.T if along == "columns" else x
             found = nvfp4.quantize(turned, scales="four_over_six").dequantize()
             return found.T if along == "columns" else found
-        own = None
-        if self.hadamard and along == "columns":
-            own = torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
+        own = self._signs(x) if self.hadamard and along == "columns" else None
         return nvfp4.fake_quantize(
             x,
             "tiles" if self.blocks == "tiles" else along,

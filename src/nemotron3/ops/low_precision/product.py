@@ -52,6 +52,12 @@ class ProductFormats:
         return self.fprop.second == self.dgrad.second and self.fprop.second.blocks == "tiles"
 
     @property
+    def element(self) -> str:
+        """The number format of its operands."""
+        given = [of.first for of in (self.fprop, self.dgrad, self.wgrad) if of is not None]
+        return given[0].element
+
+    @property
     def is_compiled(self) -> bool:
         """Whether compiled operations can round activations and gradients so: the published recipe,
         with or without its ingredients. They take the weights rounded, in any format."""
@@ -67,6 +73,24 @@ def _rounds_once(operand: OperandFormat) -> bool:
     return operand == plain and operand.rounding != "ms_eden"
 
 
+class FlushedValues:
+    """Counts of values that rounding made zero, of each layer and product."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, Product], list[Tensor]] = {}
+
+    def add(self, layer: int, product: Product, flushed: Tensor, total: int) -> None:
+        """Count an operand: `flushed` of `total` values became zero and were not before."""
+        number = torch.tensor(float(total), dtype=torch.float64, device=flushed.device)
+        pair = torch.stack([flushed.double(), number])
+        self._counts.setdefault((layer, product), []).append(pair)
+
+    def shares(self) -> dict[tuple[int, Product], float]:
+        """Flushed values over all values of the operands, by layer and product."""
+        sums = {key: torch.stack(pairs).sum(0) for key, pairs in sorted(self._counts.items())}
+        return {key: float(flushed / total) for key, (flushed, total) in sums.items() if total}
+
+
 @dataclass(eq=False)
 class RoundingPosition:
     """Where a training run is: it decides the noise of stochastic rounding.
@@ -78,6 +102,8 @@ class RoundingPosition:
     """Updates made before this one."""
     first_token: int = 0
     """Tokens of the update's batch before this microbatch."""
+    flushed: FlushedValues | None = None
+    """Where products count values that become zero; None to save the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +151,27 @@ class ProductQuantization:
             if rows is not None and along == "columns":
                 rows = with_padding(rows, padded(len(rows), format_.block))
             noise = self.noise(f"{product} {tensor}", rows)
-        return format_.values(x, along, noise=noise, signs=signs, backend=backend)
+        found = format_.values(x, along, noise=noise, signs=signs, backend=backend)
+        if self.position.flushed is not None:
+            zeros = (found == 0).sum() - format_.zeros_before(x, along)
+            self.count_flushed(product, zeros, found.numel())
+        return found
+
+    def count_flushed(self, product: Product, flushed: Tensor, total: int) -> None:
+        """Add to the counts of this layer, in a step that measures."""
+        if self.position.flushed is not None:
+            self.position.flushed.add(self.layer, product, flushed, total)
 
     def stacked_values(
         self, product: Product, tensor: str, format_: OperandFormat, matrices: Tensor
     ) -> Tensor:
         """The values of a stack of matrices, each a tensor of its own."""
         if format_.blocks == "tiles" and matrices.shape[1] % format_.block == 0:
-            return nvfp4.fake_quantize(matrices.detach(), "tiles", batch_dims=1)
+            found = nvfp4.fake_quantize(matrices.detach(), "tiles", batch_dims=1)
+            if self.position.flushed is not None:
+                zeros = (found == 0).sum() - (matrices == 0).sum()
+                self.count_flushed(product, zeros, found.numel())
+            return found
         values = [self.values(product, tensor, format_, matrix) for matrix in matrices]
         return torch.stack(values)
 
