@@ -39,7 +39,7 @@ def _config(name: str) -> ModelConfig:
     return ModelConfig.preset("tiny") if name == "tiny" else configs()[name]
 
 
-def _step(name: str, precision: PrecisionConfig) -> Callable[[], None]:
+def _step(name: str, precision: PrecisionConfig) -> Callable[[], object]:
     model = LanguageModel.from_config(_config(name))
     apply_precision(model, precision)
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-4))
@@ -53,14 +53,10 @@ def _step(name: str, precision: PrecisionConfig) -> Callable[[], None]:
         segments=Segments([length] * rows),
     )
     update = TrainingStep(model, optimizer, objective_of(model), clip_grad_norm=1.0)
-    return lambda: void(update([batch], learning_rate=1e-4))
+    return lambda: update([batch], learning_rate=1e-4)
 
 
-def void(_: object) -> None:
-    """Drop a result."""
-
-
-def _seconds(work: Callable[[], None]) -> tuple[float, float]:
+def _seconds(work: Callable[[], object]) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     return time.process_time() - cpu, time.perf_counter() - wall
@@ -101,11 +97,10 @@ def main() -> None:
         "steps": found,
     }
     for name, row in found.items():
-        print(
-            f"{name:12} CPU time {row['cpu_ratio']:.2f}, wall time {row['wall_ratio']:.2f}  {row}"
-        )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "nvfp4-training.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{name:12} CPU time {row['cpu_ratio']:.2f}, wall time {row['wall_ratio']:.2f}")
+    path = options.out / f"nvfp4_training-{machine.processor_name()}-{result['date']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
