@@ -47,6 +47,10 @@ BAD_INPUT = {
     "unknown verb": (["bake"], ["invalid choice: 'bake'", "pretrain"]),
     "unknown preset": (["info", "nan"], ["no preset 'nan'", "did you mean 'nano'"]),
     "unknown option of info": (["info", "nano", "--jso", "--bogus"], ["--bogus"]),
+    "two pages of info": (
+        ["info", "nano", "--precision", "--training", "sft"],
+        ["--precision and --training", "give one"],
+    ),
     "context of nothing": (["info", "nano", "--context", "0"], ["--context is 0", "1 or more"]),
     "rank without training": (
         ["info", "nano", "--lora-rank", "8"],
@@ -474,3 +478,19 @@ def test_paths_in_errors_are_the_users(capsys, tmp_path, monkeypatch):
     Path("here").mkdir()
     Path("here/config.json").write_text("{")
     assert "here/config.json" in fails(capsys, "info", "here")
+
+
+def test_info_shows_what_runs_in_what(capsys):
+    assert main(["info", "super", "--precision", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["products"]
+    found = {(row["part"], row["product"], row["format"]): row for row in rows}
+    assert len(found["backbone", "experts experts", "nvfp4"]["layers"]) == 33
+    assert found["backbone", "experts experts", "activations"]["layers"][0] == 88 - 14
+    assert ("backbone", "mamba out_proj", "mxfp8") in found
+    assert ("backbone", "experts gate", "float32") in found
+    assert {format for part, _, format in found if part == "mtp"} == {"activations", "float32"}
+    assert main(["info", "tiny", "--precision"]) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"^mamba in_proj +nvfp4 +165,888  0, 2$", page, re.MULTILINE)
+    assert main(["info", "tiny", "--precision", "plain"]) == 0
+    assert "nvfp4 " not in capsys.readouterr().out

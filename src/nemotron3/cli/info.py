@@ -7,6 +7,7 @@ from typing import Any
 
 from nemotron3.checkpoint import ShardedReader
 from nemotron3.cli.memory_options import with_defaults
+from nemotron3.cli.precision_table import precision_page, precision_record
 from nemotron3.cli.training_memory import training_memory, training_page
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
@@ -31,6 +32,13 @@ def info(known: argparse.Namespace) -> int:
     if path.exists() or len(path.parts) > 1:
         check_model_directory(path)
     config = read_config(path) if path.is_dir() else ModelConfig.preset(model)
+    if known.precision is not None:
+        if known.training is not None:
+            raise ConfigError("--precision and --training print different things; give one")
+        rows = precision_record(config, known.precision)
+        page = precision_page(model, config, known.precision)
+        print(json.dumps({"model": model, "products": rows}, indent=2) if as_json else page)
+        return 0
     if known.training is not None:
         record = training_memory(config, known)
         print(json.dumps(record, indent=2) if as_json else training_page(record, config, known))

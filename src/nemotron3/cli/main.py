@@ -161,6 +161,15 @@ def _add_info(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     info.add_argument(
         "--context", type=int, default=8192, help="sequence length to count for (default 8192)"
     )
+    info.add_argument(
+        "--precision",
+        nargs="?",
+        const="nvfp4",
+        choices=("plain", "nvfp4"),
+        metavar="RECIPE",
+        help="print which products run in which number format in training instead (nvfp4, plain; "
+        "default nvfp4)",
+    )
     info.add_argument("--json", action="store_true", help="print JSON")
     add_memory_options(info)
 

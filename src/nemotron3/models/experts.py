@@ -30,6 +30,7 @@ from nemotron3.models.mlp import MLP, kept_hidden_units
 from nemotron3.models.parameter import DeclaredModule
 from nemotron3.ops.experts import Activation
 from nemotron3.ops.experts.activations import up_factor
+from nemotron3.ops.low_precision import ExpertsQuantization
 from nemotron3.ops.products import dense, grouped
 from nemotron3.ops.routing import route
 from nemotron3.ops.weights import ComputedWeight, QuantizedWeight
@@ -154,6 +155,8 @@ class RoutedExperts(DeclaredModule):
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
         self.config = config
+        self.quantization: ExpertsQuantization | None = None
+        """Formats of the operands in training; None for the dtype of activations."""
         hidden = config.moe_intermediate_size
         rows, experts = hidden * up_factor(config.activation), config.n_routed_experts
         shape = (experts, rows, width)
@@ -172,6 +175,7 @@ class RoutedExperts(DeclaredModule):
             self.up_proj,
             self.down_proj,
             activation=self.config.activation,
+            quantization=self.quantization,
         )
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nemotron3.models.initial_values import Normal
 from nemotron3.models.parameter import DeclaredModule
+from nemotron3.ops.low_precision import ProductQuantization
 from nemotron3.ops.products import dense
 from nemotron3.ops.weights import ComputedWeight, QuantizedWeight
 
@@ -27,6 +28,8 @@ class Linear(DeclaredModule):
     ) -> None:
         """`writes_residual` is for a product that is added to the residual stream."""
         super().__init__()
+        self.quantization: ProductQuantization | None = None
+        """Formats of the operands in training; None for the dtype of activations."""
         self.declare(
             "weight",
             (out_features, in_features),
@@ -39,7 +42,9 @@ class Linear(DeclaredModule):
         self, x: Float[Tensor, "*batch d_in"], sizes: Sequence[int] | None = None
     ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
         """x W^T in the dtype of `x`; with `sizes`, split into parts of these widths."""
-        return dense(x, self.weight) if sizes is None else dense(x, self.weight, sizes)
+        if sizes is None:
+            return dense(x, self.weight, quantization=self.quantization)
+        return dense(x, self.weight, sizes, quantization=self.quantization)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

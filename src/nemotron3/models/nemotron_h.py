@@ -35,6 +35,7 @@ from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.parameter import use_weight_format
 from nemotron3.models.routes import RecordedRoutes
+from nemotron3.ops.low_precision import RoundingPosition
 from nemotron3.ops.products import dense
 from nemotron3.ops.weights import ComputedWeight, Weight, WeightFormat
 
@@ -153,6 +154,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.activation_dtype: torch.dtype | None = None
         """The dtype of activations and products; None for that of the parameters."""
+        self.rounding_position = RoundingPosition()
+        """Step and microbatch of training, on which the noise of stochastic rounding depends."""
         self.companions: huggingface.Companions | None = None
         """The files besides the tensors in the directory of the loaded model."""
         self.backbone = Backbone(config)

@@ -3,7 +3,8 @@
 All dense and grouped products go through here, those of the router and the output layer included,
 in forward passes, backward passes and recorded steps. A weight is a tensor, cast to the dtype of
 the activations, or a `QuantizedWeight`, which names its own kernels (ops/weights). Of a
-`ComputedWeight`, such as one with an adapter, they take the value.
+`ComputedWeight`, such as one with an adapter, they take the value. In training with few bits a
+product also has a quantization, which rounds its operands (ops/low_precision).
 """
 
 from collections.abc import Sequence
@@ -15,25 +16,40 @@ from torch import Tensor
 
 from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.linear import linear, linear_parts
+from nemotron3.ops.low_precision import ExpertsQuantization, ProductQuantization
 from nemotron3.ops.weights import ComputedWeight, Weight
 
 AnyWeight = Weight | ComputedWeight
 
 
 @overload
-def dense(x: Tensor, weight: AnyWeight) -> Tensor: ...
+def dense(
+    x: Tensor, weight: AnyWeight, *, quantization: ProductQuantization | None = None
+) -> Tensor: ...
 
 
 @overload
-def dense(x: Tensor, weight: AnyWeight, sizes: Sequence[int]) -> tuple[Tensor, ...]: ...
+def dense(
+    x: Tensor,
+    weight: AnyWeight,
+    sizes: Sequence[int],
+    *,
+    quantization: ProductQuantization | None = None,
+) -> tuple[Tensor, ...]: ...
 
 
 def dense(
-    x: Float[Tensor, "*batch d_in"], weight: AnyWeight, sizes: Sequence[int] | None = None
+    x: Float[Tensor, "*batch d_in"],
+    weight: AnyWeight,
+    sizes: Sequence[int] | None = None,
+    *,
+    quantization: ProductQuantization | None = None,
 ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T in the dtype of `x`; with `sizes`, split into parts of these numbers of columns."""
     operand = _operand(weight, x.dtype)
-    return linear(x, operand) if sizes is None else linear_parts(x, operand, sizes)
+    if sizes is None:
+        return linear(x, operand, quantization=quantization)
+    return linear_parts(x, operand, sizes, quantization=quantization)
 
 
 def grouped(
@@ -44,10 +60,13 @@ def grouped(
     down: AnyWeight,
     *,
     activation: Activation,
+    quantization: ExpertsQuantization | None = None,
 ) -> Float[Tensor, "tokens d_in"]:
     """Weighted sum of each token's experts, in the dtype of `x` (`ops.experts`)."""
     matrices = _operand(up, x.dtype), _operand(down, x.dtype)
-    return routed_experts(x, indices, weights, *matrices, activation=activation)
+    return routed_experts(
+        x, indices, weights, *matrices, activation=activation, quantization=quantization
+    )
 
 
 def _operand(weight: AnyWeight, dtype: torch.dtype) -> Weight:

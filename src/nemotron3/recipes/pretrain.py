@@ -22,7 +22,7 @@ from nemotron3.data import (
 )
 from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
-from nemotron3.models.precision import PrecisionConfig
+from nemotron3.models.precision import PrecisionConfig, check_precision
 from nemotron3.recipes.run_config import RunConfig
 from nemotron3.recipes.samples import SampleConfig
 from nemotron3.text.vocabulary import CHAT_WORDS
@@ -63,6 +63,8 @@ class PretrainRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_from is None:
+            check_precision(self.model, self.training.precision)
         tokenizer = self.corpus.tokenizer
         if isinstance(tokenizer, TrainTokenizerConfig) and self.init_from is not None:
             raise ConfigError(

@@ -95,6 +95,12 @@ class RLRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adapter_training(self.lora, self.training)
+        if self.training.precision.recipe != "plain":
+            raise ConfigError(
+                f"is {self.training.precision.recipe!r}; engines play without rounded operands, so "
+                "the trained policy would not be the one that was sampled: set it to 'plain'",
+                field="training.precision.recipe",
+            )
         if not self.environments:
             raise ConfigError("is empty; name one", field="environments")
         if self.group_size < 2:

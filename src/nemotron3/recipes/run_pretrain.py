@@ -26,6 +26,7 @@ from nemotron3.data.fingerprint import in_words
 from nemotron3.errors import ConfigError
 from nemotron3.models.costs import model_costs
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import apply_precision
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
@@ -137,6 +138,8 @@ def pretrain(
 
     with recorded_backends() as backends:
         model, before = _train(folder, corpus, callback)
+        # The result is a model like any other: few bits are of its training.
+        apply_precision(model, run.training.precision.unrounded)
         callback.stage("Writing the model")
         model.save_pretrained(folder.model)
         tokenizer.save(folder.model)

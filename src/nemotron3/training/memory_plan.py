@@ -24,6 +24,7 @@ from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.lora.adapter import chosen_products
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import ParameterSpec, parameter_specs
+from nemotron3.models.precision import rounded_weights
 from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
 from nemotron3.ops.weights.low_rank import SLICE
 from nemotron3.runtime.memory import MemoryPart, MemoryPlan
@@ -185,6 +186,7 @@ class _Parameters:
         self.low_rank = low_rank
         self.dtype = training.precision.dtype
         """That of activations, and so of products."""
+        self.rounded = rounded_weights(model, training.precision)
         members = group_of_parameters(model, training.parameter_groups)
         read = [name for name in self.shapes if is_read(name, mtp_depths=mtp_depths)]
         frozen = {name for name in read if name in members and members[name].is_frozen}
@@ -230,11 +232,12 @@ class _Parameters:
                 return 4 * self.num_trained if momentum else 0
 
     def copied_bytes(self, block: _Pass) -> int:
-        """Of products' weights that a pass computes and keeps: cast, or with a change added."""
+        """Of products' weights that a pass computes and keeps: cast, or with a change added, or
+        rounded to few bits."""
         return sum(
             self.shapes[name].numel() * self.dtype.itemsize
             for name in self._products(block.prefix)
-            if name in self.adapted or self._dtype(name) != self.dtype
+            if name in self.rounded or name in self.adapted or self._dtype(name) != self.dtype
         )
 
     def backward_bytes(self, passes: Iterable[_Pass]) -> int:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from nemotron3.errors import ConfigError, DivergenceError
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
+from nemotron3.ops.low_precision import FlushedValues
 from nemotron3.training.balancing import expert_load, max_violation, update_selection_bias
 from nemotron3.training.objective import BatchT, LossTerms, Objective
 from nemotron3.training.optimizers import clip_gradients, set_learning_rate
+from nemotron3.training.rounding_metrics import rounding_metrics
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Sums a float64 vector over all ranks of a global batch; every rank gets the same result."""
@@ -55,6 +57,8 @@ class TrainingStep(Generic[BatchT]):
         self._bias_update_rate = bias_update_rate
         self._recompute = recompute
         self._sum_over_ranks = sum_over_ranks
+        self.updates = 0
+        """Updates made. Noise of stochastic rounding is a function of it; resuming sets it."""
 
     def __call__(
         self, microbatches: Sequence[BatchT], *, learning_rate: float, measure: bool = False
@@ -62,22 +66,29 @@ class TrainingStep(Generic[BatchT]):
         """Accumulate gradients over the microbatches, update once, and return metrics.
 
         Selection biases are updated before the weights, as in Megatron. With `measure` the metrics
-        include the residual stream's. Raises DivergenceError, with the weights unchanged, if the
-        gradient is not finite.
+        include the residual stream's, and those of rounding to few bits. Raises DivergenceError,
+        with the weights unchanged, if the gradient is not finite.
         """
         if not microbatches:
             raise ConfigError("a step needs a microbatch or more; it was given none")
         model, counts = self.model, self._counts(microbatches)
         self.optimizer.zero_grad(set_to_none=True)
         parts: list[_Part] = []
+        position = model.rounding_position
+        position.step, position.first_token = self.updates, 0
+        position.flushed = FlushedValues() if measure else None
         for batch in microbatches:
             part = self._forward(batch, counts, measure=measure)
             part.terms.total.backward()
             parts.append(part)
+            position.first_token += batch.segments.total
         metrics, loads, squares = self._collect(parts)
         norm = float(clip_gradients(model.parameters(), self._clip_grad_norm))
         metrics |= _balance_metrics(loads, model)
         metrics |= {"optim/lr": learning_rate, "optim/grad_norm": norm}
+        if position.flushed is not None:
+            metrics |= rounding_metrics(model, position.flushed)
+            position.flushed = None
         metrics |= {
             f"model/residual_norm_layer_{index:02d}": math.sqrt(square)
             for index, square in enumerate(squares)
@@ -92,6 +103,7 @@ class TrainingStep(Generic[BatchT]):
             update_selection_bias(router, load, self._bias_update_rate)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
+        self.updates += 1
         return metrics
 
     def _counts(self, microbatches: Sequence[BatchT]) -> dict[str, float]:

@@ -63,7 +63,7 @@ class TrainingConfig:
     """Change of each expert's selection bias per update (the default is the reports'); 0 keeps the
     biases."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """The dtypes of products."""
+    """The dtype of activations, and the number formats of products."""
     recompute: bool = False
     """Activation checkpointing: keep only the inputs of blocks and recompute the rest in the
     backward pass."""
@@ -173,7 +173,7 @@ class Trainer(Generic[BatchT]):
         self._load_weights(model_weights(checkpoint))
         self._load_objective(_part(checkpoint, _OBJECTIVE))  # it decides what has moments
         load_optimizer_tensors(self._optimizer, self.model, _part(checkpoint, _OPTIMIZER))
-        self.step = checkpoint.step
+        self.step = self._update.updates = checkpoint.step
         _log.info("resumed at step %d", self.step)
         return self.step
 

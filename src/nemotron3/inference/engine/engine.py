@@ -50,6 +50,7 @@ from nemotron3.inference.sequences import EngineRequest, Sequence
 from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.precision import has_rounded_products
 from nemotron3.runtime.malloc import retain_freed_memory
 
 
@@ -66,6 +67,12 @@ class Engine:
     ) -> None:
         """`stop_ids` end every answer; by default they are the model's end tokens. `make_runner`
         creates the model runner; it is called with the arguments of `ModelRunner`."""
+        if has_rounded_products(model):
+            raise ConfigError(
+                "the model trains in NVFP4, where a token's result depends on the others of its "
+                "batch; an engine needs the saved model, or another one of the same weights "
+                "without rounded products: apply_precision(model, PrecisionConfig())"
+            )
         if model.device.type == "cpu":
             retain_freed_memory()
         self.model = model  # its training mode stays as it is: no module depends on it

@@ -19,6 +19,7 @@ from nemotron3.ops.experts import activations
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.reference import routed_experts_reference
 from nemotron3.ops.experts.torch import routed_experts_torch
+from nemotron3.ops.low_precision import ExpertsQuantization
 from nemotron3.ops.weights import QuantizedWeight, Weight
 
 __all__ = ["Activation", "activate", "routed_experts"]
@@ -28,6 +29,14 @@ _EXPERTS = {
     "torch": routed_experts_torch,
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
+}
+_QUANTIZED = {
+    "reference": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_reference"),
+    "torch": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_torch"),
+}
+_COMPILED = {
+    **_QUANTIZED,
+    "native": Kernel("nemotron3.ops.experts.native_quantized", "routed_experts_quantized_native"),
 }
 _ACTIVATIONS = {
     "reference": activations.activate,
@@ -55,6 +64,7 @@ def routed_experts(
     down: Weight,
     *,
     activation: Activation,
+    quantization: ExpertsQuantization | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens d_in"]:
     """Weighted sum of each token's chosen experts, `down act(up x)`.
@@ -62,8 +72,9 @@ def routed_experts(
     `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
     format, or both have the dtype of `x`. With `swiglu`, `up` holds the gate's rows and then the
     value's, so `up_width` is twice `width`. `weights` is cast to the dtype of `x`. An expert may be
-    chosen by no token. Raises OperandError for operands that do not fit and, on the CPU,
-    OperandIndexError for an expert out of range.
+    chosen by no token. With `quantization` the operands of all products are rounded
+    (ops/low_precision), of tensors as weights. Raises OperandError for operands that do not fit
+    and, on the CPU, OperandIndexError for an expert out of range.
     """
     check_axes("experts", "x", x, "tokens d_in")
     check_weight("experts", "down", down, "expert d_in width", x)
@@ -80,10 +91,26 @@ def routed_experts(
     weights = weights.to(x.dtype)
     if not tokens:
         return without_tokens(x, weights, *(t for t in (up, down) if isinstance(t, Tensor)))
+    if quantization is not None:
+        _check_tensors(up, down)
+        formats = quantization.up.formats
+        implementations = _COMPILED if formats.is_compiled else _QUANTIZED
+        return resolve("quantized experts", backend, implementations, x)(
+            x, indices, weights, up, down, activation, quantization
+        )
     implementations = _implementations(up, down)
     return resolve("experts", backend, implementations, x)(
         x, indices, weights, up, down, activation
     )
+
+
+def _check_tensors(*matrices: Weight) -> None:
+    for matrix in matrices:
+        if not isinstance(matrix, Tensor):
+            raise OperandError(
+                f"experts: a weight is {matrix.format}, and its products are to be quantized; the "
+                "weights of such products are tensors of float32 or bfloat16"
+            )
 
 
 def _implementations(up: Weight, down: Weight) -> Implementations:

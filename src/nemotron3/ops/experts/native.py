@@ -30,7 +30,8 @@ _FEW_ROWS = 12
 
 _Operands = tuple[Tensor, Tensor, Weight, Weight]
 """x, weights, up and down."""
-_Order = tuple[Tensor, Tensor, Tensor]
+Order = tuple[Tensor, Tensor, Tensor]
+"""Each expert's first row, each row's (token, choice), and each (token, choice)'s row."""
 
 
 def routed_experts_native(
@@ -56,13 +57,13 @@ def _routed(
     x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
 ) -> Tensor:
     operands = (contiguous_rows(x), weights.contiguous(), up, down)
-    order = _order_rows(indices.contiguous(), up.shape[0])
+    order = order_rows(indices.contiguous(), up.shape[0])
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands):
         return _RoutedExperts.apply(*operands, order, activation)
     return _apply(operands, order, activation)
 
 
-def _order_rows(indices: Tensor, experts: int) -> _Order:
+def order_rows(indices: Tensor, experts: int) -> Order:
     """Each expert's first row, each row's (token, choice), and each (token, choice)'s row."""
     bounds = indices.new_empty(experts + 1)
     sources, places = torch.empty_like(indices), torch.empty_like(indices)
@@ -70,13 +71,14 @@ def _order_rows(indices: Tensor, experts: int) -> _Order:
     return bounds, sources, places
 
 
-def _sizes(weights: Tensor, down: Weight, activation: Activation) -> tuple[int, ...]:
+def sizes_of(weights: Tensor, down: Weight, activation: Activation) -> tuple[int, ...]:
+    """The sizes that the kernels take, beginning with tokens."""
     experts, width, hidden = down.shape
     return (*weights.shape, experts, width, hidden, _ACTIVATIONS[activation])
 
 
 def _apply(
-    operands: _Operands, order: _Order, activation: Activation, kept: Tensor | None = None
+    operands: _Operands, order: Order, activation: Activation, kept: Tensor | None = None
 ) -> Tensor:
     """Apply all experts; the first product's result is written to `kept` [rows, up_width]."""
     x, weights, up, down = operands
@@ -84,7 +86,7 @@ def _apply(
     y = x.new_empty(x.shape)
     few = kept is None and weights.numel() <= _FEW_ROWS * up.shape[0]
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
-    sizes = _sizes(weights, down, activation)
+    sizes = sizes_of(weights, down, activation)
     work = weights.numel() * up.shape[1] * up.shape[2]
     forward = _forward if isinstance(up, Tensor) else _forward_int8
     matrices = (*_memory(up), *_memory(down))
@@ -108,7 +110,7 @@ class _RoutedExperts(torch.autograd.Function):
         weights: Tensor,
         up: Weight,
         down: Weight,
-        order: _Order,
+        order: Order,
         activation: Activation,
     ) -> Tensor:
         kept = x.new_empty(weights.numel(), up.shape[1])
@@ -130,7 +132,7 @@ class _RoutedExperts(torch.autograd.Function):
         d_weights = torch.empty_like(weights)
         d_up = torch.empty_like(up) if needs_up else None
         d_down = torch.empty_like(down) if needs_down else None
-        sizes = _sizes(weights, down, ctx.activation)
+        sizes = sizes_of(weights, down, ctx.activation)
         _backward(
             x, weights, up, down, *order, kept, grad, rows, dx, d_weights, d_up, d_down,
             *sizes, x.stride(0), grad.stride(0),

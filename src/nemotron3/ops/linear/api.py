@@ -12,6 +12,7 @@ from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_shape, check_weight
 from nemotron3.ops.linear.reference import linear_reference
+from nemotron3.ops.low_precision import ProductQuantization
 from nemotron3.ops.weights import QuantizedWeight, Weight
 
 _PRODUCTS = {
@@ -34,14 +35,29 @@ _PRODUCTS_IN_PARTS = {
 }
 
 
+_QUANTIZED = {
+    "reference": Kernel("nemotron3.ops.linear.quantized", "linear_quantized_reference"),
+    "torch": Kernel("nemotron3.ops.linear.quantized", "linear_quantized_torch"),
+    "native": Kernel("nemotron3.ops.linear.native_quantized", "linear_quantized_native"),
+}
+
+
 def linear(
     x: Float[Tensor, "*batch d_in"],
     weight: Weight,
     *,
+    quantization: ProductQuantization | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*batch d_out"]:
-    """x W^T for a weight [d_out, d_in], which is quantized or has the dtype of `x`."""
+    """x W^T for a weight [d_out, d_in], which is quantized or has the dtype of `x`.
+
+    With `quantization` the operands of the product and of its gradients are rounded
+    (ops/low_precision); the weight is then a tensor.
+    """
     _check(x, weight)
+    if quantization is not None:
+        sizes = [weight.shape[0]]
+        return _quantized(x, weight, sizes, quantization, backend)[0]
     products = weight.linear if isinstance(weight, QuantizedWeight) else _PRODUCTS
     return resolve("linear", backend, products, x)(x, weight)
 
@@ -51,6 +67,7 @@ def linear_parts(
     weight: Weight,
     sizes: Sequence[int],
     *,
+    quantization: ProductQuantization | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T, split into columns of `sizes`; the gradients of the parts are never concatenated."""
@@ -59,9 +76,26 @@ def linear_parts(
         raise OperandError(
             f"linear: sizes {list(sizes)} do not make up the {weight.shape[0]} rows of weight"
         )
+    if quantization is not None:
+        return _quantized(x, weight, sizes, quantization, backend)
     if isinstance(weight, QuantizedWeight):
         return _in_parts(resolve("linear", backend, weight.linear, x), x, weight, sizes)
     return resolve("linear", backend, _PRODUCTS_IN_PARTS, x)(x, weight, sizes)
+
+
+def _quantized(
+    x: Tensor,
+    weight: Weight,
+    sizes: Sequence[int],
+    quantization: ProductQuantization,
+    backend: Backend,
+) -> tuple[Tensor, ...]:
+    if not isinstance(weight, Tensor):
+        raise OperandError(
+            f"linear: weight is {weight.format}, and its product is to be quantized; the weight "
+            "of such a product is a tensor of float32 or bfloat16"
+        )
+    return resolve("quantized linear", backend, _QUANTIZED, x)(x, weight, sizes, quantization)
 
 
 def _check(x: Tensor, weight: Weight) -> None:

@@ -1,0 +1,128 @@
+"""Routed experts with operands rounded to NVFP4, in C++ (see quantized.cpp)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron3.ops.experts.activations import Activation
+from nemotron3.ops.experts.native import Order, order_rows, sizes_of
+from nemotron3.ops.kernels import contiguous_rows
+from nemotron3.ops.low_precision import ExpertsQuantization, Product, ProductQuantization
+from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.nvfp4 import SIGNS
+from nemotron3.ops.rounding.noise import ROUNDS
+
+_SOURCE = Path(__file__).with_name("quantized.cpp")
+_forward = ParallelKernel(_SOURCE, "experts_quantized_forward", "ppppppppppp iiiiiiii")
+_backward = NativeFunction(
+    _SOURCE, "experts_quantized_backward", "ppppppppppppppppp iiiiiiiiiiiiii"
+)
+_OPERANDS: tuple[Product, ...] = ("fprop", "fprop", "dgrad", "wgrad", "dgrad", "wgrad")
+_signs = torch.tensor(SIGNS, dtype=torch.float32)
+
+
+def routed_experts_quantized_native(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    quantization: ExpertsQuantization,
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    order = order_rows(indices.contiguous(), up.shape[0])
+    return _Experts.apply(
+        contiguous_rows(x), weights.contiguous(), up, down, order, activation, quantization.here()
+    )
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        order: Order,
+        activation: Activation,
+        quantization: ExpertsQuantization,
+    ) -> Tensor:
+        is_kept = any(ctx.needs_input_grad)
+        kept = x.new_empty(weights.numel(), up.shape[1]) if is_kept else None
+        outputs, y = x.new_empty(weights.numel(), x.shape[1]), x.new_empty(x.shape)
+        formats = quantization.up.formats
+        rounded = _fprop(up, quantization.up), _fprop(down, quantization.down)
+        counts = _counts(quantization)
+        _forward(
+            x, weights, *rounded, *order, kept,
+            outputs, y, counts, *sizes_of(weights, down, activation), x.stride(0),
+            formats.fprop is not None, work=weights.numel() * up.shape[1] * up.shape[2],
+        )  # fmt: skip
+        _add(quantization, counts)
+        matrices = rounded if formats.shares_weight else (up, down)
+        ctx.save_for_backward(x, weights, *matrices, kept, *order)
+        ctx.quantization, ctx.activation = quantization, activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, up, down, kept, *order = ctx.saved_tensors
+        q = ctx.quantization
+        needs_x, _, needs_up, needs_down, *_ = ctx.needs_input_grad
+        grad = contiguous_rows(grad)
+        rows = x.new_empty(weights.numel(), x.shape[1]) if needs_x else None
+        dx = x.new_empty(x.shape) if needs_x else None
+        d_weights = torch.empty_like(weights)
+        d_up = torch.empty(up.shape) if needs_up else None
+        d_down = torch.empty(down.shape) if needs_down else None
+        dgrad, wgrad = q.up.formats.dgrad, q.up.formats.wgrad
+        signs = _signs if wgrad is not None and wgrad.first.hadamard else None
+        bits = [
+            own.noise(f"{product} dy", order[0]).bits  # the rows are given apart
+            for own in (q.down, q.up)
+            for product in ("dgrad", "wgrad")
+        ]
+        noise = torch.tensor([[b.seed, b.stream] for b in bits])
+        counts = _counts(q)
+        _backward(
+            x, weights, _dgrad(up, q.up), _dgrad(down, q.down), *order, kept, grad, rows, dx,
+            d_weights, d_up, d_down, signs, noise, counts, *sizes_of(weights, down, ctx.activation),
+            x.stride(0), grad.stride(0), dgrad is not None, wgrad is not None,
+            dgrad is not None and dgrad.first.is_random,
+            wgrad is not None and wgrad.first.is_random, ROUNDS,
+            q.up.position.first_token * weights.shape[1],
+        )  # fmt: skip
+        _add(q, counts)
+        return dx, d_weights, d_up, d_down, None, None, None
+
+
+def _counts(q: ExpertsQuantization) -> Tensor | None:
+    """Flushed and all values of each operand of quantized.cpp, in a step that measures."""
+    return None if q.up.position.flushed is None else torch.zeros(6, 2, dtype=torch.int64)
+
+
+def _add(q: ExpertsQuantization, counts: Tensor | None) -> None:
+    if counts is not None:
+        for product, (flushed, total) in zip(_OPERANDS, counts, strict=True):
+            q.up.count_flushed(product, flushed, int(total))
+
+
+def _fprop(matrices: Tensor, q: ProductQuantization) -> Tensor:
+    """The matrices as fprop multiplies with them."""
+    formats = q.formats.fprop
+    if formats is None:
+        return matrices.contiguous()
+    return q.stacked_values("fprop", "w", formats.second, matrices)
+
+
+def _dgrad(matrices: Tensor, q: ProductQuantization) -> Tensor:
+    """The matrices as dgrad multiplies with them; values that it shares with fprop are given."""
+    if q.formats.shares_weight or q.formats.dgrad is None:
+        return matrices.contiguous()
+    return q.stacked_values("dgrad", "w", q.formats.dgrad.second, matrices)
