@@ -7,17 +7,23 @@ from nemotron3.models.huggingface.directory import (
     read_config,
     read_directory,
     read_weights,
+    stored_key_scales,
     stored_weight_format,
+    use_stored_formats,
     write_model,
 )
+from nemotron3.models.huggingface.modelopt import StoredQuantization
 
 __all__ = [
     "Companions",
+    "StoredQuantization",
     "dialect_of",
     "prepared_weights",
     "read_config",
     "read_directory",
     "read_weights",
+    "stored_key_scales",
     "stored_weight_format",
+    "use_stored_formats",
     "write_model",
 ]
