@@ -34,18 +34,13 @@ from nemotron3.models.huggingface.fields import Fields, updated
 from nemotron3.models.huggingface.modelopt import (
     HF_QUANT_CONFIG,
     QUANTIZATION,
-    StoredQuantization,
     config_record,
     descriptions,
-    detected_formats,
     read_quantization,
     scales_to_write,
 )
 from nemotron3.models.parameter import (
-    name_of_formats,
     parameter_specs,
-    quantizable_names,
-    use_weight_format,
     weight_formats,
 )
 from nemotron3.ops.weights import QuantizedWeight, Weight
@@ -58,7 +53,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 def read_config(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
     """The configuration of a model directory; `config_class` is that of our own layout."""
-    dialect, fields, _ = _read_fields(path)
+    dialect, fields, _ = read_fields(path)
     return _config_from(dialect, fields, config_class)
 
 
@@ -72,7 +67,7 @@ def _config_from(
 
 def read_directory(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> Companions:
     """The configuration of a model directory, and all other contents except the tensors."""
-    dialect, fields, _ = _read_fields(path)
+    dialect, fields, _ = read_fields(path)
     config = _config_from(dialect, fields, config_class)
     return read_companions(Path(path), config=config, fields=fields.fields)
 
@@ -90,7 +85,7 @@ def write_model(
     `companions` are the other contents of the directory from which the model was loaded; they are
     written again.
     """
-    dialect = _dialect_to_write(model, config, companions)
+    dialect = dialect_to_write(model, config, companions)
     dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
     views = dict(dialect.published_views(model, config))
     formats = {n: view.format for n, view in views.items() if isinstance(view, QuantizedWeight)}
@@ -125,17 +120,18 @@ def dialect_of(
 ) -> ModuleType:
     """The layout that a model was read in, or that it would be written in."""
     if companions is not None:
-        return _dialect_of(companions.fields)
-    return _dialect_to_write(model, config, companions)
+        return dialect_of_fields(companions.fields)
+    return dialect_to_write(model, config, companions)
 
 
-def _dialect_to_write(
+def dialect_to_write(
     model: nn.Module, config: ModelConfig, companions: Companions | None
 ) -> ModuleType:
+    """The layout that a model is written in: that of its directory, if it can express the model."""
     if "int8" in weight_formats(model).values():
         return native  # no published layout has this format
     if companions is not None and config == companions.config:
-        dialect = _dialect_of(companions.fields)
+        dialect = dialect_of_fields(companions.fields)
         # A dialect has names for all tensors that were read from it, except Qwen's selection bias.
         if dialect is not qwen3_moe:
             return dialect
@@ -148,7 +144,7 @@ def _fields_to_write(
     after = dialect.config_to(config)
     if companions is None:
         return after | {"dtype": dtype, "torch_dtype": dtype}
-    read_in = _dialect_of(companions.fields)
+    read_in = dialect_of_fields(companions.fields)
     fields = updated(
         companions.fields,
         before=read_in.config_to(companions.config),
@@ -158,84 +154,6 @@ def _fields_to_write(
     if dialect is not read_in:
         fields.pop("auto_map", None)  # code that reads the other layout
     return fields | {name: dtype for name in ("dtype", "torch_dtype") if name in fields}
-
-
-def stored_key_scales(
-    model: nn.Module, companions: Companions | None
-) -> tuple[tuple[float, float], ...]:
-    """The scales of keys and values in a model's directory, those of the MTP block last; or ()."""
-    if companions is None or companions.quantization is None:
-        return ()
-    dialect = _dialect_of(companions.fields)
-    keys = (name for name, _ in model.named_modules() if name.endswith(".k_proj"))
-    layers = [dialect.published_product(name).removesuffix(".k_proj") for name in keys]
-    return companions.quantization.key_scales(layers)
-
-
-def use_stored_formats(
-    model: nn.Module, path: Path | str, weights: str | Mapping[str, str] | None
-) -> StoredQuantization | None:
-    """Give the matrices of a model on the meta device their number formats.
-
-    They are those of a directory's tensors. Plain tensors are quantized to `weights` as they are
-    read, which is a format or formats by the names of parameters. Returns what else belongs to the
-    stored formats. Raises ConfigError for formats that a model cannot have.
-    """
-    dialect, _, record = _read_fields(path)
-    reader = ShardedReader(path)
-    stored = {dialect.our_spelling(name): name for name in reader.names}
-    file = Path(path) / HF_QUANT_CONFIG
-    described = read_json(file) if file.is_file() else None
-    found = read_quantization(reader, stored, record, described)
-    if found is None or not found.formats:
-        if weights is not None:
-            use_weight_format(model, weights)
-        return found
-    held = name_of_formats(found.formats.values())
-    if weights is not None and weights != held:
-        raise ConfigError(
-            f"is {weights!r}, and {path} holds {held} weights, which are read as they are; take "
-            "the plain model to quantize it",
-            field="weights",
-        )
-    use_weight_format(model, _formats_of_parameters(model, dialect, stored, found.formats, path))
-    return found
-
-
-def _formats_of_parameters(
-    model: nn.Module,
-    dialect: ModuleType,
-    stored: Mapping[str, str],
-    formats: Mapping[str, str],
-    path: Path | str,
-) -> dict[str, str]:
-    """Formats by our names of parameters, of which the experts of a layer are one."""
-    ours = {dialect.published_product(name): name for name in quantizable_names(model)}
-    found: dict[str, dict[str, str]] = {}
-    for name in stored:
-        parameter = ours.get(dialect.product_of(name))
-        if parameter is not None:
-            # Both matrices of the experts are multiplied by one kernel.
-            group = parameter.rpartition(".")[0] if ".experts." in parameter else parameter
-            found.setdefault(group, {}).setdefault(formats.get(name, "plain"), name)
-        elif name in formats:
-            raise CheckpointError(
-                f"{path}: {stored[name]!r} is stored in {formats[name]}, which is for matrices of "
-                "products; this tensor has to be plain"
-            )
-    for group, names in found.items():
-        if len(names) > 1:
-            (one, first), (other, second), *_ = names.items()
-            raise CheckpointError(
-                f"{path}: {first!r} is {one} and {second!r} {other}; the experts of a layer "
-                f"({group}) have to be in one format"
-            )
-    return {
-        parameter: kind
-        for parameter in ours.values()
-        for kind in found.get(parameter, found.get(parameter.rpartition(".")[0], ()))
-        if kind != "plain"
-    }
 
 
 def read_weights(
@@ -345,7 +263,7 @@ class _Files(NamedTuple):
 
 
 def _opened(model: nn.Module, config: ModelConfig, path: Path | str) -> _Files:
-    dialect, _, record = _read_fields(path)
+    dialect, _, record = read_fields(path)
     reader = ShardedReader(path)
     stored = {dialect.our_spelling(name): name for name in reader.names}
     quantization = read_quantization(reader, stored, record, None)
@@ -383,15 +301,7 @@ def _in_files(views: Mapping[str, Weight], vectors: frozenset[str]) -> list[tupl
     return found
 
 
-def stored_weight_format(path: Path | str) -> str | None:
-    """The number format of a directory's weights, "mixed" for several; None if they are plain."""
-    dialect, *_ = _read_fields(path)
-    reader = ShardedReader(path)
-    stored = {dialect.our_spelling(name): name for name in reader.names}
-    return name_of_formats(detected_formats(reader, stored).values())
-
-
-def _read_fields(path: Path | str) -> tuple[ModuleType, Fields, dict[str, Any] | None]:
+def read_fields(path: Path | str) -> tuple[ModuleType, Fields, dict[str, Any] | None]:
     """The dialect of config.json, the language model's fields in it, and the quantization."""
     file = Path(path) / CONFIG_FILE
     fields = read_json(file)
@@ -404,11 +314,12 @@ def _read_fields(path: Path | str) -> tuple[ModuleType, Fields, dict[str, Any] |
     known = [dialect.MODEL_TYPE for dialect in _DIALECTS]
     if model_type not in known:
         raise ConfigError(f"{file}: model_type is {model_type!r}; readable are {', '.join(known)}")
-    dialect = _dialect_of(fields)
+    dialect = dialect_of_fields(fields)
     return dialect, Fields(fields, str(file), dialect.ALIASES), record
 
 
-def _dialect_of(fields: Mapping[str, Any]) -> ModuleType:
+def dialect_of_fields(fields: Mapping[str, Any]) -> ModuleType:
+    """The layout that config.json names."""
     return next(d for d in _DIALECTS if fields["model_type"] == d.MODEL_TYPE)
 
 
