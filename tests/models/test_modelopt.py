@@ -259,6 +259,14 @@ def test_a_lost_scale_is_named(folder, lost):
             rf"'{EXPERT}.weight_scale_2': nvfp4: a scale is -1.0",
         ),
         (
+            lambda t: t[f"{EXPERT}.weight_scale"].view(torch.uint8).fill_(0x7F),
+            rf"'{EXPERT}.weight_scale': nvfp4: NaN is stored",
+        ),
+        (
+            lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[3, 4].fill_(0xFF),
+            rf"'{IN_PROJ}.weight': fp8: NaN is stored",
+        ),
+        (
             lambda t: t.update({f"{KEYS}.input_scale": torch.ones(())}),
             f"holds 1 tensors .* first '{KEYS}.input_scale'",
         ),
@@ -272,7 +280,19 @@ def test_a_lost_scale_is_named(folder, lost):
             "'backbone.embeddings.weight' is stored in fp8, which is for matrices of products",
         ),
     ],
-    ids=["codes", "rows", "mx", "blocks", "inputs", "nan", "negative", "stray", "embedding"],
+    ids=[
+        "codes",
+        "rows",
+        "mx",
+        "blocks",
+        "inputs",
+        "nan",
+        "negative",
+        "nan scale",
+        "nan code",
+        "stray",
+        "embedding",
+    ],
 )
 def test_a_wrong_part_is_named(folder, edit, message):
     change(folder, edit)

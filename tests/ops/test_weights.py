@@ -269,3 +269,28 @@ def test_mistakes_are_named(kind):
         routed_experts(x, *chosen, up, down, activation="relu2")
     with pytest.raises(OperandError, match=r"up has shape \[4, 32, 16\]"):
         routed_experts(x, *chosen, up, quantized(kind, down), activation="swiglu")
+
+
+@pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_every_code_is_decoded(rows, assert_close):
+    """All numbers of E4M3 and E2M1 under all block scales, by both ways of multiplying."""
+    finite = [code for code in range(256) if code & 0x7F != 0x7F]
+    eight = FP8Weight.empty(torch.Size((16, 254)))
+    eight.codes.view(torch.uint8).copy_(torch.tensor(finite, dtype=torch.uint8))
+    eight.scales.copy_(torch.linspace(0.5, 2.0, 16))
+    positive = torch.arange(0x7F, dtype=torch.uint8)
+    four = NVFP4Weight.empty(torch.Size((127, 32)))
+    four.codes.copy_(torch.randint(256, four.codes.shape, dtype=torch.uint8))
+    four.codes[:, :8] = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE])
+    four.block_scales.view(torch.uint8).copy_(positive.unsqueeze(-1))
+    four.tensor_scales.fill_(0.125)
+    for weight in (eight, four):
+        x = torch.randn(rows, weight.shape[1])
+        expected = x.double() @ weight.dequantize(torch.float64).T
+        found = linear(x, weight, backend="native").double()
+        # Row by row: rows of small scales would be nothing beside those of large ones.
+        for own, wanted in zip(found.T, expected.T, strict=True):
+            assert_close(own, wanted, FLOAT32)
+    one = torch.eye(254)
+    assert torch.equal(linear(one, eight, backend="native").T, eight.dequantize())

@@ -5,16 +5,19 @@ like any other, and matrices that are stacked in one (gate and value of SwiGLU) 
 their own. Activations are not quantized, and sums are float32.
 """
 
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nemotron3.ops.backends import Implementations, Kernel
 from nemotron3.ops.fp8 import quantize
 from nemotron3.ops.weights.quantized import (
     QuantizedWeight,
     Weight,
+    check_no_nan,
     finite_matrix,
     one_scale,
     scale_of_rows,
@@ -25,6 +28,18 @@ class FP8Weight(QuantizedWeight):
     """E4M3 elements and a float32 scale per matrix."""
 
     format: ClassVar[str] = "fp8"
+    linear: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.linear,
+            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
+        }
+    )
+    routed_experts: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.routed_experts,
+            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
+        }
+    )
 
     codes: Float[Tensor, "*expert d_out d_in"]
     """float8_e4m3fn."""
@@ -73,6 +88,7 @@ class FP8Weight(QuantizedWeight):
     def load_part(self, name: str, stored: Tensor) -> None:
         """Copy one of `parts` from a file."""
         if name == "weight":
+            check_no_nan(self, stored)
             self.codes.copy_(stored)
         else:
             self.scales.copy_(scale_of_rows(self, stored, self.scales))

@@ -24,13 +24,13 @@ class Int8Weight(QuantizedWeight):
     linear: ClassVar[Implementations] = MappingProxyType(
         {
             **QuantizedWeight.linear,
-            "native": Kernel("nemotron3.ops.linear.native", "linear_int8_native"),
+            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
         }
     )
     routed_experts: ClassVar[Implementations] = MappingProxyType(
         {
             **QuantizedWeight.routed_experts,
-            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_int8_native"),
+            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
         }
     )
 

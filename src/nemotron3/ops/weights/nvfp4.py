@@ -8,16 +8,19 @@ quantized, and sums are float32: W4A16.
 The number of inputs must be divisible by 16.
 """
 
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from nemotron3.ops.backends import Implementations, Kernel
 from nemotron3.ops.nvfp4 import BLOCK, NVFP4Tensor, Scales, quantize
 from nemotron3.ops.weights.quantized import (
     QuantizedWeight,
     Weight,
+    check_no_nan,
     finite_matrix,
     one_scale,
     scale_of_rows,
@@ -29,6 +32,18 @@ class NVFP4Weight(QuantizedWeight):
 
     format: ClassVar[str] = "nvfp4"
     block: ClassVar[int] = BLOCK
+    linear: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.linear,
+            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
+        }
+    )
+    routed_experts: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.routed_experts,
+            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
+        }
+    )
 
     codes: UInt8[Tensor, "*expert d_out half"]
     """Two elements in a byte, the one of the even input in the low half."""
@@ -106,6 +121,8 @@ class NVFP4Weight(QuantizedWeight):
         if name == "weight_scale_2":
             self.tensor_scales.copy_(scale_of_rows(self, stored, self.tensor_scales))
         else:
+            if name == "weight_scale":
+                check_no_nan(self, stored)
             self.parts()[name].copy_(stored)
 
     def __getitem__(self, index: Any) -> Self:

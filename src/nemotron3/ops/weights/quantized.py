@@ -137,6 +137,12 @@ def finite_matrix(weight: QuantizedWeight, values: Weight) -> Tensor:
     return matrix
 
 
+def check_no_nan(weight: QuantizedWeight, stored: Tensor) -> None:
+    """Raise OperandError for E4M3 numbers that are NaN: kernels read no such codes."""
+    if (stored.view(torch.uint8) & 0x7F == 0x7F).any():
+        raise OperandError(f"{weight.format}: NaN is stored there; quantize the plain model again")
+
+
 def one_scale(scales: Tensor) -> Tensor:
     """The scale of a matrix from those of its rows [d_out]; all of them where they differ."""
     is_one = scales.is_meta or bool((scales == scales[:1]).all())
