@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron3.data import Batch
-from nemotron3.errors import ConfigError, DataError, OperandError
+from nemotron3.errors import CheckpointError, ConfigError, DataError
 from nemotron3.models.parameter import weight_formats
 from nemotron3.models.precision import convert_weights
 from nemotron3.ops.experts.api import activate
@@ -191,8 +191,10 @@ def test_a_matrix_that_is_not_finite_is_refused():
     model = tiny_model(CONFIG)
     formats = formats_for(model, "mixed")
     with torch.no_grad():
-        model.get_parameter(next(iter(formats)))[0, 0] = torch.nan
-    with pytest.raises(OperandError, match="not finite"):
+        model.get_parameter("backbone.layers.4.mixer.experts.up_proj")[5, 0, 0] = torch.nan
+    with pytest.raises(
+        CheckpointError, match=r"'backbone.layers.4.mixer.experts.up_proj' .* not f"
+    ):
         quantized_model(model, formats)
 
 

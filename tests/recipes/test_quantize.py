@@ -86,6 +86,8 @@ def test_without_text_nothing_is_said_of_the_loss(folder, tmp_path, capsys):
     ("options", "message"),
     [
         (("--format", "fp8", "--scales", "mse"), "--scales is 'mse', which is for blocks of NVFP4"),
+        (("--format", "fp8", "--bits", "9"), "--bits is 9 with format 'fp8'"),
+        (("--format", "mixed", "--bits", "9"), "--bits needs text to weigh matrices with"),
         (("--format", "fp8", "--num-tokens", "0"), "--num-tokens is 0; it must be 1 or more"),
         (("--format", "fp8", "--column", "body"), "--column goes with --data"),
         (("--format", "fp8", "--data", "nowhere.txt"), "nowhere.txt"),
@@ -103,3 +105,16 @@ def test_neither_a_full_folder_nor_a_quantized_model_is_taken(folder, tmp_path, 
     assert "exists and is not empty" in capsys.readouterr().err
     assert quantize(tmp_path / "it", tmp_path / "again", "--format", "nvfp4") == 2
     assert "holds fp8 weights already; give the plain model" in capsys.readouterr().err
+
+
+def test_a_mix_is_searched_for_a_budget(folder, tmp_path, capsys):
+    data = ("--data", str(folder.parent / "text.txt"), "--num-tokens", "2048")
+    assert quantize(folder, tmp_path / "it", "--format", "mixed", "--bits", "20", *data) == 0
+    summary = json.loads((tmp_path / "it" / "quantization" / "summary.json").read_text())
+    assert 15 < summary["bits_per_element"] <= 20
+    assert len(summary["frontier"]) > 5
+    for page in ("report.md", "report.html"):
+        assert "Expected" in (tmp_path / "it" / "quantization" / page).read_text()
+    assert quantize(folder, tmp_path / "none", "--format", "mixed", "--bits", "3", *data) == 2
+    assert "--bits is 3, and the fewest bits" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -20,6 +20,7 @@ def quantize_command(known: argparse.Namespace) -> int:
         out=known.out,
         texts=tuple(FilesConfig(path=path, column=known.column) for path in known.data or ()),
         num_tokens=known.num_tokens,
+        bits=known.bits,
         device=known.device,
     )
     out, summary = quantize_directory(known.path, plan)

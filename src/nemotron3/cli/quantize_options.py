@@ -23,6 +23,13 @@ def add_quantize_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "experts and Mamba fp8, the rest as it is",
     )
     quantize.add_argument(
+        "--bits",
+        type=float,
+        metavar="N",
+        help="with --format mixed, search the mix with N bits per element of all parameters that "
+        "moves the model least (default: the published mix)",
+    )
+    quantize.add_argument(
         "--out", type=Path, metavar="DIR", help="directory to write (default: PATH-FORMAT)"
     )
     quantize.add_argument(

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from nemotron3.errors import CheckpointError, OperandError
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import use_weight_format
 from nemotron3.ops.nvfp4 import Scales
-from nemotron3.ops.weights import NVFP4Weight, QuantizedWeight, WeightFormat
+from nemotron3.ops.weights import FORMATS, NVFP4Weight, QuantizedWeight, WeightFormat
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def quantized_model(
 ) -> LanguageModel:
     """The model with the parameters named in `formats` rounded to their formats.
 
-    `scales` is how NVFP4 chooses block scales. Raises OperandError for values that are not finite.
+    `scales` is how NVFP4 chooses block scales. Raises CheckpointError, which names the matrix, for
+    values that are not finite.
     """
     with torch.device("meta"):
         quantized = type(model)(model.config)
@@ -30,9 +32,11 @@ def quantized_model(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         prefix, _, last = name.rpartition(".")
         if name in formats:
-            own = quantized.get_submodule(name)
-            assert isinstance(own, QuantizedWeight)
-            setattr(quantized.get_submodule(prefix), last, _filled(own, tensor, scales))
+            try:
+                weight = quantized_weight(formats[name], tensor, scales=scales)
+            except OperandError as error:
+                raise CheckpointError(f"{name!r} cannot be quantized: {error}") from error
+            setattr(quantized.get_submodule(prefix), last, weight)
             continue
         module = quantized.get_submodule(prefix)
         if isinstance(tensor, nn.Parameter):
@@ -43,9 +47,10 @@ def quantized_model(
     return quantized
 
 
-def _filled(like: QuantizedWeight, values: Tensor, scales: Scales) -> QuantizedWeight:
+def quantized_weight(kind: WeightFormat, values: Tensor, *, scales: Scales) -> QuantizedWeight:
+    """A matrix, or one for each expert, in a format."""
     with values.device:
-        weight = type(like).empty(values.shape)
+        weight = FORMATS[kind].empty(values.shape)
     if isinstance(weight, NVFP4Weight):
         weight.scale_rule = scales
     if values.dim() == 2:

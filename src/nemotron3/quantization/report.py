@@ -4,14 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from nemotron3.observe.page import captioned, section, table, write_page
-from nemotron3.observe.plots import bars
+from nemotron3.observe.plots import Series, bars, lines
 from nemotron3.quantization.comparison import Comparison
+from nemotron3.quantization.search import FrontierPoint
+from nemotron3.quantization.sensitivity import Sensitivity
 from nemotron3.quantization.weight_errors import MatrixReport
 
 MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
 _COLUMNS = ("matrix", "format", "elements", "bits", "error", "worst expert")
 _RIGHT = ("error", "bits", "worst expert")
+_SENSITIVITY_COLUMNS = ("matrix", "format", "nats per token", "worst expert")
+_EXPECTED = (
+    "Expected KL divergence to the original if only this matrix is rounded, from the second-order "
+    "expansion of the loss; the search adds these up."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +44,25 @@ class QuantizationSummary:
     text: str
     """Where the text is from, or why there was none."""
     matrices: tuple[MatrixReport, ...]
+    sensitivities: tuple[Sensitivity, ...] = ()
+    """Expected divergence of each matrix in each format; of a search only."""
+    frontier: tuple[FrontierPoint, ...] = ()
+    """What the search can reach, plain model first."""
 
 
 def write_pages(folder: Path, summary: QuantizationSummary) -> None:
     """Write report.md and report.html."""
     title = f"Quantization to {summary.format}: {summary.model}"
     rows = [_row(report) for report in summary.matrices]
-    lines = [f"# {title}", "", lead(summary), "", f"Text: {summary.text}.", ""]
-    lines += _markdown(("", "value"), summary_rows(summary))
-    lines += ["", "Error is |W - Q| / |W| of a matrix, or of all experts of a layer.", ""]
-    lines += _markdown(_COLUMNS, rows)
-    (folder / MARKDOWN_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = [f"# {title}", "", lead(summary), "", f"Text: {summary.text}.", ""]
+    text += _markdown(("", "value"), summary_rows(summary))
+    text += ["", "Error is |W - Q| / |W| of a matrix, or of all experts of a layer.", ""]
+    text += _markdown(_COLUMNS, rows)
+    expected = [_sensitivity_row(each) for each in summary.sensitivities]
+    if expected:
+        text += ["", "## Expected divergence", "", _EXPECTED, ""]
+        text += _markdown(_SENSITIVITY_COLUMNS, expected)
+    (folder / MARKDOWN_FILE).write_text("\n".join(text) + "\n", encoding="utf-8")
     narrow = {r.name: 100 * r.relative_error for r in summary.matrices if r.relative_error}
     largest = dict(sorted(narrow.items(), key=lambda item: -item[1])[:20])
     figure = captioned(
@@ -55,7 +72,11 @@ def write_pages(folder: Path, summary: QuantizationSummary) -> None:
     )
     body = section("Result", [table(("", "value"), summary_rows(summary), right=("value",))])
     body += section("Error", [figure])
+    body += section("Bits and divergence", [_frontier(summary)])
     body += section("Matrices", [table(_COLUMNS, rows, right=_RIGHT)])
+    if expected:
+        shown = table(_SENSITIVITY_COLUMNS, expected, right=_SENSITIVITY_COLUMNS[2:])
+        body += section("Expected divergence", [shown])
     write_page(
         folder / HTML_FILE,
         title=title,
@@ -109,6 +130,30 @@ def _row(report: MatrixReport) -> tuple[str, ...]:
     return report.name, report.format, f"{report.elements:,}", bits, error, worst
 
 
+def _sensitivity_row(found: Sensitivity) -> tuple[str, ...]:
+    worst = ""
+    if found.expert_kl:
+        expert = max(range(len(found.expert_kl)), key=found.expert_kl.__getitem__)
+        worst = f"{expert}: {found.expert_kl[expert]:.2e}"
+    return " and ".join(found.matrices), found.format, f"{found.kl:.2e}", worst
+
+
+def _frontier(summary: QuantizationSummary) -> str:
+    if not summary.frontier:
+        return ""
+    path = Series(
+        label="expected divergence",
+        steps=np.array([point.bits_per_element for point in summary.frontier]),
+        values=np.array([point.kl for point in summary.frontier]),
+    )
+    return captioned(
+        "Frontier",
+        "Expected KL divergence to the original in nats per token, over bits per element of all "
+        "parameters: from the plain model to the fewest bits, a matrix at a time.",
+        lines([path], y_label="nats per token", x_label="bits per element", is_smoothed=False),
+    )
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    every = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(line) + " |" for line in every]

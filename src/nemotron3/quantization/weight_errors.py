@@ -42,7 +42,7 @@ def total_bits(model: LanguageModel) -> tuple[float, int]:
     """Bits per element of all parameters of a model in its files, and their number."""
     plain = list(model.parameters())
     quantized = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
-    stored = sum(t.nbytes for t in plain) + sum(map(_stored_bytes, quantized))
+    stored = sum(t.nbytes for t in plain) + sum(map(stored_bytes, quantized))
     elements = sum(each.shape.numel() for each in (*plain, *quantized))
     return 8 * stored / elements, elements
 
@@ -72,7 +72,7 @@ def _report(
         name=name,
         format=weight.format,
         elements=elements,
-        bits_per_element=8 * _stored_bytes(weight) / elements,
+        bits_per_element=8 * stored_bytes(weight) / elements,
         relative_error=(error / norm) ** 0.5 if norm else 0.0,
         squared_error=error,
         squared_norm=norm,
@@ -89,7 +89,7 @@ def _squares(values: Tensor, weight: QuantizedWeight) -> Iterator[tuple[float, f
         yield _squared(wide - own.dequantize()), _squared(wide)
 
 
-def _stored_bytes(weight: QuantizedWeight) -> int:
+def stored_bytes(weight: QuantizedWeight) -> int:
     """Bytes in a file; in memory each row holds the scale of its matrix."""
     matrices = [weight] if len(weight.shape) == 2 else list(weight)
     return sum(part.nbytes for matrix in matrices for part in matrix.parts().values())

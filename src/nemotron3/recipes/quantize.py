@@ -45,6 +45,8 @@ from nemotron3.quantization import (
     total_bits,
 )
 from nemotron3.quantization.report import QuantizationSummary, write_pages
+from nemotron3.quantization.search import FrontierPoint, search
+from nemotron3.quantization.sensitivity import Sensitivity, fisher_diagonal, sensitivities
 from nemotron3.recipes.input_files import INPUTS_FILE, check_model_directory
 from nemotron3.runtime.devices import resolve_device
 from nemotron3.text import Tokenizer
@@ -68,6 +70,9 @@ class QuantizePlan:
     """Text for calibration and comparison; none for that of the model's run."""
     num_tokens: int = 32_768
     """Most tokens for calibration, and as many for the comparison."""
+    bits: float | None = None
+    """Bits per element of all parameters, for which the mix is searched; None for the published
+    mix."""
     device: str = "auto"
 
 
@@ -97,9 +102,23 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
             f"is {plan.scales!r}, which is for blocks of NVFP4; {plan.format} has none",
             field="scales",
         )
+    if plan.bits is not None and (plan.format != "mixed" or not plan.bits > 0):
+        raise ConfigError(
+            f"is {plan.bits:g} with format {plan.format!r}; a budget is above 0, and for 'mixed'",
+            field="bits",
+        )
     text = _text_for(path, plan)
+    if plan.bits is not None and not text.calibration:
+        raise ConfigError(f"needs text to weigh matrices with; text: {text.origin}", field="bits")
     model = LanguageModel.from_pretrained(path, device=resolve_device(plan.device)).eval()
-    formats = formats_for(model, plan.format)
+    found: list[Sensitivity] = []
+    frontier: list[FrontierPoint] = []
+    if plan.bits is None:
+        formats = formats_for(model, plan.format)
+    else:
+        fisher = fisher_diagonal(model, text.calibration)
+        found = sensitivities(model, fisher, scales=scales)
+        formats, frontier = search(model, found, plan.bits)
     quantized = quantized_model(model, formats, scales=scales)
     activations = calibrate(model, text.calibration, formats) if text.calibration else {}
     comparison = compare(model, quantized, text.held_out) if text.held_out else None
@@ -107,6 +126,7 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
     _attach_scales(quantized, activations)
     quantized.save_pretrained(out)
     summary = _summary(path, plan, model, quantized, reports, text, comparison)
+    summary = replace(summary, sensitivities=tuple(found), frontier=tuple(frontier))
     folder = out / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
     write_json(folder / SUMMARY_FILE, summary)
