@@ -21,7 +21,7 @@ from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import weight_format, weight_formats
 from nemotron3.models.precision import convert_weights
-from tests.tiny import WHOLE_BLOCKS, tiny_config, tiny_model, tokens_for
+from tests.tiny import WHOLE_BLOCKS, qwen_config, tiny_config, tiny_model, tokens_for
 from tests.tolerances import FLOAT32
 
 CONFIG = tiny_config("MEM*E/*E", **WHOLE_BLOCKS)
@@ -360,6 +360,34 @@ def test_a_served_model_takes_weights_of_its_own_formats_only(folder, tmp_path):
         assert torch.equal(tensor.float(), before[name].float()), name
     with pytest.raises(ConfigError, match=r"in fp8, and the model's is plain"):
         prepared_weights(convert_weights(model, None), CONFIG, folder)
+
+
+@pytest.mark.parametrize("weights", ["nvfp4", "fp8"])
+def test_gate_and_value_of_a_transformer_are_two_matrices(tmp_path, weights):
+    """They are one parameter, and have scales of their own in the files."""
+    config = qwen_config(moe={"moe_intermediate_size": 112})
+    plain = tiny_model(config)
+    for router in plain.routers:
+        router.e_score_correction_bias.zero_()  # the layout has no such tensor
+    with torch.no_grad():
+        for name, tensor in plain.named_parameters():
+            if name.endswith("experts.up_proj"):
+                tensor[:, 112:] *= 3
+    plain.save_pretrained(tmp_path / "plain")
+    read = LanguageModel.from_pretrained(tmp_path / "plain", weights=weights)
+    read.save_pretrained(tmp_path / "held")
+    assert json.loads((tmp_path / "held/config.json").read_text())["model_type"] == "qwen3_moe"
+    tensors = load_file(tmp_path / "held/model.safetensors")
+    last = "weight_scale_2" if weights == "nvfp4" else "weight_scale"
+    stem = "model.layers.0.mlp.experts.3."
+    gate, value = (tensors[f"{stem}{p}_proj.{last}"] for p in ("gate", "up"))
+    assert gate.shape == value.shape == ()
+    assert value > 1.5 * gate
+    again = LanguageModel.from_pretrained(tmp_path / "held")
+    assert weight_formats(again) == weight_formats(read)
+    for name, tensor in again.state_dict().items():
+        pair = (tensor, read.state_dict()[name])
+        assert torch.equal(*(t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in pair))
 
 
 PEAK = """
