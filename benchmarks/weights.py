@@ -1,7 +1,7 @@
-"""The speed of narrow weights: one model with its matrices in float32, bfloat16 and int8.
+"""The speed of narrow weights: one model with its matrices in float32, bfloat16 and narrower.
 
     python -m benchmarks.weights
-    python -m benchmarks.weights --models 150m-latent
+    python -m benchmarks.weights --models 150m-latent --formats int8 nvfp4
 
 The weights are random and the same, rounded to each format, and the formats take turns. A decoding
 step must read the weights that its tokens use, so it becomes faster if memory limits it; a prefill
@@ -13,9 +13,9 @@ docs/speed.md.
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
-from typing import Any
+from typing import Any, cast
 
 import torch
 from benchmarks.cpu import RESULTS
@@ -28,6 +28,7 @@ from nemotron3 import LanguageModel
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.parameter import state_tensors
 from nemotron3.models.precision import convert_weights
+from nemotron3.ops.weights import WeightFormat
 
 Workload = Callable[[LanguageModel], Contestant]
 MODELS = ("30m-latent", "150m-latent", "150m-standard")
@@ -35,14 +36,19 @@ STEPS = 16
 """Decoding steps in one repetition."""
 
 
-def formats(config: ModelConfig) -> dict[str, LanguageModel]:
-    """One model in each format."""
+FORMATS = ("bfloat16", "int8", "fp8", "nvfp4")
+
+
+def formats(config: ModelConfig, names: Sequence[str]) -> dict[str, LanguageModel]:
+    """One model in float32 and in each of the formats named."""
     model = LanguageModel.from_config(config, seed=0).eval()
-    return {
-        "float32": model,
-        "bfloat16": copy.deepcopy(model).to(torch.bfloat16),
-        "int8": convert_weights(model, weights="int8"),
-    }
+    models = {"float32": model}
+    for name in names:
+        if name == "bfloat16":
+            models[name] = copy.deepcopy(model).to(torch.bfloat16)
+        else:
+            models[name] = convert_weights(model, weights=cast(WeightFormat, name))
+    return models
 
 
 def num_bytes(model: LanguageModel) -> int:
@@ -50,9 +56,9 @@ def num_bytes(model: LanguageModel) -> int:
     return sum(value.nbytes for _, value in state_tensors(model))
 
 
-def measure(config: ModelConfig, *, repeats: int) -> dict[str, Any]:
+def measure(config: ModelConfig, *, repeats: int, names: Sequence[str]) -> dict[str, Any]:
     """Bytes, and tokens per second of each row in each format."""
-    models = formats(config)
+    models = formats(config, names)
 
     def decode(batch: int) -> Workload:
         return lambda model: our_decode(model, tokens_of(config, batch, PROMPT), steps=STEPS)
@@ -94,11 +100,15 @@ def weights_table(result: dict[str, Any]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(configs()), default=list(MODELS))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--repeats", type=int, default=7)
     known = parser.parse_args()
     load = machine.load_average()
     machine.warn_if_busy(load)
-    models = {name: measure(configs()[name], repeats=known.repeats) for name in known.models}
+    models = {
+        name: measure(configs()[name], repeats=known.repeats, names=known.formats)
+        for name in known.models
+    }
     result = {
         "command": machine.command("benchmarks.weights"),
         "date": date.today().isoformat(),

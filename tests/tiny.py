@@ -29,6 +29,11 @@ MOE = MoEConfig(
     routed_scaling_factor=2.5,
 )
 MLP = MLPConfig(intermediate_size=56)
+WHOLE_BLOCKS = {
+    "moe": {"moe_intermediate_size": 112, "moe_shared_expert_intermediate_size": 144},
+    "mlp": {"intermediate_size": 160},
+}
+"""Changes with which every matrix has blocks of 16 inputs, as NVFP4 needs them."""
 _PARTS: dict[str, tuple[str, Any]] = {
     "M": ("mamba", MAMBA),
     "*": ("attention", ATTENTION),
@@ -43,8 +48,11 @@ def tiny_config(pattern: str = "MEM*E/*E/*E", **changes: Any) -> ModelConfig:
     `changes` are fields of ModelConfig; a part may be given as a dict of the fields to change.
     """
     parts = {}
-    for symbol in set(pattern) & _PARTS.keys():
+    for symbol in sorted(_PARTS):
         name, part = _PARTS[symbol]
+        if symbol not in pattern:
+            changes.pop(name, None)
+            continue
         parts[name] = dataclasses.replace(part, **changes.pop(name, {}))
     return ModelConfig(
         hybrid_override_pattern=pattern,

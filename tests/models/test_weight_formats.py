@@ -1,6 +1,7 @@
 """Models whose matrices are kept in a number format: as good as its rounding, saved and read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,17 +9,22 @@ import torch
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.model_runner import ModelRunner
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.parameter import state_tensors, weight_format
+from nemotron3.models.parameter import (
+    quantizable_names,
+    state_tensors,
+    weight_format,
+    weight_formats,
+)
 from nemotron3.models.precision import convert_weights
 from nemotron3.ops.weights import FORMATS, QuantizedWeight
-from tests.tiny import qwen_config, tiny_config, tiny_model, tokens_for
+from tests.tiny import WHOLE_BLOCKS, qwen_config, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE, FLOAT32
 
 MODELS = {
-    "whole": tiny_config("MEM*E-ME/*E/*E"),
-    "wide experts": tiny_config("ME*E", moe={"moe_latent_size": None}),
-    "transformer": qwen_config(),
-    "tied": tiny_config("M*-", tie_word_embeddings=True),
+    "whole": tiny_config("MEM*E-ME/*E/*E", **WHOLE_BLOCKS),
+    "wide experts": tiny_config("ME*E", moe={"moe_latent_size": None, **WHOLE_BLOCKS["moe"]}),
+    "transformer": qwen_config(moe={"moe_intermediate_size": 112}),
+    "tied": tiny_config("M*-", tie_word_embeddings=True, **WHOLE_BLOCKS),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 every_format = pytest.mark.parametrize("weights", FORMATS)
@@ -33,10 +39,10 @@ def test_is_the_dequantized_model(config, weights, assert_close):
     tokens = tokens_for(config, 2, 37)
     logits = model(tokens)
     assert_close(logits, convert_weights(model, None)(tokens), FLOAT32)
-    # Rounding to a 254th of each row's range is seen, and no more: where it changes which experts
-    # a token goes to, random weights make a difference of a tenth.
+    # Rounding is seen, and no more: where it changes which experts a token goes to, random weights
+    # make a difference of a tenth.
     off = (logits - plain(tokens)).square().mean().sqrt() / plain(tokens).std()
-    assert 1e-4 < off < 0.2
+    assert 1e-4 < off < {"int8": 0.2, "fp8": 0.3, "nvfp4": 0.9}[weights]
 
 
 @every_format
@@ -77,10 +83,19 @@ def test_is_saved_and_read_to_the_bit(tmp_path, config, weights):
     model = convert_weights(tiny_model(config), weights)
     model.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
-    assert fields["model_type"] == "nemotron3"
-    assert fields["quantization_config"]["format"] == weights
+    described = fields["quantization_config"]
+    if weights == "int8":
+        assert fields["model_type"] == "nemotron3"
+        assert described["format"] == weights
+        assert not (tmp_path / "hf_quant_config.json").exists()
+    else:
+        algorithm = {"fp8": "FP8", "nvfp4": "W4A16_NVFP4"}[weights]
+        assert described["quant_method"] == "modelopt"
+        other = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
+        assert described["quant_algo"] == other["quant_algo"] == algorithm
     read = LanguageModel.from_pretrained(tmp_path)
-    assert read.config == config
+    spread = {"initializer_range": config.init_std}  # written as a number
+    assert replace(read.config, **spread) == replace(config, **spread)
     assert_same(read, model)
     read.save_pretrained(tmp_path / "again")
     assert_same(LanguageModel.from_pretrained(tmp_path / "again", weights=weights), model)
@@ -143,18 +158,11 @@ def test_gradients_pass_through(weights, assert_close):
 def test_what_does_not_fit_is_refused(tmp_path, weights):
     config = MODELS["wide experts"]
     model = tiny_model(config)
-    with pytest.raises(ConfigError, match="weights is 'int3'; the number formats are int8"):
+    with pytest.raises(
+        ConfigError, match="weights is 'int3'; the number formats are int8, fp8, nvfp4"
+    ):
         convert_weights(model, "int3")
     convert_weights(model, weights).save_pretrained(tmp_path / "held")
-    fields = json.loads((tmp_path / "held" / "config.json").read_text())
-    fields["quantization_config"]["format"] = "int3"
-    (tmp_path / "held" / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match="weights is 'int3'"):
-        LanguageModel.from_pretrained(tmp_path / "held")
-    del fields["quantization_config"]
-    (tmp_path / "held" / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match="a quantized format"):
-        LanguageModel.from_pretrained(tmp_path / "held")
     with torch.no_grad():
         model.lm_head.weight[3, 4] = torch.nan
     model.save_pretrained(tmp_path / "broken")
@@ -167,4 +175,51 @@ def assert_same(a: LanguageModel, b: LanguageModel) -> None:
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == others[name].dtype
-        assert torch.equal(tensor, others[name]), name
+        bits = (t if t.dtype.itemsize > 1 else t.view(torch.uint8) for t in (tensor, others[name]))
+        assert torch.equal(*bits), name
+
+
+def test_a_format_of_our_own_that_is_unknown_is_named(tmp_path):
+    convert_weights(tiny_model("E"), "int8").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["quantization_config"]["format"] = "int3"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="weights is 'int3'"):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_matrix_without_whole_blocks_is_named():
+    with pytest.raises(ConfigError, match=r"'backbone.layers.0.mixer.experts.down_proj' .* 24 inp"):
+        convert_weights(tiny_model("E"), "nvfp4")
+
+
+def test_some_matrices_may_have_formats_of_their_own(tmp_path, assert_close):
+    """The published mix: experts in four bits, Mamba and shared experts in eight."""
+    config = MODELS["whole"]
+    plain = tiny_model(config)
+    plain.save_pretrained(tmp_path / "plain")
+    formats = {}
+    for name in quantizable_names(plain):
+        if ".experts." in name:
+            formats[name] = "nvfp4"
+        elif "_proj" in name and ("shared" in name or "in_proj" in name or "out_proj" in name):
+            formats[name] = "fp8"
+    model = LanguageModel.from_pretrained(tmp_path / "plain", weights=formats)
+    assert weight_formats(model) == formats
+    assert weight_format(model) == "mixed"
+    tokens = tokens_for(config, 2, 11)
+    with torch.no_grad():
+        assert_close(model(tokens), convert_weights(model, None)(tokens), FLOAT32)
+    model.save_pretrained(tmp_path / "mixed")
+    described = json.loads((tmp_path / "mixed" / "hf_quant_config.json").read_text())
+    layers = described["quantization"]["quantized_layers"]
+    assert layers["backbone.layers.1.mixer.experts.3.up_proj"]["quant_algo"] == "W4A16_NVFP4"
+    assert layers["backbone.layers.0.mixer.in_proj"] == {"quant_algo": "FP8"}
+    assert "lm_head" in described["quantization"]["exclude_modules"]
+    read = LanguageModel.from_pretrained(tmp_path / "mixed")
+    assert weight_formats(read) == formats
+    assert_same(read, model)
+    with pytest.raises(ConfigError, match=r"weights is 'fp8'.* holds mixed weights"):
+        LanguageModel.from_pretrained(tmp_path / "mixed", weights="fp8")
+    with pytest.raises(ConfigError, match=r"'backbone.norm_f.weight' is no matrix"):
+        LanguageModel.from_pretrained(tmp_path / "plain", weights={"backbone.norm_f.weight": "fp8"})

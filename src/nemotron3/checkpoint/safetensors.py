@@ -23,7 +23,7 @@ refuses, never a mixture of two models.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -109,11 +109,15 @@ class ShardedReader:
         with _open(self.info(name).file) as shard:
             return _get(shard, name, self._infos[name].file)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, shard by shard; only one shard is open at a time."""
-        for file in dict.fromkeys(info.file for info in self._infos.values()):
+    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, or those of `names`, shard by shard; one shard is open at a time."""
+        by_file: dict[Path, list[str]] = {}
+        for name, info in self._infos.items():
+            if names is None or name in names:
+                by_file.setdefault(info.file, []).append(name)
+        for file, held in by_file.items():
             with _open(file) as shard:
-                for name in (name for name, info in self._infos.items() if info.file == file):
+                for name in held:
                     yield name, _get(shard, name, file)
 
     def _read_index(self) -> dict[str, str]:

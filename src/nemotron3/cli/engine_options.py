@@ -92,10 +92,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--weights",
-        choices=("auto", "int8"),
+        choices=("auto", "int8", "fp8", "nvfp4"),
         default="auto",
-        help="number format of the matrices of layers, experts and output layer; int8 rounds plain "
-        "ones as they are read (default auto: as they are stored)",
+        help="number format of the matrices of layers, experts and output layer, to which plain "
+        "ones are rounded as they are read (default auto: as they are stored)",
     )
 
 

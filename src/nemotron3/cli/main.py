@@ -22,6 +22,7 @@ from nemotron3.cli.environment_options import add_environment_verb
 from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
 from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.cli.option_types import seconds
+from nemotron3.cli.quantize_options import add_quantize_verb
 from nemotron3.cli.study_options import add_study_verb
 from nemotron3.errors import InvalidValueError, Nemotron3Error
 from nemotron3.runtime.malloc import retain_freed_memory
@@ -60,6 +61,7 @@ _FUNCTIONS = {
     "chat": "chat.chat_command",
     "merge": "merge.merge_command",
     "merge-adapter": "merge.merge_adapter_command",
+    "quantize": "quantize.quantize_command",
     "env": "environments.env_command",
     "eval": "evaluate.eval_command",
     "compare": "compare.compare_command",
@@ -144,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(verbs)
     _add_merge(verbs)
     _add_merge_adapter(verbs)
+    add_quantize_verb(verbs)
     add_environment_verb(verbs)
     add_eval_verb(verbs)
     add_compare_verb(verbs)

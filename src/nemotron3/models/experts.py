@@ -118,8 +118,11 @@ class Router(DeclaredModule):
         super().__init__()
         self.config = config
         experts = config.n_routed_experts
-        self.declare("weight", (experts, hidden_size), init=Normal(), decays=True)
-        # In a narrower dtype, rounding would change the choice and lose updates of 1e-3.
+        # In a narrower dtype, rounding would change the choice, and lose updates of 1e-3 of the
+        # bias. Published quantized checkpoints hold the matrix in float32 beside bfloat16 ones.
+        self.declare(
+            "weight", (experts, hidden_size), init=Normal(), decays=True, keep_float32=True
+        )
         self.declare_buffer(
             "e_score_correction_bias", (experts,), init=Constant(0.0), keep_float32=True
         )

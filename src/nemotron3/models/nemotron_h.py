@@ -9,7 +9,8 @@ batch, and in whether a state is carried.
     model(stream, layout=layout, head=loss, mtp_depths=2)     # loss(ModelOutput), without logits
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
@@ -33,7 +34,6 @@ from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mixer import last_stateful_layer
 from nemotron3.models.mtp import MultiTokenPredictor
 from nemotron3.models.norm import RMSNorm
-from nemotron3.models.parameter import use_weight_format
 from nemotron3.models.routes import RecordedRoutes
 from nemotron3.ops.low_precision import RoundingPosition
 from nemotron3.ops.products import dense
@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         cast_dtype: torch.dtype | None = None,
-        weights: WeightFormat | None = None,
+        weights: WeightFormat | Mapping[str, WeightFormat] | None = None,
         config_class: type[ModelConfig] = ModelConfig,
     ) -> "LanguageModel":
         """A model from a directory in the published layout (config.json and safetensors).
@@ -200,20 +200,20 @@ class LanguageModel(nn.Module):
         the scan's parameters and the router's bias are float32. `cast_dtype` is another dtype for
         the matrices of products and the embedding, which are cast to the dtype of activations where
         they are used: in that one they compute the same. `weights` is the number format of
-        the matrices of dense layers, experts and output layer, which are quantized as they are
-        read; the default is the stored format. `config_class` is the subclass of ModelConfig that
-        the model was saved with, if it has one.
+        the matrices of dense layers, experts and output layer, or formats by the names of
+        parameters; plain ones are quantized as they are read. Matrices that are stored quantized,
+        in ModelOpt's published form or in ours, are read as they are. `config_class` is the
+        subclass of ModelConfig that the model was saved with, if it has one.
         """
         companions = huggingface.read_directory(path, config_class)
         config = companions.config
         with torch.device("meta"):
             model = cls(config)
-            if (held := weights or huggingface.stored_weight_format(path)) is not None:
-                use_weight_format(model, held)
+            quantization = huggingface.use_stored_formats(model, path, weights)
         huggingface.read_weights(
             model, config, path, device=torch.device(device), dtype=dtype, cast_dtype=cast_dtype
         )
-        model.companions = companions
+        model.companions = replace(companions, quantization=quantization)
         return model
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -221,8 +221,9 @@ class LanguageModel(nn.Module):
 
         For a model that was loaded, the other contents of its directory are written as well: fields
         of config.json and generation_config.json that this package does not read, the tokenizer and
-        the chat template. Quantized weights are written as codes and scales, in this package's own
-        layout; for a published layout convert the model first (`models.precision.convert_weights`).
+        the chat template. Quantized weights are written as codes and scales: NVFP4 and FP8 in
+        ModelOpt's published form, int8 in this package's own layout. To write plain tensors convert
+        the model first (`models.precision.convert_weights`).
         A model with an adapter is merged first (`models.lora.shared_model`).
         """
         if any(isinstance(module, ComputedWeight) for module in self.modules()):
@@ -423,8 +424,18 @@ class LanguageModel(nn.Module):
             slots=slots,
             dtype=self.compute_dtype,
             device=self.device,
-            precision=precision,
+            precision=self.state_precision(precision),
         )
+
+    def state_precision(self, precision: StatePrecision | None) -> StatePrecision | None:
+        """Number formats of a state, with the scales of keys and values in the model's directory.
+
+        They apply to float8, and where `precision` has no others.
+        """
+        if precision is None or precision.keys != "float8" or precision.key_scales:
+            return precision
+        scales = huggingface.stored_key_scales(self, self.companions)
+        return replace(precision, key_scales=scales)
 
 
 def _ahead(tokens: Tensor, layout: SequenceLayout, by: int) -> Tensor:

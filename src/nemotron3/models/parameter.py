@@ -16,14 +16,14 @@ Declarations belong to the module, because every conversion replaces the tensor.
 that is declared to stay in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nemotron3.errors import ConfigError
+from nemotron3.errors import ConfigError, OperandError
 from nemotron3.models.initial_values import InitialValue
 from nemotron3.ops.weights import FORMATS, QuantizedWeight, Weight
 
@@ -125,25 +125,55 @@ def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
     }
 
 
-def use_weight_format(model: nn.Module, weights: str) -> None:
-    """Replace the parameters that may be quantized by uninitialised weights in this format."""
-    if weights not in FORMATS:
-        raise ConfigError(
-            f"is {weights!r}; the number formats are {', '.join(FORMATS)}", field="weights"
-        )
-    for module in list(model.modules()):
-        if isinstance(module, DeclaredModule):
-            for name, spec in module.specs.items():
-                if spec.quantizes:
-                    shape = getattr(module, name).shape
-                    delattr(module, name)
-                    setattr(module, name, FORMATS[weights].empty(shape))
+def use_weight_format(model: nn.Module, weights: str | Mapping[str, str]) -> None:
+    """Replace the parameters that may be quantized by uninitialised weights in a number format.
+
+    `weights` is the format of all of them, or formats by the names of parameters, of which those
+    without one stay plain. Raises ConfigError for what no format can express.
+    """
+    found = quantizable_names(model)
+    formats = dict.fromkeys(found, weights) if isinstance(weights, str) else weights
+    for name in formats:
+        if name not in found:
+            raise ConfigError(
+                f"{name!r} is no matrix that may have a number format; those of products are: "
+                f"{', '.join(found[:3])} and others"
+            )
+    for name, wanted in formats.items():
+        if wanted not in FORMATS:
+            raise ConfigError(
+                f"is {wanted!r}; the number formats are {', '.join(FORMATS)}", field="weights"
+            )
+        prefix, _, last = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        shape = getattr(module, last).shape
+        try:
+            weight = FORMATS[wanted].empty(shape)
+        except OperandError as error:
+            raise ConfigError(f"{name!r} of shape {tuple(shape)} cannot be {error}") from error
+        delattr(module, last)
+        setattr(module, last, weight)
+
+
+def quantizable_names(model: nn.Module) -> list[str]:
+    """The names of the parameters that may be quantized, also where they are."""
+    return [name for name, spec in parameter_specs(model).items() if spec.quantizes]
+
+
+def weight_formats(model: nn.Module) -> dict[str, str]:
+    """The number formats of a model's quantized weights, by the names of their parameters."""
+    return {n: m.format for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
 
 
 def weight_format(model: nn.Module) -> str | None:
-    """The number format of a model's weights; None if they are plain tensors."""
-    formats = {m.format for m in model.modules() if isinstance(m, QuantizedWeight)}
-    return next(iter(formats), None)
+    """The number format of a model's weights, "mixed" for several; None if they are plain."""
+    return name_of_formats(weight_formats(model).values())
+
+
+def name_of_formats(formats: Iterable[str]) -> str | None:
+    """One name for number formats: "mixed" for several, None for none."""
+    names = set(formats)
+    return None if not names else names.pop() if len(names) == 1 else "mixed"
 
 
 def state_tensors(model: nn.Module) -> Iterator[tuple[str, Weight]]:

@@ -101,6 +101,7 @@ def lines(
     series: Sequence[Series],
     *,
     y_label: str,
+    x_label: str = "step",
     scale: Axis = "linear",
     is_percent: bool = False,
     is_smoothed: bool = True,
@@ -119,7 +120,7 @@ def lines(
         if reference is not None:
             axes.axhline(reference[1], color=_STAND_INS["muted"], linewidth=1, dashes=(4, 3))
             legend.append(("muted", f"{reference[0]} {reference[1]:.3g}"))
-        _dress(axes, y_label=y_label, scale=scale, is_percent=is_percent)
+        _dress(axes, x_label=x_label, y_label=y_label, scale=scale, is_percent=is_percent)
         svg = _to_svg(figure)
     lost = sum(int((~np.isfinite(one.values)).sum()) for one in drawn)
     note = f"{lost} values were not finite; red ticks mark them." if lost else ""
@@ -291,13 +292,14 @@ def _dress(
     axes: Any,
     *,
     y_label: str,
+    x_label: str = "step",
     scale: Axis = "linear",
     is_percent: bool = False,
     has_grid: bool = True,
 ) -> None:
     """Set the axes, grid and number formats that all figures share."""
     ticker = importlib.import_module("matplotlib.ticker")
-    axes.set_xlabel("step")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(_fitting(y_label))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _short(x)))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))

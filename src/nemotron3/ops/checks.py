@@ -21,20 +21,33 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nemotron3.errors import OperandError, OperandIndexError
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.weights import Weight
 
 _FEW = 64
 """Up to this number, indices are read faster as a list than as a NumPy array."""
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 Shape = Sequence[int]
+
+
+class Shaped(Protocol):
+    """A tensor, or a weight in a number format of its own."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of its values."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
 
 
 def check_axes(operation: str, name: str, t: Tensor, axes: str) -> None:
@@ -61,7 +74,7 @@ def check_operand(
     raise _wrong_dtype(operation, name, t, expected)
 
 
-def check_weight(operation: str, name: str, weight: Weight, axes: str, like: Tensor) -> None:
+def check_weight(operation: str, name: str, weight: Shaped, axes: str, like: Tensor) -> None:
     """Refuse a weight with other axes, on another device or, if it is a tensor, another dtype."""
     if isinstance(weight, Tensor):
         check_axes(operation, name, weight, axes)
@@ -72,7 +85,7 @@ def check_weight(operation: str, name: str, weight: Weight, axes: str, like: Ten
     check_device(operation, name, weight, like)
 
 
-def check_shape(operation: str, name: str, t: Weight, shape: Shape) -> None:
+def check_shape(operation: str, name: str, t: Shaped, shape: Shape) -> None:
     """Refuse another shape."""
     if t.shape != shape:
         raise OperandError(
@@ -81,7 +94,7 @@ def check_shape(operation: str, name: str, t: Weight, shape: Shape) -> None:
         )
 
 
-def check_device(operation: str, name: str, t: Weight, like: Tensor) -> None:
+def check_device(operation: str, name: str, t: Shaped, like: Tensor) -> None:
     """Refuse another device than that of `like`."""
     if t.device != like.device:
         raise OperandError(
@@ -281,7 +294,7 @@ def without_tokens(x: Tensor, *operands: Tensor | None) -> Tensor:
     return x
 
 
-def _wrong_axes(operation: str, name: str, t: Weight, axes: str) -> OperandError:
+def _wrong_axes(operation: str, name: str, t: Shaped, axes: str) -> OperandError:
     return OperandError(
         f"{operation}: {name} has shape {list(t.shape)}; expected [{axes.replace(' ', ', ')}]"
     )

@@ -15,7 +15,7 @@ from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import convert_weights
 from nemotron3.ops.weights import FORMATS
-from tests.tiny import qwen_config, tiny_config, tiny_model, tokens_for
+from tests.tiny import WHOLE_BLOCKS, qwen_config, tiny_config, tiny_model, tokens_for
 
 CONFIGS = {
     "every layer": tiny_config("MEM*E-/*E"),
@@ -97,7 +97,7 @@ def test_whatever_changes_is_used(name, how, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("weights", FORMATS)
 def test_whatever_changes_is_quantized_anew(weights):
-    config = CONFIGS["every layer"]
+    config = tiny_config("MEM*E-/*E", **WHOLE_BLOCKS)
     plain, other = tiny_model(config), tiny_model(config, seed=5).state_dict()
     engine = engine_for(convert_weights(plain_copy(plain), weights))
     before = observed(engine, "before")

@@ -12,7 +12,7 @@ from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.precision import convert_weights
 from nemotron3.ops.weights import FORMATS
-from tests.tiny import tiny_config, tiny_model, tokens_for
+from tests.tiny import WHOLE_BLOCKS, tiny_config, tiny_model, tokens_for
 from tests.tolerances import DECODE
 
 PATTERNS = ["MM", "**", "EE", "--", "MEM*E-"]
@@ -125,7 +125,7 @@ def test_an_engine_of_quantized_weights_is_one_forward_pass_and_takes_plain_ones
     tmp_path, weights, how
 ):
     """Prompt, recorded steps and drafts, before and after an update with plain weights."""
-    config = tiny_config("MEM*E-/*E")
+    config = tiny_config("MEM*E-/*E", **WHOLE_BLOCKS)
     model = convert_weights(tiny_model(config), weights)
     engine = engine_for(model, max_draft_tokens=2, adapts_drafts=False)
     prompt = tokens_for(config, 13).tolist()

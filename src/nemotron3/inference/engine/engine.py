@@ -92,7 +92,7 @@ class Engine:
                 pages=pages,
                 max_length=self.max_model_len + MAX_STEPS,
                 drafts=drafts > 0,
-                precision=self.config.state,
+                precision=model.state_precision(self.config.state),
             )
         kept_bytes = self.config.prefix_cache_bytes if self.config.keeps_states else 0
         self.prefixes = PrefixCache(self.cache, max_bytes=kept_bytes)

@@ -7,17 +7,27 @@ from nemotron3.models.huggingface.directory import (
     read_config,
     read_directory,
     read_weights,
-    stored_weight_format,
     write_model,
+)
+from nemotron3.models.huggingface.modelopt import StoredQuantization
+from nemotron3.models.huggingface.stored_formats import (
+    published_weights,
+    stored_key_scales,
+    stored_weight_format,
+    use_stored_formats,
 )
 
 __all__ = [
     "Companions",
+    "StoredQuantization",
     "dialect_of",
     "prepared_weights",
+    "published_weights",
     "read_config",
     "read_directory",
     "read_weights",
+    "stored_key_scales",
     "stored_weight_format",
+    "use_stored_formats",
     "write_model",
 ]

@@ -14,6 +14,7 @@ from typing import Any, cast
 from nemotron3.checkpoint.files import full_disk_named, write_file
 from nemotron3.errors import CheckpointError
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.huggingface.modelopt import StoredQuantization
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -48,6 +49,8 @@ class Companions:
     """The tokenizer's files by name, including the chat template."""
     code_files: Mapping[str, bytes]
     """Python files by name."""
+    quantization: StoredQuantization | None = None
+    """What belongs to quantized weights besides their tensors."""
 
 
 def read_companions(

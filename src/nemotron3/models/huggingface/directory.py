@@ -1,14 +1,15 @@
 """Model directories in the published layout: config.json, generation_config.json, safetensors.
 
 A dialect lists every tensor of the checkpoint under its published name as a view of the model's own
-tensor. Writing streams the views; reading copies into them. Names and shapes are compared before
-the model gets its memory, so a missing, extra or mis-shaped tensor is an error that names it and
-costs no time.
+tensor. Writing streams the views; reading copies into them. A quantized weight is one view, and
+several tensors in the files: codes and scales (modelopt.py), which are copied as they are. Names
+and shapes are compared before the model gets its memory, so a missing, extra or mis-shaped tensor
+is an error that names it and costs no time.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,19 +31,30 @@ from nemotron3.models.huggingface.companions import (
     write_json,
 )
 from nemotron3.models.huggingface.fields import Fields, updated
-from nemotron3.models.parameter import parameter_specs, weight_format
-from nemotron3.ops.weights import Weight
+from nemotron3.models.huggingface.modelopt import (
+    HF_QUANT_CONFIG,
+    QUANTIZATION,
+    config_record,
+    descriptions,
+    read_quantization,
+    scales_to_write,
+)
+from nemotron3.models.parameter import (
+    parameter_specs,
+    weight_formats,
+)
+from nemotron3.ops.weights import QuantizedWeight, Weight
 
 _DIALECTS: tuple[ModuleType, ...] = (nemotron_h, qwen3_moe, native)
 """In order of preference for writing; the last one can express every model."""
-_QUANTIZATION = "quantization_config"
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 
 def read_config(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> ModelConfig:
     """The configuration of a model directory; `config_class` is that of our own layout."""
-    return _config_from(*_read_fields(path), config_class)
+    dialect, fields, _ = read_fields(path)
+    return _config_from(dialect, fields, config_class)
 
 
 def _config_from(
@@ -55,7 +67,7 @@ def _config_from(
 
 def read_directory(path: Path | str, config_class: type[ModelConfig] = ModelConfig) -> Companions:
     """The configuration of a model directory, and all other contents except the tensors."""
-    dialect, fields = _read_fields(path)
+    dialect, fields, _ = read_fields(path)
     config = _config_from(dialect, fields, config_class)
     return read_companions(Path(path), config=config, fields=fields.fields)
 
@@ -73,18 +85,33 @@ def write_model(
     `companions` are the other contents of the directory from which the model was loaded; they are
     written again.
     """
-    dialect = _dialect_to_write(model, config, companions)
+    dialect = dialect_to_write(model, config, companions)
     dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
-    weights = weight_format(model)
-    views = _in_parts(dialect.published_views(model, config)).items()
-    total = sum(tensor.nbytes for _, tensor in views)
+    views = dict(dialect.published_views(model, config))
+    formats = {n: view.format for n, view in views.items() if isinstance(view, QuantizedWeight)}
+    read = None if companions is None else companions.quantization
+    scales = scales_to_write(read, formats)
+    vectors: frozenset[str] = frozenset() if read is None else read.vectors
+    tensors = [*_in_files(views, vectors), *scales.items()]
+    total = sum(tensor.nbytes for _, tensor in tensors)
     with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
-        for name, tensor in views:
+        for name, tensor in tensors:
             writer.add(name, tensor)
     fields = _fields_to_write(dialect, config, dtype, companions)
-    if weights is not None:
-        fields[_QUANTIZATION] = {"quant_method": native.MODEL_TYPE, "format": weights}
+    described: Mapping[str, Any] | None = None
+    if formats:
+        if read is not None and read.config_field and read.formats == formats:
+            field, described = read.config_field, read.hf_quant_config
+        else:
+            is_matrix = (n for n, view in views.items() if n not in formats and view.dim() > 1)
+            plain = (n for n in is_matrix if "embed" not in n)
+            field, described = descriptions(formats, plain, scales)
+        fields[QUANTIZATION] = field
     write_json(Path(path) / CONFIG_FILE, fields)
+    if described is not None:
+        write_json(Path(path) / HF_QUANT_CONFIG, described)
+    else:
+        (Path(path) / HF_QUANT_CONFIG).unlink(missing_ok=True)
     write_companions(Path(path), config, companions)
 
 
@@ -93,17 +120,18 @@ def dialect_of(
 ) -> ModuleType:
     """The layout that a model was read in, or that it would be written in."""
     if companions is not None:
-        return _dialect_of(companions.fields)
-    return _dialect_to_write(model, config, companions)
+        return dialect_of_fields(companions.fields)
+    return dialect_to_write(model, config, companions)
 
 
-def _dialect_to_write(
+def dialect_to_write(
     model: nn.Module, config: ModelConfig, companions: Companions | None
 ) -> ModuleType:
-    if weight_format(model) is not None:
-        return native  # no published layout has these formats
+    """The layout that a model is written in: that of its directory, if it can express the model."""
+    if "int8" in weight_formats(model).values():
+        return native  # no published layout has this format
     if companions is not None and config == companions.config:
-        dialect = _dialect_of(companions.fields)
+        dialect = dialect_of_fields(companions.fields)
         # A dialect has names for all tensors that were read from it, except Qwen's selection bias.
         if dialect is not qwen3_moe:
             return dialect
@@ -116,7 +144,7 @@ def _fields_to_write(
     after = dialect.config_to(config)
     if companions is None:
         return after | {"dtype": dtype, "torch_dtype": dtype}
-    read_in = _dialect_of(companions.fields)
+    read_in = dialect_of_fields(companions.fields)
     fields = updated(
         companions.fields,
         before=read_in.config_to(companions.config),
@@ -150,30 +178,67 @@ def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) ->
     return lambda: files.copy_to(model, config)
 
 
+class _Part(NamedTuple):
+    """One of the stored tensors of a quantized weight."""
+
+    weight: QuantizedWeight
+    name: str
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor as it is written."""
+        return self.weight.parts()[self.name]
+
+    @property
+    def shape(self) -> torch.Size:
+        """As it is written."""
+        return self.stored.shape
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a stored tensor is this one; the scale of a matrix may have several shapes."""
+        if shape == tuple(self.shape):
+            return True
+        rows = tuple(self.weight.shape[:1])
+        return all(s in ((), (1,), rows) for s in (shape, tuple(self.shape)))
+
+    def copy_(self, tensor: Tensor) -> None:
+        """Copy the stored tensor."""
+        self.weight.load_part(self.name, tensor)
+
+
+_Destination = Tensor | QuantizedWeight | _Part
+
+
 class _Files(NamedTuple):
     """The tensors of a directory, compared with those of a model."""
 
     dialect: ModuleType
-    is_quantized: bool
-    """Whether weights are stored as codes and scales."""
+    formats: Mapping[str, str]
+    """The formats of weights that are stored as codes and scales."""
     reader: ShardedReader
     stored: dict[str, str]
     """Names in the files, by the names that this package writes."""
     stacked: dict[str, list[tuple[int, str]]]
 
-    def destinations(self, model: nn.Module, config: ModelConfig) -> Mapping[str, Weight]:
-        """The tensors to copy into; a plain tensor is quantized if the model's weight is."""
-        views = self.dialect.published_views(model, config)
-        return _in_parts(views) if self.is_quantized else dict(views)
+    def destinations(self, model: nn.Module, config: ModelConfig) -> dict[str, _Destination]:
+        """What to copy tensors into; a plain tensor is quantized if the model's weight is."""
+        found: dict[str, _Destination] = {}
+        for name, view in self.dialect.published_views(model, config):
+            if isinstance(view, QuantizedWeight) and name in self.formats:
+                stem = name.removesuffix("weight")
+                found |= {stem + part: _Part(view, part) for part in view.parts()}
+            else:
+                found[name] = view
+        return found
 
     def check_values(self, model: nn.Module, config: ModelConfig) -> None:
         """Raise CheckpointError for values that a quantized weight cannot represent."""
         destinations = self.destinations(model, config)
-        if all(isinstance(weight, Tensor) for weight in destinations.values()):
+        if not any(isinstance(weight, QuantizedWeight) for weight in destinations.values()):
             return
         for spelling, name in self.stored.items():
             parts = self.stacked.get(spelling, ((None, spelling),))
-            if all(isinstance(destinations[to], Tensor) for _, to in parts):
+            if not any(isinstance(destinations[to], QuantizedWeight) for _, to in parts):
                 continue
             if not self.reader.load(name).isfinite().all():
                 raise CheckpointError(
@@ -186,7 +251,7 @@ class _Files(NamedTuple):
         destinations = self.destinations(model, config)
         ours = {name: spelling for spelling, name in self.stored.items()}
         with torch.no_grad():
-            for name, tensor in self.reader.tensors():
+            for name, tensor in self.reader.tensors(ours):
                 spelling = ours[name]
                 for part, destination in self.stacked.get(spelling, ((None, spelling),)):
                     try:
@@ -198,70 +263,68 @@ class _Files(NamedTuple):
 
 
 def _opened(model: nn.Module, config: ModelConfig, path: Path | str) -> _Files:
-    dialect, _ = _read_fields(path)
-    held, weights = weight_format(model), stored_weight_format(path)
-    if weights is not None and weights != held:
-        raise ConfigError(
-            f"{path} holds {weights} weights and the model's are {held or 'plain tensors'}; read "
-            "the directory by LanguageModel.from_pretrained and convert the model"
-        )
+    dialect, _, record = read_fields(path)
     reader = ShardedReader(path)
     stored = {dialect.our_spelling(name): name for name in reader.names}
-    files = _Files(dialect, weights is not None, reader, stored, {})
+    quantization = read_quantization(reader, stored, record, None)
+    formats = {} if quantization is None else quantization.formats
+    for name, view in dialect.published_views(model, config):
+        held = view.format if isinstance(view, QuantizedWeight) else "plain"
+        if formats.get(name, held) != held:
+            raise ConfigError(
+                f"{path} holds {name!r} in {formats[name]}, and the model's is {held}; read the "
+                "directory by LanguageModel.from_pretrained and convert the model"
+            )
+    if quantization is not None:
+        stored = {name: held for name, held in stored.items() if name not in quantization.scales}
+    files = _Files(dialect, formats, reader, stored, {})
     shapes = files.destinations(model, config)
     files = files._replace(stacked=_stacked_names(shapes, stored))
     _compare(reader, stored, shapes, files.stacked)
     return files
 
 
-def _in_parts(views: Iterable[tuple[str, Weight]]) -> dict[str, Tensor]:
-    """The tensors in the files: a quantized weight consists of several."""
-    parts: dict[str, Tensor] = {}
-    for name, weight in views:
-        if isinstance(weight, Tensor):
-            parts[name] = weight
-        else:
-            parts |= {name + suffix: part for suffix, part in weight.parts().items()}
-    return parts
+def _in_files(views: Mapping[str, Weight], vectors: frozenset[str]) -> list[tuple[str, Tensor]]:
+    """The tensors in the files, of which a quantized weight has several.
+
+    `vectors` are the scales that are written as [1].
+    """
+    found: list[tuple[str, Tensor]] = []
+    for name, view in views.items():
+        if isinstance(view, Tensor):
+            found.append((name, view))
+            continue
+        for part, tensor in view.parts().items():
+            spelling = name.removesuffix("weight") + part
+            is_vector = spelling in vectors and tensor.dim() == 0
+            found.append((spelling, tensor.reshape(1) if is_vector else tensor))
+    return found
 
 
-def stored_weight_format(path: Path | str) -> str | None:
-    """The number format of a directory's weights; None if they are plain tensors."""
-    quantization = _own_quantization(read_json(Path(path) / CONFIG_FILE))
-    return None if quantization is None else quantization.get("format")
-
-
-def _own_quantization(fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    found: Any = fields.get(_QUANTIZATION)
-    is_ours = isinstance(found, dict) and found.get("quant_method") == native.MODEL_TYPE
-    return found if is_ours else None
-
-
-def _read_fields(path: Path | str) -> tuple[ModuleType, Fields]:
-    """The dialect of config.json, and the language model's fields in it."""
+def read_fields(path: Path | str) -> tuple[ModuleType, Fields, dict[str, Any] | None]:
+    """The dialect of config.json, the language model's fields in it, and the quantization."""
     file = Path(path) / CONFIG_FILE
     fields = read_json(file)
-    if _own_quantization(fields) is not None:
-        fields = {name: value for name, value in fields.items() if name != _QUANTIZATION}
-    quantized = bool(fields.get(_QUANTIZATION))
+    record = config_record(fields, file)
     for nested in ("llm_config", "text_config"):
         fields = fields.get(nested) or fields
-    if quantized or fields.get(_QUANTIZATION):
-        raise ConfigError(f"{file}: the checkpoint is quantized, and only plain weights are read")
+        record = record or config_record(fields, file)
+    fields = {name: value for name, value in fields.items() if name != QUANTIZATION}
     model_type = fields.get("model_type")
     known = [dialect.MODEL_TYPE for dialect in _DIALECTS]
     if model_type not in known:
         raise ConfigError(f"{file}: model_type is {model_type!r}; readable are {', '.join(known)}")
-    dialect = _dialect_of(fields)
-    return dialect, Fields(fields, str(file), dialect.ALIASES)
+    dialect = dialect_of_fields(fields)
+    return dialect, Fields(fields, str(file), dialect.ALIASES), record
 
 
-def _dialect_of(fields: Mapping[str, Any]) -> ModuleType:
+def dialect_of_fields(fields: Mapping[str, Any]) -> ModuleType:
+    """The layout that config.json names."""
     return next(d for d in _DIALECTS if fields["model_type"] == d.MODEL_TYPE)
 
 
 def _stacked_names(
-    shapes: Mapping[str, Weight], stored: dict[str, str]
+    shapes: Mapping[str, _Destination], stored: dict[str, str]
 ) -> dict[str, list[tuple[int, str]]]:
     """Tensors of all experts at once, as transformers has them in memory."""
     stacked: dict[str, list[tuple[int, str]]] = {}
@@ -275,22 +338,16 @@ def _stacked_names(
 def _compare(
     reader: ShardedReader,
     stored: dict[str, str],
-    shapes: Mapping[str, Weight],
+    shapes: Mapping[str, _Destination],
     stacked: dict[str, list[tuple[int, str]]],
 ) -> None:
     # Files in other quantized formats have extra and mis-shaped tensors: this error comes first.
     for spelling, name in stored.items():
-        info, ours = reader.info(name), shapes.get(spelling)
-        if isinstance(ours, Tensor) and not ours.is_floating_point():
-            if info.dtype != ours.dtype:
-                raise CheckpointError(
-                    f"{info.file}: tensor {name!r} is stored as {info.dtype}; the number format "
-                    f"in config.json has {ours.dtype} there"
-                )
-        elif info.dtype not in _READABLE:
+        info = reader.info(name)
+        if not isinstance(shapes.get(spelling), _Part) and info.dtype not in _READABLE:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} is stored as {info.dtype}, a quantized format; only "
-                "float32, float16 and bfloat16 weights are read"
+                "float32, float16 and bfloat16 are read there"
             )
     covered = {name for parts in stacked.values() for _, name in parts}
     missing = [name for name in shapes if name not in stored and name not in covered]
@@ -306,12 +363,15 @@ def _compare(
             f"first {stored[extra[0]]!r}; config.json is of another model"
         )
     for spelling, name in stored.items():
+        info = reader.info(name)
         if spelling in stacked:
             parts = stacked[spelling]
             expected = (len(parts), *shapes[parts[0][1]].shape)
         else:
-            expected = tuple(shapes[spelling].shape)
-        info = reader.info(name)
+            ours = shapes[spelling]
+            expected = tuple(ours.shape)
+            if isinstance(ours, _Part) and ours.fits(info.shape):
+                continue
         if info.shape != expected:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} has shape {info.shape}, but config.json calls for "
@@ -330,14 +390,12 @@ def _why_missing(names: list[str]) -> str:
 
 def _stored_dtype(model: nn.Module, config: ModelConfig, files: _Files) -> torch.dtype:
     """The dtype of most of the weights; a file may keep single tensors in a wider one."""
-    # Dialects have other names of modules, but the same last parts of these names.
-    specs = parameter_specs(model)
-    wide = tuple({f".{n.rpartition('.')[2]}" for n, spec in specs.items() if spec.keep_float32})
+    kept = (name for name, spec in parameter_specs(model).items() if spec.keep_float32)
+    wide = {files.dialect.published_product(name) for name in kept}
     sizes: Counter[torch.dtype] = Counter()
-    views = files.dialect.published_views(model, config) if files.is_quantized else ()
-    parts = _in_parts((name, view) for name, view in views if not isinstance(view, Tensor))
+    destinations = files.destinations(model, config)
     for spelling, name in files.stored.items():
-        if not spelling.endswith(wide) and spelling not in parts:
+        if spelling not in wide and not isinstance(destinations.get(spelling), _Part):
             info = files.reader.info(name)
             sizes[info.dtype] += torch.Size(info.shape).numel()
     return max(sizes, key=lambda dtype: sizes[dtype])

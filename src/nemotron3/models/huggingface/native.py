@@ -15,6 +15,7 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.huggingface.fields import Aliases, Fields
 from nemotron3.models.huggingface.nemotron_h import (
     our_spelling,
+    product_of,
     published_product,
     published_views,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "config_from",
     "config_to",
     "our_spelling",
+    "product_of",
     "published_product",
     "published_views",
     "unsupported",

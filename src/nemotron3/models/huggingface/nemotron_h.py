@@ -10,6 +10,7 @@ depths; `num_mtp_depths`, a field of our own, sets another number.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,8 @@ ALIASES: Aliases = {
     "head_dim": ("attention_head_dim",),
     "n_routed_experts": ("num_local_experts",),
 }
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(up_proj|down_proj)\.weight")
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +194,12 @@ def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str
 def published_product(name: str) -> str:
     """The published name of the module, or of the stacked parameter, of a product."""
     return name.replace("mtp.input.", "mtp.layers.0.")
+
+
+def product_of(name: str) -> str:
+    """The published product, as `published_product` names it, to which a stored weight belongs."""
+    match = _EXPERT.fullmatch(name)
+    return f"{match[1]}.{match[2]}" if match else name
 
 
 def our_spelling(name: str) -> str:

@@ -3,6 +3,7 @@
 One of its layers, which consists of attention and MoE, is two layers here.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -186,6 +187,15 @@ def published_product(name: str) -> str:
     return f"model.layers.{layer}.{rest.replace('experts.up_proj', 'experts.gate_up_proj')}"
 
 
+def product_of(name: str) -> str:
+    """The published product, as `published_product` names it, to which a stored weight belongs."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return name
+    return f"{match[1]}.{'down_proj' if match[2] == 'down_proj' else 'gate_up_proj'}"
+
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 _OUTSIDE = {
     "backbone.embeddings.weight": "model.embed_tokens.weight",
     "backbone.norm_f.weight": "model.norm.weight",

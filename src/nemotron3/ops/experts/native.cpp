@@ -10,6 +10,7 @@
 
 #include "experts.h"
 #include "gemm.h"
+#include "packed.h"
 #include "rows.h"
 #include "scratch.h"
 #include "team.h"
@@ -205,6 +206,27 @@ void forward_int8(Team& team, const float* x, const float* weights, const int8_t
           activation, ldx);
 }
 
+void forward_fp8(Team& team, const float* x, const float* weights, const uint8_t* up_codes,
+                 const float* up_scales, const uint8_t* down_codes, const float* down_scales,
+                 int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
+                 float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
+                 int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
+  mixture(team, x, weights, FP8Rows{up_codes, up_scales}, FP8Rows{down_codes, down_scales}, bounds,
+          sources, places, units, kept, outputs, y, tokens, choices, experts, width, hidden,
+          activation, ldx);
+}
+
+void forward_nvfp4(Team& team, const float* x, const float* weights, const uint8_t* up_codes,
+                   const uint8_t* up_blocks, const float* up_scales, const uint8_t* down_codes,
+                   const uint8_t* down_blocks, const float* down_scales, int64_t* bounds,
+                   int64_t* sources, int64_t* places, float* units, float* kept, float* outputs,
+                   float* y, int64_t tokens, int64_t choices, int64_t experts, int64_t width,
+                   int64_t hidden, int64_t activation, int64_t ldx) {
+  mixture(team, x, weights, NVFP4Rows{up_codes, up_blocks, up_scales},
+          NVFP4Rows{down_codes, down_blocks, down_scales}, bounds, sources, places, units, kept,
+          outputs, y, tokens, choices, experts, width, hidden, activation, ldx);
+}
+
 // a [rows, hidden] = act(h), row by row.
 void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t hidden,
                    int64_t activation) {
@@ -218,6 +240,8 @@ void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t h
 PARALLEL_KERNEL(experts_order, order_rows)
 PARALLEL_KERNEL(experts_forward, forward)
 PARALLEL_KERNEL(experts_forward_int8, forward_int8)
+PARALLEL_KERNEL(experts_forward_fp8, forward_fp8)
+PARALLEL_KERNEL(experts_forward_nvfp4, forward_nvfp4)
 PARALLEL_KERNEL(activate_forward, activate_rows)
 
 extern "C" {

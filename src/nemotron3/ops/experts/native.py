@@ -14,12 +14,24 @@ from torch import Tensor
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.weights import Int8Weight, Weight, dequantized
+from nemotron3.ops.weights import (
+    FP8Weight,
+    Int8Weight,
+    NVFP4Weight,
+    QuantizedWeight,
+    Weight,
+    dequantized,
+)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = ParallelKernel(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
-_forward_int8 = ParallelKernel(_SOURCE, "experts_forward_int8", "ppppppppppppp iiiiiii")
+_forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
+    Int8Weight: ParallelKernel(_SOURCE, "experts_forward_int8", "ppppppppppppp iiiiiii"),
+    FP8Weight: ParallelKernel(_SOURCE, "experts_forward_fp8", "ppppppppppppp iiiiiii"),
+    NVFP4Weight: ParallelKernel(_SOURCE, "experts_forward_nvfp4", "ppppppppppppppp iiiiiii"),
+}
+"""The kernels of formats that are multiplied without dequantizing the matrices."""
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
 _activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
@@ -41,15 +53,15 @@ def routed_experts_native(
     return _routed(x, indices, weights, up.contiguous(), down.contiguous(), activation)
 
 
-def routed_experts_int8_native(
+def routed_experts_quantized_native(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    up: Int8Weight,
-    down: Int8Weight,
+    up: QuantizedWeight,
+    down: QuantizedWeight,
     activation: Activation,
 ) -> Tensor:
-    """The same for 8-bit codes, which are read without dequantizing; gradients dequantize them."""
+    """The same for codes, which are read without dequantizing; gradients dequantize them."""
     return _routed(x, indices, weights, up, down, activation)
 
 
@@ -88,7 +100,7 @@ def _apply(
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = sizes_of(weights, down, activation)
     work = weights.numel() * up.shape[1] * up.shape[2]
-    forward = _forward if isinstance(up, Tensor) else _forward_int8
+    forward = _forward if isinstance(up, Tensor) else _forward_quantized[type(up)]
     matrices = (*_memory(up), *_memory(down))
     forward(x, weights, *matrices, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
     return y
@@ -98,8 +110,7 @@ def _memory(weight: Weight) -> tuple[Tensor, ...]:
     """The tensors from which native.cpp reads a weight."""
     if isinstance(weight, Tensor):
         return (weight,)
-    assert isinstance(weight, Int8Weight), "other formats have kernels of their own"
-    return weight.codes.contiguous(), weight.scales.contiguous()
+    return tuple(part.contiguous() for part in weight.buffers())
 
 
 class _RoutedExperts(torch.autograd.Function):

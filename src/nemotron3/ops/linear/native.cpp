@@ -6,6 +6,7 @@
 // (decoding) go through rows.h, which reads W once, without transposing.
 #include <algorithm>
 
+#include "packed.h"
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
@@ -53,6 +54,17 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
 void forward_int8(Team& team, const float* x, const int8_t* codes, const float* scales, float* y,
                   int64_t rows, int64_t outputs, int64_t inputs, int64_t ldx) {
   product(team, x, Int8Rows{codes, scales}, y, rows, outputs, inputs, ldx);
+}
+
+void forward_fp8(Team& team, const float* x, const uint8_t* codes, const float* scales, float* y,
+                 int64_t rows, int64_t outputs, int64_t inputs, int64_t ldx) {
+  product(team, x, FP8Rows{codes, scales}, y, rows, outputs, inputs, ldx);
+}
+
+void forward_nvfp4(Team& team, const float* x, const uint8_t* codes, const uint8_t* blocks,
+                   const float* tensor_scales, float* y, int64_t rows, int64_t outputs,
+                   int64_t inputs, int64_t ldx) {
+  product(team, x, NVFP4Rows{codes, blocks, tensor_scales}, y, rows, outputs, inputs, ldx);
 }
 
 // Columns of a matrix, stored apart from its other columns.
@@ -103,6 +115,8 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
 
 PARALLEL_KERNEL(linear_forward, forward)
 PARALLEL_KERNEL(linear_forward_int8, forward_int8)
+PARALLEL_KERNEL(linear_forward_fp8, forward_fp8)
+PARALLEL_KERNEL(linear_forward_nvfp4, forward_nvfp4)
 
 extern "C" {
 

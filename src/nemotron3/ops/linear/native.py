@@ -10,11 +10,16 @@ from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.weights import Int8Weight
+from nemotron3.ops.weights import FP8Weight, Int8Weight, NVFP4Weight, QuantizedWeight
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = ParallelKernel(_SOURCE, "linear_forward", "ppp iiii")
-_forward_int8 = ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii")
+_forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
+    Int8Weight: ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii"),
+    FP8Weight: ParallelKernel(_SOURCE, "linear_forward_fp8", "pppp iiii"),
+    NVFP4Weight: ParallelKernel(_SOURCE, "linear_forward_nvfp4", "ppppp iiii"),
+}
+"""The kernels of formats that are multiplied without dequantizing the matrix."""
 _backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iii")
 _backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiii")
 
@@ -36,22 +41,23 @@ def linear_parts_native(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tupl
     return parts if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in parts)
 
 
-def linear_int8_native(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x W^T for 8-bit codes, which are read without dequantizing the matrix."""
+def linear_quantized_native(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x W^T for codes and scales, which are read without dequantizing the matrix."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if torch.is_grad_enabled() and x.requires_grad:
-        y = _Int8Linear.apply(rows, weight)
+        y = _QuantizedLinear.apply(rows, weight)
     else:
-        y = _int8_product(rows, weight)
+        y = _quantized_product(rows, weight)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _int8_product(x: Tensor, weight: Int8Weight) -> Tensor:
-    x, codes, scales = contiguous_rows(x), weight.codes.contiguous(), weight.scales.contiguous()
-    rows, (outputs, inputs) = x.shape[0], codes.shape
+def _quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    x, parts = contiguous_rows(x), [part.contiguous() for part in weight.buffers()]
+    rows, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(rows, outputs)
     work = rows * outputs * inputs
-    _forward_int8(x, codes, scales, y, rows, outputs, inputs, x.stride(0), work=work)
+    forward = _forward_quantized[type(weight)]
+    forward(x, *parts, y, rows, outputs, inputs, x.stride(0), work=work)
     return y
 
 
@@ -116,13 +122,13 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None
 
 
-class _Int8Linear(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
     """A product whose gradient dequantizes the whole weight: its time in training is small."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
-        return _int8_product(x, weight)
+        return _quantized_product(x, weight)
 
     @staticmethod
     @once_differentiable

@@ -103,14 +103,15 @@ INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, floa
 INLINE void turn(const float* b, int64_t ldb, int64_t depth, int64_t width, float* to) {
   transpose(b, ldb, width, depth, to, WIDTH);
 }
-INLINE void turn(Int8Rows b, int64_t ldb, int64_t depth, int64_t width, float* to) {
+template <class W>
+INLINE void turn(W b, int64_t ldb, int64_t depth, int64_t width, float* to) {
   alignas(64) float rows[WIDTH * DEPTH];
   for (int64_t n = 0; n < width; n++) {
-    const int8_t* codes = b.codes + n * ldb;
+    const auto row = elements(b) + n * ldb;
     for (int64_t t = 0; t < depth; t += LANES) {
       const int64_t left = depth - t;
       store(rows + n * DEPTH + t,
-            b.scales[n] * (left < LANES ? load_part(codes + t, left) : load(codes + t)));
+            scaled(b, n, left < LANES ? load_part(row + t, left) : load(row + t)));
     }
   }
   transpose(rows, DEPTH, width, depth, to, WIDTH);
@@ -180,10 +181,11 @@ static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, con
   }
 }
 
-// The same with int8 codes, which are so few bytes that prefetching does not pay off.
+// The same with codes, which are so few bytes that prefetching does not pay off.
+template <class W>
 static inline void gemm_turned(int64_t rows, int64_t columns, int64_t depth, const float* a,
-                               int64_t a_row, int64_t a_depth, Int8Rows b, int64_t ldb, float* c,
-                               int64_t ldc, bool add = false, Int8Rows = {}) {
+                               int64_t a_row, int64_t a_depth, W b, int64_t ldb, float* c,
+                               int64_t ldc, bool add = false, W = {}) {
   detail::blocks<true>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }
 

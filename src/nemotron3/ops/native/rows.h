@@ -24,24 +24,23 @@ INLINE vec sums(vec (&vectors)[LANES]) {
   return vectors[0];
 }
 
-template <int M, class T>
-INLINE void multiply(const float* x, int64_t ldx, const T* w, int64_t n, vec (&to)[M]) {
+template <int M, class At>
+INLINE void multiply(const float* x, int64_t ldx, At w, int64_t n, vec (&to)[M]) {
   const vec weights = n == LANES ? load(w) : load_part(w, n);
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++)
     to[m] += weights * (n == LANES ? load(x + m * ldx) : load_part(x + m * ldx, n));
 }
 
-// One output for M rows, not yet summed over lanes.
-template <int M, bool ASK, class T>
-INLINE void dots(const float* x, int64_t ldx, const T* w, int64_t depth, vec* total) {
-  constexpr int64_t ahead = AHEAD / sizeof(T);
+// One output for M rows, not yet summed over lanes; `w` is where its elements are.
+template <int M, bool ASK, class At>
+INLINE void dots(const float* x, int64_t ldx, At w, int64_t depth, vec* total) {
   vec even[M]{}, odd[M]{};  // two chains: a sum waits for the one before
   int64_t t = 0;
   for (; t + 2 * LANES <= depth; t += 2 * LANES) {
-    if (ASK) __builtin_prefetch(w + t + ahead);
+    if (ASK) prefetch(w + t, AHEAD);
     multiply<M>(x + t, ldx, w + t, LANES, even);
-    if (ASK) __builtin_prefetch(w + t + LANES + ahead);
+    if (ASK) prefetch(w + t + LANES, AHEAD);
     multiply<M>(x + t + LANES, ldx, w + t + LANES, LANES, odd);
   }
   if (t + LANES <= depth) {

@@ -1,6 +1,7 @@
-// The formats of a weight matrix [out, in]: plain floats, or int8 codes with a scale per output.
+// The formats of a weight matrix [out, in]: plain floats, or codes with scales.
 //
 // Kernels that multiply with a weight are templates over these types and use the functions below.
+// packed.h has the formats of four and eight floating-point bits.
 #pragma once
 #include "simd.h"
 #if defined(__AVX2__)
@@ -40,8 +41,13 @@ INLINE Int8Rows from_row(Int8Rows w, int64_t n, int64_t ld) {
 INLINE const float* from_column(const float* w, int64_t t) { return w + t; }
 INLINE Int8Rows from_column(Int8Rows w, int64_t t) { return {w.codes + t, w.scales}; }
 
-// The elements in memory, and the scale of row n.
+// Where the elements are in memory, and the scale of row n.
 INLINE const float* elements(const float* w) { return w; }
 INLINE const int8_t* elements(Int8Rows w) { return w.codes; }
 INLINE float scaled(const float*, int64_t, float x) { return x; }
-INLINE float scaled(Int8Rows w, int64_t n, float x) { return w.scales[n] * x; }
+template <class X>
+INLINE X scaled(Int8Rows w, int64_t n, X x) { return w.scales[n] * x; }
+
+// Ask for the elements that are `bytes` further on.
+template <class T>
+INLINE void prefetch(const T* p, int64_t bytes) { __builtin_prefetch((const char*)p + bytes); }

@@ -1,6 +1,6 @@
 """NVFP4: tensors of four bits an element, with scales for blocks of 16 and for the whole."""
 
-from nemotron3.ops.nvfp4.api import fake_quantize, quantize
+from nemotron3.ops.nvfp4.api import Scales, fake_quantize, quantize
 from nemotron3.ops.nvfp4.hadamard import SIGNS, hadamard
 from nemotron3.ops.nvfp4.ms_eden import ms_eden, random_signs
 from nemotron3.ops.nvfp4.reference import Kind
@@ -12,6 +12,7 @@ __all__ = [
     "Block",
     "Kind",
     "NVFP4Tensor",
+    "Scales",
     "fake_quantize",
     "hadamard",
     "ms_eden",

@@ -21,6 +21,7 @@ from torch import Tensor
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_operand, check_quantizable
 from nemotron3.ops.nvfp4.four_over_six import four_over_six
+from nemotron3.ops.nvfp4.mse import mse
 from nemotron3.ops.nvfp4.native import fake_quantize_native, quantize_native
 from nemotron3.ops.nvfp4.reference import (
     Kind,
@@ -31,7 +32,8 @@ from nemotron3.ops.nvfp4.reference import (
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor
 from nemotron3.ops.rounding.noise import Noise, Rounding, placed
 
-Scales = Literal["max", "four_over_six"]
+Scales = Literal["max", "mse", "four_over_six"]
+"""How block scales are chosen: from the largest magnitude, or by the error of what is rounded."""
 _QUANTIZE = {
     "reference": quantize_reference,
     "torch": quantize_reference,
@@ -44,7 +46,10 @@ _FAKE_QUANTIZE = {
     "native": fake_quantize_native,
     "triton": Kernel("nemotron3.ops.nvfp4.triton", "fake_quantize_triton"),
 }
-_FOUR_OVER_SIX = {"reference": four_over_six, "torch": four_over_six}
+_BY_ERROR = {
+    "four_over_six": {"reference": four_over_six, "torch": four_over_six},
+    "mse": {"reference": mse, "torch": mse},
+}
 _TILE_ROWS = {"1d": 1, "2d": BLOCK}
 
 
@@ -64,7 +69,8 @@ def quantize(
     `block` is "1d" for 16 elements along the last axis, or "2d" for squares over the last two.
     Stochastic rounding needs `noise`. `amax` is the largest magnitude, where it is not that of `x`
     alone: of all shards of a tensor, or from calibration; larger values are clipped. `scales` is
-    "max" or "four_over_six" (see four_over_six.py), for 1-D blocks to nearest. With
+    "max", "mse" (mse.py) or "four_over_six" (four_over_six.py), the last two for 1-D blocks to
+    nearest. With
     `batch_dims` of 1 the first axis counts tensors (experts), which have a tensor scale each.
 
     Raises OperandError for another dtype, an axis that is not divisible by 16, and operands that
@@ -80,7 +86,7 @@ def quantize(
         quantizer = resolve("nvfp4", backend, _QUANTIZE, wide)
         parts = quantizer(wide, amax, _TILE_ROWS[block], places)
     else:
-        parts = resolve("nvfp4 four_over_six", backend, _FOUR_OVER_SIX, wide)(wide.float(), amax)
+        parts = resolve(f"nvfp4 {scales}", backend, _BY_ERROR[scales], wide)(wide.float(), amax)
     lead = x.shape[:-1] if block == "1d" else (*x.shape[:-2], x.shape[-2] // BLOCK)
     return NVFP4Tensor(
         codes=parts.codes.view(*x.shape[:-1], x.shape[-1] // 2),
@@ -142,8 +148,8 @@ def _flat(x: Tensor, amax: Tensor | None, batch_dims: int) -> tuple[Tensor, Tens
 def _check_scales(scales: str, block: str, rounding: str) -> None:
     if scales not in get_args(Scales):
         raise ValueError(f"nvfp4: scales is {scales!r}; choose from {', '.join(get_args(Scales))}")
-    if scales == "four_over_six" and (block != "1d" or rounding != "nearest"):
+    if scales != "max" and (block != "1d" or rounding != "nearest"):
         raise ValueError(
-            f"nvfp4: scales is 'four_over_six' with block {block!r} and rounding {rounding!r}; it "
+            f"nvfp4: scales is {scales!r} with block {block!r} and rounding {rounding!r}; it "
             "is for block '1d' and rounding 'nearest'"
         )

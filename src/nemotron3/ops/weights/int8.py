@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Implementations, Kernel
-from nemotron3.ops.weights.quantized import QuantizedWeight, Weight
+from nemotron3.ops.weights.quantized import QuantizedWeight, Weight, finite_matrix
 
 _MAX_CODE = 127
 
@@ -25,13 +24,13 @@ class Int8Weight(QuantizedWeight):
     linear: ClassVar[Implementations] = MappingProxyType(
         {
             **QuantizedWeight.linear,
-            "native": Kernel("nemotron3.ops.linear.native", "linear_int8_native"),
+            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
         }
     )
     routed_experts: ClassVar[Implementations] = MappingProxyType(
         {
             **QuantizedWeight.routed_experts,
-            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_int8_native"),
+            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
         }
     )
 
@@ -74,21 +73,21 @@ class Int8Weight(QuantizedWeight):
             self.codes.copy_(values.codes)
             self.scales.copy_(values.scales)
             return self
-        matrix = values if isinstance(values, Tensor) else values.dequantize()
-        matrix = matrix.detach().to(self.device, torch.float32)
+        matrix = finite_matrix(self, values)
         scales = matrix.abs().amax(-1) / _MAX_CODE
-        if not scales.isfinite().all():
-            raise OperandError(
-                "int8: a weight holds values that are not finite; no scale can express them"
-            )
         steps = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
         self.codes.copy_((matrix / steps).round_().clamp_(-_MAX_CODE, _MAX_CODE))
         self.scales.copy_(scales)
         return self
 
     def parts(self) -> dict[str, Tensor]:
-        """The codes, under the weight's own name, and the scales."""
-        return {"": self.codes, "_scale": self.scales}
+        """The codes and the scales."""
+        return {"weight": self.codes, "weight_scale": self.scales}
+
+    @torch.no_grad()
+    def load_part(self, name: str, stored: Tensor) -> None:
+        """Copy one of `parts` from a file."""
+        self.parts()[name].copy_(stored)
 
     def __getitem__(self, index: Any) -> Self:
         """A view of a part; `index` applies to the axes before the last."""

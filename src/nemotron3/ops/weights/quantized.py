@@ -6,7 +6,7 @@ operation depends on a format, and its leading axes (an expert, some rows) can b
 tensor's. It is frozen: products have gradients with respect to their input only.
 
 The kernels of this class dequantize whole weights first, on every backend. A format is complete
-with `empty`, `dequantize`, `copy_` and `parts`; kernels of its own make it faster.
+with `empty`, `dequantize`, `copy_`, `parts` and `load_part`; kernels of its own make it faster.
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from nemotron3.errors import OperandError
 from nemotron3.ops.backends import Implementations, Kernel
 
 _LINEAR = "nemotron3.ops.linear.dequantized"
@@ -28,6 +29,8 @@ class QuantizedWeight(nn.Module, ABC):
 
     format: ClassVar[str]
     """The format's name in options and in config.json."""
+    block: ClassVar[int] = 1
+    """Inputs that share a scale; it divides their number."""
     linear: ClassVar[Implementations] = MappingProxyType(
         {
             "reference": Kernel(_LINEAR, "linear_dequantized_reference"),
@@ -65,7 +68,11 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors, by the suffix that each adds to the weight's name in a file."""
+        """The tensors of a matrix in a file, by names that take the place of `weight`."""
+
+    @abstractmethod
+    def load_part(self, name: str, stored: Tensor) -> None:
+        """Copy one of the tensors of `parts` from a file, to the bit."""
 
     @abstractmethod
     def __getitem__(self, index: Any) -> Self:
@@ -83,7 +90,16 @@ class QuantizedWeight(nn.Module, ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(part.nbytes for part in self.parts().values())
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @classmethod
+    def check_shape(cls, shape: torch.Size) -> None:
+        """Raise OperandError for a number of inputs that the format cannot express."""
+        if shape[-1] % cls.block:
+            raise OperandError(
+                f"{cls.format}: {shape[-1]} inputs are not divisible by {cls.block}, and a scale "
+                f"is for {cls.block} of them; keep this matrix plain, or in another format"
+            )
 
     def extra_repr(self) -> str:
         """The shape, for `repr`."""
@@ -108,3 +124,39 @@ Weight = Tensor | QuantizedWeight
 def dequantized(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """A quantized weight as a tensor of `dtype`; a tensor is returned unchanged."""
     return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
+def finite_matrix(weight: QuantizedWeight, values: Weight) -> Tensor:
+    """Values to quantize, in float32 and where `weight` is; OperandError if not all are finite."""
+    matrix = values if isinstance(values, Tensor) else values.dequantize()
+    matrix = matrix.detach().to(weight.device, torch.float32)
+    if not matrix.isfinite().all():
+        raise OperandError(
+            f"{weight.format}: a weight holds values that are not finite; no scale can express them"
+        )
+    return matrix
+
+
+def check_no_nan(weight: QuantizedWeight, stored: Tensor) -> None:
+    """Raise OperandError for E4M3 numbers that are NaN: kernels read no such codes."""
+    if (stored.view(torch.uint8) & 0x7F == 0x7F).any():
+        raise OperandError(f"{weight.format}: NaN is stored there; quantize the plain model again")
+
+
+def one_scale(scales: Tensor) -> Tensor:
+    """The scale of a matrix from those of its rows [d_out]; all of them where they differ."""
+    is_one = scales.is_meta or bool((scales == scales[:1]).all())
+    return scales[0] if is_one else scales
+
+
+def scale_of_rows(weight: QuantizedWeight, stored: Tensor, like: Tensor) -> Tensor:
+    """A stored scale, [], [1] or one for each row, as a scale for each row.
+
+    Raises OperandError for a scale that is negative or not finite.
+    """
+    for value in stored.flatten().tolist():
+        if not 0 <= value < torch.inf:
+            raise OperandError(
+                f"{weight.format}: a scale is {value}; it must be finite and not negative"
+            )
+    return (stored.reshape(()) if stored.numel() == 1 else stored).expand_as(like)
