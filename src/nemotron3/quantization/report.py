@@ -63,7 +63,7 @@ def write_pages(folder: Path, summary: QuantizationSummary) -> None:
         text += ["", "## Expected divergence", "", _EXPECTED, ""]
         text += _markdown(_SENSITIVITY_COLUMNS, expected)
     (folder / MARKDOWN_FILE).write_text("\n".join(text) + "\n", encoding="utf-8")
-    narrow = {r.name: 100 * r.relative_error for r in summary.matrices if r.relative_error}
+    narrow = {_short(r.name): 100 * r.relative_error for r in summary.matrices if r.relative_error}
     largest = dict(sorted(narrow.items(), key=lambda item: -item[1])[:20])
     figure = captioned(
         "Largest errors",
@@ -84,6 +84,11 @@ def write_pages(folder: Path, summary: QuantizationSummary) -> None:
         body=body,
         footer="Written by nemotron3 quantize from summary.json.",
     )
+
+
+def _short(name: str) -> str:
+    """What tells a matrix apart, where there is little room: layers.4.fc2_latent_proj."""
+    return name.removeprefix("backbone.").removesuffix(".weight").replace(".mixer.", ".")
 
 
 def lead(summary: QuantizationSummary) -> str:
