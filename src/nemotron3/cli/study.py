@@ -9,7 +9,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.studies.simultaneous_rl import SimultaneousRL, simultaneous_rl
 from nemotron3.studies.simultaneous_rl.config import full_study, quick_study
 from nemotron3.studies.simultaneous_rl.page import verdicts
-from nemotron3.studies.simultaneous_rl.run import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE
+from nemotron3.studies.study import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE
 
 STUDIES = {
     "simultaneous-rl": "is it better to learn from all environments at once than in stages?",
