@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 
 from nemotron3.checkpoint.store import CheckpointStore
+from nemotron3.cli.main import main
 from nemotron3.data import prepare_corpus
+from nemotron3.errors import ConfigError, DivergenceError
 from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.studies.nvfp4 import cell as cells
 from nemotron3.studies.nvfp4.arms import Arm, Cell
 from nemotron3.studies.nvfp4.cell import run_cell
+from nemotron3.studies.nvfp4.run import nvfp4
 from tests.studies.toy_nvfp4 import toy_study
 
 _SAVE = CheckpointStore.save
@@ -80,3 +84,53 @@ def test_a_cell_that_was_killed_goes_on_to_the_same_result(tmp_path, monkeypatch
     cut = train(study, Arm.LATE_SWITCH, tmp_path / "cut")
     assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
     assert whole != train(study, Arm.RECIPE, tmp_path / "recipe")
+
+
+def test_training_that_diverges_is_a_result(tmp_path, monkeypatch):
+    def diverge(*_):
+        raise DivergenceError("the gradient is nan")
+
+    monkeypatch.setattr(cells, "train_model", diverge)
+    found = train(toy_study(tmp_path), Arm.RECIPE, tmp_path / "work")
+    assert found.failure == "DivergenceError: the gradient is nan"
+    assert (found.bits_per_byte, found.unrounded) == ((), None)
+
+
+def test_the_command_line_lists_and_refuses(capsys):
+    assert main(["study", "list"]) == 0
+    assert "nvfp4  what does training in four bits cost" in capsys.readouterr().out
+    for options, said in (
+        (["--seeds", "0"], "--seeds is 0; it must be 1 or more"),
+        (["--steps", "7"], "--steps is 7; warm-up, plateau and decay take 8 or more"),
+        (["--jobs", "0"], "--jobs is 0; it must be 1 or more"),
+    ):
+        assert main(["study", "nvfp4", *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_whole_study_is_resumed_extended_and_published(tmp_path, monkeypatch):
+    study = toy_study(tmp_path)
+    runs = tmp_path / "runs"
+    die_at_save(monkeypatch, 70)  # the timing makes 4 in each of 13 runs
+    with pytest.raises(KeyboardInterrupt):
+        nvfp4(study, runs=runs, jobs=1)
+    folder = runs / "studies" / study.name
+    finished = {file.name: file.read_bytes() for file in (folder / "cells").iterdir()}
+    assert 0 < len(finished) < len(Arm)
+    die_at_save(monkeypatch, None)
+    one = nvfp4(study, runs=runs, jobs=1)
+    assert all((folder / "cells" / name).read_bytes() == held for name, held in finished.items())
+    assert [done.cell.arm for done in one.cells] == list(Arm)
+    assert {found.verdict for found in one.findings} == {"cannot be told"}
+    two = nvfp4(replace(study, num_seeds=2), runs=runs)
+    assert two.cells[: len(one.cells)] == one.cells
+    assert {found.num_seeds for found in two.findings} == {2}
+    assert "without-hadamard" in (folder / "report.html").read_text()
+    assert "### Every cell" in (folder / "report.md").read_text()
+    assert not any((folder / "work").iterdir())
+    with pytest.raises(ConfigError, match=r"other settings .1 differ, first smallest_effect"):
+        nvfp4(replace(study, smallest_effect=0.3), runs=runs)
+    (tmp_path / "text" / "000.txt").write_text("Another text. It has other words.\n")
+    with pytest.raises(ConfigError, match="begun with another text"):
+        nvfp4(study, runs=runs)

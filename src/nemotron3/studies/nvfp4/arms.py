@@ -105,7 +105,7 @@ def precision_of(arm: Arm, plain: PrecisionConfig, *, decay: int, seed: int) -> 
         case Arm.LATE_SWITCH:
             own = replace(recipe, fprop_steps=decay)
         case Arm.COMBINED:
-            better = _INGREDIENTS[Arm.FOUR_OVER_SIX] | _INGREDIENTS[Arm.MS_EDEN]
+            better = {**_INGREDIENTS[Arm.FOUR_OVER_SIX], **_INGREDIENTS[Arm.MS_EDEN]}
             own = replace(recipe, fprop_steps=decay, **better)
         case _:
             own = replace(recipe, **_INGREDIENTS[arm])

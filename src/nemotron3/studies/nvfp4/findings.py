@@ -74,9 +74,9 @@ def findings_of(study: NVFP4Study, cells: Sequence[CellResult]) -> list[Finding]
     found: list[Finding] = []
     for measure in MEASURES:
         losses = losses_of(cells, measure)
-        arms = (Arm.RECIPE, *ABLATIONS, *CHANGES)
-        found += _family(study, measure, losses, dict.fromkeys(arms, 1), Arm.BASELINE)
-        claims = dict.fromkeys(ABLATIONS, 1) | dict.fromkeys(CHANGES, -1)
+        claims: dict[Arm, int] = dict.fromkeys((Arm.RECIPE, *ABLATIONS, *CHANGES), 1)
+        found += _family(study, measure, losses, claims, Arm.BASELINE)
+        claims = {arm: -1 if arm in CHANGES else 1 for arm in (*ABLATIONS, *CHANGES)}
         found += _family(study, measure, losses, claims, Arm.RECIPE)
     return found
 
