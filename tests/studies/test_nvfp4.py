@@ -10,8 +10,10 @@ from nemotron3.data import prepare_corpus
 from nemotron3.errors import ConfigError, DivergenceError
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.studies.nvfp4 import cell as cells
+from nemotron3.studies.nvfp4 import run
 from nemotron3.studies.nvfp4.arms import Arm, Cell
 from nemotron3.studies.nvfp4.cell import run_cell
+from nemotron3.studies.nvfp4.ingredients import measure_roundings
 from nemotron3.studies.nvfp4.run import nvfp4
 from tests.studies.toy_nvfp4 import toy_study
 
@@ -72,7 +74,7 @@ def test_two_arms_of_a_seed_differ_by_rounding_alone(tmp_path):
     assert [point.step for point in recipe.zero_gradients] == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("dies_at", [1, 3])
+@pytest.mark.parametrize("dies_at", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_cell_that_was_killed_goes_on_to_the_same_result(tmp_path, monkeypatch, dies_at):
     """Before and after the forward pass is switched to high precision, at the sixth update."""
     study = toy_study(tmp_path)
@@ -110,6 +112,7 @@ def test_the_command_line_lists_and_refuses(capsys):
 
 @pytest.mark.long
 def test_a_whole_study_is_resumed_extended_and_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measure_roundings", lambda: measure_roundings(2))
     study = toy_study(tmp_path)
     runs = tmp_path / "runs"
     die_at_save(monkeypatch, 70)  # the timing makes 4 in each of 13 runs

@@ -3,7 +3,8 @@
 Rounding is repeated with other noise. The error is the mean over repetitions of the squared
 difference to the matrix, relative to the matrix's square. The bias is that of the mean over
 repetitions; it is estimated without its own noise, by the product of the differences of two halves,
-so it may be a little below 0. To nearest both are the same: nothing is random.
+so it may be a little below 0. To nearest both are the same: nothing is random. No matrix has a
+zero, so every zero that is found was made by rounding.
 
 Where the operand is rotated, the rotation is taken back before the comparison.
 """
@@ -48,6 +49,8 @@ class Rounding:
     """Relative squared error of one rounding."""
     bias: float
     """Relative squared error of the mean over noise."""
+    flushed: float
+    """Share of values that became zero; of a rotated operand, in its rotated basis."""
 
 
 def matrices() -> dict[str, Tensor]:
@@ -76,9 +79,12 @@ def measure_rounding(name: str, kind: str, x: Tensor, repetitions: int = REPETIT
     size = x.double().square().sum()
     count = repetitions if format_.is_random else 2
     errors: list[Tensor] = []
+    zeros: list[Tensor] = []
     halves = [torch.zeros_like(x, dtype=torch.float64) for _ in range(2)]
     for number in range(count):
-        difference = _rounded(x, format_, number).double() - x.double()
+        found, own = _rounded(x, format_, number)
+        zeros.append((found == 0).float().mean())
+        difference = own.double() - x.double()
         errors.append(difference.square().sum() / size)
         halves[number % 2] += difference / (count // 2)
     return Rounding(
@@ -86,11 +92,12 @@ def measure_rounding(name: str, kind: str, x: Tensor, repetitions: int = REPETIT
         matrix=kind,
         error=float(torch.stack(errors).mean()),
         bias=float((halves[0] * halves[1]).sum() / size),
+        flushed=float(torch.stack(zeros).mean()),
     )
 
 
-def _rounded(x: Tensor, format_: OperandFormat, number: int) -> Tensor:
-    """`x` in a format, in its own basis; blocks lie along its rows."""
+def _rounded(x: Tensor, format_: OperandFormat, number: int) -> tuple[Tensor, Tensor]:
+    """`x` in a format, as it is multiplied and in its own basis; blocks lie along its rows."""
     noise = signs = None
     if format_.is_random:
         noise = Noise(seed=number, step=0, layer=0, role="study values")
@@ -98,10 +105,10 @@ def _rounded(x: Tensor, format_: OperandFormat, number: int) -> Tensor:
     found = format_.values(x.T.contiguous(), "columns", noise=noise, signs=signs).T
     if format_.rounding == "ms_eden":
         assert signs is not None
-        return _back(found, random_signs(signs, _GROUP, x.device))
+        return found, _back(found, random_signs(signs, _GROUP, x.device))
     if format_.hadamard:
-        return _back(found, torch.tensor(SIGNS, dtype=torch.float32))
-    return found
+        return found, _back(found, torch.tensor(SIGNS, dtype=torch.float32))
+    return found, found
 
 
 def _back(rotated: Tensor, signs: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from nemotron3.studies.judging import mean
 from nemotron3.studies.nvfp4.arms import CHANGES, DESCRIPTIONS, Arm
 from nemotron3.studies.nvfp4.cell import CellResult, Point
 from nemotron3.studies.nvfp4.findings import (
-    MEASURES,
     Finding,
     Measure,
     closed_share,
@@ -32,10 +31,11 @@ from nemotron3.studies.tables import Rows, StudyPage, Table
 TITLE = "Training in NVFP4, ingredient by ingredient"
 _WORDS = {"arm", "claim", "verdict", "ended", "rounding", "matrix"}
 """Columns that are read as words."""
-_MEASURES: dict[Measure, str] = {
+MEASURES: dict[Measure, str] = {
     "training": "in the precision of training",
     "unrounded": "of the finished model without rounding",
 }
+"""What the measures are of, in words."""
 _PRODUCTS = ("fprop", "dgrad", "wgrad")
 
 
@@ -47,7 +47,7 @@ def write_page(path: Path, result: StudyResult) -> Path:
             "Mean over seeds with its 95% interval; positive is a higher loss.",
             ranges(gap_ranges(result, measure), x_label="difference in loss, %"),
         )
-        for measure, words in _MEASURES.items()
+        for measure, words in MEASURES.items()
     ]
     figures.append(
         captioned(
@@ -128,7 +128,7 @@ def tables(result: StudyResult) -> list[Table]:
 
 
 def _comparisons(result: StudyResult, measure: Measure) -> list[Table]:
-    words, effect = _MEASURES[measure], result.study.smallest_effect
+    words, effect = MEASURES[measure], result.study.smallest_effect
 
     def of(against: Arm) -> list[Finding]:
         return [f for f in result.findings if f.measure == measure and f.against is against]
@@ -184,8 +184,11 @@ def finding_rows(findings: Sequence[Finding]) -> Rows:
 def rounding_rows(roundings: Sequence[Rounding]) -> Rows:
     """Error and bias, a row for each ingredient and matrix."""
     return [
-        ["rounding", "matrix", "error", "bias"],
-        *([r.ingredient, r.matrix, f"{r.error:.3%}", f"{r.bias:z.4%}"] for r in roundings),
+        ["rounding", "matrix", "error", "bias", "became zero"],
+        *(
+            [r.ingredient, r.matrix, f"{r.error:.3%}", f"{r.bias:z.4%}", f"{r.flushed:.1%}"]
+            for r in roundings
+        ),
     ]
 
 
