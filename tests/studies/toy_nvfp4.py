@@ -1,8 +1,7 @@
 """A study of seconds: a small model whose products fit NVFP4, on text made on the spot."""
 
-from dataclasses import replace
-
 from nemotron3.studies.nvfp4 import NVFP4Study
+from nemotron3.training.schedules import WSD
 from tests.small_run import VOCABULARY, small_run, write_text
 from tests.tiny import tiny_config
 
@@ -15,9 +14,12 @@ SIZES = {
 
 
 def toy_study(folder, **changes):
-    """Eight updates of a model with Mamba, experts and a tail of attention, one seed."""
-    run = replace(
-        small_run(write_text(folder / "text", documents=20)),
+    """Twelve updates, half of them with a decaying rate, of a model with Mamba, experts and a
+    tail of attention; one seed."""
+    schedule = WSD(total_steps=8, warmup_steps=2, decay_steps=4)
+    run = small_run(
+        write_text(folder / "text", documents=20),
         model=tiny_config("MEM*E*/*E/*E", **SIZES),
+        training={"schedule": schedule},
     )
-    return NVFP4Study(run=run, **{"steps": 8, "num_seeds": 1} | changes)
+    return NVFP4Study(run=run, **{"steps": 12, "num_seeds": 1} | changes)

@@ -17,7 +17,9 @@ from nemotron3.studies.nvfp4.config import NVFP4Study
 from nemotron3.training.schedules import WSD
 
 EVALUATIONS = 6
-"""Held-out evaluations of a cell, the one at its end included."""
+"""Held-out evaluations of a cell, the one at its end included; fewer of a very short one."""
+_LEAST_INTERVAL = 4
+"""Updates between them."""
 
 
 class Arm(StrEnum):
@@ -124,7 +126,7 @@ def run_of(study: NVFP4Study, cell: Cell, *, steps: int) -> PretrainRun:
         warmup_steps=round(share * schedule.warmup_steps),
         decay_steps=max(1, round(share * schedule.decay_steps)),
     )
-    every = -(-steps // EVALUATIONS)
+    every = max(_LEAST_INTERVAL, -(-steps // EVALUATIONS))
     return replace(
         study.run,
         name="run",

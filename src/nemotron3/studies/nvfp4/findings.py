@@ -96,6 +96,12 @@ def _family(
         for arm, values in differences.items()
     }
     judged = judge_family(pairs, smallest_effect=study.smallest_effect)
+    # In standard deviations, for each number of seeds that a comparison has.
+    effects = {
+        count: smallest_detectable_over_seeds(count, num_comparisons=len(claims))
+        for count in {one.num_seeds for one in judged.values()}
+        if count > 1
+    }
     found: list[Finding] = []
     for arm, one in judged.items():
         sign, values = claims[arm], differences[arm]
@@ -115,11 +121,7 @@ def _family(
                 family_low=ends[0],
                 family_high=ends[1],
                 deviation=deviation,
-                detectable=None
-                if deviation is None
-                else smallest_detectable_over_seeds(
-                    len(values), deviation=deviation, num_comparisons=len(claims)
-                ),
+                detectable=None if deviation is None else deviation * effects[one.num_seeds],
                 p_value=one.p_value,
                 verdict=one.verdict,
             )
