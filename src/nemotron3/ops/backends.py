@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from nemotron3.errors import BackendUnavailableError
@@ -119,6 +120,11 @@ def _log_choice(operation: str, name: str) -> None:
 def least_slot(name: str) -> int:
     """The smallest valid slot: -1 is padding for the GPU kernels, and an error elsewhere."""
     return -1 if name == "triton" else 0
+
+
+def has_capability(device: torch.device, least: tuple[int, int]) -> bool:
+    """Whether a device is a GPU of this compute capability or a later one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= least
 
 
 def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]) -> str:

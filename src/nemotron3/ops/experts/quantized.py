@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.experts.activations import Activation, activate, activation_backward
-from nemotron3.ops.linear.quantized import (
-    REFERENCE,
-    TORCH,
-    Products,
-    dgrad_operands,
-    fprop_operands,
-    wgrad_operands,
-)
+from nemotron3.ops.linear.quantized import REFERENCE, TORCH, Products, dgrad, fprop, wgrad
 from nemotron3.ops.low_precision import ExpertsQuantization
 
 
@@ -71,19 +64,15 @@ class _Experts(torch.autograd.Function):
         choices = indices.shape[1]
         xs, scales = x[order // choices], weights.flatten()[order].unsqueeze(1)
         h, y = xs.new_empty(len(xs), up.shape[1]), torch.empty_like(xs)
-        is_shared = quantization.up.formats.shares_weight
-        kept = [torch.empty_like(t) if is_shared else t for t in (up, down)]
+        is_shared = quantization.up.formats.shares_weight  # then dgrad has the values of fprop
+        kept_up, kept_down = (torch.empty_like(t) if is_shared else t for t in (up, down))
         for expert, part in _parts(bounds):
-            operands = fprop_operands(xs[part], up[expert], quantization.up, products.rounding)
-            h[part] = products.forward(*operands)
-            if is_shared:
-                kept[0][expert] = operands[1]
+            h[part], own = fprop(xs[part], up[expert], quantization.up, products)
             a = activate(h[part], activation) * scales[part]
-            operands = fprop_operands(a, down[expert], quantization.down, products.rounding)
-            y[part] = products.forward(*operands)
+            y[part], own_down = fprop(a, down[expert], quantization.down, products)
             if is_shared:
-                kept[1][expert] = operands[1]
-        ctx.save_for_backward(x, weights, *kept, order, h)
+                kept_up[expert], kept_down[expert] = own, own_down
+        ctx.save_for_backward(x, weights, kept_up, kept_down, order, h)
         ctx.bounds, ctx.choices, ctx.activation = bounds, choices, activation
         ctx.quantization, ctx.products = quantization, products
         return _summed(y, order, weights.shape)
@@ -102,20 +91,16 @@ class _Experts(torch.autograd.Function):
         d_down = torch.zeros_like(down) if needs_down else None
         dxs, d_scales = torch.empty_like(xs), torch.empty_like(scales)
         for expert, part in _parts(ctx.bounds):
-            rows, backend = places[part], products.rounding
-            operands = dgrad_operands(dy[part], down[expert], q.down, rows, backend)
-            da = products.input_gradient(*operands)
+            rows = places[part]
+            da = dgrad(dy[part], down[expert], q.down, rows, products)
             a = activate(h[part], activation)
             d_scales[part] = (da * a).sum(-1, keepdim=True)
             if d_down is not None:
-                operands = wgrad_operands(dy[part], a * scales[part], q.down, rows, backend)
-                d_down[expert] = products.weight_gradient(*operands)
+                d_down[expert] = wgrad(dy[part], a * scales[part], q.down, rows, products)
             dh = activation_backward(h[part], da, activation) * scales[part]
             if d_up is not None:
-                operands = wgrad_operands(dh, xs[part], q.up, rows, backend)
-                d_up[expert] = products.weight_gradient(*operands)
-            operands = dgrad_operands(dh, up[expert], q.up, rows, backend)
-            dxs[part] = products.input_gradient(*operands)
+                d_up[expert] = wgrad(dh, xs[part], q.up, rows, products)
+            dxs[part] = dgrad(dh, up[expert], q.up, rows, products)
         d_weights = torch.empty_like(weights).flatten()
         d_weights[order] = d_scales.squeeze(1)
         dx = _summed(dxs, order, weights.shape)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from nemotron3.ops.backends import Backend
 from nemotron3.ops.low_precision import ProductQuantization
+from nemotron3.ops.low_precision.scaled import runs_scaled, scaled_product
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, quantization: ProductQuantization, products: Products
     ) -> Tensor:
-        left, right = fprop_operands(x, weight, quantization, products.rounding)
-        ctx.save_for_backward(x, right if quantization.formats.shares_weight else weight)
+        y, kept = fprop(x, weight, quantization, products)
+        ctx.save_for_backward(x, kept)
         ctx.quantization, ctx.products = quantization, products
-        return products.forward(left, right)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -87,48 +88,52 @@ class _Linear(torch.autograd.Function):
         needs_input, needs_weight, *_ = ctx.needs_input_grad
         q, products = ctx.quantization, ctx.products
         rows = q.rows_of_tokens(len(grad), grad.device)
-        dx = dw = None
-        if needs_input:
-            operands = dgrad_operands(grad, weight, q, rows, products.rounding)
-            dx = products.input_gradient(*operands)
-        if needs_weight:
-            operands = wgrad_operands(grad, x, q, rows, products.rounding)
-            dw = products.weight_gradient(*operands)
+        dx = dgrad(grad, weight, q, rows, products) if needs_input else None
+        dw = wgrad(grad, x, q, rows, products) if needs_weight else None
         return dx, dw, None, None
 
 
-def fprop_operands(
-    x: Tensor, weight: Tensor, q: ProductQuantization, backend: Backend
+def fprop(
+    x: Tensor, weight: Tensor, q: ProductQuantization, products: Products
 ) -> tuple[Tensor, Tensor]:
-    """x and W of y = x W^T."""
-    formats = q.formats.fprop
+    """x W^T, and the weight as `dgrad` takes it: with the values of fprop, if it shares them."""
+    formats, backend = q.formats.fprop, products.rounding
     if formats is None:
-        return x, weight
+        return products.forward(x, weight), weight
+    if runs_scaled(x, q):
+        return scaled_product("fprop", x, weight, formats, q), weight
     left = q.values("fprop", "x", formats.first, x, backend=backend)
-    return left, q.values("fprop", "w", formats.second, weight, backend=backend)
+    right = q.values("fprop", "w", formats.second, weight, backend=backend)
+    return products.forward(left, right), right if q.formats.shares_weight else weight
 
 
-def dgrad_operands(
-    dy: Tensor, weight: Tensor, q: ProductQuantization, rows: Tensor, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """dy and W of dx = dy W; where both products share values of W, they are given."""
-    formats, before = q.formats.dgrad, q.formats.fprop
+def dgrad(
+    dy: Tensor, weight: Tensor, q: ProductQuantization, rows: Tensor, products: Products
+) -> Tensor:
+    """dy W; `rows` are the places of tokens in the noise."""
+    formats, before, backend = q.formats.dgrad, q.formats.fprop, products.rounding
     if formats is None:
-        return dy, weight
-    dy = q.values("dgrad", "dy", formats.first, dy, rows=rows, backend=backend)
+        return products.input_gradient(dy, weight)
+    if runs_scaled(dy, q):
+        return scaled_product("dgrad", dy, weight, formats, q, rows=rows)
+    left = q.values("dgrad", "dy", formats.first, dy, rows=rows, backend=backend)
     if q.formats.shares_weight:
-        return dy, weight
+        return products.input_gradient(left, weight)
     if formats.second.is_random and before is not None:  # right on the average for fprop's values
         weight = q.values("fprop", "w", before.second, weight, backend=backend)
-    return dy, q.values("dgrad", "w", formats.second, weight, backend=backend)
+    right = q.values("dgrad", "w", formats.second, weight, backend=backend)
+    return products.input_gradient(left, right)
 
 
-def wgrad_operands(
-    dy: Tensor, x: Tensor, q: ProductQuantization, rows: Tensor, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """dy and x of dW = dy^T x, with rows of zeros' places where the tokens are no whole block."""
-    formats = q.formats.wgrad
+def wgrad(
+    dy: Tensor, x: Tensor, q: ProductQuantization, rows: Tensor, products: Products
+) -> Tensor:
+    """dy^T x; `rows` are the places of tokens in the noise."""
+    formats, backend = q.formats.wgrad, products.rounding
     if formats is None:
-        return dy, x
-    dy = q.values("wgrad", "dy", formats.first, dy, rows=rows, backend=backend)
-    return dy, q.values("wgrad", "x", formats.second, x, rows=rows, backend=backend)
+        return products.weight_gradient(dy, x)
+    if runs_scaled(dy, q):
+        return scaled_product("wgrad", dy, x, formats, q)
+    left = q.values("wgrad", "dy", formats.first, dy, rows=rows, backend=backend)
+    right = q.values("wgrad", "x", formats.second, x, rows=rows, backend=backend)
+    return products.weight_gradient(left, right)
