@@ -46,6 +46,9 @@ class Published:
     device: str
 
 
+P = TypeVar("P", bound=Published)
+
+
 def provenance(device: DeviceName) -> dict[str, str]:
     """The fields of `Published`, here and at present."""
     return {
@@ -99,6 +102,29 @@ def kept(file: Path, cls: type[R], make: Callable[[], R]) -> R:
     made = make()
     write_json(file, made)
     return made
+
+
+def planned(folder: Path, cls: type[R], make: Callable[[], R], *, steps: int | None) -> R:
+    """The plan that the study began with; of fixed steps, one with the cells that are asked for."""
+    file = folder / "plan.json"
+    if steps is None:
+        return kept(file, cls, make)
+    plan = make()
+    write_json(file, plan)
+    return plan
+
+
+def publish(
+    folder: Path,
+    result: P,
+    *,
+    write_page: Callable[[Path, P], object],
+    as_markdown: Callable[[P], str],
+) -> None:
+    """Write what a finished study leaves."""
+    write_json(folder / RESULT_FILE, result)
+    write_page(folder / PAGE_FILE, result)
+    (folder / MARKDOWN_FILE).write_text(as_markdown(result), encoding="utf-8")
 
 
 def result_file(folder: Path, cell: str) -> Path:

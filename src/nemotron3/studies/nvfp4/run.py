@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from nemotron3.config import write_json
 from nemotron3.data import Corpus
 from nemotron3.data.manifest import Manifest
 from nemotron3.errors import ConfigError
@@ -29,13 +28,12 @@ from nemotron3.studies.nvfp4.plan import (
 )
 from nemotron3.studies.nvfp4.result import StudyResult
 from nemotron3.studies.study import (
-    MARKDOWN_FILE,
-    PAGE_FILE,
-    RESULT_FILE,
     Updates,
     kept,
     open_study,
+    planned,
     provenance,
+    publish,
     result_file,
     run_cells,
     work_folder,
@@ -65,7 +63,7 @@ def nvfp4(
     folder = open_study(study, study.name, runs=runs, may_change=may_change)
     _check_corpus(folder, corpus)
     timing = kept(folder / "timing.json", Timing, lambda: _timed(study, folder, jobs, callback))
-    plan = _plan(study, timing, folder, jobs)
+    plan = planned(folder, Plan, lambda: make_plan(study, timing, jobs=jobs), steps=study.steps)
     for line in statement(study, timing, plan):
         callback.stage(line)
     cells = _cells(plan)
@@ -89,9 +87,7 @@ def nvfp4(
         cells=tuple(done.values()),
         findings=tuple(findings_of(study, tuple(done.values()))),
     )
-    write_json(folder / RESULT_FILE, result)
-    write_page(folder / PAGE_FILE, result)
-    (folder / MARKDOWN_FILE).write_text(as_markdown(result), encoding="utf-8")
+    publish(folder, result, write_page=write_page, as_markdown=as_markdown)
     return result
 
 
@@ -137,16 +133,6 @@ def _executor(
         )
 
     return execute
-
-
-def _plan(study: NVFP4Study, timing: Timing, folder: Path, jobs: int) -> Plan:
-    """The plan that the study began with; of fixed steps, with the cells that are asked for."""
-    file = folder / "plan.json"
-    if study.steps is None:
-        return kept(file, Plan, lambda: make_plan(study, timing, jobs=jobs))
-    plan = make_plan(study, timing, jobs=jobs)
-    write_json(file, plan)
-    return plan
 
 
 def _cells(plan: Plan) -> dict[str, Cell]:

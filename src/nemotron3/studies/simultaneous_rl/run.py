@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from nemotron3.config import write_json
 from nemotron3.environments.registry import load_environment
 from nemotron3.environments.rows import Split
 from nemotron3.errors import ConfigError
@@ -28,13 +27,12 @@ from nemotron3.studies.simultaneous_rl.plan import (
 )
 from nemotron3.studies.simultaneous_rl.result import StudyResult
 from nemotron3.studies.study import (
-    MARKDOWN_FILE,
-    PAGE_FILE,
-    RESULT_FILE,
     Updates,
     kept,
     open_study,
+    planned,
     provenance,
+    publish,
     result_file,
     run_cells,
     work_folder,
@@ -67,7 +65,7 @@ def simultaneous_rl(
     folder = open_study(study, study.name, runs=runs, may_change=may_change)
     record_input_files(folder, model_files(study.run.model))
     timing = kept(folder / "timing.json", Timing, lambda: _timed(study, folder, jobs, callback))
-    plan = _plan(study, timing, folder, jobs)
+    plan = planned(folder, Plan, lambda: make_plan(study, timing, jobs=jobs), steps=study.steps)
     for line in statement(study, timing, plan):
         callback.stage(line)
     cells = _cells(study, plan)
@@ -90,9 +88,7 @@ def simultaneous_rl(
         cells=tuple(done.values()),
         findings=tuple(findings_of(study, tuple(done.values()))),
     )
-    write_json(folder / RESULT_FILE, result)
-    write_study_page(folder / PAGE_FILE, result)
-    (folder / MARKDOWN_FILE).write_text(as_markdown(result), encoding="utf-8")
+    publish(folder, result, write_page=write_study_page, as_markdown=as_markdown)
     return result
 
 
@@ -148,16 +144,6 @@ def _executor(
         )
 
     return execute
-
-
-def _plan(study: SimultaneousRL, timing: Timing, folder: Path, jobs: int) -> Plan:
-    """The plan that the study began with; of fixed steps, with the cells that are asked for."""
-    file = folder / "plan.json"
-    if study.steps is None:
-        return kept(file, Plan, lambda: make_plan(study, timing, jobs=jobs))
-    plan = make_plan(study, timing, jobs=jobs)
-    write_json(file, plan)
-    return plan
 
 
 def _cells(study: SimultaneousRL, plan: Plan) -> dict[str, Cell]:
