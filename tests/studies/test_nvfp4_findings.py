@@ -120,13 +120,20 @@ def test_settings_that_cannot_be_are_refused(changes, said):
         replace(STUDY, **changes)
 
 
+FLUSHED = {
+    f"{product}_layer_{layer:02d}": share
+    for product in ("fprop", "dgrad", "wgrad")
+    for layer, share in ((0, 0.1), (3, 0.3))
+}
+
+
 def cell(arm, seed, loss, *, unrounded=None, failure=None):
     return CellResult(
         cell=Cell(arm=arm, seed=seed),
         failure=failure,
         bits_per_byte=(Point(step=60, value=2 * loss), Point(step=120, value=loss)),
         unrounded=None if failure else unrounded or loss,
-        flushed={} if arm is Arm.BASELINE else {"fprop_layer_00": 0.1, "fprop_layer_01": 0.3},
+        flushed={} if arm is Arm.BASELINE else FLUSHED,
         zero_gradients=() if arm is Arm.BASELINE else (Point(step=60, value=0.01),),
         seconds=5.0,
     )
@@ -270,7 +277,7 @@ def test_pages_show_everything_and_escape_it(tmp_path):
     result = published(cells)
     page = write_page(tmp_path / "report.html", result).read_text()
     assert "<script" not in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     text = as_markdown(result)
     assert "<script" not in text
     for table in text.split("### ")[1:]:
@@ -282,6 +289,7 @@ def test_pages_show_everything_and_escape_it(tmp_path):
     shares = {arm: f"{closed_share(result.findings, 'training', arm):.0%}" for arm in CHANGES}
     assert shares[Arm.LATE_SWITCH] == "60%"
     assert f"| {shares[Arm.LATE_SWITCH]} |" in text
+    assert "| 0 | 10.0% |" in text.split("### Values that became zero, layer by layer")[1]
     assert any(line.startswith("recipe against baseline: +1.01%") for line in verdicts(result))
     drawn = {one.label: one for one in curves(result)}
     assert drawn["recipe"].values.tolist() == pytest.approx([0.010075, 0.010075])

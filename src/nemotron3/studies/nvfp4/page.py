@@ -5,7 +5,7 @@ Everything is shown: every arm, every comparison, every cell, the failed ones to
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from nemotron3.observe.plots import Range, Series, lines, ranges
 from nemotron3.studies import tables as pages
 from nemotron3.studies.judging import mean
 from nemotron3.studies.nvfp4.arms import CHANGES, DESCRIPTIONS, Arm
-from nemotron3.studies.nvfp4.cell import CellResult, Point
+from nemotron3.studies.nvfp4.cell import CellResult
 from nemotron3.studies.nvfp4.findings import (
     Finding,
     Measure,
@@ -54,6 +54,13 @@ def write_page(path: Path, result: StudyResult) -> Path:
             "Difference to the baseline while training",
             "Held-out loss in the precision of training, mean over seeds.",
             lines(curves(result), y_label="difference in loss", is_percent=True, is_smoothed=False),
+        )
+    )
+    figures.append(
+        captioned(
+            "Zero gradients",
+            "Share of zeros in the gradients of rounded products' weights, mean over seeds.",
+            lines(zeros(result), y_label="zeros", is_percent=True, is_smoothed=False),
         )
     )
     return pages.write_study_page(path, page_of(result), result, section("Plots", figures))
@@ -117,6 +124,11 @@ def tables(result: StudyResult) -> list[Table]:
             "and seeds. Zero gradients: share of zeros in the gradients of rounded products' "
             "weights, at the first and the last measurement.",
             rows=flushed_rows(result.cells),
+        ),
+        Table(
+            heading="Values that became zero, layer by layer",
+            caption="Of the recipe, at the last measurement: mean over seeds.",
+            rows=layer_rows(result.cells),
         ),
         Table(
             heading="Every cell",
@@ -213,6 +225,24 @@ def flushed_rows(cells: Sequence[CellResult]) -> Rows:
     return rows
 
 
+def layer_rows(cells: Sequence[CellResult]) -> Rows:
+    """Shares of values that became zero in the recipe, a row for each layer with few bits."""
+    shares: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for done in cells:
+        if done.cell.arm is Arm.RECIPE:
+            for name, share in done.flushed.items():
+                product, _, layer = name.partition("_layer_")
+                shares[layer, product].append(share)
+    layers = sorted({layer for layer, _ in shares})
+    return [
+        ["layer", *_PRODUCTS],
+        *(
+            [str(int(layer)), *(f"{mean(shares[layer, product]):.1%}" for product in _PRODUCTS)]
+            for layer in layers
+        ),
+    ]
+
+
 def cell_rows(cells: Sequence[CellResult]) -> Rows:
     """Every cell, whether it came to its end or not."""
     rows = [["seed", "arm", "in training", "without rounding", "seconds", "ended"]]
@@ -253,24 +283,33 @@ def curves(result: StudyResult) -> list[Series]:
         if done.failure is None:
             for point in done.bits_per_byte:
                 losses[point.step][done.cell.arm, done.cell.seed] = point.value
+    return _series(
+        {
+            arm: {step: relative_differences(at, arm, Arm.BASELINE) for step, at in losses.items()}
+            for arm in Arm
+            if arm is not Arm.BASELINE
+        }
+    )
+
+
+def zeros(result: StudyResult) -> list[Series]:
+    """Each arm's zeros in gradients by updates: the mean over seeds."""
+    values: dict[Arm, dict[int, list[float]]] = {arm: defaultdict(list) for arm in Arm}
+    for done in result.cells:
+        if done.failure is None:
+            for point in done.zero_gradients:
+                values[done.cell.arm][point.step].append(point.value)
+    return _series(values)
+
+
+def _series(values: Mapping[Arm, Mapping[int, Sequence[float]]]) -> list[Series]:
+    """Means by updates, a curve for each arm that has any."""
     found: list[Series] = []
-    for arm in Arm:
-        if arm is Arm.BASELINE:
-            continue
-        by_step = {step: relative_differences(at, arm, Arm.BASELINE) for step, at in losses.items()}
-        points = [
-            Point(step=step, value=mean(values))
-            for step, values in sorted(by_step.items())
-            if values
-        ]
-        if points:
-            found.append(
-                Series(
-                    label=arm.value,
-                    steps=np.array([point.step for point in points], dtype=float),
-                    values=np.array([point.value for point in points]),
-                )
-            )
+    for arm, by_step in values.items():
+        steps = sorted(step for step, of_seeds in by_step.items() if of_seeds)
+        if steps:
+            means = np.array([mean(by_step[step]) for step in steps])
+            found.append(Series(label=arm.value, steps=np.array(steps, float), values=means))
     return found
 
 
