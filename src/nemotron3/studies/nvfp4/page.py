@@ -14,7 +14,7 @@ from nemotron3.observe.page import captioned, section
 from nemotron3.observe.plots import Range, Series, lines, ranges
 from nemotron3.studies import tables as pages
 from nemotron3.studies.judging import mean
-from nemotron3.studies.nvfp4.arms import CHANGES, DESCRIPTIONS, Arm
+from nemotron3.studies.nvfp4.arms import ABLATIONS, CHANGES, DESCRIPTIONS, Arm
 from nemotron3.studies.nvfp4.cell import CellResult
 from nemotron3.studies.nvfp4.findings import (
     Finding,
@@ -49,20 +49,25 @@ def write_page(path: Path, result: StudyResult) -> Path:
         )
         for measure, words in MEASURES.items()
     ]
-    figures.append(
-        captioned(
-            "Difference to the baseline while training",
-            "Held-out loss in the precision of training, mean over seeds.",
-            lines(curves(result), y_label="difference in loss", is_percent=True, is_smoothed=False),
+    # A figure has fewer colours than there are arms.
+    of_recipe = (Arm.RECIPE, *ABLATIONS)
+    for shown, words in ((of_recipe, "without an ingredient"), (CHANGES, "with a change")):
+        difference = lines(
+            curves(result, shown), y_label="difference", is_percent=True, is_smoothed=False
         )
-    )
-    figures.append(
-        captioned(
-            "Zero gradients",
-            "Share of zeros in the gradients of rounded products' weights, mean over seeds.",
-            lines(zeros(result), y_label="zeros", is_percent=True, is_smoothed=False),
-        )
-    )
+        growth = lines(zeros(result, shown), y_label="zeros", is_percent=True, is_smoothed=False)
+        figures += [
+            captioned(
+                f"Difference to the baseline while training, {words}",
+                "Held-out loss in the precision of training, mean over seeds.",
+                difference,
+            ),
+            captioned(
+                f"Zero gradients, {words}",
+                "Share of zeros in the gradients of rounded products' weights, mean over seeds.",
+                growth,
+            ),
+        ]
     return pages.write_study_page(path, page_of(result), result, section("Plots", figures))
 
 
@@ -276,7 +281,7 @@ def gap_ranges(result: StudyResult, measure: Measure) -> list[Range]:
     ]
 
 
-def curves(result: StudyResult) -> list[Series]:
+def curves(result: StudyResult, arms: Sequence[Arm]) -> list[Series]:
     """Each arm's difference to the baseline by updates: the mean over seeds."""
     losses: dict[int, dict[tuple[Arm, int], float]] = defaultdict(dict)
     for done in result.cells:
@@ -286,17 +291,16 @@ def curves(result: StudyResult) -> list[Series]:
     return _series(
         {
             arm: {step: relative_differences(at, arm, Arm.BASELINE) for step, at in losses.items()}
-            for arm in Arm
-            if arm is not Arm.BASELINE
+            for arm in arms
         }
     )
 
 
-def zeros(result: StudyResult) -> list[Series]:
+def zeros(result: StudyResult, arms: Sequence[Arm]) -> list[Series]:
     """Each arm's zeros in gradients by updates: the mean over seeds."""
-    values: dict[Arm, dict[int, list[float]]] = {arm: defaultdict(list) for arm in Arm}
+    values: dict[Arm, dict[int, list[float]]] = {arm: defaultdict(list) for arm in arms}
     for done in result.cells:
-        if done.failure is None:
+        if done.failure is None and done.cell.arm in values:
             for point in done.zero_gradients:
                 values[done.cell.arm][point.step].append(point.value)
     return _series(values)
