@@ -192,6 +192,8 @@ def test_noise_single_seeds_and_failed_cells_cannot_be_told():
     assert (single.verdict, single.deviation, single.detectable) == ("cannot be told", None, None)
     assert math.isinf(single.low)
     assert math.isinf(single.family_high)
+    without_spread = finding(sweep(GAPS), Arm.LATE_SWITCH, Arm.RECIPE)  # alike in every seed
+    assert (without_spread.verdict, without_spread.detectable) == ("cannot be told", None)
     cells = sweep(GAPS)
     noisy = [
         cell(Arm.MS_EDEN, seed, 2.0 + 0.1 * seed + (-0.2, 0.3, -0.1, 0.1)[seed])

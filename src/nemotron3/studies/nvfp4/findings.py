@@ -52,7 +52,8 @@ class Finding:
     deviation: float | None
     """Standard deviation of the difference over seeds; None for one."""
     detectable: float | None
-    """The smallest difference that so many seeds with this deviation find with probability 0.8."""
+    """The smallest difference that so many seeds with this deviation find with probability 0.8;
+    None where seeds have no spread to judge by."""
     p_value: float
     """Corrected by Holm over the family."""
     verdict: str
@@ -121,7 +122,9 @@ def _family(
                 family_low=ends[0],
                 family_high=ends[1],
                 deviation=deviation,
-                detectable=None if deviation is None else deviation * effects[one.num_seeds],
+                detectable=None
+                if deviation is None or math.isinf(low)
+                else deviation * effects[one.num_seeds],
                 p_value=one.p_value,
                 verdict=one.verdict,
             )
