@@ -104,6 +104,7 @@ def test_the_command_line_lists_and_refuses(capsys):
     for options, said in (
         (["--seeds", "0"], "--seeds is 0; it must be 1 or more"),
         (["--steps", "7"], "--steps is 7; warm-up, plateau and decay take 8 or more"),
+        (["--recipe", "tiny-rl"], "recipe tiny-rl is a run of kind 'rl', and a PretrainRun is"),
         (["--jobs", "0"], "--jobs is 0; it must be 1 or more"),
     ):
         assert main(["study", "nvfp4", *options]) == 2

@@ -12,7 +12,7 @@ from nemotron3.data import LoadTokenizerConfig
 from nemotron3.errors import ConfigError
 from nemotron3.models.nvfp4_recipe import NVFP4Config
 from nemotron3.models.precision import PrecisionConfig
-from nemotron3.recipes.pretrain import tiny
+from nemotron3.recipes.pretrain import small, tiny
 from nemotron3.studies.nvfp4 import NVFP4Study
 from nemotron3.studies.nvfp4.arms import CHANGES, DESCRIPTIONS, Arm, Cell, run_of
 from nemotron3.studies.nvfp4.cell import CellResult, Point
@@ -100,8 +100,12 @@ def test_arms_of_a_seed_differ_in_precision_alone(steps):
 
 
 def test_named_studies_are_sound():
-    full, quick = full_study(), quick_study()
-    assert (full.num_seeds, full.steps) == (8, 600)
+    full, quick = full_study(tiny()), quick_study(tiny())
+    assert (full.name, full.num_seeds, full.steps) == ("nvfp4", 8, 600)
+    other = full_study(small())
+    assert (other.name, other.steps) == ("nvfp4-small", 2000)
+    late = run_of(other, Cell(arm=Arm.LATE_SWITCH, seed=0), steps=other.steps).training.precision
+    assert (late.activations, late.nvfp4.fprop_steps) == ("bfloat16", 2000 - 400)
     assert (quick.num_seeds, quick.steps, quick.budget_s) == (3, None, 840)
 
 
@@ -247,7 +251,7 @@ def test_costs_are_counted_by_hand_and_said_beforehand():
 
 @pytest.mark.parametrize("speed", [0.01, 0.5, 2.0, 50.0])
 def test_a_budget_decides_updates_and_seeds(speed):
-    study = quick_study()
+    study = quick_study(tiny())
     timing = replace(TIMING, update_s={arm: speed * s for arm, s in TIMING.update_s.items()})
     plan = make_plan(study, timing, jobs=2)
     if plan.expected_s > study.budget_s:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from nemotron3.cli.tuning import watched
 from nemotron3.errors import ConfigError
+from nemotron3.recipes.load import load_recipe
+from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.studies.nvfp4 import NVFP4Study, nvfp4
 from nemotron3.studies.nvfp4 import config as nvfp4_config
@@ -61,7 +63,9 @@ def chosen_study(known: argparse.Namespace) -> SimultaneousRL | NVFP4Study:
     """The study that a line describes."""
     if known.study == "nvfp4":
         quick, full = nvfp4_config.quick_study, nvfp4_config.full_study
-        return _changed((quick if known.quick else full)(), known)
+        return _changed(
+            (quick if known.quick else full)(load_recipe(known.recipe, PretrainRun)), known
+        )
     study = (quick_study if known.quick else full_study)(known.model)
     return _changed(
         study,

@@ -76,14 +76,21 @@ def _add_simultaneous_rl(studies: "argparse._SubParsersAction[argparse.ArgumentP
 
 
 def _add_nvfp4(studies: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    _add_study(
+    one = _add_study(
         studies,
         "nvfp4",
         help="training in four bits: what each ingredient is worth",
         description=_NVFP4,
         quick="three seeds",
         seeds="default 8; --quick: 3",
-        steps="default 600; --quick: what fits",
+        steps="default half of the recipe's, 600 of tiny; --quick: what fits",
+    )
+    one.add_argument(
+        "--recipe",
+        default="tiny",
+        metavar="NAME",
+        help="the pre-training recipe, or a Python file with one, whose model and text are trained "
+        "(default tiny)",
     )
 
 

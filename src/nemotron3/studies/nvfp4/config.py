@@ -9,7 +9,7 @@ rounding alone.
 from dataclasses import dataclass, replace
 
 from nemotron3.errors import ConfigError
-from nemotron3.recipes.pretrain import PretrainRun, tiny
+from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.studies.study import check_length
 from nemotron3.training.schedules import WSD
 
@@ -67,13 +67,22 @@ class NVFP4Study:
             )
 
 
-def full_study() -> NVFP4Study:
-    """The tiny model, eight seeds, half of its recipe's updates: hours on two cores."""
-    return NVFP4Study(run=replace(tiny(), evaluation_rows=48), steps=600)
+def full_study(recipe: PretrainRun) -> NVFP4Study:
+    """Eight seeds, half of the recipe's updates: of `tiny`, hours on two cores."""
+    run = replace(recipe, evaluation_rows=2 * recipe.evaluation_rows)
+    return NVFP4Study(name=_name(recipe), run=run, steps=recipe.training.steps // 2)
 
 
-def quick_study() -> NVFP4Study:
-    """Three seeds, and as many updates as fit: under 20 minutes on two cores."""
+def quick_study(recipe: PretrainRun) -> NVFP4Study:
+    """Three seeds, and as many updates as fit: under 20 minutes, of `tiny` on two cores."""
     return NVFP4Study(
-        name="nvfp4-quick", run=tiny(), steps=None, budget_s=QUICK_BUDGET_S, num_seeds=3
+        name=f"{_name(recipe)}-quick",
+        run=recipe,
+        steps=None,
+        budget_s=QUICK_BUDGET_S,
+        num_seeds=3,
     )
+
+
+def _name(recipe: PretrainRun) -> str:
+    return "nvfp4" if recipe.name == "tiny" else f"nvfp4-{recipe.name}"
