@@ -20,6 +20,6 @@ def toy_study(folder, **changes):
     run = small_run(
         write_text(folder / "text", documents=20),
         model=tiny_config("MEM*E*/*E/*E", **SIZES),
-        training={"schedule": schedule},
+        training={"schedule": schedule, "microbatch_size": 4},
     )
     return NVFP4Study(run=run, **{"steps": 12, "num_seeds": 1} | changes)
