@@ -123,6 +123,9 @@ def test_int8_weights_are_refused():
     ({"products": ("fprop", "fprop")}, "each once"),
     ({"high_precision_tail": 1.0}, "high_precision_tail is 1.0; it is a share"),
     ({"gradients": "ms_eden", "transform": "none"}, "transform is 'none' and gradients is"),
+    ({"fprop_steps": 0}, "fprop_steps is 0; it must be 1 or more.*leave fprop out of products"),
+    ({"fprop_steps": 9, "products": ("dgrad",)}, r"fprop_steps is 9 and products is \['dgrad'\]"),
+    ({"fprop_steps": 9, "products": ("fprop",)}, "while gradients go on being rounded"),
     ({"weights": "2d"}, "choose from tiles, 1d"),
 ])  # fmt: skip
 def test_impossible_ingredients_are_refused(options, message):
@@ -243,12 +246,16 @@ TRAINING = TrainingConfig(
 )
 
 
-def trained(folder, *, until=None):
+SWITCHED = dataclasses.replace(NVFP4, nvfp4=NVFP4Config(fprop_steps=3))
+"""The forward pass of the first three updates is rounded."""
+
+
+def trained(folder, *, until=None, precision=NVFP4):
     """The losses of a run that is stopped after `until` updates, or goes on from there."""
     model = LanguageModel.from_config(config(), seed=3)
     trainer = Trainer(
         model,
-        TRAINING,
+        dataclasses.replace(TRAINING, precision=precision),
         objective=pretraining(model),
         batches=lambda step: [pack([part]) for part in documents(12, 12, seed=step)],
         evaluation=lambda _: {},
@@ -268,13 +275,30 @@ def trained(folder, *, until=None):
     return losses, model
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path):
-    whole, model = trained(tmp_path / "whole")
-    start, _ = trained(tmp_path / "parts", until=4)
-    rest, resumed = trained(tmp_path / "parts")
+@pytest.mark.parametrize(("precision", "until"), [(NVFP4, 4), (SWITCHED, 2), (SWITCHED, 4)])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, precision, until):
+    """Also where the precision of the forward pass changes after, or before, it is resumed."""
+    whole, model = trained(tmp_path / "whole", precision=precision)
+    start, _ = trained(tmp_path / "parts", until=until, precision=precision)
+    rest, resumed = trained(tmp_path / "parts", precision=precision)
     assert start + rest == whole
     for a, e in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, e)
+
+
+def test_the_forward_pass_switches_to_high_precision_at_its_step():
+    before, after = (update(batch(), SWITCHED, updates=updates)[:2] for updates in (2, 3))
+    assert before == update(batch(), updates=2)[:2]
+    gradients_only = dataclasses.replace(NVFP4, nvfp4=NVFP4Config(products=("dgrad", "wgrad")))
+    assert after == update(batch(), gradients_only, updates=3)[:2]
+    assert after[0] != before[0]
+
+
+def test_a_switch_that_training_does_not_reach_is_refused():
+    with pytest.raises(ConfigError, match=r"precision.nvfp4.fprop_steps is 6 and steps is 6"):
+        dataclasses.replace(
+            TRAINING, precision=dataclasses.replace(NVFP4, nvfp4=NVFP4Config(fprop_steps=6))
+        )
 
 
 def test_the_loss_falls():

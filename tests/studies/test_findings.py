@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from benchmarks.drawing import BLUE, GREEN
-from benchmarks.studies import draw, filled, read_result
+from benchmarks.studies import STUDIES, draw_simultaneous_rl, read_result
 
 from nemotron3.config import write_json
 from nemotron3.recipes.rl import tiny_rl
@@ -206,21 +206,22 @@ def test_pages_show_everything_and_escape_it(tmp_path):
 def test_the_documentation_s_page_is_filled_between_its_marks():
     result = published(sweep((0.9, 0.8), (0.7, 0.75)), study_of(num_seeds=2))
     text = "# T\n\n<!-- result -->\nNot measured yet.\n<!-- /result -->\nend\n"
-    assert "### The claim" in filled(text, result)
-    assert filled(filled(text, result), None) == text
+    docs = STUDIES["rl"]
+    assert "### The claim" in docs.filled(text, result)
+    assert docs.filled(docs.filled(text, result), None) == text
 
 
 def test_a_result_is_read_again_and_drawn(tmp_path):
     cells = sweep((0.9, 0.8), (0.7, 0.75))
     result = published(cells, study_of(num_seeds=2))
     write_json(tmp_path / "result.json", result)
-    assert read_result(tmp_path / "result.json") == result
+    assert read_result(tmp_path / "result.json") == (STUDIES["rl"], result)
     failed = [
         replace(done, failure="DivergenceError: nan") if done.cell.arm is Arm.REPLAY else done
         for done in cells
     ]
     for some, is_drawn in ((cells, True), (failed, False)):
-        draw(published(some, study_of(num_seeds=2)), tmp_path / "drawing.svg")
+        draw_simultaneous_rl(published(some, study_of(num_seeds=2)), tmp_path / "drawing.svg")
         drawn = (tmp_path / "drawing.svg").read_text()
         assert BLUE in drawn
         assert (GREEN in drawn) == is_drawn  # the colour of the arm with replay

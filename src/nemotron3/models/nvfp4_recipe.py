@@ -78,6 +78,9 @@ class NVFP4Config:
     high_precision_tail: float = 0.15
     """Share of the layers, the last ones, that stay in high precision; rounded up to whole
     layers."""
+    fprop_steps: int | None = None
+    """Updates whose forward pass is rounded; in those that follow it is in high precision, and
+    gradients go on being rounded. None for all updates."""
     seed: int = 0
     """Seed of stochastic rounding."""
 
@@ -97,12 +100,30 @@ class NVFP4Config:
                 f"is {self.high_precision_tail}; it is a share of the layers, from 0 to below 1",
                 field="high_precision_tail",
             )
+        if self.fprop_steps is not None:
+            self._check_switch(self.fprop_steps)
         if self.gradients == "ms_eden" and self.transform == "none":
             raise ConfigError(
                 "is 'none' and {other} is 'ms_eden', which rotates its operands by a Hadamard "
                 "transform; leave it at 'hadamard'",
                 field="transform",
                 other="gradients",
+            )
+
+    def _check_switch(self, fprop_steps: int) -> None:
+        if fprop_steps < 1:
+            raise ConfigError(
+                f"is {fprop_steps}; it must be 1 or more. For a forward pass that is never rounded "
+                "leave fprop out of {other}",
+                field="fprop_steps",
+                other="products",
+            )
+        if "fprop" not in self.products or self.products == ("fprop",):
+            raise ConfigError(
+                f"is {fprop_steps} and {{other}} is {list(self.products)}; it ends the rounding of "
+                "fprop while gradients go on being rounded, so name fprop and dgrad or wgrad",
+                field="fprop_steps",
+                other="products",
             )
 
     def formats(self) -> ProductFormats:
@@ -164,7 +185,12 @@ def quantize_products(model: LanguageModel, config: NVFP4Config) -> None:
     for layer, name, found, module in quantized_modules(model, config):
         own = [
             ProductQuantization(
-                formats[found], config.seed, layer, own_name, model.rounding_position
+                formats[found],
+                config.seed,
+                layer,
+                own_name,
+                model.rounding_position,
+                config.fprop_steps,
             )
             for own_name in _product_names(name, module)
         ]

@@ -137,7 +137,7 @@ def pretrain(
     tokenizer.save(folder.tokenizer)
 
     with recorded_backends() as backends:
-        model, before = _train(folder, corpus, callback)
+        model, before = train_model(folder, corpus, callback)
         # The result is a model like any other: few bits are of its training.
         apply_precision(model, run.training.precision.unrounded)
         callback.stage("Writing the model")
@@ -150,10 +150,14 @@ def pretrain(
     return summary
 
 
-def _train(
+def train_model(
     folder: RunFolder[PretrainRun], corpus: Corpus, callback: RunCallback
 ) -> tuple[LanguageModel, float | None]:
-    """The trained model, and the bits per byte of the one that the run continues."""
+    """Train from where the folder stands; writes checkpoints and metrics, and no model.
+
+    Returns the model, in the precision of training, and the bits per byte of the one that the run
+    continues.
+    """
     run, device = folder.run, folder.device
     config = run.training
     files = dict(corpus.train)
@@ -185,7 +189,7 @@ def _train(
         config,
         objective=PretrainObjective(run.loss, num_mtp_depths=run.model.pattern.num_mtp_depths),
         batches=batches,
-        evaluation=lambda m: _bits(run, corpus, m, run.evaluation_rows)[0],
+        evaluation=lambda m: held_out_bits(run, corpus, m, run.evaluation_rows)[0],
         store=folder.checkpoints(),
         peak_flops=measure_product_rate(device, run.training.precision.dtype, product=linear),
     )
@@ -203,7 +207,7 @@ def _before(
     if file.exists() and folder.checkpoints().latest() is not None:
         return from_record(_Before, json.loads(file.read_text("utf-8"))).bits_per_byte
     callback.stage("Reading all held-out text before training")
-    metrics, _ = _bits(folder.run, corpus, model, folder.run.final_evaluation_rows)
+    metrics, _ = held_out_bits(folder.run, corpus, model, folder.run.final_evaluation_rows)
     before = _Before(bits_per_byte=metrics["eval/bits_per_byte"])
     write_json(file, before)
     return before.bits_per_byte
@@ -219,7 +223,7 @@ def _train_batch(batch: Batch, device: torch.device) -> TrainBatch:
     )
 
 
-def _bits(
+def held_out_bits(
     run: PretrainRun, corpus: Corpus, model: LanguageModel, rows: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Held-out metrics over all sources, by their share of the held-out bytes; bits by source."""
@@ -252,7 +256,7 @@ def _final_evaluation(
     started: float,
 ) -> PretrainSummary:
     callback.stage("Reading all held-out text")
-    total, by_source = _bits(run, corpus, model, run.final_evaluation_rows)
+    total, by_source = held_out_bits(run, corpus, model, run.final_evaluation_rows)
     callback.stage("Measuring simple baselines on the same text")
     held_out = [
         document.text for name in corpus.names for document in corpus.held_out_documents(name)

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from nemotron3.errors import Nemotron3Error
+from nemotron3.errors import ConfigError, Nemotron3Error
 from nemotron3.recipes.run_folder import RunCallback
+from nemotron3.runtime.devices import DeviceName, resolve_device
 from nemotron3.runtime.processes import END_S, end, spawn
+from nemotron3.runtime.processors import processors
 from nemotron3.training.trainer import StepReport
 
 _log = logging.getLogger(__name__)
@@ -25,6 +27,28 @@ Execute = Callable[[str, RunCallback], R]
 """Carries out the cell of this name, and tells the callback how it goes on."""
 Prepare = Callable[[], Execute[R]]
 """What a process does before its first cell; with several jobs it has to be picklable."""
+
+
+def number_of_jobs(device: DeviceName, asked: int | None) -> int:
+    """Cells at once: those asked for, or one on each processor, or one on a GPU."""
+    if asked is not None and asked < 1:
+        raise ConfigError(f"is {asked}; it must be 1 or more", field="jobs")
+    if asked is not None:
+        return asked
+    return processors() if resolve_device(device).type == "cpu" else 1
+
+
+def side_by_side(prepare: Prepare[R], jobs: int) -> list[R]:
+    """What as many processes as will work at once find at the same time, such as how long a run
+    takes; each is given a name of its own."""
+    found = executed(
+        [f"timing-{number}" for number in range(jobs)],
+        prepare,
+        jobs=jobs,
+        begin=lambda _: None,
+        callback=RunCallback(),
+    )
+    return [result for _, result in found]
 
 
 def executed(

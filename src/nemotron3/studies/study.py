@@ -13,17 +13,58 @@ repeated, and a study with more seeds keeps those that it has.
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nemotron3.config import RUN_FILE, from_record, read_record, to_record, write_json, write_run
+from nemotron3.config.run import git_revision
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.run_folder import RunCallback, differences
+from nemotron3.runtime.devices import DeviceName, describe_device, resolve_device
 from nemotron3.studies.jobs import Prepare, executed
+from nemotron3.training.trainer import StepReport
 
 R = TypeVar("R")
+
+RESULT_FILE, PAGE_FILE, MARKDOWN_FILE = "result.json", "report.html", "report.md"
+"""What a finished study leaves: everything, the page, and the tables of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What every result says of its origin; that of a study adds `study` and what was found."""
+
+    command: str
+    date: str
+    commit: str
+    """Of this package; "unknown" outside of its repository."""
+    device: str
+
+
+P = TypeVar("P", bound=Published)
+
+
+def provenance(device: DeviceName) -> dict[str, str]:
+    """The fields of `Published`, here and at present."""
+    return {
+        "command": " ".join(["nemotron3", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": str((git_revision() or {}).get("commit", "unknown")),
+        "device": describe_device(resolve_device(device)),
+    }
+
+
+def check_length(steps: int | None, budget_s: float | None, num_seeds: int) -> None:
+    """Raises ConfigError unless either updates or a budget are given, and one seed or more."""
+    if (steps is None) != (budget_s is not None):
+        raise ConfigError("steps and budget_s exclude each other, and one is needed")
+    if num_seeds < 1:
+        raise ConfigError(f"is {num_seeds}; it must be 1 or more", field="num_seeds")
 
 
 def open_study(config: Any, name: str, *, runs: Path, may_change: Collection[str] = ()) -> Path:
@@ -61,6 +102,29 @@ def kept(file: Path, cls: type[R], make: Callable[[], R]) -> R:
     made = make()
     write_json(file, made)
     return made
+
+
+def planned(folder: Path, cls: type[R], make: Callable[[], R], *, steps: int | None) -> R:
+    """The plan that the study began with; of fixed steps, one with the cells that are asked for."""
+    file = folder / "plan.json"
+    if steps is None:
+        return kept(file, cls, make)
+    plan = make()
+    write_json(file, plan)
+    return plan
+
+
+def publish(
+    folder: Path,
+    result: P,
+    *,
+    write_page: Callable[[Path, P], object],
+    as_markdown: Callable[[P], str],
+) -> None:
+    """Write what a finished study leaves."""
+    write_json(folder / RESULT_FILE, result)
+    write_page(folder / PAGE_FILE, result)
+    (folder / MARKDOWN_FILE).write_text(as_markdown(result), encoding="utf-8")
 
 
 def result_file(folder: Path, cell: str) -> Path:
@@ -115,6 +179,42 @@ def run_cells(
         taken += time.perf_counter() - begun[name]
         expected += cells[name]
     return {name: from_record(cls, json.loads(f.read_text("utf-8"))) for name, f in files.items()}
+
+
+class Updates(RunCallback):
+    """Passes on how many updates of a study are made, and nothing of single runs."""
+
+    def __init__(self, callback: RunCallback, *, total: int) -> None:
+        self._callback, self._total, self._done = callback, total, 0
+
+    def trained(self, report: StepReport) -> None:
+        """An update was made."""
+        del report
+        self._done += 1
+        self._callback.progress("updates", self._done, self._total)
+
+
+class _Clock(RunCallback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def trained(self, report: StepReport) -> None:
+        del report
+        self.ends.append(time.perf_counter())
+
+
+def timed_run(execute: Callable[[RunCallback], object], work: Path) -> tuple[float, list[float]]:
+    """Seconds that a run in the folder `work` takes, and when each of its updates ended.
+
+    The folder is deleted before and after.
+    """
+    shutil.rmtree(work, ignore_errors=True)
+    clock = _Clock()
+    started = time.perf_counter()
+    execute(clock)
+    whole = time.perf_counter() - started
+    shutil.rmtree(work, ignore_errors=True)
+    return whole, clock.ends
 
 
 class Stopwatch:

@@ -86,6 +86,14 @@ class TrainingConfig:
                 field="microbatch_size",
                 other="batch_size",
             )
+        switch = self.precision.nvfp4.fprop_steps
+        if switch is not None and switch >= self.steps:
+            raise ConfigError(
+                f"is {switch} and {{other}} is {self.steps}, so the forward pass would be rounded "
+                "to the end; make it less, or null",
+                field="precision.nvfp4.fprop_steps",
+                other="steps",
+            )
         if not self.bias_update_rate >= 0:
             raise ConfigError(
                 f"is {self.bias_update_rate}; it must be 0 or more", field="bias_update_rate"

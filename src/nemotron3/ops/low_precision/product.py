@@ -116,10 +116,16 @@ class ProductQuantization:
     module: str
     """The module's name in its layer."""
     position: RoundingPosition
+    fprop_steps: int | None = None
+    """Updates whose forward pass has rounded operands; those that follow round gradients only.
+    None for all."""
 
     def here(self) -> "ProductQuantization":
-        """The same at the present position, for the backward pass of this forward pass."""
-        return replace(self, position=replace(self.position))
+        """The same at the present position, for this forward pass and its backward pass."""
+        position, formats = replace(self.position), self.formats
+        if self.fprop_steps is not None and position.step >= self.fprop_steps:
+            formats = replace(formats, fprop=None)
+        return replace(self, formats=formats, position=position)
 
     def noise(self, tensor: str, rows: Tensor | None = None) -> Noise:
         """The noise of a tensor; `rows` are the places of its rows in the update's batch.

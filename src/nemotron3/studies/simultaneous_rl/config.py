@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from nemotron3.errors import ConfigError
 from nemotron3.recipes.rl import RLRun, tiny_rl
 from nemotron3.rl.curriculum import CurriculumConfig
+from nemotron3.studies.study import check_length
 
 QUICK_ENVIRONMENTS = ("math", "structured_output", "list_operations", "letter_counting")
 """Environments of the quick study: a number, a form, a list and a count."""
@@ -67,8 +68,7 @@ class SimultaneousRL:
                 f"of the {count} environments, so that all have the same share",
                 field="run.training.batch_size",
             )
-        if (self.steps is None) != (self.budget_s is not None):
-            raise ConfigError("steps and budget_s exclude each other, and one is needed")
+        check_length(self.steps, self.budget_s, self.num_seeds)
         if self.steps is not None and (self.steps < count or self.steps % count):
             near = max(1, round(self.steps / count)) * count
             raise ConfigError(
@@ -76,8 +76,6 @@ class SimultaneousRL:
                 f"length, so it must be a multiple of {count}, such as {near}",
                 field="steps",
             )
-        if self.num_seeds < 1:
-            raise ConfigError(f"is {self.num_seeds}; it must be 1 or more", field="num_seeds")
         rates = self.learning_rates
         if not rates or len({*rates}) < len(rates):
             raise ConfigError(f"is {rates}; name one or more, each once", field="learning_rates")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemotron3.evaluation.seed_power import smallest_detectable_over_seeds
-from nemotron3.evaluation.statistics import Verdict, judge
+from nemotron3.studies.judging import judge_family, mean
 from nemotron3.studies.simultaneous_rl.arms import Arm
 from nemotron3.studies.simultaneous_rl.cell import CellResult, Evaluation
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
@@ -148,38 +148,28 @@ def _family(
     is_primary: bool,
 ) -> list[Finding]:
     pairs = {comparison: _pairs(comparison, measured) for comparison in family}
-    testable = {str(i): pair for i, pair in enumerate(pairs.values()) if len(pair[0]) > 1}
     margin = study.smallest_effect
-    better = judge(testable, smallest_effect=margin, over_seeds=True)
-    moved = {name: ([value - margin for value in a], b) for name, (a, b) in testable.items()}
-    as_good = judge(moved, smallest_effect=margin, over_seeds=True)
-    found: list[Finding] = []
-    for place, (comparison, (first, second)) in enumerate(pairs.items()):
-        if not first:
-            continue
-        judged, key = better.get(str(place)), str(place)
-        interval = None if judged is None else judged.comparison.interval
-        a, b = _mean(first), _mean(second)
-        good = Verdict.CANNOT_BE_TOLD if judged is None else as_good[key].verdict
-        found.append(
-            Finding(
-                learning_rate=rate,
-                measure=comparison.measure,
-                first=" and ".join(comparison.first),
-                second=comparison.second,
-                is_primary=is_primary,
-                num_seeds=len(first),
-                first_mean=comparison.sign * a,
-                second_mean=comparison.sign * b,
-                difference=b - a,
-                low=-math.inf if interval is None else interval.low,
-                high=math.inf if interval is None else interval.high,
-                p_value=1.0 if judged is None else judged.adjusted_p,
-                better=(Verdict.CANNOT_BE_TOLD if judged is None else judged.verdict).value,
-                at_least_as_good=good.value if comparison.in_rewards else "",
-            )
+    better = judge_family(pairs, smallest_effect=margin)
+    as_good = judge_family(pairs, smallest_effect=margin, margin=margin)
+    return [
+        Finding(
+            learning_rate=rate,
+            measure=comparison.measure,
+            first=" and ".join(comparison.first),
+            second=comparison.second,
+            is_primary=is_primary,
+            num_seeds=judged.num_seeds,
+            first_mean=comparison.sign * judged.first,
+            second_mean=comparison.sign * judged.second,
+            difference=judged.difference,
+            low=judged.low,
+            high=judged.high,
+            p_value=judged.p_value,
+            better=judged.verdict,
+            at_least_as_good=as_good[comparison].verdict if comparison.in_rewards else "",
         )
-    return found
+        for comparison, judged in better.items()
+    ]
 
 
 def _pairs(
@@ -195,13 +185,9 @@ def _pairs(
         *some, last = (
             comparison.sign * getattr(measured[key], comparison.measure) for key in needed
         )
-        first.append(_mean(some))
+        first.append(mean(some))
         second.append(last)
     return first, second
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 @dataclass(frozen=True, kw_only=True)

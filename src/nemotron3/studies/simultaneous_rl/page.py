@@ -4,26 +4,23 @@ Everything is shown: every learning rate, every cell, the failed ones too, and c
 claim does not survive.
 """
 
-import html
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nemotron3.config import to_record
-from nemotron3.observe.page import captioned, section, table, write_page
+from nemotron3.observe.page import captioned, section
 from nemotron3.observe.plots import Figure, Series, lines
+from nemotron3.studies import tables as pages
+from nemotron3.studies.judging import mean
 from nemotron3.studies.simultaneous_rl.arms import DESCRIPTIONS, Arm
 from nemotron3.studies.simultaneous_rl.cell import CellResult, Evaluation, Score
 from nemotron3.studies.simultaneous_rl.findings import Finding, measures_of
 from nemotron3.studies.simultaneous_rl.plan import seen
 from nemotron3.studies.simultaneous_rl.result import StudyResult
 from nemotron3.studies.study import counted, duration
-
-Rows = list[list[str]]
-"""A table; the first row names the columns."""
+from nemotron3.studies.tables import Rows, StudyPage, Table
 
 TITLE = "All environments at once, or one after another"
 _MEASURES = {
@@ -39,36 +36,28 @@ _WORDS = {"learning rate", "measure", "arm", "compared with", "better", "at leas
 
 def write_study_page(path: Path, result: StudyResult) -> Path:
     """Write the HTML file, which needs no network."""
-    body = "".join(
-        [
-            _paragraphs("What is asked", [*asked(), seen(result.plan) + "."]),
-            *(
-                f"<section><h2>{html.escape(heading)}</h2>"
-                f"<p>{html.escape(caption)}</p>{_html(rows)}</section>\n"
-                for heading, caption, rows in tables(result)
-            ),
-            *(
-                section(f"Held-out reward at learning rate {rate:g}", _figures(result, rate))
-                for rate in result.study.learning_rates
-            ),
-            f"<section><h2>Run it again</h2><pre>{html.escape(result.command)}</pre><details>"
-            f"<summary>Configuration</summary><pre>"
-            f"{html.escape(json.dumps(to_record(result.study), indent=2))}</pre></details>"
-            "</section>\n",
-        ]
+    figures = "".join(
+        section(f"Held-out reward at learning rate {rate:g}", _figures(result, rate))
+        for rate in result.study.learning_rates
     )
-    footer = f"Written by nemotron3 study simultaneous-rl, {result.date}."
-    return write_page(path, title=TITLE, lead=origin(result), body=body, footer=footer)
+    return pages.write_study_page(path, page_of(result), result, figures)
 
 
 def as_markdown(result: StudyResult) -> str:
     """The tables and what is needed to read them."""
-    parts = [f"`{result.command}`, {origin(result)}", f"{seen(result.plan)}."]
-    for heading, caption, rows in tables(result):
-        parts.append(f"### {heading}")
-        parts.append(_plain(caption))
-        parts.append(_markdown(rows))
-    return "\n\n".join(parts) + "\n"
+    return pages.as_markdown(page_of(result), result.command)
+
+
+def page_of(result: StudyResult) -> StudyPage:
+    """What both forms of the page show."""
+    return StudyPage(
+        title=TITLE,
+        origin=origin(result),
+        asked=asked(),
+        seen=f"{seen(result.plan)}.",
+        tables=tables(result),
+        words=_WORDS,
+    )
 
 
 def origin(result: StudyResult) -> str:
@@ -93,39 +82,42 @@ def asked() -> list[str]:
     return [claim, *(f"{arm.value}: {what}." for arm, what in DESCRIPTIONS.items())]
 
 
-def tables(result: StudyResult) -> list[tuple[str, str, Rows]]:
-    """Heading, caption and rows of every table."""
+def tables(result: StudyResult) -> list[Table]:
+    """All tables, also those without rows."""
     study = result.study
     primary = [finding for finding in result.findings if finding.is_primary]
     others = [finding for finding in result.findings if not finding.is_primary]
-    shown = [
-        (
-            "The claim",
-            "Trained at once against the mean of both staged orders, paired over seeds. A positive "
-            "difference is in favour of training at once. At least as good: a loss of "
+    return [
+        Table(
+            heading="The claim",
+            caption="Trained at once against the mean of both staged orders, paired over seeds. A "
+            "positive difference is in favour of training at once. At least as good: a loss of "
             f"{study.smallest_effect:g} is excluded.",
-            finding_rows(primary),
+            rows=finding_rows(primary),
         ),
-        ("Other comparisons", "A family of their own.", finding_rows(others)),
-        (
-            "Final reward by environment",
-            "Held-out tasks sampled at temperature 1, mean over seeds.",
-            score_rows(result, lambda score: score.reward),
+        Table(
+            heading="Other comparisons",
+            caption="A family of their own.",
+            rows=finding_rows(others),
         ),
-        (
-            "Share of the most common answer",
-            "Where it rises above that of the model before, a policy may have learned one answer "
-            "for all tasks.",
-            score_rows(result, lambda score: score.most_common),
+        Table(
+            heading="Final reward by environment",
+            caption="Held-out tasks sampled at temperature 1, mean over seeds.",
+            rows=score_rows(result, lambda score: score.reward),
         ),
-        (
-            "Every cell",
-            "Forgetting is the mean over environments of the highest reward at any evaluation "
-            "minus the final one. Rollouts in groups of equal rewards teach nothing.",
-            cell_rows(result.cells),
+        Table(
+            heading="Share of the most common answer",
+            caption="Where it rises above that of the model before, a policy may have learned one "
+            "answer for all tasks.",
+            rows=score_rows(result, lambda score: score.most_common),
+        ),
+        Table(
+            heading="Every cell",
+            caption="Forgetting is the mean over environments of the highest reward at any "
+            "evaluation minus the final one. Rollouts in groups of equal rewards teach nothing.",
+            rows=cell_rows(result.cells),
         ),
     ]
-    return [each for each in shown if len(each[2]) > 1]
 
 
 def finding_rows(findings: Sequence[Finding]) -> Rows:
@@ -163,7 +155,7 @@ def score_rows(result: StudyResult, value: Callable[[Score], float]) -> Rows:
         for arm in Arm:
             ends = [cell.evaluations[-1] for cell in _finished(result, rate, arm)]
             if ends:
-                means = [_mean([value(end.scores[name]) for end in ends]) for name in names]
+                means = [mean([value(end.scores[name]) for end in ends]) for name in names]
                 rows.append([f"{rate:g}", arm.value, *_numbers(means)])
     return rows
 
@@ -268,34 +260,5 @@ def _curves(
     return lines(found, y_label="reward", is_smoothed=False)
 
 
-def _paragraphs(heading: str, texts: Sequence[str]) -> str:
-    said = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
-    return f"<section><h2>{html.escape(heading)}</h2>{said}</section>\n"
-
-
-def _html(rows: Rows) -> str:
-    columns, *content = rows
-    return table(columns, content, right=[name for name in columns if name not in _WORDS])
-
-
-def _markdown(rows: Rows) -> str:
-    head, *content = rows
-    rule = ["---" if name in _WORDS else "---:" for name in head]
-    written = [head, *content]
-    lines_ = ["| " + " | ".join(map(_plain, row)) + " |" for row in written]
-    lines_.insert(1, "| " + " | ".join(rule) + " |")
-    return "\n".join(lines_)
-
-
-def _plain(text: str) -> str:
-    """Text that neither ends a cell of a table nor is read as HTML."""
-    flat = " ".join(text.split())
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-
-
 def _numbers(values: Sequence[float]) -> list[str]:
-    return [f"{value:.3f}" for value in (*values, _mean(values))]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return [f"{value:.3f}" for value in (*values, mean(values))]

@@ -1,18 +1,15 @@
 """What is decided and said before the first cell: how many updates, the cost, what can be seen."""
 
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_rl import rl
 from nemotron3.studies.simultaneous_rl.arms import Arm, Cell, parts_of, profiling_rollouts, run_of
 from nemotron3.studies.simultaneous_rl.cell import Evaluation, HeldOut
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
 from nemotron3.studies.simultaneous_rl.findings import SmallestEffect, smallest_effect
-from nemotron3.studies.study import counted, duration
-from nemotron3.training.trainer import StepReport
+from nemotron3.studies.study import counted, duration, timed_run
 
 _TIMED_UPDATES = 8
 _LEAST_STAGE = 4
@@ -48,17 +45,6 @@ class Plan:
     smallest_effect: SmallestEffect
 
 
-class _Clock(RunCallback):
-    """Notes when updates end."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def trained(self, report: StepReport) -> None:
-        del report
-        self.ends.append(time.perf_counter())
-
-
 def measure_timing(study: SimultaneousRL, held_out: HeldOut, work: Path) -> Timing:
     """Play the held-out tasks and make a few updates, each once without taking the time.
 
@@ -92,13 +78,7 @@ def _timed_run(study: SimultaneousRL, steps: int, work: Path) -> tuple[float, li
         model=study.run.model,
         stage=steps,
     )
-    shutil.rmtree(work, ignore_errors=True)
-    clock = _Clock()
-    started = time.perf_counter()
-    rl(run, runs=work, callback=clock)
-    whole = time.perf_counter() - started
-    shutil.rmtree(work, ignore_errors=True)
-    return whole, clock.ends
+    return timed_run(lambda clock: rl(run, runs=work, callback=clock), work)
 
 
 def make_plan(study: SimultaneousRL, timing: Timing, *, jobs: int) -> Plan:

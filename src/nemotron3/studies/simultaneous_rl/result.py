@@ -6,17 +6,13 @@ from nemotron3.studies.simultaneous_rl.cell import CellResult
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
 from nemotron3.studies.simultaneous_rl.findings import Finding
 from nemotron3.studies.simultaneous_rl.plan import Plan, Timing
+from nemotron3.studies.study import Published
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyResult:
+class StudyResult(Published):
     """Everything that the pages are made of."""
 
-    command: str
-    date: str
-    commit: str
-    """Of this package; "unknown" outside of its repository."""
-    device: str
     study: SimultaneousRL
     timing: Timing
     plan: Plan

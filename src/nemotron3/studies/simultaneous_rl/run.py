@@ -1,13 +1,9 @@
 """Carries the study out: timing, the plan and its cost, the cells, and the pages."""
 
-import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from nemotron3.config import write_json
-from nemotron3.config.run import git_revision
 from nemotron3.environments.registry import load_environment
 from nemotron3.environments.rows import Split
 from nemotron3.errors import ConfigError
@@ -15,9 +11,7 @@ from nemotron3.models.huggingface.companions import CONFIG_FILE
 from nemotron3.recipes.input_files import model_files, record_input_files
 from nemotron3.recipes.run_folder import RunCallback
 from nemotron3.recipes.run_lock import holds_folder
-from nemotron3.runtime.devices import describe_device, resolve_device
-from nemotron3.runtime.processors import processors
-from nemotron3.studies.jobs import Execute, executed
+from nemotron3.studies.jobs import Execute, number_of_jobs, side_by_side
 from nemotron3.studies.simultaneous_rl.arms import Arm, Cell
 from nemotron3.studies.simultaneous_rl.cell import CellResult, Evaluation, HeldOut, run_cell
 from nemotron3.studies.simultaneous_rl.config import SimultaneousRL
@@ -32,10 +26,18 @@ from nemotron3.studies.simultaneous_rl.plan import (
     statement,
 )
 from nemotron3.studies.simultaneous_rl.result import StudyResult
-from nemotron3.studies.study import kept, open_study, result_file, run_cells, work_folder
-from nemotron3.training.trainer import StepReport
+from nemotron3.studies.study import (
+    Updates,
+    kept,
+    open_study,
+    planned,
+    provenance,
+    publish,
+    result_file,
+    run_cells,
+    work_folder,
+)
 
-RESULT_FILE, PAGE_FILE, MARKDOWN_FILE = "result.json", "report.html", "report.md"
 _MAY_CHANGE = ("learning_rates", "num_seeds")
 """More of them are more cells, and those that stand stay; with a budget they decide the steps."""
 
@@ -53,7 +55,7 @@ def simultaneous_rl(
     `jobs` cells are trained at once; None for one on each processor, or one on a GPU.
     Raises ConfigError for a model that is not there, before anything is written.
     """
-    jobs = _jobs(study, jobs)
+    jobs = number_of_jobs(study.run.device, jobs)
     callback = callback or RunCallback()
     _check_model(study.run.model)
     callback.stage(f"Reading {study.run.model}")
@@ -63,7 +65,7 @@ def simultaneous_rl(
     folder = open_study(study, study.name, runs=runs, may_change=may_change)
     record_input_files(folder, model_files(study.run.model))
     timing = kept(folder / "timing.json", Timing, lambda: _timed(study, folder, jobs, callback))
-    plan = _plan(study, timing, folder, jobs)
+    plan = planned(folder, Plan, lambda: make_plan(study, timing, jobs=jobs), steps=study.steps)
     for line in statement(study, timing, plan):
         callback.stage(line)
     cells = _cells(study, plan)
@@ -75,23 +77,18 @@ def simultaneous_rl(
         partial(_executor, study, cells, plan.steps, timing.start, folder),
         CellResult,
         callback=callback,
-        within=_Updates(callback, total=plan.steps * len(left)),
+        within=Updates(callback, total=plan.steps * len(left)),
         jobs=jobs,
     )
     result = StudyResult(
-        command=" ".join(["nemotron3", *sys.argv[1:]]),
-        date=datetime.now(UTC).date().isoformat(),
-        commit=str((git_revision() or {}).get("commit", "unknown")),
-        device=describe_device(resolve_device(study.run.device)),
+        **provenance(study.run.device),
         study=study,
         timing=timing,
         plan=plan,
         cells=tuple(done.values()),
         findings=tuple(findings_of(study, tuple(done.values()))),
     )
-    write_json(folder / RESULT_FILE, result)
-    write_study_page(folder / PAGE_FILE, result)
-    (folder / MARKDOWN_FILE).write_text(as_markdown(result), encoding="utf-8")
+    publish(folder, result, write_page=write_study_page, as_markdown=as_markdown)
     return result
 
 
@@ -113,25 +110,11 @@ def _check_pools(study: SimultaneousRL) -> None:
         environment.distinct_tasks(study.curriculum.pool, split=Split.TRAIN, seed=0)
 
 
-def _jobs(study: SimultaneousRL, asked: int | None) -> int:
-    if asked is not None and asked < 1:
-        raise ConfigError(f"is {asked}; it must be 1 or more", field="jobs")
-    if asked is not None:
-        return asked
-    return processors() if resolve_device(study.run.device).type == "cpu" else 1
-
-
 def _timed(study: SimultaneousRL, folder: Path, jobs: int, callback: RunCallback) -> Timing:
     """As many processes as will work at once take the time; the slowest one counts."""
     callback.stage("Playing held-out tasks, and timing a few updates")
-    found = executed(
-        [f"timing-{number}" for number in range(jobs)],
-        partial(_timer, study, folder),
-        jobs=jobs,
-        begin=lambda _: None,
-        callback=RunCallback(),
-    )
-    return max((timing for _, timing in found), key=lambda timing: timing.update_s)
+    found = side_by_side(partial(_timer, study, folder), jobs)
+    return max(found, key=lambda timing: timing.update_s)
 
 
 def _timer(study: SimultaneousRL, folder: Path) -> Execute[Timing]:
@@ -163,16 +146,6 @@ def _executor(
     return execute
 
 
-def _plan(study: SimultaneousRL, timing: Timing, folder: Path, jobs: int) -> Plan:
-    """The plan that the study began with; of fixed steps, with the cells that are asked for."""
-    file = folder / "plan.json"
-    if study.steps is None:
-        return kept(file, Plan, lambda: make_plan(study, timing, jobs=jobs))
-    plan = make_plan(study, timing, jobs=jobs)
-    write_json(file, plan)
-    return plan
-
-
 def _cells(study: SimultaneousRL, plan: Plan) -> dict[str, Cell]:
     """All cells by name, seed by seed, so that an unfinished study is a smaller one."""
     cells = [
@@ -182,15 +155,3 @@ def _cells(study: SimultaneousRL, plan: Plan) -> dict[str, Cell]:
         for arm in Arm
     ]
     return {cell.name: cell for cell in cells}
-
-
-class _Updates(RunCallback):
-    """Passes on how many updates of a study are made, and nothing of single runs."""
-
-    def __init__(self, callback: RunCallback, *, total: int) -> None:
-        self._callback, self._total, self._done = callback, total, 0
-
-    def trained(self, report: StepReport) -> None:
-        del report
-        self._done += 1
-        self._callback.progress("updates", self._done, self._total)
