@@ -11,13 +11,13 @@ from nemotron3.models.parameter import parameter_specs
 from tests.tiny import qwen_config, tiny_config, tiny_model, tokens_for
 
 CONFIG = tiny_config("MEM*E-/*E")
-KEPT = ("A_log", "D", "dt_bias", "e_score_correction_bias")
+KEPT = ("A_log", "D", "dt_bias", "e_score_correction_bias", "gate.weight")
 every_config = pytest.mark.parametrize("config", [CONFIG, qwen_config()], ids=["hybrid", "qwen"])
 
 
 def assert_dtypes(model, dtype, *, kept=torch.float32):
     for name, tensor in model.state_dict().items():
-        is_kept = name.rpartition(".")[2] in KEPT
+        is_kept = name.endswith(KEPT)
         assert tensor.dtype == (kept if is_kept else dtype), name
 
 
@@ -43,7 +43,7 @@ def test_a_narrow_model_keeps_them_exactly(config, convert):
     expected = wide.state_dict()
     for name, tensor in model.state_dict().items():
         rounded = expected[name].to(dtype).float()
-        exact = name.rpartition(".")[2] in KEPT
+        exact = name.endswith(KEPT)
         assert torch.equal(tensor.float(), expected[name] if exact else rounded), name
 
 

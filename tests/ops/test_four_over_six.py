@@ -62,8 +62,8 @@ def test_zeros_and_what_is_not_finite():
 
 def test_mistakes_are_named():
     x = torch.randn(16, 16)
-    with pytest.raises(ValueError, match="scales is 'mse'; choose from max, four_over_six"):
-        quantize(x, scales="mse")
+    with pytest.raises(ValueError, match="scales is 'mean'; choose from max, mse, four_over_six"):
+        quantize(x, scales="mean")
     with pytest.raises(ValueError, match=r"block '2d' .* is for block '1d'"):
         quantize(x, "2d", scales="four_over_six")
     with pytest.raises(ValueError, match="rounding 'stochastic'"):

@@ -1,13 +1,14 @@
 """No option is dead: changing any value of a run changes what the run leaves behind."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nemotron3.data import FilesConfig, PhaseConfig
+from nemotron3.models.nvfp4_recipe import NVFP4Config
 from nemotron3.recipes import run_pretrain
 from nemotron3.training.parameter_groups import ParameterGroupConfig
 from tests.small_run import lasting_metrics, leaves, small_run, with_leaf, write_text
@@ -64,8 +65,12 @@ CHANGES = {
 # By design these change nothing in the result. Memory and place are looked at elsewhere:
 # tests/training/test_pretrain_objective.py and tests/runtime/test_devices.py.
 WITHOUT_TRACE = {"training.recompute", "device"}
-# It changes the model and the tokenizer with it: tests/recipes/test_initial_model.py.
-NOT_ALONE = {"init_from"}
+# The first changes the model and the tokenizer with it: tests/recipes/test_initial_model.py. A
+# recipe of few bits needs a model whose sizes its blocks divide, and its ingredients need it:
+# tests/models/test_nvfp4_recipe.py.
+NOT_ALONE = {"init_from", "training.precision.recipe"} | {
+    f"training.precision.nvfp4.{field.name}" for field in fields(NVFP4Config)
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from nemotron3.checkpoint import CheckpointStore
 from nemotron3.config import from_record, to_record
 from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.models.initial_values import Constant, Normal
-from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.linear import Embedding, Linear
 from nemotron3.models.mamba2 import CausalConv1d
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.norm import RMSNorm
 from nemotron3.models.parameter import DeclaredModule, parameter_specs
+from nemotron3.ops.segments import Segments
 from nemotron3.training.optimizers import (
     AdamWConfig,
     OptimizerConfig,
@@ -48,7 +48,7 @@ class Block(DeclaredModule):
 
     def forward(self, tokens):
         hidden = self.norm(self.embeddings(tokens))
-        hidden, _ = self.conv1d(hidden, SequenceLayout.packed([len(hidden)]), None)
+        hidden, _ = self.conv1d(hidden, Segments([len(hidden)]), None)
         mixed = self.in_proj(hidden) * self.D.sum() + self.A_log.sum()
         expert = torch.einsum("td,edf->tf", hidden, self.experts) + self.dt_bias.sum()
         return self.lm_head((mixed * expert)[:, :4])
