@@ -27,7 +27,7 @@ def record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "parity")) for n in SECTIONS]
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n == "parity")) for n in SECTIONS]
 )
 def test_every_section_runs_and_fills_its_table(name, record):
     section, setting = SECTIONS[name], Setting.toy()

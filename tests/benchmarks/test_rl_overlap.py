@@ -10,7 +10,7 @@ from nemotron3.rl.sampling_plan import EnvironmentConfig
 from tests.rl.playground import save_policy
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_way_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(rl_overlap, "PAUSE_S", 0.0)
     monkeypatch.setattr(run_rl, "write_report", lambda *_, **__: None)

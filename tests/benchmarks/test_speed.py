@@ -42,6 +42,7 @@ def test_no_module_does_its_work_behind_the_profilers_back(model):
     assert entered == Counter(parts_of(model).values())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_comparison_fills_the_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cpu, "Sizes", lambda: SIZES)

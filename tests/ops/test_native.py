@@ -87,6 +87,7 @@ def test_refuses_what_it_would_round():
         linear(x, weight, backend="native")
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path):
     """In a separate process, since a process caches its libraries."""

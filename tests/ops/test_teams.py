@@ -82,6 +82,7 @@ assert time.process_time() - used < 0.5
 """)
 
 
+@pytest.mark.long
 def test_a_contended_team_leaves_pytorchs_threads_and_comes_back_to_them():
     """Those then sleep at once instead of spinning, as long as there is a larger idle team."""
     run("""

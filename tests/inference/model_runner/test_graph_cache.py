@@ -140,6 +140,7 @@ def test_rows_are_padded_and_padding_leaves_everyone_alone(model, assert_close, 
     assert device.captures == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("poisoned_memory")
 def test_a_verification_step_stands_as_far_as_it_is_accepted(model, assert_close, device):
     ours, theirs = fed(model, [5, 9, 2]), fed(model, [5, 9, 2])
