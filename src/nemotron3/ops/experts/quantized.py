@@ -9,6 +9,7 @@ It is the definition of the compiled code (native_quantized.py), and it runs on 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from nemotron3.ops.linear.quantized import REFERENCE, TORCH, Products, dgrad, fp
 from nemotron3.ops.low_precision import ExpertsQuantization
 
 
-def routed_experts_quantized_reference(
+def routed_experts_quantized(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -29,22 +30,15 @@ def routed_experts_quantized_reference(
     down: Tensor,
     activation: Activation,
     quantization: ExpertsQuantization,
+    *,
+    products: Products,
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
-    return _Experts.apply(x, weights, up, down, indices, activation, quantization.here(), REFERENCE)
+    return _Experts.apply(x, weights, up, down, indices, activation, quantization.here(), products)
 
 
-def routed_experts_quantized_torch(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Activation,
-    quantization: ExpertsQuantization,
-) -> Tensor:
-    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
-    return _Experts.apply(x, weights, up, down, indices, activation, quantization.here(), TORCH)
+routed_experts_quantized_reference = partial(routed_experts_quantized, products=REFERENCE)
+routed_experts_quantized_torch = partial(routed_experts_quantized, products=TORCH)
 
 
 class _Experts(torch.autograd.Function):

@@ -5,17 +5,15 @@ like any other, and matrices that are stacked in one (gate and value of SwiGLU) 
 their own. Activations are not quantized, and sums are float32.
 """
 
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron3.ops.backends import Implementations, Kernel
 from nemotron3.ops.fp8 import quantize
 from nemotron3.ops.weights.quantized import (
-    QuantizedWeight,
+    CompiledWeight,
     Weight,
     check_no_nan,
     finite_matrix,
@@ -24,22 +22,10 @@ from nemotron3.ops.weights.quantized import (
 )
 
 
-class FP8Weight(QuantizedWeight):
+class FP8Weight(CompiledWeight):
     """E4M3 elements and a float32 scale per matrix."""
 
     format: ClassVar[str] = "fp8"
-    linear: ClassVar[Implementations] = MappingProxyType(
-        {
-            **QuantizedWeight.linear,
-            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
-        }
-    )
-    routed_experts: ClassVar[Implementations] = MappingProxyType(
-        {
-            **QuantizedWeight.routed_experts,
-            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
-        }
-    )
 
     codes: Float[Tensor, "*expert d_out d_in"]
     """float8_e4m3fn."""

@@ -4,35 +4,21 @@ Activations are not quantized, and sums are float32. Codes are symmetric, -127 t
 scale is its largest magnitude divided by 127, so the error of an element is at most half a scale.
 """
 
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from nemotron3.ops.backends import Implementations, Kernel
-from nemotron3.ops.weights.quantized import QuantizedWeight, Weight, finite_matrix
+from nemotron3.ops.weights.quantized import CompiledWeight, Weight, finite_matrix
 
 _MAX_CODE = 127
 
 
-class Int8Weight(QuantizedWeight):
+class Int8Weight(CompiledWeight):
     """8-bit codes and a float32 scale per output."""
 
     format: ClassVar[str] = "int8"
-    linear: ClassVar[Implementations] = MappingProxyType(
-        {
-            **QuantizedWeight.linear,
-            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
-        }
-    )
-    routed_experts: ClassVar[Implementations] = MappingProxyType(
-        {
-            **QuantizedWeight.routed_experts,
-            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
-        }
-    )
 
     codes: Int8[Tensor, "*expert d_out d_in"]
     scales: Float[Tensor, "*expert d_out"]

@@ -8,17 +8,15 @@ quantized, and sums are float32: W4A16.
 The number of inputs must be divisible by 16.
 """
 
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron3.ops.backends import Implementations, Kernel
 from nemotron3.ops.nvfp4 import BLOCK, NVFP4Tensor, Scales, quantize
 from nemotron3.ops.weights.quantized import (
-    QuantizedWeight,
+    CompiledWeight,
     Weight,
     check_no_nan,
     finite_matrix,
@@ -27,23 +25,11 @@ from nemotron3.ops.weights.quantized import (
 )
 
 
-class NVFP4Weight(QuantizedWeight):
+class NVFP4Weight(CompiledWeight):
     """4-bit codes, an E4M3 scale per 16 inputs, and a float32 scale per matrix."""
 
     format: ClassVar[str] = "nvfp4"
     block: ClassVar[int] = BLOCK
-    linear: ClassVar[Implementations] = MappingProxyType(
-        {
-            **QuantizedWeight.linear,
-            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
-        }
-    )
-    routed_experts: ClassVar[Implementations] = MappingProxyType(
-        {
-            **QuantizedWeight.routed_experts,
-            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
-        }
-    )
 
     codes: UInt8[Tensor, "*expert d_out half"]
     """Two elements in a byte, the one of the even input in the low half."""

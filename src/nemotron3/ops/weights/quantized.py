@@ -117,6 +117,27 @@ class QuantizedWeight(nn.Module, ABC):
         return self
 
 
+class CompiledWeight(QuantizedWeight, ABC):
+    """A format that compiled operations multiply with as it is stored, without dequantizing it.
+
+    Its buffers are their operands, in this order; ops/linear and ops/experts have a kernel for each
+    such format.
+    """
+
+    linear: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.linear,
+            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
+        }
+    )
+    routed_experts: ClassVar[Implementations] = MappingProxyType(
+        {
+            **QuantizedWeight.routed_experts,
+            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
+        }
+    )
+
+
 Weight = Tensor | QuantizedWeight
 """A weight of a product."""
 
