@@ -8,9 +8,7 @@ row of figures for each model; decision 0017 stands on them.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -102,19 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=12, help="of each of four environments")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     given = parser.parse_args(arguments)
-    result = {
-        "date": date.today().isoformat(),
-        "command": machine.command("benchmarks.logprob_error", arguments),
-        "machine": machine.description(),
-        "errors": {path: errors(path, tasks=given.tasks) for path in given.models},
-    }
-    for path, found in result["errors"].items():
+    every = {path: errors(path, tasks=given.tasks) for path in given.models}
+    for path, found in every.items():
         print(path)
         for name, value in found.items():
             print(f"  {name:<44} {value:.3g}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    target = given.out / f"logprob_error-{machine.processor_name()}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    machine.write_result("logprob_error", {"errors": every}, arguments=arguments, folder=given.out)
 
 
 if __name__ == "__main__":

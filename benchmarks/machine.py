@@ -7,6 +7,7 @@ product is the faster one of PyTorch's library and our own; the library's rate i
 """
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -14,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,31 @@ def command(module: str, arguments: Sequence[str] | None = None) -> str:
         for word in said
     ]
     return " ".join([f"python -m {module}", *parts])
+
+
+def write_result(
+    name: str,
+    measured: Mapping[str, Any],
+    *,
+    arguments: Sequence[str] | None,
+    about: Mapping[str, Any] | None = None,
+    folder: Path,
+) -> Path:
+    """Write what `benchmarks.NAME` measured, with the date, the command and the machine.
+
+    `about` is more to say of the machine, such as its load.
+    """
+    today = date.today().isoformat()
+    result = {
+        "date": today,
+        "command": command(f"benchmarks.{name}", arguments),
+        "machine": description() | dict(about or {}),
+        **measured,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{processor_name()}-{today}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def installed(package: str) -> str:

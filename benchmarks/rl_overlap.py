@@ -10,13 +10,11 @@ compared are ratios of one run of this program.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 from benchmarks.timing import PAUSE_S, turns
@@ -124,20 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name, ratio in ratios.items():
         print(f"{name:>24}: {statistics.median(rates[name]):6.1f} a minute, {ratio:.2f}x by turns")
-    result = {
-        "date": date.today().isoformat(),
-        "command": machine.command("benchmarks.rl_overlap", arguments),
-        "machine": machine.description()
-        | {"load_before": before, "load_after": machine.load_average()},
+    measured = {
         "steps": given.steps,
         "prompts": given.prompts,
         "updates_per_minute": rates,
         "ratio_to_turns": ratios,
         "last_update": metrics,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    target = given.out / f"rl_overlap-{machine.processor_name()}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    load = {"load_before": before, "load_after": machine.load_average()}
+    machine.write_result("rl_overlap", measured, arguments=arguments, about=load, folder=given.out)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -407,16 +406,10 @@ def main(
     measured = measure(given.model, environments, trl_python=given.trl_python, rounds=given.rounds)
     share = others.share()
     print(_busy_in_words(share))
-    result = {
-        "date": date.today().isoformat(),
-        "command": machine.command("benchmarks.rl_peers", arguments),
-        "machine": machine.description()
-        | {"load_before": before, "load_after": machine.load_average(), "others": share},
-        **measured,
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    target = given.out / f"rl_peers-{machine.processor_name()}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    load = {"load_before": before, "load_after": machine.load_average(), "others": share}
+    target = machine.write_result(
+        "rl_peers", measured, arguments=arguments, about=load, folder=given.out
+    )
     print(f"\n{target}")
 
 

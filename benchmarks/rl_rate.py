@@ -11,13 +11,11 @@ its group and with every rollout whole.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -133,11 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: {updates:.0f} updates of {PROMPTS * 8} rollouts in {MINUTES} minutes "
             f"({tokens[name.split(', ')[0]]:.1f} tokens an answer)"
         )
-    result = {
-        "date": date.today().isoformat(),
-        "command": machine.command("benchmarks.rl_rate", arguments),
-        "machine": machine.description()
-        | {"load_before": before, "load_after": machine.load_average()},
+    measured = {
         "steps": given.steps,
         "rollouts_of_an_update": PROMPTS * 8,
         "pretraining_tokens_per_s": pretraining,
@@ -145,9 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "updates_per_minute": rates,
         "tokens_of_an_answer": tokens,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    target = given.out / f"rl_rate-{machine.processor_name()}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    load = {"load_before": before, "load_after": machine.load_average()}
+    machine.write_result("rl_rate", measured, arguments=arguments, about=load, folder=given.out)
 
 
 if __name__ == "__main__":
