@@ -12,6 +12,7 @@ from nemotron3.inference.frontend import Frontend
 from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.huggingface import stored_weight_format
 from nemotron3.models.lora import merge_adapter, read_adapter, shared_model
 from nemotron3.models.lora.peft import companions_with_adapter
 from nemotron3.models.nemotron_h import LanguageModel
@@ -37,8 +38,15 @@ def load_model(
     weights: WeightFormat | None = None,
     lora: str | Path | None = None,
 ) -> LanguageModel:
-    """The model in a directory, with an adapter merged before its weights are quantized."""
+    """The model in a directory, with an adapter merged before its weights are quantized.
+
+    On the CPU a directory of quantized weights is mapped, and computes in float32, unless a `dtype`
+    is given. Plain weights are copied into large pages, which are read faster.
+    """
     place = resolve_device(device)
+    is_mapped = place.type == "cpu" and dtype is None and lora is None
+    if is_mapped and stored_weight_format(path) is not None:
+        return LanguageModel.from_pretrained(path, weights=weights, mapped=True)
     if lora is None:
         return LanguageModel.from_pretrained(path, device=place, dtype=dtype, weights=weights)
     model = LanguageModel.from_pretrained(path, device=place, dtype=dtype)

@@ -44,7 +44,7 @@ def allocate(
     dtype: torch.dtype,
     cast_dtype: torch.dtype | None = None,
 ) -> None:
-    """Give every parameter and buffer memory, in its declared dtype (`ParameterSpec.dtype`)."""
+    """Give what is on the meta device memory, in its declared dtype (`ParameterSpec.dtype`)."""
     places = list(_places(model, dtype, cast_dtype))
     for place, fresh in zip(places, _empty(places, device), strict=True):
         if isinstance(place.described, nn.Parameter):
@@ -71,6 +71,8 @@ def _places(
         specs = module.specs if isinstance(module, DeclaredModule) else {}
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in named:
+            if not tensor.is_meta:
+                continue
             kept = specs[name].dtype(dtype, cast_dtype) if name in specs else dtype
             if isinstance(module, QuantizedWeight):
                 kept = tensor.dtype  # the number format's own

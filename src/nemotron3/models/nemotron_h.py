@@ -193,6 +193,7 @@ class LanguageModel(nn.Module):
         cast_dtype: torch.dtype | None = None,
         weights: WeightFormat | Mapping[str, WeightFormat] | None = None,
         config_class: type[ModelConfig] = ModelConfig,
+        mapped: bool = False,
     ) -> "LanguageModel":
         """A model from a directory in the published layout (config.json and safetensors).
 
@@ -204,15 +205,30 @@ class LanguageModel(nn.Module):
         parameters; plain ones are quantized as they are read. Matrices that are stored quantized,
         in ModelOpt's published form or in ours, are read as they are. `config_class` is the
         subclass of ModelConfig that the model was saved with, if it has one.
+
+        With `mapped` the matrices of products and the embedding are not copied: they are the pages
+        of the files, in the stored dtypes, and activations and all else are float32. It is for
+        inference on the CPU, and no parameter requires gradients. A write into a mapped matrix
+        copies its pages in this process; the file stays as it is.
         """
+        if mapped and (torch.device(device).type != "cpu" or dtype or cast_dtype):
+            raise ConfigError(
+                f"is set with device {device} and dtype {dtype or cast_dtype}; mapped weights are "
+                "on the CPU and keep the stored dtypes",
+                field="mapped",
+            )
         companions = huggingface.read_directory(path, config_class)
         config = companions.config
         with torch.device("meta"):
             model = cls(config)
             quantization = huggingface.use_stored_formats(model, path, weights)
-        huggingface.read_weights(
-            model, config, path, device=torch.device(device), dtype=dtype, cast_dtype=cast_dtype
-        )
+        if mapped:
+            huggingface.map_weights(model, config, path)
+            model.requires_grad_(False).activation_dtype = torch.float32
+        else:
+            huggingface.read_weights(
+                model, config, path, device=torch.device(device), dtype=dtype, cast_dtype=cast_dtype
+            )
         model.companions = replace(companions, quantization=quantization)
         return model
 

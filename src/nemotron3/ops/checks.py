@@ -75,10 +75,14 @@ def check_operand(
 
 
 def check_weight(operation: str, name: str, weight: Shaped, axes: str, like: Tensor) -> None:
-    """Refuse a weight with other axes, on another device or, if it is a tensor, another dtype."""
+    """Refuse a weight with other axes, on another device or, if it is a tensor, another dtype.
+
+    Beside float32 a bfloat16 tensor is right, too.
+    """
     if isinstance(weight, Tensor):
         check_axes(operation, name, weight, axes)
-        check_operand(operation, name, weight, weight.shape, like)
+        is_narrow = weight.dtype == torch.bfloat16 and like.dtype == torch.float32
+        check_operand(operation, name, weight, weight.shape, like, same_dtype=not is_narrow)
         return
     if len(weight.shape) != axes.count(" ") + 1:
         raise _wrong_axes(operation, name, weight, axes)

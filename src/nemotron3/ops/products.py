@@ -2,7 +2,7 @@
 
 All dense and grouped products go through here, those of the router and the output layer included,
 in forward passes, backward passes and recorded steps. A weight is a tensor, cast to the dtype of
-the activations, or a `QuantizedWeight`, which names its own kernels (ops/weights). Of a
+the activations where its product cannot read it as it is, or a `QuantizedWeight`, which names its own kernels (ops/weights). Of a
 `ComputedWeight`, such as one with an adapter, they take the value. In training with few bits a
 product also has a quantization, which rounds its operands (ops/low_precision).
 """
@@ -10,14 +10,13 @@ product also has a quantization, which rounds its operands (ops/low_precision).
 from collections.abc import Sequence
 from typing import overload
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.linear import linear, linear_parts
 from nemotron3.ops.low_precision import ExpertsQuantization, ProductQuantization
-from nemotron3.ops.weights import ComputedWeight, Weight
+from nemotron3.ops.weights import ComputedWeight, Weight, is_read_narrow
 
 AnyWeight = Weight | ComputedWeight
 
@@ -46,7 +45,7 @@ def dense(
     quantization: ProductQuantization | None = None,
 ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T in the dtype of `x`; with `sizes`, split into parts of these numbers of columns."""
-    operand = _operand(weight, x.dtype)
+    operand = _operand(weight, x)
     if sizes is None:
         return linear(x, operand, quantization=quantization)
     return linear_parts(x, operand, sizes, quantization=quantization)
@@ -63,13 +62,13 @@ def grouped(
     quantization: ExpertsQuantization | None = None,
 ) -> Float[Tensor, "tokens d_in"]:
     """Weighted sum of each token's experts, in the dtype of `x` (`ops.experts`)."""
-    matrices = _operand(up, x.dtype), _operand(down, x.dtype)
+    matrices = _operand(up, x), _operand(down, x)
     return routed_experts(
         x, indices, weights, *matrices, activation=activation, quantization=quantization
     )
 
 
-def _operand(weight: AnyWeight, dtype: torch.dtype) -> Weight:
+def _operand(weight: AnyWeight, x: Tensor) -> Weight:
     if isinstance(weight, Tensor):
-        return weight.to(dtype)
-    return weight.value(dtype) if isinstance(weight, ComputedWeight) else weight
+        return weight if is_read_narrow(weight, x) else weight.to(x.dtype)
+    return weight.value(x.dtype) if isinstance(weight, ComputedWeight) else weight

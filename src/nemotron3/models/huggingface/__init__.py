@@ -3,6 +3,7 @@
 from nemotron3.models.huggingface.companions import Companions
 from nemotron3.models.huggingface.directory import (
     dialect_of,
+    map_weights,
     prepared_weights,
     read_config,
     read_directory,
@@ -21,6 +22,7 @@ __all__ = [
     "Companions",
     "StoredQuantization",
     "dialect_of",
+    "map_weights",
     "prepared_weights",
     "published_weights",
     "read_config",

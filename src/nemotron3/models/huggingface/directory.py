@@ -31,6 +31,7 @@ from nemotron3.models.huggingface.companions import (
     write_json,
 )
 from nemotron3.models.huggingface.fields import Fields, updated
+from nemotron3.models.huggingface.mapped import READ_AS_STORED, map_matrices
 from nemotron3.models.huggingface.modelopt import (
     HF_QUANT_CONFIG,
     QUANTIZATION,
@@ -169,6 +170,20 @@ def read_weights(
     files = _opened(model, config, path)
     allocate(model, device, dtype or _stored_dtype(model, config, files), cast_dtype)
     files.copy_to(model, config)
+
+
+def map_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> None:
+    """Map the matrices of a directory into a model on the meta device, and copy all else.
+
+    Matrices keep their stored dtypes; all else is float32, as activations are.
+    """
+    files = _opened(model, config, path)
+    held = _stored_dtype(model, config, files)
+    mapped = map_matrices(model, config, files.dialect, files.reader, files.stored)
+    cast_dtype = held if held in READ_AS_STORED else None
+    allocate(model, torch.device("cpu"), torch.float32, cast_dtype)
+    left = {name: stored for name, stored in files.stored.items() if name not in mapped}
+    files._replace(stored=left).copy_to(model, config)
 
 
 def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> Callable[[], None]:

@@ -154,7 +154,8 @@ def read_quantization(
     if not formats and not names:
         return None
     wanted = {stored[name]: name for name in names}
-    scales = {wanted[name]: scale for name, scale in reader.tensors(wanted)}
+    # Copies: a view would keep the whole file mapped.
+    scales = {wanted[name]: scale.clone() for name, scale in reader.tensors(wanted)}
     for name, scale in scales.items():
         if scale.numel() != 1 or not scale.is_floating_point():
             raise CheckpointError(

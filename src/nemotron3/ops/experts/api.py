@@ -30,6 +30,11 @@ _EXPERTS = {
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
 }
+_NARROW = {
+    **QuantizedWeight.routed_experts,
+    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_narrow_native"),
+}
+"""Of float32 with bfloat16 matrices."""
 _QUANTIZED = {
     "reference": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_reference"),
     "torch": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_torch"),
@@ -70,7 +75,7 @@ def routed_experts(
     """Weighted sum of each token's chosen experts, `down act(up x)`.
 
     `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
-    format, or both have the dtype of `x`. With `swiglu`, `up` holds the gate's rows and then the
+    format, or both have the dtype of `x`, beside float32 also bfloat16. With `swiglu`, `up` holds the gate's rows and then the
     value's, so `up_width` is twice `width`. `weights` is cast to the dtype of `x`. An expert may be
     chosen by no token. With `quantization` the operands of all products are rounded
     (ops/low_precision), of tensors as weights. Raises OperandError for operands that do not fit
@@ -98,7 +103,7 @@ def routed_experts(
         return resolve("quantized experts", backend, implementations, x)(
             x, indices, weights, up, down, activation, quantization
         )
-    implementations = _implementations(up, down)
+    implementations = _implementations(x, up, down)
     return resolve("experts", backend, implementations, x)(
         x, indices, weights, up, down, activation
     )
@@ -113,10 +118,10 @@ def _check_tensors(*matrices: Weight) -> None:
             )
 
 
-def _implementations(up: Weight, down: Weight) -> Implementations:
+def _implementations(x: Tensor, up: Weight, down: Weight) -> Implementations:
     if isinstance(up, Tensor) and isinstance(down, Tensor):
-        return _EXPERTS
-    if isinstance(up, QuantizedWeight) and type(up) is type(down):
-        return up.routed_experts
+        return _EXPERTS if up.dtype == down.dtype == x.dtype else _NARROW
     kinds = [getattr(t, "format", "plain") for t in (up, down)]
+    if isinstance(up, QuantizedWeight) and kinds[0] == kinds[1]:
+        return up.routed_experts
     raise OperandError(f"experts: up is {kinds[0]} and down {kinds[1]}; expected one format")

@@ -18,6 +18,15 @@
 namespace {
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
+// The matrices of experts. In one block of memory they begin `rows` rows apart; where each is in
+// memory of its own, a table of their places (an array of W) takes the place of this type.
+template <class W>
+struct Stack {
+  W first;
+  int64_t rows, ld;
+  W operator[](int64_t expert) const { return from_row(first, expert * rows, ld); }
+};
+
 // Scratch memory for a block of rows: the tokens, and the values between the products.
 struct ForwardBuffers {
   int64_t ldx, ldh;
@@ -57,9 +66,10 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
 
 // Few rows for each expert: the time goes into reading the matrices, so every thread reads a part
 // of each. `units` [rows, up_rows] is scratch memory for the values between the products.
-template <class W>
+template <class Matrices>
 void forward_few(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                 const float* weights, W up, W down, float* units, float* outputs, float* y) {
+                 const float* weights, Matrices up, Matrices down, float* units, float* outputs,
+                 float* y) {
   const int64_t up_rows = s.up_rows();
   const Range hidden = team.share(s.hidden, LANES), columns = team.share(s.width, LANES);
   const int64_t most = s.tokens * s.choices;  // of one expert: a token may choose it twice
@@ -70,7 +80,7 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
     if (rows == 0) continue;
     const int64_t* sources = order.sources + first;
     gather(x, ldx, sources, s.choices, rows, s.width, xs, s.width);
-    const W matrix = from_row(up, e * up_rows, s.width);
+    const auto matrix = up[e];
     float* h = units + first * up_rows;
     for (int64_t at = 0; at < up_rows; at += s.hidden)
       few_rows(rows, xs, s.width, matrix, at + hidden.first, at + hidden.last, s.width, h, up_rows);
@@ -83,23 +93,23 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
   for (int64_t e = 0; e < s.experts; e++) {
     const int64_t first = order.bounds[e], rows = order.bounds[e + 1] - first;
     if (rows)
-      few_rows(rows, units + first * up_rows, up_rows, from_row(down, e * s.width, s.hidden),
-               columns.first, columns.last, s.hidden, outputs + first * s.width, s.width);
+      few_rows(rows, units + first * up_rows, up_rows, down[e], columns.first, columns.last,
+               s.hidden, outputs + first * s.width, s.width);
   }
   for (int64_t t = 0; t < s.tokens; t++)
     combine(outputs, order.places, s.choices, s.width, columns, t, y);
 }
 
-template <class W>
+template <class Matrices>
 void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                  const float* weights, W up, W down, float* kept, float* outputs, float* y) {
+                  const float* weights, Matrices up, Matrices down, float* kept, float* outputs,
+                  float* y) {
   ForwardBuffers buf(s);
   Scratch scratch(buf.floats());
   buf.take(scratch);
   for (int64_t e; (e = team.next()) < s.experts;)
     if (order.bounds[e] < order.bounds[e + 1])
-      forward_expert(s, order, e, x, ldx, weights, from_row(up, e * s.up_rows(), s.width),
-                     from_row(down, e * s.width, s.hidden), buf, kept, outputs);
+      forward_expert(s, order, e, x, ldx, weights, up[e], down[e], buf, kept, outputs);
   team.wait();
   const Range tokens = team.share(s.tokens);
   for (int64_t t = tokens.first; t < tokens.last; t++)
@@ -176,12 +186,12 @@ void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* so
 
 // y [tokens, width]; `outputs` [rows, width] is scratch memory for the experts' results. A call
 // with few rows passes scratch memory for the hidden `units` [rows, up_rows]; one with many passes
-// null, and may pass `kept` for the backward pass.
-template <class W>
-void mixture(Team& team, const float* x, const float* weights, W up, W down, int64_t* bounds,
-             int64_t* sources, int64_t* places, float* units, float* kept, float* outputs, float* y,
-             int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden,
-             int64_t activation, int64_t ldx) {
+// null, and may pass `kept` for the backward pass. Matrices: a stack, or a table of places.
+template <class Matrices>
+void mixture(Team& team, const float* x, const float* weights, Matrices up, Matrices down,
+             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
+             float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
+             int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   if (units) forward_few(team, s, order, x, ldx, weights, up, down, units, outputs, y);
@@ -192,39 +202,10 @@ void forward(Team& team, const float* x, const float* weights, const float* up, 
              int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
              float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
              int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
-  mixture(team, x, weights, up, down, bounds, sources, places, units, kept, outputs, y, tokens,
-          choices, experts, width, hidden, activation, ldx);
-}
-
-void forward_int8(Team& team, const float* x, const float* weights, const int8_t* up_codes,
-                  const float* up_scales, const int8_t* down_codes, const float* down_scales,
-                  int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
-                  float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
-                  int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
-  mixture(team, x, weights, Int8Rows{up_codes, up_scales}, Int8Rows{down_codes, down_scales},
-          bounds, sources, places, units, kept, outputs, y, tokens, choices, experts, width, hidden,
-          activation, ldx);
-}
-
-void forward_fp8(Team& team, const float* x, const float* weights, const uint8_t* up_codes,
-                 const float* up_scales, const uint8_t* down_codes, const float* down_scales,
-                 int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
-                 float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
-                 int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
-  mixture(team, x, weights, FP8Rows{up_codes, up_scales}, FP8Rows{down_codes, down_scales}, bounds,
-          sources, places, units, kept, outputs, y, tokens, choices, experts, width, hidden,
-          activation, ldx);
-}
-
-void forward_nvfp4(Team& team, const float* x, const float* weights, const uint8_t* up_codes,
-                   const uint8_t* up_blocks, const float* up_scales, const uint8_t* down_codes,
-                   const uint8_t* down_blocks, const float* down_scales, int64_t* bounds,
-                   int64_t* sources, int64_t* places, float* units, float* kept, float* outputs,
-                   float* y, int64_t tokens, int64_t choices, int64_t experts, int64_t width,
-                   int64_t hidden, int64_t activation, int64_t ldx) {
-  mixture(team, x, weights, NVFP4Rows{up_codes, up_blocks, up_scales},
-          NVFP4Rows{down_codes, down_blocks, down_scales}, bounds, sources, places, units, kept,
-          outputs, y, tokens, choices, experts, width, hidden, activation, ldx);
+  const int64_t up_rows = activation == SWIGLU ? 2 * hidden : hidden;
+  mixture(team, x, weights, Stack<const float*>{up, up_rows, width},
+          Stack<const float*>{down, width, hidden}, bounds, sources, places, units, kept, outputs,
+          y, tokens, choices, experts, width, hidden, activation, ldx);
 }
 
 // a [rows, hidden] = act(h), row by row.
@@ -239,9 +220,11 @@ void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t h
 
 PARALLEL_KERNEL(experts_order, order_rows)
 PARALLEL_KERNEL(experts_forward, forward)
-PARALLEL_KERNEL(experts_forward_int8, forward_int8)
-PARALLEL_KERNEL(experts_forward_fp8, forward_fp8)
-PARALLEL_KERNEL(experts_forward_nvfp4, forward_nvfp4)
+// Of these formats each matrix is where the table says.
+PARALLEL_KERNEL(experts_forward_bfloat16, mixture<const bfloat16* const*>)
+PARALLEL_KERNEL(experts_forward_int8, mixture<const Int8Rows*>)
+PARALLEL_KERNEL(experts_forward_fp8, mixture<const FP8Rows*>)
+PARALLEL_KERNEL(experts_forward_nvfp4, mixture<const NVFP4Rows*>)
 PARALLEL_KERNEL(activate_forward, activate_rows)
 
 extern "C" {

@@ -8,30 +8,23 @@ without the memory.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.weights import (
-    FP8Weight,
-    Int8Weight,
-    NVFP4Weight,
-    QuantizedWeight,
-    Weight,
-    dequantized,
-)
+from nemotron3.ops.weights import ExpertMatrices, QuantizedWeight, Weight, dequantized
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = ParallelKernel(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
-_forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
-    Int8Weight: ParallelKernel(_SOURCE, "experts_forward_int8", "ppppppppppppp iiiiiii"),
-    FP8Weight: ParallelKernel(_SOURCE, "experts_forward_fp8", "ppppppppppppp iiiiiii"),
-    NVFP4Weight: ParallelKernel(_SOURCE, "experts_forward_nvfp4", "ppppppppppppppp iiiiiii"),
+_forward_table = {
+    name: ParallelKernel(_SOURCE, f"experts_forward_{name}", "ppppppppppp iiiiiii")
+    for name in ("bfloat16", "int8", "fp8", "nvfp4")
 }
-"""The kernels of formats that are multiplied without dequantizing the matrices."""
+"""The kernels that multiply with matrices as they are stored, each where a table says."""
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
 _activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
@@ -50,6 +43,16 @@ def routed_experts_native(
     x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
     """Apply all experts; shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    return _routed(x, indices, weights, up.contiguous(), down.contiguous(), activation)
+
+
+def routed_experts_narrow_native(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
+) -> Tensor:
+    """The same for bfloat16 matrices, of which only gradients need float32 copies."""
+    needs_grad = any(t.requires_grad for t in (x, weights, up, down))
+    if up.dtype != down.dtype or (torch.is_grad_enabled() and needs_grad):
+        up, down = up.to(x.dtype), down.to(x.dtype)
     return _routed(x, indices, weights, up.contiguous(), down.contiguous(), activation)
 
 
@@ -100,17 +103,28 @@ def _apply(
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = sizes_of(weights, down, activation)
     work = weights.numel() * up.shape[1] * up.shape[2]
-    forward = _forward if isinstance(up, Tensor) else _forward_quantized[type(up)]
-    matrices = (*_memory(up), *_memory(down))
-    forward(x, weights, *matrices, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
+    if isinstance(up, Tensor) and up.dtype == x.dtype:
+        forward, matrices, keeps = _forward, (up, down), ()
+    else:
+        forward = _forward_table["bfloat16" if isinstance(up, Tensor) else up.format]
+        (*matrices,), (*keeps,) = zip(*map(_table, (up, down)), strict=True)
+    forward(
+        x, weights, *matrices, *order, units, kept, outputs, y, *sizes, x.stride(0),
+        work=work, keeps=keeps,
+    )  # fmt: skip
     return y
 
 
-def _memory(weight: Weight) -> tuple[Tensor, ...]:
-    """The tensors from which native.cpp reads a weight."""
-    if isinstance(weight, Tensor):
-        return (weight,)
-    return tuple(part.contiguous() for part in weight.buffers())
+def _table(weight: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Where native.cpp finds the tensors of each expert, int64 [expert, part], and the tensors."""
+    if isinstance(weight, ExpertMatrices):
+        return weight.table, tuple(weight.buffers())
+    stacks = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers())
+    stacks = tuple(stack.contiguous() for stack in stacks)
+    experts = np.arange(len(stacks[0]))
+    places = [s.data_ptr() + s.stride(0) * s.itemsize * experts for s in stacks]
+    # Not by an operation of PyTorch, which a recording would repeat.
+    return torch.from_numpy(np.stack(places, axis=1)), stacks
 
 
 class _RoutedExperts(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron3.errors import OperandError
-from nemotron3.ops.backends import Backend, Kernel, resolve
+from nemotron3.ops.backends import Backend, Implementations, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_shape, check_weight
 from nemotron3.ops.linear.reference import linear_reference
 from nemotron3.ops.low_precision import ProductQuantization
@@ -26,6 +26,14 @@ def _in_parts(
     product: Callable[[Tensor, Any], Tensor], x: Tensor, weight: Weight, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     return product(x, weight).split(sizes, dim=-1)
+
+
+_NARROW = {
+    "reference": Kernel("nemotron3.ops.linear.dequantized", "linear_narrow_reference"),
+    "torch": Kernel("nemotron3.ops.linear.dequantized", "linear_narrow_torch"),
+    "native": Kernel("nemotron3.ops.linear.native", "linear_narrow_native"),
+}
+"""Products of float32 with a bfloat16 weight."""
 
 
 _PRODUCTS_IN_PARTS = {
@@ -51,6 +59,8 @@ def linear(
 ) -> Float[Tensor, "*batch d_out"]:
     """x W^T for a weight [d_out, d_in], which is quantized or has the dtype of `x`.
 
+    Beside a float32 `x` a weight may be bfloat16.
+
     With `quantization` the operands of the product and of its gradients are rounded
     (ops/low_precision); the weight is then a tensor.
     """
@@ -58,8 +68,7 @@ def linear(
     if quantization is not None:
         sizes = [weight.shape[0]]
         return _quantized(x, weight, sizes, quantization, backend)[0]
-    products = weight.linear if isinstance(weight, QuantizedWeight) else _PRODUCTS
-    return resolve("linear", backend, products, x)(x, weight)
+    return resolve("linear", backend, _products(x, weight), x)(x, weight)
 
 
 def linear_parts(
@@ -78,9 +87,15 @@ def linear_parts(
         )
     if quantization is not None:
         return _quantized(x, weight, sizes, quantization, backend)
-    if isinstance(weight, QuantizedWeight):
-        return _in_parts(resolve("linear", backend, weight.linear, x), x, weight, sizes)
+    if isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype:
+        return _in_parts(resolve("linear", backend, _products(x, weight), x), x, weight, sizes)
     return resolve("linear", backend, _PRODUCTS_IN_PARTS, x)(x, weight, sizes)
+
+
+def _products(x: Tensor, weight: Weight) -> Implementations:
+    if isinstance(weight, QuantizedWeight):
+        return weight.linear
+    return _PRODUCTS if weight.dtype == x.dtype else _NARROW
 
 
 def _quantized(

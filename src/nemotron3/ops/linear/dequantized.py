@@ -1,4 +1,4 @@
-"""Products with a quantized weight, which is dequantized before the product."""
+"""Products with a quantized or narrower weight, which is widened before the product."""
 
 from typing import Any
 
@@ -19,6 +19,16 @@ def linear_dequantized_reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def linear_dequantized_torch(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x W^T; shapes as in `nemotron3.ops.linear.api.linear`."""
     return _Linear.apply(x, weight)
+
+
+def linear_narrow_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T; shapes as in `nemotron3.ops.linear.api.linear`."""
+    return linear_reference(x, weight.to(x.dtype))
+
+
+def linear_narrow_torch(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T; shapes as in `nemotron3.ops.linear.api.linear`."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 class _Linear(torch.autograd.Function):

@@ -51,6 +51,11 @@ void forward(Team& team, const float* x, const float* w, float* y, int64_t rows,
   product(team, x, w, y, rows, outputs, inputs, ldx);
 }
 
+void forward_bfloat16(Team& team, const float* x, const bfloat16* w, float* y, int64_t rows,
+                      int64_t outputs, int64_t inputs, int64_t ldx) {
+  product(team, x, w, y, rows, outputs, inputs, ldx);
+}
+
 void forward_int8(Team& team, const float* x, const int8_t* codes, const float* scales, float* y,
                   int64_t rows, int64_t outputs, int64_t inputs, int64_t ldx) {
   product(team, x, Int8Rows{codes, scales}, y, rows, outputs, inputs, ldx);
@@ -114,6 +119,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
 }  // namespace
 
 PARALLEL_KERNEL(linear_forward, forward)
+PARALLEL_KERNEL(linear_forward_bfloat16, forward_bfloat16)
 PARALLEL_KERNEL(linear_forward_int8, forward_int8)
 PARALLEL_KERNEL(linear_forward_fp8, forward_fp8)
 PARALLEL_KERNEL(linear_forward_nvfp4, forward_nvfp4)

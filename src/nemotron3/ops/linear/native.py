@@ -14,6 +14,7 @@ from nemotron3.ops.weights import FP8Weight, Int8Weight, NVFP4Weight, QuantizedW
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = ParallelKernel(_SOURCE, "linear_forward", "ppp iiii")
+_forward_narrow = ParallelKernel(_SOURCE, "linear_forward_bfloat16", "ppp iiii")
 _forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
     Int8Weight: ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii"),
     FP8Weight: ParallelKernel(_SOURCE, "linear_forward_fp8", "pppp iiii"),
@@ -39,6 +40,14 @@ def linear_parts_native(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tupl
     else:
         parts = _split(product(rows, weight), sizes)
     return parts if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in parts)
+
+
+def linear_narrow_native(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for a bfloat16 weight, of which only gradients need a float32 copy."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return linear_native(x, weight.to(x.dtype))
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return product(rows, weight.contiguous()).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_quantized_native(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -68,7 +77,8 @@ def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
     y = x.new_empty(x.shape[0], outputs) if into is None else into
     rows = x.shape[0]
     work = rows * outputs * inputs
-    _forward(x, weight, y, rows, outputs, inputs, x.stride(0), work=work)
+    forward = _forward if weight.dtype == x.dtype else _forward_narrow
+    forward(x, weight, y, rows, outputs, inputs, x.stride(0), work=work)
     return y
 
 

@@ -3,7 +3,7 @@
 import ctypes
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,14 +72,17 @@ class ParallelKernel:
         letters = signature.replace(" ", "")
         self._words = struct.Struct("".join(_WORDS[letter] for letter in letters))
 
-    def __call__(self, *arguments: Argument, work: int) -> None:
-        """Run it; `work` in multiply-adds decides whether to use more than one thread."""
+    def __call__(self, *arguments: Argument, work: int, keeps: Sequence[Tensor] = ()) -> None:
+        """Run it; `work` in multiply-adds decides whether to use more than one thread.
+
+        `keeps` are tensors whose addresses are in an argument, for a recording to keep alive.
+        """
         words = self._words.pack(
             *[a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
         )
         self._alone(words, _num_threads() if work > MIN_PARALLEL_WORK else 1)
         if _thread.recording is not None:
-            operands = tuple(a for a in arguments if isinstance(a, Tensor))
+            operands = (*(a for a in arguments if isinstance(a, Tensor)), *keeps)
             _thread.recording.append(GraphNode(self._shared, words, operands, work))
 
     @cached_property

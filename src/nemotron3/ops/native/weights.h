@@ -1,5 +1,6 @@
-// The formats of a weight matrix [out, in]: plain floats, or codes with scales.
+// The formats of a weight matrix [out, in]: plain floats, bfloat16, or codes with scales.
 //
+// Weights may be in a mapped file, so nothing here needs more than the alignment of an element.
 // Kernels that multiply with a weight are templates over these types and use the functions below.
 // packed.h has the formats of four and eight floating-point bits.
 #pragma once
@@ -33,18 +34,37 @@ INLINE vec load_part(const int8_t* p, int64_t n) {
   return load(whole);
 }
 
+// Bfloat16 is the upper half of a float32.
+typedef uint16_t bfloat16;
+INLINE vec load(const bfloat16* p) {
+  typedef bfloat16 halves __attribute__((vector_size(2 * LANES)));
+  halves upper;
+  memcpy(&upper, p, sizeof upper);
+  return (vec)(__builtin_convertvector(upper, ivec) << 16);
+}
+INLINE vec load_part(const bfloat16* p, int64_t n) {
+  bfloat16 whole[LANES]{};
+  memcpy(whole, p, 2 * n);
+  return load(whole);
+}
+
 // The matrix from row n on, with rows `ld` elements apart, and from column t on.
 INLINE const float* from_row(const float* w, int64_t n, int64_t ld) { return w + n * ld; }
 INLINE Int8Rows from_row(Int8Rows w, int64_t n, int64_t ld) {
   return {w.codes + n * ld, w.scales + n};
 }
+INLINE const bfloat16* from_row(const bfloat16* w, int64_t n, int64_t ld) { return w + n * ld; }
 INLINE const float* from_column(const float* w, int64_t t) { return w + t; }
+INLINE const bfloat16* from_column(const bfloat16* w, int64_t t) { return w + t; }
 INLINE Int8Rows from_column(Int8Rows w, int64_t t) { return {w.codes + t, w.scales}; }
 
 // Where the elements are in memory, and the scale of row n.
 INLINE const float* elements(const float* w) { return w; }
+INLINE const bfloat16* elements(const bfloat16* w) { return w; }
 INLINE const int8_t* elements(Int8Rows w) { return w.codes; }
 INLINE float scaled(const float*, int64_t, float x) { return x; }
+template <class X>
+INLINE X scaled(const bfloat16*, int64_t, X x) { return x; }
 template <class X>
 INLINE X scaled(Int8Rows w, int64_t n, X x) { return w.scales[n] * x; }
 

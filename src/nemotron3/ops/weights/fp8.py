@@ -5,7 +5,8 @@ like any other, and matrices that are stacked in one (gate and value of SwiGLU) 
 their own. Activations are not quantized, and sums are float32.
 """
 
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,7 @@ from nemotron3.ops.weights.quantized import (
 class FP8Weight(CompiledWeight):
     """E4M3 elements and a float32 scale per matrix."""
 
-    format: ClassVar[str] = "fp8"
+    format = "fp8"
 
     codes: Float[Tensor, "*expert d_out d_in"]
     """float8_e4m3fn."""
@@ -40,6 +41,15 @@ class FP8Weight(CompiledWeight):
     def empty(cls, shape: torch.Size) -> Self:
         """An uninitialized weight of this shape, on PyTorch's default device."""
         return cls(torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(shape[:-1]))
+
+    @classmethod
+    def over(cls, stored: Mapping[str, Tensor]) -> Self:
+        """The weight of the stored `parts` of a matrix, in their memory but for scales of rows."""
+        codes = stored["weight"]
+        weight = cls(codes, torch.empty(codes.shape[:-1]))
+        check_no_nan(weight, codes)
+        weight.load_part("weight_scale", stored["weight_scale"])
+        return weight
 
     @property
     def shape(self) -> torch.Size:

@@ -4,7 +4,8 @@ Activations are not quantized, and sums are float32. Codes are symmetric, -127 t
 scale is its largest magnitude divided by 127, so the error of an element is at most half a scale.
 """
 
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int8
@@ -18,7 +19,7 @@ _MAX_CODE = 127
 class Int8Weight(CompiledWeight):
     """8-bit codes and a float32 scale per output."""
 
-    format: ClassVar[str] = "int8"
+    format = "int8"
 
     codes: Int8[Tensor, "*expert d_out d_in"]
     scales: Float[Tensor, "*expert d_out"]
@@ -38,6 +39,11 @@ class Int8Weight(CompiledWeight):
         """Quantize a matrix [out, in], or one for each expert, by rounding to nearest."""
         with weight.device:
             return cls.empty(weight.shape).copy_(weight)
+
+    @classmethod
+    def over(cls, stored: Mapping[str, Tensor]) -> Self:
+        """The weight of the stored `parts` of a matrix, in their memory."""
+        return cls(stored["weight"], stored["weight_scale"])
 
     @property
     def shape(self) -> torch.Size:

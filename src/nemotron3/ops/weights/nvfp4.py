@@ -8,6 +8,7 @@ quantized, and sums are float32: W4A16.
 The number of inputs must be divisible by 16.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,7 +29,7 @@ from nemotron3.ops.weights.quantized import (
 class NVFP4Weight(CompiledWeight):
     """4-bit codes, an E4M3 scale per 16 inputs, and a float32 scale per matrix."""
 
-    format: ClassVar[str] = "nvfp4"
+    format = "nvfp4"
     block: ClassVar[int] = BLOCK
 
     codes: UInt8[Tensor, "*expert d_out half"]
@@ -62,6 +63,15 @@ class NVFP4Weight(CompiledWeight):
             torch.empty(*rows, inputs // BLOCK, dtype=torch.float8_e4m3fn),
             torch.empty(rows),
         )
+
+    @classmethod
+    def over(cls, stored: Mapping[str, Tensor]) -> Self:
+        """The weight of the stored `parts` of a matrix, in their memory but for scales of rows."""
+        codes, block_scales = stored["weight"], stored["weight_scale"]
+        weight = cls(codes, block_scales, torch.empty(codes.shape[:-1]))
+        check_no_nan(weight, block_scales)
+        weight.load_part("weight_scale_2", stored["weight_scale_2"])
+        return weight
 
     @property
     def shape(self) -> torch.Size:

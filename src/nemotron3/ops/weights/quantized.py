@@ -27,7 +27,7 @@ _EXPERTS = "nemotron3.ops.experts.dequantized"
 class QuantizedWeight(nn.Module, ABC):
     """A matrix [out, in], or one for each expert, in a number format of its own."""
 
-    format: ClassVar[str]
+    format: str
     """The format's name in options and in config.json."""
     block: ClassVar[int] = 1
     """Inputs that share a scale; it divides their number."""
@@ -123,6 +123,14 @@ class CompiledWeight(QuantizedWeight, ABC):
     Its buffers are their operands, in this order; ops/linear and ops/experts have a kernel for each
     such format.
     """
+
+    @classmethod
+    @abstractmethod
+    def over(cls, stored: Mapping[str, Tensor]) -> Self:
+        """The weight of the stored `parts` of a matrix, in their memory but for scales of rows.
+
+        Raises OperandError for values that no weight of this format has.
+        """
 
     linear: ClassVar[Implementations] = MappingProxyType(
         {
