@@ -1,8 +1,6 @@
 """Weights in the memory of their files: shared, never copied, never written back, and the same."""
 
 import copy
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -195,7 +193,7 @@ def test_any_offset_in_the_file_is_read(folder, shift):
 
 
 def test_formats_of_our_own_layouts_are_mapped(tmp_path):
-    """int8, and SwiGLU, of which a file has two matrices where a product has one: that is copied."""
+    """int8; and SwiGLU, of which a file has two matrices where a product has one (copied)."""
     config = qwen_config(moe={"moe_intermediate_size": 32})
     for number, (kind, model) in enumerate(
         (("int8", tiny_model(CONFIG)), ("nvfp4", tiny_model(config)))

@@ -2,9 +2,10 @@
 
 All dense and grouped products go through here, those of the router and the output layer included,
 in forward passes, backward passes and recorded steps. A weight is a tensor, cast to the dtype of
-the activations where its product cannot read it as it is, or a `QuantizedWeight`, which names its own kernels (ops/weights). Of a
-`ComputedWeight`, such as one with an adapter, they take the value. In training with few bits a
-product also has a quantization, which rounds its operands (ops/low_precision).
+the activations where its product cannot read it as it is, or a `QuantizedWeight`, which names its
+own kernels (ops/weights). Of a `ComputedWeight`, such as one with an adapter, they take the value.
+In training with few bits a product also has a quantization, which rounds its operands
+(ops/low_precision).
 """
 
 from collections.abc import Sequence

@@ -58,9 +58,7 @@ def map_matrices(
     return mapped
 
 
-def _matrices(
-    model: nn.Module, config: ModelConfig, dialect: ModuleType
-) -> dict[str, list[str]]:
+def _matrices(model: nn.Module, config: ModelConfig, dialect: ModuleType) -> dict[str, list[str]]:
     """The published names of each matrix of products and of the embedding, by our names."""
     specs = parameter_specs(model).items()
     ours = {dialect.published_product(n): n for n, s in specs if s.quantizes or s.embeds}

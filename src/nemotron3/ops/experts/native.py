@@ -103,13 +103,15 @@ def _apply(
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = sizes_of(weights, down, activation)
     work = weights.numel() * up.shape[1] * up.shape[2]
-    if isinstance(up, Tensor) and up.dtype == x.dtype:
-        forward, matrices, keeps = _forward, (up, down), ()
-    else:
+    forward, keeps = _forward, ()
+    if not isinstance(up, Tensor) or up.dtype != x.dtype:
         forward = _forward_table["bfloat16" if isinstance(up, Tensor) else up.format]
-        (*matrices,), (*keeps,) = zip(*map(_table, (up, down)), strict=True)
+        (up, ups), (down, downs) = _table(up), _table(down)
+        keeps = (*ups, *downs)
+    assert isinstance(up, Tensor)
+    assert isinstance(down, Tensor)
     forward(
-        x, weights, *matrices, *order, units, kept, outputs, y, *sizes, x.stride(0),
+        x, weights, up, down, *order, units, kept, outputs, y, *sizes, x.stride(0),
         work=work, keeps=keeps,
     )  # fmt: skip
     return y

@@ -2,7 +2,8 @@
 
 A published checkpoint has a tensor for each expert, in an order of its own, so a stack of them
 would be a copy. Compiled products take a table of the matrices' addresses instead of a stack
-(ops/experts/native.cpp), and read every matrix where it is. All other products make a stack, dequantized, when they are called.
+(ops/experts/native.cpp), and read every matrix where it is. All other products make a stack,
+dequantized, when they are called.
 """
 
 from collections.abc import Sequence
