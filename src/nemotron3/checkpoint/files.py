@@ -96,12 +96,24 @@ def tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     Tensors may have any layout, be on any device, and share storage: each is written completely.
     """
+    header, places = tensor_header(tensors)
+    yield header
+    for name in places:
+        yield tensor_bytes(tensors[name])
+
+
+def tensor_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file, and where in the file each tensor begins, in that order.
+
+    Of the tensors only shapes and dtypes matter, so they may be on the meta device.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
     offset = 0
     # Wide types first, so that every tensor starts on a multiple of its item size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    for name, tensor in ordered:
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         end = offset + tensor.nbytes
+        places[name] = offset
         dtype = _DTYPE_NAMES.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(
@@ -116,10 +128,13 @@ def tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8 bytes
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: start + at for n, at in places.items()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor, as they are written."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def require_space(directory: Path, num_bytes: int) -> None:

@@ -192,8 +192,7 @@ class ShardedWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add the next tensor; the order of calls decides which tensors share a shard."""
-        if name in self._names:
-            raise CheckpointError(f"tensor {name!r} was added twice to {self.directory}")
+        self._check_new(name)
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._write_shard()
         self._names.add(name)
@@ -243,6 +242,10 @@ class ShardedWriter:
                 self.finish()
         finally:
             self.discard()
+
+    def _check_new(self, name: str) -> None:
+        if name in self._names:
+            raise CheckpointError(f"tensor {name!r} was added twice to {self.directory}")
 
     @property
     def _needed_bytes(self) -> int:

@@ -5,10 +5,12 @@ from nemotron3.models.huggingface.directory import (
     dialect_of,
     map_weights,
     prepared_weights,
+    published_views,
     read_config,
     read_directory,
     read_weights,
     write_model,
+    write_weights,
 )
 from nemotron3.models.huggingface.modelopt import StoredQuantization
 from nemotron3.models.huggingface.stored_formats import (
@@ -24,6 +26,7 @@ __all__ = [
     "dialect_of",
     "map_weights",
     "prepared_weights",
+    "published_views",
     "published_weights",
     "read_config",
     "read_directory",
@@ -32,4 +35,5 @@ __all__ = [
     "stored_weight_format",
     "use_stored_formats",
     "write_model",
+    "write_weights",
 ]

@@ -9,7 +9,7 @@ is an error that names it and costs no time.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nemotron3.checkpoint.planned import PlannedWriter
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError, OperandError
 from nemotron3.models.allocation import allocate
@@ -87,18 +88,62 @@ def write_model(
     written again.
     """
     dialect = dialect_to_write(model, config, companions)
-    dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
     views = dict(dialect.published_views(model, config))
-    formats = {n: view.format for n, view in views.items() if isinstance(view, QuantizedWeight)}
     read = None if companions is None else companions.quantization
-    scales = scales_to_write(read, formats)
+    scales = scales_to_write(read, _formats_of(views))
     vectors: frozenset[str] = frozenset() if read is None else read.vectors
     tensors = [*_in_files(views, vectors), *scales.items()]
     total = sum(tensor.nbytes for _, tensor in tensors)
     with ShardedWriter(path, max_shard_bytes=max_shard_bytes, total_bytes=total) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
+    _write_descriptions(model, config, path, dialect, companions)
+
+
+def write_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    path: Path | str,
+    weights: Iterable[tuple[str, Weight]],
+    *,
+    max_shard_bytes: int,
+) -> None:
+    """Write the directory of a model on the meta device, weight by weight as they are computed.
+
+    `weights` has the weight of each of `published_views`, in any order; no more than
+    one of them is held. Raises CheckpointError for one that is not the model's, or missing.
+    """
+    dialect = dialect_to_write(model, config, None)
+    plan = dict(_in_files(dict(dialect.published_views(model, config)), frozenset()))
+    with PlannedWriter(path, plan, max_shard_bytes=max_shard_bytes) as writer:
+        for name, weight in weights:
+            for spelling, tensor in _in_files({name: weight}, frozenset()):
+                writer.add(spelling, tensor)
+    _write_descriptions(model, config, path, dialect, None)
+
+
+def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Weight]]:
+    """The weights of the directory of a new model by their published names, as views."""
+    return dialect_to_write(model, config, None).published_views(model, config)
+
+
+def _formats_of(views: Mapping[str, Weight]) -> dict[str, str]:
+    return {n: view.format for n, view in views.items() if isinstance(view, QuantizedWeight)}
+
+
+def _write_descriptions(
+    model: nn.Module,
+    config: ModelConfig,
+    path: Path | str,
+    dialect: ModuleType,
+    companions: Companions | None,
+) -> None:
+    """Write everything but the tensors."""
+    dtype = str(model.get_parameter("backbone.embeddings.weight").dtype).removeprefix("torch.")
     fields = _fields_to_write(dialect, config, dtype, companions)
+    views = dict(dialect.published_views(model, config))
+    formats = _formats_of(views)
+    read = None if companions is None else companions.quantization
     described: Mapping[str, Any] | None = None
     if formats:
         if read is not None and read.config_field and read.formats == formats:
@@ -106,7 +151,7 @@ def write_model(
         else:
             is_matrix = (n for n, view in views.items() if n not in formats and view.dim() > 1)
             plain = (n for n in is_matrix if "embed" not in n)
-            field, described = descriptions(formats, plain, scales)
+            field, described = descriptions(formats, plain, scales_to_write(read, formats))
         fields[QUANTIZATION] = field
     write_json(Path(path) / CONFIG_FILE, fields)
     if described is not None:
