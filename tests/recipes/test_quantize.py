@@ -1,10 +1,11 @@
 """`nemotron3 quantize`: a directory to a directory, with what it costs."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemotron3.cli.main import main
 from nemotron3.inference.llm import LLM
@@ -80,6 +81,44 @@ def test_without_text_nothing_is_said_of_the_loss(folder, tmp_path, capsys):
     assert summary["scales"] == "four_over_six"
     described = json.loads((tmp_path / "it" / "hf_quant_config.json").read_text())
     assert described["quantization"]["quant_algo"] == "W4A16_NVFP4"
+
+
+@pytest.mark.parametrize("wanted", ["nvfp4", "fp8", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_text_no_model_is_in_memory(folder, tmp_path, monkeypatch, wanted, dtype):
+    """Matrix by matrix: the same files and the same report as of a model in memory."""
+    source = tmp_path / "source"
+    LanguageModel.from_pretrained(folder, dtype=dtype).save_pretrained(source)
+    whole, by_matrix = tmp_path / "whole", tmp_path / "by-matrix"
+    with monkeypatch.context() as patch:
+        patch.setattr("nemotron3.recipes.quantize.can_quantize_by_matrix", lambda *_: False)
+        assert quantize(source, whole, "--format", wanted) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "from_pretrained", lambda *_, **__: 1 / 0)
+        assert quantize(source, by_matrix, "--format", wanted) == 0
+    files = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(by_matrix) for p in by_matrix.rglob("*") if p.is_file()}
+    for file in files:
+        if file.parent.name != "quantization":
+            assert (whole / file).read_bytes() == (by_matrix / file).read_bytes(), file
+    summaries = [
+        json.loads((out / "quantization" / "summary.json").read_text())
+        for out in (whole, by_matrix)
+    ]
+    assert summaries[0] == summaries[1]
+
+
+def test_values_that_are_not_finite_are_named_and_leave_nothing(folder, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    tensors = load_file(source / "model.safetensors")
+    name = "backbone.layers.1.mixer.experts.5.down_proj.weight"
+    tensors[name] = tensors[name] * torch.inf
+    save_file(tensors, source / "new")
+    (source / "new").replace(source / "model.safetensors")
+    assert quantize(source, tmp_path / "it", "--format", "nvfp4") == 2
+    assert f"{name!r} cannot be quantized: nvfp4: a weight" in capsys.readouterr().err
+    assert not list((tmp_path / "it").glob("*model*"))
 
 
 @pytest.mark.parametrize(

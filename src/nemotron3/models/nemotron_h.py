@@ -158,6 +158,8 @@ class LanguageModel(nn.Module):
         """Step and microbatch of training, on which the noise of stochastic rounding depends."""
         self.companions: huggingface.Companions | None = None
         """The files besides the tensors in the directory of the loaded model."""
+        self.mapped_bytes = 0
+        """Bytes of weights that are pages of mapped files, which the system may count as free."""
         self.backbone = Backbone(config)
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -223,7 +225,7 @@ class LanguageModel(nn.Module):
             model = cls(config)
             quantization = huggingface.use_stored_formats(model, path, weights)
         if mapped:
-            huggingface.map_weights(model, config, path)
+            model.mapped_bytes = huggingface.map_weights(model, config, path)
             model.requires_grad_(False).activation_dtype = torch.float32
         else:
             huggingface.read_weights(

@@ -1,5 +1,6 @@
 """Post-training quantization: the weights of a model in fewer bits, and what that costs."""
 
+from nemotron3.quantization.by_matrix import can_quantize_by_matrix, quantize_by_matrix
 from nemotron3.quantization.calibration import calibrate
 from nemotron3.quantization.comparison import Comparison, compare
 from nemotron3.quantization.formats import Format, formats_for
@@ -11,9 +12,11 @@ __all__ = [
     "Format",
     "MatrixReport",
     "calibrate",
+    "can_quantize_by_matrix",
     "compare",
     "formats_for",
     "matrix_reports",
+    "quantize_by_matrix",
     "quantized_model",
     "total_bits",
 ]

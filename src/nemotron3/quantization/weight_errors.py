@@ -1,6 +1,6 @@
 """What rounding does to each matrix: bits for an element, and the error of the values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import quantizable_names
 from nemotron3.ops.weights import QuantizedWeight, WeightFormat
+
+_PART = 1 << 22
+"""Elements of which a sum has float64 copies at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +57,39 @@ def _report(
     formats: Mapping[str, WeightFormat],
 ) -> MatrixReport:
     values = model.get_parameter(name)
-    elements = values.numel()
     if name not in formats:
-        dtype = str(values.dtype).removeprefix("torch.")
-        return MatrixReport(
-            name=name, format=dtype, elements=elements, bits_per_element=8.0 * values.itemsize,
-            relative_error=0.0, squared_error=0.0, squared_norm=_squared(values),
-            worst_expert=None, worst_expert_error=None,
-        )  # fmt: skip
+        return plain_report(
+            name, values, sum(map(squared, values if values.dim() > 2 else [values]))
+        )
     weight = quantized.get_submodule(name)
     assert isinstance(weight, QuantizedWeight)
-    pairs = list(_squares(values, weight))
+    matrices = [(values, weight)] if values.dim() == 2 else zip(values, weight, strict=True)
+    return quantized_report(name, weight, [squares(matrix, own) for matrix, own in matrices])
+
+
+def plain_report(name: str, values: Tensor, squared_norm: float) -> MatrixReport:
+    """Of a matrix that stays as it is, of which only shape and dtype are read."""
+    return MatrixReport(
+        name=name,
+        format=str(values.dtype).removeprefix("torch."),
+        elements=values.numel(),
+        bits_per_element=8.0 * values.itemsize,
+        relative_error=0.0,
+        squared_error=0.0,
+        squared_norm=squared_norm,
+        worst_expert=None,
+        worst_expert_error=None,
+    )
+
+
+def quantized_report(
+    name: str, weight: QuantizedWeight, pairs: Sequence[tuple[float, float]]
+) -> MatrixReport:
+    """Of a quantized matrix, or of experts, from `squares` of each; `weight` may be on meta."""
+    elements = weight.shape.numel()
     errors = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in pairs]
     error, norm = sum(e for e, _ in pairs), sum(n for _, n in pairs)
-    worst = max(range(len(errors)), key=errors.__getitem__) if values.dim() > 2 else None
+    worst = max(range(len(errors)), key=errors.__getitem__) if len(weight.shape) > 2 else None
     return MatrixReport(
         name=name,
         format=weight.format,
@@ -81,12 +103,10 @@ def _report(
     )
 
 
-def _squares(values: Tensor, weight: QuantizedWeight) -> Iterator[tuple[float, float]]:
-    """Squared error and squared norm of each matrix."""
-    matrices = [(values, weight)] if values.dim() == 2 else zip(values, weight, strict=True)
-    for matrix, own in matrices:
-        wide = matrix.float()
-        yield _squared(wide - own.dequantize()), _squared(wide)
+def squares(matrix: Tensor, weight: QuantizedWeight) -> tuple[float, float]:
+    """Squared error and squared norm of a matrix."""
+    wide = matrix.float()
+    return squared(wide - weight.dequantize()), squared(wide)
 
 
 def stored_bytes(weight: QuantizedWeight) -> int:
@@ -95,5 +115,7 @@ def stored_bytes(weight: QuantizedWeight) -> int:
     return sum(part.nbytes for matrix in matrices for part in matrix.parts().values())
 
 
-def _squared(values: Tensor) -> float:
-    return values.double().square().sum().item()
+def squared(values: Tensor) -> float:
+    """The sum of squares, in float64, of which only a part of the matrix is at a time."""
+    parts = values.reshape(-1).split(_PART)
+    return sum(part.double().square().sum().item() for part in parts)

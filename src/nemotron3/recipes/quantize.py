@@ -38,9 +38,11 @@ from nemotron3.quantization import (
     Format,
     MatrixReport,
     calibrate,
+    can_quantize_by_matrix,
     compare,
     formats_for,
     matrix_reports,
+    quantize_by_matrix,
     quantized_model,
     total_bits,
 )
@@ -110,7 +112,13 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
     text = _text_for(path, plan)
     if plan.bits is not None and not text.calibration:
         raise ConfigError(f"needs text to weigh matrices with; text: {text.origin}", field="bits")
-    model = LanguageModel.from_pretrained(path, device=resolve_device(plan.device)).eval()
+    device = resolve_device(plan.device)
+    in_memory = text.calibration or device.type != "cpu"
+    if not in_memory and can_quantize_by_matrix(path, plan.format):
+        made = quantize_by_matrix(path, out, plan.format, scales=scales)
+        summary = _summary(path, plan, made.model, made.quantized, made.reports, text, None)
+        return out, _written(out, summary)
+    model = LanguageModel.from_pretrained(path, device=device).eval()
     found: list[Sensitivity] = []
     frontier: list[FrontierPoint] = []
     if plan.bits is None:
@@ -127,11 +135,15 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
     quantized.save_pretrained(out)
     summary = _summary(path, plan, model, quantized, reports, text, comparison)
     summary = replace(summary, sensitivities=tuple(found), frontier=tuple(frontier))
+    return out, _written(out, summary)
+
+
+def _written(out: Path, summary: QuantizationSummary) -> QuantizationSummary:
     folder = out / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
     write_json(folder / SUMMARY_FILE, summary)
     write_pages(folder, summary)
-    return out, summary
+    return summary
 
 
 def _summary(

@@ -31,7 +31,13 @@ def test_a_gpu_reads_more_at_a_time():
 
 
 def test_a_machine_is_asked_for_a_quarter_of_what_is_free():
-    assert cache_bytes(tiny_model("M*"), EngineConfig(), CPU) == FREE // 4
+    model = tiny_model("M*")
+    assert cache_bytes(model, EngineConfig(), CPU) == FREE // 4
+    # Pages of the files of mapped weights count as free, and the weights need them.
+    model.mapped_bytes = FREE // 2
+    assert cache_bytes(model, EngineConfig(), CPU) == FREE // 8
+    model.mapped_bytes = 3 * FREE
+    assert cache_bytes(model, EngineConfig(), CPU) == FREE // 32
 
 
 def test_a_gpu_is_asked_for_what_states_prefixes_and_a_step_leave():

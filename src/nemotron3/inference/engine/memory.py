@@ -21,6 +21,9 @@ from nemotron3.runtime.memory import MemoryPart
 KEYS_AND_VALUES = "engine keys and values"
 _SHARE, _GPU_SHARE = 0.25, 0.9
 """Largest share of the free memory that is used if `kv_cache_bytes` is not given."""
+_LEAST_FREE = 1 / 8
+"""Share of the free memory that counts as free beside mapped weights, however large these are: the
+rest of them is read from the disk again and again, but an engine runs."""
 _BATCHED_TOKENS, _GPU_BATCHED_TOKENS = 2048, 8192
 _STEP_BYTES_PER_TOKEN = 384 * 1024
 """Reserved for the activations of each prompt token of a step: 3 GiB for 8192 tokens."""
@@ -37,7 +40,9 @@ def cache_bytes(
     model: LanguageModel, config: EngineConfig, device: torch.device, *, engines: int = 1
 ) -> int:
     """Bytes for keys and values where `kv_cache_bytes` is not given, of each of some `engines`."""
-    free = free_memory_bytes(device) // engines
+    # The system counts pages of files as free, and those of the weights are needed in each step.
+    found = free_memory_bytes(device)
+    free = max(found - model.mapped_bytes, int(found * _LEAST_FREE)) // engines
     least = int(free * _SHARE)
     if not has_memory_of_its_own(device):
         return least

@@ -3,12 +3,14 @@
 from nemotron3.models.huggingface.companions import Companions
 from nemotron3.models.huggingface.directory import (
     dialect_of,
+    is_published_layout,
     map_weights,
     prepared_weights,
     published_views,
     read_config,
     read_directory,
     read_weights,
+    stored_values,
     write_model,
     write_weights,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "Companions",
     "StoredQuantization",
     "dialect_of",
+    "is_published_layout",
     "map_weights",
     "prepared_weights",
     "published_views",
@@ -32,6 +35,7 @@ __all__ = [
     "read_directory",
     "read_weights",
     "stored_key_scales",
+    "stored_values",
     "stored_weight_format",
     "use_stored_formats",
     "write_model",

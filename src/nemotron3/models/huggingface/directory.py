@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nemotron3.checkpoint.mapping import mapped_tensors
 from nemotron3.checkpoint.planned import PlannedWriter
 from nemotron3.checkpoint.safetensors import ShardedReader, ShardedWriter
 from nemotron3.errors import CheckpointError, ConfigError, OperandError
@@ -106,25 +107,50 @@ def write_weights(
     path: Path | str,
     weights: Iterable[tuple[str, Weight]],
     *,
-    max_shard_bytes: int,
+    max_shard_bytes: int = 5_000_000_000,
+    companions: Companions | None = None,
 ) -> None:
     """Write the directory of a model on the meta device, weight by weight as they are computed.
 
-    `weights` has the weight of each of `published_views`, in any order; no more than
-    one of them is held. Raises CheckpointError for one that is not the model's, or missing.
+    `weights` has the weight of each of `published_views`, in any order; no more than one of them is
+    held. Scales of activations and keys are not written. Raises CheckpointError for a weight that
+    is not the model's, or missing.
     """
-    dialect = dialect_to_write(model, config, None)
+    dialect = dialect_to_write(model, config, companions)
     plan = dict(_in_files(dict(dialect.published_views(model, config)), frozenset()))
     with PlannedWriter(path, plan, max_shard_bytes=max_shard_bytes) as writer:
         for name, weight in weights:
             for spelling, tensor in _in_files({name: weight}, frozenset()):
                 writer.add(spelling, tensor)
-    _write_descriptions(model, config, path, dialect, None)
+    _write_descriptions(model, config, path, dialect, companions)
 
 
-def published_views(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Weight]]:
-    """The weights of the directory of a new model by their published names, as views."""
-    return dialect_to_write(model, config, None).published_views(model, config)
+def published_views(
+    model: nn.Module, config: ModelConfig, companions: Companions | None = None
+) -> Iterator[tuple[str, Weight]]:
+    """The weights of the directory that a model is written to, as views by published names."""
+    return dialect_to_write(model, config, companions).published_views(model, config)
+
+
+def is_published_layout(path: Path | str) -> bool:
+    """Whether a directory has the layout of Nemotron 3, and not another one that is read here."""
+    return read_fields(path)[0] is nemotron_h
+
+
+def stored_values(
+    model: nn.Module, config: ModelConfig, path: Path | str
+) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The plain tensors of a directory as views of its mapped files, and the dtype of most.
+
+    They are compared with a model on the meta device, and have its published names.
+    """
+    files = _opened(model, config, path)
+    views = dict(mapped_tensors(files.reader))
+    found: dict[str, Tensor] = {}
+    for spelling, name in files.stored.items():
+        for part, own in files.stacked.get(spelling, ((None, spelling),)):
+            found[own] = views[name] if part is None else views[name][part]
+    return found, _stored_dtype(model, config, files)
 
 
 def _formats_of(views: Mapping[str, Weight]) -> dict[str, str]:
@@ -217,10 +243,11 @@ def read_weights(
     files.copy_to(model, config)
 
 
-def map_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> None:
+def map_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> int:
     """Map the matrices of a directory into a model on the meta device, and copy all else.
 
-    Matrices keep their stored dtypes; all else is float32, as activations are.
+    Matrices keep their stored dtypes; all else is float32, as activations are. Returns the bytes
+    that are mapped.
     """
     files = _opened(model, config, path)
     held = _stored_dtype(model, config, files)
@@ -229,6 +256,7 @@ def map_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> None
     allocate(model, torch.device("cpu"), torch.float32, cast_dtype)
     left = {name: stored for name, stored in files.stored.items() if name not in mapped}
     files._replace(stored=left).copy_to(model, config)
+    return sum(files.reader.info(files.stored[name]).num_bytes for name in mapped)
 
 
 def prepared_weights(model: nn.Module, config: ModelConfig, path: Path | str) -> Callable[[], None]:
