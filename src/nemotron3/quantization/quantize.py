@@ -47,7 +47,7 @@ def quantized_model(
     return quantized
 
 
-def quantized_weight(kind: WeightFormat, values: Tensor, *, scales: Scales) -> QuantizedWeight:
+def quantized_weight(kind: str, values: Tensor, *, scales: Scales) -> QuantizedWeight:
     """A matrix, or one for each expert, in a format."""
     with values.device:
         weight = FORMATS[kind].empty(values.shape)

@@ -58,9 +58,8 @@ def _report(
 ) -> MatrixReport:
     values = model.get_parameter(name)
     if name not in formats:
-        return plain_report(
-            name, values, sum(map(squared, values if values.dim() > 2 else [values]))
-        )
+        plain = values if values.dim() > 2 else [values]
+        return plain_report(name, values, sum(map(squared, plain)))
     weight = quantized.get_submodule(name)
     assert isinstance(weight, QuantizedWeight)
     matrices = [(values, weight)] if values.dim() == 2 else zip(values, weight, strict=True)
