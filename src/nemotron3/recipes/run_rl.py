@@ -273,7 +273,8 @@ class _Training:
         prompts: dict[str, list[str]] = {}
         kept: list[RolloutRecord] = []
         for rollout in update.played:
-            first, prompt = prompts.setdefault(rollout.environment, []), prompt_text(rollout.row)
+            first = prompts.setdefault(rollout.environment, [])
+            prompt = prompt_text(rollout.row) if groups else ""
             if prompt not in first and len(first) < groups:
                 first.append(prompt)
             if prompt in first or self._fails_anew(rollout):
