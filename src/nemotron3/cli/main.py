@@ -20,6 +20,7 @@ from nemotron3.cli.engine_options import (
 )
 from nemotron3.cli.environment_options import add_environment_verb
 from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
+from nemotron3.cli.export_options import add_export_verb
 from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.cli.option_types import seconds
 from nemotron3.cli.quantize_options import add_quantize_verb
@@ -62,6 +63,7 @@ _FUNCTIONS = {
     "merge": "merge.merge_command",
     "merge-adapter": "merge.merge_adapter_command",
     "quantize": "quantize.quantize_command",
+    "export": "export.export_command",
     "env": "environments.env_command",
     "eval": "evaluate.eval_command",
     "compare": "compare.compare_command",
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(verbs)
     _add_merge_adapter(verbs)
     add_quantize_verb(verbs)
+    add_export_verb(verbs)
     add_environment_verb(verbs)
     add_eval_verb(verbs)
     add_compare_verb(verbs)
