@@ -10,17 +10,22 @@ from torch.autograd.function import once_differentiable
 from nemotron3.ops.experts.activations import Activation
 from nemotron3.ops.experts.native import Order, order_rows, sizes_of
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.low_precision import ExpertsQuantization, Product, ProductQuantization
+from nemotron3.ops.low_precision import (
+    ExpertsQuantization,
+    Operands,
+    Product,
+    ProductQuantization,
+)
 from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.nvfp4 import SIGNS
 from nemotron3.ops.rounding.noise import ROUNDS
 
 _SOURCE = Path(__file__).with_name("quantized.cpp")
 _forward = ParallelKernel(_SOURCE, "experts_quantized_forward", "ppppppppppp iiiiiiii")
-_backward = NativeFunction(
-    _SOURCE, "experts_quantized_backward", "ppppppppppppppppp iiiiiiiiiiiiii"
-)
+_backward = NativeFunction(_SOURCE, "experts_quantized_backward", "ppppppppppppppppp iiiiiiiiiiii")
 _OPERANDS: tuple[Product, ...] = ("fprop", "fprop", "dgrad", "wgrad", "dgrad", "wgrad")
+_CODES = {"nearest": 1, "stochastic": 2, "four_over_six": 4}
+"""`Format` of quantized.cpp; 0 for operands that are not rounded."""
 _signs = torch.tensor(SIGNS, dtype=torch.float32)
 
 
@@ -61,7 +66,7 @@ class _Experts(torch.autograd.Function):
         _forward(
             x, weights, *rounded, *order, kept,
             outputs, y, counts, *sizes_of(weights, down, activation), x.stride(0),
-            formats.fprop is not None, work=weights.numel() * up.shape[1] * up.shape[2],
+            _code(formats.fprop), work=weights.numel() * up.shape[1] * up.shape[2],
         )  # fmt: skip
         _add(quantization, counts)
         matrices = rounded if formats.shares_weight else (up, down)
@@ -93,13 +98,19 @@ class _Experts(torch.autograd.Function):
         _backward(
             x, weights, _dgrad(up, q.up), _dgrad(down, q.down), *order, kept, grad, rows, dx,
             d_weights, d_up, d_down, signs, noise, counts, *sizes_of(weights, down, ctx.activation),
-            x.stride(0), grad.stride(0), dgrad is not None, wgrad is not None,
-            dgrad is not None and dgrad.first.is_random,
-            wgrad is not None and wgrad.first.is_random, ROUNDS,
+            x.stride(0), grad.stride(0), _code(dgrad), _code(wgrad), ROUNDS,
             q.up.position.first_token * weights.shape[1],
         )  # fmt: skip
         _add(q, counts)
         return dx, d_weights, d_up, d_down, None, None, None
+
+
+def _code(operands: Operands | None) -> int:
+    """How the operand of activations or gradients is rounded."""
+    if operands is None:
+        return 0
+    first = operands.first
+    return _CODES[first.rounding if first.scales == "max" else first.scales]
 
 
 def _counts(q: ExpertsQuantization) -> Tensor | None:

@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron3.ops import nvfp4
 from nemotron3.ops.backends import Backend
 from nemotron3.ops.low_precision.operand import OperandFormat, padded
 from nemotron3.ops.rounding import Noise
@@ -60,9 +59,13 @@ class ProductFormats:
     @property
     def is_compiled(self) -> bool:
         """Whether compiled operations can round activations and gradients so: the published recipe,
-        with or without its ingredients. They take the weights rounded, in any format."""
+        with or without its ingredients, and four-over-six. They take the weights rounded, in any
+        format."""
         return (
-            (self.fprop is None or self.fprop.first == OperandFormat())
+            (
+                self.fprop is None
+                or self.fprop.first == OperandFormat(scales=self.fprop.first.scales)
+            )
             and (self.dgrad is None or _rounds_once(self.dgrad.first))
             and (self.wgrad is None or all(map(_rounds_once, self.wgrad)))
         )
@@ -172,12 +175,8 @@ class ProductQuantization:
         self, product: Product, tensor: str, format_: OperandFormat, matrices: Tensor
     ) -> Tensor:
         """The values of a stack of matrices, each a tensor of its own."""
-        if format_.blocks == "tiles" and matrices.shape[1] % format_.block == 0:
-            found = nvfp4.fake_quantize(matrices.detach(), "tiles", batch_dims=1)
-            if self.position.flushed is not None:
-                zeros = (found == 0).sum() - (matrices == 0).sum()
-                self.count_flushed(product, zeros, found.numel())
-            return found
+        if format_.element == "nvfp4" and not format_.is_random:
+            return self.values(product, tensor, format_, matrices).contiguous()
         values = [self.values(product, tensor, format_, matrix) for matrix in matrices]
         return torch.stack(values)
 

@@ -1,9 +1,10 @@
-// NVFP4 quantization of whole tensors (nvfp4.h).
-#include "nvfp4.h"
+// NVFP4 quantization of whole tensors (nvfp4.h, four_over_six.h).
+#include "four_over_six.h"
 
 namespace {
 using namespace nvfp4;
-constexpr int64_t TILES = 1, COLUMNS = 2;  // kinds of blocks; 0 is 16 along a row
+// Kinds of blocks; 0 is 16 along a row.
+constexpr int64_t TILES = 1, COLUMNS = 2, ROWS_OF_FOUR_OVER_SIX = 3;
 
 // codes and scales, or values, of x [rows, d], whose tensors have `of_one` rows each. amax is found
 // where `given` is 0; `signs` is null without a transform, which is along columns; `places` is null
@@ -25,6 +26,7 @@ void quantize(Team& team, const float* x, float* amax, uint8_t* codes, uint8_t* 
     body(team, x, amax, out, rows, of_one, d, d, places, first_column, random);
   };
   if (kind == COLUMNS) places ? run(along_columns<true>) : run(along_columns<false>);
+  else if (kind == ROWS_OF_FOUR_OVER_SIX) four_over_six(team, x, amax, out, rows, of_one, d, d);
   else if (kind == TILES) places ? run(along_rows<BLOCK, true>) : run(along_rows<BLOCK, false>);
   else places ? run(along_rows<1, true>) : run(along_rows<1, false>);
 }
