@@ -17,14 +17,17 @@ from nemotron3.ops.low_precision import (
     ProductQuantization,
 )
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.nvfp4 import SIGNS
+from nemotron3.ops.nvfp4 import LARGEST_GROUP, SIGNS, random_signs
+from nemotron3.ops.rounding import RandomBits
 from nemotron3.ops.rounding.noise import ROUNDS
 
 _SOURCE = Path(__file__).with_name("quantized.cpp")
 _forward = ParallelKernel(_SOURCE, "experts_quantized_forward", "ppppppppppp iiiiiiii")
-_backward = NativeFunction(_SOURCE, "experts_quantized_backward", "ppppppppppppppppp iiiiiiiiiiii")
+_backward = NativeFunction(
+    _SOURCE, "experts_quantized_backward", "ppppppppppppppppppp iiiiiiiiiiii"
+)
 _OPERANDS: tuple[Product, ...] = ("fprop", "fprop", "dgrad", "wgrad", "dgrad", "wgrad")
-_CODES = {"nearest": 1, "stochastic": 2, "four_over_six": 4}
+_CODES = {"nearest": 1, "stochastic": 2, "ms_eden": 3, "four_over_six": 4}
 """`Format` of quantized.cpp; 0 for operands that are not rounded."""
 _signs = torch.tensor(SIGNS, dtype=torch.float32)
 
@@ -88,18 +91,16 @@ class _Experts(torch.autograd.Function):
         d_down = torch.empty(down.shape) if needs_down else None
         dgrad, wgrad = q.up.formats.dgrad, q.up.formats.wgrad
         signs = _signs if wgrad is not None and wgrad.first.hadamard else None
-        bits = [
-            own.noise(f"{product} dy", order[0]).bits  # the rows are given apart
-            for own in (q.down, q.up)
-            for product in ("dgrad", "wgrad")
-        ]
-        noise = torch.tensor([[b.seed, b.stream] for b in bits])
+        noise = torch.tensor(
+            [[b.seed, b.stream] for own in (q.down, q.up) for b in _bits(own, order[0])]
+        )
+        features = torch.arange(max(x.shape[1], up.shape[1]))
         counts = _counts(q)
         _backward(
             x, weights, _dgrad(up, q.up), _dgrad(down, q.down), *order, kept, grad, rows, dx,
-            d_weights, d_up, d_down, signs, noise, counts, *sizes_of(weights, down, ctx.activation),
-            x.stride(0), grad.stride(0), _code(dgrad), _code(wgrad), ROUNDS,
-            q.up.position.first_token * weights.shape[1],
+            d_weights, d_up, d_down, signs, _rotations(q), noise, features, counts,
+            *sizes_of(weights, down, ctx.activation), x.stride(0), grad.stride(0),
+            _code(dgrad), _code(wgrad), ROUNDS, q.up.position.first_token * weights.shape[1],
         )  # fmt: skip
         _add(q, counts)
         return dx, d_weights, d_up, d_down, None, None, None
@@ -111,6 +112,35 @@ def _code(operands: Operands | None) -> int:
         return 0
     first = operands.first
     return _CODES[first.rounding if first.scales == "max" else first.scales]
+
+
+def _is_rotated(operands: Operands | None) -> bool:
+    return operands is not None and operands.first.rounding == "ms_eden"
+
+
+def _bits(q: ProductQuantization, rows: Tensor) -> list[RandomBits]:
+    """The noise of the gradients of dgrad, and of both operands of wgrad; rows are given apart.
+
+    MS-EDEN along tokens rounds scales of features, which no token names.
+    """
+    of_wgrad = None if _is_rotated(q.formats.wgrad) else rows
+    return [
+        q.noise("dgrad dy", rows).bits,
+        q.noise("wgrad dy", of_wgrad).bits,
+        q.noise("wgrad x", of_wgrad).bits,
+    ]
+
+
+def _rotations(q: ExpertsQuantization) -> Tensor | None:
+    """The signs of MS-EDEN, the same for all experts: [product, sign]; None without it."""
+    formats = q.up.formats
+    if not (_is_rotated(formats.dgrad) or _is_rotated(formats.wgrad)):
+        return None
+    return torch.stack([
+        random_signs(own.noise(f"{product} signs"), LARGEST_GROUP, torch.device("cpu"))
+        for own in (q.down, q.up)
+        for product in ("dgrad", "wgrad")
+    ])  # fmt: skip
 
 
 def _counts(q: ExpertsQuantization) -> Tensor | None:
@@ -136,4 +166,6 @@ def _dgrad(matrices: Tensor, q: ProductQuantization) -> Tensor:
     """The matrices as dgrad multiplies with them; values that it shares with fprop are given."""
     if q.formats.shares_weight or q.formats.dgrad is None:
         return matrices.contiguous()
+    if q.formats.dgrad.second.is_random:  # right on the average for fprop's values
+        matrices = _fprop(matrices, q)
     return q.stacked_values("dgrad", "w", q.formats.dgrad.second, matrices)

@@ -16,15 +16,13 @@ from torch.nn import functional as F
 
 from nemotron3.ops import mxfp8, nvfp4
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.nvfp4 import SIGNS, hadamard, ms_eden, random_signs
+from nemotron3.ops.nvfp4 import LARGEST_GROUP, SIGNS, fake_ms_eden, hadamard, random_signs
 from nemotron3.ops.rounding import Noise
 
 Along = Literal["rows", "columns"]
 """The axis of a product's sum: the last axis of a matrix, or the first."""
 
 _BLOCKS = {"nvfp4": nvfp4.BLOCK, "mxfp8": mxfp8.BLOCK}
-_GROUP = 128
-"""Elements that MS-EDEN rotates together, where the axis has as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ class OperandFormat:
         if self.rounding == "ms_eden":
             assert noise is not None
             assert signs is not None
-            return _rotated(x, along, noise, signs)
+            return _rotated(x, along, noise, signs, backend)
         if self.element == "mxfp8":
             return mxfp8.fake_quantize(x, along, backend=backend)
         if self.scales == "four_over_six":
@@ -146,11 +144,9 @@ def padded(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def _rotated(x: Tensor, along: Along, noise: Noise, signs: Noise) -> Tensor:
+def _rotated(x: Tensor, along: Along, noise: Noise, signs: Noise, backend: Backend) -> Tensor:
     """MS-EDEN along an axis, with the noise of the matrix that has this axis as rows."""
-    turned = x.T.contiguous() if along == "columns" else x
-    group = _GROUP
-    while turned.shape[1] % group:
+    group, axis = LARGEST_GROUP, x.shape[-2 if along == "columns" else -1]
+    while axis % group:
         group //= 2
-    found = ms_eden(turned, random_signs(signs, group, x.device), noise).dequantize()
-    return found.T if along == "columns" else found
+    return fake_ms_eden(x, along, random_signs(signs, group, x.device), noise, backend=backend)

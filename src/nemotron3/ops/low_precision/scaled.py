@@ -38,7 +38,7 @@ def runs_scaled(x: Tensor, q: ProductQuantization) -> bool:
         and formats.element == "nvfp4"
         and formats.is_compiled
         and all(
-            operand.scales == "max"
+            operand.scales == "max" and operand.rounding != "ms_eden"
             for of in (formats.fprop, formats.dgrad, formats.wgrad)
             for operand in of or ()
         )

@@ -110,7 +110,7 @@ def quantize(
     )
 
 
-def fake_quantize(
+def fake_quantize(  # noqa: PLR0913 - what is rounded, and how
     x: Float[Tensor, "*axes rows d"],
     kind: Kind = "rows",
     rounding: Rounding = "nearest",

@@ -1,5 +1,6 @@
-// NVFP4 quantization of whole tensors (nvfp4.h, four_over_six.h).
+// NVFP4 quantization of whole tensors (nvfp4.h, four_over_six.h, ms_eden.h).
 #include "four_over_six.h"
+#include "ms_eden.h"
 
 namespace {
 using namespace nvfp4;
@@ -30,6 +31,23 @@ void quantize(Team& team, const float* x, float* amax, uint8_t* codes, uint8_t* 
   else if (kind == TILES) places ? run(along_rows<BLOCK, true>) : run(along_rows<BLOCK, false>);
   else places ? run(along_rows<1, true>) : run(along_rows<1, false>);
 }
+
+// Values [rows, d] of MS-EDEN, with groups of `size` along rows or columns. `places` are those of
+// the rows, or columns, of one tensor; amax is found where `given` is 0.
+void ms_eden(Team& team, const float* x, float* amax, float* values, const float* signs,
+             const int64_t* places, int64_t rows, int64_t of_one, int64_t d, int64_t size,
+             int64_t columns, int64_t given, int64_t first_block, int64_t seed, int64_t stream,
+             int64_t rounds) {
+  const Rotation by(signs, size);
+  const Random random{(uint32_t)seed, (uint32_t)stream, rounds};
+  const auto run = [&](auto rotate, auto round) {
+    rotate(team, x, by, values, amax, rows, of_one, d, d, given);
+    team.wait();
+    round(team, values, amax, size, rows, of_one, d, d, places, first_block, random);
+  };
+  columns ? run(rotate_columns, ms_eden_columns) : run(rotate_rows, ms_eden_rows);
+}
 }  // namespace
 
 PARALLEL_KERNEL(nvfp4_quantize, quantize)
+PARALLEL_KERNEL(nvfp4_ms_eden, ms_eden)

@@ -16,6 +16,9 @@ _KINDS = {"rows": 0, "tiles": 1, "columns": 2, "four_over_six": 3}
 _quantize = ParallelKernel(
     Path(__file__).with_name("native.cpp"), "nvfp4_quantize", "ppppppp iiiiiiiiii"
 )
+_ms_eden = ParallelKernel(
+    Path(__file__).with_name("native.cpp"), "nvfp4_ms_eden", "ppppp iiiiiiiiii"
+)
 _WORK = 4
 """Cost of an element, in multiply-adds."""
 
@@ -56,6 +59,33 @@ def fake_quantize_native(
     """Shapes as in `nemotron3.ops.nvfp4.reference.fake_quantize_reference`."""
     values = torch.empty_like(x)
     _run(x, amax, kind, noise, (None, None, values), transform)
+    return values
+
+
+def fake_ms_eden_native(
+    x: Tensor, kind: Literal["rows", "columns"], signs: Tensor, noise: Placed, amax: Tensor | None
+) -> Tensor:
+    """Shapes as in `nemotron3.ops.nvfp4.ms_eden.fake_ms_eden_reference`."""
+    batch, rows, d = x.shape
+    values = torch.empty_like(x)
+    _ms_eden(
+        x,
+        torch.zeros(batch) if amax is None else amax,
+        values,
+        signs,
+        noise.rows,
+        batch * rows,
+        rows,
+        d,
+        len(signs),
+        kind == "columns",
+        amax is not None,
+        noise.first_column // BLOCK,
+        noise.bits.seed,
+        noise.bits.stream,
+        noise.bits.rounds,
+        work=3 * _WORK * x.numel(),
+    )
     return values
 
 
