@@ -17,15 +17,13 @@ from nemotron3.ops.low_precision import (
     ProductQuantization,
 )
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.nvfp4 import LARGEST_GROUP, SIGNS, random_signs
+from nemotron3.ops.nvfp4 import SIGNS
 from nemotron3.ops.rounding import RandomBits
 from nemotron3.ops.rounding.noise import ROUNDS
 
 _SOURCE = Path(__file__).with_name("quantized.cpp")
 _forward = ParallelKernel(_SOURCE, "experts_quantized_forward", "ppppppppppp iiiiiiii")
-_backward = NativeFunction(
-    _SOURCE, "experts_quantized_backward", "ppppppppppppppppppp iiiiiiiiiiii"
-)
+_backward = NativeFunction(_SOURCE, "experts_quantized_backward", "pppppppppppppppppp iiiiiiiiiiii")
 _OPERANDS: tuple[Product, ...] = ("fprop", "fprop", "dgrad", "wgrad", "dgrad", "wgrad")
 _CODES = {"nearest": 1, "stochastic": 2, "ms_eden": 3, "four_over_six": 4}
 """`Format` of quantized.cpp; 0 for operands that are not rounded."""
@@ -98,7 +96,7 @@ class _Experts(torch.autograd.Function):
         counts = _counts(q)
         _backward(
             x, weights, _dgrad(up, q.up), _dgrad(down, q.down), *order, kept, grad, rows, dx,
-            d_weights, d_up, d_down, signs, _rotations(q), noise, features, counts,
+            d_weights, d_up, d_down, signs, noise, features, counts,
             *sizes_of(weights, down, ctx.activation), x.stride(0), grad.stride(0),
             _code(dgrad), _code(wgrad), ROUNDS, q.up.position.first_token * weights.shape[1],
         )  # fmt: skip
@@ -114,33 +112,22 @@ def _code(operands: Operands | None) -> int:
     return _CODES[first.rounding if first.scales == "max" else first.scales]
 
 
-def _is_rotated(operands: Operands | None) -> bool:
-    return operands is not None and operands.first.rounding == "ms_eden"
-
-
 def _bits(q: ProductQuantization, rows: Tensor) -> list[RandomBits]:
-    """The noise of the gradients of dgrad, and of both operands of wgrad; rows are given apart.
+    """The noise of the backward products with one matrix, in the order of quantized.cpp.
 
-    MS-EDEN along tokens rounds scales of features, which no token names.
+    The places of rows are given apart; MS-EDEN along tokens rounds scales of features, which no
+    token names. Its signs, and that noise, are the same for all experts.
     """
-    of_wgrad = None if _is_rotated(q.formats.wgrad) else rows
+    wgrad = q.formats.wgrad
+    is_eden = wgrad is not None and wgrad.first.rounding == "ms_eden"
+    of_wgrad = None if is_eden else rows
     return [
+        q.noise("dgrad signs").bits,
         q.noise("dgrad dy", rows).bits,
+        q.noise("wgrad signs").bits,
         q.noise("wgrad dy", of_wgrad).bits,
         q.noise("wgrad x", of_wgrad).bits,
     ]
-
-
-def _rotations(q: ExpertsQuantization) -> Tensor | None:
-    """The signs of MS-EDEN, the same for all experts: [product, sign]; None without it."""
-    formats = q.up.formats
-    if not (_is_rotated(formats.dgrad) or _is_rotated(formats.wgrad)):
-        return None
-    return torch.stack([
-        random_signs(own.noise(f"{product} signs"), LARGEST_GROUP, torch.device("cpu"))
-        for own in (q.down, q.up)
-        for product in ("dgrad", "wgrad")
-    ])  # fmt: skip
 
 
 def _counts(q: ExpertsQuantization) -> Tensor | None:

@@ -49,7 +49,8 @@ enum Format { NONE, NEAREST, STOCHASTIC, MS_EDEN, FOUR_OVER_SIX };
 struct Rounding {
   Format format;
   const int64_t *places, *features;  // of rows and of columns in the noise
-  const float* signs;                // of MS-EDEN or of the Hadamard transform, or null
+  const float* signs;                // of the Hadamard transform, or null
+  Random rotation;                   // the signs of MS-EDEN
   int64_t* counts;                   // of flushed values, or null
 
   // Blocks along rows.
@@ -59,10 +60,9 @@ struct Rounding {
     Team alone(0, 1, barrier);
     float amax = 0;
     if (format == MS_EDEN) {
-      const int64_t size = nvfp4::group_of(d);
-      const nvfp4::Rotation by(signs, size);
+      const nvfp4::Rotation by(d, rotation);
       nvfp4::rotate_rows(alone, x, by, x, &amax, rows, rows, d, ld, false);
-      nvfp4::ms_eden_rows(alone, x, &amax, size, rows, rows, d, ld, places, 0, noise);
+      nvfp4::ms_eden_rows(alone, x, &amax, by.size, rows, rows, d, ld, places, 0, noise);
       if (counts) count(counts, operand, zeros(x, rows, d, ld), rows * d);
       return;
     }
@@ -86,10 +86,9 @@ struct Rounding {
     Team alone(0, 1, barrier);
     float amax = 0;
     if (format == MS_EDEN) {
-      const int64_t size = nvfp4::group_of(rows);
-      const nvfp4::Rotation by(signs, size);
+      const nvfp4::Rotation by(rows, rotation);
       nvfp4::rotate_columns(alone, x, by, x, &amax, rows, rows, d, ld, false);
-      nvfp4::ms_eden_columns(alone, x, &amax, size, rows, rows, d, ld, features, 0, noise);
+      nvfp4::ms_eden_columns(alone, x, &amax, by.size, rows, rows, d, ld, features, 0, noise);
       if (counts) count(counts, operand, zeros(x, rows, d, ld), rows * d);
       return;
     }
@@ -161,7 +160,7 @@ void forward(Team& team, const float* x, const float* weights, const float* up, 
              int64_t hidden, int64_t activation, int64_t ldx, int64_t format) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
-  const Rounding rounding{(Format)format, nullptr, nullptr, nullptr, counts};
+  const Rounding rounding{(Format)format, nullptr, nullptr, nullptr, {}, counts};
   const int64_t most = most_rows_of(order, experts), up_rows = s.up_rows();
   const int64_t ldxs = pitch(width), ldh = pitch(up_rows);
   Scratch scratch(most * (ldxs + ldh));
@@ -179,8 +178,8 @@ void forward(Team& team, const float* x, const float* weights, const float* up, 
 // What the backward pass rounds of the products with one matrix, and how.
 struct Backward {
   Format dgrad, wgrad;  // of gradients
-  const float *dgrad_signs, *wgrad_signs;
-  Random dgrad_dy, wgrad_dy, wgrad_x;
+  const float* signs;   // of the Hadamard transform, or null
+  Random dgrad_signs, dgrad_dy, wgrad_signs, wgrad_dy, wgrad_x;
   int64_t first_place;
   const int64_t* features;
   int64_t* counts;
@@ -225,7 +224,8 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
                          const Backward& how) {
     if (!how.dgrad) return std::make_pair(dy, ld);
     for (int64_t r = 0; r < rows; r++) memcpy(buf.t + r * buf.ldt, dy + r * ld, 4 * d);
-    const Rounding rounding{how.dgrad, buf.places, how.features, how.dgrad_signs, how.counts};
+    const Rounding rounding{how.dgrad, buf.places, how.features, nullptr, how.dgrad_signs,
+                            how.counts};
     rounding.rows(operand, buf.t, rows, d, buf.ldt, how.dgrad_dy);
     return std::make_pair((const float*)buf.t, buf.ldt);
   };
@@ -236,7 +236,8 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
         memset(dy + r * ld_dy, 0, 4 * n);
         memset(b + r * ldb, 0, 4 * m);
       }
-      Rounding rounding{how.wgrad, buf.places, how.features, how.wgrad_signs, how.counts};
+      Rounding rounding{how.wgrad,       buf.places, how.features, how.signs,
+                        how.wgrad_signs, how.counts};
       rounding.columns(operand, dy, padded, rows, n, ld_dy, how.wgrad_dy);
       if (how.wgrad == STOCHASTIC) rounding.format = NEAREST;
       rounding.columns(operand, b, padded, rows, m, ldb, how.wgrad_x);
@@ -271,34 +272,32 @@ PARALLEL_KERNEL(experts_quantized_forward, forward)
 extern "C" {
 
 // As experts_backward of native.cpp. Matrices have the values that dgrad multiplies with. `signs`
-// are of the Hadamard transform, or null; `rotations` of MS-EDEN, for dgrad and wgrad of the second
-// product and then of the first; `noise` are seed and stream of the gradients of dgrad and of both
-// operands of wgrad, in the same order; `features` are 0, 1, ... for as many columns as there are;
-// `counts` of flushed values are added to, or null.
+// are of the Hadamard transform, or null; `noise` are seed and stream of the signs and the gradients
+// of dgrad, and of the signs and both operands of wgrad, of the second product and then of the
+// first; `features` are 0, 1, ... for as many columns as there are; `counts` of flushed values are
+// added to, or null.
 void experts_quantized_backward(const float* x, const float* weights, const float* up,
                                 const float* down, int64_t* bounds, int64_t* sources,
                                 int64_t* places, const float* kept, const float* grad, float* dxs,
                                 float* dx, float* d_weights, float* d_up, float* d_down,
-                                const float* signs, const float* rotations, const int64_t* noise,
-                                const int64_t* features, int64_t* counts, int64_t tokens,
-                                int64_t choices, int64_t experts, int64_t width, int64_t hidden,
-                                int64_t activation, int64_t ldx, int64_t ldgrad, int64_t dgrad,
-                                int64_t wgrad, int64_t rounds, int64_t first_place,
-                                int64_t threads) {
+                                const float* signs, const int64_t* noise, const int64_t* features,
+                                int64_t* counts, int64_t tokens, int64_t choices, int64_t experts,
+                                int64_t width, int64_t hidden, int64_t activation, int64_t ldx,
+                                int64_t ldgrad, int64_t dgrad, int64_t wgrad, int64_t rounds,
+                                int64_t first_place, int64_t threads) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   const int64_t up_rows = s.up_rows(), most = most_rows_of(order, experts);
   const auto random = [&](int i) {
     return Random{(uint32_t)noise[2 * i], (uint32_t)noise[2 * i + 1], rounds};
   };
-  const auto backward = [&](int i) {
-    const float* own = rotations + 2 * i * nvfp4::MOST_GROUP;
-    const float* of_dgrad = dgrad == MS_EDEN ? own : nullptr;
-    const float* of_wgrad = wgrad == MS_EDEN ? own + nvfp4::MOST_GROUP : signs;
-    return Backward{(Format)dgrad, (Format)wgrad, of_dgrad, of_wgrad, random(3 * i),
-                    random(3 * i + 1), random(3 * i + 2), first_place, features, counts};
+  const auto backward = [&](int first) {
+    return Backward{(Format)dgrad,     (Format)wgrad,     signs,
+                    random(first),     random(first + 1), random(first + 2),
+                    random(first + 3), random(first + 4), first_place,
+                    features,          counts};
   };
-  const Backward of_down = backward(0), of_up = backward(1);
+  const Backward of_down = backward(0), of_up = backward(5);
   parallel_region(threads, [&](Team& team) {
     Buffers buf(s);
     Scratch scratch(buf.floats(most));

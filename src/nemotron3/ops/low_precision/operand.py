@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nemotron3.ops import mxfp8, nvfp4
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.nvfp4 import LARGEST_GROUP, SIGNS, fake_ms_eden, hadamard, random_signs
+from nemotron3.ops.nvfp4 import SIGNS, hadamard
 from nemotron3.ops.rounding import Noise
 
 Along = Literal["rows", "columns"]
@@ -118,7 +118,7 @@ class OperandFormat:
         if self.rounding == "ms_eden":
             assert noise is not None
             assert signs is not None
-            return _rotated(x, along, noise, signs, backend)
+            return nvfp4.fake_ms_eden(x, along, signs, noise, backend=backend)
         if self.element == "mxfp8":
             return mxfp8.fake_quantize(x, along, backend=backend)
         if self.scales == "four_over_six":
@@ -142,11 +142,3 @@ class OperandFormat:
 def padded(size: int, block: int) -> int:
     """The size with which all blocks are whole."""
     return -(-size // block) * block
-
-
-def _rotated(x: Tensor, along: Along, noise: Noise, signs: Noise, backend: Backend) -> Tensor:
-    """MS-EDEN along an axis, with the noise of the matrix that has this axis as rows."""
-    group, axis = LARGEST_GROUP, x.shape[-2 if along == "columns" else -1]
-    while axis % group:
-        group //= 2
-    return fake_ms_eden(x, along, random_signs(signs, group, x.device), noise, backend=backend)

@@ -14,13 +14,6 @@ namespace nvfp4 {
 constexpr int64_t MOST_GROUP = 128;
 constexpr double RANGE_OF_MS_EDEN = 6.0 / (17.0 / 16.0 * 0.93);
 
-// Numbers of an axis of whole blocks that are rotated together.
-static int64_t group_of(int64_t axis) {
-  int64_t size = MOST_GROUP;
-  while (axis % size) size /= 2;
-  return size;
-}
-
 // Sums and differences of lanes, 1 to LANES / 2 apart.
 template <int STEP, int... I>
 INLINE vec butterflies_of_lanes(vec v, std::integer_sequence<int, I...> lanes) {
@@ -42,11 +35,16 @@ INLINE void butterflies(float* v, int64_t vectors) {
       }
 }
 
+// The rotation of groups of an axis of whole blocks, with random signs.
 struct Rotation {
-  int64_t size;  // of a group
+  int64_t size = MOST_GROUP;  // of a group
   float factors[MOST_GROUP];
-  Rotation(const float* signs, int64_t size) : size(size) {
-    for (int64_t i = 0; i < size; i++) factors[i] = signs[i] * (float)(1 / std::sqrt((double)size));
+  Rotation(int64_t axis, const Random& signs) {
+    while (axis % size) size /= 2;
+    const float scale = (float)(1 / std::sqrt((double)size));
+    int32_t drawn[RANDOM_BLOCK];
+    signs.draw(0, 0, drawn);
+    for (int64_t i = 0; i < size; i++) factors[i] = drawn[i] & 1 ? -scale : scale;
   }
 };
 

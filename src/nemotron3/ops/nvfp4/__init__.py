@@ -2,13 +2,12 @@
 
 from nemotron3.ops.nvfp4.api import Scales, fake_quantize, quantize
 from nemotron3.ops.nvfp4.hadamard import SIGNS, hadamard
-from nemotron3.ops.nvfp4.ms_eden import LARGEST_GROUP, fake_ms_eden, ms_eden, random_signs
+from nemotron3.ops.nvfp4.ms_eden import fake_ms_eden, ms_eden, random_signs
 from nemotron3.ops.nvfp4.reference import Kind
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor, pack, unpack
 
 __all__ = [
     "BLOCK",
-    "LARGEST_GROUP",
     "SIGNS",
     "Block",
     "Kind",

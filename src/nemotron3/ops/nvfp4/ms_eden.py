@@ -14,6 +14,7 @@ The result is in the rotated basis. A product is right if both operands are rota
 signs along the axis of its sum, and the signs are drawn anew in every step.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -80,7 +81,7 @@ def ms_eden(
 def fake_ms_eden(
     x: Float[Tensor, "*batch row column"],
     kind: Along,
-    signs: Float32[Tensor, " group"],
+    rotation: Noise,
     noise: Noise,
     *,
     amax: Float32[Tensor, "*batch"] | None = None,
@@ -89,19 +90,16 @@ def fake_ms_eden(
     """The values that `ms_eden` would keep of each matrix, in float32 and without packing them.
 
     `kind` is "rows", or "columns" for groups along columns: the transposed matrix's values, in the
-    shape of `x`. The rows of `noise` are those of the matrix that has the groups along its rows.
-    The matrices of a batch have a tensor scale each, and all of them the same noise.
+    shape of `x`. Groups are as large as divides the axis; their signs are those of `rotation`
+    (`random_signs`). The rows of `noise` are those of the matrix that has the groups along its
+    rows. The matrices of a batch have a tensor scale each, and all of them the same noise.
     """
     if kind not in get_args(Along):
         raise ValueError(f"ms_eden: kind is {kind!r}; choose from {', '.join(get_args(Along))}")
-    size = _check_signs(signs)
-    batch = x.shape[:-2]
-    check_operand("ms_eden", "signs", signs, (size,), x, same_dtype=False)
-    if kind == "rows":
-        check_quantizable("ms_eden", x, ("d",), size, 1)
-    else:
+    check_quantizable("ms_eden", x, ("d",), BLOCK, batch_dims=1)
+    if kind == "columns":
         check_quantizable("ms_eden", x, ("rows", "d"), BLOCK)
-        check_quantizable("ms_eden", x.mT, ("rows",), size)
+    batch = x.shape[:-2]
     if amax is not None:
         check_operand("ms_eden", "amax", amax, batch, x, same_dtype=False)
         amax = amax.float().flatten().contiguous()
@@ -110,25 +108,30 @@ def fake_ms_eden(
     wide = x.float().contiguous().view(batch.numel(), *x.shape[-2:])
     places = placed("ms_eden", "stochastic", noise, wide[0].T if kind == "columns" else wide[0])
     quantizer = resolve("ms_eden", backend, _FAKE, wide)
-    return quantizer(wide, kind, signs.float().contiguous(), places, amax).view(x.shape)
+    return quantizer(wide, kind, rotation, places, amax).view(x.shape)
 
 
 def fake_ms_eden_reference(
     x: Float32[Tensor, "batch row column"],
     kind: Along,
-    signs: Float32[Tensor, " group"],
+    rotation: Noise,
     noise: Placed,
     amax: Float32[Tensor, " batch"] | None,
 ) -> Float32[Tensor, "batch row column"]:
     """Shapes as in `fake_ms_eden`, of one batch axis."""
     turned = x.mT.contiguous() if kind == "columns" else x
-    values = torch.stack([
-        NVFP4Tensor(
-            *_quantized(matrix, signs, noise, None if amax is None else amax[i])
-        ).dequantize()
-        for i, matrix in enumerate(turned)
-    ])  # fmt: skip
+    signs = random_signs(rotation, group_of(turned.shape[-1]), x.device)
+    given = [None] * len(x) if amax is None else amax
+    parts = [
+        _quantized(matrix, signs, noise, own) for matrix, own in zip(turned, given, strict=True)
+    ]
+    values = torch.stack([NVFP4Tensor(*part).dequantize() for part in parts])
     return values.mT.contiguous() if kind == "columns" else values
+
+
+def group_of(axis: int) -> int:
+    """The largest size of groups that divides an axis of whole blocks."""
+    return math.gcd(axis, LARGEST_GROUP)
 
 
 _FAKE = {

@@ -32,18 +32,19 @@ void quantize(Team& team, const float* x, float* amax, uint8_t* codes, uint8_t* 
   else places ? run(along_rows<1, true>) : run(along_rows<1, false>);
 }
 
-// Values [rows, d] of MS-EDEN, with groups of `size` along rows or columns. `places` are those of
-// the rows, or columns, of one tensor; amax is found where `given` is 0.
-void ms_eden(Team& team, const float* x, float* amax, float* values, const float* signs,
-             const int64_t* places, int64_t rows, int64_t of_one, int64_t d, int64_t size,
-             int64_t columns, int64_t given, int64_t first_block, int64_t seed, int64_t stream,
-             int64_t rounds) {
-  const Rotation by(signs, size);
+// Values [rows, d] of MS-EDEN, with groups along rows or columns, rotated by the signs of one
+// stream and rounded by another. `places` are those of the rows, or columns, of one tensor; amax is
+// found where `given` is 0.
+void ms_eden(Team& team, const float* x, float* amax, float* values, const int64_t* places,
+             int64_t rows, int64_t of_one, int64_t d, int64_t columns, int64_t given,
+             int64_t first_block, int64_t sign_seed, int64_t sign_stream, int64_t seed,
+             int64_t stream, int64_t rounds) {
+  const Rotation by(columns ? of_one : d, {(uint32_t)sign_seed, (uint32_t)sign_stream, rounds});
   const Random random{(uint32_t)seed, (uint32_t)stream, rounds};
   const auto run = [&](auto rotate, auto round) {
     rotate(team, x, by, values, amax, rows, of_one, d, d, given);
     team.wait();
-    round(team, values, amax, size, rows, of_one, d, d, places, first_block, random);
+    round(team, values, amax, by.size, rows, of_one, d, d, places, first_block, random);
   };
   columns ? run(rotate_columns, ms_eden_columns) : run(rotate_rows, ms_eden_rows);
 }

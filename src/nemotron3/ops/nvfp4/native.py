@@ -10,14 +10,14 @@ from nemotron3.ops.native import ParallelKernel
 from nemotron3.ops.nvfp4.four_over_six import MOST
 from nemotron3.ops.nvfp4.reference import Kind, Parts, Transform, of_tensor
 from nemotron3.ops.nvfp4.tensor import BLOCK
-from nemotron3.ops.rounding.noise import Placed
+from nemotron3.ops.rounding.noise import Noise, Placed
 
 _KINDS = {"rows": 0, "tiles": 1, "columns": 2, "four_over_six": 3}
 _quantize = ParallelKernel(
     Path(__file__).with_name("native.cpp"), "nvfp4_quantize", "ppppppp iiiiiiiiii"
 )
 _ms_eden = ParallelKernel(
-    Path(__file__).with_name("native.cpp"), "nvfp4_ms_eden", "ppppp iiiiiiiiii"
+    Path(__file__).with_name("native.cpp"), "nvfp4_ms_eden", "pppp iiiiiiiiiii"
 )
 _WORK = 4
 """Cost of an element, in multiply-adds."""
@@ -63,7 +63,11 @@ def fake_quantize_native(
 
 
 def fake_ms_eden_native(
-    x: Tensor, kind: Literal["rows", "columns"], signs: Tensor, noise: Placed, amax: Tensor | None
+    x: Tensor,
+    kind: Literal["rows", "columns"],
+    rotation: Noise,
+    noise: Placed,
+    amax: Tensor | None,
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.nvfp4.ms_eden.fake_ms_eden_reference`."""
     batch, rows, d = x.shape
@@ -72,15 +76,15 @@ def fake_ms_eden_native(
         x,
         torch.zeros(batch) if amax is None else amax,
         values,
-        signs,
         noise.rows,
         batch * rows,
         rows,
         d,
-        len(signs),
         kind == "columns",
         amax is not None,
         noise.first_column // BLOCK,
+        rotation.bits.seed,
+        rotation.bits.stream,
         noise.bits.seed,
         noise.bits.stream,
         noise.bits.rounds,
