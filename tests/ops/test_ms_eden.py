@@ -62,6 +62,19 @@ def test_it_is_right_on_the_average(size):
     assert shrunk == pytest.approx(1.0, abs=1e-3)
 
 
+def test_matrices_that_share_their_draws_have_uncorrelated_errors():
+    """Experts share signs and noise (docs/decisions/0020); the errors of their sum add up as if
+    they did not."""
+    matrices, products, squares = torch.randn(2, 32, 128), 0.0, 0.0
+    for step in range(50):
+        rotation, noise = noise_of(step, "rotation"), noise_of(step)
+        turned = hadamard(matrices, signs_of(step, 128))
+        one, other = fake_ms_eden(matrices, "rows", rotation, noise) - turned
+        products += (one * other).sum().item()
+        squares += (squared(one) + squared(other)) / 2
+    assert abs(products / squares) < 0.01
+
+
 def test_a_product_of_two_rotated_operands():
     x, y = torch.randn(32, 256), torch.randn(48, 256)
     signs = signs_of(3, 128)

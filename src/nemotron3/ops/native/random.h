@@ -33,7 +33,8 @@ struct Random {
   uint32_t seed, stream;
   int64_t rounds;
 
-  // The four words of LANES counters: first and third word `a` and `c`, which become the results.
+  // Turn LANES counters, whose first and third words are given and whose others are zero, into four
+  // random words each.
   void philox(uvec& a, uvec& b, uvec& c, uvec& d) const {
     b = uvec{}, d = uvec{};
     uint32_t k = seed, l = stream;
