@@ -20,6 +20,7 @@ from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.reference import routed_experts_reference
 from nemotron3.ops.experts.torch import routed_experts_torch
 from nemotron3.ops.low_precision import ExpertsQuantization
+from nemotron3.ops.nvfp4 import BLOCK
 from nemotron3.ops.weights import QuantizedWeight, Weight
 
 __all__ = ["Activation", "activate", "routed_experts"]
@@ -94,7 +95,8 @@ def routed_experts(
     if quantization is not None:
         _check_tensors(up, down)
         formats = quantization.up.formats
-        implementations = _COMPILED if formats.is_compiled else _QUANTIZED
+        is_compiled = formats.is_compiled and not (d_in % BLOCK or width % BLOCK)
+        implementations = _COMPILED if is_compiled else _QUANTIZED
         return resolve("quantized experts", backend, implementations, x)(
             x, indices, weights, up, down, activation, quantization
         )
