@@ -283,7 +283,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
-        logits = dense(hidden, self.output_weight)
+        matrix = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        logits = dense(hidden, matrix.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @overload
