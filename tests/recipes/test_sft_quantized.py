@@ -17,7 +17,7 @@ from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.run_sft import sft
 from nemotron3.text import Tokenizer
 from tests.recipes.test_sft import metrics_of, rows, small
-from tests.rl.playground import VOCABULARY, save_policy
+from tests.rl.playground import save_policy
 from tests.small_run import Listener
 from tests.tiny import WHOLE_BLOCKS
 

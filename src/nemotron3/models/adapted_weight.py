@@ -62,9 +62,7 @@ class AdaptedWeight(DeclaredModule, ComputedWeight):
     A: nn.Parameter
     B: nn.Parameter
 
-    def __init__(
-        self, base: nn.Parameter | QuantizedWeight, *, rank: int, scale: float
-    ) -> None:
+    def __init__(self, base: nn.Parameter | QuantizedWeight, *, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
         base.requires_grad_(False)

@@ -204,7 +204,8 @@ def memory_plan(
         apply_precision(model, training.precision)
         length = engine.max_model_len or config.max_position_embeddings
         parts += engine_parts(model, engine, device, length)
-        # An engine's model has merged copies of the weights that an adapter changes.
+        # An engine's model has merged copies of the weights that an adapter changes, or its own
+        # copy of what stands beside quantized ones.
         dtype = training.precision.dtype
         copies = 0 if low_rank is None else merged_copy_bytes(config, low_rank, dtype)
         parts.append(MemoryPart(name=MERGED, num_bytes=copies))

@@ -71,9 +71,7 @@ def low_rank_plan(
     """That of an adapter; ConfigError for a target that names no product of the model."""
     with torch.device("meta"):
         adapted = chosen_products(LanguageModel(config), lora.targets)
-    return LowRankPlan(
-        rank=lora.rank, is_adapted=adapted.__contains__, quantized=quantized or {}
-    )
+    return LowRankPlan(rank=lora.rank, is_adapted=adapted.__contains__, quantized=quantized or {})
 
 
 def training_parts(

@@ -20,7 +20,6 @@ from nemotron3.models.lora import (
 )
 from nemotron3.models.lora.adapter import products
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.precision import convert_weights
 from tests.models.lora.adapted import EVERYTHING, PATTERN, SMALL, adapted_model, with_change
 from tests.tiny import qwen_config, tiny_model, tokens_for
 

@@ -24,7 +24,7 @@ from nemotron3.models.precision import convert_weights
 from nemotron3.ops.weights import FORMATS, QuantizedWeight, dequantized
 from tests.models.lora.adapted import EVERYTHING, PATTERN, with_change
 from tests.tiny import WHOLE_BLOCKS, qwen_config, tiny_config, tiny_model, tokens_for
-from tests.tolerances import DECODE, FLOAT32, FLOAT64
+from tests.tolerances import DECODE, FLOAT32
 
 MODELS = {
     "whole": tiny_config(PATTERN, **WHOLE_BLOCKS),

@@ -246,8 +246,8 @@ def shared_model(model: LanguageModel, adapter: Adapter | None = None) -> Langua
 
     The copies are in the dtype of activations, to which training rounds the same sums. Of a
     quantized weight there is none: it is shared, and the change has memory of its own beside it.
-    Without an `adapter` it is the one of `model`. An adapter of no products gives the base model of an adapted
-    one. Writes into a shared tensor are seen by both models.
+    Without an `adapter` it is the one of `model`. An adapter of no products gives the base model of
+    an adapted one. Writes into a shared tensor are seen by both models.
     """
     if adapter is None:
         adapter = adapter_of(model)

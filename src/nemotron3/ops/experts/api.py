@@ -71,11 +71,11 @@ def routed_experts(
     """Weighted sum of each token's chosen experts, `down act(up x)`.
 
     `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
-    format, with or without a low-rank change, or both have the dtype of `x`. With `swiglu`, `up` holds the gate's rows and then the
-    value's, so `up_width` is twice `width`. `weights` is cast to the dtype of `x`. An expert may be
-    chosen by no token. With `quantization` the operands of all products are rounded
-    (ops/low_precision), of tensors as weights. Raises OperandError for operands that do not fit
-    and, on the CPU, OperandIndexError for an expert out of range.
+    format, with or without a low-rank change, or both have the dtype of `x`. With `swiglu`, `up`
+    holds the gate's rows and then the value's, so `up_width` is twice `width`. `weights` is cast to
+    the dtype of `x`. An expert may be chosen by no token. With `quantization` the operands of all
+    products are rounded (ops/low_precision), of tensors as weights. Raises OperandError for
+    operands that do not fit and, on the CPU, OperandIndexError for an expert out of range.
     """
     check_axes("experts", "x", x, "tokens d_in")
     check_weight("experts", "down", down, "expert d_in width", x)

@@ -40,9 +40,7 @@ def routed_experts_dequantized_torch(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     if _has_gradients(x, weights):
-        return routed_experts_by_expert(
-            x, indices, weights, up, down, activation, backend="torch"
-        )
+        return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="torch")
     matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
     return routed_experts_torch(x, indices, weights, *matrices, activation)
 
@@ -57,9 +55,7 @@ def routed_experts_dequantized_native(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     if _has_gradients(x, weights):
-        return routed_experts_by_expert(
-            x, indices, weights, up, down, activation, backend="auto"
-        )
+        return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="auto")
     matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
     return _NATIVE.loaded(x, indices, weights, *matrices, activation)
 
@@ -74,9 +70,7 @@ def routed_experts_dequantized_triton(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     if _has_gradients(x, weights):
-        return routed_experts_by_expert(
-            x, indices, weights, up, down, activation, backend="auto"
-        )
+        return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="auto")
     matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
     return _TRITON.loaded(x, indices, weights, *matrices, activation)
 

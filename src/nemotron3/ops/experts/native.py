@@ -93,7 +93,7 @@ def routed_experts_low_rank_native(
 def _base_and_change(weight: QuantizedWeight | LowRankWeight) -> tuple[QuantizedWeight, _Change]:
     if isinstance(weight, QuantizedWeight):
         return weight, _UNCHANGED
-    A, B = weight.A.detach().contiguous(), weight.B.detach().contiguous()
+    A, B = (part.detach().float().contiguous() for part in (weight.A, weight.B))
     return weight.base, (A, B, A.shape[-2], weight.scale)
 
 

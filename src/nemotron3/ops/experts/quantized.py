@@ -109,6 +109,7 @@ def order_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, list[int]]:
 
 
 def parts_of_experts(bounds: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and these."""
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
             yield expert, slice(start, end)

@@ -55,9 +55,7 @@ class LowRankWeight:
             for base, (A, B) in zip(self.base, pairs, strict=True)
         ]
 
-    def dequantize(
-        self, dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, "*expert d_out d_in"]:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*expert d_out d_in"]:
         """The dequantized weight with its change."""
         return add_low_rank(self.base, self.A, self.B, self.scale, dtype=dtype)
 
