@@ -77,8 +77,9 @@ def add_low_rank(
 
 
 def _sum(weight: Weight, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    is_plain, is_single = isinstance(weight, Tensor), len(weight.shape) == 2
-    wide = torch.promote_types(weight.dtype if is_plain else dtype, torch.float32)
+    is_single = len(weight.shape) == 2
+    own_dtype = weight.dtype if isinstance(weight, Tensor) else dtype
+    wide = torch.promote_types(own_dtype, torch.float32)
     add = torch.addmm if is_single else torch.baddbmm
     slices = list(_slices(weight))
 
