@@ -251,7 +251,8 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "runs/tiny/model; RECIPE a Python file whose function `recipe` returns an SFTRun. An "
         "interrupted run goes on when the command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-3; "
-        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets), whose "
+        "weights may be in NVFP4, FP8 or int8 and stay so; "
         "`nemotron3 sft MODEL --data CHATS.JSONL --help` lists them.",
     )
     sft.add_argument(
@@ -299,7 +300,8 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         "Python file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
         "command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
-        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets), whose "
+        "weights may be in NVFP4, FP8 or int8 and stay so; "
         "`nemotron3 rl MODEL --environment NAME --help` lists them.",
     )
     rl.add_argument(
@@ -462,8 +464,9 @@ def _add_merge_adapter(verbs: "argparse._SubParsersAction[argparse.ArgumentParse
         "merge-adapter",
         help="write a model with a LoRA adapter merged into its weights",
         description="Merge a LoRA adapter, by `nemotron3 sft` or in PEFT's layout from elsewhere, "
-        "into the model that it was trained on. Template, generation defaults and all other files "
-        "of the model are kept, or are the adapter's where it has its own.",
+        "into the model that it was trained on. Weights in NVFP4, FP8 or int8 are dequantized. "
+        "Template, generation defaults and all other files of the model are kept, or are the "
+        "adapter's where it has its own.",
     )
     merge.add_argument("model", type=Path, help="the model directory that the adapter is for")
     merge.add_argument("adapter", type=Path, help="its directory, such as runs/tiny-sft/adapter")

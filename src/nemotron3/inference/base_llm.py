@@ -12,6 +12,7 @@ from nemotron3.inference.frontend import Frontend
 from nemotron3.inference.generation_config import Source, generation_defaults
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.huggingface import stored_weight_format
 from nemotron3.models.lora import merge_adapter, read_adapter, shared_model
 from nemotron3.models.lora.peft import companions_with_adapter
 from nemotron3.models.nemotron_h import LanguageModel
@@ -37,10 +38,14 @@ def load_model(
     weights: WeightFormat | None = None,
     lora: str | Path | None = None,
 ) -> LanguageModel:
-    """The model in a directory, with an adapter merged before its weights are quantized."""
+    """The model in a directory, with an adapter merged before its weights are quantized.
+
+    Weights that are stored quantized stay so, and an adapter stands beside them.
+    """
     place = resolve_device(device)
-    if lora is None:
-        return LanguageModel.from_pretrained(path, device=place, dtype=dtype, weights=weights)
+    if lora is None or stored_weight_format(path) is not None:
+        model = LanguageModel.from_pretrained(path, device=place, dtype=dtype, weights=weights)
+        return model if lora is None else with_adapter(model, lora)
     model = LanguageModel.from_pretrained(path, device=place, dtype=dtype)
     merge_adapter(model, read_adapter(lora, model))
     if weights is not None:
@@ -50,7 +55,7 @@ def load_model(
 
 
 def with_adapter(model: LanguageModel, lora: str | Path) -> LanguageModel:
-    """A model with an adapter merged, which shares all other tensors with `model`."""
+    """A model with an adapter, which shares with `model` all tensors that the adapter leaves."""
     adapted = shared_model(model, read_adapter(lora, model))
     _take_companions(adapted, lora)
     return adapted
@@ -92,8 +97,9 @@ class BaseLLM:
         With `generation_config` "auto" the sampling defaults of the model's directory are used,
         with "none" they are not.
 
-        `lora` is the directory of an adapter in PEFT's layout. It is merged when it is read; a
-        model in memory stays as it is, and its unchanged tensors are shared. The adapter's
+        `lora` is the directory of an adapter in PEFT's layout. It is merged when it is read, or
+        stands beside weights that are quantized; a model in memory stays as it is, and its
+        unchanged tensors are shared. The adapter's
         tokenizer and generation_config.json, where it has them, take the place of the model's.
         """
         if isinstance(model, LanguageModel):

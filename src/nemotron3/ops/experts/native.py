@@ -17,22 +17,29 @@ from nemotron3.ops.native import NativeFunction, ParallelKernel
 from nemotron3.ops.weights import (
     FP8Weight,
     Int8Weight,
+    LowRankWeight,
     NVFP4Weight,
     QuantizedWeight,
     Weight,
-    dequantized,
 )
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = ParallelKernel(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
+_REST = " iiiiiii pppp ii ff"
+"""Sizes, then the changes of both matrices, their ranks and their scales."""
 _forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
-    Int8Weight: ParallelKernel(_SOURCE, "experts_forward_int8", "ppppppppppppp iiiiiii"),
-    FP8Weight: ParallelKernel(_SOURCE, "experts_forward_fp8", "ppppppppppppp iiiiiii"),
-    NVFP4Weight: ParallelKernel(_SOURCE, "experts_forward_nvfp4", "ppppppppppppppp iiiiiii"),
+    Int8Weight: ParallelKernel(_SOURCE, "experts_forward_int8", "ppppppppppppp" + _REST),
+    FP8Weight: ParallelKernel(_SOURCE, "experts_forward_fp8", "ppppppppppppp" + _REST),
+    NVFP4Weight: ParallelKernel(_SOURCE, "experts_forward_nvfp4", "ppppppppppppppp" + _REST),
 }
 """The kernels of formats that are multiplied without dequantizing the matrices."""
 _backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
+_backward_quantized: dict[type[QuantizedWeight], NativeFunction] = {
+    Int8Weight: NativeFunction(_SOURCE, "experts_backward_int8", "pppppppppppppp iiiiiiii"),
+    FP8Weight: NativeFunction(_SOURCE, "experts_backward_fp8", "pppppppppppppp iiiiiiii"),
+    NVFP4Weight: NativeFunction(_SOURCE, "experts_backward_nvfp4", "pppppppppppppppp iiiiiiii"),
+}
 _activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
@@ -42,6 +49,9 @@ _FEW_ROWS = 12
 
 _Operands = tuple[Tensor, Tensor, Weight, Weight]
 """x, weights, up and down."""
+_Change = tuple[Tensor | None, Tensor | None, int, float]
+"""A and B of all experts, their rank and their scale."""
+_UNCHANGED: _Change = (None, None, 0, 0.0)
 Order = tuple[Tensor, Tensor, Tensor]
 """Each expert's first row, each row's (token, choice), and each (token, choice)'s row."""
 
@@ -61,8 +71,30 @@ def routed_experts_quantized_native(
     down: QuantizedWeight,
     activation: Activation,
 ) -> Tensor:
-    """The same for codes, which are read without dequantizing; gradients dequantize them."""
+    """The same for codes, of which a tile is decoded at a time in both directions."""
     return _routed(x, indices, weights, up, down, activation)
+
+
+def routed_experts_low_rank_native(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: QuantizedWeight | LowRankWeight,
+    down: QuantizedWeight | LowRankWeight,
+    activation: Activation,
+) -> Tensor:
+    """The same with a low-rank change of either matrix or both; it has no gradients."""
+    (own_up, up_change), (own_down, down_change) = map(_base_and_change, (up, down))
+    operands = (contiguous_rows(x), weights.contiguous(), own_up, own_down)
+    order = order_rows(indices.contiguous(), up.shape[0])
+    return _apply(operands, order, activation, changes=(up_change, down_change))
+
+
+def _base_and_change(weight: QuantizedWeight | LowRankWeight) -> tuple[QuantizedWeight, _Change]:
+    if isinstance(weight, QuantizedWeight):
+        return weight, _UNCHANGED
+    A, B = (part.detach().float().contiguous() for part in (weight.A, weight.B))
+    return weight.base, (A, B, A.shape[-2], weight.scale)
 
 
 def _routed(
@@ -90,7 +122,11 @@ def sizes_of(weights: Tensor, down: Weight, activation: Activation) -> tuple[int
 
 
 def _apply(
-    operands: _Operands, order: Order, activation: Activation, kept: Tensor | None = None
+    operands: _Operands,
+    order: Order,
+    activation: Activation,
+    kept: Tensor | None = None,
+    changes: tuple[_Change, _Change] = (_UNCHANGED, _UNCHANGED),
 ) -> Tensor:
     """Apply all experts; the first product's result is written to `kept` [rows, up_width]."""
     x, weights, up, down = operands
@@ -100,9 +136,15 @@ def _apply(
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = sizes_of(weights, down, activation)
     work = weights.numel() * up.shape[1] * up.shape[2]
-    forward = _forward if isinstance(up, Tensor) else _forward_quantized[type(up)]
-    matrices = (*_memory(up), *_memory(down))
-    forward(x, weights, *matrices, *order, units, kept, outputs, y, *sizes, x.stride(0), work=work)
+    places = (*_memory(up), *_memory(down), *order, units, kept, outputs, y)
+    if isinstance(up, Tensor):
+        _forward(x, weights, *places, *sizes, x.stride(0), work=work)
+        return y
+    (up_A, up_B, up_rank, up_scale), (down_A, down_B, down_rank, down_scale) = changes
+    _forward_quantized[type(up)](
+        x, weights, *places, *sizes, x.stride(0), up_A, up_B, down_A, down_B, up_rank, down_rank,
+        up_scale, down_scale, work=work,
+    )  # fmt: skip
     return y
 
 
@@ -135,19 +177,23 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, up, down, kept, *order = ctx.saved_tensors
         needs_x, _, needs_up, needs_down, *_ = ctx.needs_input_grad
-        if up is None:
-            up, down = map(dequantized, ctx.quantized)
         grad = contiguous_rows(grad)
         rows = x.new_empty(weights.numel(), x.shape[1]) if needs_x else None
         dx = x.new_empty(x.shape) if needs_x else None
         d_weights = torch.empty_like(weights)
+        if ctx.quantized is not None:
+            up, down = ctx.quantized
+            matrices = (*_memory(up), *_memory(down))
+            sizes = (*sizes_of(weights, down, ctx.activation), x.stride(0), grad.stride(0))
+            backward = _backward_quantized[type(up)]
+            backward(x, weights, *matrices, *order, kept, grad, rows, dx, d_weights, *sizes)
+            return dx, d_weights, None, None, None, None
         d_up = torch.empty_like(up) if needs_up else None
         d_down = torch.empty_like(down) if needs_down else None
-        sizes = sizes_of(weights, down, ctx.activation)
+        sizes = (*sizes_of(weights, down, ctx.activation), x.stride(0), grad.stride(0))
         _backward(
-            x, weights, up, down, *order, kept, grad, rows, dx, d_weights, d_up, d_down,
-            *sizes, x.stride(0), grad.stride(0),
-        )  # fmt: skip
+            x, weights, up, down, *order, kept, grad, rows, dx, d_weights, d_up, d_down, *sizes
+        )
         return dx, d_weights, d_up, d_down, None, None
 
 

@@ -4,15 +4,17 @@ from nemotron3.ops.weights.computed import ComputedWeight
 from nemotron3.ops.weights.formats import FORMATS, WeightFormat
 from nemotron3.ops.weights.fp8 import FP8Weight
 from nemotron3.ops.weights.int8 import Int8Weight
-from nemotron3.ops.weights.low_rank import add_low_rank
+from nemotron3.ops.weights.low_rank import LowRankWeight, add_low_rank
 from nemotron3.ops.weights.nvfp4 import NVFP4Weight
-from nemotron3.ops.weights.quantized import QuantizedWeight, Weight, dequantized
+from nemotron3.ops.weights.quantized import CompiledWeight, QuantizedWeight, Weight, dequantized
 
 __all__ = [
     "FORMATS",
+    "CompiledWeight",
     "ComputedWeight",
     "FP8Weight",
     "Int8Weight",
+    "LowRankWeight",
     "NVFP4Weight",
     "QuantizedWeight",
     "Weight",
