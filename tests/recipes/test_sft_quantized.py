@@ -8,6 +8,8 @@ import torch
 
 from nemotron3 import LLM, SamplingParams
 from nemotron3.checkpoint.store import CheckpointStore
+from nemotron3.cli.main import main
+from nemotron3.cli.tuning import ending
 from nemotron3.data import FilesConfig
 from nemotron3.errors import ConfigError
 from nemotron3.models.huggingface import stored_weight_format
@@ -72,6 +74,8 @@ def test_a_run_leaves_an_adapter_that_is_served_beside_the_codes(base, chats, tm
     store = CheckpointStore(folder / "checkpoints")
     assert all(name.endswith((".A", ".B")) for name in store.load().tensors)
 
+    assert ending(folder)[-1] == f"try: nemotron3 chat {base} --lora {folder / 'adapter'}"
+
     # The engine's log-probabilities are those of training's forward pass.
     llm = LLM(base, lora=folder / "adapter", device="cpu")
     ids, logprobs = answers(llm)
@@ -119,6 +123,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_adapter(base, chats, tmp_path
         tmp_path / name / "small/adapter/adapter_model.safetensors" for name in ("cut", "whole")
     )
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_info_counts_the_codes(base, capsys):
+    options = ["info", str(base), "--training", "sft", "--batch", "1", "--seq-len", "64"]
+    assert main([*options, "--json", "--lora-rank", "4"]) == 0
+    parts = {part["name"]: part["bytes"] for part in json.loads(capsys.readouterr().out)["parts"]}
+    model = LanguageModel.from_pretrained(base, dtype=torch.float32, cast_dtype=torch.bfloat16)
+    assert parts["weights"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert main(options) == 2
+    assert "holds quantized weights, which have no gradients" in capsys.readouterr().err
 
 
 def test_what_quantized_weights_cannot_do_is_refused_before_work(base, chats, tmp_path):

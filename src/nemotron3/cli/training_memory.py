@@ -36,6 +36,11 @@ def training_memory(config: ModelConfig, known: argparse.Namespace) -> dict[str,
     `remedy` are options with which the device could hold it, or None where it can, and where
     nothing helps.
     """
+    if known.lora_rank is None and quantized_bytes(known.model):
+        raise ConfigError(
+            f"{known.model} holds quantized weights, which have no gradients; give --lora-rank, "
+            "for an adapter beside them"
+        )
     settings = Settings(_training(known), _lora(config, known))
     record = _record(_plan(config, known, settings), known.device_memory)
     found = None

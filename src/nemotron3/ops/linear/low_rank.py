@@ -19,7 +19,8 @@ def linear_low_rank(x: Tensor, weight: LowRankWeight, *, backend: Backend = "aut
 
     Shapes as in `nemotron3.ops.linear.api.linear`.
     """
-    check_axes("linear", "x", x.reshape(-1, x.shape[-1]), "tokens d_in")
+    if x.dim() == 0 or not x.is_floating_point():
+        check_axes("linear", "x", x, "tokens d_in")
     check_weight("linear", "weight", weight, "d_out d_in", x)
     check_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))
     d_out, d_in = weight.shape
