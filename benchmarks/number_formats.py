@@ -20,12 +20,13 @@ from torch import Tensor
 
 from benchmarks import machine
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.nvfp4 import SIGNS, fake_quantize, quantize
+from nemotron3.ops.nvfp4 import SIGNS, fake_ms_eden, fake_quantize, quantize
 from nemotron3.ops.rounding import Noise
 from nemotron3.runtime.malloc import retain_freed_memory
 
 SHAPE = (2048, 512)
 NOISE = Noise(seed=0, step=0, layer=0, role="benchmark")
+ROTATION = Noise(seed=0, step=0, layer=0, role="rotation")
 BACKENDS: tuple[Backend, ...] = ("native", "torch")
 _signs = torch.tensor(SIGNS, dtype=torch.float32)
 
@@ -43,6 +44,9 @@ CASES: dict[str, Case] = {
     "values, columns, Hadamard, stochastic": lambda x, b: fake_quantize(
         x, "columns", "stochastic", noise=NOISE, signs=_signs, backend=b
     ),
+    "values, rows, four-over-six": lambda x, b: fake_quantize(x, scales="four_over_six", backend=b),
+    "values, rows, MS-EDEN": lambda x, b: fake_ms_eden(x, "rows", ROTATION, NOISE, backend=b),
+    "values, columns, MS-EDEN": lambda x, b: fake_ms_eden(x, "columns", ROTATION, NOISE, backend=b),
 }
 
 

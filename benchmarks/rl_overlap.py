@@ -5,8 +5,9 @@
 The same run of the recipe `tiny-rl` in its ways, one after another in another order each round, so
 that a slow minute of the machine hits all of them: by turns with all processors, of the trainer's
 process or of two engines in processes of their own; ahead in a thread, and in a process, each side
-with half of them. Reading models, the first update and held-out tasks do not count. What is
-compared are ratios of one run of this program.
+with half of them; ahead in two processes, which share the processors with the trainer. Reading
+models, the first update and held-out tasks do not count. What is compared are ratios of one run of
+this program.
 """
 
 import argparse
@@ -34,6 +35,7 @@ WAYS = {
     "by turns, two processes": (AsyncConfig(), EnginesConfig(num_processes=2)),
     "ahead, in a thread": (AsyncConfig(max_staleness=1), EnginesConfig()),
     "ahead, in a process": (AsyncConfig(max_staleness=1), EnginesConfig(num_processes=1)),
+    "ahead, two processes": (AsyncConfig(max_staleness=1), EnginesConfig(num_processes=2)),
 }
 
 

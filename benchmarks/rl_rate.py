@@ -2,8 +2,8 @@
 
     python -m benchmarks.rl_rate runs/tiny-sft/model
 
-Environments with short answers (under 20 tokens in the mean) and the nine of `tiny-rl`, each by
-turns with two engines in processes and with an engine ahead in a process. Every update plays 63
+Environments with short answers (under 20 tokens in the mean) and the nine of `tiny-rl`, each with
+two engines in processes, by turns with the trainer and ahead of it. Every update plays 63
 prompts 8 times, once: groups whose rewards are alike are not replaced, and only those that teach
 something are trained. Beside it stands how fast the same machine pre-trains `tiny`, by which
 machines can be compared, and what an update of the trainer takes, with a prompt computed once for
@@ -35,7 +35,7 @@ from nemotron3.training.step import TrainingStep
 
 SHORT = ("multiple_choice", "lookup", "list_operations", "letter_counting", "over_refusal")
 TASKS = {"short answers": SHORT, "tiny-rl": None}
-WAYS = ("by turns, two processes", "ahead, in a process")
+WAYS = ("by turns, two processes", "ahead, two processes")
 PROMPTS = 63
 MINUTES = 6
 UPDATES = 5
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a model directory that answers chats")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     given = parser.parse_args(arguments)

@@ -51,6 +51,10 @@ BAD_INPUT = {
         ["info", "nano", "--precision", "--training", "sft"],
         ["--precision and --training", "give one"],
     ),
+    "a model for llama.cpp that is none": (
+        ["export", "nowhere", "--format", "gguf"],
+        ["nowhere is no directory", "give a model directory"],
+    ),
     "context of nothing": (["info", "nano", "--context", "0"], ["--context is 0", "1 or more"]),
     "rank without training": (
         ["info", "nano", "--lora-rank", "8"],

@@ -188,6 +188,22 @@ def test_a_second_turn_reuses_the_first(llm):
     assert again.outputs[0].token_ids == output.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_prefix_cache_has_nothing_of_a_request_that_nobody_continues(llm, n):
+    engine, answers = LLM(text_model(), tokenizer=tokenizer(), config=SMALL), []
+    prompt = llm.chat([TALK * 3], GREEDY)[0].prompt  # with beginnings of turns in it
+    for may_be_continued in (False, True):
+        with engine.requests() as requests:
+            params = SamplingParams(seed=3, n=n, max_tokens=24, ignore_eos=True)
+            requests.add(prompt, params, may_be_continued=may_be_continued)
+            while requests.has_work:
+                requests.step()
+            (output,) = requests.outputs()
+        answers.append([answer.token_ids for answer in output.outputs])
+        assert bool(engine.stats().prefix_bytes) == may_be_continued
+    assert answers[0] == answers[1]
+
+
 def test_a_reset_prefix_cache_is_that_of_a_new_engine():
     llm = LLM(text_model(), tokenizer=tokenizer(), config=SMALL)
     first = llm.chat(TALK, GREEDY)[0]

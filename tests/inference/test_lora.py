@@ -3,22 +3,24 @@
 import pytest
 import torch
 
-from nemotron3.errors import CheckpointError
+from nemotron3.errors import CheckpointError, ConfigError
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.inference.served_adapters import load_served
 from nemotron3.models.lora import (
     adapter_of,
     add_lora,
     merge_adapter,
     shared_model,
+    trained_tensors,
     write_adapter,
 )
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import PrecisionConfig, apply_precision, convert_weights
 from nemotron3.text import Tokenizer
 from tests.models.lora.adapted import EVERYTHING, PATTERN, with_change
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import WHOLE_BLOCKS, tiny_config, tiny_model
 
 PROMPTS = [[3, 5, 8], [9], list(range(1, 40)), [7, 7]]
 
@@ -119,3 +121,38 @@ def test_an_adapter_of_another_model_is_refused_when_it_is_read(model_and_folder
     Tokenizer.from_directory(folder / "model").save(tmp_path / "other")
     with pytest.raises(CheckpointError, match="of another model"):
         LLM(tmp_path / "other", lora=folder / "adapter", device="cpu")
+
+
+@pytest.mark.parametrize("weights", ["int8", "nvfp4"])
+@torch.no_grad()
+def test_an_adapter_stands_beside_weights_that_are_stored_quantized(tmp_path, weights):
+    """Drafts and chunks of prompts included; a served adapter takes the memory of its tensors."""
+    base = convert_weights(
+        tiny_model(tiny_config(PATTERN, vocab_size=288, **WHOLE_BLOCKS)), weights
+    )
+    base.save_pretrained(tmp_path / "model")
+    Tokenizer.train(["some text"], vocab_size=288).save(tmp_path / "model")
+    model = LanguageModel.from_pretrained(tmp_path / "model")
+    add_lora(model, EVERYTHING, seed=0)
+    write_adapter(tmp_path / "adapter", with_change(model), EVERYTHING, base="model")
+    config = EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, max_draft_tokens=2)
+    llm = LLM(tmp_path / "model", lora=tmp_path / "adapter", device="cpu", config=config)
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=1, logprobs=0, ignore_eos=True)
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
+        answer = output.outputs[0]
+        ours = torch.tensor([entry.logprob for entry in answer.logprobs])
+        theirs = logprobs_of(model, prompt, list(answer.token_ids))
+        assert (ours - theirs).abs().max() <= 1e-5
+    with pytest.raises(ConfigError, match="an adapter beside quantized weights"):
+        llm.update_weights(tmp_path / "model")
+    served = load_served(tmp_path / "model", {"it": tmp_path / "adapter"}, device="cpu")
+    try:
+        own = sum(tensor.nbytes for tensor in trained_tensors(model).values())
+        assert (
+            served.adapters["it"].merged_bytes
+            == own
+            < 0.7 * sum(tensor.nbytes for tensor in base.state_dict().values())
+        )
+    finally:
+        served.base.close()
+        served.adapters["it"].llm.close()

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron3.errors import BackendUnavailableError
-from nemotron3.ops.nvfp4 import quantize
+from nemotron3.ops.nvfp4 import fake_quantize, quantize
 from nemotron3.ops.rounding import Noise
+from tests.ops.native import needs_compiler
 
 
 def relative_error(x, **options):
@@ -60,6 +61,68 @@ def test_zeros_and_what_is_not_finite():
     assert torch.equal(back, others)
 
 
+def awkward(rows, d):
+    """Rows of every size, of zeros, of subnormal numbers and of what is not finite."""
+    x = torch.randn(rows, d) * torch.exp(20 * torch.randn(rows, 1))
+    x.view(-1)[::7] = 0.0
+    for row, value in ((1, 0.0), (2, 1e-40), (4, 3e38), (6, -0.0)):
+        x[row % rows] = value
+    x[3 % rows, d // 2] = torch.nan
+    x[5 % rows, 0] = -torch.inf
+    return x
+
+
+def assert_same_bits(x, **options):
+    one, other = (
+        quantize(x, scales="four_over_six", backend=backend, **options)
+        for backend in ("reference", "native")
+    )
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.block_scales.view(torch.uint8), other.block_scales.view(torch.uint8))
+    assert torch.equal(one.tensor_scale, other.tensor_scale)
+    values = fake_quantize(x, scales="four_over_six", backend="native", **options)
+    assert torch.equal(values.nan_to_num(7.0), one.dequantize().nan_to_num(7.0))
+    assert torch.equal(values.signbit(), one.dequantize().signbit() & ~values.isnan())
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "d"), [(1, 16), (3, 48), (7, 64), (33, 272), (64, 512), (0, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["ordinary", "awkward", "small", "large"])
+def test_the_compiled_bits_are_those_of_the_definition(rows, d, dtype, kind):
+    x = awkward(rows, d) if kind == "awkward" and rows else torch.randn(rows, d)
+    x = x * {"small": 1e-37, "large": 1e37}.get(kind, 1.0)
+    assert_same_bits(x.to(dtype))
+
+
+@needs_compiler
+@given(st.lists(finite, min_size=48, max_size=48))
+def test_the_compiled_bits_are_those_of_any_finite_numbers(drawn):
+    assert_same_bits(torch.tensor(drawn, dtype=torch.float32).view(3, 16))
+
+
+@needs_compiler
+def test_the_compiled_bits_are_those_of_batches_and_of_a_given_magnitude():
+    x = torch.randn(3, 5, 80) * torch.tensor([1.0, 100.0, 0.0]).view(3, 1, 1)
+    assert_same_bits(x, batch_dims=1)
+    for size in (0.5, 3.0, 1e30):
+        assert_same_bits(x[0], amax=torch.tensor(size))
+
+
+@needs_compiler
+def test_threads_change_no_bit():
+    x, threads = torch.randn(600, 112), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(fake_quantize(x, scales="four_over_six", backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_mistakes_are_named():
     x = torch.randn(16, 16)
     with pytest.raises(ValueError, match="scales is 'mean'; choose from max, mse, four_over_six"):
@@ -69,4 +132,8 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="rounding 'stochastic'"):
         quantize(x, "1d", "stochastic", noise=Noise(0, 0, 0, "x"), scales="four_over_six")
     with pytest.raises(BackendUnavailableError, match="no backend 'native'"):
-        quantize(x, scales="four_over_six", backend="native")
+        quantize(x, scales="mse", backend="native")
+    with pytest.raises(ValueError, match="scales of values are 'mse'; choose from max, four"):
+        fake_quantize(x, scales="mse")
+    with pytest.raises(ValueError, match=r"block 'columns' .* is for block 'rows'"):
+        fake_quantize(x, "columns", scales="four_over_six")

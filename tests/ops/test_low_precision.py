@@ -246,7 +246,11 @@ INGREDIENTS = [
     NVFP4Config(weights="1d"),
     NVFP4Config(transform="none"),
     NVFP4Config(gradients="nearest"),
+    NVFP4Config(weights="1d", scales="four_over_six"),
+    NVFP4Config(gradients="ms_eden"),
+    NVFP4Config(weights="1d", scales="four_over_six", gradients="ms_eden"),
     *(NVFP4Config(products=(product,)) for product in PRODUCTS),
+    *(NVFP4Config(products=(product,), gradients="ms_eden") for product in PRODUCTS[1:]),
 ]
 
 
@@ -263,26 +267,54 @@ def test_expert_backends_agree(backend, tokens, config, assert_close):
         assert_close(a, e, FLOAT32)
 
 
-@pytest.mark.parametrize("config", [
-    NVFP4Config(gradients="ms_eden"), NVFP4Config(weights="1d", scales="four_over_six")
-], ids=str)  # fmt: skip
-def test_experts_of_formats_that_are_not_compiled(config, assert_close):
-    inputs = operands(20)
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_experts_of_ms_eden_rotate_groups_of_every_size(activation, assert_close):
+    """Experts of 128, 32, 37 (48 with padding), 1 and no tokens."""
+    rows = [128, 32, 37, 1, 0]
+    indices = torch.arange(5).repeat_interleave(torch.tensor(rows)).unsqueeze(1)
+    indices = indices[torch.randperm(len(indices))]
+    factor = {"relu2": 1, "swiglu": 2}[activation]
+    x, _, weights, *others = operands(len(indices), experts=5, choices=1, factor=factor)
+    config = NVFP4Config(weights="1d", scales="four_over_six", gradients="ms_eden")
+    q = experts_quantization(config, first_token=7)
+    expected, found = (
+        mixture(x, indices, weights, *others, q, backend, activation)
+        for backend in ("reference", "native")
+    )
+    for a, e in zip(found, expected, strict=True):
+        assert_close(a, e, FLOAT32)
+
+
+@pytest.mark.parametrize("config", [NVFP4Config(), NVFP4Config(gradients="ms_eden")], ids=str)
+def test_experts_of_widths_that_16_does_not_divide_are_not_compiled(config, assert_close):
+    inputs = operands(20, width=40, hidden=24)
     found = [mixture(*inputs, experts_quantization(config), b) for b in ("auto", "reference")]
     for a, e in zip(*found, strict=True):
         assert_close(a, e, FLOAT32)
 
 
+def test_formats_of_which_one_operand_is_rotated_are_not_compiled():
+    eden = OperandFormat(rounding="ms_eden")
+    formats = NVFP4Config(gradients="ms_eden").formats()
+    assert formats.is_compiled
+    assert not dataclasses.replace(formats, wgrad=Operands(eden, OperandFormat())).is_compiled
+    assert not MXFP8.is_compiled
+
+
 @needs_compiler
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
-def test_threads_change_no_bit_of_compiled_experts(activation):
+@pytest.mark.parametrize("gradients", ["stochastic", "ms_eden"])
+def test_threads_change_no_bit_of_compiled_experts(activation, gradients):
     inputs = operands(150, experts=6, factor={"relu2": 1, "swiglu": 2}[activation])
+    q = experts_quantization(NVFP4Config(gradients=gradients))
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(mixture(*inputs, experts_quantization(), "native", activation))
+            results.append(mixture(*inputs, q, "native", activation))
     finally:
         torch.set_num_threads(threads)
     for one, two, three in zip(*results, strict=True):

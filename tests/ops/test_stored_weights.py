@@ -14,7 +14,7 @@ from nemotron3.ops.experts import routed_experts
 from nemotron3.ops.graph import Graph
 from nemotron3.ops.linear import linear, linear_parts
 from nemotron3.ops.products import dense, grouped
-from nemotron3.ops.weights import FORMATS, ExpertMatrices
+from nemotron3.ops.weights import FORMATS, ExpertMatrices, LowRankWeight, low_rank
 
 BACKENDS = ["reference", "torch", *(["native"] if native.available() else [])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -117,6 +117,61 @@ def test_experts_that_are_apart_are_those_in_a_stack(kind, backend, tokens, expe
             assert torch.equal(mixture(*matrices), mixture(up, down))
 
 
+def changed(base, rank):
+    """A weight of experts with a random change of low rank."""
+    experts, d_out, d_in = base.shape
+    A = (torch.randn(experts, rank, d_in) / d_in**0.5).requires_grad_()
+    return LowRankWeight(base, A, torch.randn(experts, d_out, rank).requires_grad_(), 0.7)
+
+
+def beside(weight, base):
+    """The same change beside another base, or that base where there is none."""
+    if not isinstance(weight, LowRankWeight):
+        return base
+    return LowRankWeight(base, weight.A, weight.B, weight.scale)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@every_format
+@every_backend
+@pytest.mark.parametrize("which", ["up", "down", "both"])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 4, 2), (1, 4, 1), (9, 4, 2), (90, 2, 2)])
+def test_changes_beside_experts_that_are_apart(kind, backend, which, tokens, experts, k):
+    """Of either matrix or both, with and without gradients: as beside a stack."""
+    bases = quantized(kind, experts, 64, 32), quantized(kind, experts, 32, 64)
+    stacks = [
+        changed(base, rank) if which in (name, "both") else base
+        for name, base, rank in zip(("up", "down"), bases, (3, 5), strict=True)
+    ]
+    chosen = torch.rand(tokens, experts).topk(k).indices, torch.rand(tokens, k)
+    x = torch.randn(tokens, 32, requires_grad=True)
+    parts = [t for w in stacks if isinstance(w, LowRankWeight) for t in (w.A, w.B)]
+
+    def results(*matrices):
+        def mixture():
+            return routed_experts(x, *chosen, *matrices, activation="relu2", backend=backend)
+
+        with torch.no_grad():
+            alone = mixture()
+        y = mixture()
+        return alone, y, *torch.autograd.grad(y.sum(), (x, *parts), materialize_grads=True)
+
+    expected = results(*stacks)
+    for moved_bases in ((apart(bases[0]), apart(bases[1])), (apart(bases[0]), bases[1])):
+        found = results(*map(beside, stacks, moved_bases))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@every_format
+def test_a_changed_matrix_that_is_apart_has_a_value(kind, monkeypatch):
+    """In slices of some experts, as of a stack."""
+    stack = changed(quantized(kind, 5, 8, 32), 2)
+    monkeypatch.setattr(low_rank, "SLICE", 2 * 8 * 32)
+    with torch.no_grad():
+        assert torch.equal(beside(stack, apart(stack.base)).dequantize(), stack.dequantize())
+
+
 @every_format
 def test_apart_is_a_weight_like_any_other(kind):
     stack = quantized(kind, 3, 8, 32)
@@ -128,6 +183,7 @@ def test_apart_is_a_weight_like_any_other(kind):
         assert torch.equal(own.dequantize(), matrix.dequantize())
     assert torch.equal(weight[1, 4:].dequantize(), stack[1][4:].dequantize())
     assert torch.equal(weight[-1].dequantize(), stack[2].dequantize())
+    assert torch.equal(weight[1:].dequantize(), stack[1:].dequantize())
     with pytest.raises(IndexError):
         weight[3]
     new = torch.randn(4, 32)
@@ -176,6 +232,28 @@ def test_a_recording_keeps_its_matrices_alive(kind):
             x.mul_(scale)
             graph.replay()
             assert torch.equal(y, expected.pop(0))
+
+
+@needs_compiler
+@every_format
+def test_a_recording_follows_the_changes_beside_its_matrices(kind):
+    up, down = (
+        changed(apart(quantized(kind, 4, n, m)), rank) for n, m, rank in ((32, 16, 3), (16, 32, 2))
+    )
+    x, chosen = torch.randn(2, 16), (torch.tensor([[3], [0]]), torch.ones(2, 1))
+    graph = Graph()
+    with torch.no_grad():
+        with graph.record():
+            y = grouped(x, *chosen, up, down, activation="relu2")
+        before = y.clone()
+        changes = [up.A, up.B, down.A, down.B]
+        for part in changes:
+            part.mul_(-1.5)
+        expected = grouped(x, *chosen, up, down, activation="relu2")
+        del up, down
+        graph.replay()
+        assert torch.equal(y, expected)
+        assert not torch.equal(y, before)
 
 
 def test_a_float32_copy_is_made_only_where_gradients_need_it(monkeypatch):

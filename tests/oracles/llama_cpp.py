@@ -3,12 +3,13 @@
 Not collected by pytest, because it needs llama.cpp's sources and a compiler. One command does it
 all (docs/guides/llama-cpp-oracle.md):
 
-    python -m tests.oracles.llama_cpp path/to/llama.cpp
+    python -m tests.oracles.llama_cpp path/to/llama.cpp --model runs/tiny-rl/model
 
-It builds the library, writes tiny checkpoints, converts them with llama.cpp's own converter, and
-compares the log-probabilities of every position and token, once for the whole sequence in a single
-batch and once token by token. llama.cpp shares no code with transformers, has no floor under dt,
-and keeps its own recurrence in both cases.
+It builds the library, writes tiny checkpoints, converts them with llama.cpp's own converter and
+with `export_gguf`, and compares the log-probabilities of every position and token, once for the
+whole sequence in a single batch and once token by token. llama.cpp shares no code with
+transformers, has no floor under dt, and keeps its own recurrence in both cases. Of each `--model`
+the file that `export_gguf` makes is compared, on a text that llama.cpp splits into tokens itself.
 """
 
 import argparse
@@ -24,12 +25,25 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from nemotron3.export import export_gguf
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.text import Tokenizer as FamilyTokenizer
 from tests.tiny import tiny_config, tiny_model, tokens_for
 
 TOLERANCE = 1e-4
 """Largest difference of a log-probability: two float32 computations in a different order."""
 VOCAB = 320
+TEXT = (
+    """<|im_start|>user
+What is 12 * 34 + 5? Say "forty-two", or l'été: naïve CamelCase  words...
+\t- a list,  3.14159/2\n\n<|im_end|>
+<|im_start|>assistant
+<think></think>It's 413.<|im_end|>
+"""
+    + "To be, or not to be, that is the question. " * 8
+)
+"""What is read of a model that is given: every rule by which text is split."""
 # The converter wants an inner width that is a multiple of 64, and takes dense layers for Mamba's
 # where transformers 5 reads the config for it, so there are none here.
 MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 32}
@@ -117,13 +131,40 @@ def log_probabilities(program: Path, gguf: Path, tokens: Tensor, step: int) -> T
 
 
 def compare(program: Path, sources: Path, config: ModelConfig, folder: Path) -> dict[str, float]:
-    """Largest difference of a log-probability, whole and token by token."""
+    """Largest difference of a log-probability: by converter, whole and token by token."""
     model = tiny_model(config)
     model.save_pretrained(folder)
-    write_tokenizer(folder)
-    gguf = folder / "model.gguf"
-    convert(sources, folder, gguf)
     tokens = tokens_for(config, 150)
+    theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
+    write_tokenizer(folder)
+    convert(sources, folder, theirs)
+    text = [f"{chr(ord('a') + n % 26)} {n}" for n in range(400)]
+    FamilyTokenizer.train(text, vocab_size=VOCAB).save(folder)
+    export_gguf(folder, ours)
+    found = differences(program, theirs, model, tokens)
+    exported = differences(program, ours, model, tokens)
+    return found | {f"exported {how}": value for how, value in exported.items()}
+
+
+def compare_model(program: Path, path: Path, folder: Path) -> dict[str, float]:
+    """The same of the file that is exported of a model directory; ids must be alike."""
+    gguf, written, ids = folder / "model.gguf", folder / "text", folder / "ids"
+    export_gguf(path, gguf, dtype="f32")
+    tokenizer = FamilyTokenizer.from_directory(path)
+    written.write_text(TEXT, encoding="utf-8")
+    subprocess.run([program, gguf, written, ids, "0"], check=True, capture_output=True)
+    wanted = tokenizer.encode(TEXT)
+    read = [int(number) for number in ids.read_text().split()]
+    if read != wanted:
+        sys.exit(f"{path}: llama.cpp reads other tokens, {read} and not {wanted}")
+    model = LanguageModel.from_pretrained(path).float().eval()
+    return differences(program, gguf, model, torch.tensor(wanted))
+
+
+def differences(
+    program: Path, gguf: Path, model: LanguageModel, tokens: Tensor
+) -> dict[str, float]:
+    """Largest difference of a log-probability, whole and token by token."""
     with torch.no_grad():
         ours = model(tokens[None])[0].log_softmax(-1)
     steps = {"whole": len(tokens), "token by token": 1}
@@ -138,16 +179,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", type=Path, help="llama.cpp's source folder")
     parser.add_argument("--build", type=Path, help="where to build (default: SOURCES/build-oracle)")
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], help="a model directory, to export too"
+    )
     arguments = parser.parse_args()
     sources = arguments.sources.resolve()
     program = build(sources, (arguments.build or sources / "build-oracle").resolve())
-    worst = 0.0
+    found: dict[str, dict[str, float]] = {}
     for name, config in CONFIGS.items():
         with tempfile.TemporaryDirectory() as folder:
-            differences = compare(program, sources, config, Path(folder))
-        worst = max(worst, *differences.values())
-        cells = "   ".join(f"{how} {value:.1e}" for how, value in differences.items())
+            found[name] = compare(program, sources, config, Path(folder))
+    for path in arguments.model:
+        with tempfile.TemporaryDirectory() as folder:
+            found[str(path)] = compare_model(program, path, Path(folder))
+    for name, values in found.items():
+        cells = "   ".join(f"{how} {value:.1e}" for how, value in values.items())
         print(f"{name:24}{cells}")  # noqa: T201 - a command
+    worst = max(value for values in found.values() for value in values.values())
     if not worst < TOLERANCE:
         sys.exit(f"log-probabilities differ by {worst:.1e}, allowed {TOLERANCE:.0e}")
 

@@ -3,12 +3,14 @@
 //     llama_logits MODEL.gguf TOKENS OUTPUT STEP
 //
 // TOKENS holds ids separated by blanks. They are decoded STEP at a time; OUTPUT gets one row of
-// float32 logits per token. Keys, values and attention are kept in float32, as in our model.
+// float32 logits per token. Keys, values and attention are kept in float32, as in our model. With
+// a STEP of 0, TOKENS is a text instead, and OUTPUT gets the ids that llama.cpp reads in it.
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -19,19 +21,31 @@ int main(int argc, char ** argv) {
         std::fprintf(stderr, "usage: %s MODEL.gguf TOKENS OUTPUT STEP\n", argv[0]);
         return 2;
     }
-    std::ifstream input(argv[2]);
-    std::vector<llama_token> tokens;
-    for (llama_token token; input >> token;) {
-        tokens.push_back(token);
-    }
-    const int total = static_cast<int>(tokens.size());
-    const int step = std::max(1, std::atoi(argv[4]));
-
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (model == nullptr) {
         return 1;
     }
+    std::ifstream input(argv[2], std::ios::binary);
+    std::vector<llama_token> tokens;
+    const int step = std::atoi(argv[4]);
+    if (step == 0) {
+        const std::string text((std::istreambuf_iterator<char>(input)), {});
+        tokens.resize(text.size() + 1);
+        const int count = llama_tokenize(
+            llama_model_get_vocab(model), text.data(), text.size(), tokens.data(), tokens.size(),
+            false, true);
+        std::ofstream ids(argv[3]);
+        for (int i = 0; i < count; ++i) {
+            ids << tokens[i] << ' ';
+        }
+        llama_model_free(model);
+        return ids.good() && count >= 0 ? 0 : 1;
+    }
+    for (llama_token token; input >> token;) {
+        tokens.push_back(token);
+    }
+    const int total = static_cast<int>(tokens.size());
     llama_context_params params = llama_context_default_params();
     params.n_ctx = total + 1;
     params.n_batch = total;

@@ -13,9 +13,9 @@ from tests.tiny import tiny_config
 VOCABULARY = 320
 
 
-def save_policy(folder, pattern="ME*-E/*E/*E"):
+def save_policy(folder, pattern="ME*-E/*E/*E", **changes):
     """A model directory with random weights and a tokenizer with the tokens of chats."""
-    config = tiny_config(pattern, vocab_size=VOCABULARY, hidden_size=32)
+    config = tiny_config(pattern, vocab_size=VOCABULARY, hidden_size=32, **changes)
     LanguageModel.from_config(config, seed=0).save_pretrained(folder)
     text = ["user\nassistant\n", *(f"say {n} {word}" for n in range(9) for word in ("up", "down"))]
     Tokenizer.train(text * 4, vocab_size=VOCABULARY).save(folder)

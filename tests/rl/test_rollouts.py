@@ -144,6 +144,13 @@ def test_an_environment_that_is_slow_to_answer_holds_up_no_other_rollout(policy)
     assert (late.reward, early.reward) == (3.0, 3.0)
 
 
+def test_states_are_cached_where_a_further_turn_may_continue_them(policy):
+    driver = driver_for(policy, Parity(), Chatter())
+    for environment, is_cached in ((Parity(), False), (Chatter(), True)):
+        driver.play(tasks(environment, 2), group_size=2)
+        assert bool(driver._llm.stats().prefix_bytes) == is_cached
+
+
 def test_a_rollout_without_room_is_cut_and_its_answer_is_none(policy):
     for limits in ({"max_tokens": 2}, {"max_context": 60, "max_tokens": 60}):
         driver = driver_for(policy, Parity(), **limits)

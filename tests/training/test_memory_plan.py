@@ -14,9 +14,10 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.lora import LoRAConfig, add_lora, shared_model, trained_tensors
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.precision import PrecisionConfig
+from nemotron3.models.precision import PrecisionConfig, convert_weights
 from nemotron3.ops import native, weights
 from nemotron3.recipes.adapters import model_to_train
+from nemotron3.recipes.memory import quantized_bytes
 from nemotron3.runtime.memory import plan_of
 from nemotron3.training import memory_plan
 from nemotron3.training.memory_plan import (
@@ -47,7 +48,7 @@ from nemotron3.training.parameter_groups import (
 from nemotron3.training.schedules import Constant
 from nemotron3.training.step import TrainingStep
 from nemotron3.training.trainer import TrainingConfig
-from tests.tiny import qwen_config, tiny_config
+from tests.tiny import WHOLE_BLOCKS, qwen_config, tiny_config
 from tests.training.batches import documents, forward, pack, pretraining
 
 CPU = torch.device("cpu")
@@ -264,6 +265,32 @@ def test_the_sum_is_above_the_highest_point_with_an_adapter(name, recompute, tar
     model = LanguageModel.from_config(config)
     add_lora(model, lora, seed=0)
     assert least_bytes(plan) <= highest_point(model, training, mtp_depths=depths) <= plan.total
+
+
+@pytest.mark.parametrize("weights", ["nvfp4", "int8"])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_what_an_adapter_beside_quantized_weights_needs(weights, activations, tmp_path):
+    """Weights, adapter and gradients exactly, and the highest point within the sum of all."""
+    config = tiny_config("MEM*E-/*E/*E", **WHOLE_BLOCKS)
+    lora, precision = LoRAConfig(rank=4), PrecisionConfig(activations=activations)
+    convert_weights(LanguageModel.from_config(config), weights).save_pretrained(tmp_path)
+    training = training_config(
+        batch_size=4, microbatch_size=4, seq_len=256, precision=precision, bias_update_rate=0.0
+    )
+    model = model_to_train(str(tmp_path), lora, precision=precision, device=CPU, seed=0)
+    adapter = list(trained_tensors(model).values())
+    low_rank = low_rank_plan(config, lora, quantized_bytes(tmp_path))
+    plan = planned(config, training, mtp_depths=2, low_rank=low_rank)
+    assert plan[WEIGHTS] == nbytes(model.state_dict().values()) - nbytes(adapter)
+    assert plan[ADAPTER] == nbytes(adapter)
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    copies = [t for t in shared_model(model).state_dict().values() if t.data_ptr() not in own]
+    assert merged_copy_bytes(config, low_rank, precision.dtype) == nbytes(copies) > 0
+    whole = plan_of(training_parts(config, training, mtp_depths=2, low_rank=low_rank))
+    assert least_bytes(whole) <= highest_point(model, training, mtp_depths=2) <= whole.total
+    if weights == "nvfp4":
+        plain = planned(config, training, mtp_depths=2, low_rank=low_rank_plan(config, lora))
+        assert plan[WEIGHTS] < 0.5 * plain[WEIGHTS]
 
 
 @pytest.mark.slow

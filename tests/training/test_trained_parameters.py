@@ -42,4 +42,4 @@ def test_frozen_groups_are_said():
     model = tiny_model(PATTERN)
     routers = ParameterGroupConfig(name="r", parameters=("*.gate.weight",), is_frozen=True)
     freeze_parameters(model, [routers])
-    assert trained_by_part(model)["router"] == (0, 2 * 8 * 64)
+    assert trained_by_part(model)["router"][:2] == (0, 2 * 8 * 64)

@@ -116,7 +116,8 @@ def add_adapters_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=DIR",
         help="a LoRA adapter that clients choose by NAME in `model` (may be repeated); each has an "
-        "engine of its own, with the limits above, and merged copies of the weights it changes",
+        "engine of its own, with the limits above, and merged copies of the weights it changes; "
+        "beside weights that are stored quantized it stays apart",
     )
 
 

@@ -20,6 +20,7 @@ from nemotron3.cli.engine_options import (
 )
 from nemotron3.cli.environment_options import add_environment_verb
 from nemotron3.cli.evaluation_options import add_compare_verb, add_eval_verb
+from nemotron3.cli.export_options import add_export_verb
 from nemotron3.cli.memory_options import add_memory_options
 from nemotron3.cli.option_types import seconds
 from nemotron3.cli.quantize_options import add_quantize_verb
@@ -62,6 +63,7 @@ _FUNCTIONS = {
     "merge": "merge.merge_command",
     "merge-adapter": "merge.merge_adapter_command",
     "quantize": "quantize.quantize_command",
+    "export": "export.export_command",
     "env": "environments.env_command",
     "eval": "evaluate.eval_command",
     "compare": "compare.compare_command",
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(verbs)
     _add_merge_adapter(verbs)
     add_quantize_verb(verbs)
+    add_export_verb(verbs)
     add_environment_verb(verbs)
     add_eval_verb(verbs)
     add_compare_verb(verbs)
@@ -248,7 +251,8 @@ def _add_sft(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "runs/tiny/model; RECIPE a Python file whose function `recipe` returns an SFTRun. An "
         "interrupted run goes on when the command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-3; "
-        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets), whose "
+        "weights may be in NVFP4, FP8 or int8 and stay so; "
         "`nemotron3 sft MODEL --data CHATS.JSONL --help` lists them.",
     )
     sft.add_argument(
@@ -296,7 +300,8 @@ def _add_rl(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         "Python file whose function `recipe` returns an RLRun. An interrupted run goes on when the "
         "command is repeated.",
         epilog="Every value of the run is an option, such as --training.optimizer.lr 1e-4; "
-        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets); "
+        "--lora.rank 16 trains an adapter of a MODEL (also --lora.alpha, --lora.targets), whose "
+        "weights may be in NVFP4, FP8 or int8 and stay so; "
         "`nemotron3 rl MODEL --environment NAME --help` lists them.",
     )
     rl.add_argument(
@@ -459,8 +464,9 @@ def _add_merge_adapter(verbs: "argparse._SubParsersAction[argparse.ArgumentParse
         "merge-adapter",
         help="write a model with a LoRA adapter merged into its weights",
         description="Merge a LoRA adapter, by `nemotron3 sft` or in PEFT's layout from elsewhere, "
-        "into the model that it was trained on. Template, generation defaults and all other files "
-        "of the model are kept, or are the adapter's where it has its own.",
+        "into the model that it was trained on. Weights in NVFP4, FP8 or int8 are dequantized. "
+        "Template, generation defaults and all other files of the model are kept, or are the "
+        "adapter's where it has its own.",
     )
     merge.add_argument("model", type=Path, help="the model directory that the adapter is for")
     merge.add_argument("adapter", type=Path, help="its directory, such as runs/tiny-sft/adapter")

@@ -15,6 +15,11 @@ def merge_command(known: argparse.Namespace) -> int:
 
 def merge_adapter_command(known: argparse.Namespace) -> int:
     """Merge and say how much was changed."""
-    changed = merge_adapter_directory(known.model, known.adapter, known.out)
-    print(f"merged {known.adapter} into {changed} products of {known.model}: {known.out}")
+    merged = merge_adapter_directory(known.model, known.adapter, known.out)
+    dtype = str(merged.dtype).removeprefix("torch.")
+    how = f"; its {merged.dequantized} weights are now plain {dtype}" if merged.dequantized else ""
+    print(
+        f"merged {known.adapter} into {merged.num_products} products of {known.model}{how}: "
+        f"{known.out}"
+    )
     return 0

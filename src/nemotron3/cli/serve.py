@@ -66,7 +66,7 @@ def serve_command(known: argparse.Namespace) -> int:
         server = create_app(llm, settings, served.adapters)
         for each, adapter in served.adapters.items():
             log.info(
-                "%s: %s, with %.1f MiB of merged weights beside the model's",
+                "%s: %s, with %.1f MiB of weights of its own beside the model's",
                 each,
                 adapter.directory,
                 adapter.merged_bytes / _MIB,

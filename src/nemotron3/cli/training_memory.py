@@ -10,7 +10,7 @@ from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import model_costs
 from nemotron3.models.lora import LoRAConfig
 from nemotron3.models.precision import PrecisionConfig
-from nemotron3.recipes.memory import memory_plan, needed_bytes
+from nemotron3.recipes.memory import memory_plan, needed_bytes, quantized_bytes
 from nemotron3.recipes.memory_remedies import Remedy, Settings, find_remedy
 from nemotron3.runtime.devices import GPU
 from nemotron3.runtime.memory import MemoryPlan, in_units
@@ -36,6 +36,11 @@ def training_memory(config: ModelConfig, known: argparse.Namespace) -> dict[str,
     `remedy` are options with which the device could hold it, or None where it can, and where
     nothing helps.
     """
+    if known.lora_rank is None and quantized_bytes(known.model):
+        raise ConfigError(
+            f"{known.model} holds quantized weights, which have no gradients; give --lora-rank, "
+            "for an adapter beside them"
+        )
     settings = Settings(_training(known), _lora(config, known))
     record = _record(_plan(config, known, settings), known.device_memory)
     found = None
@@ -121,13 +126,13 @@ def _training(known: argparse.Namespace) -> TrainingConfig:
 
 def _plan(config: ModelConfig, known: argparse.Namespace, settings: Settings) -> MemoryPlan:
     engine = EngineConfig(max_num_seqs=_ROLLOUTS, max_model_len=known.seq_len, max_draft_tokens=0)
-    lora = settings.lora
+    lora, quantized = settings.lora, quantized_bytes(known.model)
     return memory_plan(
         config,
         settings.training,
         GPU,
         mtp_depths=config.pattern.num_mtp_depths if known.training != "rl" else 0,
-        low_rank=None if lora is None else low_rank_plan(config, lora),
+        low_rank=None if lora is None else low_rank_plan(config, lora, quantized),
         engine=engine if known.training == "rl" else None,
         device_bytes=known.device_memory,
     )

@@ -5,6 +5,7 @@ that does nothing for what was named is an error.
 """
 
 import argparse
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,11 @@ from nemotron3.cli.progress import watch
 from nemotron3.config import read_run
 from nemotron3.errors import ConfigError
 from nemotron3.models.lora import LoRAConfig
+from nemotron3.models.lora.peft import CONFIG_FILE
 from nemotron3.recipes.input_files import check_model_directory
 from nemotron3.recipes.load import load_recipe
 from nemotron3.recipes.run_config import RunConfig
-from nemotron3.recipes.run_folder import ADAPTER_FOLDER, RunCallback
+from nemotron3.recipes.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RunCallback
 
 RunT = TypeVar("RunT", bound=RunConfig)
 SummaryT = TypeVar("SummaryT")
@@ -123,13 +125,17 @@ def with_number(text: str) -> tuple[str, float | None]:
 
 def ending(folder: Path) -> list[str]:
     """Where a finished run has its parts."""
-    adapter = folder / ADAPTER_FOLDER
+    adapter, model = folder / ADAPTER_FOLDER, folder / MODEL_FOLDER
+    chat = str(model)
+    if adapter.exists() and not model.exists():  # its base is quantized, and stays so
+        base = json.loads((adapter / CONFIG_FILE).read_text("utf-8"))["base_model_name_or_path"]
+        chat = f"{base} --lora {adapter}"
     return [
-        f"  model    {folder / 'model'}",
+        *([f"  model    {model}"] if model.exists() else []),
         *([f"  adapter  {adapter}"] if adapter.exists() else []),
         f"  report   {folder / 'report.html'}",
         "",
-        f"try: nemotron3 chat {folder / 'model'}",
+        f"try: nemotron3 chat {chat}",
     ]
 
 

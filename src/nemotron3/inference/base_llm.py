@@ -40,25 +40,28 @@ def load_model(
 ) -> LanguageModel:
     """The model in a directory, with an adapter merged before its weights are quantized.
 
-    On the CPU a directory of quantized weights is mapped, and computes in float32, unless a `dtype`
-    is given. Plain weights are copied into large pages, which are read faster.
+    Weights that are stored quantized stay so, and an adapter stands beside them. On the CPU their
+    directory is mapped, and computes in float32, unless a `dtype` is given. Plain weights are
+    copied into large pages, which are read faster.
     """
     place = resolve_device(device)
-    is_mapped = place.type == "cpu" and dtype is None and lora is None
-    if is_mapped and stored_weight_format(path) is not None:
-        return LanguageModel.from_pretrained(path, weights=weights, mapped=True)
-    if lora is None:
-        return LanguageModel.from_pretrained(path, device=place, dtype=dtype, weights=weights)
-    model = LanguageModel.from_pretrained(path, device=place, dtype=dtype)
-    merge_adapter(model, read_adapter(lora, model))
-    if weights is not None:
-        model = convert_weights(model, weights)
-    _take_companions(model, lora)
-    return model
+    is_quantized = stored_weight_format(path) is not None
+    if lora is not None and not is_quantized:
+        model = LanguageModel.from_pretrained(path, device=place, dtype=dtype)
+        merge_adapter(model, read_adapter(lora, model))
+        if weights is not None:
+            model = convert_weights(model, weights)
+        _take_companions(model, lora)
+        return model
+    if is_quantized and place.type == "cpu" and dtype is None:
+        model = LanguageModel.from_pretrained(path, weights=weights, mapped=True)
+    else:
+        model = LanguageModel.from_pretrained(path, device=place, dtype=dtype, weights=weights)
+    return model if lora is None else with_adapter(model, lora)
 
 
 def with_adapter(model: LanguageModel, lora: str | Path) -> LanguageModel:
-    """A model with an adapter merged, which shares all other tensors with `model`."""
+    """A model with an adapter, which shares with `model` all tensors that the adapter leaves."""
     adapted = shared_model(model, read_adapter(lora, model))
     _take_companions(adapted, lora)
     return adapted
@@ -100,8 +103,9 @@ class BaseLLM:
         With `generation_config` "auto" the sampling defaults of the model's directory are used,
         with "none" they are not.
 
-        `lora` is the directory of an adapter in PEFT's layout. It is merged when it is read; a
-        model in memory stays as it is, and its unchanged tensors are shared. The adapter's
+        `lora` is the directory of an adapter in PEFT's layout. It is merged when it is read, or
+        stands beside weights that are quantized; a model in memory stays as it is, and its
+        unchanged tensors are shared. The adapter's
         tokenizer and generation_config.json, where it has them, take the place of the model's.
         """
         if isinstance(model, LanguageModel):

@@ -179,6 +179,7 @@ class Frontend:
         grammar: TokenConstraint | None = None,
         *,
         is_streamed: bool = True,
+        may_be_continued: bool = True,
     ) -> EngineRequest:
         """A request in token ids; `grammar` is that of `params`, compiled here if not given."""
         if grammar is None:
@@ -199,6 +200,7 @@ class Frontend:
             params=params,
             boundaries=self._turns(prompt.ids),
             is_streamed=is_streamed,
+            may_be_continued=may_be_continued,
             make_stop=stop,
             make_budget=partial(self._budget, prompt, params),
             make_constraint=lambda: grammar.fork() if grammar is not None else None,

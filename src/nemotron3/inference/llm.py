@@ -167,12 +167,18 @@ class OpenRequests:
         """Whether a request is not answered yet."""
         return bool(self._waiting) or self._engine.has_work
 
-    def add(self, prompt: Prompt, params: SamplingParams) -> int:
-        """Add a request; returns its place in the order of all."""
+    def add(self, prompt: Prompt, params: SamplingParams, *, may_be_continued: bool = True) -> int:
+        """Add a request; returns its place in the order of all.
+
+        Without `may_be_continued` the prefix cache gets no state of prompt and answers: a caller
+        knows that no later prompt begins like them.
+        """
         place = len(self._processors)
         name = str(place)  # unique: no request of another caller is left in the engine
         is_streamed = self._on_delta is not None
-        request = self._frontend.request(prompt, params, name, is_streamed=is_streamed)
+        request = self._frontend.request(
+            prompt, params, name, is_streamed=is_streamed, may_be_continued=may_be_continued
+        )
         self._engine.check(request)
         self._waiting.append(request)
         self._processors.append(self._frontend.output_processor(prompt, params, name))

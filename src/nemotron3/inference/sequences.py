@@ -33,6 +33,9 @@ class EngineRequest:
     there are cached."""
     is_streamed: bool = True
     """Whether somebody reads the tokens of every step; if not, they come in few deltas."""
+    may_be_continued: bool = True
+    """Whether other prompts may begin with tokens of this one or of its answers. If not, none of
+    its states is cached: they would cost time and memory for nothing."""
     make_stop: Callable[[], StopCondition | None] = lambda: None
     make_budget: Callable[[], ThinkingBudget | None] = lambda: None
     make_constraint: Callable[[], TokenConstraint | None] = lambda: None

@@ -4,6 +4,9 @@ Each adapter has an engine of its own. Its model shares all tensors with the bas
 that the adapter changes: of these it has merged copies, so an adapter of attention and Mamba costs
 a small part of the model, and one of all experts nearly the whole. Keys, states and cached prefixes
 are the engine's own; where `kv_cache_bytes` is not given, the engines share what one would take.
+
+Of a model whose weights are stored quantized an adapter has no merged copies: its own tensors stand
+beside the shared codes.
 """
 
 from collections.abc import Mapping
@@ -29,7 +32,7 @@ class ServedAdapter(NamedTuple):
     llm: AsyncLLM
     directory: Path
     merged_bytes: int
-    """Memory of its weights beside those of the base model."""
+    """Memory of its weights, merged or apart, beside those of the base model."""
 
 
 class ServedModels(NamedTuple):

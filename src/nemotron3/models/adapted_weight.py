@@ -1,13 +1,17 @@
 """A weight with a low-rank change, W + scale B A (Hu et al., *LoRA*, arXiv 2106.09685).
 
-Products multiply with the sum, which they ask for (ops/products.py). The other form,
-x W^T + scale (x A^T) B^T, saves the gradient of the whole matrix, but it adds up in another order
-than a model that the change was merged into, and every fused operation of stacked experts would
-need a second one. So training computes with the very matrices that a served model has
+Products multiply with the sum of a plain weight, which they ask for (ops/products.py). The other
+form, x W^T + scale (x A^T) B^T, saves the gradient of the whole matrix, but it adds up in another
+order than a model that the change was merged into, and every fused operation of stacked experts
+would need a second one. So training computes with the very matrices that a served model has
 (docs/decisions/0015-lora-computes-with-merged-weights.md).
+
+A weight in a narrow number format has no such sum: it would be the unpacked matrix. There both
+training and the engine compute the other form, with the codes as they are (QLoRA, arXiv 2305.14314;
+docs/decisions/0021-adapters-stand-beside-quantized-weights.md).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -15,7 +19,13 @@ from torch import Tensor, nn
 
 from nemotron3.models.initial_values import Constant, Uniform
 from nemotron3.models.parameter import DeclaredModule
-from nemotron3.ops.weights import ComputedWeight, add_low_rank
+from nemotron3.ops.weights import (
+    ComputedWeight,
+    LowRankWeight,
+    QuantizedWeight,
+    Weight,
+    add_low_rank,
+)
 
 
 class LowRank(NamedTuple):
@@ -31,13 +41,14 @@ class LowRank(NamedTuple):
         return torch.Size((*self.B.shape[:-1], self.A.shape[-1]))
 
     def added_to(
-        self, weight: Float[Tensor, "*expert d_out d_in"], dtype: torch.dtype | None = None
+        self, weight: Weight, dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*expert d_out d_in"]:
         """W + scale B A, added up in float32 at least, in `dtype`; None leaves it as it was added.
 
         The gradients are those of the change alone.
         """
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        own = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        wide = torch.promote_types(own, torch.float32)
         return add_low_rank(weight, self.A, self.B, self.scale, dtype=dtype or wide)
 
 
@@ -47,11 +58,11 @@ class AdaptedWeight(DeclaredModule, ComputedWeight):
     A is random and B is 0, so the change is nothing at first.
     """
 
-    base: nn.Parameter
+    base: nn.Parameter | QuantizedWeight
     A: nn.Parameter
     B: nn.Parameter
 
-    def __init__(self, base: nn.Parameter, *, rank: int, scale: float) -> None:
+    def __init__(self, base: nn.Parameter | QuantizedWeight, *, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
         base.requires_grad_(False)
@@ -62,6 +73,15 @@ class AdaptedWeight(DeclaredModule, ComputedWeight):
             self.declare("A", (*experts, rank, d_in), init=init, decays=True, keep_float32=True)
             init = Constant(0.0)
             self.declare("B", (*experts, d_out, rank), init=init, decays=True, keep_float32=True)
+
+    @classmethod
+    @torch.no_grad()
+    def frozen(cls, base: QuantizedWeight, change: LowRank) -> Self:
+        """A quantized weight with a copy of a change that is not trained."""
+        weight = cls(base, rank=change.A.shape[-2], scale=change.scale)
+        for own, given in ((weight.A, change.A), (weight.B, change.B)):
+            own.requires_grad_(False).copy_(given)
+        return weight
 
     @property
     def shape(self) -> torch.Size:
@@ -77,6 +97,12 @@ class AdaptedWeight(DeclaredModule, ComputedWeight):
     def change(self) -> LowRank:
         """The change, in the memory of its parameters."""
         return LowRank(self.A, self.B, self.scale)
+
+    def operand(self, dtype: torch.dtype) -> Tensor | LowRankWeight:
+        """The changed weight, or the two parts of one whose base is quantized."""
+        if isinstance(self.base, QuantizedWeight):
+            return LowRankWeight(self.base, self.A, self.B, self.scale)
+        return self.value(dtype)
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The changed weight, with gradients for the change alone."""

@@ -242,12 +242,14 @@ class LanguageModel(nn.Module):
         the chat template. Quantized weights are written as codes and scales: NVFP4 and FP8 in
         ModelOpt's published form, int8 in this package's own layout. To write plain tensors convert
         the model first (`models.precision.convert_weights`).
-        A model with an adapter is merged first (`models.lora.shared_model`).
+        A model with an adapter is merged first (`models.lora.shared_model`, or of quantized weights
+        `dequantized_with`).
         """
         if any(isinstance(module, ComputedWeight) for module in self.modules()):
             raise ConfigError(
                 "the model has an adapter beside its weights, which a model directory cannot hold; "
-                "save shared_model(model), or the adapter by write_adapter"
+                "save shared_model(model), or the adapter by write_adapter; of quantized weights, "
+                "dequantized_with(shared_model(model, {}), adapter_of(model))"
             )
         huggingface.write_model(
             self,
@@ -301,7 +303,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
-        logits = dense(hidden, self.output_weight)
+        matrix = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        logits = dense(hidden, matrix.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @overload

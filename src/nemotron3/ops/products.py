@@ -3,8 +3,9 @@
 All dense and grouped products go through here, those of the router and the output layer included,
 in forward passes, backward passes and recorded steps. A weight is a tensor, cast to the dtype of
 the activations where its product cannot read it as it is, or a `QuantizedWeight`, which names its
-own kernels (ops/weights). Of a `ComputedWeight`, such as one with an adapter, they take the value.
-In training with few bits a product also has a quantization, which rounds its operands
+own kernels (ops/weights). Of a `ComputedWeight`, such as one with an adapter, they take the
+operand: its value, or a quantized weight and its low-rank change, which are multiplied apart. In
+training with few bits a product also has a quantization, which rounds its operands
 (ops/low_precision).
 """
 
@@ -15,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.ops.experts import Activation, routed_experts
-from nemotron3.ops.linear import linear, linear_parts
+from nemotron3.ops.linear import linear, linear_low_rank, linear_parts
 from nemotron3.ops.low_precision import ExpertsQuantization, ProductQuantization
-from nemotron3.ops.weights import ComputedWeight, Weight, is_read_narrow
+from nemotron3.ops.weights import ComputedWeight, LowRankWeight, Weight, is_read_narrow
 
 AnyWeight = Weight | ComputedWeight
 
@@ -47,6 +48,10 @@ def dense(
 ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T in the dtype of `x`; with `sizes`, split into parts of these numbers of columns."""
     operand = _operand(weight, x)
+    if isinstance(operand, LowRankWeight):
+        assert quantization is None, "a model with quantized weights is not trained in few bits"
+        y = linear_low_rank(x, operand)
+        return y if sizes is None else y.split(sizes, dim=-1)
     if sizes is None:
         return linear(x, operand, quantization=quantization)
     return linear_parts(x, operand, sizes, quantization=quantization)
@@ -69,7 +74,7 @@ def grouped(
     )
 
 
-def _operand(weight: AnyWeight, x: Tensor) -> Weight:
+def _operand(weight: AnyWeight, x: Tensor) -> Weight | LowRankWeight:
     if isinstance(weight, Tensor):
         return weight if is_read_narrow(weight, x) else weight.to(x.dtype)
-    return weight.value(x.dtype) if isinstance(weight, ComputedWeight) else weight
+    return weight.operand(x.dtype) if isinstance(weight, ComputedWeight) else weight

@@ -7,6 +7,7 @@ weights, gradients and optimizer moments.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from nemotron3.models import huggingface
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import apply_precision
+from nemotron3.ops.weights import QuantizedWeight
 from nemotron3.recipes.memory_remedies import Remedy, Settings, find_remedy
 from nemotron3.recipes.pretrain import PretrainRun
 from nemotron3.recipes.rl import RLRun
@@ -95,7 +97,9 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
     config = _model_config(run)
     depths = config.pattern.num_mtp_depths if run.loss.mtp_loss_scaling else 0
     lora = None if isinstance(run, PretrainRun) else run.lora
-    low_rank = None if lora is None else low_rank_plan(config, lora)
+    low_rank = None
+    if lora is not None and not isinstance(run, PretrainRun):
+        low_rank = low_rank_plan(config, lora, quantized_bytes(run.model))
     if not isinstance(run, RLRun):
         return memory_plan(config, run.training, device, mtp_depths=depths, low_rank=low_rank)
     # Beside an adapter, the reference is the frozen model itself.
@@ -111,6 +115,19 @@ def run_plan(run: PretrainRun | SFTRun | RLRun, device: torch.device) -> MemoryP
         reference_bytes=reference,
     )
     return plan_of([*plan.parts, *_copy_parts(plan, run, device)])
+
+
+def quantized_bytes(path: str | Path) -> dict[str, int]:
+    """Bytes of the weights that a directory holds quantized, by the names of their parameters.
+
+    Of a name that is no directory with weights there are none.
+    """
+    if not any(Path(path).glob("*.safetensors")):
+        return {}
+    with torch.device("meta"):
+        model = LanguageModel(huggingface.read_config(path))
+        huggingface.use_stored_formats(model, path, None)
+    return {n: m.nbytes for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
 
 
 def _num_engines(run: RLRun) -> tuple[int, int]:
@@ -187,7 +204,8 @@ def memory_plan(
         apply_precision(model, training.precision)
         length = engine.max_model_len or config.max_position_embeddings
         parts += engine_parts(model, engine, device, length)
-        # An engine's model has merged copies of the weights that an adapter changes.
+        # An engine's model has merged copies of the weights that an adapter changes, or its own
+        # copy of what stands beside quantized ones.
         dtype = training.precision.dtype
         copies = 0 if low_rank is None else merged_copy_bytes(config, low_rank, dtype)
         parts.append(MemoryPart(name=MERGED, num_bytes=copies))

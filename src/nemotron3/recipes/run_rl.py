@@ -4,7 +4,8 @@ Engines and trainer take turns (`rl_turns.py`), so a run that was interrupted go
 losses; or engines play the rollouts of the next updates meanwhile (`rl_ahead.py`).
 
 With an adapter, the engine's model shares all tensors with the trained one but for those that the
-adapter changes: of them it has merged copies, which are written again after each update.
+adapter changes: of them it has merged copies, which are written again after each update. Beside
+quantized weights it has copies of the adapter instead, and the result is the adapter alone.
 """
 
 import json
@@ -20,7 +21,12 @@ from nemotron3.environments.registry import environment_files
 from nemotron3.environments.rows import prompt_text
 from nemotron3.errors import DataError
 from nemotron3.models.costs import model_costs
-from nemotron3.models.lora import changed_parameters, merge_into, shared_model
+from nemotron3.models.lora import (
+    changed_parameters,
+    has_quantized_base,
+    merge_into,
+    shared_model,
+)
 from nemotron3.models.nemotron_h import LanguageModel, ModelOutput
 from nemotron3.observe.json_lines import append_lines
 from nemotron3.observe.report import write_report
@@ -28,7 +34,7 @@ from nemotron3.observe.rollouts import write_rollouts_page
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.cross_entropy import token_logprobs
 from nemotron3.ops.linear import linear
-from nemotron3.recipes.adapters import model_to_train
+from nemotron3.recipes.adapters import check_stored_weights, model_to_train
 from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
 from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory
@@ -70,6 +76,7 @@ def rl(run: RLRun, *, runs: Path = Path("runs"), callback: RunCallback | None = 
         return finished
 
     check_model_directory(run.model)
+    check_stored_weights(run.model, run.lora, run.training.precision)
     check_drafts(run)
     own = [file for config in run.environments for file in environment_files(config.name)]
     announce_memory(run, folder.device, callback)
@@ -193,6 +200,8 @@ class _Training:
                 self.folder.adapter,
                 base=self.run.model,
             )
+        if has_quantized_base(self.model):
+            return
         save_chat_model(self._played, tasks.tokenizer, tasks.template, self.folder.model)
 
     def _load_reference(self) -> LanguageModel | None:
@@ -273,7 +282,8 @@ class _Training:
         prompts: dict[str, list[str]] = {}
         kept: list[RolloutRecord] = []
         for rollout in update.played:
-            first, prompt = prompts.setdefault(rollout.environment, []), prompt_text(rollout.row)
+            first = prompts.setdefault(rollout.environment, [])
+            prompt = prompt_text(rollout.row) if groups else ""
             if prompt not in first and len(first) < groups:
                 first.append(prompt)
             if prompt in first or self._fails_anew(rollout):

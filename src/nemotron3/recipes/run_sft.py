@@ -5,7 +5,8 @@ lowest, with tokenizer, chat template and stop tokens. While training goes on it
 named by `best.json`. Training resumes from its last checkpoint.
 
 With an adapter, `best/` and checkpoints hold the adapter alone. The result is `adapter/`, and
-`model/` is the base model with it merged.
+`model/` is the base model with it merged. Beside quantized weights `adapter/` is all: merging would
+make them plain.
 """
 
 import json
@@ -26,13 +27,18 @@ from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.output_processor import Prompt
 from nemotron3.models.costs import model_costs
-from nemotron3.models.lora import load_adapter, merge_own_adapter, read_adapter
+from nemotron3.models.lora import (
+    has_quantized_base,
+    load_adapter,
+    merge_own_adapter,
+    read_adapter,
+)
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.observe.report import ReportSummary, TextSample, write_report
 from nemotron3.ops.backends import recorded_backends
 from nemotron3.ops.linear import linear
 from nemotron3.ops.segments import Segments
-from nemotron3.recipes.adapters import model_to_train
+from nemotron3.recipes.adapters import check_stored_weights, model_to_train
 from nemotron3.recipes.chat_model import save_chat_adapter, save_chat_model
 from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
 from nemotron3.recipes.memory import announce_memory
@@ -90,6 +96,7 @@ def sft(
         return finished
 
     check_model_directory(run.model)
+    check_stored_weights(run.model, run.lora, run.training.precision)
     callback.stage("Reading conversations")
     data = prepare_sft_data(run)
     sources = (*run.data, *run.held_out)
@@ -230,7 +237,10 @@ class _Training:
                 shutil.rmtree(other)
 
     def result(self) -> LanguageModel:
-        """Write the best model into the run's folder. It takes the place of the trained one."""
+        """Write the best model into the run's folder; it takes the place of the trained one.
+
+        Beside quantized weights that is the adapter.
+        """
         assert self.best is not None
         source = self.folder.path / _BEST_FOLDER / f"step-{self.best.step}"
         result = self.folder.model if self.run.lora is None else self.folder.adapter
@@ -240,8 +250,10 @@ class _Training:
         if self.run.lora is None:
             self.model = LanguageModel.from_pretrained(self.folder.model, device=self.folder.device)
             return self.model
-        self.callback.stage("Merging the adapter")
         load_adapter(self.model, read_adapter(result, self.model))
+        if has_quantized_base(self.model):
+            return self.model
+        self.callback.stage("Merging the adapter")
         merge_own_adapter(self.model)
         save_chat_model(self.model, self.data.tokenizer, self.data.template, self.folder.model)
         return self.model

@@ -118,6 +118,8 @@ def why_zeroed(rollout: Rollout, config: RewardShapingConfig) -> str | None:
 def turn_penalties(rollout: Rollout, config: RewardShapingConfig) -> list[TurnPenalty]:
     """The turns of a rollout that are penalized; of several penalties the largest counts."""
     found: list[TurnPenalty] = []
+    if config.invalid_call_advantage is None and config.malformed_reasoning_advantage is None:
+        return found
     for number, turn in enumerate(rollout.turns):
         penalties = [
             (penalty, why)

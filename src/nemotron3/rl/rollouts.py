@@ -13,6 +13,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor
@@ -140,7 +141,7 @@ class Rollout:
     verification: Verification | None = None
     attempts: int = 1
 
-    @property
+    @cached_property
     def environment(self) -> str:
         """Its name."""
         return environment_of(self.row)
@@ -272,7 +273,7 @@ class RolloutDriver:
             finished |= {place: each.rollout for place, each in playing.items()}
             for place in open_places:
                 self._errors.log(finished[place].environment, failure_of(finished[place]))
-            open_places = [place for place in open_places if _failed(finished[place])]
+            open_places = [place for place in open_places if failure_of(finished[place])]
             if not open_places:
                 break
         on_ended(len(wanted))
@@ -321,7 +322,9 @@ class RolloutDriver:
 
             def ask(alike: Sequence[_Playing]) -> None:
                 prompt = cast(Prompt, alike[0].next_prompt)
-                requests.add(prompt, self._params(alike[0], n=len(alike)))
+                has_turns = alike[0].environment.max_turns > 1
+                params = self._params(alike[0], n=len(alike))
+                requests.add(prompt, params, may_be_continued=has_turns)
                 asked.append(alike)
 
             begun = [each for each in playing if each.next_prompt is not None]
@@ -481,10 +484,6 @@ def _append_sampled(rollout: Rollout, output: CompletionOutput) -> None:
     rollout.weight_versions += output.weight_versions
     rollout.continues_old_states |= output.continues_old_states
     rollout.routes = output.routed_experts  # of the whole sequence, earlier turns too
-
-
-def _failed(rollout: Rollout) -> bool:
-    return rollout.verification is not None and rollout.verification.failure is not None
 
 
 def failure_of(rollout: Rollout) -> Failure | None:

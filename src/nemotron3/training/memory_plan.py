@@ -10,10 +10,13 @@ Products run in the dtype of their activations. A weight of another dtype is cas
 copy is kept for the backward pass; likewise the sum W + B A of a weight with a low-rank change.
 Frozen weights beside such changes have the dtype of activations and are not cast. With `recompute`
 there are the copies and activations of one block at a time.
+
+Weights that are kept quantized beside changes have the bytes of their codes, and no copy: products
+read the codes, or dequantize one matrix. Their experts go one by one, which keeps more activations.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -46,6 +49,8 @@ _TOKENS_OF_SEQUENCE = 512
 """Of packed sequences, which each keep an initial state: assumed to be no shorter on average."""
 _SHARE_FOR_LOGITS = 1 / 64
 """Of a GPU's memory (ops/cross_entropy/triton.py)."""
+_DEQUANTIZING = 16
+"""Bytes an element of a matrix that PyTorch's operations dequantize: codes, elements, scales."""
 _OUTPUT_LAYER, _MTP = "lm_head", "mtp"
 
 
@@ -56,13 +61,17 @@ class LowRankPlan:
     rank: int
     is_adapted: Callable[[str], bool]
     """Whether the product of a name, such as `backbone.layers.0.mixer.in_proj`, has a change."""
+    quantized: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the weights that stay quantized, by the names of their parameters."""
 
 
-def low_rank_plan(config: ModelConfig, lora: LoRAConfig) -> LowRankPlan:
+def low_rank_plan(
+    config: ModelConfig, lora: LoRAConfig, quantized: Mapping[str, int] | None = None
+) -> LowRankPlan:
     """That of an adapter; ConfigError for a target that names no product of the model."""
     with torch.device("meta"):
         adapted = chosen_products(LanguageModel(config), lora.targets)
-    return LowRankPlan(rank=lora.rank, is_adapted=adapted.__contains__)
+    return LowRankPlan(rank=lora.rank, is_adapted=adapted.__contains__, quantized=quantized or {})
 
 
 def training_parts(
@@ -84,7 +93,10 @@ def training_parts(
     sequences = max(training.microbatch_size, -(-tokens // _TOKENS_OF_SEQUENCE))
     dtype = training.precision.dtype
     passes = _passes(model, mtp_depths)
-    kept = [block.kept_bytes(tokens, sequences, dtype) for block in passes]
+    kept = [
+        block.kept_bytes(tokens, sequences, dtype) + parameters.kept_apart_bytes(block, tokens)
+        for block in passes
+    ]
     copies = [parameters.copied_bytes(block) for block in passes]
     inputs = [block.input_bytes(tokens, dtype) for block in passes]
     final = 2 * tokens * config.hidden_size * dtype.itemsize  # the last norm's input and result
@@ -116,12 +128,15 @@ def least_bytes(plan: MemoryPlan) -> int:
 
 
 def merged_copy_bytes(config: ModelConfig, low_rank: LowRankPlan, dtype: torch.dtype) -> int:
-    """Of copies of all adapted weights with their changes, in the dtype of activations."""
+    """Of what an engine's model has of its own: copies of all adapted weights with their changes,
+    in the dtype of activations; of quantized ones, copies of the changes."""
     with torch.device("meta"):
         model = LanguageModel(config)
     specs = parameter_specs(model)
     return sum(
-        parameter.numel() * dtype.itemsize
+        4 * sum(part.numel() for part in _changes(parameter.shape, low_rank.rank))
+        if name in low_rank.quantized
+        else parameter.numel() * dtype.itemsize
         for name, parameter in model.named_parameters()
         if specs[name].quantizes and low_rank.is_adapted(_product(name))
     )
@@ -184,6 +199,9 @@ class _Parameters:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.buffer_bytes = sum(4 * b.numel() for b in model.buffers())
         self.low_rank = low_rank
+        self.quantized: Mapping[str, int] = low_rank.quantized if low_rank else {}
+        moe = model.config.moe
+        self.choices = moe.num_experts_per_tok if moe is not None else 0
         self.dtype = training.precision.dtype
         """That of activations, and so of products."""
         self.rounded = rounded_weights(model, training.precision)
@@ -208,8 +226,9 @@ class _Parameters:
         parts = (
             shape.numel() * (4 if name in trained else self._dtype(name).itemsize)
             for name, shape in self.shapes.items()
+            if name not in self.quantized
         )
-        return sum(parts) + self.buffer_bytes
+        return sum(parts) + sum(self.quantized.values()) + self.buffer_bytes
 
     @property
     def adapter_bytes(self) -> int:
@@ -237,21 +256,43 @@ class _Parameters:
         return sum(
             self.shapes[name].numel() * self.dtype.itemsize
             for name in self._products(block.prefix)
-            if name in self.rounded or name in self.adapted or self._dtype(name) != self.dtype
+            if name not in self.quantized
+            and (name in self.rounded or name in self.adapted or self._dtype(name) != self.dtype)
         )
+
+    def kept_apart_bytes(self, block: _Pass, tokens: int) -> int:
+        """Of what products with quantized weights keep beyond those of plain ones: the `rank`
+        numbers of each row, and of experts each one's inputs, hidden units and their products."""
+        total = 0
+        for name in self._products(block.prefix):
+            if name not in self.quantized:
+                continue
+            *experts, _, d_in = self.shapes[name]
+            rank = self.low_rank.rank if self.low_rank and name in self.adapted else 0
+            if experts:
+                total += tokens * self.choices * (2 * d_in + 2 * rank)
+            else:
+                total += tokens * 2 * rank
+        return total * self.dtype.itemsize
 
     def backward_bytes(self, passes: Iterable[_Pass]) -> int:
         """Most bytes of gradients on their way: a new one beside the sum, and its narrow form.
 
-        Beside an adapter, those of the sums of a block, and slices of one in float32.
+        Beside an adapter, those of the sums of a block, and slices of one in float32; or the
+        largest quantized matrix while it is dequantized.
         """
         narrow = self.dtype.itemsize if self.dtype.itemsize < 4 else 0
         largest = max((self.shapes[name].numel() for name in self.trained), default=0)
         blocks = [self._products(block.prefix) for block in passes]
-        sums = [[self.shapes[n].numel() for n in names if n in self.adapted] for names in blocks]
-        slices = max((_slice_bytes(self.shapes[name]) for name in self.trained_changes), default=0)
+        added = self.adapted - self.quantized.keys()
+        sums = [[self.shapes[n].numel() for n in names if n in added] for names in blocks]
+        slices = max(
+            (_slice_bytes(self.shapes[n]) for n in self.trained_changes.intersection(added)),
+            default=0,
+        )
         of_sums = self.dtype.itemsize * max(map(sum, sums), default=0)
-        return max(largest * (4 + narrow), of_sums + slices)
+        matrix = max((self.shapes[name][-2:].numel() for name in self.quantized), default=0)
+        return max(largest * (4 + narrow), of_sums + slices, matrix * _DEQUANTIZING)
 
     @property
     def is_output_trained(self) -> bool:
@@ -273,9 +314,13 @@ class _Parameters:
 
     def _changes(self, name: str) -> tuple[torch.Size, torch.Size]:
         assert self.low_rank is not None
-        *experts, d_out, d_in = self.shapes[name]
-        rank = self.low_rank.rank
-        return torch.Size((*experts, rank, d_in)), torch.Size((*experts, d_out, rank))
+        return _changes(self.shapes[name], self.low_rank.rank)
+
+
+def _changes(shape: torch.Size, rank: int) -> tuple[torch.Size, torch.Size]:
+    """The shapes of A and B beside a weight."""
+    *experts, d_out, d_in = shape
+    return torch.Size((*experts, rank, d_in)), torch.Size((*experts, d_out, rank))
 
 
 def _product(name: str) -> str:
@@ -304,8 +349,9 @@ def _loss_bytes(
         logits = min(tokens * vocab * dtype.itemsize, int(gpu_bytes * _SHARE_FOR_LOGITS))
     narrow = vocab * width * dtype.itemsize
     is_adapted = parameters.output in parameters.adapted
-    merged = 4 * vocab * width if is_adapted else 0
-    held = torch.float32 if is_adapted else parameters.dtype_of_output()
+    is_wide = is_adapted or parameters.output in parameters.quantized
+    merged = 4 * vocab * width if is_wide else 0
+    held = torch.float32 if is_wide else parameters.dtype_of_output()
     cast = narrow if held != dtype else 0
     product = narrow if d_weight and dtype.itemsize < 4 else 0
     return heads * (d_weight + d_hidden) + logits + merged + cast + product

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import CheckpointError, ConfigError
+from nemotron3.models.lora import is_adapted
 from nemotron3.models.parameter import parameter_specs, weight_format
 from nemotron3.runtime.devices import FUSED_OPTIMIZER_DEVICES
 from nemotron3.training.parameter_groups import ParameterGroupConfig, group_of_parameters
@@ -132,7 +133,7 @@ def build_optimizer(
     model: nn.Module, config: OptimizerConfig, groups: Sequence[ParameterGroupConfig] = ()
 ) -> torch.optim.Optimizer:
     """The optimizer of the model's trainable parameters, fused where PyTorch supports it."""
-    if (weights := weight_format(model)) is not None:
+    if (weights := weight_format(model)) is not None and not is_adapted(model):
         raise ConfigError(
             f"the model's matrices are kept in {weights}, which has no gradients; train the plain "
             "model, or what models.precision.convert_weights(model, None) makes of this one"

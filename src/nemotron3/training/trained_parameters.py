@@ -5,6 +5,7 @@ from typing import NamedTuple
 from nemotron3.models.adapted_weight import AdaptedWeight
 from nemotron3.models.block import Block
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.ops.weights import QuantizedWeight
 
 _OF_MIXTURES = {
     "gate": "router",
@@ -22,6 +23,8 @@ class TrainedCount(NamedTuple):
     """Those with gradients; of an adapted weight, the parameters of its change."""
     total: int
     """All of the model's own, without those of an adapter."""
+    formats: frozenset[str] = frozenset()
+    """Number formats of those that are frozen because they are quantized."""
 
 
 def trained_by_part(model: LanguageModel) -> dict[str, TrainedCount]:
@@ -36,10 +39,17 @@ def trained_by_part(model: LanguageModel) -> dict[str, TrainedCount]:
     for name, parameter in model.named_parameters():
         part, size = _part_of(model, name), parameter.numel()
         have = counts.get(part, TrainedCount(0, 0))
-        counts[part] = TrainedCount(
-            have.trained + (size if parameter.requires_grad else 0),
-            have.total + (0 if id(parameter) in changes else size),
+        counts[part] = have._replace(
+            trained=have.trained + (size if parameter.requires_grad else 0),
+            total=have.total + (0 if id(parameter) in changes else size),
         )
+    for name, weight in model.named_modules():
+        if isinstance(weight, QuantizedWeight):
+            part = _part_of(model, name)
+            have = counts.get(part, TrainedCount(0, 0))
+            counts[part] = have._replace(
+                total=have.total + weight.shape.numel(), formats=have.formats | {weight.format}
+            )
     return counts
 
 
@@ -51,7 +61,8 @@ def trained_text(model: LanguageModel) -> str:
     lines = [f"Trained are {trained:,} parameters ({trained / total:.2%} of {total:,}):"]
     for part, count in counts.items():
         said = f"{count.trained:>14,}" if count.trained else f"{'frozen':>14}"
-        lines.append(f"  {part:<24}{said} of {count.total:,}")
+        held = f", kept in {' and '.join(sorted(count.formats))}" if count.formats else ""
+        lines.append(f"  {part:<24}{said} of {count.total:,}{held}")
     return "\n".join(lines)
 
 

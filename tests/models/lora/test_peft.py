@@ -20,7 +20,6 @@ from nemotron3.models.lora import (
 )
 from nemotron3.models.lora.adapter import products
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.precision import convert_weights
 from tests.models.lora.adapted import EVERYTHING, PATTERN, SMALL, adapted_model, with_change
 from tests.tiny import qwen_config, tiny_model, tokens_for
 
@@ -283,8 +282,6 @@ def test_other_kinds_of_adapters_are_refused(folder, base, fields, said):
 def test_directories_that_are_no_adapter_say_what_is_missing(folder, base, tmp_path):
     with pytest.raises(CheckpointError, match=f"holds no {CONFIG}"):
         read_adapter(tmp_path / "nowhere", base)
-    with pytest.raises(CheckpointError, match="kept in int8"):
-        read_adapter(folder, convert_weights(base, "int8"))
     (folder / WEIGHTS).write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         read_adapter(folder, base)

@@ -7,7 +7,8 @@ is preempted. It returns to the head of the queue and recomputes its state later
 tokens is lost.
 """
 
-from collections import deque
+from bisect import insort
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from nemotron3.inference.config import EngineConfig
@@ -44,6 +45,8 @@ class Scheduler:
         self._groups: dict[str, Snapshot] = {}
         """For requests with several answers: the state of the prompt without its last token, which
         one of the answers computes for all."""
+        self._num_open: Counter[str] = Counter()
+        """Answers to each request that wait or run."""
 
     @property
     def decoding(self) -> list[Sequence]:
@@ -52,20 +55,27 @@ class Scheduler:
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Append sequences to the queue."""
+        sequences = list(sequences)
         self.waiting.extend(sequences)
+        self._num_open.update(sequence.request_id for sequence in sequences)
 
     def admit(self) -> None:
         """Move sequences from the queue to a slot, while slots and pages are free."""
-        for sequence in list(self.waiting):
-            if not self._free_slots:
-                return
-            if self._waits_for_leader(sequence):
-                continue
-            if not self._allocate(sequence):
-                return
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            self.running.sort(key=lambda running: running.order)
+        reading = {id(other.request) for other in self.running if not other.is_prefilled}
+        skipped: list[Sequence] = []
+        try:
+            while self.waiting and self._free_slots:
+                sequence = self.waiting.popleft()
+                skipped.append(sequence)
+                if id(sequence.request) in reading and self._needs_leader(sequence):
+                    continue
+                if not self._allocate(sequence):
+                    return
+                skipped.pop()
+                reading.add(id(sequence.request))
+                insort(self.running, sequence, key=lambda running: running.order)
+        finally:
+            self.waiting.extendleft(reversed(skipped))
 
     def schedule_prefill(self) -> list[list[tuple[Sequence, int]]]:
         """The prompt chunks of this step: for each model call, sequences and numbers of tokens.
@@ -134,11 +144,13 @@ class Scheduler:
         slot = sequence.slot
         if slot is not None:
             length = self.cache.lengths[slot]
+            keep_state = keep_state and sequence.request.may_be_continued
             if keep_state and not sequence.is_stale and length <= len(sequence.tokens):
                 self.prefixes.insert(sequence.tokens[:length], slot)
             self._release(sequence)
-        everyone = (*self.waiting, *self.running)
-        if not any(other.request is sequence.request for other in everyone):
+        self._num_open[sequence.request_id] -= 1
+        if not self._num_open[sequence.request_id]:
+            del self._num_open[sequence.request_id]
             snapshot = self._groups.pop(sequence.request_id, None)
             if snapshot is not None:
                 self.cache.drop(snapshot)
@@ -221,12 +233,9 @@ class Scheduler:
             return False
         return params.n > 1 and self._config.keeps_states
 
-    def _waits_for_leader(self, sequence: Sequence) -> bool:
-        if not self._shares_prompt(sequence) or sequence.request_id in self._groups:
-            return False
-        return any(
-            other.request is sequence.request and not other.is_prefilled for other in self.running
-        )
+    def _needs_leader(self, sequence: Sequence) -> bool:
+        """Whether a sequence waits while another answer to its request reads the prompt."""
+        return self._shares_prompt(sequence) and sequence.request_id not in self._groups
 
     def _next_chunk(self, sequence: Sequence) -> int:
         """Number of tokens up to the next length at which a chunk must end."""
@@ -248,7 +257,7 @@ class Scheduler:
         A length shortly after another one is left out: it would save later prompts a few tokens and
         cost this prompt a model call.
         """
-        if self._config.prefix_cache_bytes == 0:
+        if self._config.prefix_cache_bytes == 0 or not sequence.request.may_be_continued:
             return set()
         interval, length = self._config.prefix_interval, len(sequence.tokens)
         ends = {end for end in sequence.request.boundaries if 0 < end < length}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemotron3.errors import ConfigError
 from nemotron3.models import huggingface
+from nemotron3.models.lora import has_quantized_base
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import state_tensors
 from nemotron3.ops.weights import Weight
@@ -35,6 +36,11 @@ def prepared_weights(model: LanguageModel, weights: Weights) -> Callable[[], Non
 
     Raises ConfigError or CheckpointError if they do not fit.
     """
+    if has_quantized_base(model):
+        raise ConfigError(
+            "the model has an adapter beside quantized weights, which new weights cannot replace; "
+            "load the new model, with lora=DIR if the adapter is for it"
+        )
     if isinstance(weights, str | Path):
         _compare_configs(model, Path(weights))
         return huggingface.prepared_weights(model, model.config, weights)

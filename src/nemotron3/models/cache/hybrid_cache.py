@@ -38,6 +38,8 @@ from nemotron3.models.layout import SequenceLayout
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.segments import Segments
 
+_NOWHERE = 0, 0
+
 PAGE_SIZE = 64
 """Tokens of a page: long contiguous reads for kernels, and little waste in the last page."""
 
@@ -104,8 +106,9 @@ class HybridCache:
             DraftState(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
         """The progress of the multi-token-prediction block, if it drafts."""
-        self._writable = [range(0)] * slots
-        """Positions of each slot that are known to be in pages of its own: most calls look here."""
+        self._writable = [_NOWHERE] * slots
+        """First and end of each slot's positions that are known to be in pages of its own: most
+        calls look here."""
         self._with_rows = [layer for layer in self.layers if layer is not None and layer.rows]
         self._with_pages = [layer for layer in states if layer is not None and layer.pages]
         if any(layer is not None and layer.rows for layer in self.draft_layers):
@@ -159,15 +162,16 @@ class HybridCache:
 
     def missing_pages(self, slot: int, new_tokens: int) -> int:
         """Number of pages that a slot needs for `new_tokens` more tokens."""
-        own, end = self._writable[slot], self.lengths[slot] + new_tokens
-        if (own.start <= self._first_written(slot) and end <= own.stop) or not self._with_pages:
+        first, stop = self._writable[slot]
+        end = self.lengths[slot] + new_tokens
+        if (end <= stop and first <= self._first_written(slot)) or not self._with_pages:
             return 0
         more = self.table.pages_for(end) - len(self.table.rows[slot])
         missing = max(more, 0) + len(self._shared_places(slot))
         if not missing:
             size = self.table.page_size
             first = self._first_written(slot) // size * size
-            self._writable[slot] = range(first, len(self.table.rows[slot]) * size)
+            self._writable[slot] = first, len(self.table.rows[slot]) * size
         return missing
 
     def reserve(self, slot: int, new_tokens: int) -> None:
@@ -244,7 +248,7 @@ class HybridCache:
         """Empty a slot."""
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, [])
-        self._writable[slot] = range(0)
+        self._writable[slot] = _NOWHERE
         self.lengths[slot] = 0
         if self.drafts is not None:
             self.drafts.clear(slot)
@@ -255,7 +259,7 @@ class HybridCache:
         """Copy the state of a slot; its pages are shared."""
         pages = tuple(self.table.rows[slot][: self.table.pages_for(self.lengths[slot])])
         self.pool.share(pages)
-        self._writable[slot] = range(0)
+        self._writable[slot] = _NOWHERE
         length = self.lengths[slot]
         return Snapshot(
             length,
@@ -269,7 +273,7 @@ class HybridCache:
         self.pool.share(snapshot.pages)
         self.pool.release(self.table.rows[slot])
         self.table.set(slot, snapshot.pages)
-        self._writable[slot] = range(0)
+        self._writable[slot] = _NOWHERE
         self.lengths[slot] = snapshot.length
         for layer, rows in zip(self._with_rows, snapshot.states, strict=True):
             layer.put(slot, rows)

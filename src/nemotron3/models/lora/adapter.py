@@ -9,6 +9,9 @@
 A product is named as in files: `backbone.layers.0.mixer.in_proj`, and for stacked experts
 `backbone.layers.1.mixer.experts.up_proj`. What may be adapted is what may be quantized: the
 matrices that are used in products only (models/parameter.py). Routers are not among them.
+
+A product whose weight is quantized stays so: its change is not merged but stands beside it, in
+training and in a `shared_model`. Only `dequantized_with` makes plain weights of both.
 """
 
 from collections.abc import Mapping
@@ -24,8 +27,9 @@ from nemotron3.models.adapted_weight import AdaptedWeight, LowRank
 from nemotron3.models.initialization import initialize
 from nemotron3.models.lora.config import ALL_LINEAR, LoRAConfig
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.parameter import DeclaredModule, weight_format
-from nemotron3.ops.weights import Weight
+from nemotron3.models.parameter import DeclaredModule
+from nemotron3.models.precision import convert_weights
+from nemotron3.ops.weights import QuantizedWeight, Weight
 
 Adapter = Mapping[str, LowRank]
 """The changes of an adapter, by the names of their products."""
@@ -95,26 +99,29 @@ def _no_product(target: str, found: Mapping[str, Product]) -> str:
 def add_lora(model: LanguageModel, config: LoRAConfig, *, seed: int) -> list[str]:
     """Give a model an adapter that changes nothing yet; returns the adapted products.
 
-    All parameters but those of the adapter are frozen. Raises ConfigError for a target that names
-    no product, and for a model with an adapter or with quantized weights.
+    All parameters but those of the adapter are frozen; quantized weights stay as they are. Raises
+    ConfigError for a target that names no product, and for a model with an adapter.
     """
-    if (held := weight_format(model)) is not None:
-        raise ConfigError(
-            f"the model's matrices are kept in {held}, and an adapter is trained on plain ones; "
-            "load the plain model"
-        )
     if is_adapted(model):
         raise ConfigError("the model has an adapter already; merge that one first")
     chosen = chosen_products(model, config.targets)
     model.requires_grad_(False)
     for product in chosen.values():
         base = product.weight
-        assert isinstance(base, nn.Parameter)
+        assert isinstance(base, nn.Parameter | QuantizedWeight)
         delattr(product.module, product.attribute)
         adapted = AdaptedWeight(base, rank=config.rank, scale=config.scale)
         setattr(product.module, product.attribute, adapted)
     initialize(model, model.config, seed, names=trained_tensors(model).keys())
     return list(chosen)
+
+
+def has_quantized_base(model: nn.Module) -> bool:
+    """Whether some change stands beside a quantized weight, so that the model cannot be merged."""
+    return any(
+        isinstance(module, AdaptedWeight) and isinstance(module.base, QuantizedWeight)
+        for module in model.modules()
+    )
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -123,11 +130,16 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def changed_parameters(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the parameters that an adapter changes, in a model without one."""
-    return [
-        f"{name}.weight" if product.attribute == "weight" else name
-        for name, product in chosen_products(model, config.targets).items()
-    ]
+    """Names of the tensors that an adapter changes, in a model without one or a `shared_model`.
+
+    Those of a change beside a quantized weight are its own.
+    """
+    names: list[str] = []
+    for name, product in chosen_products(model, config.targets).items():
+        own = f"{name}.weight" if product.attribute == "weight" else name
+        is_apart = isinstance(product.weight, AdaptedWeight | QuantizedWeight)
+        names += [f"{own}.A", f"{own}.B"] if is_apart else [own]
+    return names
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -166,16 +178,18 @@ def with_own_changes(model: LanguageModel, config: LoRAConfig) -> LanguageModel:
 
     `model` has none beside its weights; it may have one merged.
     """
-    shared = shared_model(model, {})
+    shared = shared_model(model)
     for module, attribute in chosen_products(shared, config.targets).values():
-        copied = getattr(module, attribute).detach().clone()
-        setattr(module, attribute, nn.Parameter(copied, requires_grad=False))
+        weight = getattr(module, attribute)
+        if isinstance(weight, Tensor):
+            copied = weight.detach().clone()
+            setattr(module, attribute, nn.Parameter(copied, requires_grad=False))
     return shared
 
 
 @torch.no_grad()
 def merge_adapter(model: LanguageModel, adapter: Adapter) -> None:
-    """Add an adapter to the weights of a model without one, in their memory and dtype."""
+    """Add an adapter to the plain weights of a model without one, in their memory and dtype."""
     found = products(model)
     for name, change in adapter.items():
         weight = found[name].weight
@@ -184,11 +198,28 @@ def merge_adapter(model: LanguageModel, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
+def dequantized_with(model: LanguageModel, adapter: Adapter) -> LanguageModel:
+    """A model of plain weights, in the dtype of the embedding, with an adapter merged.
+
+    A dequantized matrix and its change are added up before they are rounded.
+    """
+    merged, found = convert_weights(model, None), products(model)
+    targets = products(merged)
+    for name, change in adapter.items():
+        target, weight = targets[name].weight, found[name].weight
+        assert isinstance(target, Tensor)
+        assert not isinstance(weight, AdaptedWeight)
+        target.copy_(change.added_to(weight, target.dtype))
+    return merged
+
+
+@torch.no_grad()
 def merge_own_adapter(model: LanguageModel) -> None:
-    """Make of a model with an adapter one without, in the memory of its weights."""
+    """Make of a model with an adapter one without, in the memory of its plain weights."""
     for product in products(model).values():
         if isinstance(weight := product.weight, AdaptedWeight):
             base = weight.base
+            assert isinstance(base, nn.Parameter)
             base.copy_(weight.value(base.dtype))
             delattr(product.module, product.attribute)
             setattr(product.module, product.attribute, base)
@@ -201,24 +232,29 @@ def merge_into(served: LanguageModel, model: LanguageModel) -> None:
     for name, product in products(model).items():
         if isinstance(weight := product.weight, AdaptedWeight):
             target = targets[name].weight
-            assert isinstance(target, Tensor)
-            target.copy_(weight.value(target.dtype))
+            if isinstance(target, AdaptedWeight):
+                target.A.copy_(weight.A)
+                target.B.copy_(weight.B)
+            else:
+                assert isinstance(target, Tensor)
+                target.copy_(weight.value(target.dtype))
 
 
 @torch.no_grad()
 def shared_model(model: LanguageModel, adapter: Adapter | None = None) -> LanguageModel:
     """A model with all tensors of `model`, but for copies of those that an adapter changes.
 
-    The copies are in the dtype of activations, to which training rounds the same sums. Without an
-    `adapter` it is the one of `model`. An adapter of no products gives the base model of an adapted
-    one. Writes into a shared tensor are seen by both models.
+    The copies are in the dtype of activations, to which training rounds the same sums. Of a
+    quantized weight there is none: it is shared, and the change has memory of its own beside it.
+    Without an `adapter` it is the one of `model`. An adapter of no products gives the base model of
+    an adapted one. Writes into a shared tensor are seen by both models.
     """
     if adapter is None:
         adapter = adapter_of(model)
     with torch.device("meta"):
         shared = type(model)(model.config)
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedWeight):
+        if isinstance(module, AdaptedWeight | QuantizedWeight):
             continue
         target = shared.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):
@@ -229,10 +265,14 @@ def shared_model(model: LanguageModel, adapter: Adapter | None = None) -> Langua
     for name, product in products(model).items():
         weight = product.weight
         base = weight.base if isinstance(weight, AdaptedWeight) else weight
-        if name in adapter:
-            assert isinstance(base, nn.Parameter)
+        if name in adapter and isinstance(base, QuantizedWeight):
+            base = AdaptedWeight.frozen(base, adapter[name])
+        elif name in adapter:
             merged = adapter[name].added_to(base, model.compute_dtype)
             base = nn.Parameter(merged, requires_grad=False)
-        setattr(targets[name].module, targets[name].attribute, base)
+        module, attribute = targets[name]
+        delattr(module, attribute)
+        setattr(module, attribute, base)
     shared.activation_dtype, shared.companions = model.activation_dtype, model.companions
+    shared.mapped_bytes = model.mapped_bytes
     return shared

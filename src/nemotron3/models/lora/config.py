@@ -10,7 +10,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """An adapter: low-rank changes of some products, with everything else frozen."""
+    """An adapter: low-rank changes of some products, with everything else frozen.
+
+    Beside quantized weights (a directory by `nemotron3 quantize`, or a published one) it is QLoRA.
+    """
 
     rank: int = 16
     """Rank of each change; of stacked experts, that of each expert."""

@@ -35,7 +35,7 @@ from nemotron3.models.huggingface.companions import (
 from nemotron3.models.lora.adapter import Adapter, adapter_of, products
 from nemotron3.models.lora.config import LoRAConfig
 from nemotron3.models.nemotron_h import LanguageModel
-from nemotron3.models.parameter import weight_format
+from nemotron3.ops.weights import Weight
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,6 +44,8 @@ _TENSOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 _BASE_LAYER = ".base_layer.weight"
 _INNER, _OUTER = "up_proj", "down_proj"
+_LARGEST_ROUNDING = 0.25
+"""Of a matrix in a number format, relative to its norm; that of another matrix is above 1."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` that write into the base model's weights as well."""
 
@@ -169,6 +171,17 @@ def _shortest_ends(chosen: list[str], all_names: list[str], *, least: int = 1) -
     return list(ends)
 
 
+def _is_same(stored: Tensor, weight: Weight) -> bool:
+    """Whether a plain matrix is the model's, up to the rounding of a number format."""
+    if isinstance(weight, Tensor):
+        return torch.equal(stored.to(weight), weight)
+    if stored.shape != weight.shape:
+        return False
+    plain = stored.to(weight.device, torch.float32)
+    off = (weight.dequantize() - plain).norm()
+    return bool(off <= _LARGEST_ROUNDING * plain.norm())
+
+
 class _Part(NamedTuple):
     """Where a tensor of the file belongs."""
 
@@ -194,11 +207,6 @@ class _AdapterFiles:
         self.model = model
         self.dialect = _dialect(model)
         self.products = products(model)
-        if (held := weight_format(model)) is not None:
-            raise CheckpointError(
-                f"{directory} is an adapter of plain weights, and the model's are kept in {held}; "
-                "load the plain model, and quantize it after the adapter is merged"
-            )
         self.by_published = {name: ours for ours, name in _published_names(model).items()}
         self._check_config()
 
@@ -271,7 +279,7 @@ class _AdapterFiles:
         ours = self.by_published.get(module)
         weight = None if ours is None else self.products[ours].weight
         weight = weight.base if isinstance(weight, AdaptedWeight) else weight
-        if not isinstance(weight, Tensor) or not torch.equal(tensor.to(weight), weight):
+        if weight is None or not _is_same(tensor, weight):
             raise CheckpointError(
                 f"{self.weights}: {name!r} is not the weight of this model; the adapter is of "
                 "another model"

@@ -17,10 +17,12 @@ from nemotron3.ops.checks import (
 )
 from nemotron3.ops.experts import activations
 from nemotron3.ops.experts.activations import Activation, up_factor
+from nemotron3.ops.experts.low_rank import low_rank_implementations
 from nemotron3.ops.experts.reference import routed_experts_reference
 from nemotron3.ops.experts.torch import routed_experts_torch
 from nemotron3.ops.low_precision import ExpertsQuantization
-from nemotron3.ops.weights import QuantizedWeight, Weight
+from nemotron3.ops.nvfp4 import BLOCK
+from nemotron3.ops.weights import LowRankWeight, QuantizedWeight, Weight
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
@@ -31,8 +33,10 @@ _EXPERTS = {
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
 }
 _NARROW = {
-    **QuantizedWeight.routed_experts,
+    "reference": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_reference"),
+    "torch": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_torch"),
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_narrow_native"),
+    "triton": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_triton"),
 }
 """Of float32 with bfloat16 matrices."""
 _QUANTIZED = {
@@ -65,8 +69,8 @@ def routed_experts(
     x: Float[Tensor, "tokens d_in"],
     indices: Int[Tensor, "tokens choice"],
     weights: Float[Tensor, "tokens choice"],
-    up: Weight,
-    down: Weight,
+    up: Weight | LowRankWeight,
+    down: Weight | LowRankWeight,
     *,
     activation: Activation,
     quantization: ExpertsQuantization | None = None,
@@ -75,11 +79,12 @@ def routed_experts(
     """Weighted sum of each token's chosen experts, `down act(up x)`.
 
     `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
-    format, or both have the dtype of `x`, beside float32 also bfloat16. With `swiglu`, `up` holds
-    the gate's rows and then the value's, so `up_width` is twice `width`. `weights` is cast to the
-    dtype of `x`. An expert may be chosen by no token. With `quantization` the operands of all
-    products are rounded (ops/low_precision), of tensors as weights. Raises OperandError for
-    operands that do not fit and, on the CPU, OperandIndexError for an expert out of range.
+    format, with or without a low-rank change, or both have the dtype of `x`, beside float32 also
+    bfloat16. With `swiglu`, `up` holds the gate's rows and then the value's, so `up_width` is twice
+    `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token. With
+    `quantization` the operands of all products are rounded (ops/low_precision), of tensors as
+    weights. Raises OperandError for operands that do not fit and, on the CPU, OperandIndexError for
+    an expert out of range.
     """
     check_axes("experts", "x", x, "tokens d_in")
     check_weight("experts", "down", down, "expert d_in width", x)
@@ -95,21 +100,28 @@ def routed_experts(
     indices = check_indices("experts", "indices", indices, shape, x, (0, experts))
     weights = weights.to(x.dtype)
     if not tokens:
-        return without_tokens(x, weights, *(t for t in (up, down) if isinstance(t, Tensor)))
+        return without_tokens(x, weights, *_trained(up), *_trained(down))
     if quantization is not None:
         _check_tensors(up, down)
         formats = quantization.up.formats
-        implementations = _COMPILED if formats.is_compiled else _QUANTIZED
+        is_compiled = formats.is_compiled and not (d_in % BLOCK or width % BLOCK)
+        implementations = _COMPILED if is_compiled else _QUANTIZED
         return resolve("quantized experts", backend, implementations, x)(
             x, indices, weights, up, down, activation, quantization
         )
-    implementations = _implementations(x, up, down)
+    implementations = _implementations(x, weights, up, down)
     return resolve("experts", backend, implementations, x)(
         x, indices, weights, up, down, activation
     )
 
 
-def _check_tensors(*matrices: Weight) -> None:
+def _trained(weight: Weight | LowRankWeight) -> tuple[Tensor, ...]:
+    if isinstance(weight, LowRankWeight):
+        return weight.A, weight.B
+    return (weight,) if isinstance(weight, Tensor) else ()
+
+
+def _check_tensors(*matrices: Weight | LowRankWeight) -> None:
     for matrix in matrices:
         if not isinstance(matrix, Tensor):
             raise OperandError(
@@ -118,10 +130,14 @@ def _check_tensors(*matrices: Weight) -> None:
             )
 
 
-def _implementations(x: Tensor, up: Weight, down: Weight) -> Implementations:
+def _implementations(
+    x: Tensor, weights: Tensor, up: Weight | LowRankWeight, down: Weight | LowRankWeight
+) -> Implementations:
     if isinstance(up, Tensor) and isinstance(down, Tensor):
         return _EXPERTS if up.dtype == down.dtype == x.dtype else _NARROW
+    if not isinstance(up, Tensor) and not isinstance(down, Tensor) and up.format == down.format:
+        if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):
+            return up.routed_experts
+        return low_rank_implementations(x, weights, up, down)
     kinds = [getattr(t, "format", "plain") for t in (up, down)]
-    if isinstance(up, QuantizedWeight) and kinds[0] == kinds[1]:
-        return up.routed_experts
     raise OperandError(f"experts: up is {kinds[0]} and down {kinds[1]}; expected one format")

@@ -6,10 +6,15 @@
 // results are then added in the order of its choices. No sum depends on the number of threads or on
 // how many tokens an expert has, except that a call with few rows per expert, which uses rows.h,
 // sums in another order than a call with many.
+//
+// The matrices of an expert may be anywhere: in a stack, or pages of a mapped file. Kernels take a
+// table of Matrix, one for each expert, which is what weights.h calls a weight: the place of plain
+// numbers, or those of codes and scales.
 #include <cmath>
 
 #include "experts.h"
 #include "gemm.h"
+#include "low_rank.h"
 #include "packed.h"
 #include "rows.h"
 #include "scratch.h"
@@ -18,34 +23,39 @@
 namespace {
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
-// The matrices of experts. In one block of memory they begin `rows` rows apart; where each is in
-// memory of its own, a table of their places (an array of W) takes the place of this type.
-template <class W>
-struct Stack {
-  W first;
-  int64_t rows, ld;
-  W operator[](int64_t expert) const { return from_row(first, expert * rows, ld); }
+// Low-rank changes of both matrices of the experts.
+struct Changes {
+  LowRank up, down;
+  int64_t rank() const { return up.rank > down.rank ? up.rank : down.rank; }
+  Changes of(const Shape& s, int64_t expert) const {
+    return {of_expert(up, expert, s.up_rows(), s.width),
+            of_expert(down, expert, s.width, s.hidden)};
+  }
 };
 
-// Scratch memory for a block of rows: the tokens, and the values between the products.
+// Scratch memory for a block of rows: the tokens, the values between the products, and those
+// between the two factors of a change.
 struct ForwardBuffers {
-  int64_t ldx, ldh;
-  float *xs, *h;
+  int64_t ldx, ldh, rank;
+  float *xs, *h, *narrow;
   int64_t row() const { return ldx + ldh; }
-  int64_t floats() const { return most_rows(row()) * row(); }
-  explicit ForwardBuffers(const Shape& s) : ldx(pitch(s.width)), ldh(pitch(s.up_rows())) {}
+  int64_t floats() const { return most_rows(row()) * (row() + rank); }
+  ForwardBuffers(const Shape& s, int64_t rank)
+      : ldx(pitch(s.width)), ldh(pitch(s.up_rows())), rank(rank) {}
   void take(Scratch& scratch) {
     xs = scratch.take(most_rows(row()), ldx);
     h = scratch.take(most_rows(row()), ldh);
+    narrow = scratch.take(most_rows(row()), rank);
   }
 };
 
 // All rows of one expert, by one thread. The results of the first product are written to `kept`
 // [rows, up_rows] if it is not null.
-template <class W>
+template <class Matrix>
 void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
-                    int64_t ldx, const float* weights, W up, W down,
-                    const ForwardBuffers& buf, float* kept, float* outputs) {
+                    int64_t ldx, const float* weights, Matrix up, Matrix down,
+                    const Changes& changes, const ForwardBuffers& buf, float* kept,
+                    float* outputs) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows(), block = block_rows(end - begin, buf.row());
   for (int64_t first = begin; first < end; first += block) {
@@ -54,6 +64,10 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
     gather(x, ldx, sources, s.choices, rows, s.width, buf.xs, buf.ldx);
     gemm_turned(rows, up_rows, s.width, buf.xs, buf.ldx, 1, up, s.width, buf.h, buf.ldh, false,
                 down);
+    if (changes.up.A) {
+      narrow_rows(rows, s.width, buf.xs, buf.ldx, changes.up, buf.narrow);
+      add_change(rows, 0, up_rows, buf.narrow, changes.up, buf.h, buf.ldh);
+    }
     for (int64_t r = 0; r < rows; r++) {
       float* h = buf.h + r * buf.ldh;
       if (kept) memcpy(kept + (first + r) * up_rows, h, 4 * up_rows);
@@ -61,29 +75,38 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
     }
     gemm_turned(rows, s.width, s.hidden, buf.h, buf.ldh, 1, down, s.hidden,
                 outputs + first * s.width, s.width);
+    if (changes.down.A) {
+      narrow_rows(rows, s.hidden, buf.h, buf.ldh, changes.down, buf.narrow);
+      add_change(rows, 0, s.width, buf.narrow, changes.down, outputs + first * s.width, s.width);
+    }
   }
 }
 
 // Few rows for each expert: the time goes into reading the matrices, so every thread reads a part
 // of each. `units` [rows, up_rows] is scratch memory for the values between the products.
-template <class Matrices>
+template <class Matrix>
 void forward_few(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                 const float* weights, Matrices up, Matrices down, float* units, float* outputs,
-                 float* y) {
+                 const float* weights, const Matrix* up, const Matrix* down,
+                 const Changes& changes, float* units, float* outputs, float* y) {
   const int64_t up_rows = s.up_rows();
   const Range hidden = team.share(s.hidden, LANES), columns = team.share(s.width, LANES);
   const int64_t most = s.tokens * s.choices;  // of one expert: a token may choose it twice
-  Scratch scratch(most * s.width);
+  Scratch scratch(most * (s.width + changes.rank()));
   float* xs = scratch.take(most, s.width);
+  float* narrow = scratch.take(most, changes.rank());  // every thread computes the few numbers
   for (int64_t e = 0; e < s.experts; e++) {
     const int64_t first = order.bounds[e], rows = order.bounds[e + 1] - first;
     if (rows == 0) continue;
     const int64_t* sources = order.sources + first;
     gather(x, ldx, sources, s.choices, rows, s.width, xs, s.width);
-    const auto matrix = up[e];
     float* h = units + first * up_rows;
     for (int64_t at = 0; at < up_rows; at += s.hidden)
-      few_rows(rows, xs, s.width, matrix, at + hidden.first, at + hidden.last, s.width, h, up_rows);
+      few_rows(rows, xs, s.width, up[e], at + hidden.first, at + hidden.last, s.width, h, up_rows);
+    if (const LowRank change = changes.of(s, e).up; change.A) {
+      narrow_rows(rows, s.width, xs, s.width, change, narrow);
+      for (int64_t at = 0; at < up_rows; at += s.hidden)
+        add_change(rows, at + hidden.first, at + hidden.last, narrow, change, h, up_rows);
+    }
     for (int64_t r = 0; r < rows; r++) {
       float* part = h + r * up_rows + hidden.first;
       activate(part, hidden.last - hidden.first, s.hidden, s.activation, weights[sources[r]], part);
@@ -92,24 +115,31 @@ void forward_few(Team& team, const Shape& s, const Order& order, const float* x,
   team.wait();
   for (int64_t e = 0; e < s.experts; e++) {
     const int64_t first = order.bounds[e], rows = order.bounds[e + 1] - first;
-    if (rows)
-      few_rows(rows, units + first * up_rows, up_rows, down[e], columns.first, columns.last,
-               s.hidden, outputs + first * s.width, s.width);
+    if (rows == 0) continue;
+    const float* h = units + first * up_rows;
+    few_rows(rows, h, up_rows, down[e], columns.first, columns.last, s.hidden,
+             outputs + first * s.width, s.width);
+    if (const LowRank change = changes.of(s, e).down; change.A) {
+      narrow_rows(rows, s.hidden, h, up_rows, change, narrow);
+      add_change(rows, columns.first, columns.last, narrow, change, outputs + first * s.width,
+                 s.width);
+    }
   }
   for (int64_t t = 0; t < s.tokens; t++)
     combine(outputs, order.places, s.choices, s.width, columns, t, y);
 }
 
-template <class Matrices>
+template <class Matrix>
 void forward_many(Team& team, const Shape& s, const Order& order, const float* x, int64_t ldx,
-                  const float* weights, Matrices up, Matrices down, float* kept, float* outputs,
-                  float* y) {
-  ForwardBuffers buf(s);
+                  const float* weights, const Matrix* up, const Matrix* down,
+                  const Changes& changes, float* kept, float* outputs, float* y) {
+  ForwardBuffers buf(s, changes.rank());
   Scratch scratch(buf.floats());
   buf.take(scratch);
   for (int64_t e; (e = team.next()) < s.experts;)
     if (order.bounds[e] < order.bounds[e + 1])
-      forward_expert(s, order, e, x, ldx, weights, up[e], down[e], buf, kept, outputs);
+      forward_expert(s, order, e, x, ldx, weights, up[e], down[e], changes.of(s, e), buf, kept,
+                     outputs);
   team.wait();
   const Range tokens = team.share(s.tokens);
   for (int64_t t = tokens.first; t < tokens.last; t++)
@@ -133,9 +163,9 @@ struct BackwardBuffers {
   }
 };
 
+template <class Matrix>
 void backward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
-                     int64_t ldx, const float* weights, const float* up, const float* down,
-                     const float* kept, const float* grad, int64_t ldgrad, float* dxs,
+                     int64_t ldx, const float* weights, Matrix up, Matrix down, const float* kept, const float* grad, int64_t ldgrad, float* dxs,
                      float* d_weights, float* d_up, float* d_down, const BackwardBuffers& buf) {
   const int64_t begin = order.bounds[expert], end = order.bounds[expert + 1];
   const int64_t up_rows = s.up_rows();
@@ -186,26 +216,19 @@ void order_rows(Team& team, const int64_t* indices, int64_t* bounds, int64_t* so
 
 // y [tokens, width]; `outputs` [rows, width] is scratch memory for the experts' results. A call
 // with few rows passes scratch memory for the hidden `units` [rows, up_rows]; one with many passes
-// null, and may pass `kept` for the backward pass. Matrices: a stack, or a table of places.
-template <class Matrices>
-void mixture(Team& team, const float* x, const float* weights, Matrices up, Matrices down,
-             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
-             float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
-             int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
+// null, and may pass `kept` for the backward pass. A and B are stacks, or null without a change.
+template <class Matrix>
+void forward(Team& team, const float* x, const float* weights, const Matrix* up,
+             const Matrix* down, int64_t* bounds, int64_t* sources, int64_t* places, float* units,
+             float* kept, float* outputs, float* y, const float* up_A, const float* up_B,
+             const float* down_A, const float* down_B, int64_t tokens, int64_t choices,
+             int64_t experts, int64_t width, int64_t hidden, int64_t activation, int64_t ldx,
+             int64_t up_rank, int64_t down_rank, float up_scale, float down_scale) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
-  if (units) forward_few(team, s, order, x, ldx, weights, up, down, units, outputs, y);
-  else forward_many(team, s, order, x, ldx, weights, up, down, kept, outputs, y);
-}
-
-void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
-             int64_t* bounds, int64_t* sources, int64_t* places, float* units, float* kept,
-             float* outputs, float* y, int64_t tokens, int64_t choices, int64_t experts,
-             int64_t width, int64_t hidden, int64_t activation, int64_t ldx) {
-  const int64_t up_rows = activation == SWIGLU ? 2 * hidden : hidden;
-  mixture(team, x, weights, Stack<const float*>{up, up_rows, width},
-          Stack<const float*>{down, width, hidden}, bounds, sources, places, units, kept, outputs,
-          y, tokens, choices, experts, width, hidden, activation, ldx);
+  const Changes changes{{up_A, up_B, up_rank, up_scale}, {down_A, down_B, down_rank, down_scale}};
+  if (units) forward_few(team, s, order, x, ldx, weights, up, down, changes, units, outputs, y);
+  else forward_many(team, s, order, x, ldx, weights, up, down, changes, kept, outputs, y);
 }
 
 // a [rows, hidden] = act(h), row by row.
@@ -216,46 +239,46 @@ void activate_rows(Team& team, const float* h, float* a, int64_t rows, int64_t h
   for (int64_t r = part.first; r < part.last; r++)
     activate(h + r * wide, hidden, hidden, activation, 1.0f, a + r * hidden);
 }
+
+// Gradients, from what the forward pass kept; `dxs` [rows, width] is scratch memory for the
+// gradients of single rows. dx and dxs, d_up, and d_down may be null; codes, of which a tile is
+// decoded at a time, are frozen.
+template <class Matrix>
+void backward(Team& team, const float* x, const float* weights, const Matrix* up,
+              const Matrix* down, int64_t* bounds, int64_t* sources, int64_t* places,
+              const float* kept, const float* grad, float* dxs, float* dx, float* d_weights,
+              float* d_up, float* d_down, int64_t tokens, int64_t choices, int64_t experts,
+              int64_t width, int64_t hidden, int64_t activation, int64_t ldx, int64_t ldgrad) {
+  const Shape s{tokens, choices, experts, width, hidden, activation};
+  const Order order{bounds, sources, places};
+  BackwardBuffers buf(s);
+  Scratch scratch(buf.floats());
+  buf.take(scratch);
+  for (int64_t e; (e = team.next()) < experts;)
+    backward_expert(s, order, e, x, ldx, weights, up[e], down[e], kept, grad, ldgrad, dxs,
+                    d_weights, d_up ? d_up + e * s.up_rows() * width : nullptr,
+                    d_down ? d_down + e * hidden * width : nullptr, buf);
+  team.wait();
+  if (!dx) return;
+  const Range part = team.share(tokens);
+  for (int64_t t = part.first; t < part.last; t++)
+    combine(dxs, places, choices, width, {0, width}, t, dx);
+}
 }  // namespace
 
 PARALLEL_KERNEL(experts_order, order_rows)
-PARALLEL_KERNEL(experts_forward, forward)
-// Of these formats each matrix is where the table says.
-PARALLEL_KERNEL(experts_forward_bfloat16, mixture<const bfloat16* const*>)
-PARALLEL_KERNEL(experts_forward_int8, mixture<const Int8Rows*>)
-PARALLEL_KERNEL(experts_forward_fp8, mixture<const FP8Rows*>)
-PARALLEL_KERNEL(experts_forward_nvfp4, mixture<const NVFP4Rows*>)
+PARALLEL_KERNEL(experts_forward_float32, forward<const float*>)
+PARALLEL_KERNEL(experts_forward_bfloat16, forward<const bfloat16*>)
+PARALLEL_KERNEL(experts_forward_int8, forward<Int8Rows>)
+PARALLEL_KERNEL(experts_forward_fp8, forward<FP8Rows>)
+PARALLEL_KERNEL(experts_forward_nvfp4, forward<NVFP4Rows>)
+PARALLEL_KERNEL(experts_backward_float32, backward<const float*>)
+PARALLEL_KERNEL(experts_backward_int8, backward<Int8Rows>)
+PARALLEL_KERNEL(experts_backward_fp8, backward<FP8Rows>)
+PARALLEL_KERNEL(experts_backward_nvfp4, backward<NVFP4Rows>)
 PARALLEL_KERNEL(activate_forward, activate_rows)
 
 extern "C" {
-
-// Gradients, from what the forward pass kept; `dxs` [rows, width] is scratch memory for the
-// gradients of single rows. dx and dxs, d_up, and d_down may be null.
-void experts_backward(const float* x, const float* weights, const float* up, const float* down,
-                      int64_t* bounds, int64_t* sources, int64_t* places, const float* kept,
-                      const float* grad, float* dxs, float* dx, float* d_weights, float* d_up,
-                      float* d_down, int64_t tokens, int64_t choices, int64_t experts,
-                      int64_t width, int64_t hidden, int64_t activation, int64_t ldx,
-                      int64_t ldgrad, int64_t threads) {
-  const Shape s{tokens, choices, experts, width, hidden, activation};
-  const Order order{bounds, sources, places};
-  const int64_t up_rows = s.up_rows();
-  parallel_region(threads, [&](Team& team) {
-    BackwardBuffers buf(s);
-    Scratch scratch(buf.floats());
-    buf.take(scratch);
-    for (int64_t e; (e = team.next()) < experts;)
-      backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
-                      down + e * hidden * width, kept, grad, ldgrad, dxs, d_weights,
-                      d_up ? d_up + e * up_rows * width : nullptr,
-                      d_down ? d_down + e * hidden * width : nullptr, buf);
-    if (!dx) return;
-    team.wait();
-    const Range part = team.share(tokens);
-    for (int64_t t = part.first; t < part.last; t++)
-      combine(dxs, places, choices, width, {0, width}, t, dx);
-  });
-}
 
 // dh of act(h), from the gradient of its result and the kept tensor: h for SwiGLU, and the result
 // for a squared ReLU, whose root is exactly relu(h).

@@ -5,8 +5,9 @@ recomputing it would cost a sixth of the arithmetic. The `recompute` of whole bl
 without the memory.
 """
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +16,20 @@ from torch import Tensor
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.weights import ExpertMatrices, QuantizedWeight, Weight, dequantized
+from nemotron3.ops.weights import ExpertMatrices, LowRankWeight, QuantizedWeight, Weight
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
-_forward = ParallelKernel(_SOURCE, "experts_forward", "ppppppppppp iiiiiii")
-_forward_table = {
-    name: ParallelKernel(_SOURCE, f"experts_forward_{name}", "ppppppppppp iiiiiii")
-    for name in ("bfloat16", "int8", "fp8", "nvfp4")
+_forward = {
+    name: ParallelKernel(_SOURCE, f"experts_forward_{name}", "pp pp ppp pppp pppp iiiiiii ii ff")
+    for name in ("float32", "bfloat16", "int8", "fp8", "nvfp4")
 }
 """The kernels that multiply with matrices as they are stored, each where a table says."""
-_backward = NativeFunction(_SOURCE, "experts_backward", "pppppppppppppp iiiiiiii")
+_backward = {
+    name: ParallelKernel(_SOURCE, f"experts_backward_{name}", "pp pp ppp pp ppppp iiiiiiii")
+    for name in ("float32", "int8", "fp8", "nvfp4")
+}
+_PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
 _activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
@@ -35,6 +39,9 @@ _FEW_ROWS = 12
 
 _Operands = tuple[Tensor, Tensor, Weight, Weight]
 """x, weights, up and down."""
+_Change = tuple[Tensor | None, Tensor | None, int, float]
+"""A and B of all experts, their rank and their scale."""
+_UNCHANGED: _Change = (None, None, 0, 0.0)
 Order = tuple[Tensor, Tensor, Tensor]
 """Each expert's first row, each row's (token, choice), and each (token, choice)'s row."""
 
@@ -64,8 +71,30 @@ def routed_experts_quantized_native(
     down: QuantizedWeight,
     activation: Activation,
 ) -> Tensor:
-    """The same for codes, which are read without dequantizing; gradients dequantize them."""
+    """The same for codes, of which a tile is decoded at a time in both directions."""
     return _routed(x, indices, weights, up, down, activation)
+
+
+def routed_experts_low_rank_native(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: QuantizedWeight | LowRankWeight,
+    down: QuantizedWeight | LowRankWeight,
+    activation: Activation,
+) -> Tensor:
+    """The same with a low-rank change of either matrix or both; it has no gradients."""
+    (own_up, up_change), (own_down, down_change) = map(_base_and_change, (up, down))
+    operands = (contiguous_rows(x), weights.contiguous(), own_up, own_down)
+    order = order_rows(indices.contiguous(), up.shape[0])
+    return _apply(operands, order, activation, changes=(up_change, down_change))
+
+
+def _base_and_change(weight: QuantizedWeight | LowRankWeight) -> tuple[QuantizedWeight, _Change]:
+    if isinstance(weight, QuantizedWeight):
+        return weight, _UNCHANGED
+    A, B = (part.detach().float().contiguous() for part in (weight.A, weight.B))
+    return weight.base, (A, B, A.shape[-2], weight.scale)
 
 
 def _routed(
@@ -93,7 +122,11 @@ def sizes_of(weights: Tensor, down: Weight, activation: Activation) -> tuple[int
 
 
 def _apply(
-    operands: _Operands, order: Order, activation: Activation, kept: Tensor | None = None
+    operands: _Operands,
+    order: Order,
+    activation: Activation,
+    kept: Tensor | None = None,
+    changes: tuple[_Change, _Change] = (_UNCHANGED, _UNCHANGED),
 ) -> Tensor:
     """Apply all experts; the first product's result is written to `kept` [rows, up_width]."""
     x, weights, up, down = operands
@@ -103,30 +136,44 @@ def _apply(
     units = x.new_empty(weights.numel(), up.shape[1]) if few else None
     sizes = sizes_of(weights, down, activation)
     work = weights.numel() * up.shape[1] * up.shape[2]
-    forward, keeps = _forward, ()
-    if not isinstance(up, Tensor) or up.dtype != x.dtype:
-        forward = _forward_table["bfloat16" if isinstance(up, Tensor) else up.format]
-        (up, ups), (down, downs) = _table(up), _table(down)
-        keeps = (*ups, *downs)
-    assert isinstance(up, Tensor)
-    assert isinstance(down, Tensor)
-    forward(
-        x, weights, up, down, *order, units, kept, outputs, y, *sizes, x.stride(0),
-        work=work, keeps=keeps,
+    up_table, down_table = _table(up), _table(down)
+    (up_A, up_B, up_rank, up_scale), (down_A, down_B, down_rank, down_scale) = changes
+    _forward[_format(up)](
+        x, weights, up_table.places, down_table.places, *order, units, kept, outputs, y,
+        up_A, up_B, down_A, down_B, *sizes, x.stride(0), up_rank, down_rank, up_scale, down_scale,
+        work=work, keeps=(*up_table.tensors, *down_table.tensors),
     )  # fmt: skip
     return y
 
 
-def _table(weight: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Where native.cpp finds the tensors of each expert, int64 [expert, part], and the tensors."""
+def _format(weight: Weight) -> str:
+    return weight.format if isinstance(weight, QuantizedWeight) else _PLAIN[weight.dtype]
+
+
+class _Table(NamedTuple):
+    """Where native.cpp finds the matrices of the experts."""
+
+    places: Tensor
+    """Addresses, int64 [expert, tensor of its matrix]."""
+    tensors: tuple[Tensor, ...]
+    """Those with the memory."""
+
+
+def _table(weight: Weight) -> _Table:
     if isinstance(weight, ExpertMatrices):
-        return weight.table, tuple(weight.buffers())
+        return _Table(weight.table, tuple(weight.buffers()))
     stacks = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers())
     stacks = tuple(stack.contiguous() for stack in stacks)
-    experts = np.arange(len(stacks[0]))
-    places = [s.data_ptr() + s.stride(0) * s.itemsize * experts for s in stacks]
-    # Not by an operation of PyTorch, which a recording would repeat.
-    return torch.from_numpy(np.stack(places, axis=1)), stacks
+    starts = tuple(stack.data_ptr() for stack in stacks)
+    strides = tuple(stack.stride(0) * stack.itemsize for stack in stacks)
+    return _Table(_places_in_stacks(starts, strides, len(stacks[0])), stacks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _places_in_stacks(starts: tuple[int, ...], strides: tuple[int, ...], experts: int) -> Tensor:
+    """Numbers alone, which nobody writes: stacks stay where they are from step to step."""
+    places = np.array(starts) + np.array(strides) * np.arange(experts)[:, None]
+    return torch.from_numpy(places)  # an operation of PyTorch would be repeated by a recording
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -152,17 +199,18 @@ class _RoutedExperts(torch.autograd.Function):
         x, weights, up, down, kept, *order = ctx.saved_tensors
         needs_x, _, needs_up, needs_down, *_ = ctx.needs_input_grad
         if up is None:
-            up, down = map(dequantized, ctx.quantized)
+            up, down = ctx.quantized
         grad = contiguous_rows(grad)
         rows = x.new_empty(weights.numel(), x.shape[1]) if needs_x else None
         dx = x.new_empty(x.shape) if needs_x else None
         d_weights = torch.empty_like(weights)
         d_up = torch.empty_like(up) if needs_up else None
         d_down = torch.empty_like(down) if needs_down else None
-        sizes = sizes_of(weights, down, ctx.activation)
-        _backward(
-            x, weights, up, down, *order, kept, grad, rows, dx, d_weights, d_up, d_down,
-            *sizes, x.stride(0), grad.stride(0),
+        up_table, down_table = _table(up), _table(down)
+        sizes = (*sizes_of(weights, down, ctx.activation), x.stride(0), grad.stride(0))
+        _backward[_format(up)](
+            x, weights, up_table.places, down_table.places, *order, kept, grad, rows, dx,
+            d_weights, d_up, d_down, *sizes, work=weights.numel() * up.shape[1] * up.shape[2],
         )  # fmt: skip
         return dx, d_weights, d_up, d_down, None, None
 

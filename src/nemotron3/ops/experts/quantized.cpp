@@ -6,8 +6,9 @@
 #include <cmath>
 
 #include "experts.h"
+#include "four_over_six.h"
 #include "gemm.h"
-#include "nvfp4.h"
+#include "ms_eden.h"
 #include "scratch.h"
 
 namespace {
@@ -41,41 +42,65 @@ void count(int64_t* counts, Operand operand, int64_t flushed, int64_t all) {
   __atomic_fetch_add(counts + 2 * operand + 1, all, __ATOMIC_RELAXED);
 }
 
+// How an operand is rounded (native_quantized.py).
+enum Format { NONE, NEAREST, STOCHASTIC, MS_EDEN, FOUR_OVER_SIX };
+
 // Rounding of the operands of one expert, in place.
 struct Rounding {
-  const int64_t* places;  // of rows in the noise
-  const float* signs;     // of the Hadamard transform, or null
-  bool stochastic;
-  int64_t* counts;        // of flushed values, or null
+  Format format;
+  const int64_t *places, *features;  // of rows and of columns in the noise
+  const float* signs;                // of the Hadamard transform, or null
+  Random rotation;                   // the signs of MS-EDEN
+  int64_t* counts;                   // of flushed values, or null
 
   // Blocks along rows.
   void rows(Operand operand, float* x, int64_t rows, int64_t d, int64_t ld,
-            const Random* noise) const {
+            const Random& noise) const {
     Barrier barrier;
     Team alone(0, 1, barrier);
     float amax = 0;
+    if (format == MS_EDEN) {
+      const nvfp4::Rotation by(d, rotation);
+      nvfp4::rotate_rows(alone, x, by, x, &amax, rows, rows, d, ld, false);
+      nvfp4::ms_eden_rows(alone, x, &amax, by.size, rows, rows, d, ld, places, 0, noise);
+      if (counts) count(counts, operand, zeros(x, rows, d, ld), rows * d);
+      return;
+    }
     const int64_t before = counts ? zeros(x, rows, d, ld) : 0;
     nvfp4::find_amax(alone, x, &amax, rows, rows, d, ld);
     const nvfp4::Output out{nullptr, nullptr, x};
-    if (noise) nvfp4::along_rows<1, true>(alone, x, &amax, out, rows, rows, d, ld, places, 0, *noise);
-    else nvfp4::along_rows<1, false>(alone, x, &amax, out, rows, rows, d, ld, places, 0, {});
+    const auto run = [&](auto body) {
+      body(alone, x, &amax, out, rows, rows, d, ld, places, 0, noise);
+    };
+    if (format == FOUR_OVER_SIX) nvfp4::four_over_six(alone, x, &amax, out, rows, rows, d, ld);
+    else if (format == STOCHASTIC) run(nvfp4::along_rows<1, true>);
+    else run(nvfp4::along_rows<1, false>);
     if (counts) count(counts, operand, zeros(x, rows, d, ld) - before, rows * d);
   }
 
   // Blocks along columns, of rows that are padded with zeros to whole blocks: `own` of them are
   // not padding.
   void columns(Operand operand, float* x, int64_t rows, int64_t own, int64_t d, int64_t ld,
-               const Random* noise) const {
+               const Random& noise) const {
     Barrier barrier;
     Team alone(0, 1, barrier);
     float amax = 0;
+    if (format == MS_EDEN) {
+      const nvfp4::Rotation by(rows, rotation);
+      nvfp4::rotate_columns(alone, x, by, x, &amax, rows, rows, d, ld, false);
+      nvfp4::ms_eden_columns(alone, x, &amax, by.size, rows, rows, d, ld, features, 0, noise);
+      if (counts) count(counts, operand, zeros(x, rows, d, ld), rows * d);
+      return;
+    }
     if (signs) nvfp4::transform(alone, x, signs, x, &amax, rows, rows, d, ld, false, false);
     else nvfp4::find_amax(alone, x, &amax, rows, rows, d, ld);
     const int64_t before = counts ? zeros(x, rows, d, ld) : 0;
     const nvfp4::Output out{nullptr, nullptr, x};
-    if (noise)
-      nvfp4::along_columns<true>(alone, x, &amax, out, rows, rows, d, ld, places, 0, *noise);
-    else nvfp4::along_columns<false>(alone, x, &amax, out, rows, rows, d, ld, places, 0, {});
+    const auto run = [&](auto body) {
+      body(alone, x, &amax, out, rows, rows, d, ld, places, 0, noise);
+    };
+    if (format == STOCHASTIC) run(nvfp4::along_columns<true>);
+    else run(nvfp4::along_columns<false>);
     if (counts)
       count(counts, operand, zeros(x, rows, d, ld) - before, (signs ? rows : own) * d);
   }
@@ -110,21 +135,20 @@ void sum_over_rows(int64_t rows, int64_t n, int64_t m, const float* a, int64_t l
 
 void forward_expert(const Shape& s, const Order& order, int64_t expert, const float* x, int64_t ldx,
                     const float* weights, const float* up, const float* down, float* xs,
-                    int64_t ldxs, float* h, int64_t ldh, float* kept, float* outputs, bool rounds,
-                    int64_t* counts) {
+                    int64_t ldxs, float* h, int64_t ldh, float* kept, float* outputs,
+                    const Rounding& rounding) {
   const int64_t begin = order.bounds[expert], rows = order.bounds[expert + 1] - begin;
   const int64_t up_rows = s.up_rows();
   const int64_t* sources = order.sources + begin;
-  const Rounding nearest{nullptr, nullptr, false, counts};
   gather(x, ldx, sources, s.choices, rows, s.width, xs, ldxs);
-  if (rounds) nearest.rows(UP_FPROP, xs, rows, s.width, ldxs, nullptr);
+  if (rounding.format) rounding.rows(UP_FPROP, xs, rows, s.width, ldxs, {});
   product(rows, up_rows, s.width, xs, ldxs, up, h, ldh);
   for (int64_t r = 0; r < rows; r++) {
     float* unit = h + r * ldh;
     if (kept) memcpy(kept + (begin + r) * up_rows, unit, 4 * up_rows);
     activate(unit, s.hidden, s.hidden, s.activation, weights[sources[r]], unit);
   }
-  if (rounds) nearest.rows(DOWN_FPROP, h, rows, s.hidden, ldh, nullptr);
+  if (rounding.format) rounding.rows(DOWN_FPROP, h, rows, s.hidden, ldh, {});
   product(rows, s.width, s.hidden, h, ldh, down, outputs + begin * s.width, s.width);
 }
 
@@ -133,9 +157,10 @@ void forward_expert(const Shape& s, const Order& order, int64_t expert, const fl
 void forward(Team& team, const float* x, const float* weights, const float* up, const float* down,
              int64_t* bounds, int64_t* sources, int64_t* places, float* kept, float* outputs,
              float* y, int64_t* counts, int64_t tokens, int64_t choices, int64_t experts, int64_t width,
-             int64_t hidden, int64_t activation, int64_t ldx, int64_t rounds) {
+             int64_t hidden, int64_t activation, int64_t ldx, int64_t format) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
+  const Rounding rounding{(Format)format, nullptr, nullptr, nullptr, {}, counts};
   const int64_t most = most_rows_of(order, experts), up_rows = s.up_rows();
   const int64_t ldxs = pitch(width), ldh = pitch(up_rows);
   Scratch scratch(most * (ldxs + ldh));
@@ -143,19 +168,20 @@ void forward(Team& team, const float* x, const float* weights, const float* up, 
   for (int64_t e; (e = team.next()) < experts;)
     if (order.bounds[e] < order.bounds[e + 1])
       forward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
-                     down + e * hidden * width, xs, ldxs, h, ldh, kept, outputs, rounds, counts);
+                     down + e * hidden * width, xs, ldxs, h, ldh, kept, outputs, rounding);
   team.wait();
   const Range part = team.share(tokens);
   for (int64_t t = part.first; t < part.last; t++)
     combine(outputs, places, choices, width, {0, width}, t, y);
 }
 
-// What the backward pass rounds, and how.
+// What the backward pass rounds of the products with one matrix, and how.
 struct Backward {
-  bool dgrad, wgrad, dgrad_stochastic, wgrad_stochastic;
-  const float* signs;
-  Random down_dgrad, down_wgrad, up_dgrad, up_wgrad;  // noise of the gradients
+  Format dgrad, wgrad;  // of gradients
+  const float* signs;   // of the Hadamard transform, or null
+  Random dgrad_signs, dgrad_dy, wgrad_signs, wgrad_dy, wgrad_x;
   int64_t first_place;
+  const int64_t* features;
   int64_t* counts;
 };
 
@@ -181,10 +207,10 @@ struct Buffers {
 void backward_expert(const Shape& s, const Order& order, int64_t expert, const float* x,
                      int64_t ldx, const float* weights, const float* up, const float* down,
                      const float* kept, const float* grad, int64_t ldgrad, float* dxs,
-                     float* d_weights, float* d_up, float* d_down, const Backward& how,
-                     const Buffers& buf) {
+                     float* d_weights, float* d_up, float* d_down, const Backward& of_down,
+                     const Backward& of_up, const Buffers& buf) {
   const int64_t begin = order.bounds[expert], rows = order.bounds[expert + 1] - begin;
-  const int64_t up_rows = s.up_rows(), padded = how.wgrad ? whole(rows) : rows;
+  const int64_t up_rows = s.up_rows(), padded = of_up.wgrad ? whole(rows) : rows;
   if (!rows) {
     if (d_up) memset(d_up, 0, 4 * up_rows * s.width);
     if (d_down) memset(d_down, 0, 4 * s.hidden * s.width);
@@ -192,32 +218,35 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
   }
   const int64_t* sources = order.sources + begin;
   for (int64_t r = 0; r < whole(rows); r++)
-    buf.places[r] = r < rows ? how.first_place + sources[r] : PADDING + r - rows;
-  const Rounding along_rows{buf.places, nullptr, how.dgrad_stochastic, how.counts};
-  const Rounding along_columns{buf.places, how.signs, how.wgrad_stochastic, how.counts};
+    buf.places[r] = r < rows ? of_up.first_place + sources[r] : PADDING + r - rows;
   // Copies of the operands of dgrad: those of wgrad are rounded apart.
-  const auto dgrad = [&](Operand operand, const float* dy, int64_t ld, int64_t d, const Random& noise) {
+  const auto dgrad = [&](Operand operand, const float* dy, int64_t ld, int64_t d,
+                         const Backward& how) {
     if (!how.dgrad) return std::make_pair(dy, ld);
     for (int64_t r = 0; r < rows; r++) memcpy(buf.t + r * buf.ldt, dy + r * ld, 4 * d);
-    along_rows.rows(operand, buf.t, rows, d, buf.ldt, along_rows.stochastic ? &noise : nullptr);
+    const Rounding rounding{how.dgrad, buf.places, how.features, nullptr, how.dgrad_signs,
+                            how.counts};
+    rounding.rows(operand, buf.t, rows, d, buf.ldt, how.dgrad_dy);
     return std::make_pair((const float*)buf.t, buf.ldt);
   };
-  const auto wgrad = [&](Operand operand, float* dy, int64_t ld_dy, int64_t n, float* b, int64_t ldb, int64_t m,
-                         const Random& noise, float* dw) {
+  const auto wgrad = [&](Operand operand, float* dy, int64_t ld_dy, int64_t n, float* b,
+                         int64_t ldb, int64_t m, const Backward& how, float* dw) {
     if (how.wgrad) {
       for (int64_t r = rows; r < padded; r++) {
         memset(dy + r * ld_dy, 0, 4 * n);
         memset(b + r * ldb, 0, 4 * m);
       }
-      along_columns.columns(operand, dy, padded, rows, n, ld_dy,
-                            along_columns.stochastic ? &noise : nullptr);
-      along_columns.columns(operand, b, padded, rows, m, ldb, nullptr);
+      Rounding rounding{how.wgrad,       buf.places, how.features, how.signs,
+                        how.wgrad_signs, how.counts};
+      rounding.columns(operand, dy, padded, rows, n, ld_dy, how.wgrad_dy);
+      if (how.wgrad == STOCHASTIC) rounding.format = NEAREST;
+      rounding.columns(operand, b, padded, rows, m, ldb, how.wgrad_x);
     }
     sum_over_rows(padded, n, m, dy, ld_dy, b, ldb, dw);
   };
 
   gather(grad, ldgrad, sources, s.choices, rows, s.width, buf.dy, buf.ldx);
-  const auto dy = dgrad(DOWN_DGRAD, buf.dy, buf.ldx, s.width, how.down_dgrad);
+  const auto dy = dgrad(DOWN_DGRAD, buf.dy, buf.ldx, s.width, of_down);
   turned_product(rows, s.hidden, s.width, dy.first, dy.second, down, buf.da, buf.ldh);
   for (int64_t r = 0; r < rows; r++) {
     memcpy(buf.h + r * buf.ldu, kept + (begin + r) * up_rows, 4 * up_rows);
@@ -226,14 +255,14 @@ void backward_expert(const Shape& s, const Order& order, int64_t expert, const f
                           weights[sources[r]], buf.a + r * buf.ldh);
   }
   if (d_down)
-    wgrad(DOWN_WGRAD, buf.dy, buf.ldx, s.width, buf.a, buf.ldh, s.hidden, how.down_wgrad, d_down);
+    wgrad(DOWN_WGRAD, buf.dy, buf.ldx, s.width, buf.a, buf.ldh, s.hidden, of_down, d_down);
   if (dxs) {
-    const auto dh = dgrad(UP_DGRAD, buf.h, buf.ldu, up_rows, how.up_dgrad);
+    const auto dh = dgrad(UP_DGRAD, buf.h, buf.ldu, up_rows, of_up);
     turned_product(rows, s.width, up_rows, dh.first, dh.second, up, dxs + begin * s.width, s.width);
   }
   if (d_up) {
     gather(x, ldx, sources, s.choices, rows, s.width, buf.xs, buf.ldx);
-    wgrad(UP_WGRAD, buf.h, buf.ldu, up_rows, buf.xs, buf.ldx, s.width, how.up_wgrad, d_up);
+    wgrad(UP_WGRAD, buf.h, buf.ldu, up_rows, buf.xs, buf.ldx, s.width, of_up, d_up);
   }
 }
 }  // namespace
@@ -242,26 +271,33 @@ PARALLEL_KERNEL(experts_quantized_forward, forward)
 
 extern "C" {
 
-// As experts_backward of native.cpp. Matrices have the values that dgrad multiplies with; `signs`
-// is null without a transform; `noise` are seed and stream of the gradients of dgrad and wgrad of
-// the second product, then of the first; `counts` of flushed values are added to, or null.
+// As experts_backward of native.cpp. Matrices have the values that dgrad multiplies with. `signs`
+// are of the Hadamard transform, or null; `noise` are seed and stream of the signs and the gradients
+// of dgrad, and of the signs and both operands of wgrad, of the second product and then of the
+// first; `features` are 0, 1, ... for as many columns as there are; `counts` of flushed values are
+// added to, or null.
 void experts_quantized_backward(const float* x, const float* weights, const float* up,
                                 const float* down, int64_t* bounds, int64_t* sources,
                                 int64_t* places, const float* kept, const float* grad, float* dxs,
                                 float* dx, float* d_weights, float* d_up, float* d_down,
-                                const float* signs, const int64_t* noise, int64_t* counts, int64_t tokens,
-                                int64_t choices, int64_t experts, int64_t width, int64_t hidden,
-                                int64_t activation, int64_t ldx, int64_t ldgrad, int64_t dgrad,
-                                int64_t wgrad, int64_t dgrad_stochastic, int64_t wgrad_stochastic,
-                                int64_t rounds, int64_t first_place, int64_t threads) {
+                                const float* signs, const int64_t* noise, const int64_t* features,
+                                int64_t* counts, int64_t tokens, int64_t choices, int64_t experts,
+                                int64_t width, int64_t hidden, int64_t activation, int64_t ldx,
+                                int64_t ldgrad, int64_t dgrad, int64_t wgrad, int64_t rounds,
+                                int64_t first_place, int64_t threads) {
   const Shape s{tokens, choices, experts, width, hidden, activation};
   const Order order{bounds, sources, places};
   const int64_t up_rows = s.up_rows(), most = most_rows_of(order, experts);
   const auto random = [&](int i) {
     return Random{(uint32_t)noise[2 * i], (uint32_t)noise[2 * i + 1], rounds};
   };
-  const Backward how{(bool)dgrad, (bool)wgrad, (bool)dgrad_stochastic, (bool)wgrad_stochastic,
-                     signs, random(0), random(1), random(2), random(3), first_place, counts};
+  const auto backward = [&](int first) {
+    return Backward{(Format)dgrad,     (Format)wgrad,     signs,
+                    random(first),     random(first + 1), random(first + 2),
+                    random(first + 3), random(first + 4), first_place,
+                    features,          counts};
+  };
+  const Backward of_down = backward(0), of_up = backward(5);
   parallel_region(threads, [&](Team& team) {
     Buffers buf(s);
     Scratch scratch(buf.floats(most));
@@ -270,7 +306,7 @@ void experts_quantized_backward(const float* x, const float* weights, const floa
       backward_expert(s, order, e, x, ldx, weights, up + e * up_rows * width,
                       down + e * hidden * width, kept, grad, ldgrad, dxs, d_weights,
                       d_up ? d_up + e * up_rows * width : nullptr,
-                      d_down ? d_down + e * hidden * width : nullptr, how, buf);
+                      d_down ? d_down + e * hidden * width : nullptr, of_down, of_up, buf);
     if (!dx) return;
     team.wait();
     const Range part = team.share(tokens);

@@ -54,13 +54,13 @@ class _Experts(torch.autograd.Function):
         quantization: ExpertsQuantization,
         products: Products,
     ) -> Tensor:
-        order, bounds = _order(indices, len(up))
+        order, bounds = order_by_expert(indices, len(up))
         choices = indices.shape[1]
         xs, scales = x[order // choices], weights.flatten()[order].unsqueeze(1)
         h, y = xs.new_empty(len(xs), up.shape[1]), torch.empty_like(xs)
         is_shared = quantization.up.formats.shares_weight  # then dgrad has the values of fprop
         kept_up, kept_down = (torch.empty_like(t) if is_shared else t for t in (up, down))
-        for expert, part in _parts(bounds):
+        for expert, part in parts_of_experts(bounds):
             h[part], own = fprop(xs[part], up[expert], quantization.up, products)
             a = activate(h[part], activation) * scales[part]
             y[part], own_down = fprop(a, down[expert], quantization.down, products)
@@ -69,7 +69,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(x, weights, kept_up, kept_down, order, h)
         ctx.bounds, ctx.choices, ctx.activation = bounds, choices, activation
         ctx.quantization, ctx.products = quantization, products
-        return _summed(y, order, weights.shape)
+        return summed(y, order, weights.shape)
 
     @staticmethod
     @once_differentiable
@@ -84,7 +84,7 @@ class _Experts(torch.autograd.Function):
         d_up = torch.zeros_like(up) if needs_up else None
         d_down = torch.zeros_like(down) if needs_down else None
         dxs, d_scales = torch.empty_like(xs), torch.empty_like(scales)
-        for expert, part in _parts(ctx.bounds):
+        for expert, part in parts_of_experts(ctx.bounds):
             rows = places[part]
             da = dgrad(dy[part], down[expert], q.down, rows, products)
             a = activate(h[part], activation)
@@ -97,24 +97,25 @@ class _Experts(torch.autograd.Function):
             dxs[part] = dgrad(dh, up[expert], q.up, rows, products)
         d_weights = torch.empty_like(weights).flatten()
         d_weights[order] = d_scales.squeeze(1)
-        dx = _summed(dxs, order, weights.shape)
+        dx = summed(dxs, order, weights.shape)
         return dx, d_weights.view_as(weights), d_up, d_down, None, None, None, None
 
 
-def _order(indices: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+def order_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     """The token * choices + choice of each row, by expert, and where each expert's rows begin."""
     chosen = indices.flatten()
     counts = torch.bincount(chosen, minlength=experts)
     return chosen.argsort(stable=True), [0, *counts.cumsum(0).tolist()]
 
 
-def _parts(bounds: list[int]) -> Iterator[tuple[int, slice]]:
+def parts_of_experts(bounds: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and these."""
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
             yield expert, slice(start, end)
 
 
-def _summed(rows: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
+def summed(rows: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
     """The sum of each token's rows, in the order of its choices."""
     placed = torch.empty_like(rows)
     placed[order] = rows

@@ -6,6 +6,7 @@
 // (decoding) go through rows.h, which reads W once, without transposing.
 #include <algorithm>
 
+#include "low_rank.h"
 #include "packed.h"
 #include "gemm.h"
 #include "rows.h"
@@ -72,6 +73,18 @@ void forward_nvfp4(Team& team, const float* x, const uint8_t* codes, const uint8
   product(team, x, NVFP4Rows{codes, blocks, tensor_scales}, y, rows, outputs, inputs, ldx);
 }
 
+// y [rows, outputs] += scale (x A^T) B^T; `narrow` [rows, rank] is scratch memory.
+void low_rank(Team& team, const float* x, const float* A, const float* B, float* narrow, float* y,
+              int64_t rows, int64_t outputs, int64_t inputs, int64_t rank, int64_t ldx,
+              float scale) {
+  const LowRank change{A, B, rank, scale};
+  const Range own = team.share(rows), part = team.share(outputs, LANES);
+  narrow_rows(own.last - own.first, inputs, x + own.first * ldx, ldx, change,
+              narrow + own.first * rank);
+  team.wait();
+  add_change(rows, part.first, part.last, narrow, change, y, outputs);
+}
+
 // Columns of a matrix, stored apart from its other columns.
 struct Part {
   const float* at;
@@ -93,9 +106,10 @@ void copy_lines(const Part* part, int64_t line, int64_t lines, int64_t column, i
 
 // C [rows, columns] = A B, added to C if `add`. A is a matrix in parts or, if `turned`, the
 // transpose of one. Its blocks are packed, since the lines of a wide matrix would map to a few
-// cache sets.
-void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool turned,
-              const float* b, int64_t ldb, float* c, bool add, int64_t threads) {
+// cache sets. B is floats or codes.
+template <class B>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool turned, B b,
+              int64_t ldb, float* c, bool add, int64_t threads) {
   const int64_t block = block_rows(rows, DEPTH + COLUMNS, threads);
   const int64_t ld = turned ? block : pitch(DEPTH), lines = turned ? DEPTH : block;
   const int64_t across = (columns + COLUMNS - 1) / COLUMNS;
@@ -110,8 +124,8 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Part* a, bool 
         const int64_t part = min(depth - t, DEPTH);
         if (turned) copy_lines(a, t, part, m, height, near, ld);
         else copy_lines(a, m, height, t, part, near, ld);
-        gemm(height, width, part, near, turned ? 1 : ld, turned ? ld : 1, b + t * ldb + n, ldb,
-             c + m * columns + n, columns, add || t);
+        gemm(height, width, part, near, turned ? 1 : ld, turned ? ld : 1,
+             from_column(from_row(b, t, ldb), n), ldb, c + m * columns + n, columns, add || t);
       }
     }
   });
@@ -123,6 +137,7 @@ PARALLEL_KERNEL(linear_forward_bfloat16, forward_bfloat16)
 PARALLEL_KERNEL(linear_forward_int8, forward_int8)
 PARALLEL_KERNEL(linear_forward_fp8, forward_fp8)
 PARALLEL_KERNEL(linear_forward_nvfp4, forward_nvfp4)
+PARALLEL_KERNEL(linear_low_rank, low_rank)
 
 extern "C" {
 
@@ -130,6 +145,24 @@ extern "C" {
 void linear_backward_input(const Part* dy, const float* w, float* dx, int64_t rows,
                            int64_t outputs, int64_t inputs, int64_t threads) {
   multiply(rows, inputs, outputs, dy, false, w, inputs, dx, false, threads);
+}
+
+// The same with the codes of a weight, a tile of which is decoded at a time.
+void linear_backward_input_int8(const Part* dy, const int8_t* codes, const float* scales, float* dx,
+                                int64_t rows, int64_t outputs, int64_t inputs, int64_t threads) {
+  multiply(rows, inputs, outputs, dy, false, Int8Rows{codes, scales}, inputs, dx, false, threads);
+}
+
+void linear_backward_input_fp8(const Part* dy, const uint8_t* codes, const float* scales, float* dx,
+                               int64_t rows, int64_t outputs, int64_t inputs, int64_t threads) {
+  multiply(rows, inputs, outputs, dy, false, FP8Rows{codes, scales}, inputs, dx, false, threads);
+}
+
+void linear_backward_input_nvfp4(const Part* dy, const uint8_t* codes, const uint8_t* blocks,
+                                 const float* tensor_scales, float* dx, int64_t rows,
+                                 int64_t outputs, int64_t inputs, int64_t threads) {
+  multiply(rows, inputs, outputs, dy, false, NVFP4Rows{codes, blocks, tensor_scales}, inputs, dx,
+           false, threads);
 }
 
 // dW [outputs, inputs] = dy^T x, added to dW if `add`; dy in parts.

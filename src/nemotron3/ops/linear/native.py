@@ -10,7 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.kernels import contiguous_rows
 from nemotron3.ops.native import NativeFunction, ParallelKernel
-from nemotron3.ops.weights import FP8Weight, Int8Weight, NVFP4Weight, QuantizedWeight
+from nemotron3.ops.weights import (
+    FP8Weight,
+    Int8Weight,
+    LowRankWeight,
+    NVFP4Weight,
+    QuantizedWeight,
+)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _forward = ParallelKernel(_SOURCE, "linear_forward", "ppp iiii")
@@ -21,7 +27,13 @@ _forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
     NVFP4Weight: ParallelKernel(_SOURCE, "linear_forward_nvfp4", "ppppp iiii"),
 }
 """The kernels of formats that are multiplied without dequantizing the matrix."""
+_low_rank = ParallelKernel(_SOURCE, "linear_low_rank", "ppppp iiiii f")
 _backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iii")
+_backward_input_quantized: dict[type[QuantizedWeight], NativeFunction] = {
+    Int8Weight: NativeFunction(_SOURCE, "linear_backward_input_int8", "pppp iii"),
+    FP8Weight: NativeFunction(_SOURCE, "linear_backward_input_fp8", "pppp iii"),
+    NVFP4Weight: NativeFunction(_SOURCE, "linear_backward_input_nvfp4", "ppppp iii"),
+}
 _backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiii")
 
 
@@ -58,6 +70,18 @@ def linear_quantized_native(x: Tensor, weight: QuantizedWeight) -> Tensor:
     else:
         y = _quantized_product(rows, weight)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def linear_low_rank_native(x: Tensor, weight: LowRankWeight) -> Tensor:
+    """The product with codes, and that with their low-rank change added; it has no gradients."""
+    rows = contiguous_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    A, B = weight.A.contiguous(), weight.B.contiguous()
+    y = _quantized_product(rows, weight.base)
+    (outputs, inputs), rank = weight.shape, len(A)
+    narrow = x.new_empty(len(rows), rank)
+    sizes = (len(rows), outputs, inputs, rank, rows.stride(0), weight.scale)
+    _low_rank(rows, A, B, narrow, y, *sizes, work=len(rows) * rank * (outputs + inputs))
+    return y.view(*x.shape[:-1], outputs)
 
 
 def _quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -133,7 +157,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """A product whose gradient dequantizes the whole weight: its time in training is small."""
+    """A product that reads codes in both directions, a tile of which is decoded at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -143,4 +167,10 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return input_gradient(grad, weight=ctx.weight.dequantize()), None
+        weight: QuantizedWeight = ctx.weight
+        grad, parts = contiguous_rows(grad), [part.contiguous() for part in weight.buffers()]
+        rows, (outputs, inputs) = len(grad), weight.shape
+        dx = grad.new_empty(rows, inputs)
+        backward = _backward_input_quantized[type(weight)]
+        backward(_places((grad,)), *parts, dx, rows, outputs, inputs)
+        return dx, None

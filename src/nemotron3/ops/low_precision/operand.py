@@ -16,15 +16,13 @@ from torch.nn import functional as F
 
 from nemotron3.ops import mxfp8, nvfp4
 from nemotron3.ops.backends import Backend
-from nemotron3.ops.nvfp4 import SIGNS, hadamard, ms_eden, random_signs
+from nemotron3.ops.nvfp4 import SIGNS, hadamard
 from nemotron3.ops.rounding import Noise
 
 Along = Literal["rows", "columns"]
 """The axis of a product's sum: the last axis of a matrix, or the first."""
 
 _BLOCKS = {"nvfp4": nvfp4.BLOCK, "mxfp8": mxfp8.BLOCK}
-_GROUP = 128
-"""Elements that MS-EDEN rotates together, where the axis has as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +61,22 @@ class OperandFormat:
 
     def values(
         self,
-        x: Float[Tensor, "row column"],
+        x: Float[Tensor, "*batch row column"],
         along: Along,
         *,
         noise: Noise | None = None,
         signs: Noise | None = None,
         backend: Backend = "auto",
-    ) -> Float[Tensor, "padded_row padded_column"]:
-        """The values that the operand has in this format, in the dtype of `x`.
+    ) -> Float[Tensor, "*batch padded_row padded_column"]:
+        """The values that the operand has in this format, in the dtype of `x`; of a batch, each
+        matrix is a tensor of its own.
 
         `noise` is that of random rounding; its rows are those of tokens, and for stochastic
         rounding along columns also those that pad them (`padded`). `signs` names the rotation of
         MS-EDEN, which both operands of a product share.
         """
         x = x.detach()
-        rows, width = x.shape
+        rows, width = x.shape[-2:]
         # Compiled quantizers read whole vectors along rows, whatever the axis of the blocks.
         pads_rows = along == "columns" or self.blocks == "tiles"
         below = padded(rows, self.block) - rows if pads_rows else 0
@@ -85,16 +84,16 @@ class OperandFormat:
         full = F.pad(x, (0, right, 0, below)) if below or right else x
         found = self._values(full, along, noise, signs, backend).to(x.dtype)
         if not self.is_rotated:
-            return found[:rows, :width]
-        return found[:, :width] if along == "columns" else found[:rows]
+            return found[..., :rows, :width]
+        return found[..., :width] if along == "columns" else found[..., :rows, :]
 
-    def zeros_before(self, x: Float[Tensor, "row column"], along: Along) -> Tensor:
+    def zeros_before(self, x: Float[Tensor, "*batch row column"], along: Along) -> Tensor:
         """The number of zeros that are rounded; a rotation by random signs leaves none."""
         if self.rounding == "ms_eden":
             return torch.zeros((), dtype=torch.int64, device=x.device)
         if self.hadamard and along == "columns":
-            below = padded(len(x), self.block) - len(x)
-            x = hadamard(F.pad(x.detach(), (0, 0, 0, below)).T, self._signs(x)).to(x.dtype)
+            below = padded(x.shape[-2], self.block) - x.shape[-2]
+            x = hadamard(F.pad(x.detach(), (0, 0, 0, below)).mT, self._signs(x)).to(x.dtype)
         return (x == 0).sum()
 
     def _signs(self, x: Tensor) -> Tensor:
@@ -115,16 +114,19 @@ class OperandFormat:
     ) -> Tensor:
         if not x.numel():
             return x
+        batch_dims = x.dim() - 2
         if self.rounding == "ms_eden":
             assert noise is not None
             assert signs is not None
-            return _rotated(x, along, noise, signs)
+            return nvfp4.fake_ms_eden(x, along, signs, noise, backend=backend)
         if self.element == "mxfp8":
             return mxfp8.fake_quantize(x, along, backend=backend)
         if self.scales == "four_over_six":
-            turned = x.T if along == "columns" else x
-            found = nvfp4.quantize(turned, scales="four_over_six").dequantize()
-            return found.T if along == "columns" else found
+            turned = x.mT if along == "columns" else x
+            found = nvfp4.fake_quantize(
+                turned, scales="four_over_six", batch_dims=batch_dims, backend=backend
+            )
+            return found.mT if along == "columns" else found
         own = self._signs(x) if self.hadamard and along == "columns" else None
         return nvfp4.fake_quantize(
             x,
@@ -132,6 +134,7 @@ class OperandFormat:
             "stochastic" if self.is_random else "nearest",
             noise=noise,
             signs=own,
+            batch_dims=batch_dims,
             backend=backend,
         )
 
@@ -139,13 +142,3 @@ class OperandFormat:
 def padded(size: int, block: int) -> int:
     """The size with which all blocks are whole."""
     return -(-size // block) * block
-
-
-def _rotated(x: Tensor, along: Along, noise: Noise, signs: Noise) -> Tensor:
-    """MS-EDEN along an axis, with the noise of the matrix that has this axis as rows."""
-    turned = x.T.contiguous() if along == "columns" else x
-    group = _GROUP
-    while turned.shape[1] % group:
-        group //= 2
-    found = ms_eden(turned, random_signs(signs, group, x.device), noise).dequantize()
-    return found.T if along == "columns" else found

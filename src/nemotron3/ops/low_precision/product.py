@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron3.ops import nvfp4
 from nemotron3.ops.backends import Backend
 from nemotron3.ops.low_precision.operand import OperandFormat, padded
 from nemotron3.ops.rounding import Noise
@@ -59,18 +58,22 @@ class ProductFormats:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether compiled operations can round activations and gradients so: the published recipe,
-        with or without its ingredients. They take the weights rounded, in any format."""
+        """Whether compiled operations can round activations and gradients so: all that a recipe of
+        NVFP4 combines (models/nvfp4_recipe.py). They take the weights rounded, in any format."""
+        fprop, dgrad, wgrad = self.fprop, self.dgrad, self.wgrad
         return (
-            (self.fprop is None or self.fprop.first == OperandFormat())
-            and (self.dgrad is None or _rounds_once(self.dgrad.first))
-            and (self.wgrad is None or all(map(_rounds_once, self.wgrad)))
+            (fprop is None or fprop.first == OperandFormat(scales=fprop.first.scales))
+            and (dgrad is None or dgrad.first == OperandFormat(rounding=dgrad.first.rounding))
+            and (wgrad is None or _is_pair_of_wgrad(*wgrad))
         )
 
 
-def _rounds_once(operand: OperandFormat) -> bool:
-    plain = OperandFormat(rounding=operand.rounding, hadamard=operand.hadamard)
-    return operand == plain and operand.rounding != "ms_eden"
+def _is_pair_of_wgrad(dy: OperandFormat, x: OperandFormat) -> bool:
+    if dy.rounding == "ms_eden":
+        return dy == x == OperandFormat(rounding="ms_eden")
+    return dy == OperandFormat(rounding=dy.rounding, hadamard=dy.hadamard) and x == OperandFormat(
+        hadamard=dy.hadamard
+    )
 
 
 class FlushedValues:
@@ -172,12 +175,8 @@ class ProductQuantization:
         self, product: Product, tensor: str, format_: OperandFormat, matrices: Tensor
     ) -> Tensor:
         """The values of a stack of matrices, each a tensor of its own."""
-        if format_.blocks == "tiles" and matrices.shape[1] % format_.block == 0:
-            found = nvfp4.fake_quantize(matrices.detach(), "tiles", batch_dims=1)
-            if self.position.flushed is not None:
-                zeros = (found == 0).sum() - (matrices == 0).sum()
-                self.count_flushed(product, zeros, found.numel())
-            return found
+        if format_.element == "nvfp4" and format_.rounding != "stochastic":
+            return self.values(product, tensor, format_, matrices).contiguous()
         values = [self.values(product, tensor, format_, matrix) for matrix in matrices]
         return torch.stack(values)
 

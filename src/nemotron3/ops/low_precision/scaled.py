@@ -38,8 +38,9 @@ def runs_scaled(x: Tensor, q: ProductQuantization) -> bool:
         and formats.element == "nvfp4"
         and formats.is_compiled
         and all(
-            of is None or of.second.scales == "max"
+            operand.scales == "max" and operand.rounding != "ms_eden"
             for of in (formats.fprop, formats.dgrad, formats.wgrad)
+            for operand in of or ()
         )
         and is_available(x.device)
     )

@@ -7,6 +7,8 @@
 // summed over t in the same order for all shapes, so a row's result does not depend on the number
 // of rows.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 #include "weights.h"
 
@@ -99,6 +101,18 @@ INLINE void pack(const float* b, int64_t ldb, int64_t depth, int64_t width, floa
   }
 }
 
+// The same of a weight that is decoded on the way.
+template <class W>
+INLINE void pack(W b, int64_t ldb, int64_t depth, int64_t width, float* to) {
+  for (int64_t t = 0; t < depth; t++, to += WIDTH) {
+    const auto row = elements(b) + t * ldb;
+    for (int64_t n = 0; n < width; n += LANES) {
+      const int64_t left = width - n;
+      store(to + n, scaled(b, t, left < LANES ? load_part(row + n, left) : load(row + n)));
+    }
+  }
+}
+
 // Pack `width` rows of a weight, `depth` elements of each, transposed.
 INLINE void turn(const float* b, int64_t ldb, int64_t depth, int64_t width, float* to) {
   transpose(b, ldb, width, depth, to, WIDTH);
@@ -121,12 +135,14 @@ template <bool ADD, bool TURN, class B>
 static void block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                   int64_t a_depth, B b, int64_t ldb, float* c, int64_t ldc, const float* ahead) {
   alignas(64) float packed[DEPTH * WIDTH];
-  const bool copy = TURN || (rows >= WORTH_PACKING && ldb > WIDTH);
+  constexpr bool PLAIN = std::is_pointer_v<B>;
+  const bool copy = TURN || !PLAIN || (rows >= WORTH_PACKING && ldb > WIDTH);
   for (int64_t n = 0; n < columns; n += WIDTH) {
     const int64_t left = columns - n < WIDTH ? columns - n : WIDTH;
     const int64_t vectors = (left + LANES - 1) / LANES, tail = left - (vectors - 1) * LANES;
     const float* bn = packed;
     if constexpr (TURN) turn(from_row(b, n, ldb), ldb, depth, left, packed);
+    else if constexpr (!PLAIN) pack(from_column(b, n), ldb, depth, left, packed);
     else if (copy) pack(b + n, ldb, depth, left, packed);
     else bn = b + n;
     const int64_t ldbn = copy ? WIDTH : ldb;
@@ -160,6 +176,14 @@ constexpr int64_t TILE_ROWS = detail::ROWS;
 // C[m][n] = sum over t of A[m * a_row + t * a_depth] * B[t * ldb + n], added to C if `add`.
 static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                         int64_t a_depth, const float* b, int64_t ldb, float* c, int64_t ldc,
+                        bool add = false) {
+  detail::blocks<false>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
+}
+
+// The same with codes.
+template <class W, class = std::enable_if_t<!std::is_pointer_v<W>>>
+static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                        int64_t a_depth, W b, int64_t ldb, float* c, int64_t ldc,
                         bool add = false) {
   detail::blocks<false>(rows, columns, depth, a, a_row, a_depth, b, ldb, c, ldc, add);
 }

@@ -20,15 +20,15 @@
 namespace nvfp4 {
 constexpr int64_t BLOCK = 16, PARTS = BLOCK / LANES, CHUNK = BLOCK * BLOCK;
 
-// What depends on the tensor's largest magnitude alone.
+// What depends on the tensor's largest magnitude alone, which is mapped to `most`.
 struct Global {
   float encode, sixth, decode, scale;
-  explicit Global(float amax) {
-    encode = amax == 0 ? 1.0f : 2688.0f / amax;
+  explicit Global(float amax, float most = 6.0f * 448.0f) {
+    encode = amax == 0 ? 1.0f : most / amax;
     encode = encode < FLT_MAX ? encode : FLT_MAX;
     sixth = encode * (1.0f / 6.0f);
     decode = 1.0f / encode;
-    scale = amax / 2688.0f;
+    scale = amax / most;
     scale = amax == 0 ? 0.0f : scale < 0x1p-128f ? 0x1p-128f : scale;
   }
 };

@@ -2,7 +2,7 @@
 
 from nemotron3.ops.nvfp4.api import Scales, fake_quantize, quantize
 from nemotron3.ops.nvfp4.hadamard import SIGNS, hadamard
-from nemotron3.ops.nvfp4.ms_eden import ms_eden, random_signs
+from nemotron3.ops.nvfp4.ms_eden import fake_ms_eden, ms_eden, random_signs
 from nemotron3.ops.nvfp4.reference import Kind
 from nemotron3.ops.nvfp4.tensor import BLOCK, Block, NVFP4Tensor, pack, unpack
 
@@ -13,6 +13,7 @@ __all__ = [
     "Kind",
     "NVFP4Tensor",
     "Scales",
+    "fake_ms_eden",
     "fake_quantize",
     "hadamard",
     "ms_eden",

@@ -20,9 +20,14 @@ from torch import Tensor
 
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_operand, check_quantizable
-from nemotron3.ops.nvfp4.four_over_six import four_over_six
+from nemotron3.ops.nvfp4.four_over_six import fake_four_over_six, four_over_six
 from nemotron3.ops.nvfp4.mse import mse
-from nemotron3.ops.nvfp4.native import fake_quantize_native, quantize_native
+from nemotron3.ops.nvfp4.native import (
+    fake_four_over_six_native,
+    fake_quantize_native,
+    four_over_six_native,
+    quantize_native,
+)
 from nemotron3.ops.nvfp4.reference import (
     Kind,
     Transform,
@@ -47,8 +52,17 @@ _FAKE_QUANTIZE = {
     "triton": Kernel("nemotron3.ops.nvfp4.triton", "fake_quantize_triton"),
 }
 _BY_ERROR = {
-    "four_over_six": {"reference": four_over_six, "torch": four_over_six},
+    "four_over_six": {
+        "reference": four_over_six,
+        "torch": four_over_six,
+        "native": four_over_six_native,
+    },
     "mse": {"reference": mse, "torch": mse},
+}
+_FAKE_FOUR_OVER_SIX = {
+    "reference": fake_four_over_six,
+    "torch": fake_four_over_six,
+    "native": fake_four_over_six_native,
 }
 _TILE_ROWS = {"1d": 1, "2d": BLOCK}
 
@@ -96,12 +110,13 @@ def quantize(
     )
 
 
-def fake_quantize(
+def fake_quantize(  # noqa: PLR0913 - what is rounded, and how
     x: Float[Tensor, "*axes rows d"],
     kind: Kind = "rows",
     rounding: Rounding = "nearest",
     *,
     noise: Noise | None = None,
+    scales: Literal["max", "four_over_six"] = "max",
     amax: Float32[Tensor, "*batch"] | None = None,
     signs: Float32[Tensor, " 16"] | None = None,
     batch_dims: int = 0,
@@ -113,10 +128,14 @@ def fake_quantize(
     16 ("tiles", "2d"), or 16 in a column ("columns"): the transposed matrix in 1-D blocks, as the
     product for a weight's gradient takes it, with the noise of the element's own place. With
     `signs` the columns get a random Hadamard transform first (`hadamard`), whose result is rounded
-    to the dtype of `x` and is what is quantized; `amax` is then the transform's.
+    to the dtype of `x` and is what is quantized; `amax` is then the transform's. `scales` of
+    "four_over_six" are for rows to nearest.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"nvfp4: kind is {kind!r}; choose from {', '.join(get_args(Kind))}")
+    if scales not in ("max", "four_over_six"):
+        raise ValueError(f"nvfp4: scales of values are {scales!r}; choose from max, four_over_six")
+    _check_scales(scales, kind, rounding, "rows")
     check_quantizable("nvfp4", x, _AXES[kind], BLOCK, batch_dims)
     if signs is not None:
         if kind != "columns":
@@ -126,6 +145,9 @@ def fake_quantize(
         check_operand("nvfp4", "signs", signs, (BLOCK,), x, same_dtype=False)
     places = placed("nvfp4", rounding, noise, x)
     wide, amax = _flat(x, amax, batch_dims)
+    if scales == "four_over_six":
+        quantizer = resolve("nvfp4 four_over_six", backend, _FAKE_FOUR_OVER_SIX, wide)
+        return quantizer(wide.float(), amax).view(x.shape)
     quantizer = resolve("nvfp4", backend, _FAKE_QUANTIZE, wide)
     transform = None if signs is None else Transform(signs.float().contiguous(), x.dtype)
     return quantizer(wide, amax, kind, places, transform).view(x.shape)
@@ -145,11 +167,12 @@ def _flat(x: Tensor, amax: Tensor | None, batch_dims: int) -> tuple[Tensor, Tens
     return wide, amax
 
 
-def _check_scales(scales: str, block: str, rounding: str) -> None:
+def _check_scales(scales: str, block: str, rounding: str, one: str = "1d") -> None:
+    """`one` is what the caller's choices call 1-D blocks."""
     if scales not in get_args(Scales):
         raise ValueError(f"nvfp4: scales is {scales!r}; choose from {', '.join(get_args(Scales))}")
-    if scales != "max" and (block != "1d" or rounding != "nearest"):
+    if scales != "max" and (block != one or rounding != "nearest"):
         raise ValueError(
             f"nvfp4: scales is {scales!r} with block {block!r} and rounding {rounding!r}; it "
-            "is for block '1d' and rounding 'nearest'"
+            f"is for block {one!r} and rounding 'nearest'"
         )

@@ -22,9 +22,10 @@ from nemotron3.ops.nvfp4.reference import (
     largest_finite,
     of_tensor,
 )
-from nemotron3.ops.nvfp4.tensor import BLOCK, pack
+from nemotron3.ops.nvfp4.tensor import BLOCK, NVFP4Tensor, pack
 
-LARGEST_SCALE = 256.0
+MOST = 6.0 * 256.0
+"""What the tensor's largest magnitude is mapped to."""
 
 
 def four_over_six(
@@ -35,7 +36,7 @@ def four_over_six(
     blocks = x.unflatten(-1, (-1, BLOCK))
     block_amax = blocks.abs().amax(-1, keepdim=True)
     is_finite = block_amax < torch.inf
-    encode, tensor_scale = of_tensor(amax, 6.0 * LARGEST_SCALE)
+    encode, tensor_scale = of_tensor(amax, MOST)
     encode = encode.view(-1, 1, 1, 1)
     base = block_amax / torch.full_like(block_amax, 6.0) * encode
     six, four = (_quantized(blocks, base * wider, encode, amax) for wider in (1.0, 1.5))
@@ -47,6 +48,13 @@ def four_over_six(
     return Parts(pack(codes), scales.view(torch.float8_e4m3fn), tensor_scale)
 
 
+def fake_four_over_six(
+    x: Float32[Tensor, "batch row column"], amax: Float32[Tensor, " batch"] | None
+) -> Float32[Tensor, "batch row column"]:
+    """The values of the quantized tensor."""
+    return NVFP4Tensor(*four_over_six(x, amax)).dequantize()
+
+
 def _quantized(
     blocks: Tensor, wanted: Tensor, encode: Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +64,7 @@ def _quantized(
     factor = (1 / (decoded * (1 / encode))).clamp(max=LARGEST)
     codes = nearest((blocks * factor).nan_to_num(0.0).clamp(-6.0, 6.0), E2M1)
     amax = amax.view(-1, 1, 1, 1)
-    most = torch.full_like(amax, 6.0 * LARGEST_SCALE)
+    most = torch.full_like(amax, MOST)
     errors = (decode(codes, E2M1) * decoded * amax / most - blocks).square()
     total = torch.zeros_like(decoded)
     for i in range(BLOCK):  # one after another, which fixes the roundings of the sum

@@ -5,13 +5,19 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from nemotron3.ops.weights.low_rank import LowRankWeight
+
 
 class ComputedWeight(nn.Module, ABC):
     """A matrix [out, in], or one for each expert, as a function of other tensors.
 
     Like a `QuantizedWeight` it stands in a module where the parameter would. Products take its
-    value, with gradients for what it is computed from.
+    operand, with gradients for what it is computed from.
     """
+
+    def operand(self, dtype: torch.dtype) -> Tensor | LowRankWeight:
+        """What products multiply with: the value, or parts of it."""
+        return self.value(dtype)
 
     @abstractmethod
     def value(self, dtype: torch.dtype | None = None) -> Tensor:

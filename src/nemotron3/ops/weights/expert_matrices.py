@@ -71,7 +71,9 @@ class ExpertMatrices(QuantizedWeight):
             own.load_part(name, part)
 
     def __getitem__(self, index: Any) -> Any:
-        """A view of one expert's matrix, or of a part of it."""
+        """A view of one expert's matrix or of a part of it, or of the matrices of some experts."""
+        if isinstance(index, slice):
+            return type(self)([self[expert] for expert in range(self._shape[0])[index]])
         expert, *rest = index if isinstance(index, tuple) else (index,)
         if not isinstance(expert, int):
             raise NotImplementedError(f"{expert!r} would be a stack; index one expert")
