@@ -167,6 +167,9 @@ def test_other_tokenizers_are_refused(tmp_path):
     file.write_text(text.replace("\\\\p{N}|", "\\\\p{N}{1,3}|"), encoding="utf-8")
     with pytest.raises(DataError, match="splits text by"):
         export_gguf(tmp_path, tmp_path / "m.gguf")
+    Tokenizer.train(["a b"], vocab_size=VOCABULARY).save(tmp_path)
+    with pytest.raises(DataError, match="no merges"):
+        export_gguf(tmp_path, tmp_path / "m.gguf")
     longer = Tokenizer.train(TEXT * 4, vocab_size=VOCABULARY + 20, num_special_tokens=64)
     longer.save(tmp_path)
     with pytest.raises(DataError, match="the model has 320 rows"):

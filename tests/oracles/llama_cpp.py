@@ -138,8 +138,7 @@ def compare(program: Path, sources: Path, config: ModelConfig, folder: Path) -> 
     theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
     write_tokenizer(folder)
     convert(sources, folder, theirs)
-    text = [f"{chr(ord('a') + n % 26)} {n}" for n in range(400)]
-    FamilyTokenizer.train(text, vocab_size=VOCAB).save(folder)
+    FamilyTokenizer.train([TEXT] * 4, vocab_size=VOCAB).save(folder)
     export_gguf(folder, ours)
     found = differences(program, theirs, model, tokens)
     exported = differences(program, ours, model, tokens)

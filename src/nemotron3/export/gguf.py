@@ -9,7 +9,7 @@ subtracts the mean), and drafts change no answer.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -77,36 +77,21 @@ def export_gguf(
     for tensor in tensors:
         check_stored(shapes, tensor, str(path))
     kept = reader.info(names["backbone.embeddings.weight"]).dtype
-    dtype = dtype or _STORED.get(kept, "bf16")
+    chosen: DType = dtype or _STORED.get(kept, "bf16")
     writer = gguf.GGUFWriter(None, _architecture(config))
+    writer.add_name(path.parent.name if path.name == "model" else path.name)
+    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[chosen]))
     _add_fields(writer, model_fields(config))
     _add_fields(writer, vocabulary_fields(tokenizer, rows=config.vocab_size))
-    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[dtype]))
-    writer.add_name(path.parent.name if path.name == "model" else path.name)
-    types = [_type_of(tensor, dtype) for tensor in tensors]
-    sizes = [_num_bytes(gguf, tensor, type_) for tensor, type_ in zip(tensors, types, strict=True)]
-    for tensor, type_, size in zip(tensors, types, sizes, strict=True):
-        kind = gguf.GGMLQuantizationType[type_.upper()]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(out.parent, sum(sizes))
-    with full_disk_named(out.parent, sum(sizes)):
-        temporary = _temporary_beside(out)
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor, type_ in zip(tensors, types, strict=True):
-                loaded = [reader.load(names[source]) for source in tensor.sources]
-                writer.write_tensor_data(_encoded(gguf, _values(tensor, loaded), type_))
-            writer.flush()
-            writer.close()
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    types: list[DType] = [_type_of(tensor, chosen) for tensor in tensors]
+    values = (
+        _values(tensor, [reader.load(names[source]) for source in tensor.sources])
+        for tensor in tensors
+    )
+    _write(gguf, writer, out, tensors, types, values)
     return GGUFSummary(
         file=out,
-        dtype=dtype,
+        dtype=chosen,
         num_tensors=len(tensors),
         num_bytes=out.stat().st_size,
         left_out=("the multi-token-prediction block",) if config.pattern.mtp else (),
@@ -232,6 +217,36 @@ def _encoded(gguf: Any, values: Tensor, dtype: DType) -> np.ndarray[Any, Any]:
     if dtype == "q8_0":
         return gguf.quants.quantize(values.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
     return values.to(torch.float16 if dtype == "f16" else torch.float32).numpy()
+
+
+def _write(
+    gguf: Any,
+    writer: Any,
+    out: Path,
+    tensors: Sequence[GGUFTensor],
+    types: Sequence[DType],
+    values: Iterable[Tensor],
+) -> None:
+    """Write the file beside `out`, one tensor after another, and put it in its place."""
+    sizes = [_num_bytes(gguf, tensor, type_) for tensor, type_ in zip(tensors, types, strict=True)]
+    for tensor, type_, size in zip(tensors, types, sizes, strict=True):
+        kind = gguf.GGMLQuantizationType[type_.upper()]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_space(out.parent, sum(sizes))
+    with full_disk_named(out.parent, sum(sizes)):
+        temporary = _temporary_beside(out)
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for value, type_ in zip(values, types, strict=True):
+                writer.write_tensor_data(_encoded(gguf, value, type_))
+            writer.close()
+            os.replace(temporary, out)
+        finally:
+            writer.close()
+            temporary.unlink(missing_ok=True)
 
 
 def _temporary_beside(out: Path) -> Path:

@@ -64,6 +64,8 @@ def _check_kind(backend: dict[str, Any]) -> None:
             f"the tokenizer ({kind}) splits text by {splits or 'no rule'}; only the family's rule, "
             "'tekken' in llama.cpp, can be exported"
         )
+    if not backend["model"]["merges"]:
+        raise DataError("the tokenizer has no merges, and llama.cpp reads none without")
 
 
 def _check_merges(tokenizer: Tokenizer, normal: list[int]) -> None:

@@ -106,7 +106,7 @@ class HybridCache:
             DraftState(slots, config.hidden_size, dtype=dtype, device=device) if drafts else None
         )
         """The progress of the multi-token-prediction block, if it drafts."""
-        self._writable = [_NOWHERE] * slots
+        self._writable: list[tuple[int, int]] = [_NOWHERE] * slots
         """First and end of each slot's positions that are known to be in pages of its own: most
         calls look here."""
         self._with_rows = [layer for layer in self.layers if layer is not None and layer.rows]
