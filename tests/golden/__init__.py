@@ -43,6 +43,7 @@ def golden_records() -> dict[str, Any]:
 
 def _memory_of_nano(options: tuple[str, ...]) -> Any:
     parser = argparse.ArgumentParser()
+    parser.set_defaults(model="nano")
     add_memory_options(parser)
     known = with_defaults(parser.parse_args(options))
     return training_memory(ModelConfig.preset("nano"), known)
