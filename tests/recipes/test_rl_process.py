@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -173,6 +173,7 @@ def engines_of(run, started, *, num_processes, threads=1, max_restarts=3):
     deaths=st.lists(st.one_of(st.none(), st.integers(0, 25)), max_size=5),
     updates=st.sets(st.integers(1, 6)),
 )
+@example(num_processes=1, num_rows=2, deaths=[14], updates={1})  # it had played its share
 def test_whenever_engines_die_every_rollout_is_played_once_with_weights_that_are_new_enough(
     run, num_processes, num_rows, deaths, updates
 ):

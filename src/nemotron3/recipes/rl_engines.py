@@ -166,6 +166,6 @@ class ProcessEngines:
         if self._shared is not None:
             engine.share_memory(self._shared)
             engine.install(self._shared.version, "recompute")
-        engine.played = failed.played
+        engine.played, engine.num_ended = failed.played, failed.num_ended
         if failed.share is not None:
             engine.play(failed.share)
