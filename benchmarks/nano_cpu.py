@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for drafts in (0, None) if has_drafts else (0,):
         result["runs"].append(measure_apart(folder, drafts=drafts, **amounts))
         print(json.dumps(result["runs"][-1]), flush=True)
-    if gguf is not None:
+    if known.llama_cpp is not None and gguf is not None:
         result["llama_cpp"] |= measure_llama_cpp(known.llama_cpp, gguf, **amounts)
         print(json.dumps(result["llama_cpp"]), flush=True)
     about = {"load_before": load, "load_after": machine.load_average()}

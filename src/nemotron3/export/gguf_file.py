@@ -6,8 +6,8 @@ The package `gguf` writes the header; names of types are its own in small letter
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -65,7 +65,8 @@ def write_gguf(
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, sum(sizes))
     with full_disk_named(out.parent, sum(sizes)):
-        temporary = _temporary_beside(out)
+        # Not a file of `tempfile`, which no other user may read.
+        temporary = out.with_name(f".{out.name}.{uuid4().hex}")
         try:
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
@@ -93,9 +94,3 @@ def _add_fields(writer: Any, fields: Mapping[str, Any]) -> None:
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
-
-
-def _temporary_beside(out: Path) -> Path:
-    """A new file in the same directory, so that it can replace `out` in one step."""
-    with NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-        return Path(file.name)
