@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import weight_format
 from nemotron3.models.precision import convert_weights
 from nemotron3.text import Tokenizer
+from tests.small_run import StopAt, StoppedError
 from tests.tiny import WHOLE_BLOCKS, tiny_config, tiny_model, tokens_for
 
 CONFIG = tiny_config("ME*E/*E", vocab_size=300, **WHOLE_BLOCKS)
@@ -157,3 +159,82 @@ def test_a_mix_is_searched_for_a_budget(folder, tmp_path, capsys):
     assert quantize(folder, tmp_path / "none", "--format", "mixed", "--bits", "3", *data) == 2
     assert "--bits is 3, and the fewest bits" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+DISTILLATION = (
+    "--format", "nvfp4", "--scales", "max", "--num-tokens", "1024", "--distill", "6",
+    "--training.batch-size", "2", "--training.microbatch-size", "1", "--training.seq-len", "64",
+    "--training.checkpoint-every-steps", "2", "--training.evaluate-every-steps", "3",
+)  # fmt: skip
+
+
+def distill(folder, out, *options):
+    text = folder.parent / "text.txt"
+    return quantize(folder, out, "--data", str(text), *DISTILLATION, *options)
+
+
+@pytest.fixture(scope="module")
+def distilled(folder):
+    out = folder.parent / "distilled"
+    assert distill(folder, out) == 0
+    return out
+
+
+def summary_of(out):
+    return json.loads((out / "quantization" / "summary.json").read_text())
+
+
+def test_distillation_brings_it_nearer_to_the_original(folder, distilled, capsys):
+    summary = summary_of(distilled)
+    trained, after = summary["distillation"], summary["comparison"]
+    assert after["kl"] < 0.9 * trained["before"]["kl"]
+    assert [step for step, _ in trained["divergences"]] == [3, 6]
+    assert trained["divergences"][-1][1] == pytest.approx(after["kl"])
+    assert f"{trained['before']['kl']:.5f}" in (distilled / "quantization/report.md").read_text()
+    assert not (distilled / "quantization" / "checkpoints").exists()
+    assert weight_format(LanguageModel.from_pretrained(distilled)) == "nvfp4"
+    mtp = [name for name in load_file(folder / "model.safetensors") if name.startswith("mtp.")]
+    before, now = (load_file(path / "model.safetensors") for path in (folder, distilled))
+    assert mtp
+    assert all(torch.equal(before[name], now[name]) for name in mtp)
+    biases = [name for name in now if name.endswith("e_score_correction_bias")]
+    assert all(torch.equal(before[name], now[name]) for name in biases)
+    assert distill(folder, distilled) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupted_distillation_goes_on(folder, distilled, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "it"
+    with monkeypatch.context() as patch:
+        patch.setattr("nemotron3.cli.quantize.watch", lambda: nullcontext(StopAt(5)))
+        with pytest.raises(StoppedError):
+            distill(folder, out)
+    assert not (out / "config.json").exists()
+    assert distill(folder, out, "--training.seq-len", "32") == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert quantize(folder, out, "--format", "nvfp4") == 2
+    assert "where a distillation was begun" in capsys.readouterr().err
+    assert distill(folder, out) == 0
+    printed = capsys.readouterr().out
+    assert "Memory, at most about" in printed
+    assert "6 updates on 768 tokens" in printed
+    for file in ("model.safetensors", "config.json", "hf_quant_config.json"):
+        assert (out / file).read_bytes() == (distilled / file).read_bytes()
+    found, expected = summary_of(out), summary_of(distilled)
+    assert found["distillation"] == expected["distillation"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--distill", "0"), "--distill is 0; it must be 1 or more updates"),
+        (("--distill",), "--distill needs text to train on"),
+        (("--distill", "--training.bias-update-rate", "0.1"), "bias_update_rate is 0.1; exp"),
+        (("--distill", "--training.precision.recipe", "nvfp4"), "recipe is 'nvfp4'"),
+    ],
+)
+def test_mistakes_of_a_distillation_are_named(folder, tmp_path, capsys, options, message):
+    assert quantize(folder, tmp_path / "it", "--format", "fp8", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "it").exists()

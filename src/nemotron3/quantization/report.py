@@ -24,6 +24,20 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What the quantized model was trained on, and what it was before."""
+
+    steps: int
+    tokens: int
+    learning_rate: float
+    """The highest."""
+    before: Comparison
+    """The model of the same formats without training."""
+    divergences: tuple[tuple[int, float], ...]
+    """KL divergence to the original on held-out text after some numbers of updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizationSummary:
     """What was done and what it costs."""
 
@@ -48,6 +62,8 @@ class QuantizationSummary:
     """Expected divergence of each matrix in each format; of a search only."""
     frontier: tuple[FrontierPoint, ...] = ()
     """What the search can reach, plain model first."""
+    distillation: Distillation | None = None
+    """None where nothing was trained: then weights are the original's, rounded."""
 
 
 def write_pages(folder: Path, summary: QuantizationSummary) -> None:
@@ -71,6 +87,8 @@ def write_pages(folder: Path, summary: QuantizationSummary) -> None:
         bars(largest, highlighted=next(iter(largest), "")),
     )
     body = section("Result", [table(("", "value"), summary_rows(summary), right=("value",))])
+    if summary.distillation is not None:
+        body += section("Distillation", [_divergences(summary.distillation)])
     body += section("Error", [figure])
     body += section("Bits and divergence", [_frontier(summary)])
     body += section("Matrices", [table(_COLUMNS, rows, right=_RIGHT)])
@@ -123,6 +141,17 @@ def summary_rows(summary: QuantizationSummary) -> list[tuple[str, str]]:
             ("KL to the original, nats per token", f"{found.kl:.5f}"),
             ("same first choice", f"{100 * found.top1_agreement:.2f}%"),
         ]
+    trained = summary.distillation
+    if trained is not None:
+        before = trained.before
+        rows += [
+            ("updates of distillation", f"{trained.steps:,}"),
+            ("tokens of distillation", f"{trained.tokens:,}"),
+            ("highest learning rate", f"{trained.learning_rate:g}"),
+            ("loss before distillation", f"{before.loss:.4f}"),
+            ("KL before distillation", f"{before.kl:.5f}"),
+            ("same first choice before", f"{100 * before.top1_agreement:.2f}%"),
+        ]
     return rows
 
 
@@ -141,6 +170,16 @@ def _sensitivity_row(found: Sensitivity) -> tuple[str, ...]:
         expert = max(range(len(found.expert_kl)), key=found.expert_kl.__getitem__)
         worst = f"{expert}: {found.expert_kl[expert]:.2e}"
     return " and ".join(found.matrices), found.format, f"{found.kl:.2e}", worst
+
+
+def _divergences(trained: Distillation) -> str:
+    steps, values = zip((0, trained.before.kl), *trained.divergences, strict=True)
+    path = Series(label="held-out text", steps=np.array(steps), values=np.array(values))
+    return captioned(
+        "KL divergence to the original",
+        "In nats per token on held-out text, before the first update and after others.",
+        lines([path], y_label="nats per token", x_label="updates", is_smoothed=False),
+    )
 
 
 def _frontier(summary: QuantizationSummary) -> str:
