@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from nemotron3.cli.main import main
 from nemotron3.inference.llm import LLM
 from nemotron3.inference.requests import SamplingParams
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import weight_format
 from nemotron3.models.precision import convert_weights
@@ -53,13 +54,23 @@ def test_a_directory_that_is_read_as_any(folder, tmp_path, capsys, wanted):
         assert f"{found['loss']:.4f}" in text
     tensors = load_file(tmp_path / "it" / "model.safetensors")
     inputs = {name for name in tensors if name.endswith("input_scale")}
+    scales = {name for name in tensors if name.endswith((".k_scale", ".v_scale"))}
     if wanted == "int8":
-        assert not inputs
+        assert not inputs | scales
+        assert "fp8_keys" in summary
+        assert summary["fp8_keys"] is None
     else:
         assert "backbone.layers.1.mixer.experts.5.down_proj.input_scale" in inputs
         described = json.loads((tmp_path / "it" / "hf_quant_config.json").read_text())
         algorithm = {"nvfp4": "NVFP4", "fp8": "FP8", "mixed": "MIXED_PRECISION"}[wanted]
         assert described["quantization"]["quant_algo"] == algorithm
+        assert described["quantization"]["kv_cache_quant_algo"] == "FP8"
+        scheme = json.loads((tmp_path / "it" / "config.json").read_text())["quantization_config"]
+        assert scheme["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+        assert scales == {f"backbone.layers.2.mixer.{w}_proj.{w}_scale" for w in "kv"}
+        assert all(tensors[name].shape == (1,) for name in scales)
+        assert 0 < summary["fp8_keys"]["kl"] != found["kl"]
+        assert summary["fp8_keys"]["kl"] == pytest.approx(found["kl"], rel=0.5)
     model = LanguageModel.from_pretrained(tmp_path / "it")
     assert weight_format(model) == wanted
     plain = convert_weights(model, None)
@@ -132,6 +143,8 @@ def test_values_that_are_not_finite_are_named_and_leave_nothing(folder, tmp_path
         (("--format", "fp8", "--num-tokens", "0"), "--num-tokens is 0; it must be 1 or more"),
         (("--format", "fp8", "--column", "body"), "--column goes with --data"),
         (("--format", "fp8", "--data", "nowhere.txt"), "nowhere.txt"),
+        (("--format", "fp8", "--kv-cache", "fp8"), "--kv-cache needs text to find scales with"),
+        (("--format", "int8", "--kv-cache", "fp8"), "--kv-cache is 'fp8', and int8 has no publ"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(folder, tmp_path, capsys, options, message):
@@ -161,8 +174,33 @@ def test_a_mix_is_searched_for_a_budget(folder, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_scales_of_keys_and_values_are_those_of_the_engine_or_left_out(folder, tmp_path):
+    data = ("--data", str(folder.parent / "text.txt"), "--num-tokens", "1024")
+    for name, options in (("with", ()), ("without", ("--kv-cache", "none"))):
+        assert quantize(folder, tmp_path / name, "--format", "fp8", *data, *options) == 0
+    narrow = StatePrecision(keys="float8")
+    model = LanguageModel.from_pretrained(tmp_path / "with")
+    stored = load_file(tmp_path / "with" / "model.safetensors")
+    pair = tuple(stored[f"backbone.layers.2.mixer.{w}_proj.{w}_scale"].item() for w in ("k", "v"))
+    # The MTP block's layer comes last, and no text is read with it.
+    assert model.state_precision(narrow).key_scales == (pair, (1.0, 1.0))
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+               for name, tensor in stored.items())  # fmt: skip
+    for file in ("config.json", "hf_quant_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "with" / file).read_bytes()
+    described = json.loads((tmp_path / "without" / "hf_quant_config.json").read_text())
+    assert described["quantization"]["kv_cache_quant_algo"] is None
+    other = LanguageModel.from_pretrained(tmp_path / "without")
+    assert other.state_precision(narrow).key_scales == ()
+    assert summary_of(tmp_path / "without")["fp8_keys"] is None
+
+
 DISTILLATION = (
-    "--format", "nvfp4", "--scales", "max", "--num-tokens", "1024", "--distill", "6",
+    "--format", "nvfp4", "--scales", "max", "--training.optimizer.lr", "3e-4",
+    "--num-tokens", "1024", "--distill", "6",
     "--training.batch-size", "2", "--training.microbatch-size", "1", "--training.seq-len", "64",
     "--training.checkpoint-every-steps", "2", "--training.evaluate-every-steps", "3",
 )  # fmt: skip

@@ -35,6 +35,7 @@ def quantize_command(known: argparse.Namespace, rest: list[str]) -> int:
         texts=tuple(FilesConfig(path=path, column=known.column) for path in known.data or ()),
         num_tokens=known.num_tokens,
         bits=known.bits,
+        kv_cache=known.kv_cache,
         distill=_training(known, rest),
         device=known.device,
     )

@@ -54,6 +54,12 @@ def add_quantize_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         help="most tokens for the scales, and as many for the comparison (default 32768)",
     )
     quantize.add_argument(
+        "--kv-cache",
+        choices=("fp8", "none"),
+        help="whether to write scales of keys and values, with which engines keep them in FP8 "
+        "(default: fp8 where there is text and --format is not int8)",
+    )
+    quantize.add_argument(
         "--distill",
         nargs="?",
         type=int,

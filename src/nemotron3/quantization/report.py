@@ -62,6 +62,9 @@ class QuantizationSummary:
     """Expected divergence of each matrix in each format; of a search only."""
     frontier: tuple[FrontierPoint, ...] = ()
     """What the search can reach, plain model first."""
+    fp8_keys: Comparison | None = None
+    """The quantized model with keys and values in FP8, by the scales in the files; None where there
+    are no such scales."""
     distillation: Distillation | None = None
     """None where nothing was trained: then weights are the original's, rounded."""
 
@@ -140,6 +143,11 @@ def summary_rows(summary: QuantizationSummary) -> list[tuple[str, str]]:
             ("loss of the original", f"{found.original_loss:.4f}"),
             ("KL to the original, nats per token", f"{found.kl:.5f}"),
             ("same first choice", f"{100 * found.top1_agreement:.2f}%"),
+        ]
+    if summary.fp8_keys is not None:
+        rows += [
+            ("loss with FP8 keys and values", f"{summary.fp8_keys.loss:.4f}"),
+            ("KL with FP8 keys and values", f"{summary.fp8_keys.kl:.5f}"),
         ]
     trained = summary.distillation
     if trained is not None:

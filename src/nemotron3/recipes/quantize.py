@@ -8,6 +8,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,9 +16,11 @@ from nemotron3.config import RUN_FILE, write_json
 from nemotron3.data import FilesConfig
 from nemotron3.data.documents import find_files
 from nemotron3.errors import ConfigError
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.huggingface import (
     StoredQuantization,
     published_weights,
+    stored_key_scales,
     stored_weight_format,
 )
 from nemotron3.models.nemotron_h import LanguageModel
@@ -37,6 +40,7 @@ from nemotron3.quantization import (
     quantized_model,
     total_bits,
 )
+from nemotron3.quantization.calibration import Calibration
 from nemotron3.quantization.report import Distillation, QuantizationSummary, write_pages
 from nemotron3.quantization.search import FrontierPoint, search
 from nemotron3.quantization.sensitivity import Sensitivity, fisher_diagonal, sensitivities
@@ -68,6 +72,9 @@ class QuantizePlan:
     bits: float | None = None
     """Bits per element of all parameters, for which the mix is searched; None for the published
     mix."""
+    kv_cache: Literal["fp8", "none"] | None = None
+    """Whether scales of keys and values are written, with which engines keep them in FP8; None for
+    where text is at hand and the format has a published form."""
     distill: TrainingConfig | None = None
     """How the quantized model is trained to predict what the plain one does; None for not at
     all."""
@@ -97,6 +104,11 @@ def quantize_directory(
         raise ConfigError(
             f"is {plan.bits:g} with format {plan.format!r}; a budget is above 0, and for 'mixed'",
             field="bits",
+        )
+    if plan.kv_cache == "fp8" and plan.format == "int8":
+        raise ConfigError(
+            "is 'fp8', and int8 has no published form, which such scales are part of; leave it out",
+            field="kv_cache",
         )
     run = _distill_run(path, plan, scales)
     callback = callback or RunCallback()
@@ -131,9 +143,12 @@ def _quantize(
 ) -> QuantizationSummary:
     assert plan.scales is not None
     scales: Scales = plan.scales
-    for name in ("bits", "distill"):
-        if getattr(plan, name) is not None and not text.calibration:
-            need = "weigh matrices with" if name == "bits" else "train on"
+    for name, is_asked, need in (
+        ("bits", plan.bits is not None, "weigh matrices with"),
+        ("distill", plan.distill is not None, "train on"),
+        ("kv_cache", plan.kv_cache == "fp8", "find scales with"),
+    ):
+        if is_asked and not text.calibration:
             raise ConfigError(f"needs text to {need}; text: {text.origin}", field=name)
     device = resolve_device(plan.device)
     in_memory = text.calibration or device.type != "cpu"
@@ -159,11 +174,15 @@ def _quantize(
         plain = _distilled(folder, model, formats, text, callback)
         quantized = quantized_model(plain, formats, scales=scales)
         comparison = compare(model, quantized, text.held_out)
-    activations = calibrate(plain, text.calibration, formats) if text.calibration else {}
+    if text.calibration:
+        _attach_scales(plan, quantized, calibrate(plain, text.calibration, formats))
     reports = matrix_reports(model, quantized, formats)
-    _attach_scales(quantized, activations)
     quantized.save_pretrained(out)
     summary = _summary(path, plan, model, quantized, reports, text, comparison)
+    if _has_key_scales(quantized) and text.held_out:
+        narrow = StatePrecision(keys="float8")
+        narrow = compare(model, quantized, text.held_out, state=narrow)
+        summary = replace(summary, fp8_keys=narrow)
     if folder is not None:
         assert before is not None
         summary = replace(summary, distillation=_distillation(folder, before))
@@ -256,20 +275,29 @@ def _summary(
     )
 
 
-def _attach_scales(quantized: LanguageModel, activations: dict[str, Tensor]) -> None:
-    """Scales of activations go into the files beside the weights, as `input_scale`."""
+def _attach_scales(plan: QuantizePlan, quantized: LanguageModel, found: Calibration) -> None:
+    """Scales of activations go into the files beside the weights, as `input_scale`; those of keys
+    and values beside their projections."""
     companions = quantized.companions
-    if not activations or companions is None:
+    if companions is None or plan.format == "int8":
         return
     names = published_weights(quantized, quantized.config, companions)
     scales: dict[str, Tensor] = {}
-    for parameter, scale in activations.items():
+    for layer, pair in found.keys.items() if plan.kv_cache != "none" else ():
+        for which, scale in zip("kv", pair, strict=True):
+            (published,) = names[f"{layer}.{which}_proj.weight"]
+            scales[f"{published.removesuffix('weight')}{which}_scale"] = scale.reshape(1).cpu()
+    for parameter, scale in found.activations.items():
         published = names[parameter]
         # Matrices that are one of ours (gate and value of SwiGLU) have the same input.
         each = scale.reshape(-1).repeat_interleave(len(published) // scale.numel()).cpu()
         for name, own in zip(published, each, strict=True):
             scales[name.removesuffix("weight") + "input_scale"] = own.clone()
-    found = StoredQuantization(
+    stored = StoredQuantization(
         formats={}, scales=scales, vectors=frozenset(), config_field=None, hf_quant_config=None
     )
-    quantized.companions = replace(companions, quantization=found)
+    quantized.companions = replace(companions, quantization=stored)
+
+
+def _has_key_scales(quantized: LanguageModel) -> bool:
+    return bool(stored_key_scales(quantized, quantized.companions))
