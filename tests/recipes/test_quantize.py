@@ -187,8 +187,8 @@ def test_scales_of_keys_and_values_are_those_of_the_engine_or_left_out(folder, t
     model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == stored.keys()
-    assert all(torch.equal(again[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
-               for name, tensor in stored.items())  # fmt: skip
+    for name, tensor in stored.items():
+        assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (again[name], tensor))), name
     for file in ("config.json", "hf_quant_config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "with" / file).read_bytes()
     described = json.loads((tmp_path / "without" / "hf_quant_config.json").read_text())
