@@ -166,7 +166,8 @@ def test_a_mix_is_searched_for_a_budget(folder, tmp_path, capsys):
     assert quantize(folder, tmp_path / "it", "--format", "mixed", "--bits", "20", *data) == 0
     summary = json.loads((tmp_path / "it" / "quantization" / "summary.json").read_text())
     assert 15 < summary["bits_per_element"] <= 20
-    assert len(summary["frontier"]) > 5
+    assert len(summary["frontier_of_experts"]) > len(summary["frontier"]) > 5
+    assert "expected KL, experts apart" in capsys.readouterr().out
     for page in ("report.md", "report.html"):
         assert "Expected" in (tmp_path / "it" / "quantization" / page).read_text()
     assert quantize(folder, tmp_path / "none", "--format", "mixed", "--bits", "3", *data) == 2

@@ -9,11 +9,13 @@ import numpy as np
 from nemotron3.observe.page import captioned, section, table, write_page
 from nemotron3.observe.plots import Series, bars, lines
 from nemotron3.quantization.comparison import Comparison
-from nemotron3.quantization.search import FrontierPoint
+from nemotron3.quantization.search import FrontierPoint, expected_kl
 from nemotron3.quantization.sensitivity import Sensitivity
 from nemotron3.quantization.weight_errors import MatrixReport
 
 MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
+_ROUNDING = 1e-6
+"""Of bits per element, which are added up in two ways."""
 _COLUMNS = ("matrix", "format", "elements", "bits", "error", "worst expert")
 _RIGHT = ("error", "bits", "worst expert")
 _SENSITIVITY_COLUMNS = ("matrix", "format", "nats per token", "worst expert")
@@ -62,6 +64,8 @@ class QuantizationSummary:
     """Expected divergence of each matrix in each format; of a search only."""
     frontier: tuple[FrontierPoint, ...] = ()
     """What the search can reach, plain model first."""
+    frontier_of_experts: tuple[FrontierPoint, ...] = ()
+    """What it could if each expert had a format of its own (decision 0025)."""
     fp8_keys: Comparison | None = None
     """The quantized model with keys and values in FP8, by the scales in the files; None where there
     are no such scales."""
@@ -135,6 +139,15 @@ def summary_rows(summary: QuantizationSummary) -> list[tuple[str, str]]:
         ("scales of NVFP4 blocks", summary.scales),
         ("tokens for activation scales", f"{summary.calibration_tokens:,}"),
     ]
+    if summary.frontier:
+        bits = summary.bits_per_element + _ROUNDING
+        rows += [
+            ("expected KL", f"{expected_kl(summary.frontier, bits):.2e}"),
+            (
+                "expected KL, experts apart",
+                f"{expected_kl(summary.frontier_of_experts, bits):.2e}",
+            ),
+        ]
     found = summary.comparison
     if found is not None:
         rows += [
@@ -193,16 +206,24 @@ def _divergences(trained: Distillation) -> str:
 def _frontier(summary: QuantizationSummary) -> str:
     if not summary.frontier:
         return ""
-    path = Series(
-        label="expected divergence",
-        steps=np.array([point.bits_per_element for point in summary.frontier]),
-        values=np.array([point.kl for point in summary.frontier]),
-    )
+    paths = [
+        Series(
+            label=label,
+            steps=np.array([point.bits_per_element for point in points]),
+            values=np.array([point.kl for point in points]),
+        )
+        for label, points in (
+            ("a format for each matrix, and for the experts of a layer", summary.frontier),
+            ("a format for each expert", summary.frontier_of_experts),
+        )
+        if points
+    ]
     return captioned(
         "Frontier",
         "Expected KL divergence to the original in nats per token, over bits per element of all "
-        "parameters: from the plain model to the fewest bits, a matrix at a time.",
-        lines([path], y_label="nats per token", x_label="bits per element", is_smoothed=False),
+        "parameters: from the plain model to the fewest bits, a matrix at a time. Experts of a "
+        "layer have one format; the second line is what single experts would allow.",
+        lines(paths, y_label="nats per token", x_label="bits per element", is_smoothed=False),
     )
 
 

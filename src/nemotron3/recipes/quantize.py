@@ -42,7 +42,7 @@ from nemotron3.quantization import (
 )
 from nemotron3.quantization.calibration import Calibration
 from nemotron3.quantization.report import Distillation, QuantizationSummary, write_pages
-from nemotron3.quantization.search import FrontierPoint, search
+from nemotron3.quantization.search import FrontierPoint, frontier_of_experts, search
 from nemotron3.quantization.sensitivity import Sensitivity, fisher_diagonal, sensitivities
 from nemotron3.recipes.distill import DistillRun, announce_distillation, distilled
 from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
@@ -187,7 +187,13 @@ def _quantize(
         assert before is not None
         summary = replace(summary, distillation=_distillation(folder, before))
         shutil.rmtree(folder.checkpoints().directory)
-    summary = replace(summary, sensitivities=tuple(found), frontier=tuple(frontier))
+    if found:
+        summary = replace(
+            summary,
+            sensitivities=tuple(found),
+            frontier=tuple(frontier),
+            frontier_of_experts=tuple(frontier_of_experts(model, found)),
+        )
     return _written(out, summary)
 
 
