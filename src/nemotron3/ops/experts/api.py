@@ -15,28 +15,20 @@ from nemotron3.ops.checks import (
     check_weight,
     without_tokens,
 )
-from nemotron3.ops.experts import activations
+from nemotron3.ops.experts import activations, dequantized
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.low_rank import low_rank_implementations
-from nemotron3.ops.experts.reference import routed_experts_reference
-from nemotron3.ops.experts.torch import routed_experts_torch
 from nemotron3.ops.low_precision import ExpertsQuantization
 from nemotron3.ops.nvfp4 import BLOCK
 from nemotron3.ops.weights import LowRankWeight, QuantizedWeight, Weight
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
-_EXPERTS = {
-    "reference": routed_experts_reference,
-    "torch": routed_experts_torch,
-    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
-    "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
-}
 _NARROW = {
-    "reference": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_reference"),
-    "torch": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_torch"),
+    "reference": dequantized.routed_experts_narrow_reference,
+    "torch": dequantized.routed_experts_narrow_torch,
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_narrow_native"),
-    "triton": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_triton"),
+    "triton": dequantized.routed_experts_narrow_triton,
 }
 """Of float32 with bfloat16 matrices."""
 _QUANTIZED = {
@@ -134,7 +126,7 @@ def _implementations(
     x: Tensor, weights: Tensor, up: Weight | LowRankWeight, down: Weight | LowRankWeight
 ) -> Implementations:
     if isinstance(up, Tensor) and isinstance(down, Tensor):
-        return _EXPERTS if up.dtype == down.dtype == x.dtype else _NARROW
+        return dequantized.PLAIN if up.dtype == down.dtype == x.dtype else _NARROW
     if not isinstance(up, Tensor) and not isinstance(down, Tensor) and up.format == down.format:
         if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):
             return up.routed_experts
