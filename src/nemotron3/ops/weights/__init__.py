@@ -2,7 +2,7 @@
 
 from nemotron3.ops.weights.computed import ComputedWeight
 from nemotron3.ops.weights.expert_matrices import ExpertMatrices
-from nemotron3.ops.weights.formats import FORMATS, WeightFormat
+from nemotron3.ops.weights.formats import FORMATS, WeightFormat, quantize_weight
 from nemotron3.ops.weights.fp8 import FP8Weight
 from nemotron3.ops.weights.int8 import Int8Weight
 from nemotron3.ops.weights.low_rank import LowRankWeight, add_low_rank
@@ -26,4 +26,5 @@ __all__ = [
     "dequantized",
     "is_narrow",
     "is_read_narrow",
+    "quantize_weight",
 ]
