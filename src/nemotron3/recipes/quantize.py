@@ -32,6 +32,7 @@ from nemotron3.models.huggingface import (
     stored_weight_format,
 )
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.rounded_activations import can_round_activations, round_activations
 from nemotron3.ops.nvfp4 import Scales
 from nemotron3.quantization import (
     Comparison,
@@ -130,11 +131,19 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
     quantized = quantized_model(model, formats, scales=scales)
     activations = calibrate(model, text.calibration, formats) if text.calibration else {}
     comparison = compare(model, quantized, text.held_out) if text.held_out else None
+    rounded: Comparison | None = None
+    if text.held_out and can_round_activations(quantized):
+        rounded = compare(model, round_activations(quantized, "int8"), text.held_out)
     reports = matrix_reports(model, quantized, formats)
     _attach_scales(quantized, activations)
     quantized.save_pretrained(out)
     summary = _summary(path, plan, model, quantized, reports, text, comparison)
-    summary = replace(summary, sensitivities=tuple(found), frontier=tuple(frontier))
+    summary = replace(
+        summary,
+        rounded_activations=rounded,
+        sensitivities=tuple(found),
+        frontier=tuple(frontier),
+    )
     return out, _written(out, summary)
 
 
