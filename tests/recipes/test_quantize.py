@@ -46,6 +46,10 @@ def test_a_directory_that_is_read_as_any(folder, tmp_path, capsys, wanted):
     found = summary["comparison"]
     assert found["num_tokens"] > 500
     assert 0 < found["kl"] < 1
+    rounded = summary["rounded_activations"]
+    assert (rounded is None) == (wanted == "fp8")
+    assert rounded is None or rounded["num_tokens"] == found["num_tokens"]
+    assert rounded is None or 0 < abs(rounded["kl"] - found["kl"]) < 0.1
     assert summary["bits_per_element"] < summary["original_bits_per_element"] == 32
     pages = tmp_path / "it" / "quantization"
     for page in ("report.md", "report.html"):

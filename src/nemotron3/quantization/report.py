@@ -57,6 +57,8 @@ class QuantizationSummary:
     """0 where there was no text: the result has no scales of activations."""
     comparison: Comparison | None
     """None where there was no text."""
+    rounded_activations: Comparison | None = None
+    """The same with activations in int8 (ops/weights/integer.py), where the model can be run so."""
     text: str
     """Where the text is from, or why there was none."""
     matrices: tuple[MatrixReport, ...]
@@ -172,6 +174,13 @@ def summary_rows(summary: QuantizationSummary) -> list[tuple[str, str]]:
             ("loss before distillation", f"{before.loss:.4f}"),
             ("KL before distillation", f"{before.kl:.5f}"),
             ("same first choice before", f"{100 * before.top1_agreement:.2f}%"),
+        ]
+    rounded = summary.rounded_activations
+    if rounded is not None:
+        rows += [
+            ("loss with int8 activations", f"{rounded.loss:.4f}"),
+            ("KL with int8 activations", f"{rounded.kl:.5f}"),
+            ("same first choice with them", f"{100 * rounded.top1_agreement:.2f}%"),
         ]
     return rows
 

@@ -24,6 +24,7 @@ from nemotron3.models.huggingface import (
     stored_weight_format,
 )
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.rounded_activations import can_round_activations, round_activations
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.ops.nvfp4 import Scales
 from nemotron3.ops.weights import WeightFormat
@@ -176,9 +177,13 @@ def _quantize(
         comparison = compare(model, quantized, text.held_out)
     if text.calibration:
         _attach_scales(plan, quantized, calibrate(plain, text.calibration, formats))
+    rounded: Comparison | None = None
+    if text.held_out and can_round_activations(quantized):
+        rounded = compare(model, round_activations(quantized, "int8"), text.held_out)
     reports = matrix_reports(model, quantized, formats)
     quantized.save_pretrained(out)
     summary = _summary(path, plan, model, quantized, reports, text, comparison)
+    summary = replace(summary, rounded_activations=rounded)
     if _has_key_scales(quantized) and text.held_out:
         narrow = StatePrecision(keys="float8")
         narrow = compare(model, quantized, text.held_out, state=narrow)

@@ -51,6 +51,7 @@ from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import has_rounded_products
+from nemotron3.models.rounded_activations import round_activations
 from nemotron3.runtime.malloc import retain_freed_memory
 
 
@@ -75,8 +76,10 @@ class Engine:
             )
         if model.device.type == "cpu":
             retain_freed_memory()
-        self.model = model  # its training mode stays as it is: no module depends on it
         self.config = config or EngineConfig()
+        if self.config.activations is not None:
+            model = round_activations(model, self.config.activations)
+        self.model = model  # its training mode stays as it is: no module depends on it
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
         self.max_model_len = longest_sequence(self.config, wanted, pages)

@@ -20,7 +20,8 @@ from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.low_rank import low_rank_implementations
 from nemotron3.ops.low_precision import ExpertsQuantization
 from nemotron3.ops.nvfp4 import BLOCK
-from nemotron3.ops.weights import LowRankWeight, QuantizedWeight, Weight
+from nemotron3.ops.weights import ActivationFormat, LowRankWeight, QuantizedWeight, Weight
+from nemotron3.ops.weights.integer import expert_products, refuse_gradients
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
@@ -128,8 +129,22 @@ def _implementations(
     if isinstance(up, Tensor) and isinstance(down, Tensor):
         return dequantized.PLAIN if up.dtype == down.dtype == x.dtype else _NARROW
     if not isinstance(up, Tensor) and not isinstance(down, Tensor) and up.format == down.format:
+        if (rounds := _rounds(up)) != _rounds(down):
+            raise OperandError(
+                f"experts: products with up round their activations to {rounds}, and those with "
+                f"down to {_rounds(down)}; expected one format"
+            )
+        refuse_gradients(
+            "experts", getattr(up, "base", up), x, weights, *_trained(up), *_trained(down)
+        )
         if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):
-            return up.routed_experts
+            return expert_products(up)
         return low_rank_implementations(x, weights, up, down)
     kinds = [getattr(t, "format", "plain") for t in (up, down)]
     raise OperandError(f"experts: up is {kinds[0]} and down {kinds[1]}; expected one format")
+
+
+def _rounds(weight: Weight | LowRankWeight) -> ActivationFormat | None:
+    """What products with it round their activations to."""
+    base = weight.base if isinstance(weight, LowRankWeight) else weight
+    return None if isinstance(base, Tensor) else base.activations

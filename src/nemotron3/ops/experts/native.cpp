@@ -14,6 +14,7 @@
 
 #include "experts.h"
 #include "gemm.h"
+#include "int8_activations.h"
 #include "low_rank.h"
 #include "packed.h"
 #include "rows.h"
@@ -272,6 +273,8 @@ PARALLEL_KERNEL(experts_forward_bfloat16, forward<const bfloat16*>)
 PARALLEL_KERNEL(experts_forward_int8, forward<Int8Rows>)
 PARALLEL_KERNEL(experts_forward_fp8, forward<FP8Rows>)
 PARALLEL_KERNEL(experts_forward_nvfp4, forward<NVFP4Rows>)
+PARALLEL_KERNEL(experts_forward_int8_int8, forward<Int8Activations<Int8Rows>>)
+PARALLEL_KERNEL(experts_forward_nvfp4_int8, forward<Int8Activations<NVFP4Rows>>)
 PARALLEL_KERNEL(experts_backward_float32, backward<const float*>)
 PARALLEL_KERNEL(experts_backward_int8, backward<Int8Rows>)
 PARALLEL_KERNEL(experts_backward_fp8, backward<FP8Rows>)

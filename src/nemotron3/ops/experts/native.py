@@ -22,9 +22,10 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = {
     name: ParallelKernel(_SOURCE, f"experts_forward_{name}", "pp pp ppp pppp pppp iiiiiii ii ff")
-    for name in ("float32", "bfloat16", "int8", "fp8", "nvfp4")
+    for name in ("float32", "bfloat16", "int8", "fp8", "nvfp4", "int8_int8", "nvfp4_int8")
 }
-"""The kernels that multiply with matrices as they are stored, each where a table says."""
+"""The kernels that multiply with matrices as they are stored, each where a table says; the second
+name is what activations are rounded to."""
 _backward = {
     name: ParallelKernel(_SOURCE, f"experts_backward_{name}", "pp pp ppp pp ppppp iiiiiiii")
     for name in ("float32", "int8", "fp8", "nvfp4")
@@ -147,7 +148,9 @@ def _apply(
 
 
 def _format(weight: Weight) -> str:
-    return weight.format if isinstance(weight, QuantizedWeight) else _PLAIN[weight.dtype]
+    if isinstance(weight, Tensor):
+        return _PLAIN[weight.dtype]
+    return weight.format if weight.activations is None else f"{weight.format}_{weight.activations}"
 
 
 class _Table(NamedTuple):

@@ -12,7 +12,7 @@ with `empty`, `dequantize`, `copy_`, `parts` and `load_part`; kernels of its own
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class QuantizedWeight(nn.Module, ABC):
     """The format's name in options and in config.json."""
     block: ClassVar[int] = 1
     """Inputs that share a scale; it divides their number."""
+    activations: Literal["int8"] | None = None
+    """What products round their activations to (integer.py); None for nothing."""
     linear: ClassVar[Implementations] = MappingProxyType(
         {
             "reference": Kernel(_LINEAR, "linear_dequantized_reference"),
