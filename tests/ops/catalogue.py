@@ -19,7 +19,7 @@ from nemotron3.ops.nvfp4 import SIGNS, fake_quantize, quantize
 from nemotron3.ops.rotary import rotate
 from nemotron3.ops.rounding import RandomBits, from_int8, to_float16, to_int8
 from nemotron3.ops.routing import route
-from nemotron3.ops.sampling import gumbel_argmax
+from nemotron3.ops.sampling import gumbel_argmax, logprobs_and_ranks
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd import ssd, ssd_rates, ssd_steps
 
@@ -250,6 +250,10 @@ OPERATIONS = {
     "drawing": Operation(
         gumbel_argmax,
         lambda n: {"logits": torch.randn(n, 9), "keys": torch.randint(-(2**62), 2**62, (n,))},
+    ),
+    "scores": Operation(
+        logprobs_and_ranks,
+        lambda n: {"logits": torch.randn(n, 9), "tokens": torch.randint(9, (n,))},
     ),
     "to_float16": Operation(
         to_float16,
