@@ -46,8 +46,9 @@ def check_rounded_activations(
         held = "plain" if format is None else f"in {format}"
         raise ConfigError(
             f"is {activations!r}, and the model's matrices are {held}; only those in int8 and "
-            "nvfp4 are integers: set weights to one of them, or leave it out",
+            "nvfp4 are integers: set {other} to one of them, or leave it out",
             field="activations",
+            other="weights",
         )
 
 
