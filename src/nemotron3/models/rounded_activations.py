@@ -46,8 +46,9 @@ def check_rounded_activations(
         held = "plain" if format is None else f"in {format}"
         raise ConfigError(
             f"is {activations!r}, and the model's matrices are {held}; only those in int8 and "
-            "nvfp4 are integers: set weights to one of them, or leave it out",
+            "nvfp4 are integers: set {other} to one of them, or leave it out",
             field="activations",
+            other="weights",
         )
 
 
@@ -62,11 +63,13 @@ def _has_integers(weight: nn.Module) -> bool:
     return issubclass(kind, IntegerWeight)
 
 
-def round_activations(model: LanguageModel, activations: ActivationFormat) -> LanguageModel:
-    """A model with all tensors of `model`, whose products round their activations.
+def round_activations(model: LanguageModel, activations: ActivationFormat | None) -> LanguageModel:
+    """A model with all tensors of `model`, whose products round their activations; None for `model`.
 
     Raises ConfigError where that would change nothing, or make nothing faster.
     """
+    if activations is None:
+        return model
     formats = [str(module.format) for module in model.modules() if _has_integers(module)]
     found = name_of_formats(formats) or weight_format(model)
     device, dtype = model.device, model.compute_dtype
