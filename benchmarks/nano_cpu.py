@@ -10,8 +10,8 @@ them already; the disk is checked for both before the first. One program is meas
 other, in a process of its own, after its files have been read once, so that they are in the page
 cache: prompt tokens per second, tokens per second of an answer, and the peak of resident memory, of
 which mapped pages of the files are a part; of ours also the seconds until the engine is ready, and
-int8 activations, and drafts if the model has a block for them. Figures are medians of `--repeats`; llama.cpp's are those
-of its own `llama-bench`. Results go to benchmarks/results/.
+int8 activations, and drafts if the model has a block for them. Figures are medians of `--repeats`;
+llama.cpp's are those of its own `llama-bench`. Results go to benchmarks/results/.
 """
 
 import argparse
