@@ -10,8 +10,8 @@ them already; the disk is checked for both before the first. One program is meas
 other, in a process of its own, after its files have been read once, so that they are in the page
 cache: prompt tokens per second, tokens per second of an answer, and the peak of resident memory, of
 which mapped pages of the files are a part; of ours also the seconds until the engine is ready, and
-drafts if the model has a block for them. Figures are medians of `--repeats`; llama.cpp's are those
-of its own `llama-bench`. Results go to benchmarks/results/.
+int8 activations, and drafts if the model has a block for them. Figures are medians of `--repeats`;
+llama.cpp's are those of its own `llama-bench`. Results go to benchmarks/results/.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.costs import model_costs
 from nemotron3.models.huggingface import read_config
+from nemotron3.ops.weights import ActivationFormat
 
 _CHUNK = 1 << 24
 
@@ -56,14 +57,23 @@ def warm(files: Iterable[Path]) -> float:
 
 
 def measure(
-    folder: Path, *, drafts: int | None, prompt: int, tokens: int, repeats: int
+    folder: Path,
+    *,
+    drafts: int | None,
+    activations: ActivationFormat | None,
+    prompt: int,
+    tokens: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Measure in this process; it should have measured nothing before."""
     empty = resident()
     start = time.perf_counter()
     model = load_model(folder, device="cpu")
     config = EngineConfig(
-        max_num_seqs=1, max_model_len=prompt + tokens + 8, max_draft_tokens=drafts
+        max_num_seqs=1,
+        max_model_len=prompt + tokens + 8,
+        max_draft_tokens=drafts,
+        activations=activations,
     )
     engine = Engine(model, config)
     ready = time.perf_counter() - start
@@ -75,6 +85,7 @@ def measure(
     stats = engine.stats()
     return {
         "drafts": most_drafts(model, drafts),
+        "activations": activations,
         "ready_s": round(ready, 3),
         "first_prompt_s": round(first_prompt_s, 3),
         "prompt_tokens_per_s": _rates(prompt, [prompt_s for prompt_s, _ in times]),
@@ -117,10 +128,13 @@ def resident() -> dict[str, int]:
     return found
 
 
-def measure_apart(folder: Path, *, drafts: int | None, **amounts: int) -> dict[str, Any]:
+def measure_apart(
+    folder: Path, *, drafts: int | None, activations: ActivationFormat | None, **amounts: int
+) -> dict[str, Any]:
     """Measure in a process of its own, whose peak memory is that of this model alone."""
     words = ["--measure", folder, *(word for n, v in amounts.items() for word in (f"--{n}", v))]
     words += [] if drafts is None else ["--drafts", drafts]
+    words += [] if activations is None else ["--activations", activations]
     command = [sys.executable, "-m", "benchmarks.nano_cpu", *map(str, words)]
     root = Path(__file__).parent.parent
     run = subprocess.run(command, check=True, cwd=root, stdout=subprocess.PIPE, text=True)
@@ -142,10 +156,15 @@ def measure_llama_cpp(
     }
 
 
+def _title(run: Mapping[str, Any]) -> str:
+    rounded = ", int8 activations" if run.get("activations") == "int8" else ""
+    return "ours" + rounded + (", drafts" if run["drafts"] else "")
+
+
 def nano_table(result: Mapping[str, Any]) -> list[list[str]]:
     """Table rows: a figure, ours in each run, llama.cpp's, and the ratio of the first run."""
     other = result.get("llama_cpp")
-    heads = ["ours" if not run["drafts"] else "ours, drafts" for run in result["runs"]]
+    heads = [_title(run) for run in result["runs"]]
     columns = [*result["runs"], *([other] if other else [])]
     rows = [["", *heads, *(["llama.cpp, Q4_0", "against llama.cpp"] if other else [])]]
     for name, title in (
@@ -179,10 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--drafts", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--activations", choices=("int8",), help=argparse.SUPPRESS)
     known = parser.parse_args(arguments)
     amounts = {"prompt": known.prompt, "tokens": known.tokens, "repeats": known.repeats}
     if known.measure is not None:
-        print(json.dumps(measure(known.measure, drafts=known.drafts, **amounts)))
+        how = {"drafts": known.drafts, "activations": known.activations}
+        print(json.dumps(measure(known.measure, **how, **amounts)))
         return
     if known.llama_cpp is not None and not known.llama_cpp.exists():
         parser.error(f"--llama-cpp is {known.llama_cpp}, which does not exist; build llama-bench")
@@ -199,8 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["warming_bytes_per_s"] = round(warm(shards))
     has_drafts = config.pattern.num_mtp_depths > 0
     result["runs"] = []
-    for drafts in (0, None) if has_drafts else (0,):
-        result["runs"].append(measure_apart(folder, drafts=drafts, **amounts))
+    variants: list[tuple[int | None, ActivationFormat | None]] = [(0, None), (0, "int8")]
+    variants += [(None, None)] if has_drafts else []
+    for drafts, activations in variants:
+        measured = measure_apart(folder, drafts=drafts, activations=activations, **amounts)
+        result["runs"].append(measured)
         print(json.dumps(result["runs"][-1]), flush=True)
     if known.llama_cpp is not None and gguf is not None:
         result["llama_cpp"] |= measure_llama_cpp(known.llama_cpp, gguf, **amounts)

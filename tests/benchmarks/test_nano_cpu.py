@@ -88,7 +88,8 @@ def test_the_benchmark_writes_measures_and_reuses_its_files(tmp_path, capsys, mo
     result = json.loads(file.read_text())
     shards = folder.joinpath("tiny").glob("*.safetensors")
     assert result["checkpoint_bytes"] == sum(f.stat().st_size for f in shards)
-    assert [run["drafts"] for run in result["runs"]] == [0, 3]
+    assert [run["drafts"] for run in result["runs"]] == [0, 0, 3]
+    assert [run["activations"] for run in result["runs"]] == [None, "int8", None]
     for run in result["runs"]:
         assert bool(run["drafted_tokens"]) == bool(run["drafts"])
         for name in ("prompt_tokens_per_s", "decode_tokens_per_s"):
@@ -140,7 +141,9 @@ def test_the_files_are_checked_against_the_disk_before_the_first(tmp_path, monke
 @pytest.mark.slow
 def test_the_process_of_its_own_prints_a_measurement(tmp_path):
     write_checkpoint(nano_cpu.sizes()["toy"], tmp_path)
-    found = nano_cpu.measure_apart(tmp_path, drafts=0, prompt=9, tokens=4, repeats=1)
+    found = nano_cpu.measure_apart(
+        tmp_path, drafts=0, activations=None, prompt=9, tokens=4, repeats=1
+    )
     assert found["drafted_tokens"] == 0 < found["ready_s"]
 
 
