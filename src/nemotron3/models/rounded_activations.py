@@ -63,11 +63,13 @@ def _has_integers(weight: nn.Module) -> bool:
     return issubclass(kind, IntegerWeight)
 
 
-def round_activations(model: LanguageModel, activations: ActivationFormat) -> LanguageModel:
-    """A model with all tensors of `model`, whose products round their activations.
+def round_activations(model: LanguageModel, activations: ActivationFormat | None) -> LanguageModel:
+    """A model with all tensors of `model`, whose products round activations; None for `model`.
 
     Raises ConfigError where that would change nothing, or make nothing faster.
     """
+    if activations is None:
+        return model
     formats = [str(module.format) for module in model.modules() if _has_integers(module)]
     found = name_of_formats(formats) or weight_format(model)
     device, dtype = model.device, model.compute_dtype

@@ -77,8 +77,7 @@ class Engine:
         if model.device.type == "cpu":
             retain_freed_memory()
         self.config = config or EngineConfig()
-        if self.config.activations is not None:
-            model = round_activations(model, self.config.activations)
+        model = round_activations(model, self.config.activations)
         self.model = model  # its training mode stays as it is: no module depends on it
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
