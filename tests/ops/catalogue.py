@@ -10,7 +10,7 @@ from torch import Tensor
 from nemotron3.ops import mxfp8
 from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
-from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
+from nemotron3.ops.cross_entropy import linear_cross_entropy, linear_kl_divergence, token_logprobs
 from nemotron3.ops.experts import activate, routed_experts
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.linear import linear, linear_parts
@@ -219,6 +219,18 @@ OPERATIONS = {
             "hidden": torch.randn(n, 5),
             "weight": torch.randn(9, 5),
             "targets": torch.randint(9, (n,)),
+            "token_weights": torch.rand(n),
+            "max_logits": 20,
+        },
+        numbers={"max_logits": (0, -1)},
+    ),
+    "kl_divergence": Operation(
+        linear_kl_divergence,
+        lambda n: {
+            "hidden": torch.randn(n, 5),
+            "weight": torch.randn(9, 5),
+            "teacher_hidden": torch.randn(n, 6),
+            "teacher_weight": torch.randn(9, 6),
             "token_weights": torch.rand(n),
             "max_logits": 20,
         },

@@ -45,7 +45,8 @@ class Request(NamedTuple):
 
 
 Score = Callable[[Tensor, Tensor, Tensor, Request], Scored]
-"""Takes `hidden` [tokens, d], `weight` [vocab, d] of the same dtype, and `targets` [tokens]."""
+"""Takes `hidden` [tokens, d], `weight` [vocab, d] of the same dtype, and what each token is
+compared with: `targets` [tokens], or what a distribution over the vocabulary is computed from."""
 
 
 def fused_cross_entropy(

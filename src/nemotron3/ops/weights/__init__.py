@@ -2,7 +2,7 @@
 
 from nemotron3.ops.weights.computed import ComputedWeight
 from nemotron3.ops.weights.expert_matrices import ExpertMatrices
-from nemotron3.ops.weights.formats import FORMATS, WeightFormat
+from nemotron3.ops.weights.formats import FORMATS, WeightFormat, quantize_weight
 from nemotron3.ops.weights.fp8 import FP8Weight
 from nemotron3.ops.weights.int8 import Int8Weight
 from nemotron3.ops.weights.integer import ActivationFormat, IntegerWeight
@@ -29,4 +29,5 @@ __all__ = [
     "dequantized",
     "is_narrow",
     "is_read_narrow",
+    "quantize_weight",
 ]

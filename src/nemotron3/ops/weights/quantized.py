@@ -169,8 +169,13 @@ def finite_matrix(weight: QuantizedWeight, values: Weight) -> Tensor:
 
 
 def check_no_nan(weight: QuantizedWeight, stored: Tensor) -> None:
-    """Raise OperandError for E4M3 numbers that are NaN: kernels read no such codes."""
-    if (stored.view(torch.uint8) & 0x7F == 0x7F).any():
+    """Raise OperandError for E4M3 numbers that are NaN: kernels read no such codes.
+
+    NaN is the largest code of either sign, which two reductions find without a copy of the codes:
+    loading a model waits for this check.
+    """
+    codes = stored.view(torch.uint8).flatten()
+    if codes.numel() and (codes.view(torch.int8).max() == 0x7F or codes.max() == 0xFF):
         raise OperandError(f"{weight.format}: NaN is stored there; quantize the plain model again")
 
 
