@@ -2,8 +2,9 @@
 
 Every operation offers `reference` (the executable specification) and `torch` (vectorised, any
 device); some offer `native` (C++ for float32 and bfloat16 on the CPU, see ops/native) and `triton`
-(kernels for CUDA devices). A caller passes `backend="auto"` and gets the best one for the device and dtype of
-its tensors; asking by name for one that is not available is an error, never a silent substitute.
+(kernels for CUDA devices). A caller passes `backend="auto"` and gets the best one for the device
+and dtype of its tensors; asking by name for one that is not available is an error, never a silent
+substitute.
 
 Triton is imported when a kernel is first used, since most machines do not need it. With
 TRITON_INTERPRET=1 its kernels run on CPU tensors if `backend="triton"` asks for them: slowly, for
@@ -56,7 +57,8 @@ def resolve(
     """The implementation of `operation` to run on these operands, which are on one device.
 
     `operands` must contain every tensor whose dtype matters: compiled functions read each in one of
-    the dtypes that they declare. Raises BackendUnavailableError where `backend` names one that cannot run here.
+    the dtypes that they declare. Raises BackendUnavailableError where `backend` names one that
+    cannot run here.
     """
     return load(implementations, choose(operation, backend, implementations, *operands))
 

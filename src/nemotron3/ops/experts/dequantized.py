@@ -55,6 +55,7 @@ def routed_experts_dequantized_native(
 ) -> Tensor:
     """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
     if _has_gradients(x, weights):
+        weights = weights.to(x.dtype)
         return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="auto")
     matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
     return _NATIVE.loaded(x, indices, weights, *matrices, activation)

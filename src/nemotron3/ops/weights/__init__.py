@@ -6,7 +6,7 @@ from nemotron3.ops.weights.formats import FORMATS, WeightFormat
 from nemotron3.ops.weights.fp8 import FP8Weight
 from nemotron3.ops.weights.int8 import Int8Weight
 from nemotron3.ops.weights.low_rank import LowRankWeight, add_low_rank
-from nemotron3.ops.weights.narrow import is_narrow, is_read_as_stored
+from nemotron3.ops.weights.narrow import is_narrow, is_read_as_stored, is_read_wide
 from nemotron3.ops.weights.nvfp4 import NVFP4Weight
 from nemotron3.ops.weights.quantized import CompiledWeight, QuantizedWeight, Weight, dequantized
 
@@ -26,4 +26,5 @@ __all__ = [
     "dequantized",
     "is_narrow",
     "is_read_as_stored",
+    "is_read_wide",
 ]

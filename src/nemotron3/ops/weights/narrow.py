@@ -21,9 +21,14 @@ def is_narrow(weight: Tensor, x: Tensor) -> bool:
 
 def is_read_as_stored(weight: Tensor, x: Tensor) -> bool:
     """Whether products read this weight without a copy in the dtype of the activations."""
-    if weight.dtype == torch.float32 and x.dtype == torch.bfloat16:
-        return x.is_cpu and native.available()
-    return is_read_narrow(weight, x)
+    return is_read_wide(weight, x) or is_read_narrow(weight, x)
+
+
+def is_read_wide(weight: Tensor, x: Tensor) -> bool:
+    """Whether products round this weight to the bfloat16 of the activations as they read it."""
+    if weight.dtype != torch.float32 or x.dtype != torch.bfloat16:
+        return False
+    return x.is_cpu and native.available()
 
 
 def is_read_narrow(weight: Tensor, x: Tensor) -> bool:
