@@ -7,8 +7,12 @@ program and loading does not count, since the program reports the time of its ow
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,6 +71,41 @@ def decode(binary: Path, gguf: Path, batch: int, steps: int) -> Contestant | Non
     command = [binary, "-m", gguf, "-p", 0, "-n", steps, "-d", PROMPT, "-r", 1, "-o", "json"]
     command += _threads()
     return lambda: json.loads(_output(command))[0]["avg_ns"] / 1e9
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run of llama-bench found: seconds of each repetition, and of the whole program."""
+
+    prompt_s: list[float]
+    answer_s: list[float]
+    program_s: float
+    """With loading, and a first repetition that does not count."""
+    peak_bytes: int
+    """Resident at most, pages of the file included."""
+
+
+def bench(binary: Path, gguf: Path, *, prompt: int, tokens: int, repeats: int) -> Bench:
+    """Repetitions of a prompt, and of an answer, in one process, which loads the file once."""
+    command = [binary, "-m", gguf, "-p", prompt, "-n", tokens, "-r", repeats, "-o", "json"]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        words = list(map(str, [*command, *_threads()]))
+        program = subprocess.Popen(words, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(program.pid, 0)
+        program.returncode = os.waitstatus_to_exitcode(status)
+        program_s = time.perf_counter() - start
+        out.seek(0)
+        errors.seek(0)
+        if program.returncode:
+            raise SystemExit(f"{binary} failed:\n{errors.read()[-2000:]}")
+        results = json.load(out)
+    prompts, answers = sorted(results, key=lambda found: found["n_gen"])
+    return Bench(
+        *([each / 1e9 for each in found["samples_ns"]] for found in (prompts, answers)),
+        program_s=program_s,
+        peak_bytes=usage.ru_maxrss << 10,
+    )
 
 
 def _decode_batch(program: Path, gguf: Path, batch: int, steps: int) -> Contestant | None:

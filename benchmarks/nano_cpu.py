@@ -1,35 +1,37 @@
 """The published size on a small machine: full-size Nano in four and eight bits, on the CPU.
 
-    python -m benchmarks.nano_cpu                              # writes and measures about 20 GB
-    python -m benchmarks.nano_cpu --size 150m-latent           # the same, small
-    python -m benchmarks.nano_cpu --gguf nano-q4_0.gguf        # and llama.cpp, if it is on the PATH
+    python -m benchmarks.nano_cpu --llama-cpp build/bin/llama-bench   # about 40 GB of disk
+    python -m benchmarks.nano_cpu                                     # ours alone, about 20 GB
+    python -m benchmarks.nano_cpu --size 150m-latent                  # the same, small
 
-It writes a checkpoint of random weights in the published form (random_checkpoint.py), unless the
-folder holds it already, reads its files once so that they are in the page cache, and measures in a
-process of its own: seconds until the engine is ready, prompt tokens per second, decoded tokens per
-second, without drafts and with them if the model has a block for that, and the peak of resident
-memory, of which mapped pages of the files are a part. Results go to benchmarks/results/.
-
-llama.cpp is measured by its own `llama-bench` on a file of the same architecture and size. It is
-made apart: convert the plain model and quantize it to Q4_0 (docs/guides/llama-cpp-oracle.md).
+It writes a checkpoint of random weights in the published form (random_checkpoint.py) and
+llama.cpp's Q4_0 file of the same architecture and size (random_gguf.py), unless the folder holds
+them already; the disk is checked for both before the first. One program is measured after the
+other, in a process of its own, after its files have been read once, so that they are in the page
+cache: prompt tokens per second, tokens per second of an answer, and the peak of resident memory, of
+which mapped pages of the files are a part; of ours also the seconds until the engine is ready, and
+drafts if the model has a block for them. Figures are medians of `--repeats`; llama.cpp's are those
+of its own `llama-bench`. Results go to benchmarks/results/.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.cpu import RESULTS
-from benchmarks.models import configs, tokens_of
-from benchmarks.random_checkpoint import num_bytes, planned_model, write_checkpoint
+from benchmarks.models import tokens_of
+from benchmarks.random_checkpoint import planned_model, sizes, write_checkpoint
+from benchmarks.random_gguf import write_random_gguf
 
-from benchmarks import llama_cpp, machine
+from benchmarks import llama_cpp, machine, random_checkpoint, random_gguf
+from nemotron3.checkpoint.files import require_space
 from nemotron3.inference.base_llm import load_model
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine import Engine
@@ -37,34 +39,25 @@ from nemotron3.inference.model_runner.speculative import most_drafts
 from nemotron3.inference.requests import SamplingParams
 from nemotron3.inference.sequences import EngineRequest
 from nemotron3.models.config import ModelConfig
+from nemotron3.models.costs import model_costs
 from nemotron3.models.huggingface import read_config
 
 _CHUNK = 1 << 24
 
 
-def sizes() -> dict[str, ModelConfig]:
-    """Models by name; `nano-mtp` has the block for drafts that later releases of Nano have."""
-    nano = ModelConfig.preset("nano")
-    pattern = f"{nano.hybrid_override_pattern}/*E"
-    return {
-        "nano": nano,
-        "nano-mtp": replace(nano, hybrid_override_pattern=pattern),
-        "tiny": ModelConfig.preset("tiny"),
-        **configs(),
-    }
-
-
-def warm(folder: Path) -> float:
+def warm(files: Iterable[Path]) -> float:
     """Read all files once; returns bytes per second."""
     start, total = time.perf_counter(), 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with file.open("rb", buffering=0) as opened:
             while chunk := opened.read(_CHUNK):
                 total += len(chunk)
     return total / (time.perf_counter() - start)
 
 
-def measure(folder: Path, *, drafts: int | None, prompt: int, tokens: int) -> dict[str, Any]:
+def measure(
+    folder: Path, *, drafts: int | None, prompt: int, tokens: int, repeats: int
+) -> dict[str, Any]:
     """Measure in this process; it should have measured nothing before."""
     empty = resident()
     start = time.perf_counter()
@@ -75,22 +68,29 @@ def measure(folder: Path, *, drafts: int | None, prompt: int, tokens: int) -> di
     engine = Engine(model, config)
     ready = time.perf_counter() - start
     loaded = resident()
-    ids = tokens_of(model.config, 2, prompt).tolist()
+    ids = tokens_of(model.config, 1 + repeats, prompt).tolist()
     # The first prompt touches every expert, and its answer records the steps.
-    _answer(engine, ids[0], tokens)
-    prompt_s, decode_s = _answer(engine, ids[1], tokens)
+    first_prompt_s, _ = _answer(engine, ids[0], tokens)
+    times = [_answer(engine, each, tokens) for each in ids[1:]]
     stats = engine.stats()
     return {
         "drafts": most_drafts(model, drafts),
         "ready_s": round(ready, 3),
-        "prompt_tokens_per_s": round(prompt / prompt_s, 2),
-        "decode_tokens_per_s": round((tokens - 1) / decode_s, 2),
+        "first_prompt_s": round(first_prompt_s, 3),
+        "prompt_tokens_per_s": _rates(prompt, [prompt_s for prompt_s, _ in times]),
+        "decode_tokens_per_s": _rates(tokens - 1, [decode_s for _, decode_s in times]),
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
         "resident_bytes_before": empty,
         "resident_bytes_when_ready": loaded,
         "resident_bytes": resident(),
     }
+
+
+def _rates(tokens: int, seconds: Sequence[float]) -> dict[str, float]:
+    rates = [tokens / each for each in seconds]
+    found = {"median": median(rates), "min": min(rates), "max": max(rates)}
+    return {name: round(rate, 2) for name, rate in found.items()}
 
 
 def _answer(engine: Engine, prompt: list[int], tokens: int) -> tuple[float, float]:
@@ -117,9 +117,9 @@ def resident() -> dict[str, int]:
     return found
 
 
-def measure_apart(folder: Path, *, drafts: int | None, prompt: int, tokens: int) -> dict[str, Any]:
+def measure_apart(folder: Path, *, drafts: int | None, **amounts: int) -> dict[str, Any]:
     """Measure in a process of its own, whose peak memory is that of this model alone."""
-    words = ["--measure", folder, "--prompt", prompt, "--tokens", tokens]
+    words = ["--measure", folder, *(word for n, v in amounts.items() for word in (f"--{n}", v))]
     words += [] if drafts is None else ["--drafts", drafts]
     command = [sys.executable, "-m", "benchmarks.nano_cpu", *map(str, words)]
     root = Path(__file__).parent.parent
@@ -127,62 +127,127 @@ def measure_apart(folder: Path, *, drafts: int | None, prompt: int, tokens: int)
     return json.loads(run.stdout)
 
 
-def measure_llama_cpp(gguf: Path, *, prompt: int, tokens: int) -> dict[str, float]:
-    """Tokens per second of llama.cpp on a file of its own."""
-    found = shutil.which("llama-bench")
-    if found is None:
-        raise SystemExit("--gguf needs llama-bench on the PATH; build llama.cpp, or leave it out")
-    decode = llama_cpp.decode(Path(found), gguf, 1, tokens)
-    assert decode is not None
+def measure_llama_cpp(
+    program: Path, gguf: Path, *, prompt: int, tokens: int, repeats: int
+) -> dict[str, Any]:
+    """The same of llama.cpp, whose answers follow no prompt: its benchmark has them so."""
+    rate = warm([gguf])
+    found = llama_cpp.bench(program, gguf, prompt=prompt, tokens=tokens, repeats=repeats)
     return {
-        "prompt_tokens_per_s": round(prompt / llama_cpp.prefill(Path(found), gguf, prompt)(), 2),
-        "decode_tokens_per_s": round(tokens / decode(), 2),
-        "file_bytes": gguf.stat().st_size,
+        "warming_bytes_per_s": round(rate),
+        "prompt_tokens_per_s": _rates(prompt, found.prompt_s),
+        "decode_tokens_per_s": _rates(tokens, found.answer_s),
+        "resident_bytes": {"peak": found.peak_bytes},
+        "program_s": round(found.program_s, 1),
     }
+
+
+def nano_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows: a figure, ours in each run, llama.cpp's, and the ratio of the first run."""
+    other = result.get("llama_cpp")
+    heads = ["ours" if not run["drafts"] else "ours, drafts" for run in result["runs"]]
+    columns = [*result["runs"], *([other] if other else [])]
+    rows = [["", *heads, *(["llama.cpp, Q4_0", "against llama.cpp"] if other else [])]]
+    for name, title in (
+        ("prompt_tokens_per_s", f"prompt of {result['prompt']}, tokens/s"),
+        ("decode_tokens_per_s", f"answer of {result['tokens']}, tokens/s"),
+    ):
+        cells = [f"{c[name]['median']} ({c[name]['min']} to {c[name]['max']})" for c in columns]
+        ratio = columns[0][name]["median"] / columns[-1][name]["median"]
+        rows.append([title, *cells, *([f"{ratio:.2f}x"] if other else [])])
+    peaks = [column["resident_bytes"]["peak"] for column in columns]
+    cells = [f"{peak / 2**30:.1f} GiB" for peak in peaks]
+    rows.append(["peak memory", *cells, *([f"{peaks[0] / peaks[-1]:.2f} of it"] if other else [])])
+    sizes = [result["checkpoint_bytes"]] * len(heads) + ([other["file_bytes"]] if other else [])
+    bits = [result["bits_per_parameter"]] * len(heads)
+    bits += [other["bits_per_parameter"]] if other else []
+    cells = [f"{size / 1e9:.1f} GB, {each:.2f}" for size, each in zip(sizes, bits, strict=True)]
+    rows.append(["files, and bits a parameter", *cells, *([""] if other else [])])
+    cells = [f"{run['ready_s']:.1f} s" for run in result["runs"]]
+    return [*rows, ["ready after", *cells, *(["", ""] if other else [])]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=list(sizes()), default="nano")
-    parser.add_argument("--folder", type=Path, help="the checkpoint (default runs/nano_cpu/SIZE)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/nano_cpu"), help="of the files")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp, such as Q4_0")
+    parser.add_argument("--repeats", type=int, default=3, help="prompts and answers of each")
+    parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a built llama-bench")
+    parser.add_argument("--write-only", action="store_true", help="write the files, measure later")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--drafts", type=int, help=argparse.SUPPRESS)
     known = parser.parse_args(arguments)
-    amounts = {"prompt": known.prompt, "tokens": known.tokens}
+    amounts = {"prompt": known.prompt, "tokens": known.tokens, "repeats": known.repeats}
     if known.measure is not None:
         print(json.dumps(measure(known.measure, drafts=known.drafts, **amounts)))
         return
+    if known.llama_cpp is not None and not known.llama_cpp.exists():
+        parser.error(f"--llama-cpp is {known.llama_cpp}, which does not exist; build llama-bench")
+    config = sizes()[known.size]
+    folder = known.folder / known.size
+    gguf = known.folder / f"{known.size}-q4_0.gguf" if known.llama_cpp is not None else None
+    prepare(config, folder, gguf)
+    if known.write_only:
+        return
     load = machine.load_average()
     machine.warn_if_busy(load)
-    config = sizes()[known.size]
-    folder = known.folder or Path("runs/nano_cpu") / known.size
-    result: dict[str, Any] = {"size": known.size, "checkpoint_bytes": _prepare(config, folder)}
-    result["warming_bytes_per_s"] = round(warm(folder))
+    result: dict[str, Any] = {"size": known.size, **amounts} | _files(config, folder, gguf)
+    shards = sorted(folder.glob("*.safetensors"))
+    result["warming_bytes_per_s"] = round(warm(shards))
     has_drafts = config.pattern.num_mtp_depths > 0
-    runs = [measure_apart(folder, drafts=n, **amounts) for n in ((0, None) if has_drafts else (0,))]
-    result |= {"runs": runs, **amounts}
-    if known.gguf is not None:
-        result["llama_cpp"] = measure_llama_cpp(known.gguf, **amounts)
+    result["runs"] = []
+    for drafts in (0, None) if has_drafts else (0,):
+        result["runs"].append(measure_apart(folder, drafts=drafts, **amounts))
+        print(json.dumps(result["runs"][-1]), flush=True)
+    if known.llama_cpp is not None and gguf is not None:
+        result["llama_cpp"] |= measure_llama_cpp(known.llama_cpp, gguf, **amounts)
+        print(json.dumps(result["llama_cpp"]), flush=True)
     about = {"load_before": load, "load_after": machine.load_average()}
     print(
         machine.write_result("nano_cpu", result, arguments=arguments, about=about, folder=known.out)
     )
 
 
-def _prepare(config: ModelConfig, folder: Path) -> int:
-    """Write the checkpoint, unless the folder has it; returns the bytes of its files."""
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        size = num_bytes(planned_model(config))
-        print(f"writing {size / 1e9:.3f} GB to {folder}")
-        write_checkpoint(config, folder)
+def prepare(config: ModelConfig, folder: Path, gguf: Path | None) -> None:
+    """Write what is missing of both; StorageError, before anything, if the disk is too small."""
+    missing = []
+    if not list(folder.glob("*.safetensors")):
+        missing.append((folder, random_checkpoint.num_bytes(planned_model(config))))
     elif read_config(folder) != replace(config, initializer_range=config.init_std):
         raise SystemExit(f"{folder} holds another model; give another --folder")
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if gguf is not None and not gguf.exists():
+        missing.append((gguf, random_gguf.num_bytes(config)))
+    if missing:
+        missing[0][0].parent.mkdir(parents=True, exist_ok=True)
+        require_space(missing[0][0].parent, sum(size for _, size in missing))
+    for path, size in missing:
+        print(f"writing {size / 1e9:.3f} GB to {path}", flush=True)
+        write = write_checkpoint if path == folder else write_random_gguf
+        write(config, path)
+
+
+def _files(config: ModelConfig, folder: Path, gguf: Path | None) -> dict[str, Any]:
+    """Bytes and bits per parameter of both files; llama.cpp's has no block for drafts."""
+    costs = model_costs(config)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    found: dict[str, Any] = {
+        "parameters": costs.total,
+        "active": costs.total_active,
+        "checkpoint_bytes": size,
+        "bits_per_parameter": round(8 * size / costs.total, 3),
+    }
+    if gguf is not None:
+        size = gguf.stat().st_size
+        main = config.hybrid_override_pattern.partition("/")[0]
+        plain = model_costs(replace(config, hybrid_override_pattern=main))
+        found["llama_cpp"] = {
+            "file_bytes": size,
+            "bits_per_parameter": round(8 * size / plain.total, 3),
+        }
+    return found
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.gpu.section import Section, all_sections, inference_sections
 from benchmarks.gpu.summary import as_markdown
 from benchmarks.gpu.tuning import TUNING
 from benchmarks.machine import BUSY, limits_in_words
+from benchmarks.nano_cpu import nano_table
 from benchmarks.products import product_table
 from benchmarks.profile_layers import decoding_table, training_table
 from benchmarks.rl_peers import peers_in_words, peers_table
@@ -43,6 +44,7 @@ def render(text: str, results: Path) -> str:
         "products": "\n".join(_products(path) for path in _newest_of_each(results, "products")),
         "bfloat16": "\n".join(_bfloat16(path) for path in _newest_of_each(results, "bfloat16")),
         "weights": "\n".join(_weights(path) for path in _newest_of_each(results, "weights")),
+        "nano_cpu": "\n".join(_nano_cpu(path) for path in _newest_of_each(results, "nano_cpu")),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
         "regression": "\n".join(
             _regression(path) for path in _newest_of_each(results, "regression")
@@ -195,6 +197,12 @@ def _bfloat16(path: Path) -> str:
 def _weights(path: Path) -> str:
     result = json.loads(path.read_text())
     return f"{_origin(result)}\n{table(weights_table(result))}"
+
+
+def _nano_cpu(path: Path) -> str:
+    result = json.loads(path.read_text())
+    size = f"{result['parameters'] / 1e9:.1f}B parameters, {result['active'] / 1e9:.1f}B active"
+    return f"{_origin(result)}\n**{result['size']}** ({size})\n\n{table(nano_table(result))}"
 
 
 def _scaling(path: Path) -> str:

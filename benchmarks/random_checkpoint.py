@@ -9,9 +9,11 @@ alone, and random routers choose all experts about equally often.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from benchmarks.models import configs
 from torch import Generator, Tensor
 
 from nemotron3.models import huggingface
@@ -25,6 +27,23 @@ from nemotron3.quantization import formats_for
 META = torch.device("meta")
 _RMS = 2.926 * 1.159
 """Root mean square of random E2M1 elements times that of block scales from 0.5 to 1.875."""
+
+
+def sizes() -> dict[str, ModelConfig]:
+    """Models by name.
+
+    `nano-mtp` has the block for drafts that later releases of Nano have; `nano-5` has five layers
+    of Nano, which show at a sixth of its size what each costs.
+    """
+    nano = ModelConfig.preset("nano")
+    pattern = f"{nano.hybrid_override_pattern}/*E"
+    return {
+        "nano": nano,
+        "nano-mtp": replace(nano, hybrid_override_pattern=pattern),
+        "nano-5": replace(nano, hybrid_override_pattern="MEM*E"),
+        "tiny": ModelConfig.preset("tiny"),
+        **configs(),
+    }
 
 
 def planned_model(config: ModelConfig) -> LanguageModel:
@@ -69,28 +88,29 @@ def random_weights(model: LanguageModel, seed: int) -> Iterator[tuple[str, Weigh
             yield name, FP8Weight.empty(view.shape).copy_(values)
         else:
             assert isinstance(view, Tensor)
-            yield name, _plain(name, view, std, generator)
+            yield name, plain_values(name, view.shape, std, generator).to(view.dtype)
 
 
 def _nvfp4(like: NVFP4Weight, std: float, generator: Generator) -> NVFP4Weight:
-    scales = _random_bytes(like.block_scales.shape, generator) & 0x0F | 0x30
+    scales = random_bytes(like.block_scales.shape, generator) & 0x0F | 0x30
     return NVFP4Weight(
-        _random_bytes(like.codes.shape, generator),
+        random_bytes(like.codes.shape, generator),
         scales.view(torch.float8_e4m3fn),
         torch.full(like.shape[:1], std / _RMS),
     )
 
 
-def _random_bytes(shape: torch.Size, generator: Generator) -> Tensor:
+def random_bytes(shape: torch.Size, generator: Generator) -> Tensor:
+    """Codes of any format of eight bits or fewer."""
     words = -(-shape.numel() // 8)
     drawn = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator)
     return drawn.view(torch.uint8)[: shape.numel()].view(shape)
 
 
-def _plain(name: str, like: Tensor, std: float, generator: Generator) -> Tensor:
+def plain_values(name: str, shape: torch.Size, std: float, generator: Generator) -> Tensor:
     """Norms that change nothing, rates and steps as in a new model, and normal numbers."""
     last = name.rpartition(".")[2]
-    value = torch.empty(like.shape)
+    value = torch.empty(shape)
     if last == "A_log":
         value.uniform_(1.0, 16.0, generator=generator).log_()
     elif last == "dt_bias":
@@ -102,4 +122,4 @@ def _plain(name: str, like: Tensor, std: float, generator: Generator) -> Tensor:
         value.zero_()
     else:
         value.normal_(0.0, 0.5 if "conv1d" in name else std, generator=generator)
-    return value.to(like.dtype)
+    return value

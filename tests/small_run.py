@@ -7,9 +7,14 @@ The text is sentences drawn from a small grammar, so that it has something to le
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.data import BaselinesConfig, CorpusConfig, FilesConfig, TrainTokenizerConfig
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.pretrain import PretrainRun
@@ -96,6 +101,22 @@ def with_leaf(config: Any, path: str, value: Any) -> Any:
     name, _, rest = path.partition(".")
     changed = with_leaf(getattr(config, name), rest, value) if rest else value
     return dataclasses.replace(config, **{name: changed})
+
+
+@contextmanager
+def killed_after(step: int) -> Iterator[None]:
+    """The run inside is interrupted when the checkpoint of `step` stands; it must get there."""
+    save = CheckpointStore.save
+
+    def save_and_die(store: CheckpointStore, at: int, **content: Any) -> None:
+        save(store, at, **content)
+        if at == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 class StoppedError(Exception):

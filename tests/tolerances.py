@@ -22,3 +22,9 @@ SMALL_LOGITS = 5.0
 def logprob_tolerance(largest_logit: float) -> float:
     """How far log-probabilities may differ where logits are of this size."""
     return LOGPROB * max(SMALL_LOGITS, largest_logit)
+
+
+INT8_ACTIVATIONS = 5e-2
+"""A token's log-probability of the engine against one forward pass where products round their
+activations to int8 (decision 0024): a code may differ by one where float32 sums were added in
+another order."""

@@ -32,6 +32,8 @@ def test_without_options_it_is_the_engines_default():
         ),
         ("--kv-cache-dtype bfloat16", {"state": StatePrecision(keys="bfloat16")}),
         ("--kv-cache-dtype auto", {}),
+        ("--activations int8", {"activations": "int8"}),
+        ("--activations auto", {}),
     ],
 )
 def test_an_option_is_a_field(words, changes):

@@ -52,6 +52,9 @@ def test_every_tensor_but_those_of_the_draft_block_is_written(tmp_path, kind):
     held, kinds = tensors_of(summary.file)
     stored = dict(ShardedReader(tmp_path / "model").tensors())
     assert summary.dtype == "f32"
+    (tmp_path / "plain").touch()
+    assert summary.file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert list(summary.file.parent.iterdir()) == [summary.file]
     assert set(kinds.values()) == {"F32"}
     assert len(held) == summary.num_tensors
     assert bool(summary.left_out) == bool(config.pattern.mtp)

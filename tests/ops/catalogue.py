@@ -10,7 +10,7 @@ from torch import Tensor
 from nemotron3.ops import mxfp8
 from nemotron3.ops.attention import attention, attention_steps
 from nemotron3.ops.conv import causal_conv, causal_conv_steps
-from nemotron3.ops.cross_entropy import linear_cross_entropy, token_logprobs
+from nemotron3.ops.cross_entropy import linear_cross_entropy, linear_kl_divergence, token_logprobs
 from nemotron3.ops.experts import activate, routed_experts
 from nemotron3.ops.gather import copy_rows
 from nemotron3.ops.linear import linear, linear_parts
@@ -19,7 +19,7 @@ from nemotron3.ops.nvfp4 import SIGNS, fake_quantize, quantize
 from nemotron3.ops.rotary import rotate
 from nemotron3.ops.rounding import RandomBits, from_int8, to_float16, to_int8
 from nemotron3.ops.routing import route
-from nemotron3.ops.sampling import gumbel_argmax
+from nemotron3.ops.sampling import gumbel_argmax, logprobs_and_ranks
 from nemotron3.ops.segments import Segments
 from nemotron3.ops.ssd import ssd, ssd_rates, ssd_steps
 
@@ -224,6 +224,18 @@ OPERATIONS = {
         },
         numbers={"max_logits": (0, -1)},
     ),
+    "kl_divergence": Operation(
+        linear_kl_divergence,
+        lambda n: {
+            "hidden": torch.randn(n, 5),
+            "weight": torch.randn(9, 5),
+            "teacher_hidden": torch.randn(n, 6),
+            "teacher_weight": torch.randn(9, 6),
+            "token_weights": torch.rand(n),
+            "max_logits": 20,
+        },
+        numbers={"max_logits": (0, -1)},
+    ),
     "token_logprobs": Operation(
         token_logprobs,
         lambda n: {
@@ -238,6 +250,10 @@ OPERATIONS = {
     "drawing": Operation(
         gumbel_argmax,
         lambda n: {"logits": torch.randn(n, 9), "keys": torch.randint(-(2**62), 2**62, (n,))},
+    ),
+    "scores": Operation(
+        logprobs_and_ranks,
+        lambda n: {"logits": torch.randn(n, 9), "tokens": torch.randint(9, (n,))},
     ),
     "to_float16": Operation(
         to_float16,

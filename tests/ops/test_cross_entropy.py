@@ -1,9 +1,12 @@
 """The fused loss against the plain one, and that it never holds all logits."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from nemotron3.ops.cross_entropy import linear_cross_entropy
+from nemotron3.errors import OperandError
+from nemotron3.ops.cross_entropy import linear_cross_entropy, linear_kl_divergence
 from tests.ops.contract import outputs_and_gradients, randn
 from tests.ops.native import assert_native_equals_reference, needs_compiler
 from tests.tolerances import FLOAT64
@@ -111,3 +114,63 @@ def test_native_says_when_there_is_no_number():
     h[7] = torch.nan
     losses = loss(targets, weights.float(), "native")(h, w).per_token
     assert losses.isnan().nonzero().tolist() == [[7]]
+
+
+def divergence(weights, backend, max_logits=1 << 22):
+    def call(h, w, teacher_h, teacher_w):
+        return linear_kl_divergence(
+            h, w, teacher_h, teacher_w, weights, max_logits=max_logits, backend=backend
+        )
+
+    return call
+
+
+def pair(tokens=11, vocab=9):
+    """A student and a teacher of another width."""
+    inputs = [randn(tokens, 4), randn(vocab, 4), randn(tokens, 6), randn(vocab, 6)]
+    weights = torch.rand(tokens, dtype=torch.float64)
+    weights[2] = 0.0
+    return weights, inputs
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("max_logits", [1, 18, 40, 1 << 22])
+def test_divergence_equals_reference(max_logits, assert_close):
+    weights, (h, w, *teacher) = pair()
+    calls = (divergence(weights, backend, max_logits) for backend in ("reference", "torch"))
+    found = [
+        outputs_and_gradients(partial(lambda call, h, w: call(h, w, *teacher), call), [h, w])
+        for call in calls
+    ]
+    for expected, actual in zip(*found, strict=True):
+        assert_close(actual, expected, FLOAT64)
+
+
+def test_divergence_is_that_of_the_distributions():
+    weights, (h, w, *teacher) = pair()
+    p, q = ((a @ b.T).softmax(-1) for a, b in (teacher, (h, w)))
+    found = divergence(weights, "auto")(h, w, *teacher)
+    assert torch.allclose(found.per_token, (p * (p / q).log()).sum(-1))
+    assert torch.equal(found.agrees, p.argmax(-1) == q.argmax(-1))
+    same = divergence(weights, "auto")(*teacher, *teacher)
+    assert same.total.abs() < FLOAT64
+    assert same.agrees.all()
+
+
+def test_gradcheck_of_the_divergence():
+    weights, (h, w, *teacher) = pair(5)
+    call = divergence(weights, "torch", max_logits=18)
+    assert torch.autograd.gradcheck(
+        lambda h, w: call(h, w, *teacher).total * 3, [t.requires_grad_() for t in (h, w)]
+    )
+
+
+def test_mistakes_of_the_divergence_are_named():
+    weights, (h, w, teacher_h, teacher_w) = pair()
+    call = divergence(weights, "auto")
+    with pytest.raises(OperandError, match=r"teacher_weight has shape \[8, 6\]; .*\[9, 6\]"):
+        call(h, w, teacher_h, teacher_w[:8])
+    with pytest.raises(OperandError, match=r"teacher_hidden has shape \[10, 6\]; .*\[11, 6\]"):
+        call(h, w, teacher_h[:10], teacher_w)
+    with pytest.raises(ValueError, match="max_logits is 0"):
+        divergence(weights, "auto", 0)(h, w, teacher_h, teacher_w)

@@ -50,6 +50,17 @@ def test_half_precision(dtype, activation, up_rows, assert_close):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("activation", "up_rows"), [("relu2", 1), ("swiglu", 2)])
+def test_bfloat16_matrices_are_their_float32_copies(activation, up_rows):
+    indices, (x, weights, up, down) = operands(9, 4, 2, up_rows=up_rows)
+    inputs = [x.float(), weights.float(), up.bfloat16(), down.bfloat16()]
+    call = mixture(indices, activation, "triton")
+    expected = outputs_and_gradients(call, [t.float() for t in inputs])
+    for ours, theirs in zip(outputs_and_gradients(call, inputs), expected, strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_tiles_of_a_device(tokens, assert_close, monkeypatch):
     """At the sizes of a GPU, with few rows for each expert and with more."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemotron3.ops.sampling import gumbel_argmax
+from nemotron3.ops.sampling import gumbel_argmax, logprobs_and_ranks
 from nemotron3.ops.sampling import torch as torch_sampling
 from nemotron3.ops.sampling.noise import position_key
 from tests.ops.native import needs_compiler
@@ -50,3 +50,21 @@ def test_few_are_looked_at_closely():
     logits, keys = torch.randn(200, 3000), keys_of(200)
     few = torch_sampling._likely(logits, keys).sum(-1).double().mean()
     assert few < 20, "it is to save work"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("vocab", [1, 15, 16, 1025, 131_072])
+def test_scores_of_tokens(backend, scale, vocab, assert_close):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = scale * torch.randn(7, vocab, generator=generator) - 3
+    logits[::3, vocab // 2 + 1 :] = -torch.inf
+    tokens = torch.randint(vocab // 2 + 1, (7,), generator=generator)
+    expected = logprobs_and_ranks(logits, tokens, backend="reference")
+    found = logprobs_and_ranks(logits, tokens, backend=backend)
+    assert_close(found[0], expected[0], 1e-6)
+    assert found[1].equal(expected[1])
+    wide = torch.full((7, vocab + 5), 1e9)
+    wide[:, 2 : vocab + 2] = logits
+    view = logprobs_and_ranks(wide[:, 2 : vocab + 2], tokens, backend=backend)
+    assert all(map(torch.equal, view, found))

@@ -5,6 +5,7 @@ import torch
 
 from nemotron3.data import Batch
 from nemotron3.errors import CheckpointError, ConfigError, DataError
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.parameter import weight_formats
 from nemotron3.models.precision import convert_weights
 from nemotron3.ops.experts.api import activate
@@ -122,7 +123,7 @@ def test_activation_scales_are_the_largest_magnitudes():
     model = tiny_model(CONFIG)
     formats = formats_for(model, "mixed")
     batches = [batch_of(CONFIG, 7, 5), batch_of(CONFIG, 3, seed=4)]
-    scales = calibrate(model, batches, formats)
+    scales = calibrate(model, batches, formats).activations
     assert scales.keys() == formats.keys()
     seen = {}
 
@@ -132,7 +133,7 @@ def test_activation_scales_are_the_largest_magnitudes():
     names = ("backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.experts")
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(keep(name))
-    again = calibrate(model, batches, formats)
+    again = calibrate(model, batches, formats).activations
     for name, scale in scales.items():
         assert torch.equal(scale, again[name])
     largest = max(operands[0].abs().max() for operands in seen[names[0]])
@@ -153,7 +154,7 @@ def test_an_expert_that_nobody_chose_has_the_scale_of_its_layer():
     model = tiny_model(CONFIG)
     model.routers[0].e_score_correction_bias[2] = -100.0
     scales = calibrate(model, [batch_of(CONFIG, 9)], formats_for(model, "nvfp4"))
-    own = scales["backbone.layers.1.mixer.experts.up_proj"]
+    own = scales.activations["backbone.layers.1.mixer.experts.up_proj"]
     assert own[2] == own.max() > 0
 
 
@@ -204,3 +205,33 @@ def test_the_quantized_model_is_the_dequantized_one(assert_close):
     tokens = tokens_for(CONFIG, 2, 12)
     with torch.no_grad():
         assert_close(quantized(tokens), convert_weights(quantized, None)(tokens), FLOAT32)
+
+
+@pytest.mark.parametrize("config", [CONFIG, qwen_config()], ids=["hybrid", "rotated"])
+def test_scales_of_keys_and_values_are_of_what_a_state_holds(config):
+    model = tiny_model(config)
+    batch = batch_of(config, 11)
+    scales = calibrate(model, [batch], {}).keys
+    layers = [i for i, each in enumerate(config.layers) if each.symbol == "*"]
+    assert list(scales) == [f"backbone.layers.{i}.mixer" for i in layers]
+    state = model.new_state(1)
+    with torch.no_grad():
+        model.hidden_states(batch.tokens, layout=state.layout([11]), state=state)
+    held = [state.layers[i] for i in layers]
+    for pair, layer in zip(scales.values(), held, strict=True):
+        for scale, values in zip(pair, (layer.keys, layer.values), strict=True):
+            stored = values.flatten(0, 1)[layer.table.places(
+                torch.zeros(11, dtype=torch.long), torch.arange(11))]  # fmt: skip
+            assert scale.item() == pytest.approx(stored.abs().max().item() / 448)
+
+
+def test_the_comparison_can_have_rounded_keys():
+    """As prompts of an engine that keeps them so."""
+    model = tiny_model(CONFIG)
+    batch = batch_of(CONFIG, 6, 5)
+    same = compare(model, model, [batch], state=StatePrecision())
+    assert same.kl == pytest.approx(0, abs=1e-9)
+    narrow = compare(model, model, [batch], state=StatePrecision(keys="float8"))
+    assert 1e-7 < narrow.kl < 0.1
+    wide = compare(model, model, [batch], state=StatePrecision(keys="bfloat16"))
+    assert wide.kl < narrow.kl

@@ -8,7 +8,7 @@ import torch
 from nemotron3.errors import ConfigError
 from nemotron3.models.parameter import quantizable_names
 from nemotron3.quantization import compare, quantized_model, total_bits
-from nemotron3.quantization.search import search
+from nemotron3.quantization.search import expected_kl, frontier_of_experts, search
 from nemotron3.quantization.sensitivity import Sensitivity, fisher_diagonal, sensitivities
 from tests.quantization.test_quantization import CONFIG, batch_of
 from tests.tiny import tiny_config, tiny_model
@@ -122,3 +122,38 @@ def _turned(each, found):
     return Sensitivity(
         matrices=each.matrices, format=each.format, bits=each.bits, kl=turned, expert_kl=()
     )
+
+
+def test_single_experts_reach_as_far_and_never_worse_where_both_have_a_point(model, fisher):
+    found = sensitivities(model, fisher)
+    _, together = search(model, found, 32)
+    apart = frontier_of_experts(model, found)
+    experts = sum(len(each.expert_kl) for each in found)
+    assert len(together) < len(apart) <= len(together) + experts
+    assert apart[-1].bits_per_element == pytest.approx(together[-1].bits_per_element)
+    assert apart[-1].kl == pytest.approx(together[-1].kl)
+    for point in together:
+        # The path is optimal at its points; between them it is above by less than a step.
+        below = next(p for p in apart if p.bits_per_element <= point.bits_per_element + 1e-9)
+        above = [p for p in apart if p.bits_per_element >= point.bits_per_element - 1e-9][-1]
+        share = 0.0
+        if above.bits_per_element > below.bits_per_element:
+            share = (point.bits_per_element - below.bits_per_element) / (
+                above.bits_per_element - below.bits_per_element
+            )
+        assert below.kl + share * (above.kl - below.kl) <= point.kl + 1e-12
+    assert expected_kl(together, 32) == 0
+    assert expected_kl(together, together[3].bits_per_element) == together[3].kl
+
+
+def test_an_expert_that_costs_nothing_is_rounded_first():
+    """Beside experts that cost much, whose layer would stay as it is."""
+    model = tiny_model(tiny_config("ME", moe={"moe_intermediate_size": 112}))
+    names = tuple(f"backbone.layers.1.mixer.experts.{which}_proj" for which in ("up", "down"))
+    size = sum(model.get_parameter(name).numel() for name in names)
+    kls = (0.0, *[1.0] * 7)
+    found = [Sensitivity(matrices=names, format="fp8", bits=8 * size, kl=sum(kls), expert_kl=kls)]
+    _, together = search(model, found, 32)
+    apart = frontier_of_experts(model, found)
+    assert [p.kl for p in together] == [0, 7]
+    assert [p.kl for p in apart] == [0, *range(8)]

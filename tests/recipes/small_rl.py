@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.observe.metrics import read_metrics
 from nemotron3.recipes.own_environments import own_environments
 from nemotron3.rl.rollouts import RolloutConfig
@@ -47,20 +46,6 @@ def small(policy, *names, steps=2, group_size=4, prompts=2, lr=1e-2, **changes):
         "max_num_seqs": 32,
     } | changes
     return replace(run, training=replace(run.training, **training), **changes)
-
-
-def die_after(monkeypatch, last):
-    """Runs are interrupted when the checkpoint of step `last` stands; None for never."""
-
-    def save_and_die(self, step, **content):
-        _SAVE(self, step, **content)
-        if step == last:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-
-
-_SAVE = CheckpointStore.save
 
 
 def metrics_of(folder):

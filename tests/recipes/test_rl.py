@@ -29,8 +29,9 @@ from nemotron3.rl.records import AFTER_TRAINING
 from nemotron3.rl.rollouts import RolloutConfig, RolloutDriver
 from nemotron3.rl.sampling_plan import EnvironmentConfig
 from nemotron3.text import CHAT_STYLES, ChatTemplate, Tokenizer
-from tests.recipes.small_rl import LETTER, die_after, metrics_of, small
+from tests.recipes.small_rl import LETTER, metrics_of, small
 from tests.rl.playground import save_policy
+from tests.small_run import killed_after
 from tests.tiny import randomized
 
 
@@ -86,7 +87,7 @@ def test_an_adapter_learns_and_the_engine_follows_it(policy, letter, tmp_path):
     "activations", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 )
 def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
-    policy, letter, tmp_path, monkeypatch, activations
+    policy, letter, tmp_path, activations
 ):
     lora = LoRAConfig(rank=2, targets=("in_proj", "experts.up_proj"))
     precision = PrecisionConfig(activations=activations)
@@ -94,17 +95,8 @@ def test_an_adapter_that_was_killed_goes_on_to_the_same_losses(
     loss = PolicyLossConfig(kl=1e-4)
     run = small(policy, letter, steps=3, lora=lora, training=training, loss=loss)
     whole = rl(run, runs=tmp_path / "whole")
-    save = CheckpointStore.save
-
-    def save_and_die(self, step, **content):
-        save(self, step, **content)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(1):
         rl(run, runs=tmp_path / "cut")
-    monkeypatch.setattr(CheckpointStore, "save", save)
     cut = rl(run, runs=tmp_path / "cut")
     assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
     for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
@@ -174,13 +166,11 @@ def test_many_environments_share_every_batch(policy, letter, tmp_path):
             assert metrics[f"rollouts/played/{name}"] >= 2 * 4
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_losses(policy, letter, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(policy, letter, tmp_path):
     run = small(policy, letter, steps=4, training={"checkpoint_every_steps": 1})
     whole = rl(run, runs=tmp_path / "whole")
-    die_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2):
         rl(run, runs=tmp_path / "cut")
-    die_after(monkeypatch, None)
     cut = rl(run, runs=tmp_path / "cut")
     assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
     ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
@@ -306,9 +296,7 @@ def test_a_vocabulary_without_the_tokens_of_chats_is_refused(policy, letter, tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_curriculum_measures_pass_rates_and_goes_on_with_them(
-    policy, letter, tmp_path, monkeypatch
-):
+def test_a_curriculum_measures_pass_rates_and_goes_on_with_them(policy, letter, tmp_path):
     curriculum = CurriculumConfig(pool=12, samples=3, profile_every_steps=2)
     run = small(
         policy, letter, steps=4, curriculum=curriculum, training={"checkpoint_every_steps": 1}
@@ -318,10 +306,8 @@ def test_a_curriculum_measures_pass_rates_and_goes_on_with_them(
     assert rates.keys() == {"0", "2"}
     assert all(len(found["letter"]) == 12 for found in rates.values())
     assert rates["0"] != rates["2"]
-    die_after(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(3):
         rl(run, runs=tmp_path / "parts")
-    die_after(monkeypatch, None)
     parts = rl(run, runs=tmp_path / "parts")
     assert parts.reward == whole.reward
     assert json.loads((tmp_path / "parts/small/pass_rates.json").read_text()) == rates

@@ -24,8 +24,8 @@ from nemotron3.rl.data_parallel import EnginesConfig
 from nemotron3.rl.generator import AsyncConfig, RolloutGenerator
 from nemotron3.rl.groups import UpdateRollouts
 from nemotron3.rl.weight_sync import PublishedWeights, weights_checksum
-from tests.recipes.small_rl import die_after, metrics_of, small
-from tests.small_run import Listener
+from tests.recipes.small_rl import metrics_of, small
+from tests.small_run import Listener, killed_after
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +124,7 @@ def test_rewards_grow_and_tokens_of_the_current_weights_agree(
     assert len(file.read_text().splitlines()) == 24
 
 
-def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(
-    policy, letter, tmp_path, monkeypatch
-):
+def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(policy, letter, tmp_path):
     run = small(
         policy,
         letter,
@@ -134,13 +132,11 @@ def test_a_run_that_was_killed_goes_on_and_counts_what_it_lost(
         training={"checkpoint_every_steps": 1},
         asynchronous=AsyncConfig(max_staleness=2),
     )
-    die_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2):
         rl(run, runs=tmp_path / "runs")
     file = tmp_path / "runs/small/buffer.jsonl"
     played = [json.loads(line) for line in file.read_text().splitlines()]
     lost = sum(each["rollouts"] for each in played if each["update"] >= 2)
-    die_after(monkeypatch, None)
     rl(run, runs=tmp_path / "runs")
     logged = metrics_of(tmp_path / "runs/small")
     assert sorted(logged) == [1, 2, 3, 4]
@@ -254,9 +250,7 @@ def test_an_engine_s_process_that_is_killed_is_replaced(policy, letter, tmp_path
 
 
 @pytest.mark.slow
-def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(
-    policy, letter, tmp_path, monkeypatch
-):
+def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(policy, letter, tmp_path):
     listener = Listener()
     curriculum = CurriculumConfig(pool=12, samples=3)
     run = small(
@@ -266,8 +260,7 @@ def test_the_engine_s_process_says_what_it_does_and_ends_with_the_run(
         asynchronous=AsyncConfig(max_staleness=1),
         engines=EnginesConfig(num_processes=1),
     )
-    die_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2):
         rl(run, runs=tmp_path / "runs", callback=listener)
     assert "Measuring pass rates before update 1" in listener.said
     assert not multiprocessing.active_children()

@@ -25,8 +25,8 @@ from nemotron3.rl.curriculum import CurriculumConfig
 from nemotron3.rl.data_parallel import EnginesConfig, shares
 from nemotron3.rl.generator import AsyncConfig
 from nemotron3.rl.weight_sync import PublishedWeights, SharedWeights, check_rollouts
-from tests.recipes.small_rl import LETTER, die_after, metrics_of, small
-from tests.small_run import Listener
+from tests.recipes.small_rl import LETTER, metrics_of, small
+from tests.small_run import Listener, killed_after
 from tests.tiny import randomized
 
 CPU = torch.device("cpu")
@@ -228,9 +228,7 @@ def test_the_trainer_s_death_ends_the_engines(policy, letter, tmp_path):
 
 
 @pytest.mark.long
-def test_by_turns_a_run_that_was_killed_goes_on_to_the_same_losses(
-    policy, letter, tmp_path, monkeypatch
-):
+def test_by_turns_a_run_that_was_killed_goes_on_to_the_same_losses(policy, letter, tmp_path):
     """And they are those of one engine in the trainer's process."""
     curriculum = CurriculumConfig(pool=12, samples=3)
     training = {"checkpoint_every_steps": 1, "evaluate_every_steps": 2}
@@ -240,12 +238,10 @@ def test_by_turns_a_run_that_was_killed_goes_on_to_the_same_losses(
     rl(one, runs=tmp_path / "one")
     run, listener = replace(one, engines=TWO), Listener()
     others = multiprocessing.active_children()
-    die_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2):
         rl(run, runs=tmp_path / "two", callback=listener)
     assert set(multiprocessing.active_children()) <= set(others)
     assert "Measuring pass rates before update 1" in listener.said
-    die_after(monkeypatch, None)
     rl(run, runs=tmp_path / "two")
     ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("two", "one"))
     for step in theirs:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nemotron3 import LLM, SamplingParams
-from nemotron3.checkpoint.store import CheckpointStore
 from nemotron3.config import read_run, write_run
 from nemotron3.data.conversations import ConversationsConfig
 from nemotron3.errors import ConfigError, DataError
@@ -25,6 +24,7 @@ from nemotron3.recipes.sft import SFTRun
 from nemotron3.recipes.sft_data import prepare_sft_data
 from nemotron3.text import Tokenizer
 from nemotron3.training.sft_objective import NormalisationStage, SFTLossConfig
+from tests.small_run import killed_after
 from tests.tiny import tiny_config
 
 WORDS = ("harbour", "lantern", "clock", "road", "river", "engine", "sailor", "child")
@@ -119,45 +119,35 @@ def test_the_result_is_the_best_model_and_its_loss_is_that_of_the_files(base, ch
             assert torch.equal(result.state_dict()[name], tensor), name
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_losses(base, chats, tmp_path, monkeypatch):
-    run = small(base, chats, training={"checkpoint_every_steps": 1, "evaluate_every_steps": 1})
-    whole = sft(run, runs=tmp_path / "whole")
-    save, saved = CheckpointStore.save, []
-
-    def save_and_die(self, step, **content):
-        save(self, step, **content)
-        saved.append(step)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        sft(run, runs=tmp_path / "cut")
-    monkeypatch.setattr(CheckpointStore, "save", save)
-    assert not (tmp_path / "cut/small/model").exists()
-    cut = sft(run, runs=tmp_path / "cut")
-    assert saved == [1, 2]
+def check_that_a_killed_run_goes_on(train, runs, *, files=()):
+    """`train(runs)` with and without an interruption: the same summary, losses and files."""
+    whole = train(runs / "whole")
+    with killed_after(2):
+        train(runs / "cut")
+    assert not (runs / "cut/small/model").exists()
+    cut = train(runs / "cut")
     assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
-    ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
+    ours, theirs = (metrics_of(runs / name / "small") for name in ("cut", "whole"))
     for step, metrics in theirs.items():
         for name in ("train/loss", "eval/loss"):
             assert ours[step][name] == metrics[name]
+    for file in files:
+        one, other = (runs / name / "small" / file for name in ("cut", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(base, chats, tmp_path):
+    run = small(base, chats, training={"checkpoint_every_steps": 1, "evaluate_every_steps": 1})
+    check_that_a_killed_run_goes_on(lambda runs: sft(run, runs=runs), tmp_path)
 
 
 @pytest.mark.parametrize("what", ["data", "model"])
-def test_a_run_does_not_go_on_with_other_inputs(base, chats, tmp_path, monkeypatch, what):
+def test_a_run_does_not_go_on_with_other_inputs(base, chats, tmp_path, what):
     own = tmp_path / "base" / "model"
     own.parent.mkdir()
     LanguageModel.from_pretrained(base).save_pretrained(own)
     run = small(own, chats, training={"checkpoint_every_steps": 1})
-    save = CheckpointStore.save
-
-    def save_and_die(self, step, **content):
-        save(self, step, **content)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(1):
         sft(run, runs=tmp_path / "runs")
     if what == "data":
         chats.write_text(chats.read_text().replace("harbour", "haven"))

@@ -1,7 +1,6 @@
 """Fine-tuning runs that train an adapter: what is trained, kept, resumed and merged."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.run_sft import sft
 from nemotron3.recipes.sft import SFTRun
-from tests.recipes.test_sft import metrics_of, rows, small
+from tests.recipes.test_sft import check_that_a_killed_run_goes_on, rows, small
 from tests.rl.playground import save_policy
 from tests.small_run import Listener
 
@@ -88,31 +87,14 @@ def test_a_run_trains_an_adapter_that_is_the_model(base, chats, tmp_path):
 @pytest.mark.parametrize(
     "activations", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)]
 )
-def test_a_run_that_was_killed_goes_on_to_the_same_adapter(
-    base, chats, tmp_path, monkeypatch, activations
-):
+def test_a_run_that_was_killed_goes_on_to_the_same_adapter(base, chats, tmp_path, activations):
     precision = PrecisionConfig(activations=activations)
     every_step = {"checkpoint_every_steps": 1, "evaluate_every_steps": 1, "precision": precision}
-    whole = tuned(base, chats, tmp_path / "whole", **every_step)
-    save = CheckpointStore.save
-
-    def save_and_die(self, step, **content):
-        save(self, step, **content)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(base, chats, tmp_path / "cut", **every_step)
-    monkeypatch.setattr(CheckpointStore, "save", save)
-    cut = tuned(base, chats, tmp_path / "cut", **every_step)
-    assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
-    ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
-    for step, metrics in theirs.items():
-        assert ours[step]["train/loss"] == metrics["train/loss"]
-    for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
-        one, other = (tmp_path / name / "small" / part for name in ("cut", "whole"))
-        assert one.read_bytes() == other.read_bytes()
+    check_that_a_killed_run_goes_on(
+        lambda runs: tuned(base, chats, runs, **every_step),
+        tmp_path,
+        files=("adapter/adapter_model.safetensors", "model/model.safetensors"),
+    )
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Fine-tuning runs of adapters beside quantized weights (QLoRA): trained, resumed, served."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from nemotron3.models.precision import PrecisionConfig
 from nemotron3.recipes.adapters import merge_adapter_directory
 from nemotron3.recipes.quantize import QuantizePlan, quantize_directory
 from nemotron3.recipes.run_sft import sft
-from tests.recipes.test_sft import metrics_of, rows, small
+from tests.recipes.test_sft import check_that_a_killed_run_goes_on, rows, small
 from tests.rl.playground import save_policy
 from tests.small_run import Listener
 from tests.tiny import WHOLE_BLOCKS
@@ -100,29 +99,13 @@ def test_a_run_leaves_an_adapter_that_is_served_beside_the_codes(base, chats, tm
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_adapter(base, chats, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_goes_on_to_the_same_adapter(base, chats, tmp_path):
     every_step = {"checkpoint_every_steps": 1, "evaluate_every_steps": 1}
-    whole = tuned(base, chats, tmp_path / "whole", **every_step)
-    save = CheckpointStore.save
-
-    def save_and_die(self, step, **content):
-        save(self, step, **content)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointStore, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(base, chats, tmp_path / "cut", **every_step)
-    monkeypatch.setattr(CheckpointStore, "save", save)
-    cut = tuned(base, chats, tmp_path / "cut", **every_step)
-    assert replace(cut, seconds=0.0) == replace(whole, seconds=0.0)
-    ours, theirs = (metrics_of(tmp_path / name / "small") for name in ("cut", "whole"))
-    for step, metrics in theirs.items():
-        assert ours[step]["train/loss"] == metrics["train/loss"]
-    one, other = (
-        tmp_path / name / "small/adapter/adapter_model.safetensors" for name in ("cut", "whole")
+    check_that_a_killed_run_goes_on(
+        lambda runs: tuned(base, chats, runs, **every_step),
+        tmp_path,
+        files=("adapter/adapter_model.safetensors",),
     )
-    assert one.read_bytes() == other.read_bytes()
 
 
 def test_info_counts_the_codes(base, capsys):

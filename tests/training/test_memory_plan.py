@@ -14,6 +14,7 @@ from nemotron3.errors import ConfigError
 from nemotron3.models.config import ModelConfig
 from nemotron3.models.lora import LoRAConfig, add_lora, shared_model, trained_tensors
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.parameter import quantizable_names
 from nemotron3.models.precision import PrecisionConfig, convert_weights
 from nemotron3.ops import native, weights
 from nemotron3.recipes.adapters import model_to_train
@@ -377,3 +378,17 @@ def test_a_longer_or_larger_batch_never_needs_less(
     if more_batch or more_tokens:
         assert plan_of(small).total < plan_of(large).total
     assert plan_of(small).certain == plan_of(large).certain
+
+
+def test_what_a_student_computes_with_is_beside_its_matrices():
+    config = tiny_config("ME*E/*E", **WHOLE_BLOCKS)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    names = [name for name in quantizable_names(model) if name.startswith("backbone.")]
+    copies = sum(4 * model.get_parameter(name).numel() for name in names)
+    plain, student = planned(config), planned(config, rounded=names)
+    assert plain[COPIES] == 0
+    assert student[COPIES] == copies
+    assert {n: student[n] for n in (WEIGHTS, GRADIENTS, MOMENTS)} == {
+        n: plain[n] for n in (WEIGHTS, GRADIENTS, MOMENTS)
+    }

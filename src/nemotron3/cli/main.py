@@ -77,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb not in ("pretrain", "sft", "rl"):
+    takes_values = known.verb in ("pretrain", "sft", "rl") or (
+        known.verb == "quantize" and known.distill is not None
+    )
+    if rest and not takes_values:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.verb is None:
         parser.print_help()
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint"
-        resumes = known.verb in ("pretrain", "sft", "rl", "study")
+        resumes = takes_values or known.verb == "study"
         print(f"\nnemotron3: interrupted{goes_on if resumes else ''}", file=sys.stderr)
         return 130
 
@@ -123,7 +126,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     match known.verb:
         case "show":
             return function(known.recipe)
-        case "pretrain" | "sft" | "rl":
+        case "pretrain" | "sft" | "rl" | "quantize":
             return function(known, rest)
     return function(known)
 

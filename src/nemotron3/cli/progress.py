@@ -107,12 +107,16 @@ def status(averages: dict[str, float]) -> str:
     """The numbers worth watching, on one line."""
     if "reward/mean" in averages:
         parts = [f"reward {averages['reward/mean']:.3f}"]
+    elif "train/agreement" in averages:  # of a distillation, whose loss is a small divergence
+        parts = [f"KL {averages['train/loss']:.5f}"]
     else:
         parts = [f"loss {averages['train/loss']:.3f}"]
     if "eval/reward" in averages:
         parts.append(f"held-out {averages['eval/reward']:.3f}")
     if "eval/bits_per_byte" in averages:
         parts.append(f"held-out {averages['eval/bits_per_byte']:.3f} bits/byte")
+    elif "eval/kl" in averages:
+        parts.append(f"held-out KL {averages['eval/kl']:.5f}")
     elif "eval/loss" in averages:
         parts.append(f"held-out {averages['eval/loss']:.3f}")
     if "moe/max_vio" in averages:

@@ -53,4 +53,20 @@ def add_quantize_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         metavar="N",
         help="most tokens for the scales, and as many for the comparison (default 32768)",
     )
+    quantize.add_argument(
+        "--kv-cache",
+        choices=("fp8", "none"),
+        help="whether to write scales of keys and values, with which engines keep them in FP8 "
+        "(default: fp8 where there is text and --format is not int8)",
+    )
+    quantize.add_argument(
+        "--distill",
+        nargs="?",
+        type=int,
+        const=300,
+        metavar="STEPS",
+        help="then train the rounded model to predict what the plain one does, with so many "
+        "updates (default 300) on training text; --training.optimizer.lr and the like change how. "
+        "Interrupted, the same command goes on",
+    )
     quantize.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")

@@ -12,7 +12,7 @@ from nemotron3.data.corpus import (
     shakespeare_and_python,
 )
 from nemotron3.data.documents import FilesConfig, ReadReport, read_documents
-from nemotron3.data.loader import Batch, Loader, held_out_batches
+from nemotron3.data.loader import Batch, Loader, held_out_batches, held_out_starts
 from nemotron3.data.manifest import Manifest
 from nemotron3.data.mixture import Blend, PhaseConfig, PhaseSchedule
 from nemotron3.data.preparation import prepare_corpus
@@ -44,6 +44,7 @@ __all__ = [
     "baseline_bits_per_byte",
     "english_and_code",
     "held_out_batches",
+    "held_out_starts",
     "open_tokenized",
     "prepare_corpus",
     "read_documents",

@@ -176,6 +176,16 @@ class Loader:
         )
 
 
+def held_out_starts(
+    file: TokenFile, *, seq_len: int, max_rows: int | None = None
+) -> NDArray[np.int64]:
+    """The first tokens of the windows of `held_out_batches`."""
+    starts = np.arange(0, file.num_tokens - 1, seq_len)
+    if max_rows is None or len(starts) <= max_rows:
+        return starts
+    return starts[np.linspace(0, len(starts) - 1, max_rows).astype(np.int64)]
+
+
 def held_out_batches(
     file: TokenFile, *, name: str, seq_len: int, batch_size: int, max_rows: int | None = None
 ) -> Iterator[Batch]:
@@ -183,9 +193,7 @@ def held_out_batches(
 
     With `max_rows`, only so many windows, at equal distances over the whole file.
     """
-    starts = np.arange(0, file.num_tokens - 1, seq_len)
-    if max_rows is not None and len(starts) > max_rows:
-        starts = starts[np.linspace(0, len(starts) - 1, max_rows).astype(np.int64)]
+    starts = held_out_starts(file, seq_len=seq_len, max_rows=max_rows)
     for first in range(0, len(starts), batch_size):
         chunk = starts[first : first + batch_size].tolist()
         rows = [(file, start, min(start + seq_len, file.num_tokens - 1)) for start in chunk]

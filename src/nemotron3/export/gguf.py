@@ -8,20 +8,18 @@ It has no multi-token-prediction block: llama.cpp's differs from the published o
 subtracts the mean), and drafts change no answer.
 """
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron3.checkpoint.files import full_disk_named, require_space
 from nemotron3.checkpoint.safetensors import ShardedReader
-from nemotron3.errors import ConfigError, DependencyMissingError
+from nemotron3.errors import ConfigError
+from nemotron3.export.gguf_file import gguf_library, write_gguf
 from nemotron3.export.gguf_tensors import GGUFTensor, check_stored, gguf_tensors
 from nemotron3.export.gguf_vocabulary import vocabulary_fields
 from nemotron3.models.config import ModelConfig
@@ -59,7 +57,7 @@ def export_gguf(
     llama.cpp cannot express or whose files do not belong together.
     """
     path, out = Path(path), Path(out)
-    gguf = _library()
+    gguf_library()
     if out.exists() and not overwrite:
         raise ConfigError(f"is {out}, which exists; name another file, or delete it", field="out")
     if (held := stored_weight_format(path)) is not None:
@@ -78,17 +76,25 @@ def export_gguf(
         check_stored(shapes, tensor, str(path))
     kept = reader.info(names["backbone.embeddings.weight"]).dtype
     chosen: DType = dtype or _STORED.get(kept, "bf16")
-    writer = gguf.GGUFWriter(None, _architecture(config))
-    writer.add_name(path.parent.name if path.name == "model" else path.name)
-    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[chosen]))
-    _add_fields(writer, model_fields(config))
-    _add_fields(writer, vocabulary_fields(tokenizer, rows=config.vocab_size))
+    name = path.parent.name if path.name == "model" else path.name
+    fields = {
+        "general.name": name,
+        **model_fields(config),
+        **vocabulary_fields(tokenizer, rows=config.vocab_size),
+    }
     types: list[DType] = [_type_of(tensor, chosen) for tensor in tensors]
     values = (
-        _values(tensor, [reader.load(names[source]) for source in tensor.sources])
-        for tensor in tensors
+        _encoded(_values(tensor, [reader.load(names[source]) for source in tensor.sources]), type_)
+        for tensor, type_ in zip(tensors, types, strict=True)
     )
-    _write(gguf, writer, out, tensors, types, values)
+    write_gguf(
+        out,
+        fields,
+        {tensor.name: (tensor.shape, type_) for tensor, type_ in zip(tensors, types, strict=True)},
+        values,
+        architecture=architecture(config),
+        file_type=_FILE_TYPES[chosen],
+    )
     return GGUFSummary(
         file=out,
         dtype=chosen,
@@ -154,7 +160,7 @@ def model_fields(config: ModelConfig) -> dict[str, Any]:
         }
         if moe.moe_latent_size is not None:
             fields["moe_latent_size"] = moe.moe_latent_size
-    prefix = _architecture(config)
+    prefix = architecture(config)
     return {f"{prefix}.{name}": value for name, value in fields.items()}
 
 
@@ -166,33 +172,9 @@ _FILE_TYPES: dict[DType, str] = {
 }
 
 
-def _architecture(config: ModelConfig) -> str:
+def architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of the family."""
     return "nemotron_h" if config.moe is None else "nemotron_h_moe"
-
-
-def _library() -> Any:
-    try:
-        import gguf  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError as error:
-        raise DependencyMissingError(
-            "writing GGUF needs the package gguf: pip install 'nemotron3[gguf]'"
-        ) from error
-    return gguf
-
-
-def _add_fields(writer: Any, fields: Mapping[str, Any]) -> None:
-    """Add metadata with the types that llama.cpp reads: unsigned numbers, floats, texts, lists."""
-    for key, value in fields.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
 
 
 def _type_of(tensor: GGUFTensor, dtype: DType) -> DType:
@@ -201,55 +183,15 @@ def _type_of(tensor: GGUFTensor, dtype: DType) -> DType:
     return "f16" if dtype == "q8_0" and tensor.shape[-1] % 32 else dtype
 
 
-def _num_bytes(gguf: Any, tensor: GGUFTensor, dtype: DType) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype.upper()]]
-    return torch.Size(tensor.shape).numel() // block * size
-
-
 def _values(tensor: GGUFTensor, loaded: Sequence[Tensor]) -> Tensor:
     values = loaded[0] if len(loaded) == 1 else torch.stack(list(loaded))
     return tensor.change(values).reshape(tensor.shape)
 
 
-def _encoded(gguf: Any, values: Tensor, dtype: DType) -> np.ndarray[Any, Any]:
+def _encoded(values: Tensor, dtype: DType) -> np.ndarray[Any, Any]:
     if dtype == "bf16":
         return values.bfloat16().view(torch.int16).numpy()
     if dtype == "q8_0":
+        gguf = gguf_library()
         return gguf.quants.quantize(values.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
     return values.to(torch.float16 if dtype == "f16" else torch.float32).numpy()
-
-
-def _write(
-    gguf: Any,
-    writer: Any,
-    out: Path,
-    tensors: Sequence[GGUFTensor],
-    types: Sequence[DType],
-    values: Iterable[Tensor],
-) -> None:
-    """Write the file beside `out`, one tensor after another, and put it in its place."""
-    sizes = [_num_bytes(gguf, tensor, type_) for tensor, type_ in zip(tensors, types, strict=True)]
-    for tensor, type_, size in zip(tensors, types, sizes, strict=True):
-        kind = gguf.GGMLQuantizationType[type_.upper()]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(out.parent, sum(sizes))
-    with full_disk_named(out.parent, sum(sizes)):
-        temporary = _temporary_beside(out)
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for value, type_ in zip(values, types, strict=True):
-                writer.write_tensor_data(_encoded(gguf, value, type_))
-            writer.close()
-            os.replace(temporary, out)
-        finally:
-            writer.close()
-            temporary.unlink(missing_ok=True)
-
-
-def _temporary_beside(out: Path) -> Path:
-    """A new file in the same directory, so that it can replace `out` in one step."""
-    with NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-        return Path(file.name)

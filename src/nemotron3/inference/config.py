@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from nemotron3.errors import ConfigError
 from nemotron3.models.cache.state_precision import StatePrecision
+from nemotron3.ops.weights import ActivationFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,11 @@ class EngineConfig:
     """Seed of the generator of seeds for requests without one."""
     state: StatePrecision = field(default_factory=StatePrecision)
     """Number formats of keys, values and SSM states."""
+
+    activations: ActivationFormat | None = None
+    """What products with matrices in int8 and NVFP4 round their activations to: int8 is faster on a
+    CPU and changes answers a little (models/rounded_activations.py). None for nothing. The model
+    that the engine is given stays as it is, and its tensors are shared."""
 
     @property
     def keeps_states(self) -> bool:

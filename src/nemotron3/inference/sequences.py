@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int16
+from jaxtyping import Float, Int16
 from torch import Tensor
 
 from nemotron3.inference.requests import (
@@ -57,6 +57,8 @@ class Sequence:
     slot: int | None = None
     is_prefilled: bool = False
     """Whether the state contains all tokens but the last."""
+    prompt_end: Float[Tensor, " d_model"] | None = None
+    """Hidden state after a prompt that another answer has read, until the first token is chosen."""
     is_stale: bool = False
     """Whether a part of the state was computed by weights that have been replaced."""
     drafts: list[int] = field(default_factory=list[int])
@@ -97,6 +99,13 @@ class Sequence:
             assert num_read == 0, "prompt_logprobs need the whole prompt to be computed"
             self.prompt_logprobs = [None]
 
+    def take_prompt_end(self) -> Float[Tensor, " d_model"]:
+        """The hidden state of which the first token is chosen now."""
+        end, self.prompt_end = self.prompt_end, None
+        assert end is not None, f"{self.request_id} reads its prompt itself"
+        self.is_prefilled = True
+        return end
+
     def take_delta(
         self, reason: FinishReason | None = None, stop_token: int | None = None
     ) -> TokenDelta:
@@ -133,6 +142,12 @@ class Sequence:
         if not self.routes:
             return None
         return torch.cat(self.routes)[: len(self.tokens) - 1]
+
+    @property
+    def running_slot(self) -> int:
+        """Its slot, which only a running sequence has."""
+        assert self.slot is not None, f"{self.request_id} does not run"
+        return self.slot
 
     @property
     def request_id(self) -> str:

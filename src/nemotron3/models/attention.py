@@ -114,7 +114,7 @@ class Attention(Mixer):
         c = self.config
         q = self.q_norm(self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)))
         q = self._rotated(q, layout)
-        k, v = self._keys_and_values(x, layout)
+        k, v = self.keys_and_values(x, layout)
         if state is not None and layout.is_step and not torch.is_grad_enabled():
             y = state.attend(layout, q, k, v)
         else:
@@ -130,9 +130,10 @@ class Attention(Mixer):
         self, x: Float[Tensor, "tokens d_model"], layout: SequenceLayout, state: AttentionState
     ) -> None:
         """Store the keys and values of tokens whose outputs are not needed."""
-        state.write(layout, *self._keys_and_values(x, layout))
+        state.write(layout, *self.keys_and_values(x, layout))
 
-    def _keys_and_values(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Those of each token, [tokens, head, head_dim], as they are stored."""
         c = self.config
         k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)))
         v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))

@@ -19,9 +19,8 @@ from nemotron3.models.allocation import allocate
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import quantizable_names, use_weight_format
 from nemotron3.ops.nvfp4 import Scales
-from nemotron3.ops.weights import QuantizedWeight, Weight
+from nemotron3.ops.weights import QuantizedWeight, Weight, quantize_weight
 from nemotron3.quantization.formats import Format, formats_for
-from nemotron3.quantization.quantize import quantized_weight
 from nemotron3.quantization.weight_errors import (
     MatrixReport,
     plain_report,
@@ -91,7 +90,7 @@ def _weights(
             yield name, matrix.to(view.dtype)
             continue
         try:
-            weight = quantized_weight(view.format, matrix, scales=scales)
+            weight = quantize_weight(view.format, matrix, scales=scales)
         except OperandError as error:
             raise CheckpointError(f"{name!r} cannot be quantized: {error}") from error
         pairs[name] = squares(matrix, weight)

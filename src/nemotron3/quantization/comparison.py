@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nemotron3.data import Batch
 from nemotron3.errors import DataError
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.layout import SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.ops.segments import Segments
@@ -33,13 +34,24 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(model: LanguageModel, quantized: LanguageModel, batches: Iterable[Batch]) -> Comparison:
-    """Read the batches with both models; raises DataError where nothing is predicted."""
+def compare(
+    model: LanguageModel,
+    quantized: LanguageModel,
+    batches: Iterable[Batch],
+    *,
+    state: StatePrecision | None = None,
+) -> Comparison:
+    """Read the batches with both models; raises DataError where nothing is predicted.
+
+    With a `state` the quantized model attends to keys and values in its formats, as an engine does.
+    """
     sums = torch.zeros(5, dtype=torch.float64)
     for batch in batches:
         moved = batch.to(model.device)
-        layout = SequenceLayout(Segments(moved.lengths))
-        hidden = [m.hidden_states(moved.tokens, layout=layout) for m in (model, quantized)]
+        hidden = [
+            model.hidden_states(moved.tokens, layout=SequenceLayout(Segments(moved.lengths))),
+            _hidden_states(quantized, moved, state),
+        ]
         for first in range(0, len(moved.tokens), _SLICE):
             part = slice(first, first + _SLICE)
             logits = model.logits(hidden[0][part]), quantized.logits(hidden[1][part])
@@ -55,6 +67,15 @@ def compare(model: LanguageModel, quantized: LanguageModel, batches: Iterable[Ba
         kl=kl / count,
         top1_agreement=agreed / count,
     )
+
+
+def _hidden_states(model: LanguageModel, batch: Batch, precision: StatePrecision | None) -> Tensor:
+    if precision is None:
+        layout = SequenceLayout(Segments(batch.lengths))
+        return model.hidden_states(batch.tokens, layout=layout)
+    state = model.new_state(len(batch.lengths), precision)
+    layout = state.layout(batch.lengths, is_prompt=True)
+    return model.hidden_states(batch.tokens, layout=layout, state=state)
 
 
 def _sums(original: Tensor, own: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

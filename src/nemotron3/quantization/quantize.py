@@ -1,20 +1,19 @@
 """A model with some of its matrices in number formats of their own.
 
 Everything else is shared with the model that it is made of, so that both are at hand to be
-compared, and the memory is that of the codes beside it. Experts are quantized one after another:
-searching scales takes many copies of a matrix.
+compared, and the memory is that of the codes beside it.
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nemotron3.errors import CheckpointError, OperandError
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import use_weight_format
 from nemotron3.ops.nvfp4 import Scales
-from nemotron3.ops.weights import FORMATS, NVFP4Weight, QuantizedWeight, WeightFormat
+from nemotron3.ops.weights import WeightFormat, quantize_weight
 
 
 @torch.no_grad()
@@ -33,7 +32,7 @@ def quantized_model(
         prefix, _, last = name.rpartition(".")
         if name in formats:
             try:
-                weight = quantized_weight(formats[name], tensor, scales=scales)
+                weight = quantize_weight(formats[name], tensor, scales=scales)
             except OperandError as error:
                 raise CheckpointError(f"{name!r} cannot be quantized: {error}") from error
             setattr(quantized.get_submodule(prefix), last, weight)
@@ -45,16 +44,3 @@ def quantized_model(
             module.register_buffer(last, tensor)
     quantized.activation_dtype, quantized.companions = model.activation_dtype, model.companions
     return quantized
-
-
-def quantized_weight(kind: str, values: Tensor, *, scales: Scales) -> QuantizedWeight:
-    """A matrix, or one for each expert, in a format."""
-    with values.device:
-        weight = FORMATS[kind].empty(values.shape)
-    if isinstance(weight, NVFP4Weight):
-        weight.scale_rule = scales
-    if values.dim() == 2:
-        return weight.copy_(values)
-    for own, matrix in zip(weight, values, strict=True):
-        own.copy_(matrix)
-    return weight

@@ -9,11 +9,13 @@ import numpy as np
 from nemotron3.observe.page import captioned, section, table, write_page
 from nemotron3.observe.plots import Series, bars, lines
 from nemotron3.quantization.comparison import Comparison
-from nemotron3.quantization.search import FrontierPoint
+from nemotron3.quantization.search import FrontierPoint, expected_kl
 from nemotron3.quantization.sensitivity import Sensitivity
 from nemotron3.quantization.weight_errors import MatrixReport
 
 MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
+_ROUNDING = 1e-6
+"""Of bits per element, which are added up in two ways."""
 _COLUMNS = ("matrix", "format", "elements", "bits", "error", "worst expert")
 _RIGHT = ("error", "bits", "worst expert")
 _SENSITIVITY_COLUMNS = ("matrix", "format", "nats per token", "worst expert")
@@ -21,6 +23,20 @@ _EXPECTED = (
     "Expected KL divergence to the original if only this matrix is rounded, from the second-order "
     "expansion of the loss; the search adds these up."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What the quantized model was trained on, and what it was before."""
+
+    steps: int
+    tokens: int
+    learning_rate: float
+    """The highest."""
+    before: Comparison
+    """The model of the same formats without training."""
+    divergences: tuple[tuple[int, float], ...]
+    """KL divergence to the original on held-out text after some numbers of updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +57,8 @@ class QuantizationSummary:
     """0 where there was no text: the result has no scales of activations."""
     comparison: Comparison | None
     """None where there was no text."""
+    rounded_activations: Comparison | None = None
+    """The same with activations in int8 (ops/weights/integer.py), where the model can be run so."""
     text: str
     """Where the text is from, or why there was none."""
     matrices: tuple[MatrixReport, ...]
@@ -48,6 +66,13 @@ class QuantizationSummary:
     """Expected divergence of each matrix in each format; of a search only."""
     frontier: tuple[FrontierPoint, ...] = ()
     """What the search can reach, plain model first."""
+    frontier_of_experts: tuple[FrontierPoint, ...] = ()
+    """What it could if each expert had a format of its own (decision 0025)."""
+    fp8_keys: Comparison | None = None
+    """The quantized model with keys and values in FP8, by the scales in the files; None where there
+    are no such scales."""
+    distillation: Distillation | None = None
+    """None where nothing was trained: then weights are the original's, rounded."""
 
 
 def write_pages(folder: Path, summary: QuantizationSummary) -> None:
@@ -71,6 +96,8 @@ def write_pages(folder: Path, summary: QuantizationSummary) -> None:
         bars(largest, highlighted=next(iter(largest), "")),
     )
     body = section("Result", [table(("", "value"), summary_rows(summary), right=("value",))])
+    if summary.distillation is not None:
+        body += section("Distillation", [_divergences(summary.distillation)])
     body += section("Error", [figure])
     body += section("Bits and divergence", [_frontier(summary)])
     body += section("Matrices", [table(_COLUMNS, rows, right=_RIGHT)])
@@ -114,6 +141,15 @@ def summary_rows(summary: QuantizationSummary) -> list[tuple[str, str]]:
         ("scales of NVFP4 blocks", summary.scales),
         ("tokens for activation scales", f"{summary.calibration_tokens:,}"),
     ]
+    if summary.frontier:
+        bits = summary.bits_per_element + _ROUNDING
+        rows += [
+            ("expected KL", f"{expected_kl(summary.frontier, bits):.2e}"),
+            (
+                "expected KL, experts apart",
+                f"{expected_kl(summary.frontier_of_experts, bits):.2e}",
+            ),
+        ]
     found = summary.comparison
     if found is not None:
         rows += [
@@ -122,6 +158,29 @@ def summary_rows(summary: QuantizationSummary) -> list[tuple[str, str]]:
             ("loss of the original", f"{found.original_loss:.4f}"),
             ("KL to the original, nats per token", f"{found.kl:.5f}"),
             ("same first choice", f"{100 * found.top1_agreement:.2f}%"),
+        ]
+    if summary.fp8_keys is not None:
+        rows += [
+            ("loss with FP8 keys and values", f"{summary.fp8_keys.loss:.4f}"),
+            ("KL with FP8 keys and values", f"{summary.fp8_keys.kl:.5f}"),
+        ]
+    trained = summary.distillation
+    if trained is not None:
+        before = trained.before
+        rows += [
+            ("updates of distillation", f"{trained.steps:,}"),
+            ("tokens of distillation", f"{trained.tokens:,}"),
+            ("highest learning rate", f"{trained.learning_rate:g}"),
+            ("loss before distillation", f"{before.loss:.4f}"),
+            ("KL before distillation", f"{before.kl:.5f}"),
+            ("same first choice before", f"{100 * before.top1_agreement:.2f}%"),
+        ]
+    rounded = summary.rounded_activations
+    if rounded is not None:
+        rows += [
+            ("loss with int8 activations", f"{rounded.loss:.4f}"),
+            ("KL with int8 activations", f"{rounded.kl:.5f}"),
+            ("same first choice with them", f"{100 * rounded.top1_agreement:.2f}%"),
         ]
     return rows
 
@@ -143,19 +202,37 @@ def _sensitivity_row(found: Sensitivity) -> tuple[str, ...]:
     return " and ".join(found.matrices), found.format, f"{found.kl:.2e}", worst
 
 
+def _divergences(trained: Distillation) -> str:
+    steps, values = zip((0, trained.before.kl), *trained.divergences, strict=True)
+    path = Series(label="held-out text", steps=np.array(steps), values=np.array(values))
+    return captioned(
+        "KL divergence to the original",
+        "In nats per token on held-out text, before the first update and after others.",
+        lines([path], y_label="nats per token", x_label="updates", is_smoothed=False),
+    )
+
+
 def _frontier(summary: QuantizationSummary) -> str:
     if not summary.frontier:
         return ""
-    path = Series(
-        label="expected divergence",
-        steps=np.array([point.bits_per_element for point in summary.frontier]),
-        values=np.array([point.kl for point in summary.frontier]),
-    )
+    paths = [
+        Series(
+            label=label,
+            steps=np.array([point.bits_per_element for point in points]),
+            values=np.array([point.kl for point in points]),
+        )
+        for label, points in (
+            ("a format for each matrix, and for the experts of a layer", summary.frontier),
+            ("a format for each expert", summary.frontier_of_experts),
+        )
+        if points
+    ]
     return captioned(
         "Frontier",
         "Expected KL divergence to the original in nats per token, over bits per element of all "
-        "parameters: from the plain model to the fewest bits, a matrix at a time.",
-        lines([path], y_label="nats per token", x_label="bits per element", is_smoothed=False),
+        "parameters: from the plain model to the fewest bits, a matrix at a time. Experts of a "
+        "layer have one format; the second line is what single experts would allow.",
+        lines(paths, y_label="nats per token", x_label="bits per element", is_smoothed=False),
     )
 
 

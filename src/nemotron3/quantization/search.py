@@ -48,35 +48,69 @@ def search(
     Raises ConfigError for a budget that the fewest bits exceed.
     """
     elements = sum(p.numel() for p in model.parameters())
-    bits = float(sum(8 * p.nbytes for p in model.parameters()))
-    steps = sorted(_steps(model, found), key=lambda step: step.price)
-    frontier, kl = [FrontierPoint(bits_per_element=bits / elements, kl=0.0)], 0.0
     formats: dict[str, WeightFormat] = {}
-    for step in steps:
-        if bits > bits_per_element * elements:
+    points, steps = _path(model, _steps(model, found))
+    for point, step in zip(points, steps, strict=False):
+        if point.bits_per_element * elements > bits_per_element * elements:
             formats |= dict.fromkeys(step.to.matrices, step.to.format)
-        bits, kl = bits - step.saved_bits, kl + step.added_kl
-        frontier.append(FrontierPoint(bits_per_element=bits / elements, kl=kl))
-    if bits > bits_per_element * elements:
+    if points[-1].bits_per_element > bits_per_element:
         raise ConfigError(
             f"is {bits_per_element:g}, and the fewest bits per element of this model are "
-            f"{bits / elements:.3f}: embedding, output layer, MTP block and what no format fits "
-            "stay as they are",
+            f"{points[-1].bits_per_element:.3f}: embedding, output layer, MTP block and what no "
+            "format fits stay as they are",
             field="bits",
         )
-    return formats, frontier
+    return formats, points
 
 
-def _steps(model: LanguageModel, found: Sequence[Sensitivity]) -> list[_Step]:
-    """The steps of every matrix along its convex hull; each is cheaper than the one after it."""
+def frontier_of_experts(model: LanguageModel, found: Sequence[Sensitivity]) -> list[FrontierPoint]:
+    """What could be reached if each expert of a layer had a format of its own."""
+    return _path(model, _steps(model, found, are_apart=True))[0]
+
+
+def expected_kl(frontier: Sequence[FrontierPoint], bits_per_element: float) -> float:
+    """That of the first point with at most so many bits."""
+    return next(p.kl for p in frontier if p.bits_per_element <= bits_per_element)
+
+
+def _path(model: LanguageModel, steps: Sequence[_Step]) -> tuple[list[FrontierPoint], list[_Step]]:
+    """The steps in the order of their price, the first point before them and one after each."""
+    elements = sum(p.numel() for p in model.parameters())
+    bits = float(sum(8 * p.nbytes for p in model.parameters()))
+    kl, ordered = 0.0, sorted(steps, key=lambda step: step.price)
+    points = [FrontierPoint(bits_per_element=bits / elements, kl=0.0)]
+    for step in ordered:
+        bits, kl = bits - step.saved_bits, kl + step.added_kl
+        points.append(FrontierPoint(bits_per_element=bits / elements, kl=kl))
+    return points, ordered
+
+
+def _steps(
+    model: LanguageModel, found: Sequence[Sensitivity], *, are_apart: bool = False
+) -> list[_Step]:
+    """The steps along the convex hull of whatever has a format of its own: a matrix, the experts of
+    a layer, or each of these where they `are_apart`."""
     options: dict[tuple[str, ...], list[Sensitivity]] = {}
     for each in found:
         options.setdefault(each.matrices, []).append(each)
     steps: list[_Step] = []
     for matrices, given in options.items():
-        bits, kl = float(sum(8 * model.get_parameter(name).nbytes for name in matrices)), 0.0
-        while cheaper := [option for option in given if option.bits < bits]:
-            best = min(cheaper, key=lambda option: (option.kl - kl) / (bits - option.bits))
-            steps.append(_Step(best, bits - best.bits, best.kl - kl))
-            bits, kl = float(best.bits), best.kl
+        plain = float(sum(8 * model.get_parameter(name).nbytes for name in matrices))
+        if not are_apart or not given[0].expert_kl:
+            steps += _hull(plain, [(option, float(option.bits), option.kl) for option in given])
+            continue
+        experts = len(given[0].expert_kl)
+        for expert in range(experts):
+            own = [(each, each.bits / experts, each.expert_kl[expert]) for each in given]
+            steps += _hull(plain / experts, own)
+    return steps
+
+
+def _hull(bits: float, options: Sequence[tuple[Sensitivity, float, float]]) -> list[_Step]:
+    """Each step is cheaper than the one after it; options have bits and divergence."""
+    kl, steps = 0.0, list[_Step]()
+    while cheaper := [option for option in options if option[1] < bits]:
+        to, fewer, more = min(cheaper, key=lambda option: (option[2] - kl) / (bits - option[1]))
+        steps.append(_Step(to, bits - fewer, more - kl))
+        bits, kl = fewer, more
     return steps

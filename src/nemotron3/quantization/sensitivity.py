@@ -26,8 +26,7 @@ from nemotron3.models.parameter import quantizable_names
 from nemotron3.ops.cross_entropy import linear_cross_entropy
 from nemotron3.ops.nvfp4 import Scales
 from nemotron3.ops.segments import Segments
-from nemotron3.ops.weights import FORMATS, WeightFormat
-from nemotron3.quantization.quantize import quantized_weight
+from nemotron3.ops.weights import FORMATS, WeightFormat, quantize_weight
 from nemotron3.quantization.weight_errors import stored_bytes
 
 CANDIDATES: tuple[WeightFormat, ...] = ("nvfp4", "fp8")
@@ -88,7 +87,7 @@ def sensitivities(
                 continue
             parts, bits = [], 0
             for name, value in zip(matrices, values, strict=True):
-                weight = quantized_weight(kind, value, scales=scales)
+                weight = quantize_weight(kind, value, scales=scales)
                 bits += 8 * stored_bytes(weight)
                 change = (weight.dequantize() - value).square_().mul_(fisher[name])
                 parts.append(0.5 * change.flatten(1 if value.dim() > 2 else 0).sum(-1).double())

@@ -54,16 +54,32 @@ def announce_memory(
     run: PretrainRun | SFTRun | RLRun, device: torch.device, callback: RunCallback
 ) -> None:
     """Say what a run will keep in memory; ConfigError where the device cannot hold it."""
-    plan, usable = run_plan(run, device), usable_memory_bytes(device)
-    check_memory(plan, device, usable, remedy=lambda: _remedy(run, device, usable))
+    announce_plan(
+        run_plan(run, device),
+        device,
+        callback,
+        remedy=lambda usable: _remedy(run, device, usable),
+    )
+
+
+def announce_plan(
+    plan: MemoryPlan,
+    device: torch.device,
+    callback: RunCallback,
+    *,
+    remedy: Callable[[int], Remedy | None],
+) -> None:
+    """Say what a plan needs; ConfigError where the device cannot hold it.
+
+    `remedy` finds the settings with which it could, for the bytes that can be used.
+    """
+    usable = usable_memory_bytes(device)
+    check_memory(plan, device, usable, remedy=lambda: remedy(usable or 0))
     of = "" if usable is None else f" of {in_units(usable)}"
     callback.stage(f"Memory, at most about {in_units(plan.total)}{of}: {plan.line()}")
 
 
-def _remedy(
-    run: PretrainRun | SFTRun | RLRun, device: torch.device, usable: int | None
-) -> Remedy | None:
-    assert usable is not None
+def _remedy(run: PretrainRun | SFTRun | RLRun, device: torch.device, usable: int) -> Remedy | None:
     settings = Settings(run.training, None if isinstance(run, PretrainRun) else run.lora)
     if isinstance(run, RLRun):
         settings = settings._replace(max_num_seqs=run.max_num_seqs)
@@ -189,7 +205,6 @@ def memory_plan(
     device_bytes: int | None = None,
 ) -> MemoryPlan:
     """What training keeps, with an engine beside it that plays rollouts, and a frozen reference.
-
     `device_bytes` is the memory of a GPU that this machine need not have.
     """
     gpu_bytes = None

@@ -1,38 +1,33 @@
 """Quantizes a model directory: formats, scales, what it costs, and a directory that is read as any.
 
-Text for calibration and for the comparison with the original is that of the run that the model
-belongs to, its training text and its held-out text; or files, of which every second window is for
-calibration and the others for the comparison.
+Scales of weights are computed from the weights. Text is for the scales of activations, for the
+comparison with the original, for a search of formats, and for a distillation.
 """
 
-import json
-from collections.abc import Iterator
+import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Literal
 
 from torch import Tensor
 
-from nemotron3.config import write_json
-from nemotron3.data import (
-    Batch,
-    FilesConfig,
-    PreparedCorpus,
-    ReadReport,
-    TokenFile,
-    TokenFileWriter,
-    held_out_batches,
-    read_documents,
-)
-from nemotron3.errors import ConfigError, DataError
+from nemotron3.config import RUN_FILE, write_json
+from nemotron3.data import FilesConfig
+from nemotron3.data.documents import find_files
+from nemotron3.errors import ConfigError
+from nemotron3.models.cache.state_precision import StatePrecision
 from nemotron3.models.huggingface import (
     StoredQuantization,
     published_weights,
-    read_config,
+    stored_key_scales,
     stored_weight_format,
 )
 from nemotron3.models.nemotron_h import LanguageModel
+from nemotron3.models.rounded_activations import can_round_activations, round_activations
+from nemotron3.observe.metrics import read_metrics
 from nemotron3.ops.nvfp4 import Scales
+from nemotron3.ops.weights import WeightFormat
 from nemotron3.quantization import (
     Comparison,
     Format,
@@ -46,16 +41,19 @@ from nemotron3.quantization import (
     quantized_model,
     total_bits,
 )
-from nemotron3.quantization.report import QuantizationSummary, write_pages
-from nemotron3.quantization.search import FrontierPoint, search
+from nemotron3.quantization.calibration import Calibration
+from nemotron3.quantization.report import Distillation, QuantizationSummary, write_pages
+from nemotron3.quantization.search import FrontierPoint, frontier_of_experts, search
 from nemotron3.quantization.sensitivity import Sensitivity, fisher_diagonal, sensitivities
-from nemotron3.recipes.input_files import INPUTS_FILE, check_model_directory
-from nemotron3.runtime.devices import resolve_device
-from nemotron3.text import Tokenizer
+from nemotron3.recipes.distill import DistillRun, announce_distillation, distilled
+from nemotron3.recipes.input_files import check_model_directory, model_files, record_input_files
+from nemotron3.recipes.quantize_text import QuantizeText, open_text
+from nemotron3.recipes.run_folder import METRICS_FILE, SUMMARY_FILE, RunCallback, RunFolder
+from nemotron3.recipes.run_lock import folder_lock
+from nemotron3.runtime.devices import DeviceName, resolve_device
+from nemotron3.training.trainer import TrainingConfig
 
 REPORT_FOLDER = "quantization"
-SUMMARY_FILE = "summary.json"
-_SEQ_LEN = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +73,26 @@ class QuantizePlan:
     bits: float | None = None
     """Bits per element of all parameters, for which the mix is searched; None for the published
     mix."""
-    device: str = "auto"
+    kv_cache: Literal["fp8", "none"] | None = None
+    """Whether scales of keys and values are written, with which engines keep them in FP8; None for
+    where text is at hand and the format has a published form."""
+    distill: TrainingConfig | None = None
+    """How the quantized model is trained to predict what the plain one does; None for not at
+    all."""
+    device: DeviceName = "auto"
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Windows of tokens, and where they are from."""
-
-    calibration: list[Batch]
-    held_out: list[Batch]
-    origin: str
-
-
-def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, QuantizationSummary]:
+def quantize_directory(
+    path: Path, plan: QuantizePlan, callback: RunCallback | None = None
+) -> tuple[Path, QuantizationSummary]:
     """Write the quantized model and its report; returns the directory and the report's content.
 
-    Raises ConfigError, CheckpointError or DataError before anything is computed.
+    A distillation that was interrupted goes on. Raises ConfigError, CheckpointError or DataError
+    before anything is computed.
     """
     check_model_directory(path)
     out = plan.out or path.with_name(f"{path.name}-{plan.format}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"is {out}, which exists and is not empty; name a new one", field="out")
+    _check_out(out, plan)
     if (held := stored_weight_format(path)) is not None:
         raise ConfigError(f"{path} holds {held} weights already; give the plain model")
     scales: Scales = plan.scales or "mse"
@@ -109,15 +106,58 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
             f"is {plan.bits:g} with format {plan.format!r}; a budget is above 0, and for 'mixed'",
             field="bits",
         )
-    text = _text_for(path, plan)
-    if plan.bits is not None and not text.calibration:
-        raise ConfigError(f"needs text to weigh matrices with; text: {text.origin}", field="bits")
+    if plan.kv_cache == "fp8" and plan.format == "int8":
+        raise ConfigError(
+            "is 'fp8', and int8 has no published form, which such scales are part of; leave it out",
+            field="kv_cache",
+        )
+    run = _distill_run(path, plan, scales)
+    callback = callback or RunCallback()
+    folder = out / REPORT_FOLDER
+    lock = nullcontext() if plan.distill is None else folder_lock(folder, say=callback.stage)
+    with open_text(path, plan.texts, plan.num_tokens) as text, lock:
+        return out, _quantize(path, replace(plan, scales=scales), run, out, text, callback)
+
+
+def _check_out(out: Path, plan: QuantizePlan) -> None:
+    """Raise ConfigError for a directory with content, unless it is of such a distillation."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    folder = out / REPORT_FOLDER
+    if not (folder / RUN_FILE).exists() or (folder / SUMMARY_FILE).exists():
+        raise ConfigError(f"is {out}, which exists and is not empty; name a new one", field="out")
+    if plan.distill is None:
+        raise ConfigError(
+            f"is {out}, where a distillation was begun; go on with the options that began it, name "
+            "a new directory, or delete this one",
+            field="out",
+        )
+
+
+def _quantize(
+    path: Path,
+    plan: QuantizePlan,
+    run: DistillRun | None,
+    out: Path,
+    text: QuantizeText,
+    callback: RunCallback,
+) -> QuantizationSummary:
+    assert plan.scales is not None
+    scales: Scales = plan.scales
+    for name, is_asked, need in (
+        ("bits", plan.bits is not None, "weigh matrices with"),
+        ("distill", plan.distill is not None, "train on"),
+        ("kv_cache", plan.kv_cache == "fp8", "find scales with"),
+    ):
+        if is_asked and not text.calibration:
+            raise ConfigError(f"needs text to {need}; text: {text.origin}", field=name)
     device = resolve_device(plan.device)
     in_memory = text.calibration or device.type != "cpu"
     if not in_memory and can_quantize_by_matrix(path, plan.format):
         made = quantize_by_matrix(path, out, plan.format, scales=scales)
         summary = _summary(path, plan, made.model, made.quantized, made.reports, text, None)
-        return out, _written(out, summary)
+        return _written(out, summary)
+    folder = None if run is None else _distill_folder(run, path, out)
     model = LanguageModel.from_pretrained(path, device=device).eval()
     found: list[Sensitivity] = []
     frontier: list[FrontierPoint] = []
@@ -128,14 +168,86 @@ def quantize_directory(path: Path, plan: QuantizePlan) -> tuple[Path, Quantizati
         found = sensitivities(model, fisher, scales=scales)
         formats, frontier = search(model, found, plan.bits)
     quantized = quantized_model(model, formats, scales=scales)
-    activations = calibrate(model, text.calibration, formats) if text.calibration else {}
     comparison = compare(model, quantized, text.held_out) if text.held_out else None
+    plain, before = model, None
+    if folder is not None:
+        before = comparison
+        plain = _distilled(folder, model, formats, text, callback)
+        quantized = quantized_model(plain, formats, scales=scales)
+        comparison = compare(model, quantized, text.held_out)
+    if text.calibration:
+        _attach_scales(plan, quantized, calibrate(plain, text.calibration, formats))
+    rounded: Comparison | None = None
+    if text.held_out and can_round_activations(quantized):
+        rounded = compare(model, round_activations(quantized, "int8"), text.held_out)
     reports = matrix_reports(model, quantized, formats)
-    _attach_scales(quantized, activations)
     quantized.save_pretrained(out)
     summary = _summary(path, plan, model, quantized, reports, text, comparison)
-    summary = replace(summary, sensitivities=tuple(found), frontier=tuple(frontier))
-    return out, _written(out, summary)
+    summary = replace(summary, rounded_activations=rounded)
+    if _has_key_scales(quantized) and text.held_out:
+        narrow = StatePrecision(keys="float8")
+        narrow = compare(model, quantized, text.held_out, state=narrow)
+        summary = replace(summary, fp8_keys=narrow)
+    if folder is not None:
+        assert before is not None
+        summary = replace(summary, distillation=_distillation(folder, before))
+        shutil.rmtree(folder.checkpoints().directory)
+    if found:
+        summary = replace(
+            summary,
+            sensitivities=tuple(found),
+            frontier=tuple(frontier),
+            frontier_of_experts=tuple(frontier_of_experts(model, found)),
+        )
+    return _written(out, summary)
+
+
+def _distill_run(path: Path, plan: QuantizePlan, scales: Scales) -> DistillRun | None:
+    if plan.distill is None:
+        return None
+    return DistillRun(
+        name=REPORT_FOLDER,
+        device=plan.device,
+        model=str(path),
+        format=plan.format,
+        scales=scales,
+        bits=plan.bits,
+        texts=plan.texts,
+        num_tokens=plan.num_tokens,
+        training=plan.distill,
+    )
+
+
+def _distill_folder(run: DistillRun, path: Path, out: Path) -> RunFolder[DistillRun]:
+    """The folder of a distillation, of which the same inputs are to be at hand."""
+    folder = RunFolder(run, runs=out)
+    texts = [file for text in run.texts for file in find_files(str(text.path))]
+    record_input_files(folder.path, [*model_files(path), *texts])
+    return folder
+
+
+def _distilled(
+    folder: RunFolder[DistillRun],
+    model: LanguageModel,
+    formats: dict[str, WeightFormat],
+    text: QuantizeText,
+    callback: RunCallback,
+) -> LanguageModel:
+    announce_distillation(folder.run, model, formats, folder.device, callback)
+    folder.record({})
+    return distilled(folder, model, formats, text, callback)
+
+
+def _distillation(folder: RunFolder[DistillRun], before: Comparison) -> Distillation:
+    training = folder.run.training
+    measured = read_metrics(folder.path / METRICS_FILE)
+    return Distillation(
+        steps=training.steps,
+        tokens=training.steps * training.tokens_per_step,
+        learning_rate=training.optimizer.lr,
+        before=before,
+        divergences=tuple((step, m["eval/kl"]) for step, m in measured if "eval/kl" in m),
+    )
 
 
 def _written(out: Path, summary: QuantizationSummary) -> QuantizationSummary:
@@ -152,7 +264,7 @@ def _summary(
     model: LanguageModel,
     quantized: LanguageModel,
     reports: list[MatrixReport],
-    text: _Text,
+    text: QuantizeText,
     comparison: Comparison | None,
 ) -> QuantizationSummary:
     narrow = [report for report in reports if report.bits_per_element < 16]
@@ -162,7 +274,7 @@ def _summary(
     return QuantizationSummary(
         model=str(path),
         format=plan.format,
-        scales=plan.scales or "mse" if plan.format in ("nvfp4", "mixed") else "none",
+        scales=str(plan.scales) if plan.format in ("nvfp4", "mixed") else "none",
         bits_per_element=bits,
         original_bits_per_element=total_bits(model)[0],
         elements=elements,
@@ -174,71 +286,29 @@ def _summary(
     )
 
 
-def _attach_scales(quantized: LanguageModel, activations: dict[str, Tensor]) -> None:
-    """Scales of activations go into the files beside the weights, as `input_scale`."""
+def _attach_scales(plan: QuantizePlan, quantized: LanguageModel, found: Calibration) -> None:
+    """Scales of activations go into the files beside the weights, as `input_scale`; those of keys
+    and values beside their projections."""
     companions = quantized.companions
-    if not activations or companions is None:
+    if companions is None or plan.format == "int8":
         return
     names = published_weights(quantized, quantized.config, companions)
     scales: dict[str, Tensor] = {}
-    for parameter, scale in activations.items():
+    for layer, pair in found.keys.items() if plan.kv_cache != "none" else ():
+        for which, scale in zip("kv", pair, strict=True):
+            (published,) = names[f"{layer}.{which}_proj.weight"]
+            scales[f"{published.removesuffix('weight')}{which}_scale"] = scale.reshape(1).cpu()
+    for parameter, scale in found.activations.items():
         published = names[parameter]
         # Matrices that are one of ours (gate and value of SwiGLU) have the same input.
         each = scale.reshape(-1).repeat_interleave(len(published) // scale.numel()).cpu()
         for name, own in zip(published, each, strict=True):
             scales[name.removesuffix("weight") + "input_scale"] = own.clone()
-    found = StoredQuantization(
+    stored = StoredQuantization(
         formats={}, scales=scales, vectors=frozenset(), config_field=None, hf_quant_config=None
     )
-    quantized.companions = replace(companions, quantization=found)
+    quantized.companions = replace(companions, quantization=stored)
 
 
-def _text_for(path: Path, plan: QuantizePlan) -> _Text:
-    seq_len = min(_SEQ_LEN, read_config(path).max_position_embeddings)
-    most = max(1, plan.num_tokens // seq_len)
-    if plan.texts:
-        windows = list(_windows_of_files(path, plan.texts, seq_len, 2 * most))
-        if len(windows) < 2:
-            raise DataError(
-                f"the text has one window of {seq_len} tokens; one half is for calibration and the "
-                "other for the comparison, so give more text"
-            )
-        named = ", ".join(str(text.path) for text in plan.texts)
-        return _Text(windows[::2], windows[1::2], f"{named}: alternate windows")
-    folder = _corpus_folder(path)
-    if folder is None:
-        return _Text([], [], "none: the model belongs to no run whose text is at hand; give --data")
-    corpus = PreparedCorpus(folder)
-    share = max(1, most // len(corpus.names))
-    training, held_out = (
-        [window for name, file in files.items() for window in _windows(name, file, seq_len, share)]
-        for files in (corpus.train, corpus.held_out)
-    )
-    return _Text(training, held_out, f"the run's own: training text, and held-out text ({folder})")
-
-
-def _windows(name: str, file: TokenFile, seq_len: int, most: int) -> Iterator[Batch]:
-    return held_out_batches(file, name=name, seq_len=seq_len, batch_size=1, max_rows=most)
-
-
-def _corpus_folder(path: Path) -> Path | None:
-    """The prepared text of the run that a model belongs to."""
-    record = path.resolve().parent / INPUTS_FILE
-    if not record.is_file():
-        return None
-    named = json.loads(record.read_text("utf-8")).get("corpus_folder")
-    return Path(named) if named and Path(named).is_dir() else None
-
-
-def _windows_of_files(
-    path: Path, texts: tuple[FilesConfig, ...], seq_len: int, most: int
-) -> Iterator[Batch]:
-    tokenizer = Tokenizer.from_directory(path)
-    with TemporaryDirectory() as folder:
-        prefix = Path(folder) / "text"
-        with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
-            for text in texts:
-                for document in read_documents(text, ReadReport()):
-                    ids = tokenizer.encode(document.text, parse_special=False)
-                    writer.add([*ids, tokenizer.eos_id])
-        yield from _windows("text", TokenFile(prefix), seq_len, most)
+def _has_key_scales(quantized: LanguageModel) -> bool:
+    return bool(stored_key_scales(quantized, quantized.companions))

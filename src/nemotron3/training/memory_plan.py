@@ -15,7 +15,7 @@ Weights that are kept quantized beside changes have the bytes of their codes, an
 read the codes, or dequantize one matrix. Their experts go one by one, which keeps more activations.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,15 +80,17 @@ def training_parts(
     *,
     mtp_depths: int,
     low_rank: LowRankPlan | None = None,
+    rounded: Collection[str] = (),
     gpu_bytes: int | None = None,
 ) -> list[MemoryPart]:
     """The parts of training a model; `gpu_bytes` is a GPU's whole memory, None for a CPU.
 
-    `mtp_depths` is the number of MTP depths in the loss, `Objective.mtp_depths`.
+    `mtp_depths` is the number of MTP depths in the loss, `Objective.mtp_depths`; `rounded` are the
+    names of parameters that products take rounded, beside those of a recipe of few bits.
     """
     with torch.device("meta"):
         model = LanguageModel(config)
-    parameters = _Parameters(model, training, low_rank, mtp_depths=mtp_depths)
+    parameters = _Parameters(model, training, low_rank, mtp_depths=mtp_depths, rounded=rounded)
     tokens = training.microbatch_size * training.seq_len
     sequences = max(training.microbatch_size, -(-tokens // _TOKENS_OF_SEQUENCE))
     dtype = training.precision.dtype
@@ -194,6 +196,7 @@ class _Parameters:
         low_rank: LowRankPlan | None,
         *,
         mtp_depths: int,
+        rounded: Collection[str],
     ) -> None:
         self.specs = parameter_specs(model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -204,7 +207,9 @@ class _Parameters:
         self.choices = moe.num_experts_per_tok if moe is not None else 0
         self.dtype = training.precision.dtype
         """That of activations, and so of products."""
-        self.rounded = rounded_weights(model, training.precision)
+        self.rounded = rounded_weights(model, training.precision).union(rounded)
+        self.dequantized = frozenset(rounded)
+        """Those that are dequantized in each pass."""
         members = group_of_parameters(model, training.parameter_groups)
         read = [name for name in self.shapes if is_read(name, mtp_depths=mtp_depths)]
         frozen = {name for name in read if name in members and members[name].is_frozen}
@@ -279,7 +284,7 @@ class _Parameters:
         """Most bytes of gradients on their way: a new one beside the sum, and its narrow form.
 
         Beside an adapter, those of the sums of a block, and slices of one in float32; or the
-        largest quantized matrix while it is dequantized.
+        largest quantized matrix, or rounded parameter, while it is dequantized.
         """
         narrow = self.dtype.itemsize if self.dtype.itemsize < 4 else 0
         largest = max((self.shapes[name].numel() for name in self.trained), default=0)
@@ -291,7 +296,9 @@ class _Parameters:
             default=0,
         )
         of_sums = self.dtype.itemsize * max(map(sum, sums), default=0)
-        matrix = max((self.shapes[name][-2:].numel() for name in self.quantized), default=0)
+        matrices = [self.shapes[name][-2:].numel() for name in self.quantized]
+        matrices += [self.shapes[name].numel() for name in self.dequantized]
+        matrix = max(matrices, default=0)
         return max(largest * (4 + narrow), of_sums + slices, matrix * _DEQUANTIZING)
 
     @property

@@ -259,14 +259,16 @@ def test_an_end_token_a_stop_condition_and_the_length_end_an_answer(model, expec
     assert len(answer) == 96 - len(PROMPTS[3])
 
 
-def test_several_answers_read_their_prompt_once(model, expected):
+@pytest.mark.parametrize("length", [1, 30])
+def test_several_answers_read_their_prompt_once(model, length):
+    prompt = PROMPTS[4][:length]
     engine = engine_for(model, max_num_seqs=3, prefix_cache_bytes=0)
     params = SamplingParams(n=5, temperature=1.0, max_tokens=9, seed=3, ignore_eos=True)
-    answers = run(engine, [request("a", PROMPTS[4], params)])
-    assert engine.stats().prompt_tokens == len(PROMPTS[4]) + 4
+    answers = run(engine, [request("a", prompt, params)])
+    assert engine.stats().prompt_tokens == length
     assert len({tuple(answer) for answer in answers.values()}) == 5
     alone = engine_for(model, max_draft_tokens=0, max_num_batched_tokens=7)
-    assert run(alone, [request("z", PROMPTS[4], params)]) == {
+    assert run(alone, [request("z", prompt, params)]) == {
         ("z", i): tokens for (_, i), tokens in answers.items()
     }
     assert engine.cache.pool.num_free == len(engine.cache.pool)

@@ -51,6 +51,7 @@ from nemotron3.models.cache.hybrid_cache import HybridCache
 from nemotron3.models.layout import MAX_STEPS, SequenceLayout
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.precision import has_rounded_products
+from nemotron3.models.rounded_activations import round_activations
 from nemotron3.runtime.malloc import retain_freed_memory
 
 
@@ -75,8 +76,9 @@ class Engine:
             )
         if model.device.type == "cpu":
             retain_freed_memory()
-        self.model = model  # its training mode stays as it is: no module depends on it
         self.config = config or EngineConfig()
+        model = round_activations(model, self.config.activations)
+        self.model = model  # its training mode stays as it is: no module depends on it
         wanted = self.config.max_model_len or model.config.max_position_embeddings
         pages = num_pages(model, self.config, wanted)
         self.max_model_len = longest_sequence(self.config, wanted, pages)
@@ -196,6 +198,9 @@ class Engine:
         decoding = self.scheduler.decoding
         if decoding:
             deltas += self._decode(decoding)
+        begun = [each for each in self.scheduler.running if each.prompt_end is not None]
+        if begun:
+            deltas += self._begin(begun)
         for chunks in self.scheduler.schedule_prefill():
             deltas += self._prefill(chunks)
         return deltas
@@ -289,7 +294,7 @@ class Engine:
         chunks = [chunk for chunk in chunks if chunk[0].slot is not None]
         if not chunks:
             return []
-        slots = [_slot(sequence) for sequence, _ in chunks]
+        slots = [sequence.running_slot for sequence, _ in chunks]
         tokens = [self._next_tokens(sequence, count) for sequence, count in chunks]
         ends = list(accumulate(count for _, count in chunks))
         done = [
@@ -312,16 +317,24 @@ class Engine:
             hidden = hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
         for sequence, _ in chunks:
             self.scheduler.after_chunk(sequence)
-        for sequence, _ in done:
+        for (sequence, _), end in zip(done, hidden, strict=True):
             sequence.is_prefilled = True
+            self.scheduler.share_prompt(sequence, end)
         if not done:
             return []
         hidden = hidden.unsqueeze(1)
         return self._choose([s for s, _ in done], hidden, self.model.logits(hidden))[0]
 
+    def _begin(self, sequences: list[Sequence]) -> list[TokenDelta]:
+        """Choose the first tokens of answers whose prompt another answer has read."""
+        for sequence in sequences:
+            self._next_tokens(sequence, 0)
+        hidden = torch.stack([each.take_prompt_end() for each in sequences]).unsqueeze(1)
+        return self._choose(sequences, hidden, self.model.logits(hidden))[0]
+
     def _next_tokens(self, sequence: Sequence, count: int) -> list[int]:
         """The next tokens of a prompt; the first call for it counts the prefix cache's hits."""
-        start = self.cache.lengths[_slot(sequence)]
+        start = self.cache.lengths[sequence.running_slot]
         if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
             self._stats.prefix_queries += len(sequence.tokens)
             self._stats.prefix_hits += start
@@ -336,7 +349,7 @@ class Engine:
                     self.model,
                     sequence,
                     hidden[at : at + count],
-                    start=self.cache.lengths[_slot(sequence)] - count,
+                    start=self.cache.lengths[sequence.running_slot] - count,
                     weight_version=self.weight_version,
                 )
             at += count
@@ -354,7 +367,7 @@ class Engine:
         for sequence in rows:
             del sequence.drafts[count:]
         tokens = [[sequence.tokens[-1], *sequence.drafts] for sequence in rows]
-        slots = [_slot(sequence) for sequence in rows]
+        slots = [sequence.running_slot for sequence in rows]
         out = self._runner.decode(tokens, slots, is_verification=count > 0)
         deltas, num_accepted = self._choose(
             rows, out.hidden, out.logits, verified=out.layout if count else None, routes=out.routes
@@ -414,7 +427,7 @@ class Engine:
         assert self._drafter is not None
         with_room: list[int] = []
         for row, sequence in enumerate(sequences):
-            slot = _slot(sequence)
+            slot = sequence.running_slot
             if self.cache.missing_pages(slot, 1 + count) <= self.cache.pool.num_free:
                 self.cache.reserve(slot, 1 + count)
                 with_room.append(row)
@@ -485,8 +498,3 @@ class Engine:
 def _addresses(model: LanguageModel) -> tuple[int, ...]:
     """Addresses of the weights."""
     return tuple(tensor.data_ptr() for tensor in model.state_dict().values())
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "only a running sequence has a slot"
-    return sequence.slot

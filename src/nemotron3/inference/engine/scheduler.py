@@ -10,6 +10,10 @@ tokens is lost.
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
 
 from nemotron3.inference.config import EngineConfig
 from nemotron3.inference.engine.prefix_cache import PrefixCache
@@ -19,6 +23,14 @@ from nemotron3.models.layout import MAX_STEPS
 
 _CLOSE = 8
 """A state is not cached within 1 / this of `prefix_interval` after another cached one."""
+
+
+class _SharedPrompt(NamedTuple):
+    """What every answer to a request begins with."""
+
+    state: Snapshot
+    end: Float[Tensor, " d_model"]
+    """The hidden state after its last token, of which the first tokens are chosen."""
 
 
 class Scheduler:
@@ -42,9 +54,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self._is_narrow = config.state.is_narrow
         self._free_slots = list(range(len(cache.lengths)))[::-1]
-        self._groups: dict[str, Snapshot] = {}
-        """For requests with several answers: the state of the prompt without its last token, which
-        one of the answers computes for all."""
+        self._groups: dict[str, _SharedPrompt] = {}
+        """For requests with several answers: the prompt, which one of them has read for all."""
         self._num_open: Counter[str] = Counter()
         """Answers to each request that wait or run."""
 
@@ -102,19 +113,23 @@ class Scheduler:
 
     def is_recompute(self, sequence: Sequence) -> bool:
         """Whether the next chunk recomputes generated tokens whose states are narrow."""
-        assert sequence.slot is not None
-        return self._is_narrow and self.cache.lengths[sequence.slot] >= sequence.num_prompt
+        return self._is_narrow and self.cache.lengths[sequence.running_slot] >= sequence.num_prompt
 
     def after_chunk(self, sequence: Sequence) -> None:
         """Cache the state that a chunk ended with, if other prompts or answers may start there."""
-        assert sequence.slot is not None
-        length = self.cache.lengths[sequence.slot]
-        if sequence.is_stale:
-            return
-        if length in self._stops(sequence):
-            self.prefixes.insert(sequence.tokens[:length], sequence.slot)
-        if self._leads(sequence) and length == sequence.num_prompt - 1:
-            self._groups[sequence.request_id] = self.cache.snapshot(sequence.slot)
+        slot = sequence.running_slot
+        length = self.cache.lengths[slot]
+        if not sequence.is_stale and length in self._stops(sequence):
+            self.prefixes.insert(sequence.tokens[:length], slot)
+
+    def share_prompt(self, sequence: Sequence, end: Float[Tensor, " d_model"]) -> None:
+        """Keep a prompt that has just been read for the other answers to the request.
+
+        `end` is the hidden state after it.
+        """
+        if sequence.num_generated == 0 and not sequence.is_stale and self._needs_leader(sequence):
+            state = self.cache.snapshot(sequence.running_slot)
+            self._groups[sequence.request_id] = _SharedPrompt(state, end.clone())
 
     def make_room(self, sequence: Sequence, new_tokens: int) -> bool:
         """Allocate pages for more tokens of a running sequence; returns False if it is preempted.
@@ -151,9 +166,9 @@ class Scheduler:
         self._num_open[sequence.request_id] -= 1
         if not self._num_open[sequence.request_id]:
             del self._num_open[sequence.request_id]
-            snapshot = self._groups.pop(sequence.request_id, None)
-            if snapshot is not None:
-                self.cache.drop(snapshot)
+            shared = self._groups.pop(sequence.request_id, None)
+            if shared is not None:
+                self.cache.drop(shared.state)
 
     def drop_cached_states(self) -> None:
         """Drop all shared states and mark running ones as stale, because the weights changed."""
@@ -181,20 +196,22 @@ class Scheduler:
             return True
         if not self._groups:
             return False
-        _, snapshot = self._groups.popitem()
-        self.cache.drop(snapshot)
+        _, shared = self._groups.popitem()
+        self.cache.drop(shared.state)
         return True
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Allocate a slot, and pages for all tokens and one more; False if too few are free."""
         slot = self._free_slots.pop()
-        snapshot = None
+        shared, snapshot = None, None
         if self._config.keeps_states and not sequence.wants_prompt_logprobs:
-            snapshot = self._groups.get(sequence.request_id)
-            snapshot = snapshot or self.prefixes.match(sequence.tokens)
+            shared = self._groups.get(sequence.request_id)
+            snapshot = shared.state if shared else self.prefixes.match(sequence.tokens)
         if snapshot is not None:
             self.cache.restore(slot, snapshot)
         sequence.begin(slot, self.cache.lengths[slot])
+        if shared is not None and not sequence.num_generated:
+            sequence.prompt_end = shared.end
         rest = len(sequence.tokens) + 1 - self.cache.lengths[slot]
         while self.cache.missing_pages(slot, rest) > self.cache.pool.num_free:
             if not self._evict():
@@ -211,23 +228,14 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
-        self.cache.free(sequence.slot)
-        self._free_slots.append(sequence.slot)
-        sequence.slot, sequence.is_prefilled = None, False
+        slot = sequence.running_slot
+        self.cache.free(slot)
+        self._free_slots.append(slot)
+        sequence.slot, sequence.is_prefilled, sequence.prompt_end = None, False, None
         sequence.drafts.clear()
 
-    def _leads(self, sequence: Sequence) -> bool:
-        """Whether this sequence computes the prompt's state from which other answers start."""
-        return (
-            self._shares_prompt(sequence)
-            and sequence.num_prompt > 1
-            and sequence.num_generated == 0
-            and sequence.request_id not in self._groups
-        )
-
     def _shares_prompt(self, sequence: Sequence) -> bool:
-        """Whether one answer computes the prompt's state for all answers to the request."""
+        """Whether one answer reads the prompt for all answers to the request."""
         params = sequence.request.params
         if params.prompt_logprobs is not None:  # each answer computes those of the whole prompt
             return False
@@ -239,11 +247,8 @@ class Scheduler:
 
     def _next_chunk(self, sequence: Sequence) -> int:
         """Number of tokens up to the next length at which a chunk must end."""
-        assert sequence.slot is not None
-        start, config = self.cache.lengths[sequence.slot], self._config
+        start, config = self.cache.lengths[sequence.running_slot], self._config
         ends = {len(sequence.tokens), *self._stops(sequence)}
-        if self._leads(sequence):
-            ends.add(sequence.num_prompt - 1)
         if self._is_narrow:
             grids = (self.max_num_batched_tokens, config.prefix_interval)
             ends |= {sequence.num_prompt, *((start // grid + 1) * grid for grid in grids)}

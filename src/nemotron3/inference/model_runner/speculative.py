@@ -83,7 +83,7 @@ class Drafter:
         cached_lengths: list[int] = []
         at = 0
         for sequence, count in chunks:
-            slot = _slot(sequence)
+            slot = sequence.running_slot
             part, at = hidden[at : at + count], at + count
             start, end = drafts.lengths[slot], self.cache.lengths[slot]
             if end - 1 > start:
@@ -109,7 +109,7 @@ class Drafter:
         if rows == 1:  # with several sequences, one nearly always needs all steps
             steps = max(len(accepted[0]), 1)
             hidden = hidden[:, :steps]  # rejected tokens would load experts of their own
-        slots = [_slot(sequence) for sequence in sequences]
+        slots = [sequence.running_slot for sequence in sequences]
         tokens = [[*new_tokens, *[0] * (steps - len(new_tokens))] for new_tokens in accepted]
         cached_lengths = [drafts.lengths[slot] for slot in slots]
         last = [max(len(new_tokens), 1) - 1 for new_tokens in accepted]
@@ -127,7 +127,7 @@ class Drafter:
             if not new_tokens:
                 continue
             settled = part if len(new_tokens) == steps else part[: len(new_tokens)]
-            if self._drafts.defer(_slot(sequence), new_tokens, settled) >= _MOST_PENDING:
+            if self._drafts.defer(sequence.running_slot, new_tokens, settled) >= _MOST_PENDING:
                 full.append(sequence)
         self.flush(full)
 
@@ -136,7 +136,7 @@ class Drafter:
         drafts = self._drafts
         pending = {
             slot: part
-            for slot in map(_slot, sequences)
+            for slot in [sequence.running_slot for sequence in sequences]
             if (part := drafts.pending(slot)) is not None
         }
         if not pending:
@@ -151,7 +151,7 @@ class Drafter:
     def write(self, sequences: Many[Sequence], hidden: Tensor, logits: Tensor, count: int) -> None:
         """Draft `count` tokens for each sequence, from the results of `advance`."""
         choosers = [sequence.chooser for sequence in sequences]
-        slots = [_slot(sequence) for sequence in sequences]
+        slots = [sequence.running_slot for sequence in sequences]
         drafts: list[list[int]] = [[] for _ in sequences]
         for ahead in range(count):
             if ahead:
@@ -163,8 +163,3 @@ class Drafter:
                 drafted.append(token)
         for sequence, drafted in zip(sequences, drafts, strict=True):
             sequence.drafts = drafted
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot

@@ -29,6 +29,7 @@ from nemotron3.inference.requests import FailureKind, SamplingParams, TokenConst
 from nemotron3.inference.sampling.candidates import Draw, draw
 from nemotron3.inference.sampling.logit_rules import LogitRules
 from nemotron3.inference.sampling.thinking_budget import ThinkingBudget
+from nemotron3.ops.sampling import logprobs_and_ranks
 from nemotron3.ops.sampling.noise import key_in_stream, stream_key
 
 COLDEST = 1e-5
@@ -262,17 +263,15 @@ def token_logprobs(
     They are the model's own: `logits` are those before temperature, penalties and masks. The rank
     counts ties, as vLLM's does: two most probable tokens both have rank 2.
     """
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
-    scores = _numbers(chosen.squeeze(-1))
+    logits = logits.float()
+    logprobs, ranks = logprobs_and_ranks(logits, torch.tensor(tokens, device=logits.device))
     others: Iterable[tuple[tuple[int, float], ...]] = repeat((), len(tokens))
     if top:
-        best: Any = logprobs.topk(min(top, logprobs.shape[-1]))
+        best: Any = logits.log_softmax(-1).topk(min(top, logits.shape[-1]))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         others = (tuple(zip(ids, values, strict=True)) for ids, values in pairs)
-    # Ones are counted as float32, which is exact below 2^24 and five times as fast as booleans.
-    ranks = _tokens(logprobs.ge_(chosen).sum(-1).long())
-    fields = zip(tokens, scores, ranks, others, repeat(weight_version), strict=False)
+    scores = _numbers(logprobs), _tokens(ranks)
+    fields = zip(tokens, *scores, others, repeat(weight_version), strict=False)
     return list(map(TokenLogprob._make, fields))
 
 

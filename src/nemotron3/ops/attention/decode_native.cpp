@@ -24,78 +24,75 @@ struct Pages {
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The dot products of `query` with LANES consecutive keys.
+// The dot products of `query` with `n` consecutive keys, LANES or fewer; other lanes repeat the first.
 template <class X, class K>
-INLINE vec scores_of(const X* query, const K* keys, int64_t stride, int64_t head_dim) {
+INLINE vec scores_of(const X* query, const K* keys, int64_t n, int64_t stride,
+                     int64_t head_dim) {
+  const K* rows[LANES];
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; r++) rows[r] = keys + (r < n ? r : 0) * stride;
   vec total[LANES]{};
   int64_t d = 0;
   for (; d + LANES <= head_dim; d += LANES) {
     const vec q = load(query + d);
 #pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) total[r] += q * load(keys + r * stride + d);
+    for (int r = 0; r < LANES; r++) total[r] += q * load(rows[r] + d);
   }
   if (d < head_dim) {
     const vec q = load_part(query + d, head_dim - d);
-    for (int r = 0; r < LANES; r++) total[r] += q * load_part(keys + r * stride + d, head_dim - d);
+    for (int r = 0; r < LANES; r++) total[r] += q * load_part(rows[r] + d, head_dim - d);
   }
-  transpose(total);
-  for (int r = 1; r < LANES; r++) total[0] += total[r];
-  return total[0];
+  return sum_of_each(total);
 }
 
-template <class X, class K>
-INLINE float score_of(const X* query, const K* key, int64_t head_dim) {
-  vec total{};
-  for (int64_t d = 0; d < head_dim; d += LANES) {
-    const int64_t n = smaller(LANES, head_dim - d);
-    total += load_part(query + d, n) * load_part(key + d, n);
-  }
-  return sum(total);
-}
-
-// scores = the numerators of softmax(query keys^T scale); returns the denominator.
+// scores = the numerators of softmax(query keys^T scale), up to a whole vector; returns the
+// denominator.
 template <class X, class K>
 float weigh(const Pages<K>& p, const X* query, int64_t count, int64_t head_dim, float scale,
             float* scores) {
-  float most = -INFINITY;
+  vec most = splat(-INFINITY);
   for (int64_t start = 0; start < count; start += p.page_size) {
     const int64_t n = smaller(p.page_size, count - start);
     const K* keys = p.key(start);
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES)
-      store(scores + start + j, scores_of(query, keys + j * p.stride, p.stride, head_dim) * scale);
-    for (; j < n; j++)
-      scores[start + j] = score_of(query, keys + j * p.stride, head_dim) * scale;
+    for (int64_t j = 0; j < n; j += LANES) {
+      const int64_t some = smaller(LANES, n - j);
+      const vec found = scores_of(query, keys + j * p.stride, some, p.stride, head_dim) * scale;
+      most = max(found, most);
+      store(scores + start + j, found);  // beyond the page's end the next page's follow
+    }
   }
-  for (int64_t j = 0; j < count; j++) most = scores[j] > most ? scores[j] : most;
+  const int64_t whole = (count + LANES - 1) / LANES * LANES;
+  for (int64_t j = count; j < whole; j++) scores[j] = -INFINITY;
+  const vec largest_score = splat(largest(most));
   vec total{};
-  for (int64_t j = 0; j < count; j += LANES) {
-    const int64_t n = smaller(LANES, count - j);
-    store_part(scores + j, exp(load_part(scores + j, n) - most), n);
-    total += load_part(scores + j, n);
+  for (int64_t j = 0; j < whole; j += LANES) {
+    const vec numerators = exp(load(scores + j) - largest_score);
+    store(scores + j, numerators);
+    total += numerators;
   }
   return sum(total);
 }
 
-// y = sum of the values weighted by `scores`, for LANES columns at a time.
-template <class X, class K>
-void gather(const Pages<K>& p, const float* scores, int64_t count, int64_t head_dim, float share,
-            X* y) {
-  for (int64_t d = 0; d < head_dim; d += LANES) {
-    const int64_t width = smaller(LANES, head_dim - d);
-    vec out[4]{};
-    for (int64_t start = 0; start < count; start += p.page_size) {
-      const int64_t n = smaller(p.page_size, count - start);
-      const K* values = p.value(start) + d;
-      const float* s = scores + start;
-      int64_t j = 0;
-      if (width == LANES)
-        for (; j + 4 <= n; j += 4)
-          for (int r = 0; r < 4; r++) out[r] += s[j + r] * load(values + (j + r) * p.stride);
-      for (; j < n; j++) out[0] += s[j] * load_part(values + j * p.stride, width);
-    }
-    store_part(y + d, ((out[0] + out[1]) + (out[2] + out[3])) * share, width);
+// y = sum of the values weighted by `scores`, for `width` columns, LANES or fewer.
+template <bool WHOLE, class X, class K>
+INLINE void gather(const Pages<K>& p, const float* scores, int64_t count, int64_t d, int64_t width,
+                   float share, X* y) {
+  vec out[4]{};
+  for (int64_t start = 0; start < count; start += p.page_size) {
+    const int64_t n = smaller(p.page_size, count - start);
+    const K* values = p.value(start) + d;
+    const float* s = scores + start;
+    const auto value = [&](int64_t j) {
+      return WHOLE ? load(values + j * p.stride) : load_part(values + j * p.stride, width);
+    };
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4)
+      for (int r = 0; r < 4; r++) out[r] += s[j + r] * value(j + r);
+    for (; j < n; j++) out[0] += s[j] * value(j);
   }
+  const vec result = ((out[0] + out[1]) + (out[2] + out[3])) * share;
+  if (WHOLE) store(y + d, result);
+  else store_part(y + d, result, width);
 }
 
 // Append k, v [rows * steps, kv_heads, head_dim] to the pages, and y = attention of q [rows *
@@ -122,8 +119,12 @@ void steps(Team& team, const X* q, const X* k, const X* v, K* keys, K* values,
       for (int64_t g = h * group; g < (h + 1) * group; g++) {
         const X* query = q + token * ldq + g * head_dim;
         const float sum = weigh(p, query, count, head_dim, scale, scores.data());
+        const float share = 1.0f / sum;
         X* out = y + (token * heads + g) * head_dim;
-        gather(p, scores.data(), count, head_dim, 1.0f / sum, out);
+        int64_t d = 0;
+        for (; d + LANES <= head_dim; d += LANES)
+          gather<true>(p, scores.data(), count, d, LANES, share, out);
+        if (d < head_dim) gather<false>(p, scores.data(), count, d, head_dim - d, share, out);
       }
     }
   }

@@ -47,7 +47,8 @@ class Request(NamedTuple):
 
 
 Score = Callable[[Tensor, Tensor, Tensor, Request], Scored]
-"""Takes `hidden` [tokens, d], `weight` [vocab, d] and `targets` [tokens].
+"""Takes `hidden` [tokens, d], `weight` [vocab, d] and what each token is compared with: `targets`
+[tokens], or what a distribution over the vocabulary is computed from.
 
 The weight has the dtype of `hidden`, or is float32 beside bfloat16 where products read it so.
 """

@@ -30,6 +30,22 @@ def token_logprobs_reference(
     return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
+def linear_kl_divergence_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    max_logits: int | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of divergences, each token's divergence, and whether both have one choice."""
+    own = F.log_softmax(_logits(hidden, weight), dim=-1)
+    teacher = F.log_softmax(_logits(teacher_hidden, teacher_weight), dim=-1)
+    losses = (teacher.exp() * (teacher - own)).sum(-1)
+    agrees = own.argmax(-1) == teacher.argmax(-1)
+    return (losses * token_weights).sum(), losses.detach(), agrees
+
+
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     logits = hidden @ weight.to(hidden.dtype).T
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -59,5 +59,48 @@ def _score(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) ->
     return Scored(losses, correct, d_hidden, d_weight)
 
 
+def _score_divergence(
+    teacher_weight: Tensor, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, request: Request
+) -> Scored:
+    """The targets are distributions: those of the teacher's hidden states."""
+    weight = weight.to(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    d_hidden = torch.empty_like(hidden) if request.wants_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=wide) if request.wants_weight else None
+    losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    agrees = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    chunk = max(1, (request.max_logits or CACHED_LOGITS) // len(weight))
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        h = hidden[rows]
+        own = (h @ weight.T).to(wide).log_softmax(-1)
+        teacher = (teacher_hidden[rows] @ teacher_weight.T).to(wide).log_softmax(-1)
+        agrees[rows] = own.argmax(-1) == teacher.argmax(-1)
+        wanted = teacher.exp()
+        losses[rows] = teacher.sub_(own).mul_(wanted).sum(-1)
+        if request.token_weights is None:
+            continue
+        off = own.exp_().sub_(wanted).mul_(request.token_weights[rows].unsqueeze(1))
+        d_logits = off.to(hidden.dtype)
+        if d_hidden is not None:
+            torch.mm(d_logits, weight, out=d_hidden[rows])
+        if d_weight is not None:
+            d_weight += (d_logits.T @ h).to(wide)
+    return Scored(losses, agrees, d_hidden, d_weight)
+
+
+def linear_kl_divergence_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    max_logits: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference, with at most `max_logits` logits of each model at a time."""
+    score = partial(_score_divergence, teacher_weight)
+    return fused_cross_entropy(score, hidden, weight, teacher_hidden, token_weights, max_logits)
+
+
 linear_cross_entropy_torch = partial(fused_cross_entropy, _score)
 token_logprobs_chunked = partial(recomputed_logprobs, _score)

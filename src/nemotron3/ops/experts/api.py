@@ -17,31 +17,24 @@ from nemotron3.ops.checks import (
     check_weight,
     without_tokens,
 )
-from nemotron3.ops.experts import activations
+from nemotron3.ops.experts import activations, dequantized
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.experts.low_rank import low_rank_implementations
-from nemotron3.ops.experts.reference import routed_experts_reference
-from nemotron3.ops.experts.torch import routed_experts_torch
 from nemotron3.ops.low_precision import ExpertsQuantization
 from nemotron3.ops.nvfp4 import BLOCK
-from nemotron3.ops.weights import LowRankWeight, QuantizedWeight, Weight
+from nemotron3.ops.weights import ActivationFormat, LowRankWeight, QuantizedWeight, Weight
+from nemotron3.ops.weights.integer import expert_products, refuse_gradients
 
 __all__ = ["Activation", "activate", "routed_experts"]
 
-_EXPERTS = {
-    "reference": routed_experts_reference,
-    "torch": routed_experts_torch,
-    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native", native.FLOATS),
-    "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
-}
 _NARROW = {
-    "reference": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_reference"),
-    "torch": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_torch"),
+    "reference": dequantized.routed_experts_narrow_reference,
+    "torch": dequantized.routed_experts_narrow_torch,
     "native": Kernel("nemotron3.ops.experts.native", "routed_experts_narrow_native"),
-    "triton": Kernel("nemotron3.ops.experts.dequantized", "routed_experts_narrow_triton"),
+    "triton": dequantized.routed_experts_narrow_triton,
 }
 """Of float32 with bfloat16 matrices."""
-_WIDE = {**_NARROW, "native": _EXPERTS["native"]}
+_WIDE = {**_NARROW, "native": dequantized.PLAIN["native"]}
 """Of bfloat16 with float32 matrices, which are rounded as they are read."""
 _QUANTIZED = {
     "reference": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_reference"),
@@ -140,11 +133,25 @@ def _implementations(
 ) -> Implementations:
     if isinstance(up, Tensor) and isinstance(down, Tensor):
         if up.dtype == down.dtype == x.dtype:
-            return _EXPERTS
+            return dequantized.PLAIN
         return _NARROW if x.dtype == torch.float32 else _WIDE
     if not isinstance(up, Tensor) and not isinstance(down, Tensor) and up.format == down.format:
+        if (rounds := _rounds(up)) != _rounds(down):
+            raise OperandError(
+                f"experts: products with up round their activations to {rounds}, and those with "
+                f"down to {_rounds(down)}; expected one format"
+            )
+        refuse_gradients(
+            "experts", getattr(up, "base", up), x, weights, *_trained(up), *_trained(down)
+        )
         if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):
-            return up.routed_experts
+            return expert_products(up)
         return low_rank_implementations(x, weights, up, down)
     kinds = [getattr(t, "format", "plain") for t in (up, down)]
     raise OperandError(f"experts: up is {kinds[0]} and down {kinds[1]}; expected one format")
+
+
+def _rounds(weight: Weight | LowRankWeight) -> ActivationFormat | None:
+    """What products with it round their activations to."""
+    base = weight.base if isinstance(weight, LowRankWeight) else weight
+    return None if isinstance(base, Tensor) else base.activations

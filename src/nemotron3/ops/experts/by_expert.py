@@ -8,6 +8,8 @@ The router's weight multiplies the hidden units. A token's results are added in 
 choices, and rows are gathered by permutations, so no sum depends on the timing of threads.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,11 @@ def routed_experts_by_expert(
         a = activate(h, activation) * scales[part]
         results.append(_product(a, downs[expert], backend))
     return summed(torch.cat(results), order, weights.shape)
+
+
+routed_experts_by_expert_reference = partial(routed_experts_by_expert, backend="reference")
+routed_experts_by_expert_torch = partial(routed_experts_by_expert, backend="torch")
+"""With products of one backend."""
 
 
 def _matrices(stacked: FrozenWeight) -> list[QuantizedWeight] | list[LowRankWeight]:

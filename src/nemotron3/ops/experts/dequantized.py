@@ -4,20 +4,32 @@ Where gradients are needed the dequantized matrices would be kept for the backwa
 all layers at once; so there it goes expert by expert. Bfloat16 matrices are kept.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from nemotron3.ops.backends import Kernel
+from nemotron3.ops import native
+from nemotron3.ops.backends import Backend, Implementations, Kernel, load
 from nemotron3.ops.experts.activations import Activation
 from nemotron3.ops.experts.by_expert import FrozenWeight, routed_experts_by_expert
 from nemotron3.ops.experts.reference import routed_experts_reference
 from nemotron3.ops.experts.torch import routed_experts_torch
 
-_NATIVE = Kernel("nemotron3.ops.experts.native", "routed_experts_native")
-_TRITON = Kernel("nemotron3.ops.experts.triton", "routed_experts_triton")
+PLAIN: Implementations = {
+    "reference": routed_experts_reference,
+    "torch": routed_experts_torch,
+    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native", native.FLOATS),
+    "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
+}
+"""Those with matrices in the dtype of their activations."""
 
 
-def routed_experts_dequantized_reference(
+def _dequantized(
+    name: str,
+    by_expert: Backend | None,
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -25,80 +37,34 @@ def routed_experts_dequantized_reference(
     down: FrozenWeight,
     activation: Activation,
 ) -> Tensor:
-    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    """Of codes, by the plain implementation `name`; by products on `by_expert` for gradients."""
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    if by_expert is not None and is_trained:
+        return routed_experts_by_expert(
+            x, indices, weights.to(x.dtype), up, down, activation, backend=by_expert
+        )
     matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
-    return routed_experts_reference(x, indices, weights, *matrices, activation)
+    return load(PLAIN, name)(x, indices, weights, *matrices, activation)
 
 
-def routed_experts_dequantized_torch(
+def _narrow(
+    name: str,
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    up: FrozenWeight,
-    down: FrozenWeight,
+    up: Tensor,
+    down: Tensor,
     activation: Activation,
 ) -> Tensor:
-    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
-    if _has_gradients(x, weights):
-        return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="torch")
-    matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
-    return routed_experts_torch(x, indices, weights, *matrices, activation)
+    """Of float32 with bfloat16 matrices, by the plain implementation `name`."""
+    return load(PLAIN, name)(x, indices, weights, up.to(x.dtype), down.to(x.dtype), activation)
 
 
-def routed_experts_dequantized_native(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    up: FrozenWeight,
-    down: FrozenWeight,
-    activation: Activation,
-) -> Tensor:
-    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
-    if _has_gradients(x, weights):
-        weights = weights.to(x.dtype)
-        return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="auto")
-    matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
-    return _NATIVE.loaded(x, indices, weights, *matrices, activation)
-
-
-def routed_experts_dequantized_triton(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    up: FrozenWeight,
-    down: FrozenWeight,
-    activation: Activation,
-) -> Tensor:
-    """Shapes as in `nemotron3.ops.experts.api.routed_experts`."""
-    if _has_gradients(x, weights):
-        return routed_experts_by_expert(x, indices, weights, up, down, activation, backend="auto")
-    matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
-    return _TRITON.loaded(x, indices, weights, *matrices, activation)
-
-
-def routed_experts_narrow_reference(
-    x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
-) -> Tensor:
-    """Of float32 with bfloat16 matrices."""
-    matrices = up.to(x.dtype), down.to(x.dtype)
-    return routed_experts_reference(x, indices, weights, *matrices, activation)
-
-
-def routed_experts_narrow_torch(
-    x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
-) -> Tensor:
-    """Of float32 with bfloat16 matrices."""
-    matrices = up.to(x.dtype), down.to(x.dtype)
-    return routed_experts_torch(x, indices, weights, *matrices, activation)
-
-
-def routed_experts_narrow_triton(
-    x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
-) -> Tensor:
-    """Of float32 with bfloat16 matrices."""
-    matrices = up.to(x.dtype), down.to(x.dtype)
-    return _TRITON.loaded(x, indices, weights, *matrices, activation)
-
-
-def _has_gradients(x: Tensor, weights: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+_Implementation = Callable[..., Any]  # operands as in `nemotron3.ops.experts.api.routed_experts`
+routed_experts_dequantized_reference: _Implementation = partial(_dequantized, "reference", None)
+routed_experts_dequantized_torch: _Implementation = partial(_dequantized, "torch", "torch")
+routed_experts_dequantized_native: _Implementation = partial(_dequantized, "native", "auto")
+routed_experts_dequantized_triton: _Implementation = partial(_dequantized, "triton", "auto")
+routed_experts_narrow_reference: _Implementation = partial(_narrow, "reference")
+routed_experts_narrow_torch: _Implementation = partial(_narrow, "torch")
+routed_experts_narrow_triton: _Implementation = partial(_narrow, "triton")

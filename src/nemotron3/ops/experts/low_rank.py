@@ -16,6 +16,7 @@ from nemotron3.ops.experts.dequantized import (
     routed_experts_dequantized_triton,
 )
 from nemotron3.ops.weights import CompiledWeight, ExpertMatrices, LowRankWeight
+from nemotron3.ops.weights.integer import EXPERTS
 
 _TRAINING: Implementations = {
     "reference": routed_experts_dequantized_reference,
@@ -37,12 +38,13 @@ def low_rank_implementations(
 ) -> Implementations:
     """Those that have what is asked for: gradients, and codes that are multiplied as they are."""
     trained = [x, weights]
-    base = up
     for weight in (up, down):
         if isinstance(weight, LowRankWeight):
             trained += [weight.A, weight.B]
-            base = weight.base
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
         return _TRAINING
+    base = up.base if isinstance(up, LowRankWeight) else up
+    if base.activations is not None:
+        return {**EXPERTS, "native": _COMPILED["native"]}
     is_compiled = isinstance(base, CompiledWeight | ExpertMatrices)
     return _COMPILED if is_compiled else _INFERENCE

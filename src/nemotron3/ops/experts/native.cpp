@@ -18,6 +18,7 @@
 
 #include "experts.h"
 #include "gemm_bfloat16.h"
+#include "int8_activations.h"
 #include "low_rank.h"
 #include "packed.h"
 #include "rows.h"
@@ -294,6 +295,8 @@ PARALLEL_KERNEL(experts_forward_bfloat16, (forward<float, const bfloat16*>))
 PARALLEL_KERNEL(experts_forward_int8, (forward<float, Int8Rows>))
 PARALLEL_KERNEL(experts_forward_fp8, (forward<float, FP8Rows>))
 PARALLEL_KERNEL(experts_forward_nvfp4, (forward<float, NVFP4Rows>))
+PARALLEL_KERNEL(experts_forward_int8_int8, (forward<float, Int8Activations<Int8Rows>>))
+PARALLEL_KERNEL(experts_forward_nvfp4_int8, (forward<float, Int8Activations<NVFP4Rows>>))
 PARALLEL_KERNEL(experts_forward_of_bfloat16_float32, (forward<bfloat16, const float*>))
 PARALLEL_KERNEL(experts_forward_of_bfloat16_bfloat16, (forward<bfloat16, const bfloat16*>))
 PARALLEL_KERNEL(experts_backward_float32, (backward<float, const float*>))

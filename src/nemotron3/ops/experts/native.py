@@ -23,11 +23,12 @@ _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = {
     name: ParallelKernel(_SOURCE, f"experts_forward_{name}", "pp pp ppp pppp pppp iiiiiii ii ff")
     for name in (
-        *("float32", "bfloat16", "int8", "fp8", "nvfp4"),
+        *("float32", "bfloat16", "int8", "fp8", "nvfp4", "int8_int8", "nvfp4_int8"),
         *("of_bfloat16_float32", "of_bfloat16_bfloat16"),
     )
 }
-"""The kernels that multiply with matrices as they are stored, each where a table says.
+"""The kernels that multiply with matrices as they are stored, each where a table says; the second
+name is what activations are rounded to.
 
 Those whose names begin with `of_bfloat16` take activations in bfloat16.
 """
@@ -178,7 +179,8 @@ def _apply(
 def _kernel(x: Tensor, weight: Weight) -> str:
     """The name of the kernels for these activations and matrices."""
     if isinstance(weight, QuantizedWeight):
-        return weight.format
+        rounded = weight.activations
+        return weight.format if rounded is None else f"{weight.format}_{rounded}"
     name = name_of(weight.dtype)
     return f"of_bfloat16_{name}" if x.dtype == torch.bfloat16 else name
 

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "experts.h"
-#include "four_over_six.h"
+#include "by_error.h"
 #include "gemm.h"
 #include "ms_eden.h"
 #include "scratch.h"
@@ -72,7 +72,8 @@ struct Rounding {
     const auto run = [&](auto body) {
       body(alone, x, &amax, out, rows, rows, d, ld, places, 0, noise);
     };
-    if (format == FOUR_OVER_SIX) nvfp4::four_over_six(alone, x, &amax, out, rows, rows, d, ld);
+    if (format == FOUR_OVER_SIX)
+      nvfp4::by_error<nvfp4::FourOrSix>(alone, x, &amax, out, rows, rows, d, ld);
     else if (format == STOCHASTIC) run(nvfp4::along_rows<1, true>);
     else run(nvfp4::along_rows<1, false>);
     if (counts) count(counts, operand, zeros(x, rows, d, ld) - before, rows * d);

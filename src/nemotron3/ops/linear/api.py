@@ -15,6 +15,7 @@ from nemotron3.ops.checks import check_axes, check_shape, check_weight
 from nemotron3.ops.linear.reference import linear_reference
 from nemotron3.ops.low_precision import ProductQuantization
 from nemotron3.ops.weights import QuantizedWeight, Weight, is_narrow
+from nemotron3.ops.weights.integer import linear_products, refuse_gradients
 
 _PRODUCTS = {
     "reference": linear_reference,
@@ -103,7 +104,7 @@ def linear_parts(
 
 def _products(x: Tensor, weight: Weight) -> Implementations:
     if isinstance(weight, QuantizedWeight):
-        return weight.linear
+        return linear_products(weight)
     if weight.dtype == x.dtype:
         return _PRODUCTS
     return _NARROW if is_narrow(weight, x) else _WIDE
@@ -130,6 +131,7 @@ def _check(x: Tensor, weight: Weight) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         check_axes("linear", "x", x, "tokens d_in")
     check_weight("linear", "weight", weight, "d_out d_in", x)
+    refuse_gradients("linear", weight, x)
     check_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))
 
 

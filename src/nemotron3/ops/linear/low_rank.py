@@ -13,6 +13,7 @@ from nemotron3.ops.checks import check_axes, check_operand, check_shape, check_w
 from nemotron3.ops.linear.api import linear
 from nemotron3.ops.linear.reference import linear_reference
 from nemotron3.ops.weights import CompiledWeight, LowRankWeight
+from nemotron3.ops.weights.integer import refuse_gradients
 
 
 def linear_low_rank(x: Tensor, weight: LowRankWeight, *, backend: Backend = "auto") -> Tensor:
@@ -28,6 +29,7 @@ def linear_low_rank(x: Tensor, weight: LowRankWeight, *, backend: Backend = "aut
     rank = weight.A.shape[0]
     check_operand("linear", "A", weight.A, (rank, d_in), x, same_dtype=False)
     check_operand("linear", "B", weight.B, (d_out, rank), x, same_dtype=False)
+    refuse_gradients("linear", weight.base, x, weight.A, weight.B)
     has_gradients = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, weight.A, weight.B)
     )
@@ -38,6 +40,10 @@ def linear_low_rank(x: Tensor, weight: LowRankWeight, *, backend: Backend = "aut
 
 
 def _reference(x: Tensor, weight: LowRankWeight) -> Tensor:
+    if weight.base.activations is not None:  # what the change multiplies is not rounded
+        narrow = linear_reference(x, weight.A.to(x.dtype)) * weight.scale
+        change = linear_reference(narrow, weight.B.to(x.dtype))
+        return linear(x, weight.base, backend="reference") + change
     return linear_reference(x, weight.dequantize(x.dtype))
 
 

@@ -12,6 +12,7 @@
 #include "low_rank.h"
 #include "packed.h"
 #include "gemm_bfloat16.h"
+#include "int8_activations.h"
 #include "rows.h"
 #include "scratch.h"
 #include "team.h"
@@ -52,6 +53,21 @@ void product(Team& team, const X* x, W w, Y* y, int64_t rows, int64_t outputs, i
   }
 }
 
+// The same with rounded activations, by one kernel for any number of rows. With many of them every
+// thread has rows of its own, so that it rounds no others.
+template <class W>
+void product(Team& team, const float* x, Int8Activations<W> w, float* y, int64_t rows,
+             int64_t outputs, int64_t inputs, int64_t ldx) {
+  if (rows <= FEW_ROWS * team.threads) {
+    const Range part = team.share(outputs, LANES);
+    few_rows(rows, x, ldx, w, part.first, part.last, inputs, y, outputs);
+    return;
+  }
+  const Range part = team.share(rows, detail::MOST);
+  few_rows(part.last - part.first, x + part.first * ldx, ldx, w, 0, outputs, inputs,
+           y + part.first * outputs, outputs);
+}
+
 template <class X, class W, class Y>
 void forward(Team& team, const X* x, const W* w, Y* y, int64_t rows, int64_t outputs,
              int64_t inputs, int64_t ldx) {
@@ -72,6 +88,18 @@ void forward_nvfp4(Team& team, const float* x, const uint8_t* codes, const uint8
                    const float* tensor_scales, float* y, int64_t rows, int64_t outputs,
                    int64_t inputs, int64_t ldx) {
   product(team, x, NVFP4Rows{codes, blocks, tensor_scales}, y, rows, outputs, inputs, ldx);
+}
+
+void forward_int8_int8(Team& team, const float* x, const int8_t* codes, const float* scales,
+                       float* y, int64_t rows, int64_t outputs, int64_t inputs, int64_t ldx) {
+  product(team, x, Int8Activations<Int8Rows>{{codes, scales}}, y, rows, outputs, inputs, ldx);
+}
+
+void forward_nvfp4_int8(Team& team, const float* x, const uint8_t* codes, const uint8_t* blocks,
+                        const float* tensor_scales, float* y, int64_t rows, int64_t outputs,
+                        int64_t inputs, int64_t ldx) {
+  product(team, x, Int8Activations<NVFP4Rows>{{codes, blocks, tensor_scales}}, y, rows, outputs,
+          inputs, ldx);
 }
 
 // y [rows, outputs] += scale (x A^T) B^T; `narrow` [rows, rank] is scratch memory.
@@ -170,6 +198,8 @@ FORWARD(bfloat16, float32, float32)
 PARALLEL_KERNEL(linear_forward_int8, forward_int8)
 PARALLEL_KERNEL(linear_forward_fp8, forward_fp8)
 PARALLEL_KERNEL(linear_forward_nvfp4, forward_nvfp4)
+PARALLEL_KERNEL(linear_forward_int8_int8, forward_int8_int8)
+PARALLEL_KERNEL(linear_forward_nvfp4_int8, forward_nvfp4_int8)
 PARALLEL_KERNEL(linear_low_rank, low_rank)
 
 extern "C" {

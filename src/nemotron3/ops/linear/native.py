@@ -32,12 +32,14 @@ _forward = {
     )
 }
 """The kernels of plain weights, by the dtypes of x, weight and result."""
-_forward_quantized: dict[type[QuantizedWeight], ParallelKernel] = {
-    Int8Weight: ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii"),
-    FP8Weight: ParallelKernel(_SOURCE, "linear_forward_fp8", "pppp iiii"),
-    NVFP4Weight: ParallelKernel(_SOURCE, "linear_forward_nvfp4", "ppppp iiii"),
+_forward_quantized: dict[tuple[str, str | None], ParallelKernel] = {
+    ("int8", None): ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii"),
+    ("fp8", None): ParallelKernel(_SOURCE, "linear_forward_fp8", "pppp iiii"),
+    ("nvfp4", None): ParallelKernel(_SOURCE, "linear_forward_nvfp4", "ppppp iiii"),
+    ("int8", "int8"): ParallelKernel(_SOURCE, "linear_forward_int8_int8", "pppp iiii"),
+    ("nvfp4", "int8"): ParallelKernel(_SOURCE, "linear_forward_nvfp4_int8", "ppppp iiii"),
 }
-"""The kernels of formats that are multiplied without dequantizing the matrix."""
+"""Kernels that read a matrix without dequantizing it, by formats of weight and activations."""
 _low_rank = ParallelKernel(_SOURCE, "linear_low_rank", "ppppp iiiii f")
 _backward_input = {
     dtypes: NativeFunction(_SOURCE, f"linear_backward_input_{name_of(*dtypes)}", "ppp iii")
@@ -114,7 +116,7 @@ def _quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
     rows, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(rows, outputs)
     work = rows * outputs * inputs
-    forward = _forward_quantized[type(weight)]
+    forward = _forward_quantized[weight.format, weight.activations]
     forward(x, *parts, y, rows, outputs, inputs, x.stride(0), work=work)
     return y
 

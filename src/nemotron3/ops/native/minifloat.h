@@ -20,23 +20,10 @@ INLINE int32_t largest(ivec v) {
   }
 }
 
-namespace detail {
-template <int STEP>
-INLINE void halve(ivec* v) {
-  const auto lanes = std::make_integer_sequence<int, LANES>{};
-#pragma GCC unroll 8
-  for (int i = 0; i < LANES; i += 2 * STEP) {
-    const vec a = (vec)v[i], b = (vec)v[i + STEP];
-    v[i] = max((ivec)low<STEP>(a, b, lanes), (ivec)high<STEP>(a, b, lanes));
-  }
-  if constexpr (2 * STEP < LANES) halve<2 * STEP>(v);
-}
-}  // namespace detail
-
 // Lane i is the largest of vector i, of LANES vectors, which are overwritten.
 INLINE ivec largest_of_each(ivec* vectors) {
-  detail::halve<1>(vectors);
-  return vectors[0];
+  const auto join = [](vec a, vec b) { return (vec)max((ivec)a, (ivec)b); };
+  return (ivec)detail::folded_each((vec*)vectors, join);
 }
 
 // A number format: its mantissa bits, and its least exponent as float32 stores it.

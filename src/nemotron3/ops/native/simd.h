@@ -95,7 +95,25 @@ INLINE void exchange(vec (&rows)[LANES]) {
       rows[i | STEP] = high<STEP>(a, b, lanes{});
     }
 }
+
+// Lane i reduces vector i by `join`, of LANES vectors, which are overwritten.
+template <int STEP = 1, class Join>
+INLINE vec folded_each(vec* v, Join join) {
+  using lanes = std::make_integer_sequence<int, LANES>;
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2 * STEP) {
+    const vec a = v[i], b = v[i + STEP];
+    v[i] = join(low<STEP>(a, b, lanes{}), high<STEP>(a, b, lanes{}));
+  }
+  if constexpr (2 * STEP < LANES) return folded_each<2 * STEP>(v, join);
+  else return v[0];
+}
 }  // namespace detail
+
+// Lane i is the sum of vector i, of LANES vectors, which are overwritten.
+INLINE vec sum_of_each(vec* vectors) {
+  return detail::folded_each(vectors, [](vec a, vec b) { return a + b; });
+}
 
 // Transpose a square of LANES rows in place.
 INLINE void transpose(vec (&rows)[LANES]) {

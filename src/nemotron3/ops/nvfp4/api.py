@@ -26,6 +26,7 @@ from nemotron3.ops.nvfp4.native import (
     fake_four_over_six_native,
     fake_quantize_native,
     four_over_six_native,
+    mse_native,
     quantize_native,
 )
 from nemotron3.ops.nvfp4.reference import (
@@ -57,7 +58,7 @@ _BY_ERROR = {
         "torch": four_over_six,
         "native": four_over_six_native,
     },
-    "mse": {"reference": mse, "torch": mse},
+    "mse": {"reference": mse, "torch": mse, "native": mse_native},
 }
 _FAKE_FOUR_OVER_SIX = {
     "reference": fake_four_over_six,

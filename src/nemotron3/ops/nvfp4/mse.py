@@ -58,5 +58,8 @@ def _rounded(blocks: Tensor, scales: Tensor, encode: Tensor) -> tuple[Tensor, Te
     decoded = decode(scales, E4M3)
     factor = (1 / (decoded * (1 / encode))).clamp(max=LARGEST)
     codes = nearest((blocks * factor).nan_to_num(0.0).clamp(-6.0, 6.0), E2M1)
-    errors = decode(codes, E2M1) * decoded - blocks * encode
-    return codes, errors.square().sum(-1, keepdim=True)
+    errors = (decode(codes, E2M1) * decoded - blocks * encode).square()
+    total = torch.zeros_like(decoded)
+    for i in range(BLOCK):  # one after another, which fixes the roundings of the sum
+        total = total + errors[..., i : i + 1]
+    return codes, total

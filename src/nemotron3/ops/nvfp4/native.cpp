@@ -1,11 +1,11 @@
-// NVFP4 quantization of whole tensors (nvfp4.h, four_over_six.h, ms_eden.h).
-#include "four_over_six.h"
+// NVFP4 quantization of whole tensors (nvfp4.h, by_error.h, ms_eden.h).
+#include "by_error.h"
 #include "ms_eden.h"
 
 namespace {
 using namespace nvfp4;
 // Kinds of blocks; 0 is 16 along a row.
-constexpr int64_t TILES = 1, COLUMNS = 2, ROWS_OF_FOUR_OVER_SIX = 3;
+constexpr int64_t TILES = 1, COLUMNS = 2, ROWS_OF_FOUR_OVER_SIX = 3, ROWS_OF_MSE = 4;
 
 // codes and scales, or values, of x [rows, d], whose tensors have `of_one` rows each. amax is found
 // where `given` is 0; `signs` is null without a transform, which is along columns; `places` is null
@@ -27,7 +27,9 @@ void quantize(Team& team, const float* x, float* amax, uint8_t* codes, uint8_t* 
     body(team, x, amax, out, rows, of_one, d, d, places, first_column, random);
   };
   if (kind == COLUMNS) places ? run(along_columns<true>) : run(along_columns<false>);
-  else if (kind == ROWS_OF_FOUR_OVER_SIX) four_over_six(team, x, amax, out, rows, of_one, d, d);
+  else if (kind == ROWS_OF_FOUR_OVER_SIX)
+    by_error<FourOrSix>(team, x, amax, out, rows, of_one, d, d);
+  else if (kind == ROWS_OF_MSE) by_error<LeastError>(team, x, amax, out, rows, of_one, d, d);
   else if (kind == TILES) places ? run(along_rows<BLOCK, true>) : run(along_rows<BLOCK, false>);
   else places ? run(along_rows<1, true>) : run(along_rows<1, false>);
 }

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from nemotron3.ops.native import ParallelKernel
-from nemotron3.ops.nvfp4.four_over_six import MOST
+from nemotron3.ops.nvfp4.four_over_six import MOST as MOST_OF_FOUR_OVER_SIX
 from nemotron3.ops.nvfp4.reference import Kind, Parts, Transform, of_tensor
 from nemotron3.ops.nvfp4.tensor import BLOCK
 from nemotron3.ops.rounding.noise import Noise, Placed
 
-_KINDS = {"rows": 0, "tiles": 1, "columns": 2, "four_over_six": 3}
+ScalesByError = Literal["mse", "four_over_six"]
+_KINDS = {"rows": 0, "tiles": 1, "columns": 2, "four_over_six": 3, "mse": 4}
 _quantize = ParallelKernel(
     Path(__file__).with_name("native.cpp"), "nvfp4_quantize", "ppppppp iiiiiiiiii"
 )
@@ -35,11 +36,23 @@ def quantize_native(x: Tensor, amax: Tensor | None, tile_rows: int, noise: Place
 
 def four_over_six_native(x: Tensor, amax: Tensor | None) -> Parts:
     """Shapes as in `nemotron3.ops.nvfp4.four_over_six.four_over_six`."""
+    codes, scales, found = _by_error(x, amax, "four_over_six")
+    return Parts(codes, scales, of_tensor(found, MOST_OF_FOUR_OVER_SIX)[1])
+
+
+def mse_native(x: Tensor, amax: Tensor | None) -> Parts:
+    """Shapes as in `nemotron3.ops.nvfp4.mse.mse`."""
+    codes, scales, found = _by_error(x, amax, "mse")
+    return Parts(codes, scales, of_tensor(found)[1])
+
+
+def _by_error(x: Tensor, amax: Tensor | None, kind: ScalesByError) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and amax."""
     batch, rows, d = x.shape
     codes = torch.empty(batch, rows, d // 2, dtype=torch.uint8)
     scales = torch.empty(batch, rows, d // BLOCK, dtype=torch.uint8)
-    found = _run(x, amax, "four_over_six", None, (codes, scales, None), None)
-    return Parts(codes, scales.view(torch.float8_e4m3fn), of_tensor(found, MOST)[1])
+    found = _run(x, amax, kind, None, (codes, scales, None), None)
+    return codes, scales.view(torch.float8_e4m3fn), found
 
 
 def fake_four_over_six_native(x: Tensor, amax: Tensor | None) -> Tensor:
@@ -96,7 +109,7 @@ def fake_ms_eden_native(
 def _run(
     x: Tensor,
     amax: Tensor | None,
-    kind: Kind | Literal["four_over_six"],
+    kind: Kind | ScalesByError,
     noise: Placed | None,
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     transform: Transform | None,

@@ -1,4 +1,5 @@
-// Sampling: for each row the token with the largest sum of logit and noise (see noise.py).
+// Sampling: for each row the token with the largest sum of logit and noise (see noise.py), and the
+// log-probability of one.
 //
 // Exact noise takes two float64 logarithms, so it is computed only for the few tokens that can win.
 // The noise of u = (bits + 1/2) / 2^52 is at most -log u, so a token loses against the best one so
@@ -58,9 +59,49 @@ int64_t draw(const float* logits, int64_t vocab, uint64_t key) {
   for (; i < vocab; i++) best.take(logits[i], key, i);
   return best.token;
 }
+
+// The log-probability of a token, and how many are at least as probable. Blocks of exponentials are
+// added in float64, since a float32 sum over a large vocabulary would be off in the last digits.
+float logprob(const float* logits, int64_t vocab, int64_t token, int64_t* rank) {
+  constexpr int64_t BLOCK = 1024;
+  vec most = splat(-INFINITY);
+  int64_t at_least = 0, i = 0;
+  ivec counts{};
+  for (; i + LANES <= vocab; i += LANES) {
+    const vec x = load(logits + i);
+    most = max(x, most);
+    counts -= x >= logits[token];
+  }
+  for (int lane = 0; lane < LANES; lane++) at_least += counts[lane];
+  float top = largest(most);
+  for (; i < vocab; i++) {
+    top = logits[i] > top ? logits[i] : top;
+    at_least += logits[i] >= logits[token];
+  }
+  *rank = at_least;
+  double total = 0;
+  for (int64_t block = 0; block < vocab; block += BLOCK) {
+    const int64_t end = block + BLOCK < vocab ? block + BLOCK : vocab;
+    vec part{};
+    for (i = block; i + LANES <= end; i += LANES) part += exp(load(logits + i) - top);
+    total += sum(part);
+    for (; i < end; i++) total += std::exp(logits[i] - top);
+  }
+  return (float)(logits[token] - top - std::log(total));
+}
 }  // namespace
 
 extern "C" {
+
+// The same of tokens [rows], with their ranks.
+void logprobs_and_ranks(const float* logits, const int64_t* tokens, float* logprobs, int64_t* ranks,
+                        int64_t rows, int64_t vocab, int64_t ld, int64_t threads) {
+  parallel_region(rows > 1 && rows * vocab > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
+    const Range part = team.share(rows);
+    for (int64_t r = part.first; r < part.last; r++)
+      logprobs[r] = logprob(logits + r * ld, vocab, tokens[r], ranks + r);
+  });
+}
 
 // tokens [rows] of logits [rows, vocab], whose rows are `ld` apart, and keys [rows].
 void gumbel_argmax(const float* logits, const int64_t* keys, int64_t* tokens, int64_t rows,

@@ -1,4 +1,4 @@
-"""Sampling that computes exact noise only for the tokens that can still win."""
+"""Sampling that computes exact noise only for the tokens that can still win, and scores."""
 
 import torch
 from torch import Tensor
@@ -31,3 +31,10 @@ def _likely(logits: Tensor, keys: Tensor) -> Tensor:
     one = bound.argmax(-1, keepdim=True)
     reached = logits.gather(-1, one).double() + gumbel(keys[:, None], one)
     return bound >= reached - ROUNDING
+
+
+def logprobs_and_ranks_torch(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes as in `nemotron3.ops.sampling.api.logprobs_and_ranks`."""
+    chosen = logits.gather(-1, tokens[:, None])
+    logprobs = chosen.float().squeeze(-1) - logits.float().logsumexp(-1)
+    return logprobs, (logits >= chosen).sum(-1)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemotron3.ops.weights.integer import ActivationFormat, IntegerWeight, products_in
 from nemotron3.ops.weights.quantized import CompiledWeight, QuantizedWeight, Weight
 
 
@@ -35,6 +36,7 @@ class ExpertMatrices(QuantizedWeight):
                 self.register_buffer(f"{name}_{expert}", part)
         self._shape = torch.Size((len(matrices), *first.shape))
         self._table: Tensor | None = None
+        products_in(self, first.activations)
 
     @classmethod
     def empty(cls, shape: torch.Size) -> Self:
@@ -49,6 +51,13 @@ class ExpertMatrices(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized weight."""
         return torch.stack([matrix.dequantize(dtype) for matrix in self])
+
+    def with_activations(self, activations: ActivationFormat | None) -> Self:
+        """These matrices in the same memory, as `IntegerWeight.with_activations`."""
+        if not issubclass(self.kind, IntegerWeight):
+            return self
+        experts = range(self._shape[0])
+        return type(self)([self[expert].with_activations(activations) for expert in experts])
 
     def stacked(self) -> CompiledWeight:
         """A copy in one block of memory."""
@@ -78,7 +87,8 @@ class ExpertMatrices(QuantizedWeight):
         if not isinstance(expert, int):
             raise NotImplementedError(f"{expert!r} would be a stack; index one expert")
         expert = range(self._shape[0])[expert]
-        matrix = self.kind(*(self.get_buffer(f"{part}_{expert}") for part in self._parts))
+        parts = (self.get_buffer(f"{part}_{expert}") for part in self._parts)
+        matrix = products_in(self.kind(*parts), self.activations)
         return matrix[tuple(rest)] if rest else matrix
 
     @property

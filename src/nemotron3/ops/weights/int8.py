@@ -1,6 +1,7 @@
 """Weights as 8-bit integers, with a scale for each output: w[n, k] = scales[n] codes[n, k].
 
-Activations are not quantized, and sums are float32. Codes are symmetric, -127 to 127, and a row's
+Products do not round their activations unless they are asked to (integer.py), and sums are
+float32. Codes are symmetric, -127 to 127, and a row's
 scale is its largest magnitude divided by 127, so the error of an element is at most half a scale.
 """
 
@@ -11,12 +12,13 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from nemotron3.ops.weights.quantized import CompiledWeight, Weight, finite_matrix
+from nemotron3.ops.weights.integer import BLOCK, IntegerWeight, products_in
+from nemotron3.ops.weights.quantized import Weight, finite_matrix
 
 _MAX_CODE = 127
 
 
-class Int8Weight(CompiledWeight):
+class Int8Weight(IntegerWeight):
     """8-bit codes and a float32 scale per output."""
 
     format = "int8"
@@ -55,6 +57,11 @@ class Int8Weight(CompiledWeight):
         wide = torch.promote_types(dtype, torch.float32)
         return (self.codes.to(wide) * self.scales.to(wide).unsqueeze(-1)).to(dtype)
 
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """The codes, and a row's scale for each of its blocks."""
+        blocks = -(-self.codes.shape[-1] // BLOCK)
+        return self.codes, self.scales.unsqueeze(-1).expand(*self.scales.shape, blocks)
+
     @torch.no_grad()
     def copy_(self, values: Weight) -> Self:
         """Copy the values of a tensor, quantizing them, or of another weight of this format.
@@ -83,4 +90,4 @@ class Int8Weight(CompiledWeight):
 
     def __getitem__(self, index: Any) -> Self:
         """A view of a part; `index` applies to the axes before the last."""
-        return type(self)(self.codes[index], self.scales[index])
+        return products_in(type(self)(self.codes[index], self.scales[index]), self.activations)

@@ -2,8 +2,8 @@
 
 Four bits an element and one E4M3 scale for 16 inputs. A published matrix has one tensor scale, and
 here each of its rows holds it: then some rows are a weight like any other, and matrices that are
-stacked in one (gate and value of SwiGLU) keep the scales of their own. Activations are not
-quantized, and sums are float32: W4A16.
+stacked in one (gate and value of SwiGLU) keep the scales of their own. Products do not round their
+activations, W4A16, unless they are asked to, W4A8 (integer.py); sums are float32.
 
 The number of inputs must be divisible by 16.
 """
@@ -16,8 +16,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nemotron3.ops.nvfp4 import BLOCK, NVFP4Tensor, Scales, quantize
+from nemotron3.ops.weights.integer import IntegerWeight, products_in
 from nemotron3.ops.weights.quantized import (
-    CompiledWeight,
     Weight,
     check_no_nan,
     finite_matrix,
@@ -25,8 +25,11 @@ from nemotron3.ops.weights.quantized import (
     scale_of_rows,
 )
 
+_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the number of each code, which is E2M1."""
 
-class NVFP4Weight(CompiledWeight):
+
+class NVFP4Weight(IntegerWeight):
     """4-bit codes, an E4M3 scale per 16 inputs, and a float32 scale per matrix."""
 
     format = "nvfp4"
@@ -87,6 +90,13 @@ class NVFP4Weight(CompiledWeight):
         )
         return flat.dequantize(dtype).view(self.shape)
 
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Twice the elements, which are integers up to 12, and half of the blocks' scales."""
+        twice = self.codes.new_tensor(_TWICE, dtype=torch.int8)
+        pairs = torch.stack([self.codes & 15, self.codes >> 4], -1)
+        scales = 0.5 * self.tensor_scales.unsqueeze(-1) * self.block_scales.float()
+        return twice[pairs.flatten(-2).long()], scales
+
     @torch.no_grad()
     def copy_(self, values: Weight) -> Self:
         """Copy the values of a tensor, quantizing them, or of another weight of this format.
@@ -124,4 +134,4 @@ class NVFP4Weight(CompiledWeight):
     def __getitem__(self, index: Any) -> Self:
         """A view of a part; `index` applies to the axes before the last."""
         parts = (part[index] for part in self.buffers())
-        return type(self)(*parts, scale_rule=self.scale_rule)
+        return products_in(type(self)(*parts, scale_rule=self.scale_rule), self.activations)

@@ -12,7 +12,7 @@ with `empty`, `dequantize`, `copy_`, `parts` and `load_part`; kernels of its own
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class QuantizedWeight(nn.Module, ABC):
     """The format's name in options and in config.json."""
     block: ClassVar[int] = 1
     """Inputs that share a scale; it divides their number."""
+    activations: Literal["int8"] | None = None
+    """What products round their activations to (integer.py); None for nothing."""
     linear: ClassVar[Implementations] = MappingProxyType(
         {
             "reference": Kernel(_LINEAR, "linear_dequantized_reference"),
@@ -172,8 +174,13 @@ def finite_matrix(weight: QuantizedWeight, values: Weight) -> Tensor:
 
 
 def check_no_nan(weight: QuantizedWeight, stored: Tensor) -> None:
-    """Raise OperandError for E4M3 numbers that are NaN: kernels read no such codes."""
-    if (stored.view(torch.uint8) & 0x7F == 0x7F).any():
+    """Raise OperandError for E4M3 numbers that are NaN: kernels read no such codes.
+
+    NaN is the largest code of either sign, which two reductions find without a copy of the codes:
+    loading a model waits for this check.
+    """
+    codes = stored.view(torch.uint8).flatten()
+    if codes.numel() and (codes.view(torch.int8).max() == 0x7F or codes.max() == 0xFF):
         raise OperandError(f"{weight.format}: NaN is stored there; quantize the plain model again")
 
 
