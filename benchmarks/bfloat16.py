@@ -110,8 +110,7 @@ def _ratio(rates: dict[str, dict[str, float]]) -> float:
 
 def bfloat16_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Table rows: a workload, tokens per second of both dtypes, and their ratio."""
-    head = ("tokens/s", *DTYPES, "ratio", "KL of bfloat16")
-    table = [head]
+    table: list[tuple[str, ...]] = [("tokens/s", *DTYPES, "ratio", "KL of bfloat16")]
     for model, of in result["models"].items():
         for name, rates in of["rows"].items():
             cells = [

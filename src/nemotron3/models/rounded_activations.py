@@ -64,7 +64,7 @@ def _has_integers(weight: nn.Module) -> bool:
 
 
 def round_activations(model: LanguageModel, activations: ActivationFormat | None) -> LanguageModel:
-    """A model with all tensors of `model`, whose products round their activations; None for `model`.
+    """A model with all tensors of `model`, whose products round activations; None for `model`.
 
     Raises ConfigError where that would change nothing, or make nothing faster.
     """
