@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bfloat16 import bfloat16_table
 from benchmarks.cpu import RESULTS
 from benchmarks.gpu.record import Results
 from benchmarks.gpu.section import Section, all_sections, inference_sections
@@ -41,6 +42,7 @@ def render(text: str, results: Path) -> str:
             for path in _newest(results, f"profile-{model}-*.json")
         ),
         "products": "\n".join(_products(path) for path in _newest_of_each(results, "products")),
+        "bfloat16": "\n".join(_bfloat16(path) for path in _newest_of_each(results, "bfloat16")),
         "weights": "\n".join(_weights(path) for path in _newest_of_each(results, "weights")),
         "nano_cpu": "\n".join(_nano_cpu(path) for path in _newest_of_each(results, "nano_cpu")),
         "scaling": "\n".join(_scaling(path) for path in _newest(results, "scaling-*.json")),
@@ -185,6 +187,11 @@ def _profile(path: Path) -> str:
 def _products(path: Path) -> str:
     result = json.loads(path.read_text())
     return f"{_origin(result)}\n{table(product_table(result))}"
+
+
+def _bfloat16(path: Path) -> str:
+    result = json.loads(path.read_text())
+    return f"{_origin(result)}\n{table(bfloat16_table(result))}"
 
 
 def _weights(path: Path) -> str:

@@ -4,6 +4,10 @@ FLOAT64 = 1e-11
 """Two float64 computations of the same thing, relative to the scale of the result."""
 FLOAT32 = 2e-5
 """Two float32 computations of the same operation, relative to the scale of the result."""
+BFLOAT16 = 2**-6
+"""An operation of bfloat16 operands against float64 of the same operands, relative to the scale of
+the result: sums are float32, so it is the rounding of the result and of what lies between products,
+each at most 2^-8; a pass through experts has four (decision 0023)."""
 ORACLE = 1e-4
 """Logits of ours against transformers' in float32, relative to the scale of the logits."""
 DECODE = 1e-5

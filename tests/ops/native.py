@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemotron3.ops import native
 from tests.ops.contract import outputs_and_gradients
-from tests.tolerances import FLOAT32
+from tests.tolerances import BFLOAT16, FLOAT32
 
 needs_compiler = pytest.mark.skipif(
     not native.available(), reason="there is no C++ compiler here, or NEMOTRON3_NATIVE is 0"
@@ -36,3 +36,48 @@ def assert_native_equals_reference(
         assert_close(one, wanted, FLOAT32)
         assert torch.equal(one, two)
         assert torch.equal(one, three)
+
+
+def assert_bfloat16_equals_reference(
+    call: Callable[[str], Callable[..., Sequence[Tensor]]],
+    inputs: Sequence[Tensor],
+    assert_close,
+    *,
+    wide: Sequence[int] = (),
+) -> None:
+    """Outputs and gradients of `call("native")` in bfloat16 against float64 of the same numbers.
+
+    `inputs` are rounded to bfloat16 beforehand; those at the positions `wide` are given as float32,
+    as master weights are, and then their gradients are float32. The bits must not depend on the
+    number of threads.
+    """
+    rounded = [t.bfloat16() for t in inputs]
+    narrow = [t.float() if i in wide else t for i, t in enumerate(rounded)]
+    expected = _values_and_gradients(call("reference"), [t.double() for t in rounded])
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(_values_and_gradients(call("native"), narrow))
+    finally:
+        torch.set_num_threads(threads)
+    gradients = results[0][-len(narrow) :]
+    assert [g.dtype for g in gradients] == [t.dtype for t in narrow]
+    for one, two, three, wanted in zip(*results, expected, strict=True):
+        assert_close(one.double(), wanted, BFLOAT16)
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def _values_and_gradients(
+    call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs, and gradients for random gradients of the outputs that bfloat16 holds."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outputs = call(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, given)
+    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+    return [*(y.detach() for y in outputs), *gradients]

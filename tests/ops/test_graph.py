@@ -103,10 +103,10 @@ def test_what_no_team_can_do_is_refused():
         causal_conv(x, weight, None, segments=Segments([40]))
 
 
-def test_float32_on_the_cpu_can_be_recorded():
-    assert can_record(torch.float32, torch.device("cpu"))
-    assert not can_record(torch.float64, torch.device("cpu"))
-    assert not can_record(torch.float32, torch.device("meta"))
+def test_float32_and_bfloat16_on_the_cpu_can_be_recorded():
+    assert can_record([torch.float32, torch.bfloat16], torch.device("cpu"))
+    assert not can_record([torch.float32, torch.float64], torch.device("cpu"))
+    assert not can_record([torch.float32], torch.device("meta"))
 
 
 def test_recording_does_not_load_the_compiler():

@@ -88,7 +88,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="what the weights are held in (default auto: as they are stored)",
+        help="what weights and activations are held in (default auto: as the weights are stored); "
+        "on a CPU bfloat16 is faster where the processor multiplies it (AVX512_BF16)",
     )
     engine.add_argument(
         "--weights",

@@ -39,7 +39,8 @@ class PrecisionConfig:
     """Number formats of a run."""
 
     activations: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and of all products; float32 is faster on CPUs without bfloat16."""
+    """Dtype of activations and of all products. On a CPU bfloat16 is faster where the processor
+    multiplies it (AVX512_BF16), and slower elsewhere (docs/speed.md)."""
 
     recipe: Literal["plain", "nvfp4"] = "plain"
     """`plain` computes all products in the dtype of activations; `nvfp4` rounds the operands of

@@ -1,9 +1,10 @@
 """The choice of an operation's implementation, made in one place and logged.
 
 Every operation offers `reference` (the executable specification) and `torch` (vectorised, any
-device); some offer `native` (C++ for float32 on the CPU, see ops/native) and `triton` (kernels for
-CUDA devices). A caller passes `backend="auto"` and gets the best one for the device and dtype of
-its tensors; asking by name for one that is not available is an error, never a silent substitute.
+device); some offer `native` (C++ for float32 and bfloat16 on the CPU, see ops/native) and `triton`
+(kernels for CUDA devices). A caller passes `backend="auto"` and gets the best one for the device
+and dtype of its tensors; asking by name for one that is not available is an error, never a silent
+substitute.
 
 Triton is imported when a kernel is first used, since most machines do not need it. With
 TRITON_INTERPRET=1 its kernels run on CPU tensors if `backend="triton"` asks for them: slowly, for
@@ -38,6 +39,8 @@ class Kernel:
 
     module: str
     function: str
+    dtypes: native.Dtypes = native.FLOAT32
+    """Of the operands that a compiled function takes."""
 
     @functools.cached_property
     def loaded(self) -> Callable[..., Any]:
@@ -53,8 +56,9 @@ def resolve(
 ) -> Callable[..., Any]:
     """The implementation of `operation` to run on these operands, which are on one device.
 
-    `operands` must contain every tensor whose dtype matters: compiled functions read each as
-    float32. Raises BackendUnavailableError where `backend` names one that cannot run here.
+    `operands` must contain every tensor whose dtype matters: compiled functions read each in one of
+    the dtypes that they declare. Raises BackendUnavailableError where `backend` names one that
+    cannot run here.
     """
     return load(implementations, choose(operation, backend, implementations, *operands))
 
@@ -72,7 +76,9 @@ def choose(
     if backend == "triton":
         _require_triton(operation, operands)
     elif backend == "native":
-        _require_native(operation, operands)
+        _require_native(operation, implementations[name], operands)
+    if name == "native" and any(t is not None and t.dtype == torch.bfloat16 for t in operands):
+        _tell_of_missing_instructions()
     _log_choice(operation, name)
     if _thread.choices is not None:
         _thread.choices[operation] = name
@@ -112,6 +118,16 @@ def recorded_backends() -> Iterator[dict[str, str]]:
 
 
 @functools.cache
+def _tell_of_missing_instructions() -> None:
+    """Log once what bfloat16 costs on a processor that does not multiply it."""
+    if not native.multiplies_bfloat16():
+        _log.warning(
+            "this processor has no instructions for bfloat16 (AVX512_BF16), so its products are "
+            "computed in float32; activations in float32 are faster here"
+        )
+
+
+@functools.cache
 def _log_choice(operation: str, name: str) -> None:
     """Log a choice. It is made at every call and logged once per process."""
     _log.info("%s runs on the %s backend", operation, name)
@@ -128,7 +144,8 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> bool:
 
 
 def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]) -> str:
-    if "native" in implementations and _first_unsupported(operands) is None and native.available():
+    compiled = implementations.get("native")
+    if compiled and _first_unsupported(compiled, operands) is None and native.available():
         return "native"
     first = operands[0]
     assert first is not None, "the first operand is never optional"
@@ -137,12 +154,19 @@ def _fastest(implementations: Implementations, operands: Sequence[Tensor | None]
     return "torch"
 
 
-def _first_unsupported(operands: Sequence[Tensor | None]) -> Tensor | None:
-    """The first operand that compiled functions cannot read."""
+def _first_unsupported(
+    compiled: Callable[..., Any] | Kernel, operands: Sequence[Tensor | None]
+) -> Tensor | None:
+    """The first operand that a compiled function cannot read."""
+    dtypes = _dtypes(compiled)
     for operand in operands:
-        if operand is not None and not native.supports(operand):
+        if operand is not None and not native.supports(operand, dtypes):
             return operand
     return None
+
+
+def _dtypes(compiled: Callable[..., Any] | Kernel) -> native.Dtypes:
+    return compiled.dtypes if isinstance(compiled, Kernel) else native.FLOAT32
 
 
 @functools.cache
@@ -166,11 +190,14 @@ def _require_triton(operation: str, operands: Sequence[Tensor | None]) -> None:
         )
 
 
-def _require_native(operation: str, operands: Sequence[Tensor | None]) -> None:
-    like = _first_unsupported(operands)
+def _require_native(
+    operation: str, compiled: Callable[..., Any] | Kernel, operands: Sequence[Tensor | None]
+) -> None:
+    like = _first_unsupported(compiled, operands)
     if like is not None:
+        names = " and ".join(map(native.name_of, _dtypes(compiled)))
         raise BackendUnavailableError(
-            f"the native backend of {operation!r} computes in float32 on the CPU, and was given "
+            f"the native backend of {operation!r} takes {names} on the CPU, and was given "
             f"{like.dtype} on {like.device}; use backend='auto'"
         )
     if not native.available():

@@ -77,12 +77,12 @@ def check_operand(
 def check_weight(operation: str, name: str, weight: Shaped, axes: str, like: Tensor) -> None:
     """Refuse a weight with other axes, on another device or, if it is a tensor, another dtype.
 
-    Beside float32 a bfloat16 tensor is right, too.
+    Of float32 and bfloat16 each is right beside the other, too.
     """
     if isinstance(weight, Tensor):
         check_axes(operation, name, weight, axes)
-        is_narrow = weight.dtype == torch.bfloat16 and like.dtype == torch.float32
-        check_operand(operation, name, weight, weight.shape, like, same_dtype=not is_narrow)
+        either = {weight.dtype, like.dtype} <= {torch.bfloat16, torch.float32}
+        check_operand(operation, name, weight, weight.shape, like, same_dtype=not either)
         return
     if len(weight.shape) != axes.count(" ") + 1:
         raise _wrong_axes(operation, name, weight, axes)

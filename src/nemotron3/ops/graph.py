@@ -38,8 +38,13 @@ _READS_VALUES = {
     for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose")
 }
 _SOURCE = Path(native.__file__).with_name("program.cpp")
-_add = ParallelKernel(_SOURCE, "add", "ppp i")
-_embedding = ParallelKernel(_SOURCE, "embedding", "ppp ii")
+_add = {t: ParallelKernel(_SOURCE, f"add_{native.name_of(t)}", "ppp i") for t in native.FLOATS}
+_embedding = {
+    t: ParallelKernel(_SOURCE, f"embedding_{native.name_of(t)}", "ppp ii") for t in native.FLOATS
+}
+_cast = {
+    t: ParallelKernel(_SOURCE, f"cast_to_{native.name_of(t)}", "pp iii") for t in native.FLOATS
+}
 
 
 class Graph:
@@ -141,22 +146,40 @@ class _Recorder(TorchDispatchMode):
 
 def _compiled(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
     """The result of a compiled operation with the same bits, or None if there is none."""
+    if name == "aten::_to_copy" and kwargs.keys() <= {"dtype"}:
+        return _compiled_cast(args[0], kwargs.get("dtype"))
     if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
         return None
     a, b = args
-    if not (a.is_contiguous() and b.is_contiguous() and native.supports(a)):
+    if not (a.is_contiguous() and b.is_contiguous() and native.supports(a, native.FLOATS)):
         return None
-    if name == "aten::add" and native.supports(b) and a.shape == b.shape:
+    if name == "aten::add" and b.is_cpu and b.dtype == a.dtype and a.shape == b.shape:
         y = torch.empty_like(a)
-        _add(a, b, y, a.numel(), work=a.numel())
+        _add[a.dtype](a, b, y, a.numel(), work=a.numel())
         return y
     if name == "aten::embedding" and b.dtype == torch.int64 and b.device == a.device:
         bounds, hint = (0, len(a)), ", the tokens of the vocabulary"
         check_indices("embedding", "tokens", b, b.shape, a, bounds, hint)
         y = a.new_empty(*b.shape, a.shape[1])
-        _embedding(a, b, y, b.numel(), a.shape[1], work=y.numel())
+        _embedding[a.dtype](a, b, y, b.numel(), a.shape[1], work=y.numel())
         return y
     return None
+
+
+def _compiled_cast(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """The same for a cast between float32 and bfloat16; rows of `x` may be apart."""
+    is_narrowed_or_widened = dtype in native.FLOATS and native.supports(x, native.FLOATS)
+    if not is_narrowed_or_widened or dtype is None or dtype == x.dtype or not x.numel():
+        return None
+    if x.is_contiguous():
+        rows, columns, ld = 1, x.numel(), x.numel()
+    elif x.dim() == 2 and x.stride(1) == 1:
+        (rows, columns), ld = x.shape, x.stride(0)
+    else:
+        return None
+    y = torch.empty(x.shape, dtype=dtype)
+    _cast[dtype](x, y, rows, columns, ld, work=x.numel())
+    return y
 
 
 def _rerun(call: Callable[[], Any], outputs: list[Tensor]) -> None:
@@ -178,10 +201,11 @@ def _shares_memory(result: Tensor, operands: list[Tensor]) -> bool:
     return any(memory == operand.untyped_storage().data_ptr() for operand in operands)
 
 
-def can_record(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a model's operations on such tensors can be recorded.
+def can_record(dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    """Whether a model's operations on tensors of these dtypes can be recorded.
 
     The compiled operations can: they make no decision in Python. PyTorch's routing of tokens to
     experts does.
     """
-    return native.supports(torch.empty(0, dtype=dtype, device=device)) and native.available()
+    operands = [torch.empty(0, dtype=dtype, device=device) for dtype in dtypes]
+    return native.available() and all(native.supports(t, native.FLOATS) for t in operands)

@@ -18,7 +18,7 @@ from torch import Tensor
 from nemotron3.ops.experts import Activation, routed_experts
 from nemotron3.ops.linear import linear, linear_low_rank, linear_parts
 from nemotron3.ops.low_precision import ExpertsQuantization, ProductQuantization
-from nemotron3.ops.weights import ComputedWeight, LowRankWeight, Weight, is_read_narrow
+from nemotron3.ops.weights import ComputedWeight, LowRankWeight, Weight, is_read_as_stored
 
 AnyWeight = Weight | ComputedWeight
 
@@ -47,7 +47,7 @@ def dense(
     quantization: ProductQuantization | None = None,
 ) -> Float[Tensor, "*batch d_out"] | tuple[Float[Tensor, "*batch d_part"], ...]:
     """x W^T in the dtype of `x`; with `sizes`, split into parts of these numbers of columns."""
-    operand = _operand(weight, x)
+    operand = _operand(weight, x, is_rounded=quantization is not None)
     if isinstance(operand, LowRankWeight):
         assert quantization is None, "a model with quantized weights is not trained in few bits"
         y = linear_low_rank(x, operand)
@@ -68,13 +68,16 @@ def grouped(
     quantization: ExpertsQuantization | None = None,
 ) -> Float[Tensor, "tokens d_in"]:
     """Weighted sum of each token's experts, in the dtype of `x` (`ops.experts`)."""
-    matrices = _operand(up, x), _operand(down, x)
+    is_rounded = quantization is not None
+    matrices = _operand(up, x, is_rounded=is_rounded), _operand(down, x, is_rounded=is_rounded)
     return routed_experts(
         x, indices, weights, *matrices, activation=activation, quantization=quantization
     )
 
 
-def _operand(weight: AnyWeight, x: Tensor) -> Weight | LowRankWeight:
+def _operand(weight: AnyWeight, x: Tensor, *, is_rounded: bool) -> Weight | LowRankWeight:
+    """The weight as the product takes it; one that a recipe rounds has the dtype of `x` before."""
     if isinstance(weight, Tensor):
-        return weight if is_read_narrow(weight, x) else weight.to(x.dtype)
+        is_right = not is_rounded and is_read_as_stored(weight, x)
+        return weight if is_right else weight.to(x.dtype)
     return weight.operand(x.dtype) if isinstance(weight, ComputedWeight) else weight

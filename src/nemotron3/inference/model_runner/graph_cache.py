@@ -56,7 +56,9 @@ class GraphCache:
         self._kept: dict[Hashable, _CachedGraph] = {}
         self._addresses = cache.addresses()
         self._pool = pool
-        self.is_supported = self.pads_batch or can_record(cache.keys_dtype, cache.device)
+        self.is_supported = self.pads_batch or can_record(
+            (cache.dtype, cache.keys_dtype), cache.device
+        )
         """Whether model calls on this cache can be captured or recorded."""
 
     @property

@@ -4,6 +4,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.errors import OperandError, OperandIndexError
+from nemotron3.ops import native
 from nemotron3.ops.attention.decode_torch import attention_steps_torch
 from nemotron3.ops.attention.reference import attention_reference
 from nemotron3.ops.attention.torch import attention_torch
@@ -28,11 +29,13 @@ from nemotron3.ops.segments import Segments
 _ATTENTIONS = {
     "reference": attention_reference,
     "torch": attention_torch,
-    "native": Kernel("nemotron3.ops.attention.native", "attention_native"),
+    "native": Kernel("nemotron3.ops.attention.native", "attention_native", native.FLOATS),
 }
 _STEPS = {
     "torch": attention_steps_torch,
-    "native": Kernel("nemotron3.ops.attention.decode_native", "attention_steps_native"),
+    "native": Kernel(
+        "nemotron3.ops.attention.decode_native", "attention_steps_native", native.FLOATS
+    ),
     "triton": Kernel("nemotron3.ops.attention.decode_triton", "attention_steps_triton"),
 }
 

@@ -6,7 +6,8 @@
 // once for all of them; it keeps the running maximum and sum of its rows. In the backward pass, a
 // task is a segment and a key head: it goes through the blocks of keys, recomputes their scores
 // from the logarithm of each row's sum, which the forward pass has stored, and accumulates the
-// gradients of the queries. No result depends on the number of threads or on other segments.
+// gradients of the queries. Queries, keys, values and results are of type X, float or bfloat16; blocks
+// of them are float32. No result depends on the number of threads or on other segments.
 #include <cmath>
 #include <vector>
 
@@ -21,8 +22,10 @@ constexpr int64_t SCORES = pitch(KEYS);
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
-INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+template <class X>
+INLINE vec read(const X* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+template <class X>
+INLINE void write(X* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
 struct Shape {
   int64_t heads, kv_heads, head_dim;
@@ -30,8 +33,9 @@ struct Shape {
   int64_t group() const { return heads / kv_heads; }
 };
 
+template <class X>
 struct Operands {
-  const float *q, *k, *v;
+  const X *q, *k, *v;
   int64_t ldq, ldk, ldv;
 };
 
@@ -46,11 +50,24 @@ struct Segment {
 };
 
 // to = from * factor, row by row.
-void copy_rows(const float* from, int64_t ld, int64_t rows, int64_t columns, float factor, float* to,
+template <class From, class To>
+void copy_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, float factor, To* to,
                int64_t ld_to) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < columns; i += LANES)
       write(to + r * ld_to + i, read(from + r * ld + i, columns - i) * factor, columns - i);
+}
+
+// to = from transposed. `narrow` is scratch for rows of bfloat16.
+template <class X>
+void turn_rows(const X* from, int64_t ld, int64_t rows, int64_t columns, float* to, int64_t ld_to,
+               float* narrow, int64_t ld_narrow) {
+  if constexpr (std::is_same_v<X, float>) {
+    transpose(from, ld, rows, columns, to, ld_to);
+  } else {
+    copy_rows(from, ld, rows, columns, 1.0f, narrow, ld_narrow);
+    transpose(narrow, ld_narrow, rows, columns, to, ld_to);
+  }
 }
 
 // `value` in the first n lanes and `rest` in the others.
@@ -105,8 +122,9 @@ INLINE void weigh(float* scores, int64_t n, int64_t columns, float& most, float&
 
 // Forward pass of a block of queries in the heads that share a key head. The logarithm of each
 // row's sum is written to `sums` [heads, queries of all segments].
-void attend(const Shape& s, const Operands& o, const Segment& segment, int64_t query, int64_t kv_head,
-            const ForwardBuffers& buf, float* y, float* sums, int64_t ldsums) {
+template <class X>
+void attend(const Shape& s, const Operands<X>& o, const Segment& segment, int64_t query,
+            int64_t kv_head, const ForwardBuffers& buf, X* y, float* sums, int64_t ldsums) {
   const int64_t D = s.head_dim, group = s.group(), n = smaller(QUERIES, segment.queries - query);
   const int64_t row = segment.first_query + query, head = kv_head * group;
   for (int64_t h = 0; h < group; h++)
@@ -117,7 +135,8 @@ void attend(const Shape& s, const Operands& o, const Segment& segment, int64_t q
   const int64_t end = segment.seen(query + n - 1, 0);
   for (int64_t key = 0; key < end; key += KEYS) {
     const int64_t columns = smaller(KEYS, end - key), at = segment.first_key + key;
-    transpose(o.k + at * o.ldk + kv_head * D, o.ldk, columns, D, buf.keys, SCORES);
+    turn_rows(o.k + at * o.ldk + kv_head * D, o.ldk, columns, D, buf.keys, SCORES, buf.values,
+              buf.ldd);
     copy_rows(o.v + at * o.ldv + kv_head * D, o.ldv, columns, D, 1.0f, buf.values, buf.ldd);
     for (int64_t h = 0; h < group; h++) {
       const int64_t first_row = h * QUERIES;
@@ -139,10 +158,13 @@ void attend(const Shape& s, const Operands& o, const Segment& segment, int64_t q
     }
 }
 
+template <class X>
 struct Gradients {
-  const float *y, *sums, *dy;
+  const X *y, *dy;
+  const float* sums;
   int64_t ldsums, lddy;
-  float *dq, *dk, *dv;
+  float* dq;  // a sum over blocks of keys
+  X *dk, *dv;
 };
 
 struct BackwardBuffers {
@@ -178,8 +200,9 @@ INLINE void differentiate(float* weights, float* d_scores, int64_t n, int64_t co
 
 // The copy of q contains the scale, and so does the gradient of the keys. The gradient of the
 // queries gets it from the copy of the keys.
-void attend_back_block(const Shape& s, const Operands& o, const Gradients& g, const Segment& segment,
-                       int64_t query, int64_t head, int64_t key, const BackwardBuffers& buf) {
+template <class X>
+void attend_back_block(const Shape& s, const Operands<X>& o, const Gradients<X>& g,
+                       const Segment& segment, int64_t query, int64_t head, int64_t key, const BackwardBuffers& buf) {
   const int64_t D = s.head_dim, n = smaller(QUERIES, segment.queries - query), ldd = buf.ldd;
   const int64_t columns = smaller(KEYS, segment.seen(query + n - 1, key));
   const int64_t row = segment.first_query + query;
@@ -199,23 +222,25 @@ void attend_back_block(const Shape& s, const Operands& o, const Gradients& g, co
 }
 
 // All gradients of one segment and key head.
-void attend_back(const Shape& s, const Operands& o, const Gradients& g, const Segment& segment,
-                 int64_t kv_head, const BackwardBuffers& buf) {
+template <class X>
+void attend_back(const Shape& s, const Operands<X>& o, const Gradients<X>& g,
+                 const Segment& segment, int64_t kv_head, const BackwardBuffers& buf) {
   const int64_t D = s.head_dim, group = s.group(), head = kv_head * group;
   for (int64_t h = 0; h < group; h++)  // dy y^T, which all weights of a row share
     for (int64_t i = 0; i < segment.queries; i++) {
       const int64_t row = segment.first_query + i;
-      const float *dy = g.dy + row * g.lddy + (head + h) * D, *y = g.y + (row * s.heads + head + h) * D;
+      const X *dy = g.dy + row * g.lddy + (head + h) * D;
+      const X* y = g.y + (row * s.heads + head + h) * D;
       vec total{};
       for (int64_t d = 0; d < D; d += LANES) total += read(dy + d, D - d) * read(y + d, D - d);
       buf.along[h * segment.queries + i] = sum(total);
     }
   for (int64_t key = 0; key < segment.keys; key += KEYS) {
     const int64_t columns = smaller(KEYS, segment.keys - key), at = segment.first_key + key;
-    const float *k = o.k + at * o.ldk + kv_head * D, *v = o.v + at * o.ldv + kv_head * D;
+    const X *k = o.k + at * o.ldk + kv_head * D, *v = o.v + at * o.ldv + kv_head * D;
+    turn_rows(k, o.ldk, columns, D, buf.keys_turned, SCORES, buf.keys, buf.ldd);
+    turn_rows(v, o.ldv, columns, D, buf.values_turned, SCORES, buf.keys, buf.ldd);
     copy_rows(k, o.ldk, columns, D, s.scale(), buf.keys, buf.ldd);
-    transpose(k, o.ldk, columns, D, buf.keys_turned, SCORES);
-    transpose(v, o.ldv, columns, D, buf.values_turned, SCORES);
     memset(buf.dk, 0, 4 * KEYS * buf.ldd);
     memset(buf.dv, 0, 4 * KEYS * buf.ldd);
     for (int64_t query = 0; query < segment.queries; query += QUERIES) {
@@ -229,18 +254,16 @@ void attend_back(const Shape& s, const Operands& o, const Gradients& g, const Se
     copy_rows(buf.dv, buf.ldd, columns, D, 1.0f, g.dv + to, s.kv_heads * D);
   }
 }
-}  // namespace
-
-extern "C" {
 
 // y [queries, heads, head_dim]; `sums` [heads, queries], which the backward pass needs, may be
 // null.
-void attention_forward(const float* q, const float* k, const float* v, const int64_t* query_bounds,
-                       const int64_t* key_bounds, float* y, float* sums, int64_t segments,
-                       int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq, int64_t ldk,
-                       int64_t ldv, int64_t threads) {
+template <class X>
+void forward(const X* q, const X* k, const X* v, const int64_t* query_bounds,
+             const int64_t* key_bounds, X* y, float* sums, int64_t segments, int64_t heads,
+             int64_t kv_heads, int64_t head_dim, int64_t ldq, int64_t ldk, int64_t ldv,
+             int64_t threads) {
   const Shape s{heads, kv_heads, head_dim};
-  const Operands o{q, k, v, ldq, ldk, ldv};
+  const Operands<X> o{q, k, v, ldq, ldk, ldv};
   struct Task {
     int64_t segment, query, kv_head;
   };
@@ -263,15 +286,15 @@ void attention_forward(const float* q, const float* k, const float* v, const int
 }
 
 // dq [queries, heads, head_dim], dk and dv [keys, kv_heads, head_dim].
-void attention_backward(const float* q, const float* k, const float* v, const int64_t* query_bounds,
-                        const int64_t* key_bounds, const float* y, const float* sums,
-                        const float* dy, float* dq, float* dk, float* dv, int64_t segments,
-                        int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq, int64_t ldk,
-                        int64_t ldv, int64_t lddy, int64_t threads) {
+template <class X>
+void backward(const X* q, const X* k, const X* v, const int64_t* query_bounds,
+              const int64_t* key_bounds, const X* y, const float* sums, const X* dy, float* dq,
+              X* dk, X* dv, int64_t segments, int64_t heads, int64_t kv_heads, int64_t head_dim,
+              int64_t ldq, int64_t ldk, int64_t ldv, int64_t lddy, int64_t threads) {
   const Shape s{heads, kv_heads, head_dim};
-  const Operands o{q, k, v, ldq, ldk, ldv};
+  const Operands<X> o{q, k, v, ldq, ldk, ldv};
   const int64_t queries = query_bounds[segments];
-  const Gradients g{y, sums, dy, queries, lddy, dq, dk, dv};
+  const Gradients<X> g{y, dy, sums, queries, lddy, dq, dk, dv};
   int64_t longest = 0;
   for (int64_t i = 0; i < segments; i++)
     if (query_bounds[i + 1] - query_bounds[i] > longest)
@@ -284,4 +307,26 @@ void attention_backward(const float* q, const float* k, const float* v, const in
       attend_back(s, o, g, Segment(query_bounds, key_bounds, i / kv_heads), i % kv_heads, buf);
   });
 }
+}  // namespace
+
+#define ATTENTION(X)                                                                              \
+  void attention_forward_##X(const X* q, const X* k, const X* v, const int64_t* query_bounds,     \
+                             const int64_t* key_bounds, X* y, float* sums, int64_t segments,      \
+                             int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq,      \
+                             int64_t ldk, int64_t ldv, int64_t threads) {                         \
+    forward(q, k, v, query_bounds, key_bounds, y, sums, segments, heads, kv_heads, head_dim, ldq, \
+            ldk, ldv, threads);                                                                   \
+  }                                                                                               \
+  void attention_backward_##X(const X* q, const X* k, const X* v, const int64_t* query_bounds,    \
+                              const int64_t* key_bounds, const X* y, const float* sums,           \
+                              const X* dy, float* dq, X* dk, X* dv, int64_t segments,             \
+                              int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ldq,     \
+                              int64_t ldk, int64_t ldv, int64_t lddy, int64_t threads) {          \
+    backward(q, k, v, query_bounds, key_bounds, y, sums, dy, dq, dk, dv, segments, heads,         \
+             kv_heads, head_dim, ldq, ldk, ldv, lddy, threads);                                   \
+  }
+typedef float float32;
+extern "C" {
+ATTENTION(float32)
+ATTENTION(bfloat16)
 }

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction
+from nemotron3.ops.native import FLOATS, NativeFunction, name_of
 from nemotron3.ops.segments import Segments
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = NativeFunction(_SOURCE, "attention_forward", "ppppppp iiiiiii")
-_backward = NativeFunction(_SOURCE, "attention_backward", "ppppppppppp iiiiiiii")
+_forward = {
+    dtype: NativeFunction(_SOURCE, f"attention_forward_{name_of(dtype)}", "ppppppp iiiiiii")
+    for dtype in FLOATS
+}
+_backward = {
+    dtype: NativeFunction(_SOURCE, f"attention_backward_{name_of(dtype)}", "ppppppppppp iiiiiiii")
+    for dtype in FLOATS
+}
 
 
 def attention_native(
@@ -47,7 +53,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, sums: Tensor | None
 ) -> Tensor:
     y = q.new_empty(q.shape)
-    _forward(q, k, v, *_bounds(queries, keys, q), y, sums, *_sizes(q, k, v, queries))
+    _forward[q.dtype](q, k, v, *_bounds(queries, keys, q), y, sums, *_sizes(q, k, v, queries))
     return y
 
 
@@ -56,7 +62,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
     ) -> Tensor:
-        sums = q.new_empty(q.shape[1], q.shape[0])
+        sums = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         y = _attend(q, k, v, queries, keys, sums)
         ctx.save_for_backward(q, k, v, y, sums)
         ctx.queries, ctx.keys = queries, keys
@@ -67,9 +73,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, sums = ctx.saved_tensors
         dy = _rows(dy)
-        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-        _backward(
+        dk, dv = (t.new_empty(t.shape) for t in (k, v))
+        dq = q.new_empty(q.shape, dtype=torch.float32)
+        _backward[q.dtype](
             q, k, v, *_bounds(ctx.queries, ctx.keys, q), y, sums, dy, dq, dk, dv,
             *_sizes(q, k, v, ctx.queries), dy.stride(0),
         )  # fmt: skip
-        return dq, dk, dv, None, None
+        return dq.to(q.dtype), dk, dv, None, None

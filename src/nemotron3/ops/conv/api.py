@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron3.ops import native
 from nemotron3.ops.backends import Backend, Kernel, choose, least_slot, load, resolve
 from nemotron3.ops.checks import (
     check_axes,
@@ -19,7 +20,7 @@ from nemotron3.ops.checks import (
     check_sequences,
     without_tokens,
 )
-from nemotron3.ops.conv.decode import causal_conv_steps_native, causal_conv_steps_torch
+from nemotron3.ops.conv.decode import causal_conv_steps_torch
 from nemotron3.ops.conv.reference import causal_conv_reference
 from nemotron3.ops.conv.torch import causal_conv_torch
 from nemotron3.ops.segments import Segments
@@ -48,12 +49,12 @@ def _widened(conv: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 _CONVOLUTIONS = {
     "reference": _widened(causal_conv_reference),
     "torch": _widened(causal_conv_torch),
-    "native": Kernel("nemotron3.ops.conv.native", "causal_conv_native"),
+    "native": Kernel("nemotron3.ops.conv.native", "causal_conv_native", native.FLOATS),
     "triton": Kernel("nemotron3.ops.conv.triton", "causal_conv_triton"),
 }
 _STEPS = {
     "torch": causal_conv_steps_torch,
-    "native": causal_conv_steps_native,
+    "native": Kernel("nemotron3.ops.conv.decode", "causal_conv_steps_native", native.FLOATS),
     "triton": Kernel("nemotron3.ops.conv.decode_triton", "causal_conv_steps_triton"),
 }
 

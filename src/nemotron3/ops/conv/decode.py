@@ -5,6 +5,7 @@ after each token is a window of that history. Without `intermediate_states` the 
 with them the pool stays unchanged, and every window is written to them.
 """
 
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor
 from nemotron3.errors import BackendUnavailableError
 from nemotron3.ops.conv.torch import causal_conv_torch
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.native import ParallelKernel
+from nemotron3.ops.native import FLOATS, ParallelKernel, name_of
 from nemotron3.ops.segments import Segments
 
-_steps = ParallelKernel(
-    Path(__file__).with_name("decode_native.cpp"), "conv_steps", "ppppppp iiiiii"
-)
+_SOURCE = Path(__file__).with_name("decode_native.cpp")
+_steps = {
+    dtypes: ParallelKernel(_SOURCE, f"conv_steps_{name_of(*dtypes)}", "ppppppp iiiiii")
+    for dtypes in product(FLOATS, repeat=3)
+    if dtypes[0] == torch.bfloat16 or dtypes[1] == torch.float32
+}
+"""By the dtypes of x, weight and states."""
 _MAX_TAPS = 64
 
 
@@ -68,8 +73,12 @@ def causal_conv_steps_native(
             "backend='torch'"
         )
     x, y = contiguous_rows(x), x.new_empty(x.shape)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    _steps(
+    dtype = torch.promote_types(weight.dtype, x.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+        bias = bias.to(dtype).contiguous()
+    weight = weight.to(dtype).contiguous()
+    _steps[x.dtype, dtype, conv_states.dtype](
         x, weight, bias, conv_states, slots, intermediate_states, y, rows, len(x) // rows, taps,
         channels,
         x.stride(0), 0 if intermediate_states is None else intermediate_states.stride(0),

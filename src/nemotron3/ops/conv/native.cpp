@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "simd.h"
+#include "bfloat16.h"
 #include "team.h"
 
 namespace {
@@ -19,16 +19,20 @@ constexpr int64_t GROUP = 4;                   // tokens that share what is load
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
-INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+template <class X>
+INLINE vec read(const X* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+template <class X>
+INLINE void write(X* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
+// X is float or bfloat16, of which only the memory consists; weights are float32.
+template <class X>
 struct Conv {
-  const float *x, *conv_states;
+  const X *x, *conv_states;
   int64_t taps, channels, ldx;
   int64_t pitch;               // distance of rows of scratch: whole vectors
   std::vector<float> weights;  // [taps, pitch], then the bias
 
-  Conv(const float* x, const float* weight, const float* bias, const float* conv_states, int64_t taps,
+  Conv(const X* x, const float* weight, const float* bias, const X* conv_states, int64_t taps,
        int64_t channels, int64_t ldx)
       : x(x), conv_states(conv_states), taps(taps), channels(channels), ldx(ldx),
         pitch((channels + LANES - 1) / LANES * LANES), weights((taps + 1) * pitch) {
@@ -37,7 +41,7 @@ struct Conv {
   }
 
   // The input at a position of a segment; negative positions are in the state.
-  const float* input(int64_t segment, int64_t first, int64_t position) const {
+  const X* input(int64_t segment, int64_t first, int64_t position) const {
     if (position >= 0) return x + (first + position) * ldx;
     return conv_states + (segment * (taps - 1) + taps - 1 + position) * channels;
   }
@@ -60,8 +64,8 @@ std::vector<Span> spans_of(const int64_t* bounds, int64_t segments, int64_t size
 }
 
 // TAPS is the number of taps, or 0 if only known at run time.
-template <int TAPS>
-INLINE vec preactivation(const Conv& c, const float* const* rows, int64_t channel, int64_t n) {
+template <int TAPS, class X>
+INLINE vec preactivation(const Conv<X>& c, const X* const* rows, int64_t channel, int64_t n) {
   const float* weights = c.weights.data() + channel;
   const int64_t taps = TAPS ? TAPS : c.taps;
   vec z = load(weights + taps * c.pitch);
@@ -71,8 +75,8 @@ INLINE vec preactivation(const Conv& c, const float* const* rows, int64_t channe
 }
 
 // COUNT tokens at a time: each weight and each input is loaded once for all of them.
-template <int TAPS, int COUNT>
-void convolve_some(const Conv& c, const float* const* rows, float* to) {
+template <int TAPS, int COUNT, class X>
+void convolve_some(const Conv<X>& c, const X* const* rows, X* to) {
   for (int64_t i = 0; i < c.channels; i += LANES) {
     const int64_t n = c.channels - i;
 #pragma GCC unroll 4
@@ -83,42 +87,43 @@ void convolve_some(const Conv& c, const float* const* rows, float* to) {
   }
 }
 
-template <int TAPS>
-void convolve(const Conv& c, const Span& span, float* y) {
+template <int TAPS, class X>
+void convolve(const Conv<X>& c, const Span& span, X* y) {
   const int64_t taps = TAPS ? TAPS : c.taps;
-  std::vector<const float*> rows(taps + GROUP - 1);
+  std::vector<const X*> rows(taps + GROUP - 1);
   for (int64_t t = span.begin; t < span.end;) {
     const int64_t count = t + GROUP <= span.end ? GROUP : 1;
     for (int64_t j = 0; j < taps + count - 1; j++)
       rows[j] = c.input(span.segment, span.first, t - taps + 1 + j);
-    float* to = y + (span.first + t) * c.channels;
-    (count == GROUP ? convolve_some<TAPS, GROUP> : convolve_some<TAPS, 1>)(c, rows.data(), to);
+    X* to = y + (span.first + t) * c.channels;
+    (count == GROUP ? convolve_some<TAPS, GROUP, X> : convolve_some<TAPS, 1, X>)(c, rows.data(), to);
     t += count;
   }
 }
 
+template <class X>
 struct Gradients {
-  const float *dy, *d_new_conv_states;
+  const X *dy, *d_new_conv_states;
   int64_t lddy;
-  float *dx, *d_conv_states;
+  X *dx, *d_conv_states;
 };
 
 // COUNT consecutive tokens of the backward pass. Rows and dy are null where there is no token:
 // before a segment, whose inputs are in the state. `added` may contain null.
-template <int COUNT>
+template <int COUNT, class X>
 struct Some {
-  const float* const* rows;  // inputs, from the first that the first token's taps reach
-  const float* dy[COUNT];
-  const float* added[COUNT];
-  float* dx[COUNT];  // all null if not needed
+  const X* const* rows;  // inputs, from the first that the first token's taps reach
+  const X* dy[COUNT];
+  const X* added[COUNT];
+  X* dx[COUNT];  // all null if not needed
 };
 
 // Compute dz = dy SiLU'(z) of each token, and add its part of the gradients of weight and bias to
 // `parts` (laid out as `Conv::weights`) if not null. Compute dx from these dz and from `later`
 // [taps - 1, pitch], the dz of the taps - 1 tokens after them, which is replaced by the dz of the
 // first tokens.
-template <int TAPS, int COUNT>
-void convolve_back_some(const Conv& c, const Some<COUNT>& some, float* later, float* parts) {
+template <int TAPS, int COUNT, class X>
+void convolve_back_some(const Conv<X>& c, const Some<COUNT, X>& some, float* later, float* parts) {
   const int64_t taps = TAPS ? TAPS : c.taps;
   for (int64_t i = 0; i < c.channels; i += LANES) {
     const int64_t n = c.channels - i;
@@ -160,12 +165,12 @@ void convolve_back_some(const Conv& c, const Some<COUNT>& some, float* later, fl
   }
 }
 
-template <int TAPS, int COUNT>
-void convolve_back_at(const Conv& c, const Gradients& g, const Span& span, int64_t t, float* later,
+template <int TAPS, int COUNT, class X>
+void convolve_back_at(const Conv<X>& c, const Gradients<X>& g, const Span& span, int64_t t, float* later,
                       float* parts) {
   const int64_t before = (TAPS ? TAPS : c.taps) - 1;
-  std::vector<const float*> rows(before + COUNT);
-  Some<COUNT> some{t < 0 ? nullptr : rows.data(), {}, {}, {}};
+  std::vector<const X*> rows(before + COUNT);
+  Some<COUNT, X> some{t < 0 ? nullptr : rows.data(), {}, {}, {}};
   for (int64_t j = 0; j < before + COUNT && t >= 0; j++)
     rows[j] = c.input(span.segment, span.first, t - before + j);
   for (int64_t k = 0; k < COUNT; k++) {
@@ -181,8 +186,8 @@ void convolve_back_at(const Conv& c, const Gradients& g, const Span& span, int64
   convolve_back_some<TAPS, COUNT>(c, some, later, t >= 0 && t < span.end ? parts : nullptr);
 }
 
-template <int TAPS>
-void convolve_back(const Conv& c, const Gradients& g, const Span& span, float* parts) {
+template <int TAPS, class X>
+void convolve_back(const Conv<X>& c, const Gradients<X>& g, const Span& span, float* parts) {
   const int64_t before = (TAPS ? TAPS : c.taps) - 1;
   std::vector<float> later(before * c.pitch);  // zero after the segment
   int64_t t = smaller(span.end + before, span.length);
@@ -196,7 +201,8 @@ void convolve_back(const Conv& c, const Gradients& g, const Span& span, float* p
 }
 
 // Sum the parts [taps + 1, pitch] of all spans in order, to dw [channels, taps] and db [channels].
-void add_parts(const Conv& c, const float* parts, int64_t spans, float* dw, float* db) {
+template <class X>
+void add_parts(const Conv<X>& c, const float* parts, int64_t spans, float* dw, float* db) {
   const int64_t size = (c.taps + 1) * c.pitch;
   std::vector<float> total(parts, parts + size);
   for (int64_t k = 1; k < spans; k++)
@@ -205,37 +211,36 @@ void add_parts(const Conv& c, const float* parts, int64_t spans, float* dw, floa
   transpose(total.data(), c.pitch, c.taps, c.channels, dw, c.taps);
   if (db) memcpy(db, &total[c.taps * c.pitch], 4 * c.channels);
 }
-}  // namespace
-
-extern "C" {
 
 // y [tokens, channels] and new_conv_states [segments, taps - 1, channels]; bias may be null.
-void conv_forward(const float* x, const float* weight, const float* bias, const float* conv_states,
-                  const int64_t* bounds, float* y, float* new_conv_states, int64_t segments, int64_t taps,
-                  int64_t channels, int64_t ldx, int64_t threads) {
-  const Conv c(x, weight, bias, conv_states, taps, channels, ldx);
+template <class X>
+void forward(const X* x, const float* weight, const float* bias, const X* conv_states,
+             const int64_t* bounds, X* y, X* new_conv_states, int64_t segments, int64_t taps,
+             int64_t channels, int64_t ldx, int64_t threads) {
+  const Conv<X> c(x, weight, bias, conv_states, taps, channels, ldx);
   const std::vector<Span> spans = spans_of(bounds, segments, SPAN);
-  const auto run = taps == 4 ? convolve<4> : convolve<0>;
+  const auto run = taps == 4 ? convolve<4, X> : convolve<0, X>;
   parallel_region(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
     for (int64_t i; (i = team.next()) < (int64_t)spans.size();) run(c, spans[i], y);
   });
   for (int64_t s = 0; s < segments; s++)
     for (int64_t r = 0; r < taps - 1; r++)
       memcpy(new_conv_states + (s * (taps - 1) + r) * channels,
-             c.input(s, bounds[s], bounds[s + 1] - bounds[s] - (taps - 1) + r), 4 * channels);
+             c.input(s, bounds[s], bounds[s + 1] - bounds[s] - (taps - 1) + r), sizeof(X) * channels);
 }
 
 // Gradients from those of y and of the new states (which may be null): dx [tokens, channels],
 // dw [channels, taps], db [channels], d_conv_states [segments, taps - 1, channels]. dx, db and
 // d_conv_states may be null.
-void conv_backward(const float* x, const float* weight, const float* bias, const float* conv_states,
-                   const int64_t* bounds, const float* dy, const float* d_new_conv_states, float* dx,
-                   float* dw, float* db, float* d_conv_states, int64_t segments, int64_t taps,
-                   int64_t channels, int64_t ldx, int64_t lddy, int64_t threads) {
-  const Conv c(x, weight, bias, conv_states, taps, channels, ldx);
-  const Gradients g{dy, d_new_conv_states, lddy, dx, d_conv_states};
+template <class X>
+void backward(const X* x, const float* weight, const float* bias, const X* conv_states,
+              const int64_t* bounds, const X* dy, const X* d_new_conv_states, X* dx, float* dw,
+              float* db, X* d_conv_states, int64_t segments, int64_t taps, int64_t channels,
+              int64_t ldx, int64_t lddy, int64_t threads) {
+  const Conv<X> c(x, weight, bias, conv_states, taps, channels, ldx);
+  const Gradients<X> g{dy, d_new_conv_states, lddy, dx, d_conv_states};
   const std::vector<Span> spans = spans_of(bounds, segments, SPAN_BACK);
-  const auto run = taps == 4 ? convolve_back<4> : convolve_back<0>;
+  const auto run = taps == 4 ? convolve_back<4, X> : convolve_back<0, X>;
   const int64_t size = (taps + 1) * c.pitch;
   const std::unique_ptr<float[]> parts(new float[spans.size() * size]);
   parallel_region(bounds[segments] * channels > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
@@ -246,4 +251,25 @@ void conv_backward(const float* x, const float* weight, const float* bias, const
   });
   add_parts(c, parts.get(), spans.size(), dw, db);
 }
+}  // namespace
+
+#define CONV(X)                                                                                   \
+  void conv_forward_##X(const X* x, const float* weight, const float* bias, const X* conv_states, \
+                        const int64_t* bounds, X* y, X* new_conv_states, int64_t segments,        \
+                        int64_t taps, int64_t channels, int64_t ldx, int64_t threads) {           \
+    forward(x, weight, bias, conv_states, bounds, y, new_conv_states, segments, taps, channels,   \
+            ldx, threads);                                                                        \
+  }                                                                                               \
+  void conv_backward_##X(const X* x, const float* weight, const float* bias,                      \
+                         const X* conv_states, const int64_t* bounds, const X* dy,                \
+                         const X* d_new_conv_states, X* dx, float* dw, float* db,                 \
+                         X* d_conv_states, int64_t segments, int64_t taps, int64_t channels,      \
+                         int64_t ldx, int64_t lddy, int64_t threads) {                            \
+    backward(x, weight, bias, conv_states, bounds, dy, d_new_conv_states, dx, dw, db,             \
+             d_conv_states, segments, taps, channels, ldx, lddy, threads);                        \
+  }
+typedef float float32;
+extern "C" {
+CONV(float32)
+CONV(bfloat16)
 }

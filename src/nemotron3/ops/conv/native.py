@@ -11,20 +11,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.native import NativeFunction
+from nemotron3.ops.native import FLOATS, NativeFunction, name_of
 from nemotron3.ops.segments import Segments
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = NativeFunction(_SOURCE, "conv_forward", "ppppppp iiii")
-_backward = NativeFunction(_SOURCE, "conv_backward", "ppppppppppp iiiii")
+_forward = {
+    dtype: NativeFunction(_SOURCE, f"conv_forward_{name_of(dtype)}", "ppppppp iiii")
+    for dtype in FLOATS
+}
+_backward = {
+    dtype: NativeFunction(_SOURCE, f"conv_backward_{name_of(dtype)}", "ppppppppppp iiiii")
+    for dtype in FLOATS
+}
 
 
 def causal_conv_native(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments, conv_states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Convolve all segments; shapes as in `nemotron3.ops.conv.api.causal_conv`."""
-    x, weight, conv_states = contiguous_rows(x), weight.contiguous(), conv_states.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, weight, conv_states = (
+        contiguous_rows(x),
+        weight.float().contiguous(),
+        conv_states.contiguous(),
+    )
+    bias = None if bias is None else bias.float().contiguous()
     learns = any(t is not None and t.requires_grad for t in (x, weight, bias, conv_states))
     if torch.is_grad_enabled() and learns:
         return _Convolution.apply(x, weight, bias, conv_states, segments)
@@ -38,7 +48,7 @@ def _convolve(
     y, new_conv_states = x.new_empty(x.shape), torch.empty_like(conv_states)
     bounds = segments.cu_seqlens(x.device)
     sizes = (len(segments), taps, channels, x.stride(0))
-    _forward(x, weight, bias, conv_states, bounds, y, new_conv_states, *sizes)
+    _forward[x.dtype](x, weight, bias, conv_states, bounds, y, new_conv_states, *sizes)
     return y, new_conv_states
 
 
@@ -73,7 +83,7 @@ class _Convolution(torch.autograd.Function):
         d_conv_states = torch.empty_like(conv_states) if needs_conv_states else None
         channels, taps = weight.shape
         sizes = (len(segments), taps, channels, x.stride(0), grad.stride(0))
-        _backward(
+        _backward[x.dtype](
             x, weight, bias, conv_states, segments.cu_seqlens(x.device), grad, d_new_conv_states,
             dx, d_weight, d_bias, d_conv_states, *sizes,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nemotron3.ops import native
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_indices, check_operand, check_positive
 from nemotron3.ops.cross_entropy.reference import (
@@ -24,7 +25,9 @@ from nemotron3.ops.weights import Weight, dequantized
 _LOSSES = {
     "reference": linear_cross_entropy_reference,
     "torch": linear_cross_entropy_torch,
-    "native": Kernel("nemotron3.ops.cross_entropy.native", "linear_cross_entropy_native"),
+    "native": Kernel(
+        "nemotron3.ops.cross_entropy.native", "linear_cross_entropy_native", native.FLOATS
+    ),
     "triton": Kernel("nemotron3.ops.cross_entropy.triton", "linear_cross_entropy_triton"),
 }
 
@@ -32,7 +35,7 @@ _LOSSES = {
 _LOGPROBS = {
     "reference": token_logprobs_reference,
     "torch": token_logprobs_chunked,
-    "native": Kernel("nemotron3.ops.cross_entropy.native", "token_logprobs_native"),
+    "native": Kernel("nemotron3.ops.cross_entropy.native", "token_logprobs_native", native.FLOATS),
     "triton": Kernel("nemotron3.ops.cross_entropy.triton", "token_logprobs_triton"),
 }
 

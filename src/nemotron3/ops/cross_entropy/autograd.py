@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron3.ops.weights import is_read_wide
+
 
 class Scored(NamedTuple):
     """Losses and gradients that a backend computes from the logits."""
@@ -45,8 +47,11 @@ class Request(NamedTuple):
 
 
 Score = Callable[[Tensor, Tensor, Tensor, Request], Scored]
-"""Takes `hidden` [tokens, d], `weight` [vocab, d] of the same dtype, and what each token is
-compared with: `targets` [tokens], or what a distribution over the vocabulary is computed from."""
+"""Takes `hidden` [tokens, d], `weight` [vocab, d] and what each token is compared with: `targets`
+[tokens], or what a distribution over the vocabulary is computed from.
+
+The weight has the dtype of `hidden`, or is float32 beside bfloat16 where products read it so.
+"""
 
 
 def fused_cross_entropy(
@@ -94,7 +99,7 @@ class _CrossEntropy(torch.autograd.Function):
         _, needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         weights = token_weights if needs_hidden or needs_weight else None
         request = Request(weights, needs_hidden, needs_weight, 1.0, max_logits)
-        scored = score(hidden, weight.to(hidden.dtype), targets, request)
+        scored = score(hidden, _operand(weight, hidden), targets, request)
         ctx.save_for_backward(scored.d_hidden, scored.d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(scored.losses, scored.correct)
@@ -125,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.score, ctx.scale, ctx.max_logits = score, scale, max_logits
         request = Request(None, False, False, scale, max_logits)
-        return -score(hidden, weight.to(hidden.dtype), targets, request).losses
+        return -score(hidden, _operand(weight, hidden), targets, request).losses
 
     @staticmethod
     @once_differentiable
@@ -133,8 +138,12 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         _, needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         request = Request(-grad * ctx.scale, needs_hidden, needs_weight, ctx.scale, ctx.max_logits)
-        scored = ctx.score(hidden, weight.to(hidden.dtype), targets, request)
+        scored = ctx.score(hidden, _operand(weight, hidden), targets, request)
         return None, scored.d_hidden, _in_dtype(scored.d_weight, weight.dtype), None, None, None
+
+
+def _operand(weight: Tensor, hidden: Tensor) -> Tensor:
+    return weight if is_read_wide(weight, hidden) else weight.to(hidden.dtype)
 
 
 def _in_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,5 +1,5 @@
 // The softmax of cross-entropy: from rows of logits to losses and, in place, to gradients.
-#include "simd.h"
+#include "bfloat16.h"
 #include "team.h"
 
 namespace {
@@ -49,9 +49,10 @@ float exponentials(float* row, int64_t n, float shift) {
   return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Loss of one row, which is overwritten.
-void loss_of_row(float* row, int64_t target, const float* weight, int64_t n, float* loss,
-                 uint8_t* correct) {
+// Loss of one row, which is overwritten. Its gradient may be of another type, in other memory.
+template <class G>
+void loss_of_row(float* row, int64_t target, const float* weight, int64_t n, G* gradient,
+                 float* loss, uint8_t* correct) {
   const float at_target = row[target];
   const Largest best = largest(row, n);
   const float total = exponentials(row, n, best.value);
@@ -60,23 +61,30 @@ void loss_of_row(float* row, int64_t target, const float* weight, int64_t n, flo
   if (!weight) return;
   const float scale = *weight / total;
   int64_t j = 0;
-  for (; j + LANES <= n; j += LANES) store(row + j, load(row + j) * scale);
-  for (; j < n; j++) row[j] *= scale;
-  row[target] -= *weight;
+  const float at_target_now = row[target] * scale - *weight;
+  for (; j + LANES <= n; j += LANES) store(gradient + j, load(row + j) * scale);
+  for (; j < n; j++) put(gradient + j, row[j] * scale);
+  put(gradient + target, at_target_now);
 }
 }  // namespace
 
 extern "C" {
 
 // losses [rows] and correct [rows] (bytes) of logits [rows, n] against targets. The logits are
-// overwritten: with weight * (softmax - one_hot(target)) where `weights` is given.
+// overwritten. Where `weights` is given, weight * (softmax - one_hot(target)) is written in their
+// place, or to `narrow` [rows, n] if that is not null.
 void cross_entropy_rows(float* logits, const int64_t* targets, const float* weights, float* losses,
-                        uint8_t* correct, int64_t rows, int64_t n, int64_t threads) {
+                        uint8_t* correct, bfloat16* narrow, int64_t rows, int64_t n,
+                        int64_t threads) {
   parallel_region(threads, [&](Team& team) {
     const Range part = team.share(rows);
-    for (int64_t r = part.first; r < part.last; r++)
-      loss_of_row(logits + r * n, targets[r], weights ? weights + r : nullptr, n, losses + r,
-                  correct + r);
+    for (int64_t r = part.first; r < part.last; r++) {
+      float* row = logits + r * n;
+      const float* weight = weights ? weights + r : nullptr;
+      if (narrow)
+        loss_of_row(row, targets[r], weight, n, narrow + r * n, losses + r, correct + r);
+      else loss_of_row(row, targets[r], weight, n, row, losses + r, correct + r);
+    }
   });
 }
 }

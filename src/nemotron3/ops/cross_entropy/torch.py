@@ -28,6 +28,7 @@ are turned into gradients."""
 
 def _score(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) -> Scored:
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight = weight.to(hidden.dtype)
     d_hidden = torch.empty_like(hidden) if request.wants_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if request.wants_weight else None
     losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -62,6 +63,7 @@ def _score_divergence(
     teacher_weight: Tensor, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, request: Request
 ) -> Scored:
     """The targets are distributions: those of the teacher's hidden states."""
+    weight = weight.to(hidden.dtype)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     d_hidden = torch.empty_like(hidden) if request.wants_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if request.wants_weight else None

@@ -44,6 +44,7 @@ _ENTRIES_PER_WARP = 256
 
 def _score(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) -> Scored:
     require_kernel_dtypes("cross_entropy", hidden, weight)
+    weight = weight.to(hidden.dtype)
     (tokens, _), vocab = hidden.shape, len(weight)
     given = request.token_weights
     has_weights = given is not None

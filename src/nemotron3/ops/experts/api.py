@@ -1,10 +1,12 @@
 """The entry points of the routed experts and their activations."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron3.errors import OperandError
-from nemotron3.ops.backends import Backend, Implementations, Kernel, resolve
+from nemotron3.ops import native
+from nemotron3.ops.backends import Backend, Implementations, Kernel, choose, load, resolve
 from nemotron3.ops.checks import (
     check_axes,
     check_divides,
@@ -32,6 +34,8 @@ _NARROW = {
     "triton": dequantized.routed_experts_narrow_triton,
 }
 """Of float32 with bfloat16 matrices."""
+_WIDE = {**_NARROW, "native": dequantized.PLAIN["native"]}
+"""Of bfloat16 with float32 matrices, which are rounded as they are read."""
 _QUANTIZED = {
     "reference": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_reference"),
     "torch": Kernel("nemotron3.ops.experts.quantized", "routed_experts_quantized_torch"),
@@ -43,7 +47,7 @@ _COMPILED = {
 _ACTIVATIONS = {
     "reference": activations.activate,
     "torch": activations.activate,
-    "native": Kernel("nemotron3.ops.experts.native", "activate_native"),
+    "native": Kernel("nemotron3.ops.experts.native", "activate_native", native.FLOATS),
 }
 
 
@@ -72,9 +76,11 @@ def routed_experts(
     """Weighted sum of each token's chosen experts, `down act(up x)`.
 
     `up` is [expert, up_width, d_in] and `down` [expert, d_in, width]; both are quantized in one
-    format, with or without a low-rank change, or both have the dtype of `x`, beside float32 also
-    bfloat16. With `swiglu`, `up` holds the gate's rows and then the value's, so `up_width` is twice
-    `width`. `weights` is cast to the dtype of `x`. An expert may be chosen by no token. With
+    format, with or without a low-rank change, or both have the dtype of `x`. Beside float32 they
+    may also be bfloat16, and beside bfloat16 float32: they are cast, and gradients are not. With
+    `swiglu`, `up` holds the gate's rows and then the value's, so `up_width` is twice
+    `width`. `weights` is cast to the dtype of `x`, or stays float32 beside bfloat16 where compiled
+    code reads it. An expert may be chosen by no token. With
     `quantization` the operands of all products are rounded (ops/low_precision), of tensors as
     weights. Raises OperandError for operands that do not fit and, on the CPU, OperandIndexError for
     an expert out of range.
@@ -91,7 +97,6 @@ def routed_experts(
     check_operand("experts", "weights", weights, shape, x, same_dtype=False)
     check_positive("experts", choices=shape[1])
     indices = check_indices("experts", "indices", indices, shape, x, (0, experts))
-    weights = weights.to(x.dtype)
     if not tokens:
         return without_tokens(x, weights, *_trained(up), *_trained(down))
     if quantization is not None:
@@ -100,12 +105,12 @@ def routed_experts(
         is_compiled = formats.is_compiled and not (d_in % BLOCK or width % BLOCK)
         implementations = _COMPILED if is_compiled else _QUANTIZED
         return resolve("quantized experts", backend, implementations, x)(
-            x, indices, weights, up, down, activation, quantization
+            x, indices, weights.to(x.dtype), up, down, activation, quantization
         )
     implementations = _implementations(x, weights, up, down)
-    return resolve("experts", backend, implementations, x)(
-        x, indices, weights, up, down, activation
-    )
+    chosen = choose("experts", backend, implementations, x)
+    weights = weights.to(torch.float32 if chosen == "native" else x.dtype)
+    return load(implementations, chosen)(x, indices, weights, up, down, activation)
 
 
 def _trained(weight: Weight | LowRankWeight) -> tuple[Tensor, ...]:
@@ -127,7 +132,9 @@ def _implementations(
     x: Tensor, weights: Tensor, up: Weight | LowRankWeight, down: Weight | LowRankWeight
 ) -> Implementations:
     if isinstance(up, Tensor) and isinstance(down, Tensor):
-        return dequantized.PLAIN if up.dtype == down.dtype == x.dtype else _NARROW
+        if up.dtype == down.dtype == x.dtype:
+            return dequantized.PLAIN
+        return _NARROW if x.dtype == torch.float32 else _WIDE
     if not isinstance(up, Tensor) and not isinstance(down, Tensor) and up.format == down.format:
         if (rounds := _rounds(up)) != _rounds(down):
             raise OperandError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron3.ops import native
 from nemotron3.ops.backends import Backend, Implementations, Kernel, load
 from nemotron3.ops.experts.activations import Activation
 from nemotron3.ops.experts.by_expert import FrozenWeight, routed_experts_by_expert
@@ -20,7 +21,7 @@ from nemotron3.ops.experts.torch import routed_experts_torch
 PLAIN: Implementations = {
     "reference": routed_experts_reference,
     "torch": routed_experts_torch,
-    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native"),
+    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_native", native.FLOATS),
     "triton": Kernel("nemotron3.ops.experts.triton", "routed_experts_triton"),
 }
 """Those with matrices in the dtype of their activations."""
@@ -40,7 +41,7 @@ def _dequantized(
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
     if by_expert is not None and is_trained:
         return routed_experts_by_expert(
-            x, indices, weights, up, down, activation, backend=by_expert
+            x, indices, weights.to(x.dtype), up, down, activation, backend=by_expert
         )
     matrices = up.dequantize(x.dtype), down.dequantize(x.dtype)
     return load(PLAIN, name)(x, indices, weights, *matrices, activation)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nemotron3.ops import native
 from nemotron3.ops.backends import Implementations, Kernel
 from nemotron3.ops.experts.by_expert import FrozenWeight, routed_experts_by_expert
 from nemotron3.ops.experts.dequantized import (
@@ -26,7 +27,9 @@ _TRAINING: Implementations = {
 _INFERENCE: Implementations = {**_TRAINING, "triton": routed_experts_dequantized_triton}
 _COMPILED: Implementations = {
     **_INFERENCE,
-    "native": Kernel("nemotron3.ops.experts.native", "routed_experts_low_rank_native"),
+    "native": Kernel(
+        "nemotron3.ops.experts.native", "routed_experts_low_rank_native", native.FLOATS
+    ),
 }
 
 

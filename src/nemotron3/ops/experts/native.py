@@ -15,24 +15,38 @@ from torch import Tensor
 
 from nemotron3.ops.experts.activations import Activation, up_factor
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.native import FLOATS, NativeFunction, ParallelKernel, name_of
 from nemotron3.ops.weights import ExpertMatrices, LowRankWeight, QuantizedWeight, Weight
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _order = ParallelKernel(_SOURCE, "experts_order", "pppp ii")
 _forward = {
     name: ParallelKernel(_SOURCE, f"experts_forward_{name}", "pp pp ppp pppp pppp iiiiiii ii ff")
-    for name in ("float32", "bfloat16", "int8", "fp8", "nvfp4", "int8_int8", "nvfp4_int8")
+    for name in (
+        *("float32", "bfloat16", "int8", "fp8", "nvfp4", "int8_int8", "nvfp4_int8"),
+        *("of_bfloat16_float32", "of_bfloat16_bfloat16"),
+    )
 }
 """The kernels that multiply with matrices as they are stored, each where a table says; the second
-name is what activations are rounded to."""
+name is what activations are rounded to.
+
+Those whose names begin with `of_bfloat16` take activations in bfloat16.
+"""
 _backward = {
     name: ParallelKernel(_SOURCE, f"experts_backward_{name}", "pp pp ppp pp ppppp iiiiiiii")
-    for name in ("float32", "int8", "fp8", "nvfp4")
+    for name in (
+        *("float32", "int8", "fp8", "nvfp4"),
+        *("of_bfloat16_float32", "of_bfloat16_bfloat16"),
+    )
 }
-_PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_activate = ParallelKernel(_SOURCE, "activate_forward", "pp iii")
-_activate_backward = NativeFunction(_SOURCE, "activate_backward_rows", "ppp iii")
+_activate = {
+    dtype: ParallelKernel(_SOURCE, f"activate_forward_{name_of(dtype)}", "pp iii")
+    for dtype in FLOATS
+}
+_activate_backward = {
+    dtype: NativeFunction(_SOURCE, f"activate_backward_{name_of(dtype)}", "ppp iii")
+    for dtype in FLOATS
+}
 _ACTIVATIONS = {"relu2": 0, "swiglu": 1}
 
 _FEW_ROWS = 12
@@ -50,7 +64,13 @@ Order = tuple[Tensor, Tensor, Tensor]
 def routed_experts_native(
     x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
-    """Apply all experts; shapes as in `nemotron3.ops.experts.api.routed_experts`."""
+    """Apply all experts; shapes as in `nemotron3.ops.experts.api.routed_experts`.
+
+    Activations and matrices are float32 or bfloat16, and matrices beside bfloat16 are rounded to it
+    as they are read. The router's weights are float32.
+    """
+    if x.dtype == torch.float32 or up.dtype != down.dtype:
+        up, down = up.to(x.dtype), down.to(x.dtype)
     return _routed(x, indices, weights, up.contiguous(), down.contiguous(), activation)
 
 
@@ -72,7 +92,13 @@ def routed_experts_quantized_native(
     down: QuantizedWeight,
     activation: Activation,
 ) -> Tensor:
-    """The same for codes, of which a tile is decoded at a time in both directions."""
+    """The same for codes, of which a tile is decoded at a time in both directions.
+
+    The products are those of float32; x may be bfloat16.
+    """
+    if x.dtype == torch.bfloat16:
+        y = routed_experts_quantized_native(x.float(), indices, weights, up, down, activation)
+        return y.to(x.dtype)
     return _routed(x, indices, weights, up, down, activation)
 
 
@@ -85,8 +111,11 @@ def routed_experts_low_rank_native(
     activation: Activation,
 ) -> Tensor:
     """The same with a low-rank change of either matrix or both; it has no gradients."""
+    if x.dtype == torch.bfloat16:
+        y = routed_experts_low_rank_native(x.float(), indices, weights, up, down, activation)
+        return y.to(x.dtype)
     (own_up, up_change), (own_down, down_change) = map(_base_and_change, (up, down))
-    operands = (contiguous_rows(x), weights.contiguous(), own_up, own_down)
+    operands = (contiguous_rows(x), weights.float().contiguous(), own_up, own_down)
     order = order_rows(indices.contiguous(), up.shape[0])
     return _apply(operands, order, activation, changes=(up_change, down_change))
 
@@ -101,7 +130,7 @@ def _base_and_change(weight: QuantizedWeight | LowRankWeight) -> tuple[Quantized
 def _routed(
     x: Tensor, indices: Tensor, weights: Tensor, up: Weight, down: Weight, activation: Activation
 ) -> Tensor:
-    operands = (contiguous_rows(x), weights.contiguous(), up, down)
+    operands = (contiguous_rows(x), weights.float().contiguous(), up, down)
     order = order_rows(indices.contiguous(), up.shape[0])
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands):
         return _RoutedExperts.apply(*operands, order, activation)
@@ -139,7 +168,7 @@ def _apply(
     work = weights.numel() * up.shape[1] * up.shape[2]
     up_table, down_table = _table(up), _table(down)
     (up_A, up_B, up_rank, up_scale), (down_A, down_B, down_rank, down_scale) = changes
-    _forward[_format(up)](
+    _forward[_kernel(x, up)](
         x, weights, up_table.places, down_table.places, *order, units, kept, outputs, y,
         up_A, up_B, down_A, down_B, *sizes, x.stride(0), up_rank, down_rank, up_scale, down_scale,
         work=work, keeps=(*up_table.tensors, *down_table.tensors),
@@ -147,10 +176,13 @@ def _apply(
     return y
 
 
-def _format(weight: Weight) -> str:
-    if isinstance(weight, Tensor):
-        return _PLAIN[weight.dtype]
-    return weight.format if weight.activations is None else f"{weight.format}_{weight.activations}"
+def _kernel(x: Tensor, weight: Weight) -> str:
+    """The name of the kernels for these activations and matrices."""
+    if isinstance(weight, QuantizedWeight):
+        rounded = weight.activations
+        return weight.format if rounded is None else f"{weight.format}_{rounded}"
+    name = name_of(weight.dtype)
+    return f"of_bfloat16_{name}" if x.dtype == torch.bfloat16 else name
 
 
 class _Table(NamedTuple):
@@ -207,14 +239,17 @@ class _RoutedExperts(torch.autograd.Function):
         rows = x.new_empty(weights.numel(), x.shape[1]) if needs_x else None
         dx = x.new_empty(x.shape) if needs_x else None
         d_weights = torch.empty_like(weights)
-        d_up = torch.empty_like(up) if needs_up else None
-        d_down = torch.empty_like(down) if needs_down else None
+        d_up = torch.empty_like(up, dtype=torch.float32) if needs_up else None
+        d_down = torch.empty_like(down, dtype=torch.float32) if needs_down else None
         up_table, down_table = _table(up), _table(down)
         sizes = (*sizes_of(weights, down, ctx.activation), x.stride(0), grad.stride(0))
-        _backward[_format(up)](
+        _backward[_kernel(x, up)](
             x, weights, up_table.places, down_table.places, *order, kept, grad, rows, dx,
             d_weights, d_up, d_down, *sizes, work=weights.numel() * up.shape[1] * up.shape[2],
         )  # fmt: skip
+        d_up, d_down = (
+            None if d is None else d.to(t.dtype) for d, t in ((d_up, up), (d_down, down))
+        )
         return dx, d_weights, d_up, d_down, None, None
 
 
@@ -230,7 +265,7 @@ def _hidden_units(h: Tensor, activation: Activation) -> Tensor:
     hidden = h.shape[-1] // up_factor(activation)
     a = h.new_empty(*h.shape[:-1], hidden)
     rows = a.numel() // hidden
-    _activate(h, a, rows, hidden, _ACTIVATIONS[activation], work=a.numel())
+    _activate[h.dtype](h, a, rows, hidden, _ACTIVATIONS[activation], work=a.numel())
     return a
 
 
@@ -249,5 +284,5 @@ class _Activate(torch.autograd.Function):
         grad, dh = grad.contiguous(), torch.empty_like(kept)
         hidden = grad.shape[-1]
         rows = grad.numel() // hidden
-        _activate_backward(kept, grad, dh, rows, hidden, _ACTIVATIONS[ctx.activation])
+        _activate_backward[kept.dtype](kept, grad, dh, rows, hidden, _ACTIVATIONS[ctx.activation])
         return dh, None

@@ -6,6 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nemotron3.errors import OperandError
+from nemotron3.ops import native
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_device, check_indices, check_pool, check_shape
 from nemotron3.ops.gather.reference import copy_rows_reference
@@ -13,7 +14,7 @@ from nemotron3.ops.gather.reference import copy_rows_reference
 _ROUTES = {
     "reference": copy_rows_reference,
     "torch": copy_rows_reference,
-    "native": Kernel("nemotron3.ops.gather.native", "copy_rows_native"),
+    "native": Kernel("nemotron3.ops.gather.native", "copy_rows_native", native.FLOATS),
 }
 
 

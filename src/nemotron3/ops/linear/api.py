@@ -9,17 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron3.errors import OperandError
-from nemotron3.ops.backends import Backend, Implementations, Kernel, resolve
+from nemotron3.ops import native
+from nemotron3.ops.backends import Backend, Implementations, Kernel, load, resolve
 from nemotron3.ops.checks import check_axes, check_shape, check_weight
 from nemotron3.ops.linear.reference import linear_reference
 from nemotron3.ops.low_precision import ProductQuantization
-from nemotron3.ops.weights import QuantizedWeight, Weight
+from nemotron3.ops.weights import QuantizedWeight, Weight, is_narrow
 from nemotron3.ops.weights.integer import linear_products, refuse_gradients
 
 _PRODUCTS = {
     "reference": linear_reference,
     "torch": F.linear,
-    "native": Kernel("nemotron3.ops.linear.native", "linear_native"),
+    "native": Kernel("nemotron3.ops.linear.native", "linear_native", native.FLOATS),
 }
 
 
@@ -35,12 +36,18 @@ _NARROW = {
     "native": Kernel("nemotron3.ops.linear.native", "linear_narrow_native"),
 }
 """Products of float32 with a bfloat16 weight."""
+_WIDE = {**_NARROW, "native": _PRODUCTS["native"]}
+"""Products of bfloat16 with a float32 weight, which is rounded as it is read."""
 
 
 _PRODUCTS_IN_PARTS = {
     "reference": partial(_in_parts, linear_reference),
     "torch": partial(_in_parts, F.linear),
-    "native": Kernel("nemotron3.ops.linear.native", "linear_parts_native"),
+    "native": Kernel("nemotron3.ops.linear.native", "linear_parts_native", native.FLOATS),
+}
+_WIDE_IN_PARTS = {
+    **{name: partial(_in_parts, load(_WIDE, name)) for name in ("reference", "torch")},
+    "native": _PRODUCTS_IN_PARTS["native"],
 }
 
 
@@ -60,7 +67,8 @@ def linear(
 ) -> Float[Tensor, "*batch d_out"]:
     """x W^T for a weight [d_out, d_in], which is quantized or has the dtype of `x`.
 
-    Beside a float32 `x` a weight may be bfloat16.
+    Beside a float32 `x` a weight may be bfloat16, which is widened. Beside a bfloat16 `x` it may be
+    float32: it is rounded for the product, and its gradient is not.
 
     With `quantization` the operands of the product and of its gradients are rounded
     (ops/low_precision); the weight is then a tensor.
@@ -88,15 +96,18 @@ def linear_parts(
         )
     if quantization is not None:
         return _quantized(x, weight, sizes, quantization, backend)
-    if isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype:
+    if isinstance(weight, QuantizedWeight) or is_narrow(weight, x):
         return _in_parts(resolve("linear", backend, _products(x, weight), x), x, weight, sizes)
-    return resolve("linear", backend, _PRODUCTS_IN_PARTS, x)(x, weight, sizes)
+    parts = _PRODUCTS_IN_PARTS if weight.dtype == x.dtype else _WIDE_IN_PARTS
+    return resolve("linear", backend, parts, x)(x, weight, sizes)
 
 
 def _products(x: Tensor, weight: Weight) -> Implementations:
     if isinstance(weight, QuantizedWeight):
         return linear_products(weight)
-    return _PRODUCTS if weight.dtype == x.dtype else _NARROW
+    if weight.dtype == x.dtype:
+        return _PRODUCTS
+    return _NARROW if is_narrow(weight, x) else _WIDE
 
 
 def _quantized(

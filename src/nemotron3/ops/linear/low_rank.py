@@ -7,6 +7,7 @@ each row. So training keeps no matrix for the backward pass, and has gradients o
 import torch
 from torch import Tensor
 
+from nemotron3.ops import native
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_operand, check_shape, check_weight
 from nemotron3.ops.linear.api import linear
@@ -54,5 +55,5 @@ def _apart(x: Tensor, weight: LowRankWeight) -> Tensor:
 _PRODUCTS = {"reference": _reference, "torch": _apart, "native": _apart}
 _COMPILED = {
     **_PRODUCTS,
-    "native": Kernel("nemotron3.ops.linear.native", "linear_low_rank_native"),
+    "native": Kernel("nemotron3.ops.linear.native", "linear_low_rank_native", native.FLOATS),
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.native import NativeFunction, ParallelKernel, name_of
 from nemotron3.ops.weights import (
     FP8Weight,
     Int8Weight,
@@ -19,8 +19,19 @@ from nemotron3.ops.weights import (
 )
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = ParallelKernel(_SOURCE, "linear_forward", "ppp iiii")
-_forward_narrow = ParallelKernel(_SOURCE, "linear_forward_bfloat16", "ppp iiii")
+_FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16
+_forward = {
+    dtypes: ParallelKernel(_SOURCE, f"linear_forward_{name_of(*dtypes)}", "ppp iiii")
+    for dtypes in (
+        (_FLOAT32, _FLOAT32, _FLOAT32),
+        (_FLOAT32, _BFLOAT16, _FLOAT32),
+        (_BFLOAT16, _BFLOAT16, _BFLOAT16),
+        (_BFLOAT16, _BFLOAT16, _FLOAT32),
+        (_BFLOAT16, _FLOAT32, _BFLOAT16),
+        (_BFLOAT16, _FLOAT32, _FLOAT32),
+    )
+}
+"""The kernels of plain weights, by the dtypes of x, weight and result."""
 _forward_quantized: dict[tuple[str, str | None], ParallelKernel] = {
     ("int8", None): ParallelKernel(_SOURCE, "linear_forward_int8", "pppp iiii"),
     ("fp8", None): ParallelKernel(_SOURCE, "linear_forward_fp8", "pppp iiii"),
@@ -30,13 +41,20 @@ _forward_quantized: dict[tuple[str, str | None], ParallelKernel] = {
 }
 """Kernels that read a matrix without dequantizing it, by formats of weight and activations."""
 _low_rank = ParallelKernel(_SOURCE, "linear_low_rank", "ppppp iiiii f")
-_backward_input = NativeFunction(_SOURCE, "linear_backward_input", "ppp iii")
+_backward_input = {
+    dtypes: NativeFunction(_SOURCE, f"linear_backward_input_{name_of(*dtypes)}", "ppp iii")
+    for dtypes in ((_FLOAT32, _FLOAT32), (_BFLOAT16, _BFLOAT16), (_BFLOAT16, _FLOAT32))
+}
+"""By the dtypes of the gradient and of the weight."""
 _backward_input_quantized: dict[type[QuantizedWeight], NativeFunction] = {
     Int8Weight: NativeFunction(_SOURCE, "linear_backward_input_int8", "pppp iii"),
     FP8Weight: NativeFunction(_SOURCE, "linear_backward_input_fp8", "pppp iii"),
     NVFP4Weight: NativeFunction(_SOURCE, "linear_backward_input_nvfp4", "ppppp iii"),
 }
-_backward_weight = NativeFunction(_SOURCE, "linear_backward_weight", "ppp iiiii")
+_backward_weight = {
+    dtype: NativeFunction(_SOURCE, f"linear_backward_weight_{name_of(dtype)}", "ppp iiiii")
+    for dtype in (_FLOAT32, _BFLOAT16)
+}
 
 
 def linear_native(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +83,12 @@ def linear_narrow_native(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_quantized_native(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """x W^T for codes and scales, which are read without dequantizing the matrix."""
+    """x W^T for codes and scales, which are read without dequantizing the matrix.
+
+    The product is that of float32; x may be bfloat16.
+    """
+    if x.dtype == _BFLOAT16:
+        return linear_quantized_native(x.to(_FLOAT32), weight).to(_BFLOAT16)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if torch.is_grad_enabled() and x.requires_grad:
         y = _QuantizedLinear.apply(rows, weight)
@@ -76,8 +99,10 @@ def linear_quantized_native(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def linear_low_rank_native(x: Tensor, weight: LowRankWeight) -> Tensor:
     """The product with codes, and that with their low-rank change added; it has no gradients."""
+    if x.dtype == _BFLOAT16:
+        return linear_low_rank_native(x.to(_FLOAT32), weight).to(_BFLOAT16)
     rows = contiguous_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-    A, B = weight.A.contiguous(), weight.B.contiguous()
+    A, B = (part.to(_FLOAT32).contiguous() for part in (weight.A, weight.B))
     y = _quantized_product(rows, weight.base)
     (outputs, inputs), rank = weight.shape, len(A)
     narrow = x.new_empty(len(rows), rank)
@@ -97,13 +122,16 @@ def _quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
-    """x [rows, d_in] W^T, for a contiguous W [d_out, d_in]; written to `into` if given."""
+    """x [rows, d_in] W^T, for a contiguous W [d_out, d_in]; written to `into` if given.
+
+    Beside a bfloat16 x a float32 W is rounded as it is read, and `into` may be float32.
+    """
     x = contiguous_rows(x)
     outputs, inputs = weight.shape
     y = x.new_empty(x.shape[0], outputs) if into is None else into
     rows = x.shape[0]
     work = rows * outputs * inputs
-    forward = _forward if weight.dtype == x.dtype else _forward_narrow
+    forward = _forward[x.dtype, weight.dtype, y.dtype]
     forward(x, weight, y, rows, outputs, inputs, x.stride(0), work=work)
     return y
 
@@ -115,19 +143,19 @@ def input_gradient(*dy: Tensor, weight: Tensor, into: Tensor | None = None) -> T
     """
     dy = tuple(map(contiguous_rows, dy))
     rows, (outputs, inputs) = len(dy[0]), weight.shape
-    dx = weight.new_empty(rows, inputs) if into is None else into
-    _backward_input(_places(dy), weight, dx, rows, outputs, inputs)
+    dx = dy[0].new_empty(rows, inputs) if into is None else into
+    _backward_input[dx.dtype, weight.dtype](_places(dy), weight, dx, rows, outputs, inputs)
     return dx
 
 
 def weight_gradient(*dy: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """dy^T x [d_out, d_in], added to `add_to` if given; `dy` may be several tensors."""
+    """dy^T x [d_out, d_in] in float32, added to `add_to` if given; `dy` may be several tensors."""
     dy, x = tuple(map(contiguous_rows, dy)), contiguous_rows(x)
     rows, inputs = x.shape
     outputs = sum(part.shape[1] for part in dy)
-    dw = x.new_empty(outputs, inputs) if add_to is None else add_to
+    dw = x.new_empty(outputs, inputs, dtype=_FLOAT32) if add_to is None else add_to
     sizes = (rows, outputs, inputs, x.stride(0))
-    _backward_weight(_places(dy), x, dw, *sizes, int(add_to is not None))
+    _backward_weight[x.dtype](_places(dy), x, dw, *sizes, int(add_to is not None))
     return dw
 
 
@@ -147,6 +175,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         needs_input, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_input else None)
+        ctx.weight_dtype = weight.dtype
         return _split(product(x, weight), sizes)
 
     @staticmethod
@@ -154,7 +183,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = None if weight is None else input_gradient(*grads, weight=weight)
-        dw = None if x is None else weight_gradient(*grads, x=x)
+        dw = None if x is None else weight_gradient(*grads, x=x).to(ctx.weight_dtype)
         return dx, dw, None
 
 

@@ -9,20 +9,30 @@ ctypes.
 
 from nemotron3.ops.native.build import available
 from nemotron3.ops.native.calls import (
+    FLOAT32,
+    FLOATS,
+    Dtypes,
     GraphNode,
     NativeFunction,
     ParallelKernel,
     Program,
+    multiplies_bfloat16,
+    name_of,
     recording,
     supports,
 )
 
 __all__ = [
+    "FLOAT32",
+    "FLOATS",
+    "Dtypes",
     "GraphNode",
     "NativeFunction",
     "ParallelKernel",
     "Program",
     "available",
+    "multiplies_bfloat16",
+    "name_of",
     "recording",
     "supports",
 ]

@@ -4,7 +4,8 @@ The compiler is the system's (`CXX`, else c++, g++ or clang++), and the target i
 processor. Libraries are kept under ~/.cache/nemotron3 (XDG_CACHE_HOME). Their names contain a
 digest of the sources, the command, the compiler and the processor, so a library is never used after
 one of these has changed. Without a compiler, or with NEMOTRON3_NATIVE=0, `auto` takes PyTorch's
-operations.
+operations. NEMOTRON3_CXXFLAGS has further flags for the compiler, such as -mno-avx512bf16 for a
+library without these instructions; it is read once.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,12 +79,18 @@ def library(source: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+@functools.cache
+def flags() -> tuple[str, ...]:
+    """The flags of the compiler."""
+    return *FLAGS, *shlex.split(os.environ.get("NEMOTRON3_CXXFLAGS", ""))
+
+
 def _compile(compiler: str, source: Path, path: Path) -> None:
     """Compile into a temporary file and rename it: several processes may compile one source."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, f"-I{HEADERS}", "-o", str(made), str(source)]
+        command = [compiler, *flags(), f"-I{HEADERS}", "-o", str(made), str(source)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             raise BackendUnavailableError(
@@ -118,7 +126,7 @@ def _digest(source: Path, compiler: str) -> str:
     digest = hashlib.sha256()
     for path in [source, *sorted(HEADERS.glob("*.h"))]:
         digest.update(path.read_bytes())
-    digest.update(" ".join([compiler, *FLAGS]).encode())
+    digest.update(" ".join([compiler, *flags()]).encode())
     digest.update(_version(compiler).encode())
     digest.update(_processor().encode())
     return digest.hexdigest()[:16]

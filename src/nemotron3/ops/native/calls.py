@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ WORK_PER_THREAD = 3 << 19
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _WORDS = {"p": "q", "i": "q", "f": "d"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+Dtypes = tuple[torch.dtype, ...]
 
 _num_threads = torch.get_num_threads
 """Threads of a team on idle processors; team.cpp uses fewer when processors are contended."""
@@ -159,6 +162,24 @@ class Program:
         self._run(self._table, len(self._calls), min(self.num_threads, _num_threads()))
 
 
-def supports(x: Tensor) -> bool:
-    """Whether compiled functions can take a tensor like this one: float32 on the CPU."""
-    return x.dtype == torch.float32 and x.is_cpu
+FLOAT32: Dtypes = (torch.float32,)
+FLOATS: Dtypes = (torch.float32, torch.bfloat16)
+
+
+def supports(x: Tensor, dtypes: Dtypes = FLOAT32) -> bool:
+    """Whether compiled functions that take these dtypes can take a tensor like this one."""
+    return x.dtype in dtypes and x.is_cpu
+
+
+def name_of(*dtypes: torch.dtype) -> str:
+    """The ending of the name of a compiled function for operands of these dtypes."""
+    return "_".join(_NAMES[dtype] for dtype in dtypes)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 use instructions of this processor; otherwise those of float32.
+
+    Raises BackendUnavailableError without a compiler.
+    """
+    return bool(library(_PROGRAM).multiplies_bfloat16())

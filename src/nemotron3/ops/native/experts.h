@@ -1,7 +1,7 @@
 // What the kernels of routed experts share: the order of rows, their copies and sums, and the
 // activation between the two products.
 #pragma once
-#include "simd.h"
+#include "bfloat16.h"
 #include "team.h"
 
 enum Activation { RELU2, SWIGLU };
@@ -19,20 +19,23 @@ struct Order {
   int64_t* places;   // [tokens * choices]: the row of each
 };
 
-static inline void gather(const float* from, int64_t ld, const int64_t* sources, int64_t choices,
-                          int64_t rows, int64_t width, float* to, int64_t ld_to) {
+// Rows of elements E, float or bfloat16.
+template <class E>
+static inline void gather(const E* from, int64_t ld, const int64_t* sources, int64_t choices,
+                          int64_t rows, int64_t width, E* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r++)
-    memcpy(to + r * ld_to, from + sources[r] / choices * ld, 4 * width);
+    memcpy(to + r * ld_to, from + sources[r] / choices * ld, sizeof(E) * width);
 }
 
 // to[t] = sum of token t's rows in the order of its choices, for a range of columns.
-static inline void combine(const float* rows, const int64_t* places, int64_t choices, int64_t width,
-                           Range columns, int64_t t, float* to) {
+template <class E>
+static inline void combine(const E* rows, const int64_t* places, int64_t choices, int64_t width,
+                           Range columns, int64_t t, E* to) {
   for (int64_t d = columns.first; d < columns.last; d += LANES) {
     const int64_t n = columns.last - d < LANES ? columns.last - d : LANES;
     vec total{};
     for (int64_t i = 0; i < choices; i++) {
-      const float* row = rows + places[t * choices + i] * width + d;
+      const E* row = rows + places[t * choices + i] * width + d;
       total += n == LANES ? load(row) : load_part(row, n);
     }
     if (n == LANES) store(to + t * width + d, total);
@@ -42,8 +45,9 @@ static inline void combine(const float* rows, const int64_t* places, int64_t cho
 
 // a [units] = act(h) * weight. `a` may be `h`; with SwiGLU the values are `hidden` elements after
 // the gates.
-INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t activation,
-                     float weight, float* a) {
+template <class E>
+INLINE void activate(const E* h, int64_t units, int64_t hidden, int64_t activation, float weight,
+                     E* a) {
   for (int64_t j = 0; j < units; j += LANES) {
     const int64_t n = units - j < LANES ? units - j : LANES;
     const vec first = n == LANES ? load(h + j) : load_part(h + j, n);
@@ -52,7 +56,7 @@ INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t acti
       // Not max(0, h), which would drop a NaN.
       u = first < 0.0f ? vec{} : first * first;
     } else {
-      const float* value = h + hidden + j;
+      const E* value = h + hidden + j;
       u = first * sigmoid(first) * (n == LANES ? load(value) : load_part(value, n));
     }
     if (n == LANES) store(a + j, u * weight);
@@ -61,13 +65,14 @@ INLINE void activate(const float* h, int64_t units, int64_t hidden, int64_t acti
 }
 
 // From h and da = dL/d(a): compute a = act(h) * weight, replace h by dh, and return dL/d(weight).
-INLINE float activate_backward(float* h, const float* da, int64_t hidden, int64_t activation,
-                               float weight, float* a) {
+template <class E>
+INLINE float activate_backward(E* h, const E* da, int64_t hidden, int64_t activation, float weight,
+                               E* a) {
   vec total{};
   for (int64_t j = 0; j < hidden; j += LANES) {
     const int64_t n = hidden - j < LANES ? hidden - j : LANES;
-    const auto read = [n](const float* p) { return n == LANES ? load(p) : load_part(p, n); };
-    const auto write = [n](float* p, vec v) { n == LANES ? store(p, v) : store_part(p, v, n); };
+    const auto read = [n](const E* p) { return n == LANES ? load(p) : load_part(p, n); };
+    const auto write = [n](E* p, vec v) { n == LANES ? store(p, v) : store_part(p, v, n); };
     const vec first = read(h + j), grad = read(da + j);
     vec u;
     if (activation == RELU2) {

@@ -5,6 +5,8 @@
 // rows the processor prefetches such a stream by itself; with more it looks less far ahead, so the
 // code prefetches. An output is summed in the same order for any number of rows.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 #include "weights.h"
 
@@ -24,28 +26,45 @@ INLINE vec sums(vec (&vectors)[LANES]) {
   return vectors[0];
 }
 
-template <int M, class At>
-INLINE void multiply(const float* x, int64_t ldx, At w, int64_t n, vec (&to)[M]) {
-  const vec weights = n == LANES ? load(w) : load_part(w, n);
+// Elements that one step of a sum multiplies: those of a vector, or of a vector of pairs.
+template <class X, class At>
+constexpr bool IN_PAIRS = std::is_same_v<X, bfloat16> && std::is_pointer_v<At>;
+template <class X, class At>
+constexpr int64_t STEP = IN_PAIRS<X, At> ? PAIRED : LANES;
+
+template <int M, class X, class At>
+INLINE void multiply(const X* x, int64_t ldx, At w, int64_t n, vec (&to)[M]) {
+  constexpr int64_t WHOLE = STEP<X, At>;
+  if constexpr (IN_PAIRS<X, At>) {
+    const ivec weights = n == WHOLE ? load_pairs(w) : load_pairs_part(w, n);
 #pragma GCC unroll 4
-  for (int m = 0; m < M; m++)
-    to[m] += weights * (n == LANES ? load(x + m * ldx) : load_part(x + m * ldx, n));
+    for (int m = 0; m < M; m++) {
+      const X* row = x + m * ldx;
+      to[m] = dot(to[m], weights, n == WHOLE ? load_pairs(row) : load_pairs_part(row, n));
+    }
+  } else {
+    const vec weights = n == WHOLE ? load(w) : load_part(w, n);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+      to[m] += weights * (n == WHOLE ? load(x + m * ldx) : load_part(x + m * ldx, n));
+  }
 }
 
 // One output for M rows, not yet summed over lanes; `w` is where its elements are.
-template <int M, bool ASK, class At>
-INLINE void dots(const float* x, int64_t ldx, At w, int64_t depth, vec* total) {
+template <int M, bool ASK, class X, class At>
+INLINE void dots(const X* x, int64_t ldx, At w, int64_t depth, vec* total) {
+  constexpr int64_t WHOLE = STEP<X, At>;
   vec even[M]{}, odd[M]{};  // two chains: a sum waits for the one before
   int64_t t = 0;
-  for (; t + 2 * LANES <= depth; t += 2 * LANES) {
+  for (; t + 2 * WHOLE <= depth; t += 2 * WHOLE) {
     if (ASK) prefetch(w + t, AHEAD);
-    multiply<M>(x + t, ldx, w + t, LANES, even);
-    if (ASK) prefetch(w + t + LANES, AHEAD);
-    multiply<M>(x + t + LANES, ldx, w + t + LANES, LANES, odd);
+    multiply<M>(x + t, ldx, w + t, WHOLE, even);
+    if (ASK) prefetch(w + t + WHOLE, AHEAD);
+    multiply<M>(x + t + WHOLE, ldx, w + t + WHOLE, WHOLE, odd);
   }
-  if (t + LANES <= depth) {
-    multiply<M>(x + t, ldx, w + t, LANES, even);
-    t += LANES;
+  if (t + WHOLE <= depth) {
+    multiply<M>(x + t, ldx, w + t, WHOLE, even);
+    t += WHOLE;
   }
   if (t < depth) multiply<M>(x + t, ldx, w + t, depth - t, odd);
 #pragma GCC unroll 4
@@ -53,20 +72,20 @@ INLINE void dots(const float* x, int64_t ldx, At w, int64_t depth, vec* total) {
 }
 
 // `outputs` for M rows, so few that their sums fit in one vector.
-template <int M, bool ASK, class W>
-static void few_rows(const float* x, int64_t ldx, W w, int64_t outputs, int64_t depth, float* y,
+template <int M, bool ASK, class X, class W, class Y>
+static void few_rows(const X* x, int64_t ldx, W w, int64_t outputs, int64_t depth, Y* y,
                      int64_t ldy) {
   vec total[LANES]{};
   for (int64_t r = 0; r < outputs; r++)
     dots<M, ASK>(x, ldx, elements(w) + r * depth, depth, total + r * M);
   const vec result = sums(total);
   for (int m = 0; m < M; m++)
-    for (int64_t r = 0; r < outputs; r++) y[m * ldy + r] = scaled(w, r, result[r * M + m]);
+    for (int64_t r = 0; r < outputs; r++) put(y + m * ldy + r, scaled(w, r, result[r * M + m]));
 }
 
-template <bool ASK, class W>
-static void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t outputs, int64_t depth,
-                     float* y, int64_t ldy) {
+template <bool ASK, class X, class W, class Y>
+static void few_rows(int64_t rows, const X* x, int64_t ldx, W w, int64_t outputs, int64_t depth,
+                     Y* y, int64_t ldy) {
   switch (rows) {
     case 1: return few_rows<1, ASK>(x, ldx, w, outputs, depth, y, ldy);
     case 2: return few_rows<2, ASK>(x, ldx, w, outputs, depth, y, ldy);
@@ -77,9 +96,9 @@ static void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t out
 }  // namespace detail
 
 // y [rows, first..last) for any number of rows; the columns of y are the outputs of W.
-template <class W>
-static inline void few_rows(int64_t rows, const float* x, int64_t ldx, W w, int64_t first,
-                            int64_t last, int64_t depth, float* y, int64_t ldy) {
+template <class X, class W, class Y>
+static inline void few_rows(int64_t rows, const X* x, int64_t ldx, W w, int64_t first, int64_t last,
+                            int64_t depth, Y* y, int64_t ldy) {
   if (rows == 0) return;
   const int64_t groups = (rows + detail::MOST - 1) / detail::MOST;
   const int64_t most = (rows + groups - 1) / groups;  // rows of a group

@@ -4,10 +4,7 @@
 // Kernels that multiply with a weight are templates over these types and use the functions below.
 // packed.h has the formats of four and eight floating-point bits.
 #pragma once
-#include "simd.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "bfloat16.h"
 
 // W[n][k] = scales[n] * codes[n][k].
 struct Int8Rows {
@@ -31,20 +28,6 @@ INLINE vec load(const int8_t* p) {
 INLINE vec load_part(const int8_t* p, int64_t n) {
   int8_t whole[LANES]{};
   memcpy(whole, p, n);
-  return load(whole);
-}
-
-// Bfloat16 is the upper half of a float32.
-typedef uint16_t bfloat16;
-INLINE vec load(const bfloat16* p) {
-  typedef bfloat16 halves __attribute__((vector_size(2 * LANES)));
-  halves upper;
-  memcpy(&upper, p, sizeof upper);
-  return (vec)(__builtin_convertvector(upper, ivec) << 16);
-}
-INLINE vec load_part(const bfloat16* p, int64_t n) {
-  bfloat16 whole[LANES]{};
-  memcpy(whole, p, 2 * n);
   return load(whole);
 }
 

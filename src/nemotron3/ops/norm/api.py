@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from nemotron3.ops import native
 from nemotron3.ops.backends import Backend, Kernel, resolve
 from nemotron3.ops.checks import check_axes, check_divides, check_operand, check_positive
 from nemotron3.ops.norm.reference import gated_group_norm_reference, rms_norm_reference
@@ -11,13 +12,13 @@ from nemotron3.ops.norm.torch import gated_group_norm_torch, rms_norm_torch
 _NORMS = {
     "reference": rms_norm_reference,
     "torch": rms_norm_torch,
-    "native": Kernel("nemotron3.ops.norm.native", "rms_norm_native"),
+    "native": Kernel("nemotron3.ops.norm.native", "rms_norm_native", native.FLOATS),
     "triton": Kernel("nemotron3.ops.norm.triton", "rms_norm_triton"),
 }
 _GATED_NORMS = {
     "reference": gated_group_norm_reference,
     "torch": gated_group_norm_torch,
-    "native": Kernel("nemotron3.ops.norm.native", "gated_group_norm_native"),
+    "native": Kernel("nemotron3.ops.norm.native", "gated_group_norm_native", native.FLOATS),
     "triton": Kernel("nemotron3.ops.norm.triton", "gated_group_norm_triton"),
 }
 

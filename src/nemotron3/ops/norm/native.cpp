@@ -5,18 +5,22 @@
 // The backward pass recomputes the scale of a row. Rows are cut into spans, and the spans' parts of
 // the weight's gradient are added in order, so no bit depends on the number of threads; a row's
 // results depend on that row only.
+//
+// Numbers of type X are float or bfloat16, the weight of type W likewise; all between is float32.
 #include <cmath>
 #include <memory>
 
-#include "simd.h"
+#include "bfloat16.h"
 #include "team.h"
 
 namespace {
 constexpr int64_t SPAN = 64;
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 14;  // elements below which a second thread costs more
 
-INLINE vec read(const float* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
-INLINE void write(float* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
+template <class X>
+INLINE vec read(const X* p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+template <class X>
+INLINE void write(X* p, vec v, int64_t n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
 struct Shape {
   int64_t rows, width, groups;
@@ -25,8 +29,8 @@ struct Shape {
 };
 
 // u = x SiLU(gate) of one group, kept in `u`; returns (mean(u^2) + eps)^(-1/2).
-template <bool GATED>
-float scale_of(const Shape& s, const float* x, const float* gate, float* u) {
+template <bool GATED, class X>
+float scale_of(const Shape& s, const X* x, const X* gate, float* u) {
   vec total{};
   for (int64_t i = 0; i < s.group(); i += LANES) {
     const int64_t n = s.group() - i;
@@ -41,26 +45,33 @@ float scale_of(const Shape& s, const float* x, const float* gate, float* u) {
   return 1.0f / std::sqrt(sum(total) / s.group() + s.eps);
 }
 
-template <bool GATED>
-void norm_row(const Shape& s, const float* x, const float* gate, const float* weight, float* y) {
+// `u` is scratch for a group.
+template <bool GATED, class X, class W>
+void norm_row(const Shape& s, const X* x, const X* gate, const W* weight, X* y, float* u) {
   for (int64_t at = 0; at < s.width; at += s.group()) {
-    const float scale = scale_of<GATED>(s, x + at, gate + at, y + at);
-    const float* u = GATED ? y : x;
-    for (int64_t i = at; i < at + s.group(); i += LANES) {
-      const int64_t n = at + s.group() - i;
-      write(y + i, read(weight + i, n) * (read(u + i, n) * scale), n);
-    }
+    const float scale = scale_of<GATED>(s, x + at, gate + at, u);
+    const auto normed = [&](auto values) {
+      for (int64_t i = 0; i < s.group(); i += LANES) {
+        const int64_t n = s.group() - i;
+        write(y + at + i, read(weight + at + i, n) * (read(values + i, n) * scale), n);
+      }
+    };
+    if constexpr (GATED) normed(u);
+    else normed(x + at);
   }
 }
 
 // With n = u r and g = w dy: du = r (g - n mean(g n)), dx = du SiLU(gate) and, with the sigmoid s,
 // dgate = du x s (1 + gate (1 - s)). dw = dy n is added to `d_weight`. `u` is scratch for a group.
-template <bool GATED>
-void norm_row_back(const Shape& s, const float* x, const float* gate, const float* weight,
-                   const float* dy, float* dx, float* d_gate, float* d_weight, float* u) {
+template <bool GATED, class X, class W>
+void norm_row_back(const Shape& s, const X* x, const X* gate, const W* weight, const X* dy, X* dx,
+                   X* d_gate, float* d_weight, float* u) {
   for (int64_t at = 0; at < s.width; at += s.group()) {
     const float scale = scale_of<GATED>(s, x + at, gate + at, u);
-    const float* values = GATED ? u : x + at;
+    const auto values = [&] {
+      if constexpr (GATED) return (const float*)u;
+      else return x + at;
+    }();
     vec total{};
     for (int64_t i = 0; i < s.group(); i += LANES) {
       const int64_t n = s.group() - i;
@@ -85,27 +96,24 @@ void norm_row_back(const Shape& s, const float* x, const float* gate, const floa
 }
 
 // y [rows, width] = weight * normed; gate may be null.
-void forward(Team& team, const float* x, const float* gate, const float* weight, float* y,
-             int64_t rows, int64_t width, int64_t groups, int64_t ldx, int64_t ldgate, float eps) {
+template <class X, class W>
+void forward(Team& team, const X* x, const X* gate, const W* weight, X* y, int64_t rows,
+             int64_t width, int64_t groups, int64_t ldx, int64_t ldgate, float eps) {
   const Shape s{rows, width, groups, eps};
-  const auto run = gate ? norm_row<true> : norm_row<false>;
+  const auto run = gate ? norm_row<true, X, W> : norm_row<false, X, W>;
+  const std::unique_ptr<float[]> u(new float[s.group()]);
   const Range part = team.share(rows);
   for (int64_t r = part.first; r < part.last; r++)
-    run(s, x + r * ldx, gate ? gate + r * ldgate : x, weight, y + r * width);
+    run(s, x + r * ldx, gate ? gate + r * ldgate : x, weight, y + r * width, u.get());
 }
-}  // namespace
-
-PARALLEL_KERNEL(norm_forward, forward)
-
-extern "C" {
 
 // dx and dgate [rows, width], dw [width]; gate and dgate may be null.
-void norm_backward(const float* x, const float* gate, const float* weight, const float* dy,
-                   float* dx, float* d_gate, float* d_weight, int64_t rows, int64_t width,
-                   int64_t groups, int64_t ldx, int64_t ldgate, int64_t lddy, float eps,
-                   int64_t threads) {
+template <class X, class W>
+void backward(const X* x, const X* gate, const W* weight, const X* dy, X* dx, X* d_gate,
+              float* d_weight, int64_t rows, int64_t width, int64_t groups, int64_t ldx,
+              int64_t ldgate, int64_t lddy, float eps, int64_t threads) {
   const Shape s{rows, width, groups, eps};
-  const auto run = gate ? norm_row_back<true> : norm_row_back<false>;
+  const auto run = gate ? norm_row_back<true, X, W> : norm_row_back<false, X, W>;
   const int64_t spans = (rows + SPAN - 1) / SPAN;
   const std::unique_ptr<float[]> parts(new float[spans * width]);
   parallel_region(rows * width > MIN_PARALLEL_WORK ? threads : 1, [&](Team& team) {
@@ -123,4 +131,18 @@ void norm_backward(const float* x, const float* gate, const float* weight, const
   for (int64_t k = 0; k < spans; k++)
     for (int64_t i = 0; i < width; i++) d_weight[i] += parts[k * width + i];
 }
-}
+}  // namespace
+
+#define NORM(X, W)                                                                               \
+  PARALLEL_KERNEL(norm_forward_##X##_##W, (forward<X, W>))                                       \
+  extern "C" void norm_backward_##X##_##W(                                                       \
+      const X* x, const X* gate, const W* weight, const X* dy, X* dx, X* d_gate,                 \
+      float* d_weight, int64_t rows, int64_t width, int64_t groups, int64_t ldx, int64_t ldgate, \
+      int64_t lddy, float eps, int64_t threads) {                                                \
+    backward(x, gate, weight, dy, dx, d_gate, d_weight, rows, width, groups, ldx, ldgate, lddy,  \
+             eps, threads);                                                                      \
+  }
+typedef float float32;
+NORM(float32, float32)
+NORM(bfloat16, bfloat16)
+NORM(bfloat16, float32)

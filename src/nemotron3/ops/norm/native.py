@@ -8,11 +8,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron3.ops.kernels import contiguous_rows
-from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.native import NativeFunction, ParallelKernel, name_of
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = ParallelKernel(_SOURCE, "norm_forward", "pppp iiiii f")
-_backward = NativeFunction(_SOURCE, "norm_backward", "ppppppp iiiiii f")
+_DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+)
+"""Of x and weight."""
+_forward = {
+    dtypes: ParallelKernel(_SOURCE, f"norm_forward_{name_of(*dtypes)}", "pppp iiiii f")
+    for dtypes in _DTYPES
+}
+_backward = {
+    dtypes: NativeFunction(_SOURCE, f"norm_backward_{name_of(*dtypes)}", "ppppppp iiiiii f")
+    for dtypes in _DTYPES
+}
 
 
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,12 +40,16 @@ def gated_group_norm_native(
 
 
 def _apply(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
-    shape = x.shape
+    shape, dtype = x.shape, x.dtype
+    if dtype == torch.float32:
+        weight = weight.to(dtype)
+    if gate is not None and gate.dtype != dtype:
+        x, gate, weight = x.float(), gate.float(), weight.float()
     x, weight = _rows(x), weight.contiguous()
     gate = None if gate is None else _rows(gate)
     learns = any(t is not None and t.requires_grad for t in (x, gate, weight))
     norm = _Norm.apply if torch.is_grad_enabled() and learns else _norm
-    return norm(x, gate, weight, groups, eps).view(shape)
+    return norm(x, gate, weight, groups, eps).view(shape).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -43,7 +59,9 @@ def _rows(x: Tensor) -> Tensor:
 def _norm(x: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     y = x.new_empty(x.shape)
     strides = (x.stride(0), 0 if gate is None else gate.stride(0))
-    _forward(x, gate, weight, y, *x.shape, groups, *strides, eps, work=x.numel())
+    _forward[x.dtype, weight.dtype](
+        x, gate, weight, y, *x.shape, groups, *strides, eps, work=x.numel()
+    )
     return y
 
 
@@ -61,10 +79,10 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
         dy = contiguous_rows(dy)
-        dx, d_weight = x.new_empty(x.shape), torch.empty_like(weight)
+        dx, d_weight = x.new_empty(x.shape), torch.empty_like(weight, dtype=torch.float32)
         d_gate = None if gate is None else x.new_empty(x.shape)
         strides = (x.stride(0), 0 if gate is None else gate.stride(0), dy.stride(0))
-        _backward(
+        _backward[x.dtype, weight.dtype](
             x, gate, weight, dy, dx, d_gate, d_weight, *x.shape, ctx.groups, *strides, ctx.eps
         )
-        return dx, d_gate, d_weight, None, None
+        return dx, d_gate, d_weight.to(weight.dtype), None, None

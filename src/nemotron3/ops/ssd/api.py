@@ -30,7 +30,10 @@ from nemotron3.ops.ssd.torch import ssd_torch
 
 
 def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`scan` with operands cast to the dtype of `dt`. Kernels cast as they read, without copies."""
+    """`scan` with operands cast to the dtype of `dt`. Kernels cast as they read, without copies.
+
+    Compiled code reads operands that are bfloat16 as they are.
+    """
 
     def widened(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any
@@ -43,10 +46,22 @@ def _widened(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return widened
 
 
+def _narrow_or_widened(scan: Callable[..., Any], widened: Callable[..., Any]) -> Callable[..., Any]:
+    """`scan` for operands that are bfloat16, and `widened` for others."""
+
+    def chosen(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        is_narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
+        return (scan if is_narrow else widened)(x, dt, A, B, C, *rest, **more)
+
+    return chosen
+
+
 _SCANS = {
     "reference": _widened(ssd_reference),
     "torch": _widened(ssd_torch),
-    "native": _widened(ssd_native),
+    "native": _narrow_or_widened(ssd_native, _widened(ssd_native)),
     "triton": Kernel("nemotron3.ops.ssd.triton", "ssd_triton"),
 }
 
@@ -65,7 +80,7 @@ def _widened_steps(steps: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _STEPS = {
     "torch": ssd_steps_torch,
-    "native": _widened_steps(ssd_steps_native),
+    "native": _narrow_or_widened(ssd_steps_native, _widened_steps(ssd_steps_native)),
     "triton": Kernel("nemotron3.ops.ssd.decode_triton", "ssd_steps_triton"),
 }
 

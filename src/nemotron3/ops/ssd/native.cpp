@@ -10,6 +10,9 @@
 // Operands of a chunk are packed: rows of the projection that x, B and C are slices of are often a
 // power of two apart, and would all map to a few cache sets. Units follow from shapes alone and
 // never contain two segments, so no bit depends on the number of threads or on other segments.
+//
+// x, B, C, y and their gradients are of type X, float or bfloat16, in memory only. Step sizes, rates
+// and states are float32, and so is all that a chunk computes.
 #include <vector>
 
 #include "gemm.h"
@@ -45,8 +48,12 @@ struct Shape {
   int64_t blocks() const { return (per_group() + block() - 1) / block(); }
 };
 
+template <class X>
 struct Operands {
-  const float *x, *dt, *A, *B, *C, *D, *initial;
+  const X* x;
+  const float *dt, *A;
+  const X *B, *C;
+  const float *D, *initial;
   int64_t ldx, lddt, ldB, ldC;
 };
 
@@ -129,16 +136,29 @@ void weigh(int64_t n, const float* scores, const Decay& d, float D, float* weigh
   }
 }
 
-void copy_rows(const float* from, int64_t ld, int64_t rows, int64_t columns, float* to,
+template <class From, class To>
+void copy_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, To* to,
                int64_t ld_to) {
-  for (int64_t r = 0; r < rows; r++) memcpy(to + r * ld_to, from + r * ld, 4 * columns);
+  for (int64_t r = 0; r < rows; r++) {
+    if constexpr (std::is_same_v<From, To>)
+      memcpy(to + r * ld_to, from + r * ld, sizeof(To) * columns);
+    else copy_numbers(from + r * ld, columns, to + r * ld_to);
+  }
 }
 
 // to = from * factor, n elements.
-INLINE void scale(const float* from, float factor, int64_t n, float* to) {
+template <class X>
+INLINE void scale(const X* from, float factor, int64_t n, float* to) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) store(to + i, load(from + i) * factor);
-  for (; i < n; i++) to[i] = from[i] * factor;
+  for (; i < n; i++) to[i] = number(from[i]) * factor;
+}
+
+// Where the results of a chunk are summed: in place, or in float32 beside narrower ones.
+template <class X>
+INLINE float* sums_of(X* results, float* beside) {
+  if constexpr (std::is_same_v<X, float>) return results;
+  else return beside;
 }
 
 bool is_zero(const float* from, int64_t rows, int64_t columns) {
@@ -153,17 +173,18 @@ bool is_zero(const float* from, int64_t rows, int64_t columns) {
 // Scratch memory for the forward pass of one unit, for blocks of `width` columns.
 struct ForwardBuffers {
   int64_t ldw, ldn;
-  float *x, *late_x, *state, *B, *C, *B_turned, *scores, *weights;
+  float *x, *late_x, *out, *state, *B, *C, *B_turned, *scores, *weights;
   Decay* decays;
   static int64_t floats(const Shape& s) {
     const int64_t ldw = pitch(s.block() * s.head_dim), ldn = pitch(s.d_state);
-    return 2 * CHUNK * ldw + s.d_state * (ldw + SQUARE) + 2 * CHUNK * (ldn + SQUARE) +
+    return 3 * CHUNK * ldw + s.d_state * (ldw + SQUARE) + 2 * CHUNK * (ldn + SQUARE) +
            s.block() * (int64_t)sizeof(Decay) / 4;
   }
   ForwardBuffers(const Shape& s, Scratch& scratch)
       : ldw(pitch(s.block() * s.head_dim)), ldn(pitch(s.d_state)) {
     x = scratch.take(CHUNK, ldw);
     late_x = scratch.take(CHUNK, ldw);
+    out = scratch.take(CHUNK, ldw);
     state = scratch.take(s.d_state, ldw);
     B = scratch.take(CHUNK, ldn);
     C = scratch.take(CHUNK, ldn);
@@ -175,16 +196,20 @@ struct ForwardBuffers {
 };
 
 // The state is [d_state, columns of all heads], the layout for products with C and B^T.
-void scan(const Shape& s, const Operands& o, const Unit& u, const ForwardBuffers& buf, float* y,
+template <class X>
+void scan(const Shape& s, const Operands<X>& o, const Unit& u, const ForwardBuffers& buf, X* y,
           float* final) {
-  const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, ldy = s.heads * P;
+  constexpr bool IN_PLACE = std::is_same_v<X, float>;
+  const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, all = s.heads * P;
+  const int64_t ldy = IN_PLACE ? all : buf.ldw;
   const int64_t at_state = (u.segment * s.heads + u.head) * P * N;
   bool carries = !is_zero(o.initial + at_state, width, N);
   transpose(o.initial + at_state, N, width, N, buf.state, buf.ldw);
   for (int64_t first = u.first; first < u.first + u.tokens; first += CHUNK) {
     const int64_t n = smaller(CHUNK, u.first + u.tokens - first);
-    const float* x = o.x + first * o.ldx + u.head * P;
-    float* out = y + first * ldy + u.head * P;
+    const X* x = o.x + first * o.ldx + u.head * P;
+    X* results = y + first * all + u.head * P;
+    float* out = sums_of(results, buf.out);
     copy_rows(o.B + first * o.ldB + u.group * N, o.ldB, n, N, buf.B, buf.ldn);
     copy_rows(o.C + first * o.ldC + u.group * N, o.ldC, n, N, buf.C, buf.ldn);
     copy_rows(x, o.ldx, n, width, buf.x, buf.ldw);
@@ -203,6 +228,7 @@ void scan(const Shape& s, const Operands& o, const Unit& u, const ForwardBuffers
         scale(buf.x + l * buf.ldw + h * P, d.step[l] * d.to_end[l], P,
               buf.late_x + l * buf.ldw + h * P);
     }
+    if (!IN_PLACE) copy_rows(out, ldy, n, width, results, all);
     for (int64_t i = 0; i < N && carries; i++)
       for (int64_t h = 0; h < u.heads; h++) {
         float* row = buf.state + i * buf.ldw + h * P;
@@ -273,17 +299,20 @@ void differentiate(int64_t n, const float* scores, const float* products, const 
   }
 }
 
+template <class X>
 struct Gradients {
-  const float *dy, *dfinal;  // a null dfinal is zero
+  const X* dy;
+  const float* dfinal;  // null is zero
   int64_t lddy;
-  float *dx, *ddt, *dB, *dC, *dinitial;  // all but ddt may be null if not needed
+  X* dx;
+  float *ddt, *dB, *dC, *dinitial;  // all but ddt may be null if not needed
   double *dA, *dD;                       // [segments, heads]
   int64_t tokens, ldB;  // of dB and dC, which have one plane of all tokens per block
 };
 
 struct BackwardBuffers {
   int64_t ldw, ldn;
-  float *x, *late_x, *dy, *early_dy, *late_dx;     // [CHUNK, ldw]
+  float *x, *late_x, *dy, *early_dy, *late_dx, *dx;  // [CHUNK, ldw]
   float *B, *C, *dC, *from_state;                  // [CHUNK, ldn]
   float *scores, *d_scores, *products, *weights;   // [CHUNK, SQUARE]
   float *x_turned, *B_turned;                      // [head_dim and d_state, SQUARE]
@@ -292,12 +321,13 @@ struct BackwardBuffers {
   Decay* decays;
   static int64_t floats(const Shape& s, int64_t chunks) {
     const int64_t width = s.block() * s.head_dim, ldw = pitch(width), ldn = pitch(s.d_state);
-    return CHUNK * (5 * ldw + 4 * ldn + 4 * SQUARE) + (s.head_dim + s.d_state) * SQUARE +
+    return CHUNK * (6 * ldw + 4 * ldn + 4 * SQUARE) + (s.head_dim + s.d_state) * SQUARE +
            (chunks + 1) * width * ldn + s.d_state * ldw + s.block() * (int64_t)sizeof(Decay) / 4;
   }
   BackwardBuffers(const Shape& s, int64_t chunks, Scratch& scratch)
       : ldw(pitch(s.block() * s.head_dim)), ldn(pitch(s.d_state)) {
-    for (float** piece : {&x, &late_x, &dy, &early_dy, &late_dx}) *piece = scratch.take(CHUNK, ldw);
+    for (float** piece : {&x, &late_x, &dy, &early_dy, &late_dx, &dx})
+      *piece = scratch.take(CHUNK, ldw);
     for (float** piece : {&B, &C, &dC, &from_state}) *piece = scratch.take(CHUNK, ldn);
     for (float** piece : {&scores, &d_scores, &products, &weights})
       *piece = scratch.take(CHUNK, SQUARE);
@@ -328,7 +358,8 @@ void decay_state(const Shape& s, const Unit& u, const BackwardBuffers& buf, cons
 
 // Recompute the state before each chunk, as [columns of all heads, d_state]. Returns whether the
 // first one is nonzero.
-bool rescan(const Shape& s, const Operands& o, const Unit& u, const BackwardBuffers& buf,
+template <class X>
+bool rescan(const Shape& s, const Operands<X>& o, const Unit& u, const BackwardBuffers& buf,
             int64_t chunks) {
   const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P, size = width * buf.ldn;
   const float* initial = o.initial + (u.segment * s.heads + u.head) * P * N;
@@ -355,7 +386,8 @@ bool rescan(const Shape& s, const Operands& o, const Unit& u, const BackwardBuff
 
 // Gradients of one head of one chunk. `early`: the state before the chunk is nonzero; `late`: the
 // gradient of the state after it is nonzero.
-void scan_back_head(const Shape& s, const Operands& o, const Gradients& g, const Unit& u,
+template <class X>
+void scan_back_head(const Shape& s, const Operands<X>& o, const Gradients<X>& g, const Unit& u,
                     const BackwardBuffers& buf, const Span& span, int64_t h, const float* state,
                     bool early, bool late) {
   const int64_t P = s.head_dim, N = s.d_state, n = span.n, head = u.head + h, ldw = buf.ldw;
@@ -367,15 +399,19 @@ void scan_back_head(const Shape& s, const Operands& o, const Gradients& g, const
   gemm_to_lower(n, P, dy, ldw, buf.x_turned, SQUARE, buf.products, SQUARE);
   (d.steep ? differentiate<true> : differentiate<false>)(
       n, buf.scores, buf.products, d, o.D[head], h > 0, buf.weights, buf.d_scores, changes);
-  float* dx = g.dx ? g.dx + span.first * s.heads * P + head * P : nullptr;
-  if (dx) gemm_lower_turned(n, P, buf.weights, SQUARE, dy, ldw, dx, s.heads * P);
+  constexpr bool IN_PLACE = std::is_same_v<X, float>;
+  X* results = g.dx ? g.dx + span.first * s.heads * P + head * P : nullptr;
+  float* dx = results ? sums_of(results, buf.dx + h * P) : nullptr;
+  const int64_t lddx = IN_PLACE ? s.heads * P : ldw;
+  if (dx) gemm_lower_turned(n, P, buf.weights, SQUARE, dy, ldw, dx, lddx);
   if (late) row_dots(n, P, x, ldw, late_dx, ldw, late_change);
   for (int64_t l = 0; l < n; l++) {
     const float late_weight = d.step[l] * d.to_end[l];
     scale(x + l * ldw, late_weight, P, buf.late_x + l * ldw + h * P);
     scale(dy + l * ldw, d.since_start[l], P, buf.early_dy + l * ldw + h * P);
-    if (late && dx) add_scaled(late_dx + l * ldw, late_weight, P, dx + l * s.heads * P);
+    if (late && dx) add_scaled(late_dx + l * ldw, late_weight, P, dx + l * lddx);
   }
+  if (!IN_PLACE && dx) copy_rows(dx, lddx, n, P, results, s.heads * P);
   double at_end = 0;  // gradient of a_end
   if (early) {
     state += h * P * buf.ldn;
@@ -411,7 +447,8 @@ void scan_back_head(const Shape& s, const Operands& o, const Gradients& g, const
 }
 
 // All gradients of a unit, chunk by chunk from the last to the first.
-void scan_back(const Shape& s, const Operands& o, const Gradients& g, const Unit& u,
+template <class X>
+void scan_back(const Shape& s, const Operands<X>& o, const Gradients<X>& g, const Unit& u,
                const BackwardBuffers& buf) {
   const int64_t P = s.head_dim, N = s.d_state, width = u.heads * P;
   const int64_t chunks = (u.tokens + CHUNK - 1) / CHUNK;
@@ -473,12 +510,12 @@ void add_planes(const float* planes, int64_t count, int64_t n, float* to, int64_
 }
 
 // One token of R consecutive rows of a head's state: h = decay h + x B^T, y = h C + D x.
-template <int R>
+template <int R, class X>
 INLINE void step_rows(int64_t N, const float* h, float* to, float decay, float dt, float D,
-                      const float* x, const float* B, const float* C, float* y) {
+                      const X* x, const X* B, const X* C, X* y) {
   vec total[LANES]{};
   float added[R];
-  for (int r = 0; r < R; r++) added[r] = dt * x[r];
+  for (int r = 0; r < R; r++) added[r] = dt * number(x[r]);
   int64_t n = 0;
   for (; n + LANES <= N; n += LANES) {
     const vec b = load(B + n), c = load(C + n);
@@ -497,7 +534,7 @@ INLINE void step_rows(int64_t N, const float* h, float* to, float decay, float d
       total[r] += state * load_part(C + n, N - n);
     }
   const vec sums = detail::sums(total);
-  for (int r = 0; r < R; r++) y[r] = sums[r] + D * x[r];
+  for (int r = 0; r < R; r++) put(y + r, sums[r] + D * number(x[r]));
 }
 
 // Where the states of a sequence's tokens are: the first token reads `from`, each writes `to`, and
@@ -511,17 +548,18 @@ struct Intermediate {
 
 // The recurrence, token by token. Only the first token reads the state from memory; the others find
 // it in the cache.
-void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t length, int64_t head,
-                   const Intermediate& intermediate, float* y) {
+template <class X>
+void steps_of_head(const Shape& s, const Operands<X>& o, int64_t row, int64_t length, int64_t head,
+                   const Intermediate& intermediate, X* y) {
   const int64_t P = s.head_dim, N = s.d_state, group = head / s.per_group();
   const float* from = intermediate.from;
   float* to = intermediate.to;
   for (int64_t t = row * length; t < (row + 1) * length; t++, from = to, to += intermediate.stride) {
     const float dt = o.dt[t * o.lddt + head], D = o.D[head];
     const float decay = decayed(splat(dt * o.A[head]))[0];
-    const float *x = o.x + t * o.ldx + head * P, *B = o.B + t * o.ldB + group * N;
-    const float* C = o.C + t * o.ldC + group * N;
-    float* out = y + (t * s.heads + head) * P;
+    const X *x = o.x + t * o.ldx + head * P, *B = o.B + t * o.ldB + group * N;
+    const X* C = o.C + t * o.ldC + group * N;
+    X* out = y + (t * s.heads + head) * P;
     int64_t p = 0;
     for (; p + STEP_ROWS <= P; p += STEP_ROWS)
       step_rows<STEP_ROWS>(N, from + p * N, to + p * N, decay, dt, D, x + p, B, C, out + p);
@@ -534,12 +572,13 @@ void steps_of_head(const Shape& s, const Operands& o, int64_t row, int64_t lengt
 // states[slots[r]] [heads, head_dim, d_state]. The states are updated in place unless there is
 // `intermediate` [rows, length, ...], whose rows are `ld_intermediate` elements apart: it then gets
 // the state after each token.
-void steps(Team& team, const float* x, const float* dt, const float* A, const float* B,
-           const float* C, const float* D, float* states, const int64_t* slots, float* intermediate,
-           float* y, int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
+template <class X>
+void steps(Team& team, const X* x, const float* dt, const float* A, const X* B, const X* C,
+           const float* D, float* states, const int64_t* slots, float* intermediate, X* y,
+           int64_t rows, int64_t length, int64_t heads, int64_t head_dim, int64_t groups,
            int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC, int64_t ld_intermediate) {
   const Shape s{heads, head_dim, groups, d_state};
-  const Operands o{x, dt, A, B, C, D, states, ldx, lddt, ldB, ldC};
+  const Operands<X> o{x, dt, A, B, C, D, states, ldx, lddt, ldB, ldC};
   const int64_t of_head = head_dim * d_state, size = heads * of_head;
   const Range part = team.share(rows * heads);
   for (int64_t i = part.first; i < part.last; i++) {
@@ -550,20 +589,15 @@ void steps(Team& team, const float* x, const float* dt, const float* A, const fl
     steps_of_head(s, o, row, length, head, kept, y);
   }
 }
-}  // namespace
-
-PARALLEL_KERNEL(ssd_steps, steps)
-
-extern "C" {
 
 // y [tokens, heads, head_dim] and the states after each segment.
-void ssd_forward(const float* x, const float* dt, const float* A, const float* B, const float* C,
-                 const float* D, const float* initial, const int64_t* bounds, float* y,
-                 float* final, int64_t segments, int64_t heads, int64_t head_dim, int64_t groups,
-                 int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC,
-                 int64_t threads) {
+template <class X>
+void forward(const X* x, const float* dt, const float* A, const X* B, const X* C, const float* D,
+             const float* initial, const int64_t* bounds, X* y, float* final, int64_t segments,
+             int64_t heads, int64_t head_dim, int64_t groups, int64_t d_state, int64_t ldx,
+             int64_t lddt, int64_t ldB, int64_t ldC, int64_t threads) {
   const Shape s{heads, head_dim, groups, d_state};
-  const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
+  const Operands<X> o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
   const int64_t units = segments * groups * s.blocks();
   const bool worth = units > 1 && bounds[segments] * heads * head_dim * d_state > MIN_PARALLEL_WORK;
   parallel_region(worth ? threads : 1, [&](Team& team) {
@@ -576,19 +610,19 @@ void ssd_forward(const float* x, const float* dt, const float* A, const float* B
 // Gradients from those of y and of the final states (which may be null): dx [tokens, heads,
 // head_dim], ddt [tokens, heads], dA and dD [heads], dB and dC [tokens, groups, d_state], dinitial.
 // dx, dB, dC and dinitial may be null.
-void ssd_backward(const float* x, const float* dt, const float* A, const float* B, const float* C,
-                  const float* D, const float* initial, const int64_t* bounds, const float* dy,
-                  const float* dfinal, float* dx, float* ddt, float* dA, float* dB, float* dC,
-                  float* dD, float* dinitial, int64_t segments, int64_t heads, int64_t head_dim,
-                  int64_t groups, int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB,
-                  int64_t ldC, int64_t lddy, int64_t threads) {
+template <class X>
+void backward(const X* x, const float* dt, const float* A, const X* B, const X* C, const float* D,
+              const float* initial, const int64_t* bounds, const X* dy, const float* dfinal, X* dx,
+              float* ddt, float* dA, float* dB, float* dC, float* dD, float* dinitial,
+              int64_t segments, int64_t heads, int64_t head_dim, int64_t groups, int64_t d_state,
+              int64_t ldx, int64_t lddt, int64_t ldB, int64_t ldC, int64_t lddy, int64_t threads) {
   const Shape s{heads, head_dim, groups, d_state};
-  const Operands o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
+  const Operands<X> o{x, dt, A, B, C, D, initial, ldx, lddt, ldB, ldC};
   const int64_t tokens = bounds[segments], units = segments * groups * s.blocks();
   const int64_t width = groups * d_state, planes = s.blocks() > 1 ? s.blocks() * tokens * width : 0;
   std::vector<float> dB_planes(dB ? planes : 0), dC_planes(dC ? planes : 0);
   std::vector<double> dA_parts(segments * heads), dD_parts(segments * heads);
-  const Gradients g{dy,
+  const Gradients<X> g{dy,
                     dfinal,
                     lddy,
                     dx,
@@ -620,4 +654,31 @@ void ssd_backward(const float* x, const float* dt, const float* A, const float* 
     dD[h] = (float)d;
   }
 }
+}  // namespace
+
+PARALLEL_KERNEL(ssd_steps_float32, steps<float>)
+PARALLEL_KERNEL(ssd_steps_bfloat16, steps<bfloat16>)
+
+#define SCAN(X)                                                                                    \
+  void ssd_forward_##X(const X* x, const float* dt, const float* A, const X* B, const X* C,        \
+                       const float* D, const float* initial, const int64_t* bounds, X* y,          \
+                       float* final, int64_t segments, int64_t heads, int64_t head_dim,            \
+                       int64_t groups, int64_t d_state, int64_t ldx, int64_t lddt, int64_t ldB,    \
+                       int64_t ldC, int64_t threads) {                                             \
+    forward(x, dt, A, B, C, D, initial, bounds, y, final, segments, heads, head_dim, groups,       \
+            d_state, ldx, lddt, ldB, ldC, threads);                                                \
+  }                                                                                                \
+  void ssd_backward_##X(const X* x, const float* dt, const float* A, const X* B, const X* C,       \
+                        const float* D, const float* initial, const int64_t* bounds, const X* dy,  \
+                        const float* dfinal, X* dx, float* ddt, float* dA, float* dB, float* dC,   \
+                        float* dD, float* dinitial, int64_t segments, int64_t heads,               \
+                        int64_t head_dim, int64_t groups, int64_t d_state, int64_t ldx,            \
+                        int64_t lddt, int64_t ldB, int64_t ldC, int64_t lddy, int64_t threads) {   \
+    backward(x, dt, A, B, C, D, initial, bounds, dy, dfinal, dx, ddt, dA, dB, dC, dD, dinitial,    \
+             segments, heads, head_dim, groups, d_state, ldx, lddt, ldB, ldC, lddy, threads);      \
+  }
+typedef float float32;
+extern "C" {
+SCAN(float32)
+SCAN(bfloat16)
 }

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron3.ops.native import NativeFunction, ParallelKernel
+from nemotron3.ops.native import FLOATS, NativeFunction, ParallelKernel, name_of
 from nemotron3.ops.segments import Segments
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_forward = NativeFunction(_SOURCE, "ssd_forward", "pppppppppp iiiiiiiii")
-_backward = NativeFunction(_SOURCE, "ssd_backward", "ppppppppppppppppp iiiiiiiiii")
-_steps = ParallelKernel(_SOURCE, "ssd_steps", "pppppppppp iiiiiiiiiii")
+_forward = {
+    dtype: NativeFunction(_SOURCE, f"ssd_forward_{name_of(dtype)}", "pppppppppp iiiiiiiii")
+    for dtype in FLOATS
+}
+_backward = {
+    dtype: NativeFunction(_SOURCE, f"ssd_backward_{name_of(dtype)}", "p" * 17 + "iiiiiiiiii")
+    for dtype in FLOATS
+}
+_steps = {
+    dtype: ParallelKernel(_SOURCE, f"ssd_steps_{name_of(dtype)}", "pppppppppp iiiiiiiiiii")
+    for dtype in FLOATS
+}
+"""By the dtype of x, B and C. Step sizes, rates and states are float32."""
 
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -56,7 +66,7 @@ def ssd_steps_native(
     """Shapes as in `nemotron3.ops.ssd.api.ssd_steps`."""
     operands = _laid_out(x, dt, A, B, C, D, ssm_states)
     y, rows = _like(x), len(slots)
-    _steps(
+    _steps[x.dtype](
         *operands, slots, intermediate_states, y, rows, len(x) // rows, *_sizes(operands),
         0 if intermediate_states is None else intermediate_states.stride(0),
         work=rows * ssm_states[0].numel(),
@@ -77,8 +87,8 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous()
 
 
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _sizes(operands: _Operands) -> tuple[int, ...]:
@@ -92,7 +102,7 @@ def _sizes(operands: _Operands) -> tuple[int, ...]:
 def _scan(operands: _Operands, segments: Segments) -> tuple[Tensor, Tensor]:
     y, final = _like(operands[0]), _like(operands[-1])
     bounds = segments.cu_seqlens(y.device)
-    _forward(*operands, bounds, y, final, len(segments), *_sizes(operands))
+    _forward[y.dtype](*operands, bounds, y, final, len(segments), *_sizes(operands))
     return y, final
 
 
@@ -123,9 +133,21 @@ class _Scan(torch.autograd.Function):
         dy = torch.zeros_like(operands[0]) if dy is None else _rows(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
         always = (1, 2, 5)  # gradients of dt, A and D come with the others
-        gradients = [_like(t) if wanted[i] or i in always else None for i, t in enumerate(operands)]
-        _backward(
+        # Those of B and C are sums over heads, and stay float32 until they are complete.
+        gradients = [
+            _like(t, torch.float32 if i in (3, 4) else t.dtype)
+            if wanted[i] or i in always
+            else None
+            for i, t in enumerate(operands)
+        ]
+        _backward[dy.dtype](
             *operands, ctx.segments.cu_seqlens(dy.device), dy, dfinal, *gradients,
             len(ctx.segments), *_sizes(operands), dy.stride(0),
         )  # fmt: skip
-        return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), None)
+        return (
+            *(
+                g.to(t.dtype) if w and g is not None else None
+                for g, t, w in zip(gradients, operands, wanted, strict=False)
+            ),
+            None,
+        )

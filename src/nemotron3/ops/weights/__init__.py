@@ -7,7 +7,7 @@ from nemotron3.ops.weights.fp8 import FP8Weight
 from nemotron3.ops.weights.int8 import Int8Weight
 from nemotron3.ops.weights.integer import ActivationFormat, IntegerWeight
 from nemotron3.ops.weights.low_rank import LowRankWeight, add_low_rank
-from nemotron3.ops.weights.narrow import is_narrow, is_read_narrow
+from nemotron3.ops.weights.narrow import is_narrow, is_read_as_stored, is_read_wide
 from nemotron3.ops.weights.nvfp4 import NVFP4Weight
 from nemotron3.ops.weights.quantized import CompiledWeight, QuantizedWeight, Weight, dequantized
 
@@ -28,6 +28,7 @@ __all__ = [
     "add_low_rank",
     "dequantized",
     "is_narrow",
-    "is_read_narrow",
+    "is_read_as_stored",
+    "is_read_wide",
     "quantize_weight",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron3.errors import OperandError
+from nemotron3.ops import native
 from nemotron3.ops.backends import Implementations, Kernel
 from nemotron3.ops.weights.quantized import CompiledWeight, QuantizedWeight
 
@@ -37,7 +38,7 @@ LINEAR: Implementations = MappingProxyType(
     {
         "reference": Kernel("nemotron3.ops.linear.int8_activations", "linear_int8_reference"),
         "torch": Kernel("nemotron3.ops.linear.int8_activations", "linear_int8_torch"),
-        "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
+        "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native", native.FLOATS),
     }
 )
 """Products with rounded activations."""
@@ -47,7 +48,9 @@ EXPERTS: Implementations = MappingProxyType(
             "nemotron3.ops.experts.by_expert", "routed_experts_by_expert_reference"
         ),
         "torch": Kernel("nemotron3.ops.experts.by_expert", "routed_experts_by_expert_torch"),
-        "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
+        "native": Kernel(
+            "nemotron3.ops.experts.native", "routed_experts_quantized_native", native.FLOATS
+        ),
     }
 )
 """Routed experts whose products round their activations, the hidden units included."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron3.errors import OperandError
+from nemotron3.ops import native
 from nemotron3.ops.backends import Implementations, Kernel
 
 _LINEAR = "nemotron3.ops.linear.dequantized"
@@ -44,7 +45,7 @@ class QuantizedWeight(nn.Module, ABC):
         {
             "reference": Kernel(_EXPERTS, "routed_experts_dequantized_reference"),
             "torch": Kernel(_EXPERTS, "routed_experts_dequantized_torch"),
-            "native": Kernel(_EXPERTS, "routed_experts_dequantized_native"),
+            "native": Kernel(_EXPERTS, "routed_experts_dequantized_native", native.FLOATS),
             "triton": Kernel(_EXPERTS, "routed_experts_dequantized_triton"),
         }
     )
@@ -137,13 +138,17 @@ class CompiledWeight(QuantizedWeight, ABC):
     linear: ClassVar[Implementations] = MappingProxyType(
         {
             **QuantizedWeight.linear,
-            "native": Kernel("nemotron3.ops.linear.native", "linear_quantized_native"),
+            "native": Kernel(
+                "nemotron3.ops.linear.native", "linear_quantized_native", native.FLOATS
+            ),
         }
     )
     routed_experts: ClassVar[Implementations] = MappingProxyType(
         {
             **QuantizedWeight.routed_experts,
-            "native": Kernel("nemotron3.ops.experts.native", "routed_experts_quantized_native"),
+            "native": Kernel(
+                "nemotron3.ops.experts.native", "routed_experts_quantized_native", native.FLOATS
+            ),
         }
     )
 
