@@ -24,6 +24,7 @@ from benchmarks.nano_cpu import nano_table
 from benchmarks.products import product_table
 from benchmarks.profile_layers import decoding_table, training_table
 from benchmarks.rl_peers import peers_in_words, peers_table
+from benchmarks.rl_rate import rate_in_words, rate_table
 from benchmarks.weights import weights_table
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,7 @@ def render(text: str, results: Path) -> str:
         "load": "\n".join(_load(path) for path in _newest(results, "load-*.json")),
         "sharing": "\n".join(_sharing(path) for path in _newest_of_each(results, "sharing")),
         "rl_peers": "\n".join(_rl_peers(path) for path in _newest_of_each(results, "rl_peers")),
+        "rl_rate": "\n".join(_rl_rate(path) for path in _newest_of_each(results, "rl_rate")),
         "gpu": "\n".join(_gpu(path, all_sections()) for path in _newest_of_each(results, "gpu")),
         "inference": "\n".join(
             _gpu(path, inference_sections()) for path in _newest_of_each(results, "inference")
@@ -262,6 +264,11 @@ def _rl_peers(path: Path) -> str:
     result = json.loads(path.read_text())
     rows = f"{table(peers_table(result))}" if result["figures"] else "Not compared.\n"
     return f"{_origin(result)}\n{peers_in_words(result)}\n\n{rows}"
+
+
+def _rl_rate(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return f"{_origin(result)}\n{rate_in_words(result)}\n\n{table(rate_table(result))}"
 
 
 def _origin(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.rl_overlap import RESULTS, run_of, updates_per_minute
@@ -38,6 +39,8 @@ TASKS = {"short answers": SHORT, "tiny-rl": None}
 WAYS = ("by turns, two processes", "ahead, two processes")
 PROMPTS = 63
 MINUTES = 6
+GOAL_PRETRAINING = 7500
+"""Tokens a second of pre-training `tiny` on a machine that should make 400 updates."""
 UPDATES = 5
 
 
@@ -94,6 +97,28 @@ def trainer_seconds(model: Path) -> dict[str, float]:
         for name, each in batches.items()
     }
     return found | tokens
+
+
+def rate_table(result: dict[str, Any]) -> list[list[str]]:
+    """Table rows: updates in six minutes, and in proportion to how fast the machine pre-trains."""
+    pretraining = result["pretraining_tokens_per_s"]
+    rows = [["", "tokens of an answer", f"updates in {MINUTES} minutes", "in proportion"]]
+    for name, found in result["updates_per_minute"].items():
+        updates = MINUTES * statistics.median(found)
+        tokens = result["tokens_of_an_answer"][name.split(", ")[0]]
+        proportional = updates * GOAL_PRETRAINING / pretraining
+        rows.append([name, f"{tokens:.0f}", f"{updates:.0f}", f"{proportional:.0f}"])
+    return rows
+
+
+def rate_in_words(result: dict[str, Any]) -> str:
+    """What stands beside the table."""
+    trainer = result["trainer_seconds"]
+    return (
+        f"The machine pre-trained `tiny` at {result['pretraining_tokens_per_s']:,.0f} tokens/s; in "
+        f"proportion is to {GOAL_PRETRAINING:,}. An update of the trainer takes "
+        f"{trainer['shared']:.2f} s, and {trainer['whole']:.2f} s with every rollout whole."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
