@@ -18,7 +18,7 @@ from nemotron3.models.parameter import (
 from nemotron3.models.precision import convert_weights
 from nemotron3.ops.weights import FORMATS, QuantizedWeight
 from tests.tiny import WHOLE_BLOCKS, qwen_config, tiny_config, tiny_model, tokens_for
-from tests.tolerances import DECODE, FLOAT32
+from tests.tolerances import BFLOAT16, DECODE, FLOAT32
 
 MODELS = {
     "whole": tiny_config("MEM*E-ME/*E/*E", **WHOLE_BLOCKS),
@@ -124,14 +124,17 @@ def test_a_converted_model_goes_back_to_its_layout(tmp_path, config, weights):
 
 
 @every_format
-def test_activations_may_be_bfloat16(tmp_path, weights, assert_close):
-    config = MODELS["whole"]
+@pytest.mark.parametrize("name", ["whole", "tied"])
+def test_activations_may_be_bfloat16(tmp_path, weights, name, assert_close):
+    config = MODELS[name]
     tiny_model(config).save_pretrained(tmp_path)
     model = LanguageModel.from_pretrained(tmp_path, weights=weights, dtype=torch.bfloat16)
-    tokens = tokens_for(config, 2, 9)
     assert model.compute_dtype == torch.bfloat16
-    with torch.no_grad():
-        assert_close(model(tokens), convert_weights(model, None)(tokens), FLOAT32)
+    if name == "tied":  # without routers, which a rounding makes choose another expert
+        exact = LanguageModel.from_pretrained(tmp_path, weights=weights)
+        tokens = tokens_for(config, 2, 9)
+        with torch.no_grad():
+            assert_close(model(tokens).float(), exact(tokens), BFLOAT16)
     model.save_pretrained(tmp_path / "narrow")
     read = LanguageModel.from_pretrained(tmp_path / "narrow")
     assert read.compute_dtype == torch.bfloat16

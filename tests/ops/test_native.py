@@ -83,7 +83,7 @@ def test_can_be_switched_off(source, monkeypatch):
 
 def test_refuses_what_it_would_round():
     x, weight = torch.randn(20, 30).double(), torch.randn(40, 30).double()
-    with pytest.raises(BackendUnavailableError, match=r"float32 on the CPU.*torch.float64"):
+    with pytest.raises(BackendUnavailableError, match=r"bfloat16 on the CPU.*torch.float64"):
         linear(x, weight, backend="native")
 
 

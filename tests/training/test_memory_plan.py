@@ -195,18 +195,21 @@ def test_what_a_forward_pass_keeps_is_within_its_bound(config):
         assert bound / TOLERANCE <= kept_bytes(config, training, mtp_depths=depths) <= bound
 
 
-def test_copies_in_bfloat16_are_those_of_products():
-    """With PyTorch's own operations, which keep more of activations and the same of weights."""
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_copies_in_bfloat16_are_those_of_products(is_compiled, monkeypatch):
+    """PyTorch's own operations take copies of weights; compiled ones round them as they read."""
+    monkeypatch.setattr(native, "available", lambda: is_compiled)
     config = tiny_config("-*")
     precision = PrecisionConfig(activations="bfloat16")
     few, more = (training_config(seq_len=n, precision=precision) for n in (1, 2))
     model = LanguageModel.from_config(config)
     products = [p for n, p in model.named_parameters() if "proj" in n]
-    assert planned(config, few)[COPIES] == sum(2 * p.numel() for p in products)
+    copies = 0 if is_compiled else sum(2 * p.numel() for p in products)
+    assert planned(config, few)[COPIES] == copies
     # A difference of token counts has no weights, so twice the smaller less the larger has all.
     alone = 2 * kept_bytes(config, few, mtp_depths=0) - kept_bytes(config, more, mtp_depths=0)
     d_output = 4 * config.vocab_size * config.hidden_size
-    assert alone - d_output == pytest.approx(planned(config, few)[COPIES], rel=0.05)
+    assert alone - d_output == pytest.approx(copies, rel=0.05, abs=1000)
 
 
 def highest_point(model, training, *, mtp_depths):
@@ -330,7 +333,8 @@ def test_recomputing_keeps_one_block_at_a_time():
     assert [parts[name] for name in exact] == [whole[name] for name in exact]
 
 
-def test_a_frozen_weight_is_not_copied():
+def test_a_frozen_weight_is_not_copied(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)  # compiled products copy no weight
     config = tiny_config("M*E")
     precision = PrecisionConfig(activations="bfloat16")
     none = LowRankPlan(rank=4, is_adapted=lambda _: False)

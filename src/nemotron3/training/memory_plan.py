@@ -28,6 +28,7 @@ from nemotron3.models.lora.adapter import chosen_products
 from nemotron3.models.nemotron_h import LanguageModel
 from nemotron3.models.parameter import ParameterSpec, parameter_specs
 from nemotron3.models.precision import rounded_weights
+from nemotron3.ops import native
 from nemotron3.ops.cross_entropy.torch import CACHED_LOGITS
 from nemotron3.ops.weights.low_rank import SLICE
 from nemotron3.runtime.memory import MemoryPart, MemoryPlan
@@ -90,7 +91,14 @@ def training_parts(
     """
     with torch.device("meta"):
         model = LanguageModel(config)
-    parameters = _Parameters(model, training, low_rank, mtp_depths=mtp_depths, rounded=rounded)
+    parameters = _Parameters(
+        model,
+        training,
+        low_rank,
+        mtp_depths=mtp_depths,
+        rounded=rounded,
+        on_cpu=gpu_bytes is None,
+    )
     tokens = training.microbatch_size * training.seq_len
     sequences = max(training.microbatch_size, -(-tokens // _TOKENS_OF_SEQUENCE))
     dtype = training.precision.dtype
@@ -197,6 +205,7 @@ class _Parameters:
         *,
         mtp_depths: int,
         rounded: Collection[str],
+        on_cpu: bool,
     ) -> None:
         self.specs = parameter_specs(model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -207,6 +216,8 @@ class _Parameters:
         self.choices = moe.num_experts_per_tok if moe is not None else 0
         self.dtype = training.precision.dtype
         """That of activations, and so of products."""
+        self.is_compiled_narrow = on_cpu and self.dtype == torch.bfloat16 and native.available()
+        """Whether compiled products are in bfloat16, which read float32 weights without a copy."""
         self.rounded = rounded_weights(model, training.precision).union(rounded)
         self.dequantized = frozenset(rounded)
         """Those that are dequantized in each pass."""
@@ -262,7 +273,7 @@ class _Parameters:
             self.shapes[name].numel() * self.dtype.itemsize
             for name in self._products(block.prefix)
             if name not in self.quantized
-            and (name in self.rounded or name in self.adapted or self._dtype(name) != self.dtype)
+            and (name in self.rounded or name in self.adapted or self._is_cast(name))
         )
 
     def kept_apart_bytes(self, block: _Pass, tokens: int) -> int:
@@ -295,7 +306,10 @@ class _Parameters:
             (_slice_bytes(self.shapes[n]) for n in self.trained_changes.intersection(added)),
             default=0,
         )
-        of_sums = self.dtype.itemsize * max(map(sum, sums), default=0)
+        # Compiled products add gradients up in float32, and those of a narrow sum are then cast.
+        of_sums = (self.dtype.itemsize + 4 * self.is_compiled_narrow) * max(
+            map(sum, sums), default=0
+        )
         matrices = [self.shapes[name][-2:].numel() for name in self.quantized]
         matrices += [self.shapes[name].numel() for name in self.dequantized]
         matrix = max(matrices, default=0)
@@ -311,6 +325,12 @@ class _Parameters:
 
     def _products(self, prefix: str) -> Iterable[str]:
         return (n for n, spec in self.specs.items() if spec.quantizes and n.startswith(prefix))
+
+    def _is_cast(self, name: str) -> bool:
+        """Whether products take a copy of a weight in their dtype."""
+        own = self._dtype(name)
+        is_read_wide = self.is_compiled_narrow and own == torch.float32
+        return own != self.dtype and not is_read_wide
 
     def _dtype(self, name: str) -> torch.dtype:
         spec: ParameterSpec = self.specs[name]
