@@ -328,16 +328,14 @@ class Engine:
     def _begin(self, sequences: list[Sequence]) -> list[TokenDelta]:
         """Choose the first tokens of answers whose prompt another answer has read."""
         for sequence in sequences:
-            self._next_tokens(sequence, 0)
+            self._stats.count_prefix(len(sequence.tokens), sequence.num_cached_tokens)
         hidden = torch.stack([each.take_prompt_end() for each in sequences]).unsqueeze(1)
         return self._choose(sequences, hidden, self.model.logits(hidden))[0]
 
     def _next_tokens(self, sequence: Sequence, count: int) -> list[int]:
-        """The next tokens of a prompt; the first call for it counts the prefix cache's hits."""
         start = self.cache.lengths[sequence.running_slot]
         if start == sequence.num_cached_tokens and sequence.num_preemptions == 0:
-            self._stats.prefix_queries += len(sequence.tokens)
-            self._stats.prefix_hits += start
+            self._stats.count_prefix(len(sequence.tokens), start)
         return sequence.tokens[start : start + count]
 
     def _process_prompts(self, chunks: list[tuple[Sequence, int]], hidden: Tensor) -> None:

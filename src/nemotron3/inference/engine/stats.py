@@ -24,3 +24,8 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     draft_length: int = 0
+
+    def count_prefix(self, tokens: int, hits: int) -> None:
+        """Count the first look of a sequence into the prefix cache."""
+        self.prefix_queries += tokens
+        self.prefix_hits += hits
