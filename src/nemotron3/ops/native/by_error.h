@@ -4,12 +4,7 @@
 #pragma once
 #include "nvfp4.h"
 
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC push_options
-#pragma GCC optimize("-ffp-contract=off")
-#endif
+EXACT_BEGIN
 namespace nvfp4 {
 // A scale of LANES blocks each, and the squared errors with it.
 struct Candidate {
@@ -123,8 +118,4 @@ static void by_error(Team& team, const float* x, const float* amax, const Output
   }
 }
 }  // namespace nvfp4
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC pop_options
-#endif
+EXACT_END

@@ -4,12 +4,7 @@
 #pragma once
 #include "nvfp4.h"
 
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC push_options
-#pragma GCC optimize("-ffp-contract=off")
-#endif
+EXACT_BEGIN
 namespace nvfp4 {
 constexpr int64_t MOST_GROUP = 128;
 constexpr double RANGE_OF_MS_EDEN = 6.0 / (17.0 / 16.0 * 0.93);
@@ -245,8 +240,4 @@ static void ms_eden_columns(Team& team, float* y, const float* amax, int64_t siz
   }
 }
 }  // namespace nvfp4
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC pop_options
-#endif
+EXACT_END

@@ -8,15 +8,11 @@
 #include <cfloat>
 #include <cmath>
 
+#include "exact.h"
 #include "minifloat.h"
 #include "team.h"
 
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC push_options
-#pragma GCC optimize("-ffp-contract=off")
-#endif
+EXACT_BEGIN
 namespace nvfp4 {
 constexpr int64_t BLOCK = 16, PARTS = BLOCK / LANES, CHUNK = BLOCK * BLOCK;
 
@@ -222,8 +218,4 @@ static void along_columns(Team& team, const float* x, const float* amax, const O
   }
 }
 }  // namespace nvfp4
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC pop_options
-#endif
+EXACT_END
