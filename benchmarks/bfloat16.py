@@ -9,9 +9,7 @@ bfloat16 from float32 with the same rounded weights, over 512 tokens.
 """
 
 import argparse
-import json
-from collections.abc import Iterator
-from datetime import date
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +80,7 @@ def divergence(config: ModelConfig) -> float:
 
 
 def measure(models: list[str], kinds: list[str], repeats: int) -> dict[str, Any]:
-    """All results as they are stored."""
-    load = machine.load_average()
-    machine.warn_if_busy(load)
+    """Rates and divergence of each model."""
     result: dict[str, Any] = {}
     for model in models:
         config = configs()[model]
@@ -94,14 +90,7 @@ def measure(models: list[str], kinds: list[str], repeats: int) -> dict[str, Any]
             rates = {peer: sample.rate(tokens) for peer, sample in samples.items()}
             result[model]["rows"][name] = rates
             print(f"{model:12} {name:16} {_ratio(rates):.2f}x", flush=True)
-    return {
-        "command": machine.command("benchmarks.bfloat16"),
-        "date": date.today().isoformat(),
-        "machine": machine.description()
-        | {"load_before": load, "load_after": machine.load_average()},
-        "has_instructions": native.multiplies_bfloat16(),
-        "models": result,
-    }
+    return {"has_instructions": native.multiplies_bfloat16(), "models": result}
 
 
 def _ratio(rates: dict[str, dict[str, float]]) -> float:
@@ -122,7 +111,7 @@ def bfloat16_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = list(configs())
     parser.add_argument("--models", nargs="+", choices=names, default=["30m-latent", "150m-latent"])
@@ -130,14 +119,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     retain_freed_memory()
     torch.set_num_threads(options.threads)
+    load = machine.load_average()
+    machine.warn_if_busy(load)
     result = measure(options.models, options.only, options.repeats)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"bfloat16-{machine.processor_name()}-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    about = {"load_before": load, "load_after": machine.load_average()}
+    folder = options.out
+    print(machine.write_result("bfloat16", result, arguments=arguments, about=about, folder=folder))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,20 @@ from benchmarks.layers import clocked, flops_per_token, parts_of, profiled, watc
 from benchmarks.models import TOLERANCE, build_pair, configs, our_loss, parity, tokens_of
 from benchmarks.timing import interleave
 
-from benchmarks import cpu, limits, machine, page, products, profile_layers, scaling, timing
+from benchmarks import (
+    bfloat16,
+    cpu,
+    limits,
+    machine,
+    page,
+    products,
+    profile_layers,
+    scaling,
+    timing,
+)
 from nemotron3.models.costs import forward_flops_per_token, model_costs
 from nemotron3.models.nemotron_h import LanguageModel
+from tests.tiny import tiny_config
 
 SIZES = cpu.Sizes(
     train_batch=2, train_length=16, prefill_lengths=(16,), decode_batches=(1, 2), decode_steps=2
@@ -291,3 +302,17 @@ def test_sharing_fills_the_page(tmp_path):
     (tmp_path / "sharing-amd-epyc-2026-01-01.json").write_text(json.dumps(result))
     text = page.render(page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert "| training beside 1 busy | 51% | 50% to 60% |" in text
+
+
+def test_bfloat16_is_measured_beside_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(bfloat16, "configs", lambda: {"tiny": tiny_config()})
+    monkeypatch.setattr(bfloat16, "PROMPT", 8)
+    monkeypatch.setattr(bfloat16, "DECODED", 2)
+    given = ["--models", "tiny", "--repeats", "1", "--threads", str(torch.get_num_threads())]
+    bfloat16.main([*given, "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("bfloat16-*.json")
+    result = json.loads(file.read_text())
+    head, *rows = bfloat16.bfloat16_table(result)
+    assert [row[0] for row in rows] == ["tiny, train", "tiny, prefill 8", "tiny, decode, batch 1"]
+    assert all(len(row) == len(head) for row in rows)
+    assert 0 <= result["models"]["tiny"]["divergence"] < 0.1

@@ -24,18 +24,9 @@ def assert_native_equals_reference(
     """
     expected = outputs_and_gradients(call("reference"), inputs)
     narrow = [t.float() if t.is_floating_point() else t for t in inputs]
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(outputs_and_gradients(call("native"), narrow))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two, three, wanted in zip(*results, expected, strict=True):
-        assert_close(one, wanted, FLOAT32)
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
+    results = _on_any_threads(lambda: outputs_and_gradients(call("native"), narrow))
+    for ours, wanted in zip(results, expected, strict=True):
+        assert_close(ours, wanted, FLOAT32)
 
 
 def assert_bfloat16_equals_reference(
@@ -54,20 +45,27 @@ def assert_bfloat16_equals_reference(
     rounded = [t.bfloat16() for t in inputs]
     narrow = [t.float() if i in wide else t for i, t in enumerate(rounded)]
     expected = _values_and_gradients(call("reference"), [t.double() for t in rounded])
+    results = _on_any_threads(lambda: _values_and_gradients(call("native"), narrow))
+    gradients = results[-len(narrow) :]
+    assert [g.dtype for g in gradients] == [t.dtype for t in narrow]
+    for ours, wanted in zip(results, expected, strict=True):
+        assert_close(ours.double(), wanted, BFLOAT16)
+
+
+def _on_any_threads(compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The result of `compute`, whose bits are the same for every number of threads."""
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(_values_and_gradients(call("native"), narrow))
+            results.append(compute())
     finally:
         torch.set_num_threads(threads)
-    gradients = results[0][-len(narrow) :]
-    assert [g.dtype for g in gradients] == [t.dtype for t in narrow]
-    for one, two, three, wanted in zip(*results, expected, strict=True):
-        assert_close(one.double(), wanted, BFLOAT16)
+    for one, two, three in zip(*results, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
+    return results[0]
 
 
 def _values_and_gradients(
